@@ -1,0 +1,1 @@
+"""Model and tokens in, a result out: one file per question."""

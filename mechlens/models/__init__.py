@@ -1,0 +1,1 @@
+"""Loading and running models: the only place that knows TransformerLens and its versions."""

@@ -1,0 +1,1 @@
+"""The small model that ships with mechlens: weights, tokenizer and model card."""

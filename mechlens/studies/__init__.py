@@ -1,0 +1,1 @@
+"""Several analyses that answer one larger question."""
