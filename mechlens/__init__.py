@@ -1,0 +1,73 @@
+"""Mechanistic interpretability of GPT-style language models, built on TransformerLens.
+
+Names are imported when they are first used, so that `import mechlens` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechlens.analyses.heads import (
+        attention_patterns,
+        detect_heads,
+        repeated_token_performance,
+        score_heads,
+        score_heads_on,
+    )
+    from mechlens.models.load import load_model
+    from mechlens.plots.heads import (
+        plot_attention,
+        plot_attention_heatmap,
+        plot_head_scores,
+        plot_log_probs,
+        plot_scores_against_nulls,
+    )
+    from mechlens.prompts import repeated_tokens, text_tokens
+    from mechlens.report import write_report
+    from mechlens.results import load
+    from mechlens.studies.reproduce import reproduce
+
+_HOMES = {
+    "mechlens.analyses.heads": (
+        "attention_patterns",
+        "detect_heads",
+        "repeated_token_performance",
+        "score_heads",
+        "score_heads_on",
+    ),
+    "mechlens.models.load": ("load_model",),
+    "mechlens.plots.heads": (
+        "plot_attention",
+        "plot_attention_heatmap",
+        "plot_head_scores",
+        "plot_log_probs",
+        "plot_scores_against_nulls",
+    ),
+    "mechlens.prompts": ("repeated_tokens", "text_tokens"),
+    "mechlens.report": ("write_report",),
+    "mechlens.results": ("load",),
+    "mechlens.studies.reproduce": ("reproduce",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604, RUF022  # the lazy names; a test compares them with the block above
+    *sorted(_HOME_OF),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mechlens-toolkit")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mechlens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

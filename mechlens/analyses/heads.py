@@ -1,0 +1,448 @@
+"""Repeated random tokens: how well a model continues them, and which attention heads do it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.measures import attention as measures
+from mechlens.measures.attention import Stripe, stripe_score
+from mechlens.measures.statistics import bootstrap_interval, central_interval
+from mechlens.models.protocol import LensModel, describe
+from mechlens.models.runs import next_token_log_probs, parts, read_patterns, watch
+from mechlens.models.weights import direct_unembedding, per_query_head, value_bias
+from mechlens.prompts import RandomTokens, repeated_tokens, text_tokens
+from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
+
+SEEDS = (0, 1, 2, 3, 4)
+PREFIX_LENGTH, PREFIX_COPIES = 25, 4
+"""Olsson et al.'s protocol for prefix matching: 25 random tokens, four times."""
+SAMPLE_LENGTH = 25
+"""Random tokens of one sample of the copying score."""
+
+_ON_REPEATED: dict[str, Callable[[RandomTokens], Stripe]] = {
+    "induction_score": lambda r: measures.copies_stripe(r.starts, r.seq_len, 1),
+    "previous_token_score": lambda r: measures.previous_token_stripe(r.tokens.shape[1]),
+    "duplicate_token_score": lambda r: measures.copies_stripe(r.starts, r.seq_len, 0),
+    "first_token_score": lambda r: measures.first_token_stripe(r.tokens.shape[1]),
+    "induction_diagonal_score": lambda r: measures.diagonal_stripe(r.tokens.shape[1], 1 - r.seq_len),
+}
+_POSITIONAL = ("previous_token_score", "first_token_score")
+VARIANTS = ("induction_diagonal_score",)
+KINDS = (*(kind for kind in _ON_REPEATED if kind not in VARIANTS), "prefix_matching_score", "copying_score")
+"""The scores of `score_heads` unless it is asked for others."""
+
+
+def repeated_token_performance(
+    model: LensModel,
+    *,
+    seq_len: int = 50,
+    batch: int = 30,
+    seeds: Sequence[int] = SEEDS,
+    prepend_bos: bool | None = None,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> RepeatedTokenPerformance:
+    """How well the model predicts random tokens when they come first and when they come again.
+
+    Args:
+        seq_len: S, random tokens in one copy; the model reads `[BOS, S tokens, the same S]`.
+        batch: sequences per seed.
+        seeds: each draws its own sequences.
+        prepend_bos: None prepends BOS where the tokenizer has one. Without it the first token is not
+            predicted, and the first half has S - 1 predictions.
+        confidence: coverage of the bootstrap intervals over all sequences.
+        progress: show a bar.
+
+    Returns:
+        Log-probabilities in nats and top-1 hits per position, and the means of both halves with
+        intervals. The first token of the second copy counts to the second half, as in the article,
+        although nothing foretells it: the best accuracy is about (S - 1) / S.
+
+    Raises:
+        ValueError: as `repeated_tokens`, or no seeds.
+
+    Source: "How one can Interpret GPT2-Small", `../seeds`; Olsson et al. 2022, arXiv:2209.11895.
+    Cost: one forward pass per seed, no logits kept.
+    """
+    _check_seeds(seeds)
+    drawn, log_probs, corrects = [], [], []
+    for seed in tqdm(seeds, desc="repeated tokens", disable=not progress):
+        random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
+        log_prob, correct = next_token_log_probs(model, random.tokens)
+        drawn.append(random)
+        log_probs.append(log_prob)
+        corrects.append(correct)
+    log_prob, correct = torch.stack(log_probs), torch.stack(corrects)
+    # position i predicts token i + 1, and the second copy begins at token `second`
+    second = int(drawn[0].starts[0, 1])
+    halves = {"first_half": slice(0, second - 1), "second_half": slice(second - 1, -1)}
+    estimates, single_draws = {}, {}
+    for half, positions in halves.items():
+        for name, values in (("log_prob", log_prob), ("accuracy", correct.float())):
+            per_sequence = values[..., positions].mean(-1).flatten()
+            low, high = bootstrap_interval(per_sequence, confidence=confidence)
+            estimates[f"{half}_{name}"] = (float(per_sequence.mean()), float(low), float(high))
+            single_draws[f"{half}_{name}"] = central_interval(per_sequence)
+    return RepeatedTokenPerformance(
+        model=describe(model),
+        tokens=torch.stack([random.tokens for random in drawn]),
+        log_prob=log_prob,
+        correct=correct,
+        estimates=estimates,
+        single_draws=single_draws,
+        seq_len=seq_len,
+        seeds=tuple(seeds),
+        prepend_bos=drawn[0].prepend_bos,
+        confidence=confidence,
+    )
+
+
+def score_heads(
+    model: LensModel,
+    kinds: Sequence[str] = KINDS,
+    *,
+    seq_len: int = 50,
+    batch: int = 30,
+    seeds: Sequence[int] = SEEDS,
+    prepend_bos: bool | None = None,
+    jitter: int = 0,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> HeadScores:
+    """Score every attention head on repeated random tokens.
+
+    Args:
+        kinds: any of `KINDS` and `VARIANTS`:
+            `induction_score`, `duplicate_token_score`, `previous_token_score`, `first_token_score`
+            on two copies of `seq_len` tokens; `prefix_matching_score` on 25 tokens x 4;
+            `copying_score` on 25 tokens; `induction_diagonal_score`, the article's own variant.
+        seq_len: S, random tokens in one copy.
+        batch: sequences per seed and kind of sequence.
+        seeds: each draws its own sequences.
+        prepend_bos: None prepends BOS where the tokenizer has one.
+        jitter: 0 to this many other random tokens between the copies, a number drawn for each
+            sequence, so that a head that attends at a fixed distance gains nothing.
+        confidence: coverage of the bootstrap intervals over all sequences.
+        progress: show a bar.
+
+    Returns:
+        The scores of each sequence and their nulls. The null of a score that depends on content is
+        the same stripe on as many *unrelated* random tokens, where a head that merely attends at a
+        fixed distance scores as high. Unrelated tokens leave the scores of positions alone
+        (previous, first token), so their null is the expected score when each position's attention
+        is shuffled over what it can see. The null of copying gives each source the identity of
+        another token of the sample.
+
+    Raises:
+        ValueError: an unknown kind, or sizes that `repeated_tokens` refuses.
+
+    Cost: per seed one forward pass per kind of sequence and one for its null, up to the last
+    layer's pattern; patterns are reduced layer by layer and dropped.
+    """
+    _check_kinds(kinds, jitter)
+    _check_seeds(seeds)
+    draw = partial(repeated_tokens, model, batch=batch, prepend_bos=prepend_bos)
+    on_repeated = [kind for kind in kinds if kind in _ON_REPEATED]
+    content = [kind for kind in on_repeated if kind not in _POSITIONAL]
+    # before anything is run, so that sizes that do not fit cost nothing
+    families: dict[str, Callable[[int], RandomTokens]] = {}
+    if on_repeated:
+        families["repeated"] = lambda seed: draw(seq_len=seq_len, jitter=jitter, seed=seed)
+    if "prefix_matching_score" in kinds:
+        families["prefix"] = lambda seed: draw(seq_len=PREFIX_LENGTH, copies=PREFIX_COPIES, seed=seed)
+    if "copying_score" in kinds:
+        families["sample"] = lambda seed: draw(seq_len=SAMPLE_LENGTH, copies=1, seed=seed)
+    drawn = {name: [family(seed) for seed in seeds] for name, family in families.items()}
+
+    shape = (len(seeds), batch, model.cfg.n_layers, model.cfg.n_heads)
+    scores = {kind: torch.full(shape, torch.nan) for kind in kinds}
+    nulls = {kind: torch.full(shape, torch.nan) for kind in kinds}
+    tokens: dict[str, list[Tensor]] = {}
+    runs = len(seeds) * sum(
+        (bool(on_repeated), bool(content), 2 * ("prefix" in families), "sample" in families)
+    )
+    with tqdm(total=runs, desc="head scores", unit="run", disable=not progress) as bar:
+
+        def run(name: str, ids: Tensor, seed: int, stripes: Mapping[str, Stripe], into: dict) -> None:
+            found = _score_stripes(model, ids, stripes)
+            for kind, values in found.items():
+                into[kind][seed] = values
+            tokens.setdefault(name, []).append(ids)
+            bar.update()
+
+        for at, seed in enumerate(seeds):
+            for name, kinds_here, kinds_null in (
+                ("repeated", on_repeated, content),
+                ("prefix", ["prefix_matching_score"], ["prefix_matching_score"]),
+            ):
+                if name not in families:
+                    continue
+                random = drawn[name][at]
+                stripes = {kind: _stripe(kind, random) for kind in kinds_here}
+                run(name, random.tokens, at, stripes, scores)
+                if kinds_null:
+                    length = random.tokens.shape[1] - int(random.prepend_bos)
+                    # another seed, or the first tokens would be those of the repeated sequence
+                    unrelated = draw(seq_len=length, copies=1, seed=seed + 2**32).tokens
+                    null_stripes = {kind: stripes[kind] for kind in kinds_null}
+                    run(f"{name}_unrelated", unrelated, at, null_stripes, nulls)
+                for kind in set(kinds_here) & set(_POSITIONAL):
+                    nulls[kind][at] = measures.uniform_attention(stripes[kind])
+            if "sample" in families:
+                random = drawn["sample"][at]
+                scores["copying_score"][at], nulls["copying_score"][at] = _copying(model, random)
+                tokens.setdefault("sample", []).append(random.tokens)
+                bar.update()
+    return HeadScores(
+        model=describe(model),
+        scores=scores,
+        nulls=nulls,
+        intervals=_intervals(scores, confidence),
+        tokens={name: torch.stack(ids) for name, ids in tokens.items()},
+        seq_len=seq_len,
+        jitter=jitter,
+        seeds=tuple(seeds),
+        prepend_bos=next(iter(drawn.values()))[0].prepend_bos,
+        confidence=confidence,
+    )
+
+
+def score_heads_on(
+    model: LensModel,
+    prompt: str | Int[Tensor, "batch pos"],
+    kinds: Sequence[str] = ("induction_score", "previous_token_score", "duplicate_token_score"),
+    *,
+    stripes: Mapping[str, Bool[Tensor, "..."]] | None = None,
+    cache: Mapping[str, Tensor] | None = None,
+    prepend_bos: bool | None = None,
+    confidence: float = 0.95,
+) -> HeadScores:
+    """Score every attention head on a text or on tokens of your own, with the field's or your own stripes.
+
+    Args:
+        prompt: a text, or token ids (used as they are: BOS is yours to put).
+        kinds: `induction_score` (all tokens after earlier occurrences of the same token),
+            `duplicate_token_score` (all earlier occurrences), `previous_token_score`,
+            `first_token_score`.
+        stripes: further scores by name: a mask `[dest, src]` or `[batch, dest, src]` of the entries
+            whose mean attention is wanted.
+        cache: an `ActivationCache` of this prompt, or anything that gives patterns by hook name;
+            nothing is run then.
+        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        confidence: coverage of the bootstrap intervals over rows.
+
+    Returns:
+        Scores with a seed axis of length 1 and no nulls; nan where a row has no such entry.
+
+    Raises:
+        ValueError: an unknown kind, a mask of the wrong size or above the diagonal, or a prompt that
+            the model cannot read.
+
+    Source: TransformerLens's `detect_head`, which divides by all attention instead of by the number
+    of entries: ours times entries / positions is theirs.
+    Cost: one forward pass up to the last layer's pattern, or none with a cache.
+    """
+    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
+    if tokens.ndim == 1:
+        tokens = tokens[None]
+    n_pos = tokens.shape[1]
+    known: dict[str, Callable[[], Stripe]] = {
+        "induction_score": lambda: Stripe.of_mask(measures.induction_mask(tokens)),
+        "duplicate_token_score": lambda: Stripe.of_mask(measures.duplicate_mask(tokens)),
+        "previous_token_score": lambda: measures.previous_token_stripe(n_pos),
+        "first_token_score": lambda: measures.first_token_stripe(n_pos),
+    }
+    wanted: dict[str, Stripe] = {}
+    for kind in kinds:
+        if kind not in known:
+            raise ValueError(f"no score {kind!r} on a prompt; there are {', '.join(known)}, and `stripes`")
+        wanted[kind] = known[kind]()
+    for name, mask in (stripes or {}).items():
+        if mask.shape[-2:] != (n_pos, n_pos) or mask.ndim not in (2, 3):
+            raise ValueError(
+                f"the stripe {name!r} is {tuple(mask.shape)}, but the prompt needs [{n_pos}, {n_pos}]"
+            )
+        wanted[name] = Stripe.of_mask(mask.bool().cpu())
+    if cache is None:
+        found = _score_stripes(model, tokens, wanted)
+    else:
+        found = {kind: torch.empty(len(tokens), model.cfg.n_layers, model.cfg.n_heads) for kind in wanted}
+        for layer in range(model.cfg.n_layers):
+            pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+            if pattern.shape[0] != len(tokens) or pattern.shape[-1] != n_pos:
+                raise ValueError(
+                    f"the cache has patterns {tuple(pattern.shape)}, but the prompt is {tuple(tokens.shape)}"
+                )
+            _reduce(found, wanted, layer, pattern, slice(None))
+    scores = {kind: values[None] for kind, values in found.items()}
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    return HeadScores(
+        model=describe(model),
+        scores=scores,
+        nulls={},
+        intervals=_intervals(scores, confidence),
+        tokens={"prompt": tokens[None].cpu()},
+        seq_len=None,
+        jitter=0,
+        seeds=(),
+        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+        confidence=confidence,
+    )
+
+
+def detect_heads(result: HeadScores, kind: str = "induction_score", threshold: float = 0.4) -> list[str]:
+    """The heads that score at least `threshold`, as `L5H5`, the highest first.
+
+    Raises:
+        ValueError: the result has no such kind.
+    """
+    return [head_label(*head) for head, score in result.ranked(kind) if score >= threshold]
+
+
+def attention_patterns(
+    model: LensModel, tokens: Int[Tensor, " pos"], heads: Sequence[tuple[int, int]]
+) -> AttentionPatterns:
+    """The attention patterns of some heads on one sequence.
+
+    Args:
+        heads: (layer, head) of each.
+
+    Raises:
+        ValueError: no heads, or a head that the model does not have.
+
+    Cost: one forward pass up to the deepest head's pattern.
+    """
+    if not heads:
+        raise ValueError("attention patterns need at least one (layer, head)")
+    for layer, head in heads:
+        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
+            raise ValueError(
+                f"no head {head_label(layer, head)}: the model has {model.cfg.n_layers} layers "
+                f"of {model.cfg.n_heads} heads"
+            )
+    found: dict[tuple[int, int], Tensor] = {}
+
+    def keep(layer: int, pattern: Tensor) -> None:
+        found.update({(n, h): pattern[0, h].float().cpu() for n, h in heads if n == layer})
+
+    layers = sorted({layer for layer, _ in heads})
+    watch(model, tokens[None], {f"blocks.{n}.attn.hook_pattern": partial(keep, n) for n in layers})
+    ids = tokens.tolist()
+    names = [str(i) for i in ids] if model.tokenizer is None else [model.tokenizer.decode([i]) for i in ids]
+    return AttentionPatterns(
+        model=describe(model),
+        tokens=tokens.cpu(),
+        token_strings=tuple(names),
+        heads=tuple((layer, head) for layer, head in heads),
+        patterns=torch.stack([found[head] for head in heads]),
+    )
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds:
+        raise ValueError("at least one seed is needed, but seeds is empty")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the same seed twice is no second observation: {tuple(seeds)}")
+
+
+def _check_kinds(kinds: Sequence[str], jitter: int) -> None:
+    every = (*KINDS, *VARIANTS)
+    for kind in kinds:
+        if kind not in every:
+            raise ValueError(f"no score {kind!r}; there are {', '.join(every)}")
+    if not kinds:
+        raise ValueError(f"no kind of score is asked for; there are {', '.join(every)}")
+    if jitter and "induction_diagonal_score" in kinds:
+        raise ValueError("induction_diagonal_score needs a fixed period: leave jitter at 0")
+
+
+def _stripe(kind: str, random: RandomTokens) -> Stripe:
+    make = _ON_REPEATED["induction_score" if kind == "prefix_matching_score" else kind]
+    return make(random)
+
+
+def _reduce(
+    into: Mapping[str, Tensor], stripes: Mapping[str, Stripe], layer: int, pattern: Tensor, rows: slice
+) -> None:
+    for kind, stripe in stripes.items():
+        if stripe.dest.shape[0] > 1:
+            real = None if stripe.real is None else stripe.real[rows]
+            stripe = Stripe(stripe.dest[rows], stripe.src[rows], real)
+        into[kind][rows, layer] = stripe_score(pattern, stripe.to(pattern.device)).cpu()
+
+
+def _score_stripes(
+    model: LensModel, tokens: Int[Tensor, "batch pos"], stripes: Mapping[str, Stripe]
+) -> dict[str, Float[Tensor, "batch layer head"]]:
+    """Every stripe's score in every layer, from one run."""
+    shape = (tokens.shape[0], model.cfg.n_layers, model.cfg.n_heads)
+    found = {kind: torch.full(shape, torch.nan) for kind in stripes}
+    done = 0
+    for part in parts(tokens):
+        rows = slice(done, done + len(part))
+        read_patterns(
+            model, part, lambda layer, pattern, rows=rows: _reduce(found, stripes, layer, pattern, rows)
+        )
+        done += len(part)
+    return found
+
+
+def _copying(
+    model: LensModel, random: RandomTokens
+) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"]]:
+    """The copying score of every head on one set of samples, and its null."""
+    batch, n_heads = random.tokens.shape[0], model.cfg.n_heads
+    scores, nulls = (torch.full((batch, model.cfg.n_layers, n_heads), torch.nan) for _ in range(2))
+    first, n = int(random.prepend_bos), random.seq_len
+    sample = slice(first, first + n)
+    unembedding = direct_unembedding(model)
+    own = torch.arange(n)
+    generator = torch.Generator().manual_seed(random.seed)
+    other = (own + torch.randint(1, n, (1,), generator=generator)) % n
+    done = 0
+    for part in parts(random.tokens):
+        rows = slice(done, done + len(part))
+        done += len(part)
+        # what a source adds to the logits of the sample's tokens, and on average to all
+        columns = unembedding.T[part[:, sample].to(unembedding.device)]  # [batch, token, d_model]
+        mean_column = unembedding.mean(1)
+        values: dict[int, Tensor] = {}
+
+        def keep_values(layer: int, v: Tensor) -> None:
+            values[layer] = v[:, sample]
+
+        def reduce(layer: int, pattern: Tensor) -> None:
+            v = per_query_head(values.pop(layer), n_heads) - value_bias(model, layer)
+            W_O = model.W_O[layer].float()  # [head, d_head, d_model]
+            v = v.float()
+            to_sample = torch.einsum("bshd,hdm,btm->bhst", v, W_O, columns)
+            to_all = torch.einsum("bshd,hd->bhs", v, W_O @ mean_column)
+            received = pattern[:, :, sample, sample].float().sum(-2)
+            for into, which in ((scores, own), (nulls, other)):
+                score = measures.copying_score(to_sample, to_all, received, which.to(v.device))
+                into[rows, layer] = score.cpu()
+
+        readers: dict[str, Callable[[Tensor], Any]] = {}
+        for layer in range(model.cfg.n_layers):
+            readers[f"blocks.{layer}.attn.hook_v"] = partial(keep_values, layer)
+            readers[f"blocks.{layer}.attn.hook_pattern"] = partial(reduce, layer)
+        watch(model, part, readers)
+    return scores, nulls
+
+
+def _intervals(scores: Mapping[str, Tensor], confidence: float) -> dict[str, Tensor]:
+    return {
+        kind: torch.stack(bootstrap_interval(values.flatten(0, 1), confidence=confidence))
+        for kind, values in scores.items()
+    }

@@ -1,0 +1,127 @@
+"""Running models: only the activations that are asked for, handed out as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechlens.measures.vocabulary import target_log_prob
+from mechlens.models.protocol import LensModel
+
+MAX_POSITIONS = 16384
+"""Positions (rows x length) in one forward pass; longer batches are run in parts."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose remaining layers nobody reads."""
+
+
+def watch(
+    model: LensModel, tokens: Int[Tensor, "batch pos"], readers: Mapping[str, Callable[[Tensor], None]]
+) -> None:
+    """Run the model once and hand each named activation to its reader the moment it is made.
+
+    Nothing is kept: an activation is freed when its reader returns, unless the reader keeps it. The
+    run ends when the last reader has been served, so later layers and the unembedding cost nothing.
+
+    Args:
+        readers: by hook name, such as `blocks.0.attn.hook_pattern`. Readers must not change what
+            they are given.
+
+    Raises:
+        ValueError: a hook name that this model does not have, or token ids out of range.
+
+    Cost: one forward pass, up to the deepest activation that is read. No hook is left behind, also
+    when a reader raises.
+    """
+    unknown = sorted(set(readers) - set(model.hook_dict))
+    if unknown:
+        raise ValueError(f"this model has no hook point {unknown[0]!r}: see model.hook_dict")
+    _check_tokens(model, tokens)
+    waiting = set(readers)
+
+    # the engine names the hook point by its own alias, so each hook carries the name asked for
+    def serve(activation: Tensor, hook: Any, name: str) -> None:
+        readers[name](activation)
+        waiting.discard(name)
+        if not waiting:
+            raise _Enough
+
+    hooks = [(name, partial(serve, name=name)) for name in readers]
+    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
+        try:
+            model(tokens.to(model.cfg.device), return_type=None)
+        except _Enough:
+            pass
+
+
+def _check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= model.cfg.d_vocab:
+        wrong = low if low < 0 else high
+        raise ValueError(f"token id {wrong} is not in the model's vocabulary of {model.cfg.d_vocab}")
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not fit into the model's context of {model.cfg.n_ctx}: pass fewer"
+        )
+
+
+def read_patterns(
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    reader: Callable[[int, Float[Tensor, "batch head dest src"]], None],
+) -> None:
+    """Hand every layer's attention pattern to `reader(layer, pattern)` in one run; see `watch`."""
+    layers = range(model.cfg.n_layers)
+    watch(model, tokens, {f"blocks.{n}.attn.hook_pattern": partial(reader, n) for n in layers})
+
+
+def parts(tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, "part pos"], ...]:
+    """The rows of a batch in parts that one forward pass takes."""
+    return tokens.split(max(1, MAX_POSITIONS // max(1, tokens.shape[1])))
+
+
+def next_token_log_probs(
+    model: LensModel, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """How well each position predicts the token after it.
+
+    Returns:
+        Log-probability in nats of the next token, nan in the last position; and whether no other
+        token was more likely, False in the last position. Both on the CPU.
+
+    Cost: one forward pass; logits exist for a few positions at a time only.
+    """
+    log_probs, corrects = [], []
+    for rows in parts(tokens):
+        kept: list[Tensor] = []
+        watch(model, rows, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
+        with torch.inference_mode():
+            last = final_norm(model, kept.pop()[:, :-1])
+            targets = rows[:, 1:].to(last.device)
+            log_prob, correct = target_log_prob(
+                last.flatten(0, 1), model.W_U, model.b_U, targets.flatten(), soft_cap=soft_cap(model)
+            )
+        shape = (rows.shape[0], rows.shape[1] - 1)
+        log_probs.append(torch.nn.functional.pad(log_prob.cpu().view(shape), (0, 1), value=torch.nan))
+        corrects.append(torch.nn.functional.pad(correct.cpu().view(shape), (0, 1), value=False))
+    return torch.cat(log_probs), torch.cat(corrects)
+
+
+def final_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """The model's last norm with its learned scale and bias; the residual itself where there is none."""
+    norm = getattr(model, "ln_final", None)
+    return residual if norm is None or model.cfg.normalization_type is None else norm(residual)
+
+
+def soft_cap(model: LensModel) -> float | None:
+    """The bound c of `c * tanh(logit / c)`, where the model has one."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap if cap is not None and cap > 0 else None

@@ -1,0 +1,169 @@
+"""Token sequences for experiments: random tokens, the same tokens repeated, and text."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def own_bos_token_id(tokenizer: Any) -> int | None:
+    """The id that a tokenizer begins its sequences with, or None."""
+    return None if tokenizer is None else tokenizer.bos_token_id
+
+
+def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
+    """The ids that may be drawn at random: no special token, nothing past the tokenizer's length.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or None for a model without one, which may draw all ids.
+        d_vocab: the model's vocabulary, which may be padded beyond the tokenizer's.
+
+    Returns:
+        Increasing ids in [0, d_vocab).
+
+    Raises:
+        ValueError: nothing is left to draw.
+    """
+    if tokenizer is None:
+        return torch.arange(d_vocab)
+    special = {token for token in tokenizer.all_special_ids if token is not None}
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ids = torch.tensor([i for i in range(min(len(tokenizer), d_vocab)) if i not in special])
+    if len(ids) == 0:
+        raise ValueError(
+            f"a tokenizer of {len(tokenizer)} tokens, {len(special)} of them special, leaves none to draw"
+        )
+    return ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomTokens:
+    """Random tokens, some of which may be repeated."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """What the model reads: BOS (where `prepend_bos`), then random tokens and their copies."""
+    starts: Int[Tensor, "batch copy"]
+    """The position at which each copy begins."""
+    seq_len: int
+    """Tokens in one copy."""
+    prepend_bos: bool
+    seed: int
+
+
+def repeated_tokens(
+    model: Any,
+    *,
+    seq_len: int = 50,
+    batch: int = 30,
+    copies: int = 2,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    jitter: int = 0,
+) -> RandomTokens:
+    """Draw `[BOS, S random tokens, the same S again, ...]` for each row of a batch.
+
+    BOS is put before the random tokens and overwrites none. Tokens are drawn uniformly and with
+    replacement from `drawable_tokens`.
+
+    Args:
+        model: anything with TransformerLens's `cfg` and `tokenizer`.
+        seq_len: S, the random tokens in one copy.
+        batch: rows, all drawn independently.
+        copies: how often the S tokens come in all; 1 repeats nothing.
+        seed: of the `torch.Generator` that draws; the same seed gives the same tokens.
+        prepend_bos: None prepends BOS where the tokenizer has one. What was done is in the result.
+        jitter: for a repeat at no fixed distance: 0 to `jitter` further random tokens, a number drawn
+            for each row, come between the first and the second copy (and what is left of `jitter`
+            after the last one, so that all rows are equally long).
+
+    Raises:
+        ValueError: a size below 1, jitter with other than 2 copies, a BOS wanted but not there, or
+            more tokens than the model's context holds.
+
+    Source: the repeated-token experiment of Olsson et al. 2022, arXiv:2209.11895.
+    """
+    for name, value, least in (("seq_len", seq_len, 1), ("batch", batch, 1), ("copies", copies, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, but it is {value}")
+    if jitter < 0 or (jitter and copies != 2):
+        raise ValueError(f"jitter must be 0 or more, with 2 copies; it is {jitter} with {copies}")
+    bos = bos_to_prepend(model, prepend_bos)
+    first = 0 if bos is None else 1
+    n_ctx = model.cfg.n_ctx
+    if first + copies * seq_len + jitter > n_ctx:
+        fits = (n_ctx - first - jitter) // copies
+        raise ValueError(
+            f"{copies} copies of {seq_len} tokens"
+            + (" after BOS" if first else "")
+            + (f" with a jitter of {jitter}" if jitter else "")
+            + f" make {first + copies * seq_len + jitter} positions, but the model's context is {n_ctx}: "
+            + (f"the largest seq_len that fits is {fits}" if fits > 0 else "no seq_len fits")
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
+
+    def draw(n: int) -> Int[Tensor, "batch drawn"]:
+        return drawable[torch.randint(len(drawable), (batch, n), generator=generator)]
+
+    once = draw(seq_len)
+    starts = first + seq_len * torch.arange(copies).expand(batch, copies).contiguous()
+    if jitter:
+        gap = torch.randint(jitter + 1, (batch,), generator=generator)
+        starts[:, 1] += gap
+        tokens = draw(first + 2 * seq_len + jitter)
+    else:
+        tokens = once.new_empty(batch, first + copies * seq_len)
+    within = torch.arange(seq_len)
+    for copy in range(copies):
+        tokens.scatter_(1, starts[:, copy, None] + within, once)
+    if bos is not None:
+        tokens[:, 0] = bos
+    return RandomTokens(tokens, starts, seq_len, bos is not None, seed)
+
+
+def bos_to_prepend(model: Any, prepend_bos: bool | None) -> int | None:
+    """The id of the BOS token to begin with, or None for none.
+
+    Args:
+        prepend_bos: None asks for BOS where there is one and warns where there is none.
+
+    Raises:
+        ValueError: BOS is asked for, but the tokenizer has none.
+    """
+    if prepend_bos is False:
+        return None
+    bos = own_bos_token_id(model.tokenizer)
+    if bos is None:
+        what = "this model has no BOS token" if model.tokenizer else "this model has no tokenizer, so no BOS"
+        if prepend_bos:
+            raise ValueError(f"{what}: use prepend_bos=False")
+        warnings.warn(f"{what}: its sequences begin with an ordinary token", stacklevel=3)
+    return bos
+
+
+def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, "1 pos"]:
+    """The tokens of a text, as one row.
+
+    Args:
+        prepend_bos: None prepends BOS where the tokenizer has one.
+
+    Raises:
+        ValueError: no tokenizer, an empty text, or more tokens than the model's context holds.
+    """
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("the text is empty: there is no token to run the model on")
+    bos = bos_to_prepend(model, prepend_bos)
+    tokens = torch.tensor([ids if bos is None else [bos, *ids]])
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(
+            f"the text has {tokens.shape[1]} tokens, but the model's context is {model.cfg.n_ctx}: shorten it"
+        )
+    return tokens

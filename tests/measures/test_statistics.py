@@ -1,0 +1,68 @@
+"""Bootstrap intervals against theory and a literal loop."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from mechlens.measures.statistics import bootstrap_interval, central_interval
+
+
+def test_interval_of_many_samples_is_the_normal_one():
+    samples = torch.randn(4000, generator=torch.Generator().manual_seed(1)).double()
+    low, high = bootstrap_interval(samples, confidence=0.95)
+    error = 1.96 * float(samples.std()) / math.sqrt(4000)
+    # 2000 resamples place a 2.5% quantile within about 7% of the half width
+    assert float(samples.mean() - low) == pytest.approx(error, rel=0.1)
+    assert float(high - samples.mean()) == pytest.approx(error, rel=0.1)
+
+
+def test_interval_equals_a_literal_bootstrap():
+    samples = [0.0, 0.1, 0.4, 0.9, 1.0, 1.0]
+    drawn = random.Random(3)
+    means = sorted(sum(drawn.choices(samples, k=6)) / 6 for _ in range(20000))
+    low, high = bootstrap_interval(torch.tensor(samples), confidence=0.9, resamples=20000)
+    # means are multiples of a few hundredths, and quantiles of two independent bootstraps differ by one
+    assert float(low) == pytest.approx(means[1000], abs=0.03)
+    assert float(high) == pytest.approx(means[19000], abs=0.03)
+
+
+def test_values_are_resampled_together_and_keep_their_shape():
+    samples = torch.rand(30, 2, 3, generator=torch.Generator().manual_seed(0))
+    low, high = bootstrap_interval(samples)
+    assert low.shape == (2, 3)
+    assert (low < samples.mean(0)).all()
+    assert (high > samples.mean(0)).all()
+    alone = bootstrap_interval(samples[:, 1, 2])
+    assert float(alone[0]) == pytest.approx(float(low[1, 2]), abs=1e-6)
+
+
+def test_one_sample_has_no_width_and_nan_is_left_out():
+    low, high = bootstrap_interval(torch.tensor([0.25]))
+    assert float(low) == float(high) == 0.25
+    low, high = bootstrap_interval(torch.tensor([0.5, torch.nan, 0.5]))
+    assert float(low) == float(high) == 0.5
+    low, _ = bootstrap_interval(torch.tensor([torch.nan, torch.nan]))
+    assert low.isnan()
+
+
+def test_central_interval_of_a_known_set():
+    low, high = central_interval(torch.arange(101.0), share=0.9)
+    assert (low, high) == pytest.approx((5, 95))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bootstrap_interval(torch.empty(0, 3)), "at least 1 sample"),
+        (lambda: bootstrap_interval(torch.ones(3), confidence=95), "between 0 and 1, but it is 95"),
+        (lambda: central_interval(torch.empty(0)), "at least 1 sample"),
+        (lambda: central_interval(torch.ones(3), share=1), "between 0 and 1"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,1 @@
+"""Slow, literal implementations that the fast ones are held against. They import nothing of mechlens."""
