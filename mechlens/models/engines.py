@@ -1,0 +1,301 @@
+"""From a Hugging Face model to one of TransformerLens's two engines.
+
+No step looks anything up by the model's name: TransformerLens's own loaders do, over the network and by
+guessing the architecture from words in a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mechlens.models.errors import ModelLoadError
+
+Backend = Literal["hooked", "bridge"]
+# KL in nats between the engine's and the Hugging Face model's predictions. Rounding gives about 1e-9 in
+# float32 and 1e-3 in bfloat16; a wrong rotation or a lost bias gives far more.
+_MAX_KL = {torch.float64: 1e-4, torch.float32: 1e-4}
+_MAX_KL_REDUCED = 0.1
+
+
+def choose_backend(backend: str) -> Backend:
+    """The engine to use with the installed TransformerLens.
+
+    Raises:
+        ModelLoadError: no such engine, or the installed version lacks it.
+    """
+    from importlib.metadata import version
+
+    installed = version("transformer-lens")
+    has_hooked = int(installed.split(".")[0]) < 4
+    if backend == "auto":
+        return "hooked" if has_hooked else "bridge"
+    if backend == "hooked" and not has_hooked:
+        raise ModelLoadError(
+            f"backend='hooked' needs HookedTransformer, which TransformerLens {installed} no longer has: "
+            "use backend='bridge', or install transformer-lens 3.9"
+        )
+    if backend not in ("hooked", "bridge"):
+        raise ModelLoadError(f"backend must be 'auto', 'hooked' or 'bridge', but is {backend!r}")
+    return backend  # type: ignore[return-value]  # mypy does not narrow by `in`
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the engine's prints and its log lines away from the user, and one warning that we answer for."""
+
+    def not_the_engine(record: logging.LogRecord) -> bool:
+        return "transformer_lens" not in record.pathname
+
+    root = logging.getLogger()
+    # Without any handler `logging.warning` would install one for the whole program.
+    handler = logging.NullHandler()
+    root.addHandler(handler)
+    root.addFilter(not_the_engine)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            # Known: we support the versions that have it, and the bridge for those that do not.
+            warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+            yield
+    finally:
+        root.removeFilter(not_the_engine)
+        root.removeHandler(handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processing:
+    """Which of TransformerLens's changes to the weights are sound for a model."""
+
+    fold_ln: bool
+    center_writing_weights: bool
+    center_unembed: bool
+    fold_value_biases: bool
+
+
+def sound_processing(
+    processing: bool, *, architecture: str | None, soft_cap: float | None, positions: str | None = None
+) -> Processing:
+    """What processing may do without changing the model's predictions.
+
+    Args:
+        processing: whether any is wanted.
+        architecture: the Hugging Face name, where there is one.
+        soft_cap: of the logits; None or a value <= 0 is none.
+        positions: TransformerLens's name for the kind of position embedding.
+    """
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+    # A norm after the block takes the mean and the scale of its output out by itself, and the shortformer
+    # adds positions behind the norm: both see what folding and centring change.
+    movable = processing and architecture not in POST_NORM_ARCHITECTURES and positions != "shortformer"
+    # tanh of a shifted logit is no shifted tanh.
+    capped = soft_cap is not None and soft_cap > 0
+    return Processing(
+        fold_ln=movable,
+        center_writing_weights=movable,
+        center_unembed=processing and not capped and positions != "shortformer",
+        fold_value_biases=processing,
+    )
+
+
+def hooked_from_hf(hf_model: Any, tokenizer: Any, *, processing: bool, dtype: torch.dtype, name: str) -> Any:
+    """A HookedTransformer with a Hugging Face model's weights, on the CPU.
+
+    Raises:
+        ModelLoadError: HookedTransformer does not have this architecture or a feature of it.
+    """
+    with quiet():
+        from transformer_lens import HookedTransformer
+        from transformer_lens import loading_from_pretrained as loading
+        from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+        with tempfile.TemporaryDirectory(prefix="mechlens-") as neutral:
+            if any(word in neutral.lower() for word in ("llama", "gemma")):
+                raise ModelLoadError(
+                    f"TransformerLens would guess the architecture from the temporary folder {neutral}: "
+                    "set TMPDIR to one without the name of a model in its path"
+                )
+            settings = _hooked_settings(hf_model.config, Path(neutral), loading)
+            settings |= {
+                "model_name": name,
+                "tokenizer_name": None,
+                "init_weights": False,
+                "device": "cpu",
+                "dtype": dtype,
+            }
+            cfg = HookedTransformerConfig.from_dict(settings)
+            state = loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
+        sound = sound_processing(
+            processing, architecture=cfg.original_architecture, soft_cap=cfg.output_logits_soft_cap
+        )
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(state, **dataclasses.asdict(sound))
+    return model
+
+
+def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, Any]:
+    """HookedTransformer's settings for a Hugging Face configuration.
+
+    The engine's own translation reads some settings from the model's name or not at all; they are taken
+    from the configuration here.
+    """
+    architecture = hf_config.architectures[0]
+    if architecture == "Gemma2ForCausalLM":
+        settings = _gemma2_settings(hf_config)
+    else:
+        if architecture == "GPT2LMHeadModel" and not hasattr(hf_config, "n_ctx"):
+            hf_config.n_ctx = hf_config.n_positions
+        hf_config.save_pretrained(neutral)
+        try:
+            settings = loading.convert_hf_model_config(str(neutral))
+        except NotImplementedError:
+            raise ModelLoadError(
+                f"HookedTransformer has no {architecture}: try backend='bridge', which has more architectures"
+            ) from None
+    settings.setdefault("default_prepend_bos", True)
+    if architecture == "GPT2LMHeadModel":
+        settings["d_mlp"] = hf_config.n_inner or 4 * hf_config.n_embd
+    if architecture == "GPTNeoForCausalLM":
+        settings["d_mlp"] = hf_config.intermediate_size or 4 * hf_config.hidden_size
+    head_dim = getattr(hf_config, "head_dim", None)
+    if architecture in ("LlamaForCausalLM", "Qwen2ForCausalLM") and head_dim:
+        settings |= {"d_head": head_dim, "rotary_dim": head_dim}
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        settings["rotary_base"] = rope["rope_theta"]
+    kind = rope.get("rope_type", "default")
+    scaled = settings.get("use_NTK_by_parts_rope") or settings.get("use_yarn_rope")
+    if "rope_type" in rope and kind != "default" and not scaled:
+        raise ModelLoadError(
+            f"HookedTransformer's {architecture} has no {kind!r} scaling of rotary positions: "
+            "try backend='bridge'"
+        )
+    if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()) and not settings.get(
+        "use_local_attn"
+    ):
+        raise ModelLoadError(
+            f"HookedTransformer's {architecture} has no sliding attention window: try backend='bridge'"
+        )
+    return dict(settings)
+
+
+def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
+    """The engine has Gemma-2's parts and converts its weights, but knows its sizes by name only."""
+    return {
+        "d_model": hf_config.hidden_size,
+        "d_head": hf_config.head_dim,
+        "n_heads": hf_config.num_attention_heads,
+        "n_key_value_heads": hf_config.num_key_value_heads,
+        "d_mlp": hf_config.intermediate_size,
+        "n_layers": hf_config.num_hidden_layers,
+        "n_ctx": hf_config.max_position_embeddings,
+        "eps": hf_config.rms_norm_eps,
+        "d_vocab": hf_config.vocab_size,
+        "act_fn": hf_config.hidden_activation,
+        "initializer_range": hf_config.initializer_range,
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": hf_config.head_dim,
+        "use_attn_scale": True,
+        "attn_scale": hf_config.query_pre_attn_scalar**0.5,
+        "window_size": hf_config.sliding_window,
+        "use_local_attn": True,
+        "attn_types": [
+            "local" if kind == "sliding_attention" else "global" for kind in hf_config.layer_types
+        ],
+        "attn_scores_soft_cap": hf_config.attn_logit_softcapping or -1.0,
+        "output_logits_soft_cap": hf_config.final_logit_softcapping or -1.0,
+        "gated_mlp": True,
+        "final_rms": True,
+        "use_normalization_before_and_after": True,
+        "original_architecture": "Gemma2ForCausalLM",
+    }
+
+
+def bridge_from_hf(
+    hf_model: Any, tokenizer: Any, *, processing: bool, dtype: torch.dtype, directory: Path
+) -> Any:
+    """A bridge in compatibility mode around a Hugging Face model, which it takes over, on the CPU.
+
+    Raises:
+        ModelLoadError: the bridge does not have this architecture.
+    """
+    architecture = hf_model.config.architectures[0]
+    with quiet():
+        from transformer_lens.model_bridge import TransformerBridge
+
+        try:
+            model = TransformerBridge.boot_transformers(
+                str(directory), hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
+            )
+        except ValueError as error:
+            if "architecture" not in str(error).lower():
+                raise
+            raise ModelLoadError(f"TransformerBridge has no {architecture}: {error}") from error
+        sound = sound_processing(
+            processing,
+            architecture=architecture,
+            soft_cap=getattr(model.cfg, "output_logits_soft_cap", None),
+        )
+        model.enable_compatibility_mode(
+            disable_warnings=True, no_processing=not processing, **dataclasses.asdict(sound)
+        )
+    return model
+
+
+def special_tokens(tokenizer: Any) -> dict[str, str | None]:
+    """A tokenizer's own BOS, EOS and padding, before an engine fills the gaps."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+
+
+def keep_special_tokens(model: Any, own: dict[str, str | None]) -> None:
+    """Take back the BOS and EOS that an engine invented.
+
+    Padding with a real EOS stays, because the engines cannot tokenize several texts without.
+    """
+    if own["eos_token"] is None:
+        model.tokenizer.eos_token = None
+        model.tokenizer.pad_token = own["pad_token"]
+    if own["bos_token"] is None:
+        model.tokenizer.bos_token = None
+        model.cfg.default_prepend_bos = False
+
+
+def check_tokens(hf_model: Any) -> torch.Tensor:
+    """A few ids from all over the vocabulary, `[1, pos]`."""
+    n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or 16
+    return torch.linspace(0, hf_model.config.vocab_size - 1, min(16, n_ctx)).long()[None]
+
+
+@torch.no_grad()
+def verify(model: Any, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
+    """See that a converted model predicts what the original did.
+
+    Args:
+        model: the converted one.
+        tokens: `[1, pos]`.
+        reference: the original's logits on them.
+        dtype: of the weights; rounding is worse in a narrow one.
+
+    Raises:
+        ModelLoadError: it does not; the engine misunderstands a setting of this model.
+    """
+    with quiet():
+        got = model(tokens, return_type="logits").float().log_softmax(-1).cpu()
+    want = reference.float().log_softmax(-1).cpu()
+    kl = (want.exp() * (want - got)).sum(-1).mean().item()
+    if not kl <= _MAX_KL.get(dtype, _MAX_KL_REDUCED):
+        raise ModelLoadError(
+            f"TransformerLens's version of this model predicts something else than the original (KL {kl:.2g} "
+            "nats): the engine does not support one of its settings, so its results would be wrong; "
+            "try the other backend, or processing=False"
+        )

@@ -1,0 +1,143 @@
+"""From a model's name to a directory with its files: the cache first, then the hub, never a long wait."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from mechlens.models.errors import ModelLoadError
+
+BUNDLED = "mechlens-books"
+PROBE_SECONDS = 5.0
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken"]
+_MOVED = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Names that the hub redirects; a cache may hold either."""
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
+"""By preference."""
+
+
+def hub_name(name: str) -> str:
+    """The hub's name for a model, given that or one of TransformerLens's aliases.
+
+    Raises:
+        ModelLoadError: nobody knows the name and it does not look like `organisation/model`.
+    """
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    known = known_hub_names()
+    for official, aliases in known.items():
+        if name.lower() in (official.lower(), *(alias.lower() for alias in aliases)):
+            return official
+    raise ModelLoadError(unknown_name(name))
+
+
+def known_hub_names() -> dict[str, tuple[str, ...]]:
+    """TransformerLens's table of models: the hub's name and its aliases. Imports TransformerLens."""
+    from mechlens.models.engines import quiet
+
+    with quiet():
+        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+    return {name: tuple(MODEL_ALIASES.get(name, ())) for name in OFFICIAL_MODEL_NAMES}
+
+
+def unknown_name(name: str) -> str:
+    """A message that names the nearest known models."""
+    known = known_hub_names()
+    # People leave the organisation out, so names are compared without it, too.
+    spellings = {BUNDLED.lower(): BUNDLED}
+    for official, aliases in known.items():
+        for spelling in (official, official.split("/")[-1], *aliases):
+            spellings.setdefault(spelling.lower(), official)
+    close = difflib.get_close_matches(name.lower().split("/")[-1], spellings, n=6, cutoff=0.5)
+    near = list(dict.fromkeys(spellings[match] for match in close))[:3]
+    hint = f"did you mean {' or '.join(near)}? Otherwise" if near else "Otherwise"
+    return (
+        f"no model is known as {name!r}: {hint} give the bundled {BUNDLED!r}, a Hugging Face name "
+        "(organisation/model), or a directory"
+    )
+
+
+def fetch(name: str, revision: str | None) -> Path:
+    """A directory with a hub model's files, from the local cache or else from the hub.
+
+    A model in the cache is taken as it is, without asking whether the hub has a newer one.
+
+    Raises:
+        ModelLoadError: not in the cache, and the hub cannot be reached or does not have it.
+    """
+    cached = find_cached(name, revision)
+    return cached if cached is not None else _download(name, revision)
+
+
+def find_cached(name: str, revision: str | None) -> Path | None:
+    """The model's directory in the local cache, if everything needed is in it. No network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for candidate in (name, _MOVED.get(name)):
+        if candidate is None:
+            continue
+        try:
+            found = Path(snapshot_download(candidate, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+        if (found / "config.json").is_file() and any(
+            True for pattern in WEIGHTS for _ in found.glob(pattern)
+        ):
+            return found
+    return None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    what = name if revision is None else f"{name} at revision {revision!r}"
+    offline = (
+        f"{what} is not in the local Hugging Face cache and the hub cannot be reached ({{why}}): connect, "
+        f"or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
+    )
+    if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise ModelLoadError(offline.format(why="HF_HUB_OFFLINE is set"))
+    try:
+        # One request with a short limit comes first, because a download retries for a long time.
+        info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
+        files = [file.rfilename for file in info.siblings or []]
+        patterns = _SMALL_FILES + _weight_patterns(files)
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelLoadError(
+            f"{name} is gated: accept its licence on the hub and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelLoadError(unknown_name(name)) from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403, 404):
+            raise ModelLoadError(f"the hub does not give {what}: {_first_line(error)}") from error
+        raise ModelLoadError(offline.format(why=_first_line(error))) from error
+    except Exception as error:
+        # No connection shows as errors of whichever client library the hub's package uses today.
+        raise ModelLoadError(offline.format(why=_first_line(error))) from error
+
+
+def _weight_patterns(files: list[str]) -> list[str]:
+    """The best weights that a repository has: safetensors, else pickles (read with `weights_only`)."""
+    for pattern in WEIGHTS:
+        ending = pattern.lstrip("*")
+        if any("/" not in file and file.endswith(ending) for file in files):
+            # Not in subfolders: there are copies for other libraries.
+            return [file for file in files if "/" not in file and file.endswith(ending)]
+    raise ModelLoadError("the repository has no weights for PyTorch (*.safetensors, *.bin, *.pth)")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

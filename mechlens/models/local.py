@@ -1,0 +1,244 @@
+"""Reading a Hugging Face directory: no network, nothing unpickled, and every gap told."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mechlens.models.errors import ModelLoadError
+
+_TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceModel:
+    """A model as Hugging Face reads it, on the CPU, with its own tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    architecture: str
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """A directory's `config.json`.
+
+    Raises:
+        ModelLoadError: no directory, no such file, or it is no JSON object.
+    """
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise ModelLoadError(f"{directory} {what}: give a directory with config.json, weights and tokenizer")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelLoadError(
+            f"{directory} has no config.json, so it is no model's directory: save one there with "
+            "model.save_pretrained(directory)"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{path} is no JSON ({error}): copy it again") from None
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{path} holds no JSON object: copy it again")
+    return config
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(all((directory / name).is_file() for name in names) for names in _TOKENIZER_FILES)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a directory's weights, each seen to be whole if it is safetensors.
+
+    Raises:
+        ModelLoadError: there are none, one is missing, or one is damaged.
+    """
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (directory / single).is_file():
+            files = [directory / single]
+        elif (directory / index).is_file():
+            try:
+                shards = json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, AttributeError):
+                raise ModelLoadError(f"{directory / index} is damaged: copy it again") from None
+            files = [directory / shard for shard in sorted(set(shards))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ModelLoadError(
+                    f"{directory} lacks {len(missing)} of {len(files)} files of its weights: "
+                    f"copy {', '.join(missing)} there"
+                )
+        else:
+            continue
+        for file in files:
+            if file.suffix == ".safetensors":
+                check_safetensors(file)
+        return files
+    raise ModelLoadError(
+        f"{directory} has a config.json but no weights: copy model.safetensors there (or its shards with "
+        "model.safetensors.index.json)"
+    )
+
+
+def check_safetensors(file: Path) -> None:
+    """See that a safetensors file is whole: its header is readable and its length is right.
+
+    Raises:
+        ModelLoadError: it is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{file} is truncated or corrupt ({error}): copy or download it again") from None
+
+
+def architecture_of(config: dict[str, Any], directory: Path) -> str:
+    """The class of causal language model that a configuration is for.
+
+    Raises:
+        ModelLoadError: it is for another kind of model, or for none that Hugging Face has.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.get("model_type")
+    declared = config.get("architectures") or []
+    needed = "mechlens reads decoder-only language models such as GPT-2, Pythia or Llama"
+    called = f"{directory} holds a {declared[0] if declared else kind}"
+    if config.get("is_encoder_decoder"):
+        raise ModelLoadError(f"{called}, an encoder-decoder model: {needed}")
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    options = (causal,) if isinstance(causal, str) else tuple(causal or ())
+    says_causal = any(name in options for name in declared)
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (says_causal and config.get("is_decoder")):
+        raise ModelLoadError(f"{called}, an encoder-only model: {needed}")
+    if not options:
+        what = f"model_type {kind!r}" if kind else "no model_type"
+        raise ModelLoadError(
+            f"{directory}/config.json says {what}, which is no architecture we know: {needed}"
+        )
+    if declared and not hasattr(transformers, declared[0]):
+        raise ModelLoadError(f"{called}, which needs code from outside: it is not run; {needed}")
+    return next((name for name in declared if name in options), options[0])
+
+
+def read_hf(
+    directory: Path, config: dict[str, Any], *, dtype: torch.dtype, tokenizer_at: Path
+) -> HuggingFaceModel:
+    """Read a Hugging Face directory without looking anywhere else.
+
+    Args:
+        directory: with `config.json` and weights.
+        config: what `read_config` gave.
+        dtype: to hold the weights in.
+        tokenizer_at: the directory of the tokenizer, mostly the same.
+
+    Raises:
+        ModelLoadError: something is missing, damaged, or no causal language model.
+    """
+    architecture = architecture_of(config, directory)
+    if not has_tokenizer(tokenizer_at):
+        raise ModelLoadError(
+            f"{tokenizer_at} has no tokenizer: copy the model's tokenizer.json and tokenizer_config.json "
+            "there, or tokenizer.save_pretrained(directory)"
+        )
+    files = weight_files(directory)
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            hf_config = AutoConfig.from_pretrained(directory, **local)
+            hf_config.architectures = [architecture]
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=hf_config,
+                dtype=dtype,
+                # The engines compute attention step by step, so the comparison must, too.
+                attn_implementation="eager",
+                use_safetensors=files[0].suffix == ".safetensors",
+                weights_only=True,
+                output_loading_info=True,
+                **local,
+            )
+        except pickle.UnpicklingError:
+            raise ModelLoadError(
+                f"{files[0]} is a pickle with more in it than tensors, and is not read because it could run "
+                "code: convert it to model.safetensors where you trust it"
+            ) from None
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise ModelLoadError(f"{directory} cannot be read as {architecture}: {_line(error)}") from error
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelLoadError(
+                f"the weights in {directory} lack {len(missing)} tensors that {architecture} has, such as "
+                f"{missing[0]}: they are of another architecture, or incomplete"
+            )
+        tokenizer = read_tokenizer(tokenizer_at)
+    return HuggingFaceModel(model.eval(), tokenizer, architecture)
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """A directory's tokenizer.
+
+    Raises:
+        ModelLoadError: its files are damaged.
+    """
+    with _quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of any kind: the parsers of tokenizer files raise bare Exceptions
+            raise ModelLoadError(f"the tokenizer in {directory} cannot be read: {_line(error)}") from error
+
+
+def with_bos(tokenizer: Any, directory: Path) -> Any:
+    """The tokenizer set to prepend its BOS, as both engines want it.
+
+    They would make it so themselves, but by reading it anew, which may ask the network.
+    """
+    if tokenizer.bos_token is None or getattr(tokenizer, "add_bos_token", False):
+        return tokenizer
+    with _quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                directory, add_bos_token=True, local_files_only=True, trust_remote_code=False
+            )
+        except ValueError:
+            return tokenizer  # a BOS that the template language cannot write, such as `<seed:bos>`
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars over a millisecond's work, no advice on things that we check ourselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,197 @@
+"""What an analysis may use of a model, whichever engine runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mechlens.results import ModelInfo
+
+if TYPE_CHECKING:
+    import torch
+
+Engine = Literal["HookedTransformer", "TransformerBridge"]
+_RECORD = "_mechlens_source"
+
+
+class LensModel(Protocol):
+    """The surface of HookedTransformer and TransformerBridge that behaves alike on both.
+
+    A bridge must be in compatibility mode, as `load_model` leaves it: without that its hooks have
+    other names. Not here, because the engines differ: biases (a bridge of a bias-free model has none),
+    `start_at_layer`, `stop_at_layer`, `past_kv_cache`, and `W_K`, `W_V` of models with grouped heads
+    (`[layer, head, d_model, d_head]` on HookedTransformer, key/value heads only on a bridge).
+    `mechlens.models.runs` offers what analyses need of these.
+    """
+
+    cfg: Any
+    """Sizes: `n_layers n_heads d_model d_head d_mlp d_vocab n_ctx`; also `device`, `dtype`."""
+    tokenizer: Any
+    """The Hugging Face tokenizer, or None. Its `bos_token_id` may be the engine's invention in a model
+    that mechlens did not load: ask `bos_token_id(model)`."""
+    blocks: Any
+    """One module per layer."""
+
+    @property
+    def W_E(self) -> torch.Tensor:
+        """`[d_vocab, d_model]`."""
+
+    @property
+    def W_U(self) -> torch.Tensor:
+        """`[d_model, d_vocab]`."""
+
+    @property
+    def b_U(self) -> torch.Tensor:
+        """`[d_vocab]`."""
+
+    @property
+    def W_Q(self) -> torch.Tensor:
+        """`[layer, head, d_model, d_head]`."""
+
+    @property
+    def W_O(self) -> torch.Tensor:
+        """`[layer, head, d_head, d_model]`."""
+
+    def __call__(self, tokens: torch.Tensor, *, return_type: str | None = "logits") -> Any:
+        """Logits `[batch, pos, d_vocab]`."""
+
+    def to_tokens(self, text: str | list[str], *, prepend_bos: bool) -> torch.Tensor:
+        """Text as `[batch, pos]` token ids."""
+
+    def run_with_hooks(
+        self, tokens: torch.Tensor, *, fwd_hooks: list[tuple[str, Callable[..., Any]]], **options: Any
+    ) -> Any:
+        """One forward pass; a hook `(value, hook) -> value | None` sees or replaces an activation."""
+
+    def run_with_cache(
+        self, tokens: torch.Tensor, *, names_filter: Callable[[str], bool], **options: Any
+    ) -> Any:
+        """One forward pass: `(logits, cache)` with the activations whose names pass the filter."""
+
+    def hooks(
+        self, *, fwd_hooks: list[tuple[str, Callable[..., Any]]], **options: Any
+    ) -> AbstractContextManager[Any]:
+        """Hooks that are gone when the `with` block ends, after an exception too."""
+
+    def parameters(self, recurse: bool = True) -> Iterable[torch.Tensor]:
+        """All weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What only the loader knows of a model; kept on the model for `describe`."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    processing: bool
+    bos_token_id: int | None
+
+
+def remember(model: Any, source: Source) -> None:
+    """Note on a model where it came from."""
+    setattr(model, _RECORD, source)
+
+
+def _recall(model: Any) -> Source | None:
+    # Not getattr: a bridge passes unknown names on to the model it wraps.
+    return vars(model).get(_RECORD)
+
+
+def engine_of(model: object) -> Engine:
+    """Which of TransformerLens's two engines runs a model.
+
+    Raises:
+        TypeError: it is neither a HookedTransformer nor a TransformerBridge.
+    """
+    for cls in type(model).__mro__:
+        if cls.__module__.split(".")[0] == "transformer_lens":
+            if cls.__name__ == "HookedTransformer":
+                return "HookedTransformer"
+            if cls.__name__ == "TransformerBridge":
+                return "TransformerBridge"
+    came = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise TypeError(
+        f"this needs a HookedTransformer or a TransformerBridge, but got {came}: "
+        "load the model with mechlens.load_model(name or directory)"
+    )
+
+
+def describe(model: Any) -> ModelInfo:
+    """Say which model this is and in what state, for a result to carry.
+
+    Works for models of `load_model` and for a HookedTransformer or bridge that the user made.
+
+    Raises:
+        TypeError: no such model.
+    """
+    from importlib.metadata import version
+
+    engine = engine_of(model)
+    cfg, source = model.cfg, _recall(model)
+    return ModelInfo(
+        # A bridge booted from a directory has the whole path for a name.
+        name=source.name if source else str(cfg.model_name).rstrip("/").rsplit("/", 1)[-1],
+        revision=source.revision if source else None,
+        architecture=source.architecture if source else _architecture(cfg),
+        engine=engine,
+        engine_version=version("transformer-lens"),
+        processing=source.processing if source else _is_processed(model),
+        dtype=str(model.W_E.dtype).removeprefix("torch."),
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        d_model=cfg.d_model,
+        d_vocab=cfg.d_vocab,
+        n_ctx=cfg.n_ctx,
+    )
+
+
+def bos_token_id(model: Any) -> int | None:
+    """The id of the tokenizer's own BOS; None where there is no tokenizer, or where it has no BOS.
+
+    TransformerLens gives a tokenizer without BOS (Qwen2's) its EOS for one. That is undone here, so
+    that a sequence never starts with a token which the model knows as an ending.
+
+    Raises:
+        TypeError: no such model.
+    """
+    engine_of(model)
+    source = _recall(model)
+    return source.bos_token_id if source else own_bos_token_id(model.tokenizer)
+
+
+def own_bos_token_id(tokenizer: Any) -> int | None:
+    """A tokenizer's BOS, unless it only has one since TransformerLens set it to the EOS."""
+    if tokenizer is None or tokenizer.bos_token is None:
+        return None
+    if tokenizer.bos_token == tokenizer.eos_token:
+        # What it was made with still tells: the settings in its files, else its class's own default.
+        default = inspect.signature(type(tokenizer).__init__).parameters.get("bos_token")
+        first = tokenizer.init_kwargs.get("bos_token", default.default if default else None)
+        if first is None:
+            return None
+    return int(tokenizer.bos_token_id)
+
+
+def _architecture(cfg: Any) -> str:
+    if getattr(cfg, "attn_only", False):
+        return "attention-only"
+    return str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or "custom")
+
+
+def _is_processed(model: Any) -> bool | None:
+    """Whether norms are folded and the unembedding is centred; None when the signs disagree."""
+    import torch
+
+    W_U = model.W_U.detach().float()
+    centred = bool(W_U.mean(-1).abs().max() < 1e-3 * W_U.abs().mean())
+    if (getattr(model.cfg, "output_logits_soft_cap", None) or -1.0) > 0:
+        return None  # such a model is never centred, so there is no second sign
+    norm = getattr(model, "ln_final", None)
+    # HookedTransformer drops the weights of a folded norm; a bridge keeps them at 1.
+    weight = getattr(norm, "w", getattr(norm, "weight", None))
+    folded = weight is None or bool(torch.all(weight == 1))
+    return folded if folded == centred else None
