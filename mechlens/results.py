@@ -7,6 +7,7 @@ killed leaves the old file whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -105,17 +106,8 @@ class Result:
                 plain[field.name] = value
         header = {"type": type(self).__name__, "format": FORMAT, "fields": plain}
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        os.close(handle)
-        try:
+        with replacing(target) as part:
             save_file(whole, part, metadata={"mechlens": json.dumps(header)})
-            with open(part, "rb") as written:
-                os.fsync(written.fileno())
-            os.chmod(part, 0o666 & ~_umask())
-            os.replace(part, target)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
         return target
 
     @classmethod
@@ -177,6 +169,26 @@ def load(path: str | os.PathLike[str]) -> Result:
         else:
             values[field.name] = _tuples(stored)
     return cls(**values)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a file beside `target` to write, and move it there when the block ends without an exception.
+
+    So the target is the old file or the whole new one at every moment.
+    """
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:

@@ -1,0 +1,378 @@
+"""Figures of the repeated-token experiment: log-probabilities, head scores, attention patterns."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+import torch
+
+from mechlens.plots.style import (
+    ABSENT,
+    BLUE,
+    DIVERGING,
+    GRID,
+    INK,
+    MUTED,
+    SEQUENTIAL,
+    TEMPLATE,
+    VERMILION,
+    figure_text,
+    heatmap,
+    number,
+    titles,
+    visible_token,
+)
+from mechlens.plots.views import View
+from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
+
+COVERAGE = 0.9
+"""Share of the sequences inside the band of `plot_log_probs`."""
+
+_NO_TICKS = {"ticks": "", "ticklabelstandoff": 4}
+
+
+def kind_title(kind: str) -> str:
+    """A kind of score as a title: `Induction score`."""
+    return kind.replace("_", " ").capitalize()
+
+
+def score_range(kind: str) -> tuple[float, float]:
+    """What a kind of score can be: [-1, 1] for the copying score, [0, 1] for scores of patterns."""
+    return (-1.0, 1.0) if kind == "copying_score" else (0.0, 1.0)
+
+
+def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
+    """Draw how likely the right token is at each position, in the first and the second copy.
+
+    The line is the mean over all sequences of all seeds, the band holds the central 90% of them. `x` is
+    the position of the *predicted* token, so the last position, which predicts nothing, adds no point.
+    The dotted line is a uniform guess over the vocabulary. Above each copy stand its means.
+
+    Returns:
+        A figure in nats; traces `band`, `mean` and `uniform guess`.
+    """
+    log_prob = result.log_prob[..., :-1].flatten(0, 1).double().cpu()
+    positions = list(range(1, log_prob.shape[1] + 1))
+    edges = torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)
+    low, high = log_prob.quantile(edges, dim=0).tolist()
+    uniform = -math.log(result.model.d_vocab)
+
+    figure = go.Figure(
+        [
+            go.Scatter(
+                name="band",
+                x=positions + positions[::-1],
+                y=high + low[::-1],
+                fill="toself",
+                fillcolor="rgba(0, 114, 178, 0.22)",
+                line={"width": 0},
+                hoverinfo="skip",
+                showlegend=False,
+            ),
+            go.Scatter(
+                name="mean",
+                x=positions,
+                y=log_prob.mean(0).tolist(),
+                mode="lines",
+                line={"color": BLUE, "width": 2.5},
+                customdata=list(zip(low, high, strict=True)),
+                hovertemplate=(
+                    "position %{x}<br>mean %{y:.3f} nats<br>"
+                    f"{COVERAGE:.0%} of sequences: %{{customdata[0]:.2f}} to %{{customdata[1]:.2f}}"
+                    "<extra></extra>"
+                ),
+                showlegend=False,
+            ),
+            go.Scatter(
+                name="uniform guess",
+                x=[positions[0] - 0.5, positions[-1] + 0.5],
+                y=[uniform, uniform],
+                mode="lines",
+                line={"color": MUTED, "width": 1.5, "dash": "dot"},
+                hovertemplate=f"uniform guess: {number(uniform)} nats<extra></extra>",
+                showlegend=False,
+            ),
+        ]
+    )
+    first = int(result.prepend_bos)
+    halves = (("first", first, "white"), ("second", first + result.seq_len, "#eef3f7"))
+    for name, start, colour in halves:
+        left, right = max(start, 1) - 0.5, start + result.seq_len - 0.5
+        mean = result.estimates[f"{name}_half_log_prob"][0]
+        accuracy = result.estimates[f"{name}_half_accuracy"][0]
+        figure.add_vrect(left, right, fillcolor=colour, line_width=0, layer="below")
+        figure.add_annotation(
+            x=(left + right) / 2,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            showarrow=False,
+            text=f"<b>{name} copy</b><br>mean {number(mean, 2)} nats<br>accuracy {number(accuracy, 2)}",
+        )
+    figure.add_vline(first + result.seq_len - 0.5, line={"color": MUTED, "width": 1, "dash": "dash"})
+    n_sequences = log_prob.shape[0]
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=titles(
+            "Right token's log-probability (nats)",
+            result.model.name,
+            f"line: mean of {n_sequences} sequences; band: {COVERAGE:.0%} of them",
+            f"dotted: uniform guess, {number(uniform, 2)} nats",
+        ),
+        width=880,
+        height=460,
+        margin={"t": 148},
+        xaxis={
+            "title": {"text": "position of the predicted token"},
+            "range": [0.5, positions[-1] + 0.5],
+            "showgrid": False,
+        },
+        yaxis={"title": {"text": "log-probability (nats)"}},
+    )
+    return figure
+
+
+def plot_head_scores(result: HeadScores, kind: str, *, labelled: int = 5) -> go.Figure:
+    """Draw one kind of score of every head as a heatmap, layer 0 at the bottom.
+
+    The colours span the score's whole range ([0, 1], or [-1, 1] around a neutral 0 for the copying score),
+    so that figures of different models compare. A head without a score is grey. Under the cursor stands
+    the head's name with its score, interval and null.
+
+    Args:
+        labelled: how many of the strongest heads get their score written into the cell (`.91`), in layers
+            of at most 16 heads; more would not fit.
+
+    Raises:
+        ValueError: the result has no such kind.
+    """
+    mean = result.mean(kind).double().cpu()
+    n_layers, n_heads = mean.shape
+    strongest = list(result.ranked(kind))[:labelled]
+    written = [["" for _ in range(n_heads)] for _ in range(n_layers)]
+    for (layer, head), score in strongest if n_heads <= 16 else ():
+        written[layer][head] = number(score, 2).replace("0.", ".").replace("1.00", "1.0")
+    absent = mean.isnan()
+    low, high = score_range(kind)
+    hovers = _hover(result, kind)
+    gaps = {"xgap": 1, "ygap": 1}
+    figure = go.Figure(
+        heatmap(
+            mean.numpy(),
+            low=low,
+            high=high,
+            hovers=hovers,
+            name=figure_text(kind),
+            text=written,
+            texttemplate="%{text}",
+            textfont={"size": 12 if n_heads <= 8 else 10 if n_heads <= 12 else 9},
+            **gaps,
+        )
+    )
+    if absent.any():
+        grey = torch.where(absent, 1.0, torch.nan).numpy()
+        figure.add_trace(heatmap(grey, low=0, high=1, hovers=hovers, name="no score", **gaps))
+        figure.data[-1].update(colorscale=[ABSENT, ABSENT], showscale=False)
+    top = ", ".join(f"{head_label(*head)} {number(score, 2)}" for head, score in strongest[:3])
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=titles(
+            f"{kind_title(kind)} ({number(low, 0)} to {number(high, 0)})",
+            result.model.name,
+            f"highest: {top}" if top else "no head has a score",
+        ),
+        width=min(1100, 150 + n_heads * (56 if n_heads <= 12 else 28)),
+        height=150 + n_layers * (56 if n_layers <= 4 else 34 if n_layers <= 12 else 15),
+        xaxis={"title": {"text": "head"}, "dtick": _step(n_heads), "showgrid": False, **_NO_TICKS},
+        yaxis={"title": {"text": "layer"}, "dtick": _step(n_layers), "showgrid": False, **_NO_TICKS},
+    )
+    return figure
+
+
+def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -> go.Figure:
+    """Draw the strongest heads' scores with their intervals, and each head's null beside it.
+
+    A score proves something only as far as it stands clear of its null, the same measure where its
+    cause is taken away. The strongest head is at the top.
+
+    Args:
+        top: how many heads, at least 1.
+
+    Raises:
+        ValueError: the result has no such kind, or `top` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1 head, but is {top}")
+    ranked = list(result.ranked(kind))[:top]
+    heads = [head for head, _ in ranked]
+    scores = [score for _, score in ranked]
+    labels = [head_label(*head) for head in heads]
+    bounds = result.intervals[kind].double().cpu()
+    hovers = _hover(result, kind)
+    figure = go.Figure()
+    if kind in result.nulls:
+        null = result.null(kind)
+        figure.add_trace(
+            go.Scatter(
+                name="null",
+                x=[float(null[head]) for head in heads],
+                y=labels,
+                mode="markers",
+                marker={"symbol": "diamond-open", "size": 10, "color": VERMILION, "line": {"width": 2}},
+                hovertemplate="<b>%{y}</b><br>null %{x:.3f}<extra></extra>",
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            name=f"score, {result.confidence:.0%} interval",
+            x=scores,
+            y=labels,
+            mode="markers",
+            marker={"symbol": "circle", "size": 7, "color": BLUE},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [float(bounds[1][h]) - s for h, s in zip(heads, scores, strict=True)],
+                "arrayminus": [s - float(bounds[0][h]) for h, s in zip(heads, scores, strict=True)],
+                "color": INK,
+                "thickness": 1.5,
+                "width": 6,
+            },
+            text=[hovers[layer][head] for layer, head in heads],
+            hoverinfo="text",
+        )
+    )
+    low, high = score_range(kind)
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=titles(
+            f"{kind_title(kind)} ({number(low, 0)} to {number(high, 0)}), top {len(heads)}",
+            result.model.name,
+            "beside each head's null" if kind in result.nulls else "no null for this kind",
+        ),
+        width=560,
+        height=210 + 25 * len(heads),
+        margin={"b": 92},
+        showlegend=True,
+        legend={"y": 0, "yref": "container", "yanchor": "bottom", "traceorder": "reversed"},
+        xaxis={"title": {"text": "score"}, "range": [low - 0.03, high + 0.03]},
+        # Categories, because plotly would read labels such as `1E5` as numbers.
+        yaxis={"type": "category", "autorange": "reversed", "categoryarray": labels, "gridcolor": GRID},
+    )
+    return figure
+
+
+def plot_attention(patterns: AttentionPatterns) -> View:
+    """Show heads' attention through circuitsvis: small maps to choose from, the chosen one large.
+
+    Works in Jupyter without a network. Attention is rounded to 3 decimals; invisible characters of tokens
+    are shown as `visible_token` does.
+    """
+    return View(
+        "AttentionHeads",
+        {
+            "attention": [
+                [[round(value, 3) for value in row] for row in pattern]
+                for pattern in patterns.patterns.double().cpu().tolist()
+            ],
+            "attentionHeadNames": [head_label(*head) for head in patterns.heads],
+            "tokens": [visible_token(token) for token in patterns.token_strings],
+            "maxValue": 1,
+            "minValue": -1,
+            "positiveColor": SEQUENTIAL[-1],
+            "negativeColor": DIVERGING[0],
+            "maskUpperTri": True,
+        },
+    )
+
+
+def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Figure:
+    """Draw one head's attention as a heatmap: each row is a position that attends, from top to bottom.
+
+    Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions.
+
+    Args:
+        index: which of the result's heads; negative counts from the end.
+
+    Raises:
+        ValueError: there is no such head.
+    """
+    n_patterns = len(patterns.heads)
+    if not -n_patterns <= index < n_patterns:
+        raise ValueError(f"index must be below {n_patterns}, the number of heads here, but is {index}")
+    pattern = patterns.patterns[index].double().cpu()
+    future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
+    # Only what is exactly 0: attention that does look ahead must show.
+    pattern = pattern.masked_fill(future & (pattern == 0), torch.nan)
+    tokens = [figure_text(visible_token(token)) for token in patterns.token_strings]
+    n_pos = len(tokens)
+    step = math.ceil(n_pos / 40)
+    axis = {
+        "tickvals": list(range(0, n_pos, step)),
+        "ticktext": tokens[::step],
+        "showgrid": False,
+        **_NO_TICKS,
+        "constrain": "domain",
+    }
+    figure = go.Figure(
+        heatmap(
+            pattern.numpy(),
+            low=0,
+            high=1,
+            hovers=[
+                [
+                    f"from <b>{tokens[dest]}</b> ({dest})<br>to <b>{tokens[src]}</b> ({src})"
+                    f"<br>attention {number(value)}"
+                    for src, value in enumerate(row)
+                ]
+                for dest, row in enumerate(pattern.tolist())
+            ],
+        )
+    )
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=titles(f"Attention of {head_label(*patterns.heads[index])} (0 to 1)", patterns.model.name),
+        width=720,
+        height=700,
+        plot_bgcolor=GRID,
+        xaxis={"title": {"text": "attended token (src)"}, "tickangle": -90, **axis},
+        yaxis={
+            "title": {"text": "attending token (dest)"},
+            "autorange": "reversed",
+            "scaleanchor": "x",
+            **axis,
+        },
+    )
+    return figure
+
+
+def _hover(result: HeadScores, kind: str) -> list[list[str]]:
+    """What stands under the cursor, by layer and head."""
+    means = result.mean(kind).tolist()
+    lows, highs = result.intervals[kind].tolist()
+    nulls = result.null(kind).tolist() if kind in result.nulls else None
+    rows = []
+    for layer, row in enumerate(means):
+        texts = []
+        for head, score in enumerate(row):
+            text = f"<b>{head_label(layer, head)}</b><br>"
+            if math.isnan(score):
+                text += "no score"
+            else:
+                low, high = lows[layer][head], highs[layer][head]
+                text += f"{figure_text(kind_title(kind).lower())} {number(score)}<br>"
+                text += (
+                    "no interval"
+                    if math.isnan(low)
+                    else f"{result.confidence:.0%} interval {number(low)} to {number(high)}"
+                )
+                text += f"<br>null {number(nulls[layer][head])}" if nulls else "<br>no null for this kind"
+            texts.append(text)
+        rows.append(texts)
+    return rows
+
+
+def _step(count: int) -> int:
+    """Between axis labels, so that they keep room at phone width."""
+    return 1 if count <= 16 else 2 if count <= 32 else 4

@@ -1,0 +1,115 @@
+"""What all figures share: colours, the template, and how tokens and other texts are shown."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Okabe and Ito's colours, told apart with every common form of colour blindness. Figures never rely
+# on hue alone: shape, dash or position says the same, so that they survive a greyscale printer.
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+INK = "#1f2933"
+MUTED = "#5b6770"
+GRID = "#e4e7eb"
+ABSENT = "#c9ced4"
+
+# Both scales darken with the magnitude; the negative end stays lighter than the positive one, so
+# that the sign can be told in greyscale.
+SEQUENTIAL = ["#f5f9fd", "#d3e4f3", "#9fc8e3", "#5aa2cf", "#2270b2", "#08306b"]
+DIVERGING = ["#a85204", "#dd8a3c", "#f8cf9f", "#f7f7f7", "#9fc8e3", "#2270b2", "#08306b"]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+_AXIS = {
+    "gridcolor": GRID,
+    "linecolor": MUTED,
+    "tickcolor": MUTED,
+    "ticks": "outside",
+    "ticklen": 4,
+    "zeroline": False,
+    "automargin": True,
+    "title": {"standoff": 10, "font": {"size": 13}},
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT, "size": 12, "color": INK},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "colorway": [BLUE, VERMILION, GREEN, PURPLE],
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "margin": {"l": 56, "r": 16, "t": 84, "b": 52},
+        "title": {
+            "x": 0,
+            "xanchor": "left",
+            "xref": "container",
+            "pad": {"l": 2, "t": 12},
+            "y": 1,
+            "yanchor": "top",
+            "yref": "container",
+            "font": {"size": 15},
+        },
+        "hoverlabel": {"bgcolor": "white", "bordercolor": MUTED, "font": {"family": FONT, "color": INK}},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
+    }
+)
+
+MINUS = "\N{MINUS SIGN}"
+_VISIBLE = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+
+
+def visible_token(token: str) -> str:
+    """Show a token so that nothing in it is invisible.
+
+    A space becomes `·`, a newline `⏎`, a carriage return `␍`, a tab `⇥`, an empty token `∅`; whatever
+    else does not print (control characters, zero-width and bidirectional marks, lone surrogates)
+    becomes its Python escape. Markup is left as it is: escape it where it is put into a page.
+    """
+    shown = (_VISIBLE.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in token)
+    return "".join(shown) or "∅"
+
+
+def figure_text(text: str) -> str:
+    """Make a text safe for plotly, which reads tags, entities and formulas in every text it draws."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for reading: `digits` decimals and a real minus sign; `not measured` for nan."""
+    return "not measured" if value != value else f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **options: Any) -> go.Heatmap:
+    """A heatmap on the whole range of its values: diverging around 0 where `low` is negative.
+
+    Args:
+        hovers: what stands under the cursor, with texts made safe; cells without a value show nothing.
+        options: further properties of the trace.
+    """
+    ticks = {"tickvals": [low, 0, high]} if low < 0 else {"dtick": (high - low) / 4}
+    return go.Heatmap(
+        z=values,
+        zmin=low,
+        zmax=high,
+        colorscale=DIVERGING if low < 0 else SEQUENTIAL,
+        hovertext=hovers,
+        hoverinfo="text",
+        hoverongaps=False,
+        colorbar={"thickness": 12, "outlinewidth": 0, "ticks": "", **ticks},
+        **options,
+    )
+
+
+def titles(title: str, *subtitles: str) -> str:
+    """A figure's title with smaller lines below it; the texts are made safe here."""
+    lines = [f"<b>{figure_text(title)}</b>"]
+    lines += [
+        f'<span style="font-size:12px;color:{MUTED}">{figure_text(subtitle)}</span>' for subtitle in subtitles
+    ]
+    return "<br>".join(lines)

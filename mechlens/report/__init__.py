@@ -1,0 +1,27 @@
+"""Results in, one self-contained HTML page out: `page` makes it, one file per analysis its sections."""
+
+from __future__ import annotations
+
+from mechlens.report.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.report.page import (
+    Interactive,
+    Plot,
+    Section,
+    Table,
+    render_report,
+    verdict_statement,
+    write_report,
+)
+
+__all__ = [
+    "Interactive",
+    "Plot",
+    "Section",
+    "Table",
+    "attention_section",
+    "head_scores_section",
+    "render_report",
+    "repeated_token_section",
+    "verdict_statement",
+    "write_report",
+]
