@@ -249,6 +249,8 @@ def bridge_from_hf(
         model.enable_compatibility_mode(
             disable_warnings=True, no_processing=not processing, **dataclasses.asdict(sound)
         )
+    if "blocks.0.attn.hook_pattern" not in model.hook_dict:
+        raise ModelLoadError(f"{architecture} has no attention patterns, and mechlens is about those")
     return model
 
 
@@ -277,7 +279,9 @@ def check_tokens(hf_model: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def verify(model: Any, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
+def verify(
+    model: Any, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, *, advice: str
+) -> None:
     """See that a converted model predicts what the original did.
 
     Args:
@@ -285,6 +289,7 @@ def verify(model: Any, tokens: torch.Tensor, reference: torch.Tensor, dtype: tor
         tokens: `[1, pos]`.
         reference: the original's logits on them.
         dtype: of the weights; rounding is worse in a narrow one.
+        advice: what to try when it does not.
 
     Raises:
         ModelLoadError: it does not; the engine misunderstands a setting of this model.
@@ -296,6 +301,6 @@ def verify(model: Any, tokens: torch.Tensor, reference: torch.Tensor, dtype: tor
     if not kl <= _MAX_KL.get(dtype, _MAX_KL_REDUCED):
         raise ModelLoadError(
             f"TransformerLens's version of this model predicts something else than the original (KL {kl:.2g} "
-            "nats): the engine does not support one of its settings, so its results would be wrong; "
-            "try the other backend, or processing=False"
+            "nats): the engine does not support one of its settings, so every result would be wrong; "
+            f"try {advice}"
         )

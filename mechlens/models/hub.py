@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
+from mechlens.models import local
 from mechlens.models.errors import ModelLoadError
 
 BUNDLED = "mechlens-books"
@@ -20,8 +22,9 @@ _MOVED = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 """Names that the hub redirects; a cache may hold either."""
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
-"""By preference."""
+LEGACY_WEIGHTS = "*final.pth"
+"""Of repositories in TransformerLens's own format, such as NeelNanda/Attn_Only_2L512W_C4_Code."""
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", LEGACY_WEIGHTS)
 
 
 def hub_name(name: str) -> str:
@@ -50,19 +53,25 @@ def known_hub_names() -> dict[str, tuple[str, ...]]:
 
 def unknown_name(name: str) -> str:
     """A message that names the nearest known models."""
-    known = known_hub_names()
-    # People leave the organisation out, so names are compared without it, too.
-    spellings = {BUNDLED.lower(): BUNDLED}
-    for official, aliases in known.items():
-        for spelling in (official, official.split("/")[-1], *aliases):
-            spellings.setdefault(spelling.lower(), official)
-    close = difflib.get_close_matches(name.lower().split("/")[-1], spellings, n=6, cutoff=0.5)
-    near = list(dict.fromkeys(spellings[match] for match in close))[:3]
-    hint = f"did you mean {' or '.join(near)}? Otherwise" if near else "Otherwise"
+    near = nearest_names(name)
+    hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"
     return (
-        f"no model is known as {name!r}: {hint} give the bundled {BUNDLED!r}, a Hugging Face name "
+        f"no model is known as {name!r}: {hint} the bundled {BUNDLED!r}, a Hugging Face name "
         "(organisation/model), or a directory"
     )
+
+
+def nearest_names(name: str) -> list[str]:
+    """Up to three known models whose names look like this one; none if it is known itself."""
+    # People leave the organisation out, so names are compared without it, too.
+    spellings = {BUNDLED.lower(): BUNDLED}
+    for official, aliases in known_hub_names().items():
+        for spelling in (official, official.split("/")[-1], *aliases):
+            spellings.setdefault(spelling.lower(), official)
+    if name.lower() in spellings:
+        return []
+    close = difflib.get_close_matches(name.lower().split("/")[-1], spellings, n=6, cutoff=0.5)
+    return list(dict.fromkeys(spellings[match] for match in close))[:3]
 
 
 def fetch(name: str, revision: str | None) -> Path:
@@ -89,31 +98,71 @@ def find_cached(name: str, revision: str | None) -> Path | None:
             found = Path(snapshot_download(candidate, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
             continue
-        if (found / "config.json").is_file() and any(
-            True for pattern in WEIGHTS for _ in found.glob(pattern)
-        ):
+        if _is_whole(found):
             return found
     return None
 
 
-def _download(name: str, revision: str | None) -> Path:
+def cached_names() -> list[str]:
+    """Hub names of the models that are whole in the local cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    names = sorted(repo.repo_id for repo in repos if repo.repo_type == "model")
+    return [name for name in names if find_cached(name, None) is not None]
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a cached snapshot has all that loading needs; other programs cache single files."""
+    if not (directory / "config.json").is_file():
+        return False
+    if next(directory.glob(LEGACY_WEIGHTS), None) is not None:
+        return True
+    try:
+        local.weight_files(directory)
+    except ModelLoadError:
+        return False
+    return local.has_tokenizer(directory)
+
+
+def fetch_tokenizer(name: str) -> Path:
+    """A directory with the tokenizer of another repository.
+
+    Raises:
+        ModelLoadError: not in the cache, and the hub cannot be reached or does not have it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+        if local.has_tokenizer(found):
+            return found
+    except LocalEntryNotFoundError:
+        pass
+    return _download(name, None, weights=False)
+
+
+def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     what = name if revision is None else f"{name} at revision {revision!r}"
-    offline = (
-        f"{what} is not in the local Hugging Face cache and the hub cannot be reached ({{why}}): connect, "
-        f"or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
-    )
     if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise ModelLoadError(offline.format(why="HF_HUB_OFFLINE is set"))
+        raise ModelLoadError(_unreachable(what, name, "HF_HUB_OFFLINE is set"))
     try:
         # One request with a short limit comes first, because a download retries for a long time.
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or []]
-        patterns = _SMALL_FILES + _weight_patterns(files)
+        patterns = _SMALL_FILES + (_weight_patterns(files) if weights else [])
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns))
+    except ModelLoadError:
+        raise
     except GatedRepoError as error:
         raise ModelLoadError(
             f"{name} is gated: accept its licence on the hub and log in with `hf auth login`"
@@ -122,22 +171,29 @@ def _download(name: str, revision: str | None) -> Path:
         raise ModelLoadError(unknown_name(name)) from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403, 404):
-            raise ModelLoadError(f"the hub does not give {what}: {_first_line(error)}") from error
-        raise ModelLoadError(offline.format(why=_first_line(error))) from error
+            raise ModelLoadError(f"the hub does not give {what}: {local.first_line(error)}") from error
+        raise ModelLoadError(_unreachable(what, name, local.first_line(error))) from error
     except Exception as error:
         # No connection shows as errors of whichever client library the hub's package uses today.
-        raise ModelLoadError(offline.format(why=_first_line(error))) from error
+        raise ModelLoadError(_unreachable(what, name, local.first_line(error))) from error
+
+
+def _unreachable(what: str, name: str, why: str) -> str:
+    near = nearest_names(name)
+    return (
+        f"{what} is not whole in the local Hugging Face cache, and the hub cannot be reached ({why}): connect, "
+        f"or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
+        + (f". The name is in no list; near it are {', '.join(near)}" if near else "")
+    )
 
 
 def _weight_patterns(files: list[str]) -> list[str]:
     """The best weights that a repository has: safetensors, else pickles (read with `weights_only`)."""
-    for pattern in WEIGHTS:
-        ending = pattern.lstrip("*")
-        if any("/" not in file and file.endswith(ending) for file in files):
-            # Not in subfolders: there are copies for other libraries.
-            return [file for file in files if "/" not in file and file.endswith(ending)]
-    raise ModelLoadError("the repository has no weights for PyTorch (*.safetensors, *.bin, *.pth)")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    for pattern in _WEIGHTS:
+        # Not in subfolders, where copies for other libraries are; `*` of fnmatch crosses slashes.
+        found = [file for file in files if "/" not in file and fnmatch(file, pattern)]
+        if found:
+            return found
+    raise ModelLoadError(
+        "this repository has no weights for PyTorch (model*.safetensors, pytorch_model*.bin)"
+    )

@@ -68,7 +68,10 @@ def load_model(
     with engines.quiet():
         model.to(to_device)
     remember(model, dataclasses.replace(source, revision=place.revision))
-    return model  # type: ignore[no-any-return]  # the engines have no types
+    return model
+
+
+_ADVICE = {"hooked": "backend='bridge'", "bridge": "processing=False"}
 
 
 def _load_hf(
@@ -91,7 +94,7 @@ def _load_hf(
             hf.model, tokenizer, processing=processing, dtype=dtype, directory=place.directory
         )
     engines.keep_special_tokens(model, specials)
-    engines.verify(model, tokens, reference, dtype)
+    engines.verify(model, tokens, reference, dtype, advice=_ADVICE[engine])
     return model, source
 
 
@@ -182,12 +185,12 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     Raises:
         ModelLoadError: no such dtype, or one that weights cannot have.
     """
-    found = torch.float32 if dtype is None else dtype
+    found: Any = torch.float32 if dtype is None else dtype
     if isinstance(found, str):
         found = getattr(torch, found.removeprefix("torch."), None)
     if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ModelLoadError(f"dtype must be float32, float64, bfloat16 or float16, but is {str(dtype)!r}")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -156,31 +156,32 @@ def read_hf(
             "there, or tokenizer.save_pretrained(directory)"
         )
     files = weight_files(directory)
+    if files[0].suffix == ".safetensors":
+        weights: dict[str, Any] = {"use_safetensors": True}
+        at: Path | None = directory
+    else:
+        # Read here, so that it is not up to another library's settings whether a pickle may run.
+        weights = {"state_dict": {key: value for file in files for key, value in read_pickle(file).items()}}
+        at = None
+    configuration = hf_config(directory, architecture)
     with _quiet_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
 
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            hf_config = AutoConfig.from_pretrained(directory, **local)
-            hf_config.architectures = [architecture]
-            model, report = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=hf_config,
+            model, report = getattr(transformers, architecture).from_pretrained(
+                at,
+                config=configuration,
                 dtype=dtype,
                 # The engines compute attention step by step, so the comparison must, too.
                 attn_implementation="eager",
-                use_safetensors=files[0].suffix == ".safetensors",
-                weights_only=True,
                 output_loading_info=True,
-                **local,
+                local_files_only=True,
+                **weights,
             )
-        except pickle.UnpicklingError:
-            raise ModelLoadError(
-                f"{files[0]} is a pickle with more in it than tensors, and is not read because it could run "
-                "code: convert it to model.safetensors where you trust it"
-            ) from None
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ModelLoadError(f"{directory} cannot be read as {architecture}: {_line(error)}") from error
+            raise ModelLoadError(
+                f"{directory} cannot be read as {architecture}: {first_line(error)}"
+            ) from error
         missing = sorted(report["missing_keys"])
         if missing:
             raise ModelLoadError(
@@ -189,6 +190,23 @@ def read_hf(
             )
         tokenizer = read_tokenizer(tokenizer_at)
     return HuggingFaceModel(model.eval(), tokenizer, architecture)
+
+
+def hf_config(directory: Path, architecture: str) -> Any:
+    """A directory's configuration, with Hugging Face's defaults where it says nothing.
+
+    Raises:
+        ModelLoadError: Hugging Face refuses it.
+    """
+    with _quiet_transformers():
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # of any kind: every architecture validates in its own way
+            raise ModelLoadError(f"{directory}/config.json is refused: {first_line(error)}") from error
+    config.architectures = [architecture]
+    return config
 
 
 def read_tokenizer(directory: Path) -> Any:
@@ -203,7 +221,9 @@ def read_tokenizer(directory: Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of any kind: the parsers of tokenizer files raise bare Exceptions
-            raise ModelLoadError(f"the tokenizer in {directory} cannot be read: {_line(error)}") from error
+            raise ModelLoadError(
+                f"the tokenizer in {directory} cannot be read: {first_line(error)}"
+            ) from error
 
 
 def with_bos(tokenizer: Any, directory: Path) -> Any:
@@ -240,5 +260,21 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
+def read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a pickle, running none of it.
+
+    Raises:
+        ModelLoadError: it is damaged, or holds more than tensors.
+    """
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+        raise ModelLoadError(
+            f"{file} is a damaged pickle, or one with more in it than tensors, which is not read because it "
+            "could run code: if you trust it, read it elsewhere and save it as model.safetensors"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the advice and traces that libraries append."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,6 +13,8 @@ from mechlens.results import ModelInfo
 if TYPE_CHECKING:
     import torch
 
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+"""(name of the hook, function) pairs."""
 Engine = Literal["HookedTransformer", "TransformerBridge"]
 _RECORD = "_mechlens_source"
 
@@ -55,15 +57,17 @@ class LensModel(Protocol):
     def W_O(self) -> torch.Tensor:
         """`[layer, head, d_head, d_model]`."""
 
+    @property
+    def hook_dict(self) -> Mapping[str, Any]:
+        """Every hook by its name, such as `blocks.0.attn.hook_pattern`."""
+
     def __call__(self, tokens: torch.Tensor, *, return_type: str | None = "logits") -> Any:
         """Logits `[batch, pos, d_vocab]`."""
 
     def to_tokens(self, text: str | list[str], *, prepend_bos: bool) -> torch.Tensor:
         """Text as `[batch, pos]` token ids."""
 
-    def run_with_hooks(
-        self, tokens: torch.Tensor, *, fwd_hooks: list[tuple[str, Callable[..., Any]]], **options: Any
-    ) -> Any:
+    def run_with_hooks(self, tokens: torch.Tensor, *, fwd_hooks: Hooks, **options: Any) -> Any:
         """One forward pass; a hook `(value, hook) -> value | None` sees or replaces an activation."""
 
     def run_with_cache(
@@ -71,9 +75,7 @@ class LensModel(Protocol):
     ) -> Any:
         """One forward pass: `(logits, cache)` with the activations whose names pass the filter."""
 
-    def hooks(
-        self, *, fwd_hooks: list[tuple[str, Callable[..., Any]]], **options: Any
-    ) -> AbstractContextManager[Any]:
+    def hooks(self, *, fwd_hooks: Hooks, **options: Any) -> AbstractContextManager[Any]:
         """Hooks that are gone when the `with` block ends, after an exception too."""
 
     def parameters(self, recurse: bool = True) -> Iterable[torch.Tensor]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from mechlens.models import engines, local
+from mechlens.models import engines, hub, local
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.protocol import Source, own_bos_token_id
 
-_BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
 
 def is_toy(config: dict[str, Any]) -> bool:
@@ -37,24 +37,31 @@ def load_toy(
         ModelLoadError: the weights are missing, damaged or of other sizes, or the engine cannot run it.
     """
     tokenizer = None
-    if local.has_tokenizer(directory):
-        tokenizer = local.read_tokenizer(directory)
+    at = _tokenizer_directory(directory, config)
+    if at is not None:
+        tokenizer = local.read_tokenizer(at)
     bos = own_bos_token_id(tokenizer)
     specials = engines.special_tokens(tokenizer) if tokenizer else None
-    if tokenizer:
-        tokenizer = local.with_bos(tokenizer, directory)
-    settings = _settings(config, name, dtype)
-    weights = {key: value.to(dtype) for key, value in _read(directory, config).items()}
+    if at is not None:
+        tokenizer = local.with_bos(tokenizer, at)
+    settings = settings_of(config, name, dtype)
+    weights = {key: value.to(dtype) for key, value in read_weights(directory, config).items()}
     build = _hooked if engine == "hooked" else _bridge
     with engines.quiet():
         try:
-            model = build(settings, weights, tokenizer, processing)
+            model = build(settings, dict(weights), tokenizer, False)
+            if processing:
+                tokens = torch.arange(min(settings["n_ctx"], settings["d_vocab"], 16))[None]
+                with torch.no_grad():
+                    reference = model(tokens)
+                model = build(settings, dict(weights), tokenizer, True)
+                engines.verify(model, tokens, reference, dtype, advice="processing=False")
         except ModelLoadError:
             raise
         except (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ModelLoadError(
                 f"{directory}: the weights do not fit config.json, or {_ENGINES[engine]} has no such model "
-                f"({str(error).strip().splitlines()[0]})"
+                f"({local.first_line(error)})"
             ) from error
     if specials:
         engines.keep_special_tokens(model, specials)
@@ -65,23 +72,64 @@ def load_toy(
 _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 
 
-def _settings(config: dict[str, Any], name: str, dtype: torch.dtype) -> dict[str, Any]:
+def _tokenizer_directory(directory: Path, config: dict[str, Any]) -> Path | None:
+    if local.has_tokenizer(directory):
+        return directory
+    # Only what came from the hub may ask the hub.
+    if config.get("tokenizer_name") and next(directory.glob(hub.LEGACY_WEIGHTS), None) is not None:
+        return hub.fetch_tokenizer(config["tokenizer_name"])
+    return None
+
+
+def settings_of(config: dict[str, Any], name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A HookedTransformerConfig's settings, less what must not come from a file."""
     # A seed would be set for the whole program; a tokenizer's name would be looked up on the hub.
     drop = ("seed", "tokenizer_name", "n_params", "device", "dtype")
     settings = {key: value for key, value in config.items() if key not in drop}
+    if "normalization" in config or "shortformer_pos" in config:
+        # The older spelling, among settings of the training.
+        shared = (
+            "d_model",
+            "n_layers",
+            "d_mlp",
+            "d_head",
+            "n_heads",
+            "n_ctx",
+            "d_vocab",
+            "act_fn",
+            "attn_only",
+        )
+        settings = {key: config[key] for key in shared if key in config}
+        settings["normalization_type"] = config.get("normalization", config.get("normalization_type"))
+        settings["final_rms"] = config.get("final_rms", False)
+        if config.get("shortformer_pos"):
+            settings["positional_embedding_type"] = "shortformer"
     return settings | {"model_name": name, "init_weights": False, "device": "cpu", "dtype": dtype}
 
 
-def _read(directory: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights beside a HookedTransformerConfig.
+
+    Raises:
+        ModelLoadError: there are none, or they are damaged.
+    """
     from safetensors.torch import load_file
 
     file = directory / "model.safetensors"
-    if not file.is_file():
+    if file.is_file():
+        local.check_safetensors(file)
+        return load_file(file)
+    pickled = next(directory.glob(hub.LEGACY_WEIGHTS), None)
+    if pickled is None:
         raise ModelLoadError(
-            f"{directory} has no model.safetensors: save the state dict there with safetensors.torch.save_file"
+            f"{directory} has no model.safetensors: save the state dict there with safetensors' save_file"
         )
-    local.check_safetensors(file)
-    return load_file(file)
+    if config.get("architecture", "neel") != "neel" or "_old" in pickled.name:
+        raise ModelLoadError(
+            f"{pickled.name} is in one of TransformerLens's abandoned formats: load it with TransformerLens "
+            "itself and give the model to mechlens"
+        )
+    return local.read_pickle(pickled)
 
 
 def _hooked(
@@ -97,7 +145,7 @@ def _hooked(
     cfg = HookedTransformerConfig.from_dict(settings)
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     # The engine would fill gaps with zeros.
-    expected = {key for key in model.state_dict() if key.rsplit(".", 1)[-1] not in _BUFFERS}
+    expected = {key for key in model.state_dict() if key.rsplit(".", 1)[-1] not in BUFFERS}
     missing = sorted(expected - weights.keys() - {"unembed.b_U"})
     if missing:
         raise ModelLoadError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
@@ -129,7 +177,7 @@ def _bridge(
         )
     cfg = TransformerBridgeConfig.from_dict(settings | {"architecture": "TransformerLensNative"})
     model = TransformerBridge.boot_native(cfg, tokenizer=tokenizer, device="cpu", dtype=settings["dtype"])
-    trained = {key: value for key, value in weights.items() if key.rsplit(".", 1)[-1] not in _BUFFERS}
+    trained = {key: value for key, value in weights.items() if key.rsplit(".", 1)[-1] not in BUFFERS}
     trained.setdefault("unembed.b_U", torch.zeros(cfg.d_vocab, dtype=settings["dtype"]))
     model.load_state_dict(convert_tl_checkpoint(trained, cfg), strict=True)
     sound = engines.sound_processing(
