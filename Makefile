@@ -1,0 +1,68 @@
+# Every job makes the environment that it needs, once, and again when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+OUT ?= out/reproduce
+ARGS ?=
+
+VENV := .venv
+BRIDGE := .venv-bridge
+BRIDGE_VERSION := 4.3.0
+PY := $(VENV)/bin/python
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-bridge lint format types bench clean
+
+help: ## list these jobs
+	@echo 'make JOB [PYTHON=python3.12] [OUT=folder] [ARGS="..."]'
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS='	' read -r job what; do \
+		printf '  %-12s %s\n' "$$job" "$$what"; done
+
+demo: $(VENV)/.installed ## reproduce the induction-head findings on the bundled model, into OUT
+	$(VENV)/bin/mechlens reproduce --out $(OUT) $(ARGS)
+
+test: $(VENV)/.installed ## run the tests; ARGS go to pytest
+	$(PY) -m pytest $(ARGS)
+
+test-bridge: $(BRIDGE)/.installed ## run the tests on the bridge of transformer-lens 4
+	$(BRIDGE)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed ## check style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.installed ## repair what can be repaired of them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.installed ## check types
+	$(PY) -m mypy
+
+bench: $(VENV)/.installed ## time and memory, as ratios against a reference in the same run
+	@set -e; for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
+		$(PY) $$file; echo; done
+
+clean: ## remove the environments and caches; results in out/ and runs/ stay
+	rm -rf $(VENV) $(BRIDGE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that was cut short is taken up again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BRIDGE)/.installed: pyproject.toml constraints.txt Makefile
+	$(call environment,$(BRIDGE))
+	@sed 's/^transformer-lens==.*/transformer-lens==$(BRIDGE_VERSION)/' constraints.txt > $(BRIDGE)/constraints.txt
+	$(BRIDGE)/bin/python -m pip install -c $(BRIDGE)/constraints.txt -e '.[dev]'
+	@touch $@
+
+define environment
+@command -v $(PYTHON) >/dev/null || { \
+	echo "mechlens needs Python 3.10 to 3.13, but there is no $(PYTHON): name one with PYTHON=..." >&2; exit 1; }
+@$(PYTHON) -c 'import platform, sys; (3, 10) <= sys.version_info[:2] <= (3, 13) or sys.exit( \
+	"mechlens needs Python 3.10 to 3.13, but $(PYTHON) is %s: name another with PYTHON=..." \
+	% platform.python_version())'
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
+endef

@@ -1,0 +1,53 @@
+"""The public names: all there, documented, and free until they are used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mechlens
+
+
+def test_import_costs_nothing() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import mechlens; dir(mechlens)\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'torch', 'numpy', 'pandas', 'plotly', 'transformers', 'transformer_lens'}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", mechlens.__all__)
+def test_name_resolves_and_is_documented(name: str) -> None:
+    value = getattr(mechlens, name)
+    assert (value.__doc__ or "").strip()
+    assert value.__name__ == name
+
+
+def test_lazy_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(mechlens.__file__).read_text(encoding="utf-8"))
+    block = next(
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen: dict[str, tuple[str, ...]] = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.module
+        assert all(alias.asname is None for alias in node.names)
+        seen[node.module] = tuple(alias.name for alias in node.names)
+    assert seen == mechlens._HOMES
+    assert sorted(name for names in seen.values() for name in names) == mechlens.__all__
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'mechlens' has no attribute 'scroe_heads'"):
+        mechlens.scroe_heads  # noqa: B018
+
+
+def test_dir_lists_the_names_before_they_are_used() -> None:
+    assert set(mechlens.__all__) <= set(dir(mechlens))
