@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mechlens.results import ModelInfo
 
@@ -19,6 +19,7 @@ Engine = Literal["HookedTransformer", "TransformerBridge"]
 _RECORD = "_mechlens_source"
 
 
+@runtime_checkable
 class LensModel(Protocol):
     """The surface of HookedTransformer and TransformerBridge that behaves alike on both.
 
