@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -72,6 +72,7 @@ def repeated_token_performance(
     Source: "How one can Interpret GPT2-Small", `../seeds`; Olsson et al. 2022, arXiv:2209.11895.
     Cost: one forward pass per seed, no logits kept.
     """
+    info = describe(model)
     _check_seeds(seeds)
     drawn, log_probs, corrects = [], [], []
     for seed in tqdm(seeds, desc="repeated tokens", disable=not progress):
@@ -92,7 +93,7 @@ def repeated_token_performance(
             estimates[f"{half}_{name}"] = (float(per_sequence.mean()), float(low), float(high))
             single_draws[f"{half}_{name}"] = central_interval(per_sequence)
     return RepeatedTokenPerformance(
-        model=describe(model),
+        model=info,
         tokens=torch.stack([random.tokens for random in drawn]),
         log_prob=log_prob,
         correct=correct,
@@ -147,6 +148,7 @@ def score_heads(
     Cost: per seed one forward pass per kind of sequence and one for its null, up to the last
     layer's pattern; patterns are reduced layer by layer and dropped.
     """
+    info = describe(model)
     _check_kinds(kinds, jitter)
     _check_seeds(seeds)
     draw = partial(repeated_tokens, model, batch=batch, prepend_bos=prepend_bos)
@@ -202,7 +204,7 @@ def score_heads(
                 tokens.setdefault("sample", []).append(random.tokens)
                 bar.update()
     return HeadScores(
-        model=describe(model),
+        model=info,
         scores=scores,
         nulls=nulls,
         intervals=_intervals(scores, confidence),
@@ -217,11 +219,11 @@ def score_heads(
 
 def score_heads_on(
     model: LensModel,
-    prompt: str | Int[Tensor, "batch pos"],
+    prompt: str | Int[Tensor, "*batch pos"],
     kinds: Sequence[str] = ("induction_score", "previous_token_score", "duplicate_token_score"),
     *,
-    stripes: Mapping[str, Bool[Tensor, "..."]] | None = None,
-    cache: Mapping[str, Tensor] | None = None,
+    stripes: Mapping[str, Tensor] | None = None,
+    cache: Any = None,
     prepend_bos: bool | None = None,
     confidence: float = 0.95,
 ) -> HeadScores:
@@ -232,8 +234,8 @@ def score_heads_on(
         kinds: `induction_score` (all tokens after earlier occurrences of the same token),
             `duplicate_token_score` (all earlier occurrences), `previous_token_score`,
             `first_token_score`.
-        stripes: further scores by name: a mask `[dest, src]` or `[batch, dest, src]` of the entries
-            whose mean attention is wanted.
+        stripes: further scores by name: a mask `[dest, src]` or `[batch, dest, src]` of zeros and ones: the
+            entries whose mean attention is wanted.
         cache: an `ActivationCache` of this prompt, or anything that gives patterns by hook name;
             nothing is run then.
         prepend_bos: for a text: None prepends BOS where the tokenizer has one.
@@ -250,6 +252,7 @@ def score_heads_on(
     of entries: ours times entries / positions is theirs.
     Cost: one forward pass up to the last layer's pattern, or none with a cache.
     """
+    info = describe(model)
     tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
     if tokens.ndim == 1:
         tokens = tokens[None]
@@ -270,6 +273,8 @@ def score_heads_on(
             raise ValueError(
                 f"the stripe {name!r} is {tuple(mask.shape)}, but the prompt needs [{n_pos}, {n_pos}]"
             )
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"the stripe {name!r} must be a mask of zeros and ones, but has other values")
         wanted[name] = Stripe.of_mask(mask.bool().cpu())
     if cache is None:
         found = _score_stripes(model, tokens, wanted)
@@ -285,7 +290,7 @@ def score_heads_on(
     scores = {kind: values[None] for kind, values in found.items()}
     bos = getattr(model.tokenizer, "bos_token_id", None)
     return HeadScores(
-        model=describe(model),
+        model=info,
         scores=scores,
         nulls={},
         intervals=_intervals(scores, confidence),
@@ -320,6 +325,7 @@ def attention_patterns(
 
     Cost: one forward pass up to the deepest head's pattern.
     """
+    info = describe(model)
     if not heads:
         raise ValueError("attention patterns need at least one (layer, head)")
     for layer, head in heads:
@@ -338,7 +344,7 @@ def attention_patterns(
     ids = tokens.tolist()
     names = [str(i) for i in ids] if model.tokenizer is None else [model.tokenizer.decode([i]) for i in ids]
     return AttentionPatterns(
-        model=describe(model),
+        model=info,
         tokens=tokens.cpu(),
         token_strings=tuple(names),
         heads=tuple((layer, head) for layer, head in heads),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import final_norm
 
 
 def per_query_head(values: Float[Tensor, "*batch kv d"], n_heads: int) -> Float[Tensor, "*batch head d"]:
@@ -17,28 +18,45 @@ def per_query_head(values: Float[Tensor, "*batch kv d"], n_heads: int) -> Float[
 
 
 def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
-    """`b_V` of a layer per query head; zeros where the model has no such bias."""
-    attention = model.blocks[layer].attn
-    bias = getattr(attention, "b_V", None)
-    if bias is None:
-        return model.W_O[layer].new_zeros(model.cfg.n_heads, model.cfg.d_head)
-    return per_query_head(bias.reshape(-1, model.cfg.d_head), model.cfg.n_heads)
+    """What every source adds to a layer's values, whatever its token is; zeros where nothing does.
+
+    It is `b_V` and the bias of the norm before it seen through `W_V`: processing folds the one into the
+    other and both into `b_O`, so that only the values less this are the same in both states.
+    """
+    block = model.blocks[layer]
+    W_V = model.W_V[layer].detach().float()
+    _, norm_bias = _affine(getattr(block, "ln1", None), W_V.shape[1], model)
+    bias = torch.einsum("m,hmd->hd", norm_bias, W_V)
+    # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
+    b_V = getattr(block.attn, "b_V", None)
+    if b_V is not None:
+        bias = bias + b_V.detach().float().reshape(bias.shape)
+    return per_query_head(bias, model.cfg.n_heads)
 
 
 def final_norm_scale(model: LensModel) -> Float[Tensor, " d_model"]:
-    """The learned scale of the last norm; ones where it is folded into `W_U` or there is no norm.
+    """The learned scale of the last norm; ones where it is folded into `W_U` or there is no norm."""
+    norm = None if model.cfg.normalization_type is None else getattr(model, "ln_final", None)
+    return _affine(norm, model.W_U.shape[0], model)[0]
 
-    It is read off what the norm does to a vector and its negative, because the engines name, offset
-    (Gemma) and fold the parameter differently.
+
+def _affine(
+    norm: Callable[[Tensor], Tensor] | None, d_model: int, model: LensModel
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+    """Learned scale and bias of a norm, read off what it does to a vector and its negative.
+
+    The engines name, offset (Gemma) and fold the parameters differently; what a norm does they agree on.
     """
-    d_model = model.W_U.shape[0]
-    probe = torch.linspace(1, 2, d_model, device=model.W_U.device)
+    like = model.W_U
+    if norm is None or model.cfg.normalization_type is None:
+        return torch.ones(d_model, device=like.device), torch.zeros(d_model, device=like.device)
+    probe = torch.linspace(1, 2, d_model, device=like.device)
     probe[1::2] *= -1
     probe -= probe.mean()
     probe /= probe.pow(2).mean().sqrt()
     with torch.inference_mode():
-        up, down = (final_norm(model, x.to(model.W_U.dtype)[None, None])[0, 0].float() for x in (probe, -probe))
-    return (up - down) / (2 * probe)
+        up, down = (norm(x.to(like.dtype)[None, None])[0, 0].float() for x in (probe, -probe))
+    return (up - down) / (2 * probe), (up + down) / 2
 
 
 def direct_unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:

@@ -1,0 +1,381 @@
+"""The `mechlens` command: parses, calls, prints.
+
+Heavy imports stand inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from mechlens.models.protocol import LensModel
+    from mechlens.results import HeadScores
+
+BUNDLED = "mechlens-books"
+
+app = typer.Typer(
+    name="mechlens",
+    help="Mechanistic interpretability of GPT-style language models.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(models_app, name="models")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")]
+DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
+SeedOption = Annotated[int, typer.Option(help="The first of the random seeds; the others follow it.")]
+SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="How many seeds.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Random tokens in one copy.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per seed.")]
+BosOption = Annotated[
+    bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS. [default: where the model has one]")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+@app.command(
+    epilog="Example: mechlens reproduce --model mechlens-books --out out/reproduce",
+    short_help="Reproduce the induction-head findings and draw them.",
+)
+def reproduce(
+    model: ModelOption = BUNDLED,
+    out: Annotated[Path, typer.Option(help="Folder for results, tables and report.html.")] = Path("reproduce"),
+    seq_len: LengthOption = 50,
+    batch: BatchOption = 30,
+    seed: SeedOption = 0,
+    n_seeds: SeedsOption = 5,
+    bos: BosOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Reproduce the induction-head findings on a model: how well it continues repeated random tokens, and
+    which of its heads do that. Prints published beside measured figures and writes results (.safetensors),
+    tables (.csv) and report.html."""
+    _check_folder(out)
+    loaded = _load(model, device, dtype, revision, quiet)
+    from mechlens.report.reproduction import write_reproduction
+    from mechlens.studies.reproduce import reproduce as study
+
+    found = study(
+        loaded,
+        seq_len=seq_len,
+        batch=batch,
+        seeds=range(seed, seed + n_seeds),
+        prepend_bos=bos,
+        progress=_progress(quiet),
+    )
+    options = [("--model", model), ("--seq-len", seq_len), ("--batch", batch), ("--seed", seed)]
+    options += [("--n-seeds", n_seeds)]
+    command = " ".join(["mechlens reproduce", *(f"{name} {value}" for name, value in options)])
+    written = write_reproduction(found, out, command=command)
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json(
+            {
+                "model": asdict(found.heads.model),
+                "estimates": found.performance.estimates,
+                "comparisons": [asdict(comparison) for comparison in found.comparisons],
+                "heads": _best(found.heads, 5),
+                "written": [str(path) for path in written],
+            }
+        )
+    elif not quiet:
+        from mechlens.report.page import verdict_statement
+
+        _print_estimates(found.performance)
+        _print_heads(found.heads, 3)
+        if found.comparisons:
+            _table(
+                f"{found.heads.model.name} against published figures"
+                if found.heads.model.name != BUNDLED
+                else f"{BUNDLED} against its model card",
+                ("claim", "published", "measured", "tolerance", "verdict"),
+                [
+                    (c.claim, _number(c.published), _number(c.measured), _tolerance(c.low, c.high), c.verdict)
+                    for c in found.comparisons
+                ],
+            )
+            typer.echo(verdict_statement(found.comparisons))
+        else:
+            typer.echo(f"Nothing is published for {found.heads.model.name}: there is nothing to compare with.")
+        typer.echo(f"Results, tables and figures: {written[-1]}")
+
+
+@app.command(
+    epilog="Example: mechlens heads --model mechlens-books --kind induction_score --threshold 0.5",
+    short_help="Score every attention head.",
+)
+def heads(
+    model: ModelOption = BUNDLED,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", "-k", help="A score, such as induction_score; repeatable.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Score on this text instead of random tokens.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="List the heads at or above this. [default: the highest ones]")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many heads of each kind to list.")] = 5,
+    seq_len: LengthOption = 50,
+    batch: BatchOption = 30,
+    jitter: Annotated[int, typer.Option(min=0, help="Up to this many random tokens between the copies.")] = 0,
+    seed: SeedOption = 0,
+    n_seeds: SeedsOption = 5,
+    bos: BosOption = None,
+    out: Annotated[Path | None, typer.Option(help="Save to this .safetensors or .csv file.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every attention head on repeated random tokens, or on a text: induction, previous token,
+    duplicate token, first token, prefix matching and copying."""
+    if out is not None:
+        if out.suffix not in (".safetensors", ".csv"):
+            raise ValueError(f"--out is a .safetensors or .csv file, but it is {out}")
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot save to {out}: there is no folder {out.parent}")
+    loaded = _load(model, device, dtype, revision, quiet)
+    from mechlens.analyses.heads import KINDS, detect_heads, score_heads, score_heads_on
+
+    if text is None:
+        found = score_heads(
+            loaded,
+            kind or KINDS,
+            seq_len=seq_len,
+            batch=batch,
+            seeds=range(seed, seed + n_seeds),
+            prepend_bos=bos,
+            jitter=jitter,
+            progress=_progress(quiet),
+        )
+    else:
+        found = score_heads_on(loaded, text, **({"kinds": kind} if kind else {}), prepend_bos=bos)
+    if out is not None:
+        if out.suffix == ".csv":
+            found.to_dataframe().to_csv(out, index=False)
+        else:
+            found.save(out)
+    listed = {
+        name: len(detect_heads(found, name, threshold)) if threshold is not None else top
+        for name in found.kinds
+    }
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json({"model": asdict(found.model), "heads": _best(found, listed)})
+    elif not quiet:
+        _print_heads(found, listed)
+
+
+@models_app.callback(
+    invoke_without_command=True,
+    short_help="List the models that can be loaded, or show one.",
+    epilog="Example: mechlens models show mechlens-books",
+)
+def models(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the models that can be loaded by name, or show one."""
+    if context.invoked_subcommand is None:
+        list_models(as_json=as_json)
+
+
+@models_app.command("list", epilog="Example: mechlens models list --like pythia")
+def list_models(
+    like: Annotated[str, typer.Option(help="Only names with this in them.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """List the models that can be loaded by name."""
+    from mechlens.models.catalogue import known_models
+
+    found = [known for known in known_models() if like.lower() in known.name.lower()]
+    if not found:
+        raise ValueError(f"no known model has {like!r} in its name; any other Hugging Face name may load, too")
+    if as_json:
+        from dataclasses import asdict
+
+        _print_json([asdict(known) for known in found])
+    else:
+        for known in found:
+            typer.echo(f"{known.name}  ({known.source})")
+
+
+@models_app.command("show", epilog="Example: mechlens models show mechlens-books")
+def show_model(
+    name: Annotated[str, typer.Argument(help="Bundled name, Hugging Face name or local directory.")],
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a model's sizes, its positions, and whether its unembedding is tied to its embedding."""
+    from dataclasses import asdict
+
+    from mechlens.models.catalogue import model_summary
+
+    summary = asdict(model_summary(name, revision=revision))
+    if as_json:
+        _print_json(summary)
+    else:
+        width = max(map(len, summary))
+        for field, value in summary.items():
+            typer.echo(f"{field:{width}}  {_plain(value)}")
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+
+def _load(name: str, device: str | None, dtype: str, revision: str | None, quiet: bool) -> LensModel:
+    if _progress(quiet):
+        typer.echo(f"loading {name} ...", err=True)
+    from mechlens.models.load import load_model
+
+    return load_model(name, device=device, dtype=dtype, revision=revision)
+
+
+def _progress(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+def _check_folder(folder: Path) -> None:
+    """Say so before the work is done, not after it, when its results could not be saved."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out is a folder, but {existing} is a file")
+
+
+def _best(found: HeadScores, top: int | dict[str, int]) -> dict[str, list[dict[str, Any]]]:
+    best = {}
+    for kind in found.kinds:
+        low, high = found.intervals[kind]
+        null = found.null(kind) if kind in found.nulls else None
+        count = top if isinstance(top, int) else top[kind]
+        best[kind] = [
+            {
+                "head": f"L{head[0]}H{head[1]}",
+                "score": score,
+                "low": float(low[head]),
+                "high": float(high[head]),
+                "null": None if null is None else float(null[head]),
+            }
+            for head, score in list(found.ranked(kind))[:count]
+        ]
+    return best
+
+
+def _print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
+    rows = []
+    for kind, listed in _best(found, top).items():
+        for place, row in enumerate(listed):
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            null = "" if row["null"] is None else f"{row['null']:.3f}"
+            rows.append((kind if place == 0 else "", row["head"], f"{row['score']:.3f}", interval, null))
+        if not listed:
+            rows.append((kind, "none", "", "", ""))
+    sequences = max(values.shape[0] * values.shape[1] for values in found.scores.values())
+    plural = "s" if sequences != 1 else ""
+    _table(
+        f"Head scores of {found.model.name}, {sequences} sequence{plural}"
+        + ("" if found.prepend_bos else ", no BOS"),
+        ("score", "head", "mean", f"{found.confidence:.0%} interval", "null"),
+        rows,
+    )
+
+
+def _print_estimates(performance: Any) -> None:
+    sequences = performance.tokens.shape[0] * performance.tokens.shape[1]
+    rows = [
+        (name.replace("_", " ").replace("log prob", "log-probability, nats"), f"{mean:.3f}", f"{low:.3f} to {high:.3f}")
+        for name, (mean, low, high) in performance.estimates.items()
+    ]
+    bos = "BOS + " if performance.prepend_bos else ""
+    _table(
+        f"{performance.model.name} on {bos}{performance.seq_len} random tokens + the same again, {sequences} sequences",
+        ("", "mean", f"{performance.confidence:.0%} interval"),
+        rows,
+    )
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, style="bold"), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        # a file or a pipe has no width: the table decides
+        console = Console(width=Console(width=10_000).measure(table).maximum)
+    console.print(table)
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _tolerance(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(_finite(value), indent=2, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan: what is undefined is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; wrong input ends in one line on standard error and exit code 2."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    try:
+        code = app(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="mechlens")
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        # typer's own errors (a missing option, an unknown command) bring their message along
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "mechlens"
+        _fail(f"{error.format_message()} (see {where} --help)", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"mechlens: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,76 @@
+"""The published figures that a reproduction is held against: claim, value, source.
+
+No figure here is ever a result. A model's own card (`card.json` beside the bundled model's weights)
+has the same form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+ARTICLE = 'the article "How one can Interpret GPT2-Small"'
+OLSSON = "Olsson et al. 2022, arXiv:2209.11895"
+OTHERS = "measured by others on GPT-2 small"
+GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One published figure.
+
+    `what` names the measurement: an estimate of `RepeatedTokenPerformance` (`second_half_accuracy`),
+    a kind of head score with `head` (or None for the heads themselves), or `heads_above`, with the
+    kind in `kind` and the threshold in `threshold`.
+    """
+
+    what: str
+    value: float | str
+    source: str
+    head: tuple[int, int] | None = None
+    kind: str | None = None
+    threshold: float | None = None
+    sequences: int = 1
+    """How many sequences the published figure is the mean of."""
+
+
+def _induction(head: tuple[int, int], value: float) -> Published:
+    return Published("score", value, OTHERS, head=head, kind="induction_score", sequences=30)
+
+
+REPEATED_TOKENS_GPT2 = (
+    Published("first_half_log_prob", -13.898, ARTICLE),
+    Published("second_half_log_prob", -0.644, ARTICLE),
+    Published("first_half_accuracy", 0.0, ARTICLE),
+    Published("second_half_accuracy", 0.93, ARTICLE),
+    Published("score", 0.91, ARTICLE, head=(5, 5), kind="induction_diagonal_score", sequences=30),
+    _induction((5, 5), 0.932),
+    _induction((6, 9), 0.913),
+    _induction((7, 10), 0.910),
+    _induction((5, 1), 0.908),
+    _induction((7, 2), 0.833),
+    Published("highest_head", "L4H11", ARTICLE, kind="previous_token_score"),
+    Published(
+        "heads_above", "L5H1 L5H5 L6H9 L7H2 L7H10", OTHERS, kind="prefix_matching_score", threshold=0.35
+    ),
+)
+"""GPT-2 small on BOS + 50 random tokens + the same 50; prefix matching on 25 random tokens x 4."""
+
+
+def read_card(path: Path) -> tuple[Published, ...]:
+    """The figures that a model's card claims for it; none where there is no card.
+
+    Raises:
+        ValueError: the file is no card.
+    """
+    if not path.is_file():
+        return ()
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        return tuple(
+            Published(**{**entry, "head": tuple(entry["head"]) if entry.get("head") else None})
+            for entry in entries
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no model card of mechlens: {error}") from error

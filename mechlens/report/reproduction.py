@@ -1,0 +1,57 @@
+"""A reproduction in, its folder of results, tables and the report page out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mechlens.report.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.report.page import write_report
+from mechlens.results import head_label
+from mechlens.studies.reproduce import Reproduction
+
+
+def write_reproduction(reproduction: Reproduction, folder: Path, *, command: str) -> list[Path]:
+    """Write results (`.safetensors`), tables (`.csv`) and `report.html` into a folder.
+
+    Args:
+        folder: made where it is missing; files of an earlier run are replaced.
+        command: the command line that makes the same report.
+
+    Returns:
+        The paths written, the report last.
+
+    Raises:
+        ValueError: the folder is a file, or cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = reproduction.save(folder)
+        written.append(_report(reproduction, folder / "report.html", command))
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return written
+
+
+def _report(reproduction: Reproduction, path: Path, command: str) -> Path:
+    heads = reproduction.heads
+    names = [head_label(*head) for head in reproduction.patterns.heads]
+    first, _ = next(heads.ranked("induction_score"))
+    return write_report(
+        path,
+        title="Induction heads",
+        model=heads.model,
+        comparisons=reproduction.comparisons,
+        sections=(
+            repeated_token_section(reproduction.performance),
+            head_scores_section(heads),
+            attention_section(
+                reproduction.patterns,
+                title="The strongest heads at work",
+                text=f"The two highest heads by induction score and by previous-token score ({', '.join(names)}) "
+                "on the first of the sequences. An induction head shows a second diagonal, "
+                f"{heads.seq_len - 1 if heads.seq_len else 0} positions below the main one, over the later copy; a previous-token head "
+                f"shows one right below the main diagonal. Highest by induction score: {head_label(*first)}.",
+            ),
+        ),
+        command=command,
+    )

@@ -1,0 +1,233 @@
+"""Reproduce the induction-head findings on a model and hold them against what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mechlens.analyses.heads import (
+    KINDS,
+    SEEDS,
+    VARIANTS,
+    attention_patterns,
+    detect_heads,
+    repeated_token_performance,
+    score_heads,
+)
+from mechlens.measures.statistics import bootstrap_interval
+from mechlens.models.load import BUNDLED, BUNDLED_DIRECTORY
+from mechlens.models.protocol import LensModel
+from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
+from mechlens.results import AttentionPatterns, Comparison, HeadScores, RepeatedTokenPerformance, head_label
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
+TIMES_NULL = 5
+"""How many times its null a score must be to count as far above it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduction:
+    """The findings on one model, beside the published ones."""
+
+    performance: RepeatedTokenPerformance
+    heads: HeadScores
+    patterns: AttentionPatterns
+    """Of the strongest induction and previous-token heads, on the first sequence."""
+    comparisons: tuple[Comparison, ...]
+    """Published or claimed figures beside the measured ones; empty for a model without any."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per figure: claim, published, measured, low, high, verdict, source."""
+        import pandas as pd
+
+        columns = [field.name for field in dataclasses.fields(Comparison)]
+        return pd.DataFrame([dataclasses.asdict(c) for c in self.comparisons], columns=columns)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write every result as `.safetensors` and its table as `.csv` into an existing folder.
+
+        Returns:
+            The paths written.
+        """
+        written = []
+        for name, result in (
+            ("repeated_tokens", self.performance),
+            ("head_scores", self.heads),
+            ("attention_patterns", self.patterns),
+        ):
+            written.append(result.save(folder / f"{name}.safetensors"))
+            written.append(folder / f"{name}.csv")
+            result.to_dataframe().to_csv(written[-1], index=False)
+        written.append(folder / "comparison.csv")
+        self.to_dataframe().to_csv(written[-1], index=False)
+        return written
+
+
+def reproduce(
+    model: LensModel,
+    *,
+    seq_len: int = 50,
+    batch: int = 30,
+    seeds: Sequence[int] = SEEDS,
+    prepend_bos: bool | None = None,
+    figures: Sequence[Published] | None = None,
+    progress: bool = False,
+) -> Reproduction:
+    """Measure repeated-token performance and all head scores, and compare them with published figures.
+
+    Args:
+        seq_len: random tokens in one copy.
+        batch: sequences per seed.
+        seeds: each draws its own sequences.
+        prepend_bos: None prepends BOS where the tokenizer has one.
+        figures: what to compare with; None takes the article's for GPT-2 small, the card's for the
+            bundled model and none for others.
+        progress: show bars.
+
+    Raises:
+        ValueError: sizes that do not fit the model.
+
+    Source: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
+    Cost: about seven forward passes per seed.
+    """
+    shape = {"seq_len": seq_len, "batch": batch, "seeds": seeds, "prepend_bos": prepend_bos}
+    performance = repeated_token_performance(model, **shape, progress=progress)  # type: ignore[arg-type]
+    heads = score_heads(model, (*KINDS, *VARIANTS), **shape, progress=progress)  # type: ignore[arg-type]
+    strongest: list[tuple[int, int]] = []
+    for kind in ("induction_score", "previous_token_score"):
+        strongest += [head for head, _ in list(heads.ranked(kind))[:2] if head not in strongest]
+    patterns = attention_patterns(model, heads.tokens["repeated"][0, 0], strongest)
+    if figures is None:
+        figures = known_figures(heads.model.name)
+    comparisons = [compare(figure, performance, heads) for figure in figures]
+    return Reproduction(performance, heads, patterns, tuple(comparisons))
+
+
+def known_figures(name: str) -> tuple[Published, ...]:
+    """The figures to hold a model of this name against; none for a model nobody published about."""
+    if name in GPT2_SMALL:
+        return REPEATED_TOKENS_GPT2
+    if name == BUNDLED:
+        return read_card(BUNDLED_DIRECTORY / "card.json")
+    return ()
+
+
+def compare(figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores) -> Comparison:
+    """One published figure beside the measured one.
+
+    A figure that is a mean over n random sequences is reproduced when it lies in the interval of 99%
+    of means over n sequences, as measured here by resampling our own sequences.
+    """
+    if figure.what in _QUALITATIVE:
+        claim, measured, holds = _QUALITATIVE[figure.what](figure, performance, heads)
+        return _comparison(figure, claim, measured, None, None, holds)
+    if figure.what == "score":
+        assert figure.kind is not None
+        assert figure.head is not None
+        layer, head = figure.head
+        claim = f"{figure.kind} of {head_label(layer, head)}"
+        if layer >= heads.model.n_layers or head >= heads.model.n_heads:
+            return _comparison(figure, claim, "no such head", None, None, False)
+        per_sequence = heads.scores[figure.kind][:, :, layer, head].flatten()
+    else:
+        claim = figure.what
+        per_sequence = _per_sequence(performance, figure.what)
+    low, high = _draws(per_sequence, figure.sequences)
+    holds = low <= float(figure.value) <= high
+    return _comparison(figure, claim, float(per_sequence.mean()), low, high, holds)
+
+
+def _comparison(
+    figure: Published, claim: str, measured: float | str, low: float | None, high: float | None, holds: bool
+) -> Comparison:
+    verdict = "reproduced" if holds else "not reproduced"
+    return Comparison(claim, figure.value, measured, low, high, verdict, figure.source)
+
+
+def _per_sequence(performance: RepeatedTokenPerformance, estimate: str) -> Tensor:
+    """The estimate of every single sequence."""
+    half, measure = estimate.split("_half_")
+    values = performance.log_prob if measure == "log_prob" else performance.correct.float()
+    second = int(performance.prepend_bos) + performance.seq_len
+    positions = slice(0, second - 1) if half == "first" else slice(second - 1, -1)
+    return values[..., positions].mean(-1).flatten()
+
+
+def _draws(per_sequence: Tensor, size: int) -> tuple[float, float]:
+    """The interval of 99% of means over `size` sequences, resampled from those measured."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(per_sequence), (20000, size), generator=generator)
+    means = per_sequence.double()[drawn].mean(1)
+    low, high = means.quantile(torch.tensor([0.005, 0.995], dtype=torch.double)).tolist()
+    return low, high
+
+
+# -- claims that are no single number --------------------------------------------------------------
+
+_Claim = Callable[[Published, RepeatedTokenPerformance, HeadScores], tuple[str, float | str, bool]]
+
+
+def _highest_head(
+    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
+) -> tuple[str, float | str, bool]:
+    assert figure.kind is not None
+    head, _ = next(heads.ranked(figure.kind))
+    return f"head with the highest {figure.kind}", head_label(*head), head_label(*head) == figure.value
+
+
+def _heads_above(
+    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
+) -> tuple[str, float | str, bool]:
+    assert figure.kind is not None
+    assert figure.threshold is not None
+    found = set(detect_heads(heads, figure.kind, figure.threshold))
+    claim = f"heads with {figure.kind} >= {figure.threshold}"
+    by_layer = sorted(found, key=lambda label: tuple(map(int, label[1:].split("H"))))
+    return claim, " ".join(by_layer) or "none", found == set(str(figure.value).split())
+
+
+def _induction_circuit(
+    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
+) -> tuple[str, float | str, bool]:
+    """A previous-token head, and an induction head in a layer after it, both far above their nulls."""
+
+    def clear(kind: str, threshold: float) -> list[tuple[tuple[int, int], float]]:
+        null = heads.null(kind)
+        return [(h, s) for h, s in heads.ranked(kind) if s >= threshold and s >= TIMES_NULL * float(null[h])]
+
+    claim = (
+        f"an induction head >= {INDUCTION_THRESHOLD} in a layer after a previous-token head "
+        f">= {PREVIOUS_THRESHOLD}, each at least {TIMES_NULL} times its null"
+    )
+    previous = clear("previous_token_score", PREVIOUS_THRESHOLD)
+    for head, score in clear("induction_score", INDUCTION_THRESHOLD):
+        before = [(h, s) for h, s in previous if h[0] < head[0]]
+        if before:
+            measured = f"{head_label(*head)} {score:.3f} after {head_label(*before[0][0])} {before[0][1]:.3f}"
+            return claim, measured, True
+    return claim, "none", False
+
+
+def _at_least(
+    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
+) -> tuple[str, float | str, bool]:
+    assert figure.kind is not None
+    assert figure.threshold is not None
+    measured = performance.estimates[figure.kind][0]
+    return f"{figure.kind} >= {figure.threshold}", measured, measured >= figure.threshold
+
+
+_QUALITATIVE: dict[str, _Claim] = {
+    "highest_head": _highest_head,
+    "heads_above": _heads_above,
+    "induction_circuit": _induction_circuit,
+    "at_least": _at_least,
+}

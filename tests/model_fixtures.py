@@ -1,0 +1,105 @@
+"""Models that several test files use, each made once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.shared import STORIES
+from tests.tiny_models import KINDS, write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_directories(tmp_path_factory):
+    """A directory with a tiny random model of each architecture."""
+    root = tmp_path_factory.mktemp("tiny")
+    for kind in KINDS:
+        write_tiny_model(root / kind, kind)
+    return root
+
+
+@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2"])
+def tiny_model(request, tiny_directories):
+    """Learned positions; rotary and parallel; grouped queries; a soft-cap and unfolded norms."""
+    from mechlens.models.load import load_model
+
+    return load_model(tiny_directories / request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_bos_model(tiny_directories):
+    from mechlens.models.load import load_model
+
+    return load_model(tiny_directories / "gpt2")
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def tiny_directory_with_room(request, tmp_path_factory):
+    """A tiny model that has room for 25 tokens x 4."""
+    directory = tmp_path_factory.mktemp("room") / request.param
+    room = {"n_positions": 128} if request.param == "gpt2" else {"max_position_embeddings": 128}
+    write_tiny_model(directory, request.param, **room)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model_with_room(tiny_directory_with_room):
+    from mechlens.models.load import load_model
+
+    return load_model(tiny_directory_with_room)
+
+
+@pytest.fixture(scope="session")
+def fixed_distance_model(tmp_path_factory):
+    """An attention-only model, written by hand, whose head attends S - 1 = 5 back whatever the tokens are."""
+    from safetensors.torch import save_file
+
+    from mechlens.models.load import load_model
+
+    directory = tmp_path_factory.mktemp("fixed")
+    n, seq_len, d_vocab = 16, 6, 64
+    config = {
+        "n_layers": 1,
+        "d_model": n,
+        "n_ctx": n,
+        "d_head": n,
+        "n_heads": 1,
+        "d_vocab": d_vocab,
+        "attn_only": True,
+        "act_fn": None,
+        "normalization_type": None,
+    }
+    back = torch.zeros(n, n)
+    for dest in range(seq_len - 1, n):
+        back[dest, dest - (seq_len - 1)] = 100.0 * n**0.5  # 100 after the division by sqrt(d_head)
+    weights = {
+        "embed.W_E": torch.zeros(d_vocab, n),
+        "pos_embed.W_pos": torch.eye(n),
+        "unembed.W_U": torch.zeros(n, d_vocab),
+        "unembed.b_U": torch.zeros(d_vocab),
+        "blocks.0.attn.W_Q": back[None],
+        "blocks.0.attn.W_K": torch.eye(n)[None].clone(),
+        "blocks.0.attn.W_V": torch.zeros(1, n, n),
+        "blocks.0.attn.W_O": torch.zeros(1, n, n),
+        "blocks.0.attn.b_O": torch.zeros(n),
+        **{f"blocks.0.attn.b_{name}": torch.zeros(1, n) for name in "QKV"},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors")
+    return load_model(directory), seq_len
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    from mechlens.models.load import load_model
+
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def stories260k():
+    from mechlens.models.load import load_model
+
+    return load_model(STORIES)

@@ -1,0 +1,144 @@
+"""Runs: what is handed out equals what the engine keeps, and nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechlens.models.runs import next_token_log_probs, read_patterns, watch
+from mechlens.models.weights import direct_unembedding, final_norm_scale, per_query_head, value_bias
+from tests.reference import heads as reference
+
+
+def tokens_for(model, length=20, batch=3):
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(4, 50, (batch, length), generator=draw)
+
+
+def hooks_left(model) -> list[str]:
+    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+
+
+def test_patterns_are_the_engines_own(tiny_model):
+    tokens = tokens_for(tiny_model)
+    _, cache = tiny_model.run_with_cache(tokens)
+    seen = {}
+    read_patterns(tiny_model, tokens, lambda layer, pattern: seen.update({layer: pattern.clone()}))
+    assert list(seen) == list(range(tiny_model.cfg.n_layers))
+    for layer, pattern in seen.items():
+        expected = cache[f"blocks.{layer}.attn.hook_pattern"]
+        # the same operations on the same numbers
+        assert torch.allclose(pattern, expected, atol=1e-7)
+
+
+def test_log_probs_are_those_of_the_whole_logits(tiny_model):
+    tokens = tokens_for(tiny_model)
+    log_prob, correct = next_token_log_probs(tiny_model, tokens)
+    with torch.no_grad():
+        logits = tiny_model(tokens)
+    for row in range(len(tokens)):
+        expected, right = reference.log_probs(logits[row], tokens[row])
+        # float32 log-probabilities of random models, down to -40 nats
+        assert log_prob[row, :-1].tolist() == pytest.approx(expected, abs=2e-5)
+        assert correct[row, :-1].tolist() == right
+    assert log_prob[:, -1].isnan().all()
+    assert not correct[:, -1].any()
+
+
+def test_parts_give_what_the_whole_gives(tiny_model, monkeypatch):
+    tokens = tokens_for(tiny_model, batch=5)
+    whole = next_token_log_probs(tiny_model, tokens)
+    monkeypatch.setattr("mechlens.models.runs.MAX_POSITIONS", 2 * tokens.shape[1])
+    monkeypatch.setattr("mechlens.measures.vocabulary.CHUNK_BYTES", 4 * 64 * 3)
+    in_parts = next_token_log_probs(tiny_model, tokens)
+    # other batch sizes sum in another order
+    assert torch.allclose(whole[0], in_parts[0], atol=2e-5, equal_nan=True)
+    assert torch.equal(whole[1], in_parts[1])
+
+
+def test_the_run_ends_with_the_last_reader(tiny_model):
+    """Layer 1 is never computed when only layer 0 is read."""
+    reached = []
+    with tiny_model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda value, hook: reached.append(1))]):
+        watch(tiny_model, tokens_for(tiny_model), {"blocks.0.attn.hook_pattern": lambda pattern: None})
+    assert not reached
+
+
+def test_no_hook_is_left_behind_after_an_exception(tiny_model):
+    before = hooks_left(tiny_model)
+
+    def fail(pattern):
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        watch(tiny_model, tokens_for(tiny_model), {"blocks.0.attn.hook_pattern": fail})
+    assert hooks_left(tiny_model) == before == []
+    watch(tiny_model, tokens_for(tiny_model), {"blocks.0.attn.hook_pattern": lambda pattern: None})
+    assert hooks_left(tiny_model) == []
+
+
+def test_a_users_own_hooks_stay(tiny_model):
+    calls = []
+    tiny_model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda value, hook: calls.append(1), level=None)
+    try:
+        watch(tiny_model, tokens_for(tiny_model), {"blocks.0.attn.hook_pattern": lambda pattern: None})
+        assert calls
+        assert hooks_left(tiny_model), "the user's hook must still be there"
+    finally:
+        tiny_model.reset_hooks()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), "at least one token"),
+        (torch.tensor([[1, 64]]), "token id 64 is not in the model's vocabulary of 64"),
+        (torch.tensor([[-1, 3]]), "token id -1 is not in"),
+        (torch.ones(1, 33, dtype=torch.long), "33 tokens do not fit into the model's context of 32"),
+    ],
+)
+def test_tokens_that_cannot_be_run(tiny_model, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        watch(tiny_model, tokens, {"blocks.0.attn.hook_pattern": lambda pattern: None})
+
+
+def test_an_unknown_hook_point_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="no hook point 'blocks.9.attn.hook_pattern'"):
+        watch(tiny_model, tokens_for(tiny_model), {"blocks.9.attn.hook_pattern": lambda pattern: None})
+
+
+def test_direct_unembedding_is_what_a_direction_adds_to_the_logits(tiny_model):
+    """Differences of logits, read by the model's own norm and unembedding, at a fixed scale."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(tiny_model.cfg.d_model, generator=draw) * 100  # so that eps is nothing beside it
+    with torch.no_grad():
+        normed = tiny_model.ln_final(x[None, None])[0, 0] - tiny_model.ln_final(-x[None, None])[0, 0]
+        expected = normed / 2 @ tiny_model.W_U
+    if tiny_model.cfg.normalization_type.startswith("LN"):
+        scale = (x - x.mean()).pow(2).mean().sqrt()
+    else:
+        scale = x.pow(2).mean().sqrt()
+    got = x @ direct_unembedding(tiny_model) / scale
+    # float32 sums over d_model = 32 of terms of size 1
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_the_final_scale_of_a_model_of_ones(tiny_model):
+    scale = final_norm_scale(tiny_model)
+    weight = getattr(tiny_model.ln_final, "w", getattr(tiny_model.ln_final, "weight", None))
+    if weight is None or bool((weight == 1).all()):
+        # eps = 1e-5 beside a variance of 1
+        assert torch.allclose(scale, torch.ones_like(scale), atol=1e-4)
+    else:
+        assert not torch.allclose(scale, torch.ones_like(scale), atol=1e-2)
+
+
+def test_values_and_their_biases_come_per_query_head(tiny_model):
+    kept = []
+    watch(tiny_model, tokens_for(tiny_model), {"blocks.0.attn.hook_v": kept.append})
+    v = per_query_head(kept[0], tiny_model.cfg.n_heads)
+    assert v.shape[-2:] == (tiny_model.cfg.n_heads, tiny_model.cfg.d_head)
+    shared = tiny_model.cfg.n_heads // kept[0].shape[-2]
+    for head in range(tiny_model.cfg.n_heads):
+        assert torch.equal(v[..., head, :], kept[0][..., head // shared, :])
+    assert value_bias(tiny_model, 0).shape == (tiny_model.cfg.n_heads, tiny_model.cfg.d_head)
