@@ -29,6 +29,8 @@ from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerform
 COVERAGE = 0.9
 """Share of the sequences inside the band of `plot_log_probs`."""
 
+# A vocabulary has tokens of a hundred characters, whose labels would push the picture off the page.
+_LABEL = 16
 _NO_TICKS = {"ticks": "", "ticklabelstandoff": 4}
 
 
@@ -68,7 +70,6 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
                 fillcolor="rgba(0, 114, 178, 0.22)",
                 line={"width": 0},
                 hoverinfo="skip",
-                showlegend=False,
             ),
             go.Scatter(
                 name="mean",
@@ -82,7 +83,6 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
                     f"{COVERAGE:.0%} of sequences: %{{customdata[0]:.2f}} to %{{customdata[1]:.2f}}"
                     "<extra></extra>"
                 ),
-                showlegend=False,
             ),
             go.Scatter(
                 name="uniform guess",
@@ -91,7 +91,6 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
                 mode="lines",
                 line={"color": MUTED, "width": 1.5, "dash": "dot"},
                 hovertemplate=f"uniform guess: {number(uniform)} nats<extra></extra>",
-                showlegend=False,
             ),
         ]
     )
@@ -120,9 +119,9 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
             f"line: mean of {n_sequences} sequences; band: {COVERAGE:.0%} of them",
             f"dotted: uniform guess, {number(uniform, 2)} nats",
         ),
-        width=880,
         height=460,
         margin={"t": 148},
+        showlegend=False,
         xaxis={
             "title": {"text": "position of the predicted token"},
             "range": [0.5, positions[-1] + 0.5],
@@ -172,7 +171,7 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int = 5) -> go.
     )
     if absent.any():
         grey = torch.where(absent, 1.0, torch.nan).numpy()
-        figure.add_trace(heatmap(grey, low=0, high=1, hovers=hovers, name="no score", **gaps))
+        figure.add_trace(heatmap(grey, low=0.0, high=1.0, hovers=hovers, name="no score", **gaps))
         figure.data[-1].update(colorscale=[ABSENT, ABSENT], showscale=False)
     top = ", ".join(f"{head_label(*head)} {number(score, 2)}" for head, score in strongest[:3])
     figure.update_layout(
@@ -267,7 +266,7 @@ def plot_attention(patterns: AttentionPatterns) -> View:
     """Show heads' attention through circuitsvis: small maps to choose from, the chosen one large.
 
     Works in Jupyter without a network. Attention is rounded to 3 decimals; invisible characters of tokens
-    are shown as `visible_token` does.
+    are shown as `visible_token` does, long tokens shortened.
     """
     return View(
         "AttentionHeads",
@@ -277,7 +276,7 @@ def plot_attention(patterns: AttentionPatterns) -> View:
                 for pattern in patterns.patterns.double().cpu().tolist()
             ],
             "attentionHeadNames": [head_label(*head) for head in patterns.heads],
-            "tokens": [visible_token(token) for token in patterns.token_strings],
+            "tokens": [visible_token(token, longest=_LABEL) for token in patterns.token_strings],
             "maxValue": 1,
             "minValue": -1,
             "positiveColor": SEQUENTIAL[-1],
@@ -306,11 +305,12 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Fi
     # Only what is exactly 0: attention that does look ahead must show.
     pattern = pattern.masked_fill(future & (pattern == 0), torch.nan)
     tokens = [figure_text(visible_token(token)) for token in patterns.token_strings]
+    labels = [figure_text(visible_token(token, longest=_LABEL)) for token in patterns.token_strings]
     n_pos = len(tokens)
     step = math.ceil(n_pos / 40)
     axis = {
         "tickvals": list(range(0, n_pos, step)),
-        "ticktext": tokens[::step],
+        "ticktext": labels[::step],
         "showgrid": False,
         **_NO_TICKS,
         "constrain": "domain",
@@ -318,8 +318,8 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Fi
     figure = go.Figure(
         heatmap(
             pattern.numpy(),
-            low=0,
-            high=1,
+            low=0.0,
+            high=1.0,
             hovers=[
                 [
                     f"from <b>{tokens[dest]}</b> ({dest})<br>to <b>{tokens[src]}</b> ({src})"

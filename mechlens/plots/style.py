@@ -64,15 +64,19 @@ MINUS = "\N{MINUS SIGN}"
 _VISIBLE = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
-def visible_token(token: str) -> str:
+def visible_token(token: str, *, longest: int | None = None) -> str:
     """Show a token so that nothing in it is invisible.
+
+    Args:
+        longest: characters after which an ellipsis stands for the rest; None shows all.
 
     A space becomes `·`, a newline `⏎`, a carriage return `␍`, a tab `⇥`, an empty token `∅`; whatever
     else does not print (control characters, zero-width and bidirectional marks, lone surrogates)
     becomes its Python escape. Markup is left as it is: escape it where it is put into a page.
     """
     shown = (_VISIBLE.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in token)
-    return "".join(shown) or "∅"
+    text = "".join(shown) or "∅"
+    return text if longest is None or len(text) <= longest else text[:longest] + "…"
 
 
 def figure_text(text: str) -> str:

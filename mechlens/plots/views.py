@@ -67,8 +67,8 @@ class View:
 
     component: str
     """Such as `AttentionHeads`."""
-    props: Mapping[str, Any]
-    """As the component's documentation names them; JSON."""
+    props: Mapping[str, Any] = dataclasses.field(repr=False)
+    """As the component's documentation names them; JSON. Not in the repr, which notebooks store too."""
 
     def _repr_html_(self) -> str:
         props = script_json(self.props)

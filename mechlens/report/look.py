@@ -74,7 +74,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: 14px 16px; backgr
   .wide { grid-column: 1 / -1; }
 }
 @media (min-width: 561px) {
-  .comparisons :is(td, thead th):last-child { text-align: left; white-space: nowrap; padding-left: 28px; }
+  .comparisons :is(td, thead th):last-child { text-align: left; min-width: 11em;
+    padding-left: 28px; }
+  .comparisons td { overflow-wrap: break-word; }
 }
 @media (max-width: 560px) {
   body { padding: 0 14px 48px; }

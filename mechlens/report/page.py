@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
@@ -18,10 +18,6 @@ from mechlens.plots.style import MINUS, number
 from mechlens.plots.views import SHOW_VIEW, View, circuitsvis_bundle, script_json
 from mechlens.report.look import CSS, POLICY, SHOW_PLOTS, SHOW_VIEWS
 from mechlens.results import Comparison, ModelInfo, replacing
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 
 _COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
 
@@ -266,10 +262,13 @@ def _part(part: Plot | Table | Interactive, used: list[Plot | Interactive]) -> s
             f'<figure class="wide"><div id="{place}" class="view" role="group" aria-label="{label}">'
             f"</div>{caption}</figure>"
         )
-    height = part.figure.layout.height or 450
+    layout = part.figure.layout
+    style = f"height:{layout.height or 450}px"
+    if part.wide and layout.width:
+        style += f";max-width:{layout.width}px"
     return (
         f'<figure{" class=wide" if part.wide else ""}><div id="{place}" class="plot" role="img" '
-        f'aria-label="{escape(part.description)}" style="height:{height}px"></div>{caption}</figure>'
+        f'aria-label="{escape(part.description)}" style="{style}"></div>{caption}</figure>'
     )
 
 

@@ -1,0 +1,90 @@
+"""Results with values known by hand, for what draws them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mechlens.results import AttentionPatterns, HeadScores, ModelInfo, RepeatedTokenPerformance
+
+
+def model(name: str = "tiny", *, n_layers: int = 2, n_heads: int = 3) -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        revision=None,
+        architecture="GPT2LMHeadModel",
+        engine="HookedTransformer",
+        engine_version="3.9.0",
+        processing=True,
+        dtype="float32",
+        n_layers=n_layers,
+        n_heads=n_heads,
+        d_model=8,
+        d_vocab=64,
+        n_ctx=32,
+    )
+
+
+def performance(name: str = "tiny", *, prepend_bos: bool = True) -> RepeatedTokenPerformance:
+    """Two seeds of two sequences of (BOS and) 3 tokens twice; at pos i sequence s has -(i + 1) - s / 10."""
+    n_pos = 6 + int(prepend_bos)
+    sequence = torch.arange(4).reshape(2, 2, 1) / 10
+    log_prob = -(torch.arange(n_pos) + 1.0) - sequence
+    log_prob[..., -1] = math.nan
+    return RepeatedTokenPerformance(
+        model=model(name),
+        tokens=torch.zeros(2, 2, n_pos, dtype=torch.long),
+        log_prob=log_prob,
+        correct=torch.zeros(2, 2, n_pos, dtype=torch.bool),
+        estimates={
+            "first_half_log_prob": (-9.5, -10.0, -9.0),
+            "second_half_log_prob": (-0.25, -0.5, -0.125),
+            "first_half_accuracy": (0.0, 0.0, 0.0),
+            "second_half_accuracy": (0.75, 0.5, 1.0),
+        },
+        single_draws={
+            "first_half_log_prob": (-12.0, -8.0),
+            "second_half_log_prob": (-1.0, -0.0625),
+            "first_half_accuracy": (0.0, 0.0),
+            "second_half_accuracy": (0.5, 1.0),
+        },
+        seq_len=3,
+        seeds=(0, 1),
+        prepend_bos=prepend_bos,
+        confidence=0.95,
+    )
+
+
+INDUCTION = torch.tensor([[0.125, 0.25, 0.5], [0.0, math.nan, 0.875]])
+COPYING = torch.tensor([[-0.5, 0.0, 0.25], [1.0, -1.0, 0.75]])
+
+
+def head_scores(name: str = "tiny") -> HeadScores:
+    """Two layers of three heads, two equal sequences; the copying score has no null."""
+    means = {"induction_score": INDUCTION, "copying_score": COPYING}
+    return HeadScores(
+        model=model(name),
+        scores={kind: mean.expand(1, 2, 2, 3).clone() for kind, mean in means.items()},
+        nulls={"induction_score": torch.full((1, 2, 2, 3), 0.0625)},
+        intervals={kind: torch.stack([mean - 0.125, mean + 0.0625]) for kind, mean in means.items()},
+        tokens={"repeated": torch.zeros(1, 2, 7, dtype=torch.long)},
+        seq_len=3,
+        jitter=0,
+        seeds=(0,),
+        prepend_bos=True,
+        confidence=0.95,
+    )
+
+
+def attention(name: str = "tiny", *, tokens: tuple[str, ...] = ("<bos>", " a", "\n")) -> AttentionPatterns:
+    """Two heads: L0H2 attends evenly to all that it sees, L1H0 only to itself."""
+    n_pos = len(tokens)
+    even = torch.ones(n_pos, n_pos).tril()
+    return AttentionPatterns(
+        model=model(name),
+        tokens=torch.arange(n_pos),
+        token_strings=tokens,
+        heads=((0, 2), (1, 0)),
+        patterns=torch.stack([even / even.sum(-1, keepdim=True), torch.eye(n_pos)]),
+    )
