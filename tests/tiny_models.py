@@ -107,7 +107,7 @@ def tiny_hf_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         with torch.no_grad():
             for parameter in model.parameters():
-                wide = torch.randn_like(parameter) * 0.3
+                wide = torch.randn_like(parameter) * 0.2
                 parameter.copy_(1 + wide if parameter.ndim == 1 and kind != "gemma2" else wide)
     return model.float().eval()
 
@@ -140,7 +140,7 @@ TOY_CONFIG = {
 
 
 def write_toy(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    """Write an attention-only model in TransformerLens's own format; returns its weights."""
+    """Write a model in TransformerLens's own format, attention-only by default; returns its weights."""
     from safetensors.torch import save_file
 
     config = TOY_CONFIG | changes
@@ -156,10 +156,7 @@ def write_toy(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
         "unembed.W_U": wide(d_model, config["d_vocab"]),
         "unembed.b_U": wide(config["d_vocab"]),
     }
-    norms = [f"blocks.{layer}.ln1" for layer in range(config["n_layers"])] + ["ln_final"]
-    if config["normalization_type"] == "LN":
-        weights |= {f"{norm}.w": 1 + wide(d_model) for norm in norms}
-        weights |= {f"{norm}.b": wide(d_model) for norm in norms}
+    norms = {f"blocks.{layer}.ln1": d_model for layer in range(config["n_layers"])} | {"ln_final": d_model}
     for layer in range(config["n_layers"]):
         attention = f"blocks.{layer}.attn."
         for name in "QKV":
@@ -167,6 +164,18 @@ def write_toy(directory: Path, **changes: Any) -> dict[str, torch.Tensor]:
             weights[f"{attention}b_{name}"] = wide(n_heads, d_head)
         weights[f"{attention}W_O"] = wide(n_heads, d_head, d_model)
         weights[f"{attention}b_O"] = wide(d_model)
+        if not config["attn_only"]:
+            mlp, d_mlp = f"blocks.{layer}.mlp.", config["d_mlp"]
+            weights |= {f"{mlp}W_in": wide(d_model, d_mlp), f"{mlp}b_in": wide(d_mlp)}
+            weights |= {f"{mlp}W_out": wide(d_mlp, d_model), f"{mlp}b_out": wide(d_model)}
+            norms[f"blocks.{layer}.ln2"] = d_model
+            if config.get("gated_mlp"):
+                weights[f"{mlp}W_gate"] = wide(d_model, d_mlp)
+            if config["act_fn"].endswith("_ln"):
+                norms[f"{mlp}ln"] = d_mlp
+    if config["normalization_type"] == "LN":
+        weights |= {f"{norm}.w": 1 + wide(size) for norm, size in norms.items()}
+        weights |= {f"{norm}.b": wide(size) for norm, size in norms.items()}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors")

@@ -181,8 +181,8 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
 def _unreachable(what: str, name: str, why: str) -> str:
     near = nearest_names(name)
     return (
-        f"{what} is not whole in the local Hugging Face cache, and the hub cannot be reached ({why}): connect, "
-        f"or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
+        f"{what} is not whole in the local Hugging Face cache, and the hub cannot be reached ({why}): "
+        f"connect, or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
         + (f". The name is in no list; near it are {', '.join(near)}" if near else "")
     )
 

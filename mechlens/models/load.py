@@ -60,10 +60,12 @@ def load_model(
     to_device, to_dtype = parse_device(device), parse_dtype(dtype)
     place = locate(name_or_path, revision=revision, checkpoint=checkpoint)
     config = local.read_config(place.directory)
-    if toy.is_toy(config):
-        model, source = toy.load_toy(place.directory, config, place.name, engine, processing, to_dtype)
-    else:
-        model, source = _load_hf(place, config, engine, processing, to_dtype)
+    # The engines draw weights at random before they fill them in.
+    with torch.random.fork_rng(devices=[]):
+        if toy.is_toy(config):
+            model, source = toy.load_toy(place.directory, config, place.name, engine, processing, to_dtype)
+        else:
+            model, source = _load_hf(place, config, engine, processing, to_dtype)
     model.eval()
     with engines.quiet():
         model.to(to_device)
@@ -190,7 +192,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
         found = getattr(torch, found.removeprefix("torch."), None)
     if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ModelLoadError(f"dtype must be float32, float64, bfloat16 or float16, but is {str(dtype)!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

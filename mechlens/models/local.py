@@ -277,4 +277,6 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 def first_line(error: Exception) -> str:
     """What went wrong, without the advice and traces that libraries append."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Some only announce the reason there.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -24,9 +24,9 @@ class LensModel(Protocol):
     """The surface of HookedTransformer and TransformerBridge that behaves alike on both.
 
     A bridge must be in compatibility mode, as `load_model` leaves it: without that its hooks have
-    other names. Not here, because the engines differ: biases (a bridge of a bias-free model has none),
-    `start_at_layer`, `stop_at_layer`, `past_kv_cache`, and `W_K`, `W_V` of models with grouped heads
-    (`[layer, head, d_model, d_head]` on HookedTransformer, key/value heads only on a bridge).
+    other names. `W_K` and `W_V` of models with grouped heads have all heads on HookedTransformer and the
+    key/value heads only on a bridge. Not here, because the engines differ: biases (a bridge of a model
+    without has none), `start_at_layer`, `stop_at_layer`, `past_kv_cache`.
     `mechlens.models.runs` offers what analyses need of these.
     """
 
@@ -35,8 +35,11 @@ class LensModel(Protocol):
     tokenizer: Any
     """The Hugging Face tokenizer, or None. Its `bos_token_id` may be the engine's invention in a model
     that mechlens did not load: ask `bos_token_id(model)`."""
-    blocks: Any
-    """One module per layer."""
+    if TYPE_CHECKING:
+        # Not at run time: a module's child is no attribute of the kind that Python 3.12 looks for when
+        # it checks a protocol, which beartype does in the tests.
+        blocks: Any
+        """One module per layer."""
 
     @property
     def W_E(self) -> torch.Tensor:
@@ -53,6 +56,14 @@ class LensModel(Protocol):
     @property
     def W_Q(self) -> torch.Tensor:
         """`[layer, head, d_model, d_head]`."""
+
+    @property
+    def W_V(self) -> torch.Tensor:
+        """`[layer, head, d_model, d_head]`, see above for grouped heads."""
+
+    @property
+    def W_K(self) -> torch.Tensor:
+        """`[layer, head, d_model, d_head]`, see above for grouped heads."""
 
     @property
     def W_O(self) -> torch.Tensor:

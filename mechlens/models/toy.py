@@ -6,6 +6,7 @@ Attention-only models and others that Hugging Face has no class for come this wa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def load_toy(
         tokenizer = local.with_bos(tokenizer, at)
     settings = settings_of(config, name, dtype)
     weights = {key: value.to(dtype) for key, value in read_weights(directory, config).items()}
+    _check_names(directory, weights.keys(), settings)
     build = _hooked if engine == "hooked" else _bridge
     with engines.quiet():
         try:
@@ -132,6 +134,44 @@ def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, torch.Ten
     return local.read_pickle(pickled)
 
 
+def _check_names(directory: Path, given: Collection[str], settings: dict[str, Any]) -> None:
+    """See that every tensor has its place: HookedTransformer would fill gaps with zeros."""
+    expected = _expected_names(settings)
+    missing = sorted(expected - set(given))
+    if missing:
+        raise ModelLoadError(
+            f"{directory}: the weights lack {len(missing)} tensors that config.json has a place for, "
+            f"such as {missing[0]}"
+        )
+    left = {name for name in set(given) - expected if name.rsplit(".", 1)[-1] not in BUFFERS}
+    left -= {"unembed.b_U"}
+    if left:
+        raise ModelLoadError(
+            f"{directory}: config.json has no place for {len(left)} tensors of the weights, "
+            f"such as {min(left)}"
+        )
+
+
+def _expected_names(settings: dict[str, Any]) -> set[str]:
+    norm = settings.get("normalization_type", "LN")
+    of_norm = {"LN": ("w", "b"), "RMS": ("w",)}.get(norm, ())
+    grouped = "_" if settings.get("n_key_value_heads") else ""
+    parts = ["attn.W_Q", "attn.b_Q", "attn.W_O", "attn.b_O"]
+    parts += [f"attn.{grouped}{kind}_{name}" for kind in "Wb" for name in "KV"]
+    parts += [f"ln1.{name}" for name in of_norm]
+    if not settings.get("attn_only"):
+        parts += ["mlp.W_in", "mlp.b_in", "mlp.W_out", "mlp.b_out"]
+        parts += ["mlp.W_gate"] if settings.get("gated_mlp") else []
+        parts += [f"ln2.{name}" for name in of_norm]
+        if str(settings.get("act_fn")).endswith("_ln"):
+            parts += [f"mlp.ln.{name}" for name in of_norm]
+    final = of_norm[:1] if settings.get("final_rms") else of_norm
+    names = {"embed.W_E", "unembed.W_U", *(f"ln_final.{name}" for name in final)}
+    if settings.get("positional_embedding_type", "standard") != "rotary":
+        names.add("pos_embed.W_pos")
+    return names | {f"blocks.{layer}.{part}" for layer in range(settings["n_layers"]) for part in parts}
+
+
 def _hooked(
     settings: dict[str, Any], weights: dict[str, torch.Tensor], tokenizer: Any, processing: bool
 ) -> Any:
@@ -144,11 +184,6 @@ def _hooked(
         raise ModelLoadError(f"config.json has settings that HookedTransformer does not know: {unknown}")
     cfg = HookedTransformerConfig.from_dict(settings)
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
-    # The engine would fill gaps with zeros.
-    expected = {key for key in model.state_dict() if key.rsplit(".", 1)[-1] not in BUFFERS}
-    missing = sorted(expected - weights.keys() - {"unembed.b_U"})
-    if missing:
-        raise ModelLoadError(f"the weights lack {len(missing)} tensors, such as {missing[0]}")
     sound = engines.sound_processing(
         processing,
         architecture=None,
