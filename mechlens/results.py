@@ -151,24 +151,37 @@ def load(path: str | os.PathLike[str]) -> Result:
         raise ValueError(f"{path} is no whole .safetensors file ({error}): save it again") from error
     if header_text is None:
         raise ValueError(f"{path} is a .safetensors file, but not a result that mechlens saved")
-    header = json.loads(header_text)
-    cls = Result.types.get(header["type"])
-    if cls is None or header["format"] > FORMAT:
-        raise ValueError(f"{path} holds a {header['type']}, which this version of mechlens does not know")
+    try:
+        header = json.loads(header_text)
+        kind, version, fields = header["type"], header["format"], header["fields"]
+        cls = Result.types.get(kind)
+        if cls is not None and version <= FORMAT:
+            return cls(**_values(cls, fields, tensors))
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged: its header is not that of a result ({error!r}); save it again"
+        ) from error
+    raise ValueError(f"{path} holds a {kind}, which this version of mechlens does not know")
+
+
+def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a result, from the header and the tensors of its file."""
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        if field.name in tensors:
-            values[field.name] = tensors[field.name]
+        name = field.name
+        if name in tensors:
+            values[name] = tensors[name]
             continue
-        stored = header["fields"][field.name]
-        if isinstance(stored, dict) and set(stored) == {"tensors"}:
-            values[field.name] = {key: tensors[f"{field.name}/{key}"] for key in stored["tensors"]}
-        elif dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = hints[field.name](**stored)
+        stored = fields[name]
+        keys = stored["tensors"] if isinstance(stored, dict) and set(stored) == {"tensors"} else None
+        if keys is not None and all(f"{name}/{key}" in tensors for key in keys):
+            values[name] = {key: tensors[f"{name}/{key}"] for key in keys}
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = hints[name](**stored)
         else:
-            values[field.name] = _tuples(stored)
-    return cls(**values)
+            values[name] = _tuples(stored)
+    return values
 
 
 @contextlib.contextmanager

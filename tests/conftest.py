@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from jaxtyping import install_import_hook
 
+from tests import checked  # noqa: F401  # the hook finds it in what is imported
+
 # Before anything imports mechlens. Users run without it and pay nothing for the checks.
-install_import_hook("mechlens", "beartype.beartype")
+install_import_hook("mechlens", "tests.checked.checked")
 
 import torch  # noqa: E402
 
 torch.set_num_threads(2)
+
+pytest_plugins = ["tests.model_fixtures"]
