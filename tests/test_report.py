@@ -204,7 +204,7 @@ def test_what_did_not_come_out_is_said_plainly() -> None:
         "1 of 2 figures came out as published. These did not: induction_score of L5H5 "
         "(published −0.91, measured not measured)."  # noqa: RUF001
     )
-    assert verdict_statement([]) == "No published figure was compared."
+    assert verdict_statement([]) == "There is no published figure to compare with."
 
 
 def test_terms_of_all_sections_are_defined_once() -> None:

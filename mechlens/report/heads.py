@@ -105,7 +105,7 @@ def head_scores_section(result: HeadScores, *, top: int = 10) -> Section:
             Plot(
                 plot_head_scores(result, kind),
                 f"{title} of every head, from {number(low, 0)} to {number(high, 0)}; layer 0 is at the "
-                "bottom. Point at a cell for the head's name and numbers.",
+                "bottom, a head without a score is grey. Point at a cell for the head's name and numbers.",
                 f"Heatmap of the {title.lower()} by layer and head. Highest: {named}.",
                 wide=False,
             ),

@@ -167,7 +167,7 @@ def render_report(
 def verdict_statement(comparisons: Sequence[Comparison]) -> str:
     """Say in plain words how many published figures came out, and name each one that did not."""
     if not comparisons:
-        return "No published figure was compared."
+        return "There is no published figure to compare with."
     missed = [each for each in comparisons if each.verdict != "reproduced"]
     n_good, n_all = len(comparisons) - len(missed), len(comparisons)
     statement = f"{n_good} of {n_all} figures came out as published."
@@ -182,7 +182,7 @@ def verdict_statement(comparisons: Sequence[Comparison]) -> str:
 
 def _facts(model: ModelInfo) -> str:
     processing = {
-        True: "LayerNorm folded, centred",
+        True: "normalisation folded in",
         False: "as trained",
         None: "processing unknown",
     }
@@ -201,11 +201,11 @@ def _facts(model: ModelInfo) -> str:
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> str:
-    missed = any(each.verdict != "reproduced" for each in comparisons)
     statement = escape(verdict_statement(comparisons))
-    statement = f'<p class="statement{" missed" if missed else ""}">{statement}</p>'
     if not comparisons:
-        return statement
+        return f"<p>{statement}</p>"
+    missed = any(each.verdict != "reproduced" for each in comparisons)
+    statement = f'<p class="statement{" missed" if missed else ""}">{statement}</p>'
     rows = "".join(map(_comparison, comparisons))
     head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in _COLUMNS)
     # The roles are said again because the style takes them away where it stacks the cells.
