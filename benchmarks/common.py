@@ -1,0 +1,85 @@
+"""What the benchmarks share: how a table is printed, and a model to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured figure."""
+
+    what: str
+    measured: float
+    unit: str
+    target: float | None = None
+    """The most that is allowed; None where the figure is printed only."""
+
+    @property
+    def verdict(self) -> str:
+        if self.target is None:
+            return ""
+        return "met" if self.measured <= self.target else "MISSED"
+
+
+def print_table(title: str, rows: Sequence[Row]) -> None:
+    print(f"\n{title}")
+    width = max(len(row.what) for row in rows)
+    print(f"  {'':{width}}  {'measured':>10}  {'target':>8}")
+    for row in rows:
+        target = "" if row.target is None else f"<= {row.target:g}"
+        print(f"  {row.what:{width}}  {row.measured:10.3g}  {target:>8}  {row.unit:8} {row.verdict}".rstrip())
+
+
+def random_gpt2_small() -> Any:
+    """A model of GPT-2 small's shape with random weights, on the installed engine; needs no network.
+
+    Speed does not depend on the weights' values.
+    """
+    from mechlens.models import engines
+
+    torch.manual_seed(0)
+    if int(version("transformer-lens").split(".")[0]) < 4:
+        with engines.quiet():
+            from transformer_lens import HookedTransformer
+            from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+            return HookedTransformer(
+                HookedTransformerConfig(
+                    n_layers=12,
+                    n_heads=12,
+                    d_model=768,
+                    d_head=64,
+                    d_mlp=3072,
+                    d_vocab=50257,
+                    n_ctx=1024,
+                    act_fn="gelu_new",
+                    normalization_type="LN",
+                    device="cpu",
+                    init_mode="gpt2",
+                )
+            ).eval()
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    config = GPT2Config(architectures=["GPT2LMHeadModel"], attn_implementation="eager")
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
+        config.save_pretrained(folder)
+        return engines.bridge_from_hf(
+            GPT2LMHeadModel(config).eval(),
+            tokenizer,
+            processing=False,
+            dtype=torch.float32,
+            directory=Path(folder),
+        )
