@@ -48,22 +48,24 @@ class Recipe:
     d_model: int = 192
     n_heads: int = 6
     context: int = 512
-    steps: int = 14000
+    steps: int = 11000
     batch_tokens: int = 2048
     learning_rate: float = 3e-3
     warmup: int = 200
-    decay: float = 0.5  # share of the steps, at the end, over which the rate falls to zero
+    decay: float = 4 / 11  # share of the steps, at the end, over which the rate falls to zero
     weight_decay: float = 0.05
-    text_share: float = 0.30  # in the first stage; see `stage`
-    final_text_share: float = 0.75  # in the later ones
+    short_until: float = 0.28  # share of the steps with a context of 64, mostly stories; see `stage`
+    long_from: float = 0.70  # share of the steps before the whole context; 256 in between
+    text_share: float = 0.30  # of a batch, in the short stage
+    final_text_share: float = 0.75  # later
     seed: int = 0
 
     def stage(self, step: int) -> tuple[int, float]:
         """(context, share of text) at a step: short and mostly stories first, long text later."""
         done = step / max(1, self.steps)
-        if done < 0.22:
+        if done < self.short_until:
             return min(64, self.context), self.text_share
-        if done < 0.70:
+        if done < self.long_from:
             return min(256, self.context), self.final_text_share
         return self.context, self.final_text_share
 

@@ -26,8 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(rich_markup_mode=None)
-app.add_typer(models_app, name="models")
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
@@ -185,55 +183,44 @@ def heads(
         _print_heads(found, listed)
 
 
-@models_app.callback(
-    invoke_without_command=True,
-    short_help="List the models that can be loaded, or show one.",
-    epilog="Example: mechlens models show mechlens-books",
+@app.command(
+    epilog="Example: mechlens models mechlens-books",
+    short_help="List the models that load by name, or show one.",
 )
-def models(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the models that can be loaded by name, or show one."""
-    if context.invoked_subcommand is None:
-        list_models(as_json=as_json)
-
-
-@models_app.command("list", epilog="Example: mechlens models list --like pythia")
-def list_models(
-    like: Annotated[str, typer.Option(help="Only names with this in them.")] = "",
-    as_json: JsonOption = False,
-) -> None:
-    """List the models that can be loaded by name."""
-    from mechlens.models.catalogue import known_models
-
-    found = [known for known in known_models() if like.lower() in known.name.lower()]
-    if not found:
-        raise ValueError(f"no known model has {like!r} in its name; any other Hugging Face name may load, too")
-    if as_json:
-        from dataclasses import asdict
-
-        _print_json([asdict(known) for known in found])
-    else:
-        for known in found:
-            typer.echo(f"{known.name}  ({known.source})")
-
-
-@models_app.command("show", epilog="Example: mechlens models show mechlens-books")
-def show_model(
-    name: Annotated[str, typer.Argument(help="Bundled name, Hugging Face name or local directory.")],
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="The one to show: a name, or a local directory.")
+    ] = None,
+    like: Annotated[str, typer.Option(help="List only names with this in them.")] = "",
     revision: RevisionOption = None,
+    device: Annotated[str | None, typer.Option(help="No effect: no model is run.")] = None,
+    seed: Annotated[int, typer.Option(help="No effect: nothing is drawn.")] = 0,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a model's sizes, its positions, and whether its unembedding is tied to its embedding."""
+    """List the models that load by name. With a name or directory, show that model's sizes, its positions,
+    and whether its unembedding is tied to its embedding in the raw weights."""
     from dataclasses import asdict
 
-    from mechlens.models.catalogue import model_summary
+    from mechlens.models.catalogue import known_models, model_summary
 
-    summary = asdict(model_summary(name, revision=revision))
-    if as_json:
-        _print_json(summary)
-    else:
+    if name is not None:
+        summary = asdict(model_summary(name, revision=revision))
         width = max(map(len, summary))
-        for field, value in summary.items():
-            typer.echo(f"{field:{width}}  {_plain(value)}")
+        lines = [f"{field:{width}}  {_plain(value)}" for field, value in summary.items()]
+        found: Any = summary
+    else:
+        known = [one for one in known_models() if like.lower() in one.name.lower()]
+        if not known:
+            raise ValueError(
+                f"no known model has {like!r} in its name; other names on the hub may load all the same"
+            )
+        lines = [f"{one.name}  ({one.source})" for one in known]
+        found = [asdict(one) for one in known]
+    if as_json:
+        _print_json(found)
+    elif not quiet:
+        typer.echo("\n".join(lines))
 
 
 # -- steps -----------------------------------------------------------------------------------------
@@ -364,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail("interrupted", 130)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         _fail(str(error), 2)
     except Exception as error:
         # typer's own errors (a missing option, an unknown command) bring their message along

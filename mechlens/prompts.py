@@ -167,3 +167,18 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
             f"the text has {tokens.shape[1]} tokens, but the model's context is {model.cfg.n_ctx}: shorten it"
         )
     return tokens
+
+
+def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
+    """Each token as text; in the vocabulary's own form where it is only a part of a character.
+
+    Without a tokenizer they are the ids.
+    """
+    if model.tokenizer is None:
+        return tuple(str(token) for token in tokens.tolist())
+    texts = []
+    for token in tokens.tolist():
+        text = model.tokenizer.decode([token])
+        whole = text and "\ufffd" not in text
+        texts.append(text if whole else model.tokenizer.convert_ids_to_tokens(token))
+    return tuple(texts)

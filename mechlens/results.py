@@ -312,12 +312,12 @@ class HeadScores(Result):
         return tuple(self.scores)
 
     def mean(self, kind: str) -> Float[Tensor, "layer head"]:
-        """Mean score over all sequences."""
-        return self._of(self.scores, kind).mean((0, 1))
+        """Mean score over all sequences that have one; nan where none has."""
+        return self._of(self.scores, kind).nanmean((0, 1))
 
     def null(self, kind: str) -> Float[Tensor, "layer head"]:
-        """Mean null over all sequences."""
-        return self._of(self.nulls, kind).mean((0, 1))
+        """Mean null over all sequences that have one; nan where none has."""
+        return self._of(self.nulls, kind).nanmean((0, 1))
 
     def _of(self, values: Mapping[str, Tensor], kind: str) -> Tensor:
         if kind not in values:
@@ -374,7 +374,7 @@ class AttentionPatterns(Result):
                     "head": head,
                     "dest": dest.numpy(),
                     "src": src.numpy(),
-                    "attention": pattern[dest, src].numpy(),
+                    "attention": pattern[dest, src].float().cpu().numpy(),
                 }
             )
             for (layer, head), pattern in zip(self.heads, self.patterns, strict=True)

@@ -18,7 +18,7 @@ from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import next_token_log_probs, parts, read_patterns, watch
 from mechlens.models.weights import direct_unembedding, per_query_head, value_bias
-from mechlens.prompts import RandomTokens, repeated_tokens, text_tokens
+from mechlens.prompts import RandomTokens, repeated_tokens, text_tokens, token_strings
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -341,12 +341,10 @@ def attention_patterns(
 
     layers = sorted({layer for layer, _ in heads})
     watch(model, tokens[None], {f"blocks.{n}.attn.hook_pattern": partial(keep, n) for n in layers})
-    ids = tokens.tolist()
-    names = [str(i) for i in ids] if model.tokenizer is None else [model.tokenizer.decode([i]) for i in ids]
     return AttentionPatterns(
         model=info,
         tokens=tokens.cpu(),
-        token_strings=tuple(names),
+        token_strings=token_strings(model, tokens),
         heads=tuple((layer, head) for layer, head in heads),
         patterns=torch.stack([found[head] for head in heads]),
     )

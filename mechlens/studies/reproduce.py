@@ -19,7 +19,6 @@ from mechlens.analyses.heads import (
     repeated_token_performance,
     score_heads,
 )
-from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.load import BUNDLED, BUNDLED_DIRECTORY
 from mechlens.models.protocol import LensModel
 from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
+PUBLISHED_SEQ_LEN = 50
 TIMES_NULL = 5
 """How many times its null a score must be to count as far above it."""
 
@@ -89,7 +89,7 @@ def reproduce(
         seeds: each draws its own sequences.
         prepend_bos: None prepends BOS where the tokenizer has one.
         figures: what to compare with; None takes the article's for GPT-2 small, the card's for the
-            bundled model and none for others.
+            bundled model and none for others, nor for other than 50 tokens after BOS.
         progress: show bars.
 
     Raises:
@@ -106,7 +106,8 @@ def reproduce(
         strongest += [head for head, _ in list(heads.ranked(kind))[:2] if head not in strongest]
     patterns = attention_patterns(model, heads.tokens["repeated"][0, 0], strongest)
     if figures is None:
-        figures = known_figures(heads.model.name)
+        as_published = seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
+        figures = known_figures(heads.model.name) if as_published else ()
     comparisons = [compare(figure, performance, heads) for figure in figures]
     return Reproduction(performance, heads, patterns, tuple(comparisons))
 
@@ -123,8 +124,10 @@ def known_figures(name: str) -> tuple[Published, ...]:
 def compare(figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores) -> Comparison:
     """One published figure beside the measured one.
 
-    A figure that is a mean over n random sequences is reproduced when it lies in the interval of 99%
-    of means over n sequences, as measured here by resampling our own sequences.
+    A figure that is a mean over n random sequences is reproduced when it differs from our mean over m
+    by no more than 99% of such differences do: when it lies in the interval of 99% of means over
+    1 / (1/n + 1/m) sequences, resampled from our own. For a single draw that is the interval of 99% of
+    single sequences.
     """
     if figure.what in _QUALITATIVE:
         claim, measured, holds = _QUALITATIVE[figure.what](figure, performance, heads)
@@ -140,7 +143,8 @@ def compare(figure: Published, performance: RepeatedTokenPerformance, heads: Hea
     else:
         claim = figure.what
         per_sequence = _per_sequence(performance, figure.what)
-    low, high = _draws(per_sequence, figure.sequences)
+    size = max(1, round(1 / (1 / figure.sequences + 1 / len(per_sequence))))
+    low, high = _draws(per_sequence, size)
     holds = low <= float(figure.value) <= high
     return _comparison(figure, claim, float(per_sequence.mean()), low, high, holds)
 

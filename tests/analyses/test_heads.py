@@ -278,3 +278,18 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
 def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_bos_model)
+
+
+def test_token_strings_are_visible_parts_of_the_text(bundled):
+    ids = torch.tensor(bundled.tokenizer("é the", add_special_tokens=False)["input_ids"])
+    strings = attention_patterns(bundled, ids, [(0, 0)]).token_strings
+    assert "".join(strings).endswith(" the")
+    assert "�" not in "".join(strings)
+
+
+def test_a_row_without_entries_does_not_take_the_others_along(tiny_bos_model):
+    tokens = torch.tensor([[5, 6, 5, 7], [5, 6, 7, 8]])  # the second row repeats nothing
+    result = score_heads_on(tiny_bos_model, tokens, ("induction_score",))
+    assert result.scores["induction_score"][0, 1].isnan().all()
+    assert torch.equal(result.mean("induction_score"), result.scores["induction_score"][0, 0])
+    assert not result.intervals["induction_score"].isnan().any()

@@ -1,0 +1,177 @@
+"""Put a trained model into the package, with a card whose every figure is measured here and now.
+
+    python experiments/model_card.py --run runs/bundled --into mechlens/models/bundled
+
+`--run` is the `--out` of train_bundled_model.py. Copies weights and tokenizer, runs the head
+experiments on them, and writes `card.json` (which `mechlens reproduce` holds the model against) and
+`README.md` (for people).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mechlens
+from mechlens.models.catalogue import ModelSummary, model_summary
+from mechlens.models.load import BUNDLED
+from mechlens.published import Published
+from mechlens.results import head_label
+from mechlens.studies.reproduce import Reproduction
+
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+PROMPTS = ("It was a dark and stormy night, and", "“My dear,” said", "The captain of the ship")
+SOURCE = "the model's card"
+
+
+def figures_of(found: Reproduction) -> list[Published]:
+    """What the card claims: thresholds that the model was made to pass, and its own figures."""
+    sequences = found.performance.tokens.shape[0] * found.performance.tokens.shape[1]
+    claims = [
+        Published("at_least", ">= 0.90", SOURCE, kind="second_half_accuracy", threshold=0.90),
+        Published("induction_circuit", "yes", SOURCE),
+    ]
+    for name, (mean, _, _) in found.performance.estimates.items():
+        claims.append(Published(name, mean, SOURCE, sequences=sequences))
+    for kind in ("induction_score", "previous_token_score", "prefix_matching_score", "copying_score"):
+        head, score = next(found.heads.ranked(kind))
+        claims.append(Published("score", score, SOURCE, head=head, kind=kind, sequences=sequences))
+    return claims
+
+
+def continuations(model: Any, seed: int = 0) -> list[str]:
+    """One sampled continuation of 60 tokens per prompt, at temperature 0.8."""
+    draw = torch.Generator().manual_seed(seed)
+    texts = []
+    for prompt in PROMPTS:
+        tokens = mechlens.text_tokens(model, prompt)
+        with torch.inference_mode():
+            for _ in range(60):
+                logits = model(tokens)[0, -1] / 0.8
+                new = torch.multinomial(logits.softmax(-1), 1, generator=draw)
+                tokens = torch.cat([tokens, new[None]], dim=1)
+        texts.append(model.tokenizer.decode(tokens[0, 1:]))
+    return texts
+
+
+def card(summary: ModelSummary, training: dict[str, Any], found: Reproduction, texts: list[str]) -> str:
+    recipe, estimates = training["recipe"], found.performance.estimates
+    heads, log = found.heads, training["log"]
+    rows = []
+    for kind in heads.kinds:
+        for head, score in list(heads.ranked(kind))[:3]:
+            low, high = (float(bound[head]) for bound in heads.intervals[kind])
+            null = float(heads.null(kind)[head])
+            rows.append(
+                f"| {kind} | {head_label(*head)} | {score:.3f} | {low:.3f} to {high:.3f} | {null:.3f} |"
+            )
+    first = next((row for row in log if row["induction_score"] >= 0.5), None)
+    when = (
+        f"The induction score first passed 0.5 at step {first['step']:,}, "
+        f"after {first['step'] * recipe['batch_tokens'] / 1e6:.1f} million tokens."
+        if first
+        else "The induction score did not pass 0.5."
+    )
+    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in texts)
+    halves = "\n".join(
+        f"| {name.replace('_', ' ')} | {mean:.3f} | {low:.3f} to {high:.3f} |"
+        for name, (mean, low, high) in estimates.items()
+    )
+    million = recipe["steps"] * recipe["batch_tokens"] / 1e6
+    return f"""# {BUNDLED}
+
+A small English language model with induction heads, for learning and for tests. It ships with mechlens and
+needs no network. Every figure on this page was measured by `experiments/model_card.py` on the weights beside it.
+
+| what | value |
+|---|---|
+| architecture | {summary.architecture}: rotary positions on {summary.rotary_dim} of {summary.d_head} dimensions of each head, parallel blocks, untied embeddings |
+| parameters | {summary.n_params:,}, in {summary.dtype} |
+| layers, heads, d_model, d_mlp | {summary.n_layers}, {summary.n_heads}, {summary.d_model}, {summary.d_mlp} |
+| vocabulary, context | {summary.d_vocab:,} (byte-level BPE), {summary.n_ctx} |
+
+## Data
+
+{training["train_tokens"]:,} tokens of English books first published in or before 1900, all in the public domain;
+two whole books ({training["validation_tokens"]:,} tokens: *The Time Machine*, *Alice's Adventures in Wonderland*) were held out. Mixed in were
+*stories*: chunks cut from one string of random tokens (one in five: of text) at random places, so that what recurs does so at irregular distances.
+
+## Recipe
+
+`experiments/train_bundled_model.py`, seed {recipe["seed"]}: {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens ({million:.1f} million in all), AdamW at {recipe["learning_rate"]}
+with {recipe["warmup"]} steps of warm-up and a linear fall over the last {recipe["decay"]:.0%}, weight decay {recipe["weight_decay"]}, bfloat16 autocast. The context grew from 64 over 256 to {recipe["context"]}; the share of text from
+{recipe["text_share"]:.0%} to {recipe["final_text_share"]:.0%}. {training["seconds"] / 60:.0f} minutes on two busy CPU cores. {when}
+
+## Losses
+
+| on the held-out books, nats per token | |
+|---|---|
+| this model | {training["validation_loss"]:.3f} |
+| a bigram model with back-off, fitted on the same text | {training["bigram_loss"]:.3f} |
+
+## Repeated random tokens
+
+BOS + {found.performance.seq_len} random tokens + the same again, {found.performance.tokens.shape[0] * found.performance.tokens.shape[1]} sequences. Log-probabilities in nats.
+
+| | mean | {found.performance.confidence:.0%} interval |
+|---|---|---|
+{halves}
+
+## Heads
+
+The three highest of each kind; `null` is the same score with its cause taken away.
+
+| score | head | mean | {heads.confidence:.0%} interval | null |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## How it writes
+
+Sampled at temperature 0.8, seed 0, not selected:
+
+{quoted}
+
+## Limits
+
+It knows nothing but the English of old novels and how to copy; it answers no questions and its facts are noise. The books carry the
+views of their time. Its induction heads were trained for on purpose: their strength says nothing about how easily they form in models
+trained on text alone.
+
+## Licence
+
+MIT, as mechlens. The books are in the public domain.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="the trained model's folder")
+    parser.add_argument("--into", type=Path, required=True, help="the package's folder for it")
+    given = parser.parse_args()
+    training = json.loads((given.run / "training.json").read_text())
+    if "validation_loss" not in training:
+        parser.error(f"{given.run} is not trained to its end: run train_bundled_model.py again")
+    if given.run.resolve() != given.into.resolve():
+        for name in FILES:
+            shutil.copyfile(given.run / name, given.into / name)
+    model = mechlens.load_model(str(given.into.resolve()))
+    found = mechlens.reproduce(model, figures=())
+    figures = [dataclasses.asdict(figure) for figure in figures_of(found)]
+    kept = {name: training[name] for name in ("recipe", "validation_loss", "bigram_loss", "seconds")}
+    text = json.dumps({"figures": figures, "training": kept}, indent=1) + "\n"
+    (given.into / "card.json").write_text(text, encoding="utf-8")
+    page = card(model_summary(given.into), training, found, continuations(model))
+    (given.into / "README.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

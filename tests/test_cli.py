@@ -1,0 +1,177 @@
+"""The command line: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from mechlens import cli
+from mechlens.results import HeadScores, load
+from tests.shared import STORIES, needs_shared
+
+SMALL = ["--batch", "2", "--n-seeds", "1"]
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+def test_the_bundled_models_name_is_the_loaders():
+    from mechlens.models.load import BUNDLED
+
+    assert cli.BUNDLED == BUNDLED  # written twice, so that --help imports no torch
+
+
+@pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["models"]])
+def test_help_has_an_example_and_the_common_options(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    if command:
+        assert "Example: mechlens" in out
+        for option in ("--json", "--quiet", "--seed", "--device"):
+            assert option in out, f"{command} has no {option}"
+
+
+def test_no_arguments_show_the_help(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert "reproduce" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["reproduce", "--bogus"], "No such option: --bogus"),
+        (["reproduce", "--batch", "many"], "Invalid value for '--batch'"),
+        (["reproduce", "--batch", "0"], "Invalid value for '--batch'"),
+        (["reproduce", "--model", "gpt22"], "did you mean gpt2"),
+        (["reproduce", "--model", "./nowhere"], "nowhere"),
+        (["reproduce", "--seq-len", "300", *SMALL], "the largest seq_len that fits is 255"),
+        (["reproduce", "--device", "quantum"], "quantum"),
+        (["reproduce", "--dtype", "int3"], "dtype must be"),
+        (["reproduce", "--out", __file__], "--out is a folder, but"),
+        (["heads", "--kind", "induction", *SMALL], "no score 'induction'; there are induction_score"),
+        (["heads", "--out", "scores.pickle"], "--out is a .safetensors or .csv file"),
+        (["heads", "--out", "no/such/folder/x.csv"], "there is no folder"),
+        (["heads", "--text", ""], "the text is empty"),
+        (["models", "gpt22"], "did you mean gpt2"),
+        (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
+    ],
+)
+def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("mechlens: ")
+    assert not out
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_reproduce_writes_results_tables_and_a_report(capsys, tmp_path):
+    code, out, _ = run(capsys, "reproduce", "--out", tmp_path / "deep" / "er", "--batch", 10, "--n-seeds", 1)
+    assert code == 0
+    assert "second half accuracy" in out
+    assert "induction_score" in out
+    assert "reproduced" in out
+    folder = tmp_path / "deep" / "er"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "attention_patterns.csv",
+        "attention_patterns.safetensors",
+        "comparison.csv",
+        "head_scores.csv",
+        "head_scores.safetensors",
+        "repeated_tokens.csv",
+        "repeated_tokens.safetensors",
+        "report.html",
+    ]
+    scores = load(folder / "head_scores.safetensors")
+    table = pd.read_csv(folder / "head_scores.csv")
+    (layer, head), best = next(scores.ranked("induction_score"))
+    row = table[(table.kind == "induction_score") & (table.label == f"L{layer}H{head}")]
+    assert row.score.item() == pytest.approx(best, abs=1e-6)
+    assert f"L{layer}H{head}" in (folder / "report.html").read_text()
+    assert set(pd.read_csv(folder / "comparison.csv").verdict) == {"reproduced"}
+
+
+def test_json_and_quiet(capsys, tmp_path):
+    code, out, err = run(capsys, "reproduce", "--out", tmp_path, "--json", "--seq-len", 10, *SMALL)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["model"]["name"] == "mechlens-books"
+    assert set(found["estimates"]) >= {"second_half_accuracy", "first_half_log_prob"}
+    assert found["comparisons"] == [], "nothing is published for 10 tokens"
+    code, out, err = run(capsys, "reproduce", "--out", tmp_path, "--quiet", "--seq-len", 10, *SMALL)
+    assert (code, out, err) == (0, "", "")
+
+
+def test_heads_saves_what_it_lists(capsys, tmp_path):
+    path = tmp_path / "heads.safetensors"
+    arguments = ["--kind", "induction_score", "--threshold", 0.5, "--out", path, "--json", "--seed", 3]
+    code, out, _ = run(capsys, "heads", *arguments, *SMALL)
+    assert code == 0
+    saved = HeadScores.load(path)
+    assert saved.seeds == (3,)
+    listed = json.loads(out)["heads"]["induction_score"]
+    assert listed
+    assert all(row["score"] >= 0.5 > row["null"] for row in listed)
+    above = int((saved.mean("induction_score") >= 0.5).sum())
+    assert len(listed) == above
+
+
+def test_heads_on_a_text_and_as_a_table(capsys, tmp_path):
+    path = tmp_path / "heads.csv"
+    code, out, _ = run(
+        capsys, "heads", "--text", "one two three one two three", "--out", path, "--kind", "induction_score"
+    )
+    assert code == 0
+    assert "1 sequence" in out
+    assert set(pd.read_csv(path).kind) == {"induction_score"}
+    code, out, _ = run(capsys, "heads", "--threshold", 2, "--kind", "induction_score", *SMALL)
+    assert code == 0
+    assert "none" in out
+
+
+def test_models_lists_and_shows(capsys):
+    code, out, _ = run(capsys, "models")
+    assert code == 0
+    assert out.splitlines()[0].startswith("mechlens-books")
+    code, out, _ = run(capsys, "models", "mechlens-books", "--json")
+    shown = json.loads(out)
+    assert shown["tied"] is False
+    assert shown["positions"] == "rotary"
+    assert shown["n_ctx"] == 512
+    assert shown["n_params"] <= 5_000_000
+
+
+@needs_shared
+def test_models_shows_a_directory(capsys):
+    code, out, _ = run(capsys, "models", STORIES)
+    assert code == 0
+    assert any(line.split() == ["tied", "yes"] for line in out.splitlines())
+    assert "260,032" in out
+
+
+def test_as_a_program_it_ends_in_one_line_without_a_traceback():
+    """The installed entry point, with what only a real process has: an exit code and a closed pipe."""
+    program = "from mechlens.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "reproduce", "--model", "gpt22"],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
