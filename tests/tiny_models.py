@@ -65,8 +65,8 @@ def _config(kind: str, **changes: Any) -> Any:
         }
         return hf.GPTNeoConfig(**(settings | changes))
     if kind == "gpt_neox":
-        # `rotary_pct` of a quarter, as Pythia; a base that is nobody's default.
-        rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}
+        # Two frequencies, since the base does not show in one alone; a base that is nobody's default.
+        rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
         return hf.GPTNeoXConfig(**(shared | {"rope_parameters": rope} | changes))
     if kind == "llama":
         rope = {"rope_type": "default", "rope_theta": 500.0}

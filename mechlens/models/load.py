@@ -86,14 +86,13 @@ def _load_hf(
         # Before the engine gets the model: a bridge changes it.
         reference = hf.model(tokens).logits
     specials = engines.special_tokens(hf.tokenizer)
-    tokenizer = local.with_bos(hf.tokenizer, place.tokenizer)
     if engine == "hooked":
         model = engines.hooked_from_hf(
-            hf.model, tokenizer, processing=processing, dtype=dtype, name=place.name
+            hf.model, hf.tokenizer, processing=processing, dtype=dtype, name=place.name
         )
     else:
         model = engines.bridge_from_hf(
-            hf.model, tokenizer, processing=processing, dtype=dtype, directory=place.directory
+            hf.model, hf.tokenizer, processing=processing, dtype=dtype, directory=place.directory
         )
     engines.keep_special_tokens(model, specials)
     engines.verify(model, tokens, reference, dtype, advice=_ADVICE[engine])

@@ -226,24 +226,6 @@ def read_tokenizer(directory: Path) -> Any:
             ) from error
 
 
-def with_bos(tokenizer: Any, directory: Path) -> Any:
-    """The tokenizer set to prepend its BOS, as both engines want it.
-
-    They would make it so themselves, but by reading it anew, which may ask the network.
-    """
-    if tokenizer.bos_token is None or getattr(tokenizer, "add_bos_token", False):
-        return tokenizer
-    with _quiet_transformers():
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                directory, add_bos_token=True, local_files_only=True, trust_remote_code=False
-            )
-        except ValueError:
-            return tokenizer  # a BOS that the template language cannot write, such as `<seed:bos>`
-
-
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars over a millisecond's work, no advice on things that we check ourselves."""

@@ -43,8 +43,6 @@ def load_toy(
         tokenizer = local.read_tokenizer(at)
     bos = own_bos_token_id(tokenizer)
     specials = engines.special_tokens(tokenizer) if tokenizer else None
-    if at is not None:
-        tokenizer = local.with_bos(tokenizer, at)
     settings = settings_of(config, name, dtype)
     weights = {key: value.to(dtype) for key, value in read_weights(directory, config).items()}
     _check_names(directory, weights.keys(), settings)

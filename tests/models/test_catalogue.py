@@ -14,7 +14,7 @@ from tests.tiny_models import KINDS, tiny_hf_model, write_tiny_model, write_toy
 EXPECTED = {
     "gpt2": ("standard", None, True, 128, 4),
     "gpt_neo": ("standard", None, True, 128, 4),
-    "gpt_neox": ("rotary", 2, False, 48, 4),
+    "gpt_neox": ("rotary", 4, False, 48, 4),
     "llama": ("rotary", 8, False, 48, 2),
     "qwen2": ("rotary", 8, False, 48, 2),
     "gemma2": ("rotary", 16, True, 48, 2),
