@@ -75,8 +75,8 @@ def main() -> None:
         "previous_token_heads": mechlens.plot_head_scores(found.heads, "previous_token_score"),
         "induction_nulls": mechlens.plot_scores_against_nulls(found.heads, "induction_score"),
     }
-    for index, head in enumerate(found.patterns.heads):
-        name = f"attention_{head_label(*head)}"
+    for index, shown in enumerate(found.patterns.heads):
+        name = f"attention_{head_label(*shown)}"
         figures[name] = mechlens.plot_attention_heatmap(found.patterns, index)
     for name, figure in figures.items():
         path = options.out / f"{name}.html"

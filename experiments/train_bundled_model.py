@@ -23,10 +23,10 @@ import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -238,7 +238,7 @@ def copying(model: GPTNeoXForCausalLM, bos: int, valid: Tensor, length: int) -> 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
@@ -262,7 +262,9 @@ def save_model(model: GPTNeoXForCausalLM, folder: Path, step: int) -> None:
     write_atomically(folder / "config.json", lambda part: part.write_text(text))
 
 
-def save_state(path: Path, model, optimiser, step: int, recipe: Recipe) -> None:
+def save_state(
+    path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer, step: int, recipe: Recipe
+) -> None:
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimiser.state.get(parameter, {}).items():
@@ -271,7 +273,7 @@ def save_state(path: Path, model, optimiser, step: int, recipe: Recipe) -> None:
     save_tensors(path, tensors, header)
 
 
-def load_state(path: Path, model, optimiser, recipe: Recipe) -> int:
+def load_state(path: Path, model: torch.nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe) -> int:
     with safe_open(path, "pt") as file:
         header = file.metadata()
     theirs = json.loads(header["recipe"])
@@ -321,7 +323,9 @@ def log_spaced(steps: int) -> set[int]:
     return {0, steps} | {round(2 ** (k / 2)) for k in range(2 * int(math.log2(max(2, steps))) + 1)}
 
 
-def prepare(recipe: Recipe, corpus: list[Path], validation: list[Path], out: Path):
+def prepare(
+    recipe: Recipe, corpus: list[Path], validation: list[Path], out: Path
+) -> tuple[PreTrainedTokenizerFast, Tensor, Tensor]:
     """Tokenizer and token vectors, made once and kept in `out`."""
     cache = out / "tokens.safetensors"
     if not cache.exists():
@@ -357,7 +361,7 @@ def train(
     device: str,
     log_every: int = 250,
     stop_after: int | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Train to the end (or for `stop_after` steps of this call) and return the record of the run."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, text, held_out = prepare(recipe, corpus, validation, out)
@@ -372,7 +376,8 @@ def train(
         fused=True,
     )
     state, record_path = out / "state.safetensors", out / "training.json"
-    step, record = 0, {"log": [], "seconds": 0.0}
+    step = 0
+    record: dict[str, Any] = {"log": [], "seconds": 0.0}
     if state.exists():
         step = load_state(state, model, optimiser, recipe)
         record = json.loads(record_path.read_text())
@@ -393,7 +398,8 @@ def train(
 
     interrupted = []
     previous_handlers = {
-        kind: signal.signal(kind, lambda *_: interrupted.append(True)) for kind in (signal.SIGINT, signal.SIGTERM)
+        kind: signal.signal(kind, lambda *_: interrupted.append(True))
+        for kind in (signal.SIGINT, signal.SIGTERM)
     }
     keep, begun, base_seconds, first_step = log_spaced(recipe.steps), time.time(), record["seconds"], step
 
@@ -421,7 +427,11 @@ def train(
                     f"{speed:,.0f} tokens/s",
                     flush=True,
                 )
-            if step == recipe.steps or interrupted or (stop_after is not None and step - first_step >= stop_after):
+            if (
+                step == recipe.steps
+                or interrupted
+                or (stop_after is not None and step - first_step >= stop_after)
+            ):
                 break
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
@@ -445,15 +455,22 @@ def train(
     record["validation_loss"] = text_loss(model, held_out, bos, recipe.context, limit=len(held_out))
     checkpoint()
     save_model(model, out, step)
-    print(f"validation loss {record['validation_loss']:.4f} nats, bigram {record['bigram_loss']:.4f}; saved to {out}")
+    losses = f"validation loss {record['validation_loss']:.4f} nats, bigram {record['bigram_loss']:.4f}"
+    print(f"{losses}; saved to {out}")
     return record
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, help="text files or folders")
-    parser.add_argument("--validation", type=Path, nargs="*", default=[], help="default: the last 2%% of the corpus")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, tokenizer, checkpoints and state")
+    parser.add_argument(
+        "--validation", type=Path, nargs="*", default=[], help="default: the last 2%% of the corpus"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for weights, tokenizer, checkpoints and state"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--log-every", type=int, default=250, metavar="STEPS")
     for field in dataclasses.fields(Recipe):
@@ -465,4 +482,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -52,7 +52,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604, RUF022  # the lazy names; a test compares them with the block above
+__all__ = [  # the lazy names; a test compares them with the block above
     *sorted(_HOME_OF),
 ]
 

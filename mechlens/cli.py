@@ -30,7 +30,9 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")
+]
 DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
 SeedOption = Annotated[int, typer.Option(help="The first of the random seeds; the others follow it.")]
@@ -50,7 +52,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 )
 def reproduce(
     model: ModelOption = BUNDLED,
-    out: Annotated[Path, typer.Option(help="Folder for results, tables and report.html.")] = Path("reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder for results, tables and report.html.")] = Path(
+        "reproduce"
+    ),
     seq_len: LengthOption = 50,
     batch: BatchOption = 30,
     seed: SeedOption = 0,
@@ -112,7 +116,9 @@ def reproduce(
             )
             typer.echo(verdict_statement(found.comparisons))
         else:
-            typer.echo(f"Nothing is published for {found.heads.model.name}: there is nothing to compare with.")
+            typer.echo(
+                f"Nothing is published for {found.heads.model.name}: there is nothing to compare with."
+            )
         typer.echo(f"Results, tables and figures: {written[-1]}")
 
 
@@ -151,7 +157,7 @@ def heads(
         if not out.parent.is_dir():
             raise ValueError(f"cannot save to {out}: there is no folder {out.parent}")
     loaded = _load(model, device, dtype, revision, quiet)
-    from mechlens.analyses.heads import KINDS, detect_heads, score_heads, score_heads_on
+    from mechlens.analyses.heads import KINDS, ON_PROMPT, detect_heads, score_heads, score_heads_on
 
     if text is None:
         found = score_heads(
@@ -165,7 +171,7 @@ def heads(
             progress=_progress(quiet),
         )
     else:
-        found = score_heads_on(loaded, text, **({"kinds": kind} if kind else {}), prepend_bos=bos)
+        found = score_heads_on(loaded, text, kind or ON_PROMPT, prepend_bos=bos)
     if out is not None:
         if out.suffix == ".csv":
             found.to_dataframe().to_csv(out, index=False)
@@ -188,9 +194,7 @@ def heads(
     short_help="List the models that load by name, or show one.",
 )
 def models(
-    name: Annotated[
-        str | None, typer.Argument(help="The one to show: a name, or a local directory.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(help="The one to show: a name, or a local directory.")] = None,
     like: Annotated[str, typer.Option(help="List only names with this in them.")] = "",
     revision: RevisionOption = None,
     device: Annotated[str | None, typer.Option(help="No effect: no model is run.")] = None,
@@ -286,12 +290,16 @@ def _print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
 def _print_estimates(performance: Any) -> None:
     sequences = performance.tokens.shape[0] * performance.tokens.shape[1]
     rows = [
-        (name.replace("_", " ").replace("log prob", "log-probability, nats"), f"{mean:.3f}", f"{low:.3f} to {high:.3f}")
+        (
+            name.replace("_", " ").replace("log prob", "log-probability, nats"),
+            f"{mean:.3f}",
+            f"{low:.3f} to {high:.3f}",
+        )
         for name, (mean, low, high) in performance.estimates.items()
     ]
-    bos = "BOS + " if performance.prepend_bos else ""
+    tokens = f"{'BOS + ' if performance.prepend_bos else ''}{performance.seq_len} random tokens"
     _table(
-        f"{performance.model.name} on {bos}{performance.seq_len} random tokens + the same again, {sequences} sequences",
+        f"{performance.model.name} on {tokens} + the same again, {sequences} sequences",
         ("", "mean", f"{performance.confidence:.0%} interval"),
         rows,
     )

@@ -93,7 +93,10 @@ def test_a_model_without_bos_is_handled_and_says_so():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seq_len": 32}, "make 65 positions, but the model's context is 64: the largest seq_len that fits is 31"),
+        (
+            {"seq_len": 32},
+            "make 65 positions, but the model's context is 64: the largest seq_len that fits is 31",
+        ),
         ({"seq_len": 33, "prepend_bos": False}, "the largest seq_len that fits is 32"),
         ({"seq_len": 20, "jitter": 40}, "with a jitter of 40.*the largest seq_len that fits is 11"),
         ({"seq_len": 20, "jitter": 64}, "no seq_len fits"),

@@ -63,7 +63,9 @@ def test_a_small_run_learns_and_ends_in_a_loadable_model(script, corpus, tmp_pat
 
     model = load_model(tmp_path)
     assert model.cfg.n_ctx == 32
-    assert {"step-000000", "step-000008", "step-000060"} <= {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert {"step-000000", "step-000008", "step-000060"} <= {
+        p.name for p in (tmp_path / "checkpoints").iterdir()
+    }
     early = load_model(tmp_path, checkpoint=8)
     assert not torch.equal(early.W_E, model.W_E)
     for file in (tmp_path / "training.json", tmp_path / "config.json"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ PREFIX_LENGTH, PREFIX_COPIES = 25, 4
 SAMPLE_LENGTH = 25
 """Random tokens of one sample of the copying score."""
 
+_PATTERN = "blocks.{}.attn.hook_pattern"
 _ON_REPEATED: dict[str, Callable[[RandomTokens], Stripe]] = {
     "induction_score": lambda r: measures.copies_stripe(r.starts, r.seq_len, 1),
     "previous_token_score": lambda r: measures.previous_token_stripe(r.tokens.shape[1]),
@@ -38,6 +38,8 @@ _POSITIONAL = ("previous_token_score", "first_token_score")
 VARIANTS = ("induction_diagonal_score",)
 KINDS = (*(kind for kind in _ON_REPEATED if kind not in VARIANTS), "prefix_matching_score", "copying_score")
 """The scores of `score_heads` unless it is asked for others."""
+ON_PROMPT = ("induction_score", "previous_token_score", "duplicate_token_score")
+"""The scores of `score_heads_on` unless it is asked for others."""
 
 
 def repeated_token_performance(
@@ -220,7 +222,7 @@ def score_heads(
 def score_heads_on(
     model: LensModel,
     prompt: str | Int[Tensor, "*batch pos"],
-    kinds: Sequence[str] = ("induction_score", "previous_token_score", "duplicate_token_score"),
+    kinds: Sequence[str] = ON_PROMPT,
     *,
     stripes: Mapping[str, Tensor] | None = None,
     cache: Any = None,
@@ -281,11 +283,8 @@ def score_heads_on(
     else:
         found = {kind: torch.empty(len(tokens), model.cfg.n_layers, model.cfg.n_heads) for kind in wanted}
         for layer in range(model.cfg.n_layers):
-            pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
-            if pattern.shape[0] != len(tokens) or pattern.shape[-1] != n_pos:
-                raise ValueError(
-                    f"the cache has patterns {tuple(pattern.shape)}, but the prompt is {tuple(tokens.shape)}"
-                )
+            pattern = cache[_PATTERN.format(layer)]
+            _check_cached(pattern, len(tokens), n_pos)
             _reduce(found, wanted, layer, pattern, slice(None))
     scores = {kind: values[None] for kind, values in found.items()}
     bos = getattr(model.tokenizer, "bos_token_id", None)
@@ -313,17 +312,18 @@ def detect_heads(result: HeadScores, kind: str = "induction_score", threshold: f
 
 
 def attention_patterns(
-    model: LensModel, tokens: Int[Tensor, " pos"], heads: Sequence[tuple[int, int]]
+    model: LensModel, tokens: Int[Tensor, " pos"], heads: Sequence[tuple[int, int]], *, cache: Any = None
 ) -> AttentionPatterns:
     """The attention patterns of some heads on one sequence.
 
     Args:
         heads: (layer, head) of each.
+        cache: an `ActivationCache` whose first row is this sequence; nothing is run then.
 
     Raises:
-        ValueError: no heads, or a head that the model does not have.
+        ValueError: no heads, a head that the model does not have, or a cache of another length.
 
-    Cost: one forward pass up to the deepest head's pattern.
+    Cost: one forward pass up to the deepest head's pattern, or none with a cache.
     """
     info = describe(model)
     if not heads:
@@ -339,8 +339,13 @@ def attention_patterns(
     def keep(layer: int, pattern: Tensor) -> None:
         found.update({(n, h): pattern[0, h].float().cpu() for n, h in heads if n == layer})
 
-    layers = sorted({layer for layer, _ in heads})
-    watch(model, tokens[None], {f"blocks.{n}.attn.hook_pattern": partial(keep, n) for n in layers})
+    readers = {_PATTERN.format(n): partial(keep, n) for n in sorted({layer for layer, _ in heads})}
+    if cache is None:
+        watch(model, tokens[None], readers)
+    else:
+        for name, reader in readers.items():
+            _check_cached(cache[name], 1, len(tokens))
+            reader(cache[name])
     return AttentionPatterns(
         model=info,
         tokens=tokens.cpu(),
@@ -371,6 +376,13 @@ def _check_kinds(kinds: Sequence[str], jitter: int) -> None:
         raise ValueError("induction_diagonal_score needs a fixed period: leave jitter at 0")
 
 
+def _check_cached(pattern: Tensor, rows: int, n_pos: int) -> None:
+    if pattern.shape[0] < rows or pattern.shape[-1] != n_pos:
+        raise ValueError(
+            f"the cache has patterns {tuple(pattern.shape)}, but the prompt has {rows} x {n_pos} tokens"
+        )
+
+
 def _stripe(kind: str, random: RandomTokens) -> Stripe:
     make = _ON_REPEATED["induction_score" if kind == "prefix_matching_score" else kind]
     return make(random)
@@ -392,13 +404,14 @@ def _score_stripes(
     """Every stripe's score in every layer, from one run."""
     shape = (tokens.shape[0], model.cfg.n_layers, model.cfg.n_heads)
     found = {kind: torch.full(shape, torch.nan) for kind in stripes}
-    done = 0
+    rows = slice(0)
+
+    def reduce(layer: int, pattern: Tensor) -> None:
+        _reduce(found, stripes, layer, pattern, rows)
+
     for part in parts(tokens):
-        rows = slice(done, done + len(part))
-        read_patterns(
-            model, part, lambda layer, pattern, rows=rows: _reduce(found, stripes, layer, pattern, rows)
-        )
-        done += len(part)
+        rows = slice(rows.stop, rows.stop + len(part))
+        read_patterns(model, part, reduce)
     return found
 
 
@@ -411,36 +424,34 @@ def _copying(
     first, n = int(random.prepend_bos), random.seq_len
     sample = slice(first, first + n)
     unembedding = direct_unembedding(model)
+    mean_column = unembedding.mean(1)
     own = torch.arange(n)
     generator = torch.Generator().manual_seed(random.seed)
     other = (own + torch.randint(1, n, (1,), generator=generator)) % n
-    done = 0
+    columns, rows = unembedding.new_empty(0), slice(0)
+    values: dict[int, Tensor] = {}
+
+    def keep_values(layer: int, v: Tensor) -> None:
+        values[layer] = v[:, sample]
+
+    def reduce(layer: int, pattern: Tensor) -> None:
+        v = per_query_head(values.pop(layer), n_heads).float() - value_bias(model, layer)
+        W_O = model.W_O[layer].float()  # [head, d_head, d_model]
+        to_sample = torch.einsum("bshd,hdm,btm->bhst", v, W_O, columns)
+        to_all = torch.einsum("bshd,hd->bhs", v, W_O @ mean_column)
+        received = pattern[:, :, sample, sample].float().sum(-2)
+        for into, which in ((scores, own), (nulls, other)):
+            score = measures.copying_score(to_sample, to_all, received, which.to(v.device))
+            into[rows, layer] = score.cpu()
+
+    readers: dict[str, Callable[[Tensor], None]] = {}
+    for layer in range(model.cfg.n_layers):
+        readers[f"blocks.{layer}.attn.hook_v"] = partial(keep_values, layer)
+        readers[_PATTERN.format(layer)] = partial(reduce, layer)
     for part in parts(random.tokens):
-        rows = slice(done, done + len(part))
-        done += len(part)
-        # what a source adds to the logits of the sample's tokens, and on average to all
+        rows = slice(rows.stop, rows.stop + len(part))
+        # what a source adds to the logits of the sample's tokens, and (above) on average to all
         columns = unembedding.T[part[:, sample].to(unembedding.device)]  # [batch, token, d_model]
-        mean_column = unembedding.mean(1)
-        values: dict[int, Tensor] = {}
-
-        def keep_values(layer: int, v: Tensor) -> None:
-            values[layer] = v[:, sample]
-
-        def reduce(layer: int, pattern: Tensor) -> None:
-            v = per_query_head(values.pop(layer), n_heads) - value_bias(model, layer)
-            W_O = model.W_O[layer].float()  # [head, d_head, d_model]
-            v = v.float()
-            to_sample = torch.einsum("bshd,hdm,btm->bhst", v, W_O, columns)
-            to_all = torch.einsum("bshd,hd->bhs", v, W_O @ mean_column)
-            received = pattern[:, :, sample, sample].float().sum(-2)
-            for into, which in ((scores, own), (nulls, other)):
-                score = measures.copying_score(to_sample, to_all, received, which.to(v.device))
-                into[rows, layer] = score.cpu()
-
-        readers: dict[str, Callable[[Tensor], Any]] = {}
-        for layer in range(model.cfg.n_layers):
-            readers[f"blocks.{layer}.attn.hook_v"] = partial(keep_values, layer)
-            readers[f"blocks.{layer}.attn.hook_pattern"] = partial(reduce, layer)
         watch(model, part, readers)
     return scores, nulls
 

@@ -38,11 +38,10 @@ class Stripe:
         width = int(counts.max()) if len(counts) else 0
         row, dest, src = rows.nonzero(as_tuple=True)
         place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        stripe = Stripe(*(torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2)), None)
-        stripe.dest[row, place], stripe.src[row, place] = dest, src
-        if bool((counts == width).all()):
-            return stripe
-        return dataclasses.replace(stripe, real=torch.arange(width) < counts[:, None])
+        entries = torch.zeros(2, len(rows), width, dtype=torch.long)
+        entries[:, row, place] = torch.stack([dest, src])
+        real = torch.arange(width) < counts[:, None]
+        return Stripe(entries[0], entries[1], None if bool(real.all()) else real)
 
     def to(self, device: torch.device | str) -> Stripe:
         real = None if self.real is None else self.real.to(device)

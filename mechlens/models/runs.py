@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -53,16 +54,15 @@ def watch(
             raise _Enough
 
     hooks = [(name, partial(serve, name=name)) for name in readers]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        try:
-            model(tokens.to(model.cfg.device), return_type=None)
-        except _Enough:
-            pass
+    with torch.inference_mode(), model.hooks(fwd_hooks=hooks), contextlib.suppress(_Enough):
+        model(tokens.to(model.cfg.device), return_type=None)
 
 
 def _check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}")
+        raise ValueError(
+            f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"
+        )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
         wrong = low if low < 0 else high
@@ -115,7 +115,9 @@ def next_token_log_probs(
     return torch.cat(log_probs), torch.cat(corrects)
 
 
-def final_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+def final_norm(
+    model: LensModel, residual: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
     """The model's last norm with its learned scale and bias; the residual itself where there is none."""
     norm = getattr(model, "ln_final", None)
     return residual if norm is None or model.cfg.normalization_type is None else norm(residual)

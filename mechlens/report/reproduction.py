@@ -35,7 +35,6 @@ def write_reproduction(reproduction: Reproduction, folder: Path, *, command: str
 def _report(reproduction: Reproduction, path: Path, command: str) -> Path:
     heads = reproduction.heads
     names = [head_label(*head) for head in reproduction.patterns.heads]
-    first, _ = next(heads.ranked("induction_score"))
     return write_report(
         path,
         title="Induction heads",
@@ -47,10 +46,10 @@ def _report(reproduction: Reproduction, path: Path, command: str) -> Path:
             attention_section(
                 reproduction.patterns,
                 title="The strongest heads at work",
-                text=f"The two highest heads by induction score and by previous-token score ({', '.join(names)}) "
-                "on the first of the sequences. An induction head shows a second diagonal, "
-                f"{heads.seq_len - 1 if heads.seq_len else 0} positions below the main one, over the later copy; a previous-token head "
-                f"shows one right below the main diagonal. Highest by induction score: {head_label(*first)}.",
+                text="The two highest heads by induction score and by previous-token score "
+                f"({', '.join(names)}) on the first of the sequences. An induction head shows a second "
+                f"diagonal over the later copy, {reproduction.performance.seq_len - 1} positions below the "
+                "main one; a previous-token head shows one right below the main diagonal.",
             ),
         ),
         command=command,

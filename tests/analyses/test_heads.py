@@ -87,7 +87,9 @@ def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distanc
     # all attention on the stripe, in both
     assert float(fixed.mean("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     assert float(fixed.null("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
-    jittered = score_heads(model, ["induction_score"], seq_len=seq_len, batch=64, seeds=(0,), jitter=3, prepend_bos=False)
+    jittered = score_heads(
+        model, ["induction_score"], seq_len=seq_len, batch=64, seeds=(0,), jitter=3, prepend_bos=False
+    )
     # right by chance where the gap happens to be 0: a quarter of 64 rows, by the binomial within 0.25
     assert float(jittered.mean("induction_score")[0, 0]) < 0.5
 
@@ -109,7 +111,12 @@ def test_prefix_matching_and_copying_equal_their_loops(tiny_model_with_room):
         v = per_query_head(cache[f"blocks.{layer}.attn.hook_v"], model.cfg.n_heads) - value_bias(model, layer)
         for head in range(model.cfg.n_heads):
             value = reference.copying(
-                pattern[0, head].detach(), v[0, :, head].detach(), model.W_O[layer, head].detach(), W_U.detach(), sample[0], bos
+                pattern[0, head].detach(),
+                v[0, :, head].detach(),
+                model.W_O[layer, head].detach(),
+                W_U.detach(),
+                sample[0],
+                bos,
             )
             got = float(result.scores["copying_score"][0, 0, layer, head])
             # ReLU of float32 contributions that nearly cancel
@@ -196,6 +203,11 @@ def test_attention_patterns_are_the_models(tiny_model):
     patterns, _ = patterns_of(tiny_model, tokens[None])
     assert torch.allclose(result.patterns[0], patterns[1][0, 2], atol=1e-7)
     assert torch.allclose(result.patterns[1], patterns[0][0, 0], atol=1e-7)
+    _, cache = tiny_model.run_with_cache(tokens[None])
+    cached = attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=cache)
+    assert torch.allclose(cached.patterns, result.patterns, atol=1e-7)
+    with pytest.raises(ValueError, match="but the prompt has 1 x 5 tokens"):
+        attention_patterns(tiny_model, tokens[:5], [(0, 0)], cache=cache)
 
 
 @needs_shared
@@ -271,7 +283,10 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
             lambda m: score_heads_on(m, torch.arange(4, 9), stripes={"x": torch.ones(3, 3)}),
             r"the stripe 'x' is \(3, 3\), but the prompt needs \[5, 5\]",
         ),
-        (lambda m: attention_patterns(m, torch.arange(5), [(2, 0)]), "no head L2H0: the model has 2 layers of 4"),
+        (
+            lambda m: attention_patterns(m, torch.arange(5), [(2, 0)]),
+            "no head L2H0: the model has 2 layers of 4",
+        ),
         (lambda m: attention_patterns(m, torch.arange(5), []), "at least one"),
     ],
 )

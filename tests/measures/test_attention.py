@@ -84,9 +84,7 @@ def test_a_perfect_head_scores_half_in_prefix_matching():
 
 
 @settings(deadline=None, max_examples=25)
-@given(
-    seq_len=st.integers(2, 7), bos=st.integers(0, 1), copies=st.integers(2, 4), seed=st.integers(0, 2**31)
-)
+@given(seq_len=st.integers(2, 7), bos=st.integers(0, 1), copies=st.integers(2, 4), seed=st.integers(0, 2**31))
 def test_every_score_equals_the_literal_loop(seq_len, bos, copies, seed):
     two = random_pattern(2, 3, n=bos + 2 * seq_len, seed=seed)
     many = random_pattern(2, 3, n=bos + copies * seq_len, seed=seed)
@@ -161,7 +159,10 @@ def test_copying_score_by_hand():
     [
         (lambda: measures.previous_token_score(torch.ones(1, 1)), "at least 2 positions, but there is 1"),
         (lambda: measures.induction_score(uniform(N), 6), "but the pattern has 11"),
-        (lambda: measures.prefix_matching_score(uniform(N)), "make 101 or 100 positions, but the pattern has 11"),
+        (
+            lambda: measures.prefix_matching_score(uniform(N)),
+            "make 101 or 100 positions, but the pattern has 11",
+        ),
         (lambda: measures.copies_stripe(torch.tensor([[1]]), 3, 1), "at least twice, but there is 1 copy"),
         (lambda: measures.diagonal_stripe(3, 1), "diagonals -2 to 0, not 1"),
         (lambda: Stripe.of_mask(torch.ones(2, 2).bool()), "src must not come after dest"),

@@ -105,7 +105,7 @@ def test_tokens_that_cannot_be_run(tiny_model, tokens, message):
 
 
 def test_an_unknown_hook_point_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="no hook point 'blocks.9.attn.hook_pattern'"):
+    with pytest.raises(ValueError, match=r"no hook point 'blocks\.9\.attn\.hook_pattern'"):
         watch(tiny_model, tokens_for(tiny_model), {"blocks.9.attn.hook_pattern": lambda pattern: None})
 
 

@@ -46,7 +46,9 @@ def test_a_mean_of_many_is_held_against_means_of_as_many():
     assert found.high - found.measured == pytest.approx(0.155, abs=0.012)
     assert found.verdict == "reproduced"
     assert (
-        compare(dataclasses.replace(figure, value=-0.7), spread_performance(), hand_made.head_scores()).verdict
+        compare(
+            dataclasses.replace(figure, value=-0.7), spread_performance(), hand_made.head_scores()
+        ).verdict
         == "not reproduced"
     )
 
