@@ -88,19 +88,27 @@ def fetch(name: str, revision: str | None) -> Path:
 
 def find_cached(name: str, revision: str | None) -> Path | None:
     """The model's directory in the local cache, if everything needed is in it. No network."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     for candidate in (name, _MOVED.get(name)):
         if candidate is None:
             continue
         try:
-            found = Path(snapshot_download(candidate, revision=revision, local_files_only=True))
+            found = _in_cache(candidate, revision)
         except LocalEntryNotFoundError:
             continue
         if _is_whole(found):
             return found
     return None
+
+
+def _in_cache(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # Any patterns will do: without, a snapshot lacking files that nobody here needs counts as absent.
+    return Path(
+        snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+    )
 
 
 def cached_names() -> list[str]:
@@ -135,11 +143,10 @@ def fetch_tokenizer(name: str) -> Path:
     Raises:
         ModelLoadError: not in the cache, and the hub cannot be reached or does not have it.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(name, local_files_only=True))
+        found = _in_cache(name, None)
         if local.has_tokenizer(found):
             return found
     except LocalEntryNotFoundError:
@@ -160,7 +167,8 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or []]
         patterns = _SMALL_FILES + (_weight_patterns(files) if weights else [])
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=patterns))
+        # By the name of the revision, not by its hash, so that the cache finds it under that name.
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except ModelLoadError:
         raise
     except GatedRepoError as error:
