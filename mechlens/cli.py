@@ -6,7 +6,9 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -354,11 +356,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if arguments is None:
         arguments = sys.argv[1:]
     try:
-        code = app(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="mechlens")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="mechlens")
     except typer.Abort:
         _fail("interrupted", 130)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except BrokenPipeError:
+        # the reader has seen enough, as in `mechlens models | head`; flushing at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, FileNotFoundError) as error:
         _fail(str(error), 2)
     except Exception as error:
@@ -369,6 +377,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         where = context.command_path if context is not None else "mechlens"
         _fail(f"{error.format_message()} (see {where} --help)", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Our own warnings as one line; a user of the command line has no use for the others' places in code."""
+    if issubclass(category, UserWarning):
+        print(f"mechlens: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -155,6 +155,17 @@ def test_models_lists_and_shows(capsys):
     assert shown["n_params"] <= 5_000_000
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_model_without_bos_says_so_in_one_line(capsys, tiny_directories):
+    options = ["--model", tiny_directories / "qwen2", "--kind", "previous_token_score", "--seq-len", 5]
+    code, out, err = run(capsys, "heads", *options, *SMALL)
+    assert code == 0
+    assert "no BOS" in out
+    assert err.splitlines() == [
+        "mechlens: this model has no BOS token: its sequences begin with an ordinary token"
+    ]
+
+
 @needs_shared
 def test_models_shows_a_directory(capsys):
     code, out, _ = run(capsys, "models", STORIES)
