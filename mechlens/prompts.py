@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -12,8 +13,16 @@ from torch import Tensor
 
 
 def own_bos_token_id(tokenizer: Any) -> int | None:
-    """The id that a tokenizer begins its sequences with, or None."""
-    return None if tokenizer is None else tokenizer.bos_token_id
+    """A tokenizer's BOS, unless it only has one since TransformerLens set it to the EOS."""
+    if tokenizer is None or tokenizer.bos_token is None:
+        return None
+    if tokenizer.bos_token == tokenizer.eos_token:
+        # What it was made with still tells: the settings in its files, else its class's own default.
+        default = inspect.signature(type(tokenizer).__init__).parameters.get("bos_token")
+        first = tokenizer.init_kwargs.get("bos_token", default.default if default else None)
+        if first is None:
+            return None
+    return int(tokenizer.bos_token_id)
 
 
 def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:

@@ -17,7 +17,13 @@ from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import next_token_log_probs, parts, read_patterns, watch
 from mechlens.models.weights import direct_unembedding, per_query_head, value_bias
-from mechlens.prompts import RandomTokens, repeated_tokens, text_tokens, token_strings
+from mechlens.prompts import (
+    RandomTokens,
+    own_bos_token_id,
+    repeated_tokens,
+    text_tokens,
+    token_strings,
+)
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -287,7 +293,7 @@ def score_heads_on(
             _check_cached(pattern, len(tokens), n_pos)
             _reduce(found, wanted, layer, pattern, slice(None))
     scores = {kind: values[None] for kind, values in found.items()}
-    bos = getattr(model.tokenizer, "bos_token_id", None)
+    bos = own_bos_token_id(model.tokenizer)
     return HeadScores(
         model=info,
         scores=scores,

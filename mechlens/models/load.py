@@ -13,7 +13,8 @@ import torch
 from mechlens.models import engines, hub, local, toy
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.hub import BUNDLED
-from mechlens.models.protocol import LensModel, Source, own_bos_token_id, remember
+from mechlens.models.protocol import LensModel, Source, remember
+from mechlens.prompts import own_bos_token_id
 
 __all__ = ["BUNDLED", "ModelLoadError", "load_model", "locate"]
 

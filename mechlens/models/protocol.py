@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from mechlens.prompts import own_bos_token_id
 from mechlens.results import ModelInfo
 
 if TYPE_CHECKING:
@@ -175,19 +175,6 @@ def bos_token_id(model: Any) -> int | None:
     engine_of(model)
     source = _recall(model)
     return source.bos_token_id if source else own_bos_token_id(model.tokenizer)
-
-
-def own_bos_token_id(tokenizer: Any) -> int | None:
-    """A tokenizer's BOS, unless it only has one since TransformerLens set it to the EOS."""
-    if tokenizer is None or tokenizer.bos_token is None:
-        return None
-    if tokenizer.bos_token == tokenizer.eos_token:
-        # What it was made with still tells: the settings in its files, else its class's own default.
-        default = inspect.signature(type(tokenizer).__init__).parameters.get("bos_token")
-        first = tokenizer.init_kwargs.get("bos_token", default.default if default else None)
-        if first is None:
-            return None
-    return int(tokenizer.bos_token_id)
 
 
 def _architecture(cfg: Any) -> str:

@@ -14,7 +14,8 @@ import torch
 
 from mechlens.models import engines, hub, local
 from mechlens.models.errors import ModelLoadError
-from mechlens.models.protocol import Source, own_bos_token_id
+from mechlens.models.protocol import Source
+from mechlens.prompts import own_bos_token_id
 
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
