@@ -26,7 +26,8 @@ from mechlens.results import head_label
 from mechlens.studies.reproduce import Reproduction
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
-PROMPTS = ("It was a dark and stormy night, and", "“My dear,” said", "The captain of the ship")
+PROMPTS = ("It was a dark and stormy night, and", '"My dear," said', "The captain of the ship")
+TEMPERATURE = 0.6
 SOURCE = "the model's card"
 
 
@@ -46,14 +47,14 @@ def figures_of(found: Reproduction) -> list[Published]:
 
 
 def continuations(model: Any, seed: int = 0) -> list[str]:
-    """One sampled continuation of 60 tokens per prompt, at temperature 0.8."""
+    """One sampled continuation of 60 tokens per prompt, at a low temperature."""
     draw = torch.Generator().manual_seed(seed)
     texts = []
     for prompt in PROMPTS:
         tokens = mechlens.text_tokens(model, prompt)
         with torch.inference_mode():
             for _ in range(60):
-                logits = model(tokens)[0, -1] / 0.8
+                logits = model(tokens)[0, -1] / TEMPERATURE
                 new = torch.multinomial(logits.softmax(-1), 1, generator=draw)
                 tokens = torch.cat([tokens, new[None]], dim=1)
         texts.append(model.tokenizer.decode(tokens[0, 1:]))
@@ -133,7 +134,7 @@ The three highest of each kind; `null` is the same score with its cause taken aw
 
 ## How it writes
 
-Sampled at temperature 0.8, seed 0, not selected:
+Sampled at temperature {TEMPERATURE}, seed 0, not selected:
 
 {quoted}
 
