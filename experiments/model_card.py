@@ -38,8 +38,9 @@ def figures_of(found: Reproduction) -> list[Published]:
         Published("at_least", ">= 0.90", SOURCE, kind="second_half_accuracy", threshold=0.90),
         Published("induction_circuit", "yes", SOURCE),
     ]
-    for name, (mean, _, _) in found.performance.estimates.items():
-        claims.append(Published(name, mean, SOURCE, sequences=sequences))
+    claims.insert(0, Published("at_most", "<= 0.01", SOURCE, kind="first_half_accuracy", threshold=0.01))
+    for name in ("first_half_log_prob", "second_half_log_prob", "second_half_accuracy"):
+        claims.append(Published(name, found.performance.estimates[name][0], SOURCE, sequences=sequences))
     for kind in ("induction_score", "previous_token_score", "prefix_matching_score", "copying_score"):
         head, score = next(found.heads.ranked(kind))
         claims.append(Published("score", score, SOURCE, head=head, kind=kind, sequences=sequences))

@@ -21,8 +21,9 @@ class Published:
     """One published figure.
 
     `what` names the measurement: an estimate of `RepeatedTokenPerformance` (`second_half_accuracy`),
-    a kind of head score with `head` (or None for the heads themselves), or `heads_above`, with the
-    kind in `kind` and the threshold in `threshold`.
+    `score` for the head score `kind` of `head`, or a claim: `highest_head` by `kind`, `heads_above` the
+    `threshold` by `kind`, `at_least` and `at_most` a `threshold` for the estimate `kind`, and
+    `induction_circuit`, a clear induction head in a layer after a clear previous-token head.
     """
 
     what: str

@@ -229,9 +229,19 @@ def _at_least(
     return f"{figure.kind} >= {figure.threshold}", measured, measured >= figure.threshold
 
 
+def _at_most(
+    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
+) -> tuple[str, float | str, bool]:
+    assert figure.kind is not None
+    assert figure.threshold is not None
+    measured = performance.estimates[figure.kind][0]
+    return f"{figure.kind} <= {figure.threshold}", measured, measured <= figure.threshold
+
+
 _QUALITATIVE: dict[str, _Claim] = {
     "highest_head": _highest_head,
     "heads_above": _heads_above,
     "induction_circuit": _induction_circuit,
     "at_least": _at_least,
+    "at_most": _at_most,
 }

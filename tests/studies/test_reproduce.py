@@ -113,6 +113,10 @@ def test_a_threshold():
     assert compare(figure, hand_made.performance(), hand_made.head_scores()).verdict == "not reproduced"
     low = dataclasses.replace(figure, threshold=0.7)
     assert compare(low, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
+    most = dataclasses.replace(figure, what="at_most", threshold=0.8)
+    assert compare(most, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
+    least = dataclasses.replace(most, threshold=0.7)
+    assert compare(least, hand_made.performance(), hand_made.head_scores()).verdict == "not reproduced"
 
 
 def test_only_models_with_published_figures_are_compared():
