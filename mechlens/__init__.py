@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechlens.analyses.attention import attention_patterns
     from mechlens.analyses.heads import (
-        attention_patterns,
         detect_heads,
         repeated_token_performance,
         score_heads,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from mechlens.studies.reproduce import reproduce
 
 _HOMES = {
+    "mechlens.analyses.attention": ("attention_patterns",),
     "mechlens.analyses.heads": (
-        "attention_patterns",
         "detect_heads",
         "repeated_token_performance",
         "score_heads",

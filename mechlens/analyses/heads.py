@@ -22,9 +22,8 @@ from mechlens.prompts import (
     own_bos_token_id,
     repeated_tokens,
     text_tokens,
-    token_strings,
 )
-from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
+from mechlens.results import HeadScores, RepeatedTokenPerformance, head_label
 
 SEEDS = (0, 1, 2, 3, 4)
 PREFIX_LENGTH, PREFIX_COPIES = 25, 4
@@ -32,7 +31,6 @@ PREFIX_LENGTH, PREFIX_COPIES = 25, 4
 SAMPLE_LENGTH = 25
 """Random tokens of one sample of the copying score."""
 
-_PATTERN = "blocks.{}.attn.hook_pattern"
 _ON_REPEATED: dict[str, Callable[[RandomTokens], Stripe]] = {
     "induction_score": lambda r: measures.copies_stripe(r.starts, r.seq_len, 1),
     "previous_token_score": lambda r: measures.previous_token_stripe(r.tokens.shape[1]),
@@ -284,14 +282,7 @@ def score_heads_on(
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"the stripe {name!r} must be a mask of zeros and ones, but has other values")
         wanted[name] = Stripe.of_mask(mask.bool().cpu())
-    if cache is None:
-        found = _score_stripes(model, tokens, wanted)
-    else:
-        found = {kind: torch.empty(len(tokens), model.cfg.n_layers, model.cfg.n_heads) for kind in wanted}
-        for layer in range(model.cfg.n_layers):
-            pattern = cache[_PATTERN.format(layer)]
-            _check_cached(pattern, len(tokens), n_pos)
-            _reduce(found, wanted, layer, pattern, slice(None))
+    found = _score_stripes(model, tokens, wanted, cache=cache)
     scores = {kind: values[None] for kind, values in found.items()}
     bos = own_bos_token_id(model.tokenizer)
     return HeadScores(
@@ -317,50 +308,6 @@ def detect_heads(result: HeadScores, kind: str = "induction_score", threshold: f
     return [head_label(*head) for head, score in result.ranked(kind) if score >= threshold]
 
 
-def attention_patterns(
-    model: LensModel, tokens: Int[Tensor, " pos"], heads: Sequence[tuple[int, int]], *, cache: Any = None
-) -> AttentionPatterns:
-    """The attention patterns of some heads on one sequence.
-
-    Args:
-        heads: (layer, head) of each.
-        cache: an `ActivationCache` whose first row is this sequence; nothing is run then.
-
-    Raises:
-        ValueError: no heads, a head that the model does not have, or a cache of another length.
-
-    Cost: one forward pass up to the deepest head's pattern, or none with a cache.
-    """
-    info = describe(model)
-    if not heads:
-        raise ValueError("attention patterns need at least one (layer, head)")
-    for layer, head in heads:
-        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
-            raise ValueError(
-                f"no head {head_label(layer, head)}: the model has {model.cfg.n_layers} layers "
-                f"of {model.cfg.n_heads} heads"
-            )
-    found: dict[tuple[int, int], Tensor] = {}
-
-    def keep(layer: int, pattern: Tensor) -> None:
-        found.update({(n, h): pattern[0, h].float().cpu() for n, h in heads if n == layer})
-
-    readers = {_PATTERN.format(n): partial(keep, n) for n in sorted({layer for layer, _ in heads})}
-    if cache is None:
-        watch(model, tokens[None], readers)
-    else:
-        for name, reader in readers.items():
-            _check_cached(cache[name], 1, len(tokens))
-            reader(cache[name])
-    return AttentionPatterns(
-        model=info,
-        tokens=tokens.cpu(),
-        token_strings=token_strings(model, tokens),
-        heads=tuple((layer, head) for layer, head in heads),
-        patterns=torch.stack([found[head] for head in heads]),
-    )
-
-
 # -- steps -----------------------------------------------------------------------------------------
 
 
@@ -382,13 +329,6 @@ def _check_kinds(kinds: Sequence[str], jitter: int) -> None:
         raise ValueError("induction_diagonal_score needs a fixed period: leave jitter at 0")
 
 
-def _check_cached(pattern: Tensor, rows: int, n_pos: int) -> None:
-    if pattern.shape[0] < rows or pattern.shape[-1] != n_pos:
-        raise ValueError(
-            f"the cache has patterns {tuple(pattern.shape)}, but the prompt has {rows} x {n_pos} tokens"
-        )
-
-
 def _stripe(kind: str, random: RandomTokens) -> Stripe:
     make = _ON_REPEATED["induction_score" if kind == "prefix_matching_score" else kind]
     return make(random)
@@ -405,9 +345,9 @@ def _reduce(
 
 
 def _score_stripes(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], stripes: Mapping[str, Stripe]
+    model: LensModel, tokens: Int[Tensor, "batch pos"], stripes: Mapping[str, Stripe], *, cache: Any = None
 ) -> dict[str, Float[Tensor, "batch layer head"]]:
-    """Every stripe's score in every layer, from one run."""
+    """Every stripe's score in every layer, from one run or from a cache."""
     shape = (tokens.shape[0], model.cfg.n_layers, model.cfg.n_heads)
     found = {kind: torch.full(shape, torch.nan) for kind in stripes}
     rows = slice(0)
@@ -415,9 +355,10 @@ def _score_stripes(
     def reduce(layer: int, pattern: Tensor) -> None:
         _reduce(found, stripes, layer, pattern, rows)
 
-    for part in parts(tokens):
+    # a cache holds all rows at once
+    for part in parts(tokens) if cache is None else (tokens,):
         rows = slice(rows.stop, rows.stop + len(part))
-        read_patterns(model, part, reduce)
+        read_patterns(model, part, reduce, cache=cache)
     return found
 
 
@@ -453,7 +394,7 @@ def _copying(
     readers: dict[str, Callable[[Tensor], None]] = {}
     for layer in range(model.cfg.n_layers):
         readers[f"blocks.{layer}.attn.hook_v"] = partial(keep_values, layer)
-        readers[_PATTERN.format(layer)] = partial(reduce, layer)
+        readers[f"blocks.{layer}.attn.hook_pattern"] = partial(reduce, layer)
     for part in parts(random.tokens):
         rows = slice(rows.stop, rows.stop + len(part))
         # what a source adds to the logits of the sample's tokens, and (above) on average to all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -77,10 +77,33 @@ def read_patterns(
     model: LensModel,
     tokens: Int[Tensor, "batch pos"],
     reader: Callable[[int, Float[Tensor, "batch head dest src"]], None],
+    *,
+    layers: Iterable[int] | None = None,
+    cache: Any = None,
 ) -> None:
-    """Hand every layer's attention pattern to `reader(layer, pattern)` in one run; see `watch`."""
-    layers = range(model.cfg.n_layers)
-    watch(model, tokens, {f"blocks.{n}.attn.hook_pattern": partial(reader, n) for n in layers})
+    """Hand the attention patterns of all or some layers to `reader(layer, pattern)`; see `watch`.
+
+    Args:
+        cache: an `ActivationCache` of these tokens, or anything that gives activations by hook name;
+            nothing is run then.
+
+    Raises:
+        ValueError: as `watch`, or the cache belongs to other tokens.
+    """
+    wanted = {
+        f"blocks.{layer}.attn.hook_pattern": partial(reader, layer)
+        for layer in (range(model.cfg.n_layers) if layers is None else layers)
+    }
+    if cache is None:
+        watch(model, tokens, wanted)
+        return
+    for name, read in wanted.items():
+        pattern = cache[name]
+        if pattern.shape[0] != tokens.shape[0] or pattern.shape[-1] != tokens.shape[1]:
+            raise ValueError(
+                f"the cache has patterns {tuple(pattern.shape)}, but the tokens are {tuple(tokens.shape)}"
+            )
+        read(pattern)
 
 
 def parts(tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, "part pos"], ...]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mechlens.analyses.attention import attention_patterns
 from mechlens.analyses.heads import (
     KINDS,
     SEEDS,
     VARIANTS,
-    attention_patterns,
     detect_heads,
     repeated_token_performance,
     score_heads,
@@ -220,21 +220,14 @@ def _induction_circuit(
     return claim, "none", False
 
 
-def _at_least(
+def _threshold(
     figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
 ) -> tuple[str, float | str, bool]:
     assert figure.kind is not None
     assert figure.threshold is not None
     measured = performance.estimates[figure.kind][0]
-    return f"{figure.kind} >= {figure.threshold}", measured, measured >= figure.threshold
-
-
-def _at_most(
-    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
-) -> tuple[str, float | str, bool]:
-    assert figure.kind is not None
-    assert figure.threshold is not None
-    measured = performance.estimates[figure.kind][0]
+    if figure.what == "at_least":
+        return f"{figure.kind} >= {figure.threshold}", measured, measured >= figure.threshold
     return f"{figure.kind} <= {figure.threshold}", measured, measured <= figure.threshold
 
 
@@ -242,6 +235,6 @@ _QUALITATIVE: dict[str, _Claim] = {
     "highest_head": _highest_head,
     "heads_above": _heads_above,
     "induction_circuit": _induction_circuit,
-    "at_least": _at_least,
-    "at_most": _at_most,
+    "at_least": _threshold,
+    "at_most": _threshold,
 }
