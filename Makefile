@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bridge lint format types bench clean
+.PHONY: help demo test test-bridge notebook lint format types bench clean
 
 help: ## list these jobs
 	@echo 'make JOB [PYTHON=python3.12] [OUT=folder] [ARGS="..."]'
@@ -26,6 +26,10 @@ test: $(VENV)/.installed ## run the tests; ARGS go to pytest
 
 test-bridge: $(BRIDGE)/.installed ## run the tests on the bridge of transformer-lens 4
 	$(BRIDGE)/bin/python -m pytest $(ARGS)
+
+notebook: $(VENV)/.installed ## open the notebooks in JupyterLab
+	$(PY) -m pip install -c constraints.txt -e '.[notebook]'
+	$(VENV)/bin/jupyter lab notebooks
 
 lint: $(VENV)/.installed ## check style and format
 	$(PY) -m ruff check .
@@ -49,13 +53,14 @@ clean: ## remove the environments and caches; results in out/ and runs/ stay
 # The stamp is written last, so an installation that was cut short is taken up again.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV))
-	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	@echo 'installing into $(VENV): about 2 GB, a few minutes, once'
+	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(BRIDGE)/.installed: pyproject.toml constraints.txt Makefile
 	$(call environment,$(BRIDGE))
 	@sed 's/^transformer-lens==.*/transformer-lens==$(BRIDGE_VERSION)/' constraints.txt > $(BRIDGE)/constraints.txt
-	$(BRIDGE)/bin/python -m pip install -c $(BRIDGE)/constraints.txt -e '.[dev]'
+	$(BRIDGE)/bin/python -m pip install -q -c $(BRIDGE)/constraints.txt -e '.[dev]'
 	@touch $@
 
 define environment

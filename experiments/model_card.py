@@ -28,6 +28,8 @@ from mechlens.studies.reproduce import Reproduction
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 PROMPTS = ("It was a dark and stormy night, and", '"My dear," said', "The captain of the ship")
 TEMPERATURE = 0.6
+SEEDS = range(1000, 1005)
+"""None that a reproduction draws by default: it must not be held against its own sequences."""
 SOURCE = "the model's card"
 
 
@@ -119,7 +121,7 @@ with {recipe["warmup"]} steps of warm-up and a linear fall over the last {recipe
 
 ## Repeated random tokens
 
-BOS + {found.performance.seq_len} random tokens + the same again, {found.performance.tokens.shape[0] * found.performance.tokens.shape[1]} sequences. Log-probabilities in nats.
+BOS + {found.performance.seq_len} random tokens + the same again, {found.performance.tokens.shape[0] * found.performance.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log-probabilities in nats.
 
 | | mean | {found.performance.confidence:.0%} interval |
 |---|---|---|
@@ -165,10 +167,10 @@ def main() -> None:
         for name in FILES:
             shutil.copyfile(given.run / name, given.into / name)
     model = mechlens.load_model(str(given.into.resolve()))
-    found = mechlens.reproduce(model, figures=())
+    found = mechlens.reproduce(model, seeds=SEEDS, figures=())
     figures = [dataclasses.asdict(figure) for figure in figures_of(found)]
     kept = {name: training[name] for name in ("recipe", "validation_loss", "bigram_loss", "seconds")}
-    text = json.dumps({"figures": figures, "training": kept}, indent=1) + "\n"
+    text = json.dumps({"seeds": list(SEEDS), "figures": figures, "training": kept}, indent=1) + "\n"
     (given.into / "card.json").write_text(text, encoding="utf-8")
     page = card(model_summary(given.into), training, found, continuations(model))
     (given.into / "README.md").write_text(page, encoding="utf-8")

@@ -6,7 +6,7 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,6 @@ BUNDLED = "mechlens-books"
 
 app = typer.Typer(
     name="mechlens",
-    help="Mechanistic interpretability of GPT-style language models.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -37,7 +36,9 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
-SeedOption = Annotated[int, typer.Option(help="The first of the random seeds; the others follow it.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
+]
 SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="How many seeds.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Random tokens in one copy.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per seed.")]
@@ -84,9 +85,22 @@ def reproduce(
         prepend_bos=bos,
         progress=_progress(quiet),
     )
-    options = [("--model", model), ("--seq-len", seq_len), ("--batch", batch), ("--seed", seed)]
-    options += [("--n-seeds", n_seeds)]
-    command = " ".join(["mechlens reproduce", *(f"{name} {value}" for name, value in options)])
+    command = _command(
+        "reproduce",
+        {
+            "--model": (model, BUNDLED),
+            "--seq-len": (seq_len, 50),
+            "--batch": (batch, 30),
+            "--seed": (seed, 0),
+            "--n-seeds": (n_seeds, 5),
+            "--bos": (bos is True, False),
+            "--no-bos": (bos is False, False),
+            "--device": (device, None),
+            "--dtype": (dtype, "float32"),
+            "--revision": (revision, None),
+            "--out": (out, None),
+        },
+    )
     written = write_reproduction(found, out, command=command)
     if as_json:
         from dataclasses import asdict
@@ -110,7 +124,13 @@ def reproduce(
                 f"{found.heads.model.name} against published figures"
                 if found.heads.model.name != BUNDLED
                 else f"{BUNDLED} against its model card",
-                ("claim", "published", "measured", "tolerance", "verdict"),
+                (
+                    "claim",
+                    "published" if found.heads.model.name != BUNDLED else "on the card",
+                    "measured",
+                    "tolerance",
+                    "verdict",
+                ),
                 [
                     (c.claim, _number(c.published), _number(c.measured), _tolerance(c.low, c.high), c.verdict)
                     for c in found.comparisons
@@ -138,9 +158,13 @@ def heads(
         float | None, typer.Option(help="List the heads at or above this. [default: the highest ones]")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many heads of each kind to list.")] = 5,
-    seq_len: LengthOption = 50,
-    batch: BatchOption = 30,
-    jitter: Annotated[int, typer.Option(min=0, help="Up to this many random tokens between the copies.")] = 0,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Random tokens in one copy. [default: 50]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences per seed. [default: 30]")] = None,
+    jitter: Annotated[
+        int | None, typer.Option(min=0, help="Up to this many random tokens between the copies. [default: 0]")
+    ] = None,
     seed: SeedOption = 0,
     n_seeds: SeedsOption = 5,
     bos: BosOption = None,
@@ -151,32 +175,51 @@ def heads(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every attention head on repeated random tokens, or on a text: induction, previous token,
-    duplicate token, first token, prefix matching and copying."""
+    """Score every attention head: induction, previous token, duplicate token and first token, on repeated
+    random tokens or on a text; prefix matching and copying on random tokens."""
     if out is not None:
         if out.suffix not in (".safetensors", ".csv"):
             raise ValueError(f"--out is a .safetensors or .csv file, but it is {out}")
-        if not out.parent.is_dir():
-            raise ValueError(f"cannot save to {out}: there is no folder {out.parent}")
-    loaded = _load(model, device, dtype, revision, quiet)
-    from mechlens.analyses.heads import KINDS, ON_PROMPT, detect_heads, score_heads, score_heads_on
+        if out.is_dir() or not out.parent.is_dir():
+            what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+            raise ValueError(f"cannot save to {out}: {what}")
+    if text is not None:
+        for name, value in (("--seq-len", seq_len), ("--batch", batch), ("--jitter", jitter)):
+            if value is not None:
+                raise ValueError(f"{name} is about random tokens, but --text gives the tokens: leave it out")
+    from mechlens.analyses.heads import (
+        KINDS,
+        ON_PROMPT,
+        PROMPT_KINDS,
+        VARIANTS,
+        check_kinds,
+        detect_heads,
+        score_heads,
+        score_heads_on,
+    )
 
+    # before the model is loaded, which takes seconds
+    if kind:
+        check_kinds(kind, (*KINDS, *VARIANTS) if text is None else PROMPT_KINDS)
+    loaded = _load(model, device, dtype, revision, quiet)
     if text is None:
         found = score_heads(
             loaded,
-            kind or KINDS,
-            seq_len=seq_len,
-            batch=batch,
+            kind,
+            seq_len=seq_len or 50,
+            batch=batch or 30,
             seeds=range(seed, seed + n_seeds),
             prepend_bos=bos,
-            jitter=jitter,
+            jitter=jitter or 0,
             progress=_progress(quiet),
         )
     else:
         found = score_heads_on(loaded, text, kind or ON_PROMPT, prepend_bos=bos)
     if out is not None:
+        from mechlens.results import write_table
+
         if out.suffix == ".csv":
-            found.to_dataframe().to_csv(out, index=False)
+            write_table(found.to_dataframe(), out)
         else:
             found.save(out)
     listed = {
@@ -240,6 +283,15 @@ def _load(name: str, device: str | None, dtype: str, revision: str | None, quiet
     return load_model(name, device=device, dtype=dtype, revision=revision)
 
 
+def _command(name: str, options: dict[str, tuple[Any, Any]]) -> str:
+    """The command line that does the same: every option that is not at its default, quoted for a shell."""
+    words = ["mechlens", name]
+    for option, (value, default) in options.items():
+        if value != default:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
 def _progress(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
@@ -274,7 +326,7 @@ def _print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
     rows = []
     for kind, listed in _best(found, top).items():
         for place, row in enumerate(listed):
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            interval = _tolerance(row["low"], row["high"], 3)
             null = "" if row["null"] is None else f"{row['null']:.3f}"
             rows.append((kind if place == 0 else "", row["head"], f"{row['score']:.3f}", interval, null))
         if not listed:
@@ -295,7 +347,7 @@ def _print_estimates(performance: Any) -> None:
         (
             name.replace("_", " ").replace("log prob", "log-probability, nats"),
             f"{mean:.3f}",
-            f"{low:.3f} to {high:.3f}",
+            _tolerance(low, high, 3),
         )
         for name, (mean, low, high) in performance.estimates.items()
     ]
@@ -325,11 +377,14 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 
 def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return value if isinstance(value, str) else f"{value:.4f}"
 
 
-def _tolerance(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+def _tolerance(low: float | None, high: float | None, digits: int = 4) -> str:
+    """From low to high; nothing where there is no interval (nan: of a single sequence)."""
+    if low is None or high is None or low != low:
+        return ""
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def _plain(value: Any) -> str:
@@ -351,24 +406,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"mechlens {version('mechlens-toolkit')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Mechanistic interpretability of GPT-style language models."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line; wrong input ends in one line on standard error and exit code 2."""
+    """Run the command line; wrong input ends in one line on standard error and exit code 2.
+
+    Ctrl-C ends it with code 130, a reader that leaves a pipe early with code 1."""
     if arguments is None:
         arguments = sys.argv[1:]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = app(args=list(arguments) or ["--help"], standalone_mode=False, prog_name="mechlens")
-    except typer.Abort:
-        _fail("interrupted", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        # the reader has seen enough, as in `mechlens models | head`; flushing at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except Exception as error:
         # typer's own errors (a missing option, an unknown command) bring their message along
         if not hasattr(error, "format_message"):

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,21 @@ R = TypeVar("R", bound="Result")
 def head_label(layer: int, head: int) -> str:
     """A head's name in text, such as `L5H5`."""
     return f"L{layer}H{head}"
+
+
+def parse_head(head: str | tuple[int, int]) -> tuple[int, int]:
+    """(layer, head) of a head given as that, as `L5H5` or as `5.5`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(head, str):
+        found = re.fullmatch(r"L?(\d+)[H.](\d+)", head.strip(), re.IGNORECASE)
+        if found:
+            return int(found[1]), int(found[2])
+    elif len(head) == 2:
+        return int(head[0]), int(head[1])
+    raise ValueError(f"a head is written L5H5, 5.5 or (5, 5), but this is {head!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +75,7 @@ class ModelInfo:
     n_ctx: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """Base of all results. Two are equal when every field is, nan counting as equal to nan."""
 
@@ -123,6 +139,22 @@ class Result:
             raise ValueError(f"{path} holds a {type(result).__name__}, not a {cls.__name__}")
         return result
 
+    def __repr__(self) -> str:
+        """The fields in one line, tensors by their shape."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                shown = f"<{'x'.join(map(str, value.shape))}>"
+            elif _is_tensor_dict(value):
+                shown = (
+                    "{" + ", ".join(f"{k}: <{'x'.join(map(str, v.shape))}>" for k, v in value.items()) + "}"
+                )
+            else:
+                shown = repr(value.name if isinstance(value, ModelInfo) else value)
+            parts.append(f"{field.name}={shown}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
@@ -184,6 +216,13 @@ def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, 
     return values
 
 
+def write_table(table: pd.DataFrame, path: Path) -> Path:
+    """Write a table as `.csv`, whole or not at all."""
+    with replacing(path) as part:
+        table.to_csv(part, index=False)
+    return path
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Give a file beside `target` to write, and move it there when the block ends without an exception.
@@ -239,7 +278,7 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b or (a != a and b != b))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RepeatedTokenPerformance(Result):
     """How well a model predicts random tokens the first and the second time they come."""
 
@@ -285,7 +324,7 @@ class RepeatedTokenPerformance(Result):
         return pd.DataFrame(rows, columns=["seed", "sequence", "pos", "token", "log_prob", "correct", "half"])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class HeadScores(Result):
     """Scores of every attention head, per sequence, with intervals and nulls."""
 
@@ -350,7 +389,7 @@ class HeadScores(Result):
         return pd.DataFrame(rows, columns=columns)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AttentionPatterns(Result):
     """The attention patterns of some heads on one sequence."""
 
@@ -382,6 +421,9 @@ class AttentionPatterns(Result):
         return pd.concat(tables, ignore_index=True)
 
 
+NOT_JUDGED = "not judged"
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """One published figure beside the measured one."""
@@ -394,5 +436,5 @@ class Comparison:
     """Lower end of what counts as agreement; None for a claim that is no number."""
     high: float | None
     verdict: str
-    """`reproduced` or `not reproduced`."""
+    """`reproduced`, `not reproduced`, or `not judged` where too little was measured."""
     source: str

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -58,11 +61,17 @@ def test_no_arguments_show_the_help(capsys):
         (["reproduce", "--device", "quantum"], "quantum"),
         (["reproduce", "--dtype", "int3"], "dtype must be"),
         (["reproduce", "--out", __file__], "--out is a folder, but"),
-        (["heads", "--kind", "induction", *SMALL], "no score 'induction'; there are induction_score"),
+        (
+            ["heads", "--kind", "induction", *SMALL],
+            "no score 'induction' here (did you mean induction_score?)",
+        ),
         (["heads", "--out", "scores.pickle"], "--out is a .safetensors or .csv file"),
         (["heads", "--out", "no/such/folder/x.csv"], "there is no folder"),
         (["heads", "--text", ""], "the text is empty"),
+        (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
+        (["heads", "--text", "a b", "--kind", "copying_score"], "no score 'copying_score' here"),
         (["models", "gpt22"], "did you mean gpt2"),
+        (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
         (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
     ],
 )
@@ -80,7 +89,7 @@ def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, mess
 
 
 def test_reproduce_writes_results_tables_and_a_report(capsys, tmp_path):
-    code, out, _ = run(capsys, "reproduce", "--out", tmp_path / "deep" / "er", "--batch", 10, "--n-seeds", 1)
+    code, out, _ = run(capsys, "reproduce", "--out", tmp_path / "deep" / "er", "--batch", 30, "--n-seeds", 1)
     assert code == 0
     assert "second half accuracy" in out
     assert "induction_score" in out
@@ -166,6 +175,31 @@ def test_a_model_without_bos_says_so_in_one_line(capsys, tiny_directories):
     ]
 
 
+def test_the_reports_command_is_the_one_that_was_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["reproduce", "--no-bos", "--seq-len", "5", *SMALL, "--out", "a b", "--dtype", "bfloat16"]
+    code, _, err = run(capsys, *arguments, "--quiet")
+    assert (code, err) == (0, "")
+    page = (tmp_path / "a b" / "report.html").read_text()
+    command = html.unescape(re.search(r"mechlens reproduce [^<]*", page)[0])
+    words = shlex.split(command)[1:]
+    assert sorted(words) == sorted(arguments)
+    assert load(tmp_path / "a b" / "head_scores.safetensors").model.dtype == "bfloat16"
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(capsys, tmp_path):
+    (tmp_path / "x.csv").mkdir()
+    code, _, err = run(capsys, "heads", "--out", tmp_path / "x.csv")
+    assert code == 2
+    assert "it is a folder" in err
+
+
+def test_the_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert re.fullmatch(r"mechlens \d+\.\d+\.\d+\n", out)
+
+
 @needs_shared
 def test_models_shows_a_directory(capsys):
     code, out, _ = run(capsys, "models", STORIES)
@@ -175,7 +209,7 @@ def test_models_shows_a_directory(capsys):
 
 
 def test_as_a_program_it_ends_in_one_line_without_a_traceback():
-    """The installed entry point, with what only a real process has: an exit code and a closed pipe."""
+    """With what only a real process has: an exit code, and what Python prints as it goes."""
     program = "from mechlens.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "reproduce", "--model", "gpt22"],

@@ -194,12 +194,12 @@ def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() ->
 def test_table_sets_published_beside_measured() -> None:
     text = re.sub(r"<[^>]*>", " ", report(comparisons=(GOOD, MISSED)).split("<main")[1].split("</table>")[0])
     cells = " ".join(text.split())
-    assert "accuracy an article 0.93 0.91236 at least 0.9 ✓ reproduced" in cells
-    assert "L5H5 an article −0.91 not measured 0.88 to 0.95 ✗ not reproduced" in cells  # noqa: RUF001
+    assert "accuracy an article 0.9300 0.9124 at least 0.9000 ✓ reproduced" in cells
+    assert "L5H5 an article −0.9100 not measured 0.8800 to 0.9500 ✗ not reproduced" in cells  # noqa: RUF001
 
 
 def test_what_did_not_come_out_is_said_plainly() -> None:
-    assert verdict_statement([GOOD]) == "1 of 1 figures came out as published."
+    assert verdict_statement([GOOD]) == "1 of 1 figures came out as claimed (an article)."
     assert verdict_statement([GOOD, MISSED]) == (
         "1 of 2 figures came out as published. These did not: induction_score of L5H5 "
         "(published −0.91, measured not measured)."  # noqa: RUF001

@@ -125,6 +125,21 @@ def write_tiny_model(
     return model
 
 
+def write_model_of(directory: Path, config: Any) -> Any:
+    """Write a random model of any Hugging Face configuration, with the tests' tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+    return model
+
+
 TOY_CONFIG = {
     "n_layers": 2,
     "d_model": 32,

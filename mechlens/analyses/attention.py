@@ -11,28 +11,41 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import read_patterns
-from mechlens.prompts import token_strings
-from mechlens.results import AttentionPatterns, head_label
+from mechlens.prompts import text_tokens, token_strings
+from mechlens.results import AttentionPatterns, head_label, parse_head
 
 
 def attention_patterns(
-    model: LensModel, tokens: Int[Tensor, " pos"], heads: Sequence[tuple[int, int]], *, cache: Any = None
+    model: LensModel,
+    prompt: str | Int[Tensor, "*one pos"],
+    heads: Sequence[tuple[int, int] | str],
+    *,
+    cache: Any = None,
+    prepend_bos: bool | None = None,
 ) -> AttentionPatterns:
     """The attention patterns of some heads on one sequence.
 
     Args:
-        heads: (layer, head) of each.
+        prompt: a text, or the ids of one sequence.
+        heads: (layer, head) of each, or their names, as `detect_heads` gives them.
         cache: an `ActivationCache` of this one sequence; nothing is run then.
+        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
 
     Raises:
-        ValueError: no heads, a head that the model does not have, or a cache of another length.
+        ValueError: no heads, a head that the model does not have, more than one sequence, or a cache of
+            another length.
 
     Cost: one forward pass up to the deepest head's pattern, or none with a cache.
     """
     info = describe(model)
-    if not heads:
-        raise ValueError("attention patterns need at least one (layer, head)")
-    for layer, head in heads:
+    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
+    if tokens.numel() != tokens.shape[-1]:
+        raise ValueError(f"attention patterns are of one sequence, but the tokens are {tuple(tokens.shape)}")
+    tokens = tokens.reshape(1, -1)
+    wanted = [parse_head(head) for head in heads]
+    if not wanted:
+        raise ValueError("attention patterns need at least one head")
+    for layer, head in wanted:
         if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
             raise ValueError(
                 f"no head {head_label(layer, head)}: the model has {model.cfg.n_layers} layers "
@@ -41,14 +54,13 @@ def attention_patterns(
     found: dict[tuple[int, int], Tensor] = {}
 
     def keep(layer: int, pattern: Tensor) -> None:
-        found.update({(n, h): pattern[0, h].float().cpu() for n, h in heads if n == layer})
+        found.update({(n, h): pattern[0, h].float().cpu() for n, h in wanted if n == layer})
 
-    layers = sorted({layer for layer, _ in heads})
-    read_patterns(model, tokens[None], keep, layers=layers, cache=cache)
+    read_patterns(model, tokens, keep, layers=sorted({layer for layer, _ in wanted}), cache=cache)
     return AttentionPatterns(
         model=info,
-        tokens=tokens.cpu(),
-        token_strings=token_strings(model, tokens),
-        heads=tuple((layer, head) for layer, head in heads),
-        patterns=torch.stack([found[head] for head in heads]),
+        tokens=tokens[0].cpu(),
+        token_strings=token_strings(model, tokens[0]),
+        heads=tuple(wanted),
+        patterns=torch.stack([found[head] for head in wanted]),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -40,10 +42,13 @@ _ON_REPEATED: dict[str, Callable[[RandomTokens], Stripe]] = {
 }
 _POSITIONAL = ("previous_token_score", "first_token_score")
 VARIANTS = ("induction_diagonal_score",)
+_FIXED_PERIOD = ("induction_diagonal_score", "prefix_matching_score")
 KINDS = (*(kind for kind in _ON_REPEATED if kind not in VARIANTS), "prefix_matching_score", "copying_score")
 """The scores of `score_heads` unless it is asked for others."""
 ON_PROMPT = ("induction_score", "previous_token_score", "duplicate_token_score")
 """The scores of `score_heads_on` unless it is asked for others."""
+PROMPT_KINDS = (*ON_PROMPT, "first_token_score")
+"""The scores that any prompt can have."""
 
 
 def repeated_token_performance(
@@ -114,7 +119,7 @@ def repeated_token_performance(
 
 def score_heads(
     model: LensModel,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
     *,
     seq_len: int = 50,
     batch: int = 30,
@@ -127,7 +132,8 @@ def score_heads(
     """Score every attention head on repeated random tokens.
 
     Args:
-        kinds: any of `KINDS` and `VARIANTS`:
+        kinds: any of `KINDS` and `VARIANTS`; None takes `KINDS`, less what the model's context or the
+            jitter leaves out (`kinds_that_fit`):
             `induction_score`, `duplicate_token_score`, `previous_token_score`, `first_token_score`
             on two copies of `seq_len` tokens; `prefix_matching_score` on 25 tokens x 4;
             `copying_score` on 25 tokens; `induction_diagonal_score`, the article's own variant.
@@ -155,8 +161,11 @@ def score_heads(
     layer's pattern; patterns are reduced layer by layer and dropped.
     """
     info = describe(model)
-    _check_kinds(kinds, jitter)
     _check_seeds(seeds)
+    if kinds is None:
+        kinds = kinds_that_fit(model, KINDS, prepend_bos=prepend_bos, jitter=jitter)
+    check_kinds(kinds, (*KINDS, *VARIANTS))
+    _check_jitter(kinds, jitter)
     draw = partial(repeated_tokens, model, batch=batch, prepend_bos=prepend_bos)
     on_repeated = [kind for kind in kinds if kind in _ON_REPEATED]
     content = [kind for kind in on_repeated if kind not in _POSITIONAL]
@@ -260,8 +269,7 @@ def score_heads_on(
     """
     info = describe(model)
     tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
-    if tokens.ndim == 1:
-        tokens = tokens[None]
+    tokens = (tokens[None] if tokens.ndim == 1 else tokens).cpu()
     n_pos = tokens.shape[1]
     known: dict[str, Callable[[], Stripe]] = {
         "induction_score": lambda: Stripe.of_mask(measures.induction_mask(tokens)),
@@ -270,9 +278,9 @@ def score_heads_on(
         "first_token_score": lambda: measures.first_token_stripe(n_pos),
     }
     wanted: dict[str, Stripe] = {}
+    if kinds or not stripes:
+        check_kinds(kinds, PROMPT_KINDS)
     for kind in kinds:
-        if kind not in known:
-            raise ValueError(f"no score {kind!r} on a prompt; there are {', '.join(known)}, and `stripes`")
         wanted[kind] = known[kind]()
     for name, mask in (stripes or {}).items():
         if mask.shape[-2:] != (n_pos, n_pos) or mask.ndim not in (2, 3):
@@ -318,15 +326,45 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"the same seed twice is no second observation: {tuple(seeds)}")
 
 
-def _check_kinds(kinds: Sequence[str], jitter: int) -> None:
-    every = (*KINDS, *VARIANTS)
+def check_kinds(kinds: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse names of scores that are not known, with the nearest that is.
+
+    Raises:
+        ValueError: an unknown name, or none at all.
+    """
     for kind in kinds:
-        if kind not in every:
-            raise ValueError(f"no score {kind!r}; there are {', '.join(every)}")
+        if kind not in known:
+            near = get_close_matches(kind, known, 1, 0.5)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"no score {kind!r} here{meant}; there are {', '.join(known)}")
     if not kinds:
-        raise ValueError(f"no kind of score is asked for; there are {', '.join(every)}")
-    if jitter and "induction_diagonal_score" in kinds:
-        raise ValueError("induction_diagonal_score needs a fixed period: leave jitter at 0")
+        raise ValueError(f"no kind of score is asked for; there are {', '.join(known)}")
+
+
+def kinds_that_fit(
+    model: LensModel, kinds: Sequence[str], *, prepend_bos: bool | None = None, jitter: int = 0
+) -> tuple[str, ...]:
+    """The kinds of score that the model's context has room for and that a jitter leaves defined.
+
+    Warns of kinds that do not fit the context.
+    """
+    fitting = [kind for kind in kinds if not (jitter and kind in _FIXED_PERIOD)]
+    bos = prepend_bos is not False and own_bos_token_id(model.tokenizer) is not None
+    needed = int(bos) + PREFIX_COPIES * PREFIX_LENGTH
+    if "prefix_matching_score" in fitting and needed > model.cfg.n_ctx:
+        warnings.warn(
+            f"prefix_matching_score is left out: it needs {needed} positions, and the model's context is "
+            f"{model.cfg.n_ctx}",
+            stacklevel=3,
+        )
+        fitting.remove("prefix_matching_score")
+    return tuple(fitting)
+
+
+def _check_jitter(kinds: Sequence[str], jitter: int) -> None:
+    for kind in kinds:
+        if jitter and kind in _FIXED_PERIOD:
+            raise ValueError(f"{kind} has a fixed period: leave jitter at 0, or this score out")
 
 
 def _stripe(kind: str, random: RandomTokens) -> Stripe:

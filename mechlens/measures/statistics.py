@@ -19,7 +19,7 @@ def bootstrap_interval(
         seed: of the generator that draws them.
 
     Returns:
-        Lower and upper bound, in the samples' unit; both equal the value where there is one sample.
+        Lower and upper bound, in the samples' unit; nan where there is only one sample.
 
     Raises:
         ValueError: no samples, or a confidence outside (0, 1).
@@ -32,6 +32,9 @@ def bootstrap_interval(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, but it is {confidence}")
     n = len(samples)
+    if n == 1:
+        unknown = torch.full_like(samples[0], torch.nan)
+        return unknown, unknown.clone()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (resamples, n), generator=generator)
     # how often each sample was drawn in each resample: means of all values are then one product

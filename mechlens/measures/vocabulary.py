@@ -27,12 +27,16 @@ def target_log_prob(
     Returns:
         Log-probability in nats, in float32, and whether no logit is strictly larger (rank 1).
 
-    Cost: one product with `W_U`; no more than a chunk of rows has its logits at any time.
+    Cost: one product with `W_U` (and a float32 copy of a narrower one); no more than a chunk of rows has
+    its logits at any time.
     """
+    # in float32 from the product on: rounded logits tie, and a tie counts as the most likely token
+    wide = torch.promote_types(W_U.dtype, torch.float32)
+    vectors, W_U, b_U = vectors.to(wide), W_U.to(wide), b_U.to(wide)
     rows = max(1, CHUNK_BYTES // (4 * W_U.shape[1]))
     log_probs, firsts = [], []
     for some, wanted in zip(vectors.split(rows), targets.split(rows), strict=True):
-        logits = torch.addmm(b_U, some, W_U).float()
+        logits = torch.addmm(b_U, some, W_U)
         if soft_cap is not None:
             logits = soft_cap * (logits / soft_cap).tanh()
         own = logits.gather(1, wanted[:, None])[:, 0]
@@ -40,4 +44,4 @@ def target_log_prob(
         firsts.append(own == logits.amax(1))
     if not log_probs:
         return vectors.new_empty(0, dtype=torch.float32), targets.new_empty(0, dtype=torch.bool)
-    return torch.cat(log_probs), torch.cat(firsts)
+    return torch.cat(log_probs).float(), torch.cat(firsts)

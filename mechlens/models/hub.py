@@ -56,8 +56,8 @@ def unknown_name(name: str) -> str:
     near = nearest_names(name)
     hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"
     return (
-        f"no model is known as {name!r}: {hint} the bundled {BUNDLED!r}, a Hugging Face name "
-        "(organisation/model), or a directory"
+        f"no model is known as {name!r}, and no folder of that name has a config.json: {hint} the bundled "
+        f"{BUNDLED!r}, a Hugging Face name (organisation/model), or a directory"
     )
 
 
@@ -189,7 +189,8 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
 def _unreachable(what: str, name: str, why: str) -> str:
     near = nearest_names(name)
     return (
-        f"{what} is not whole in the local Hugging Face cache, and the hub cannot be reached ({why}): "
+        f"{what} is no folder with a config.json and not whole in the local Hugging Face cache, and the hub "
+        f"cannot be reached ({why}): "
         f"connect, or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
         + (f". The name is in no list; near it are {', '.join(near)}" if near else "")
     )

@@ -14,7 +14,6 @@ from mechlens.models import engines, hub, local, toy
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.hub import BUNDLED
 from mechlens.models.protocol import LensModel, Source, remember
-from mechlens.prompts import own_bos_token_id
 
 __all__ = ["BUNDLED", "ModelLoadError", "load_model", "locate"]
 
@@ -81,20 +80,28 @@ def _load_hf(
     place: Place, config: dict[str, Any], engine: engines.Backend, processing: bool, dtype: torch.dtype
 ) -> tuple[Any, Source]:
     hf = local.read_hf(place.directory, config, dtype=dtype, tokenizer_at=place.tokenizer)
-    source = Source(place.name, None, hf.architecture, processing, own_bos_token_id(hf.tokenizer))
+    source = Source(place.name, None, hf.architecture, processing)
     tokens = engines.check_tokens(hf.model)
     with torch.no_grad():
         # Before the engine gets the model: a bridge changes it.
         reference = hf.model(tokens).logits
     specials = engines.special_tokens(hf.tokenizer)
-    if engine == "hooked":
-        model = engines.hooked_from_hf(
-            hf.model, hf.tokenizer, processing=processing, dtype=dtype, name=place.name
-        )
-    else:
-        model = engines.bridge_from_hf(
-            hf.model, hf.tokenizer, processing=processing, dtype=dtype, directory=place.directory
-        )
+    try:
+        if engine == "hooked":
+            model = engines.hooked_from_hf(
+                hf.model, hf.tokenizer, processing=processing, dtype=dtype, name=place.name
+            )
+        else:
+            model = engines.bridge_from_hf(
+                hf.model, hf.tokenizer, processing=processing, dtype=dtype, directory=place.directory
+            )
+    except ModelLoadError:
+        raise
+    except Exception as error:  # of any kind: the engines check little and fail where they stand
+        raise ModelLoadError(
+            f"TransformerLens cannot make this {hf.architecture} ({local.first_line(error)}): "
+            f"try {_ADVICE[engine]}"
+        ) from error
     engines.keep_special_tokens(model, specials)
     engines.verify(model, tokens, reference, dtype, advice=_ADVICE[engine])
     return model, source

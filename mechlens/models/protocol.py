@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from mechlens.prompts import own_bos_token_id
 from mechlens.results import ModelInfo
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class LensModel(Protocol):
     """Sizes: `n_layers n_heads d_model d_head d_mlp d_vocab n_ctx`; also `device`, `dtype`."""
     tokenizer: Any
     """The Hugging Face tokenizer, or None. Its `bos_token_id` may be the engine's invention in a model
-    that mechlens did not load: ask `bos_token_id(model)`."""
+    that mechlens did not load: ask `mechlens.prompts.own_bos_token_id(model.tokenizer)`."""
     if TYPE_CHECKING:
         # Not at run time: a module's child is no attribute of the kind that Python 3.12 looks for when
         # it checks a protocol, which beartype does in the tests.
@@ -90,6 +89,9 @@ class LensModel(Protocol):
     def hooks(self, *, fwd_hooks: Hooks, **options: Any) -> AbstractContextManager[Any]:
         """Hooks that are gone when the `with` block ends, after an exception too."""
 
+    def modules(self) -> Iterable[Any]:
+        """All parts, itself included."""
+
     def parameters(self, recurse: bool = True) -> Iterable[torch.Tensor]:
         """All weights."""
 
@@ -102,7 +104,6 @@ class Source:
     revision: str | None
     architecture: str
     processing: bool
-    bos_token_id: int | None
 
 
 def remember(model: Any, source: Source) -> None:
@@ -161,20 +162,6 @@ def describe(model: Any) -> ModelInfo:
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
     )
-
-
-def bos_token_id(model: Any) -> int | None:
-    """The id of the tokenizer's own BOS; None where there is no tokenizer, or where it has no BOS.
-
-    TransformerLens gives a tokenizer without BOS (Qwen2's) its EOS for one. That is undone here, so
-    that a sequence never starts with a token which the model knows as an ending.
-
-    Raises:
-        TypeError: no such model.
-    """
-    engine_of(model)
-    source = _recall(model)
-    return source.bos_token_id if source else own_bos_token_id(model.tokenizer)
 
 
 def _architecture(cfg: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -54,8 +54,26 @@ def watch(
             raise _Enough
 
     hooks = [(name, partial(serve, name=name)) for name in readers]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks), contextlib.suppress(_Enough):
+    with (
+        torch.inference_mode(),
+        _evaluating(model),
+        model.hooks(fwd_hooks=hooks),
+        contextlib.suppress(_Enough),
+    ):
         model(tokens.to(model.cfg.device), return_type=None)
+
+
+@contextlib.contextmanager
+def _evaluating(model: LensModel) -> Iterator[None]:
+    """Without dropout, which would make every result a draw of its own; modes are restored at the end."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -99,9 +117,13 @@ def read_patterns(
         return
     for name, read in wanted.items():
         pattern = cache[name]
-        if pattern.shape[0] != tokens.shape[0] or pattern.shape[-1] != tokens.shape[1]:
+        if pattern.ndim == 3:  # of `remove_batch_dim=True`
+            pattern = pattern[None]
+        n_pos = tokens.shape[1]
+        if pattern.shape != (len(tokens), model.cfg.n_heads, n_pos, n_pos):
             raise ValueError(
-                f"the cache has patterns {tuple(pattern.shape)}, but the tokens are {tuple(tokens.shape)}"
+                f"the cache has patterns {tuple(pattern.shape)}, but the tokens are {tuple(tokens.shape)}: "
+                "make both from the same token ids (a text gets a BOS unless prepend_bos=False)"
             )
         read(pattern)
 
@@ -120,22 +142,56 @@ def next_token_log_probs(
         Log-probability in nats of the next token, nan in the last position; and whether no other
         token was more likely, False in the last position. Both on the CPU.
 
-    Cost: one forward pass; logits exist for a few positions at a time only.
+    Cost: one forward pass, and one of at most 8 tokens that tells whether the model's logits are what
+    its last norm and `W_U` say; logits exist for a few positions at a time only. Where they are not,
+    each row's logits are taken from the model itself.
     """
+    read = _streamed if _reads_as_streamed(model, tokens[:1, :8]) else _whole
     log_probs, corrects = [], []
     for rows in parts(tokens):
-        kept: list[Tensor] = []
-        watch(model, rows, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
-        with torch.inference_mode():
-            last = final_norm(model, kept.pop()[:, :-1])
-            targets = rows[:, 1:].to(last.device)
-            log_prob, correct = target_log_prob(
-                last.flatten(0, 1), model.W_U, model.b_U, targets.flatten(), soft_cap=soft_cap(model)
-            )
-        shape = (rows.shape[0], rows.shape[1] - 1)
-        log_probs.append(torch.nn.functional.pad(log_prob.cpu().view(shape), (0, 1), value=torch.nan))
-        corrects.append(torch.nn.functional.pad(correct.cpu().view(shape), (0, 1), value=False))
+        log_prob, correct = read(model, rows)
+        log_probs.append(torch.nn.functional.pad(log_prob.cpu(), (0, 1), value=torch.nan))
+        corrects.append(torch.nn.functional.pad(correct.cpu(), (0, 1), value=False))
     return torch.cat(log_probs), torch.cat(corrects)
+
+
+def _streamed(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+    """`[batch, pos - 1]` log-probability of each next token, and whether it is the most likely one."""
+    kept: list[Tensor] = []
+    watch(model, rows, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
+    with torch.inference_mode():
+        last = final_norm(model, kept.pop()[:, :-1])
+        targets = rows[:, 1:].to(last.device)
+        log_prob, correct = target_log_prob(
+            last.flatten(0, 1), model.W_U, model.b_U, targets.flatten(), soft_cap=soft_cap(model)
+        )
+    shape = (rows.shape[0], rows.shape[1] - 1)
+    return log_prob.view(shape), correct.view(shape)
+
+
+def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+    """The same from the model's own logits, a row at a time."""
+    log_probs, corrects = [], []
+    for row in rows.to(model.cfg.device).split(1):
+        with torch.inference_mode(), _evaluating(model):
+            logits = model(row, return_type="logits")[:, :-1].float()
+        own = logits.gather(2, row[:, 1:, None])[..., 0]
+        log_probs.append(own - logits.logsumexp(2))
+        corrects.append(own == logits.amax(2))
+    return torch.cat(log_probs), torch.cat(corrects)
+
+
+def _reads_as_streamed(model: LensModel, probe: Int[Tensor, "one pos"]) -> bool:
+    """Whether the model's logits are its last norm through `W_U`, `b_U` and a soft-cap, and nothing else.
+
+    Granite divides them by a constant, for one, and a user's model may do anything.
+    """
+    if probe.shape[1] < 2:
+        return True
+    streamed, whole = _streamed(model, probe)[0], _whole(model, probe)[0]
+    # a narrow dtype rounds the model's own logits, which we keep in float32
+    tolerance = 1e-3 if model.W_U.dtype in (torch.float32, torch.float64) else 0.5
+    return bool(((streamed - whole).abs().max() <= tolerance).item())
 
 
 def final_norm(

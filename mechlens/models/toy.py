@@ -15,7 +15,6 @@ import torch
 from mechlens.models import engines, hub, local
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.protocol import Source
-from mechlens.prompts import own_bos_token_id
 
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
@@ -42,7 +41,6 @@ def load_toy(
     at = _tokenizer_directory(directory, config)
     if at is not None:
         tokenizer = local.read_tokenizer(at)
-    bos = own_bos_token_id(tokenizer)
     specials = engines.special_tokens(tokenizer) if tokenizer else None
     settings = settings_of(config, name, dtype)
     weights = {key: value.to(dtype) for key, value in read_weights(directory, config).items()}
@@ -67,7 +65,7 @@ def load_toy(
     if specials:
         engines.keep_special_tokens(model, specials)
     architecture = "attention-only" if config.get("attn_only") else "TransformerLens"
-    return model, Source(name, None, architecture, processing, bos)
+    return model, Source(name, None, architecture, processing)
 
 
 _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}

@@ -132,7 +132,7 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
     return figure
 
 
-def plot_head_scores(result: HeadScores, kind: str, *, labelled: int = 5) -> go.Figure:
+def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = None) -> go.Figure:
     """Draw one kind of score of every head as a heatmap, layer 0 at the bottom.
 
     The colours span the score's whole range ([0, 1], or [-1, 1] around a neutral 0 for the copying score),
@@ -141,13 +141,16 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int = 5) -> go.
 
     Args:
         labelled: how many of the strongest heads get their score written into the cell (`.91`), in layers
-            of at most 16 heads; more would not fit.
+            of at most 16 heads; more would not fit. None writes all of them into a model of at most 48
+            heads and the strongest 5 into a larger one.
 
     Raises:
         ValueError: the result has no such kind.
     """
     mean = result.mean(kind).double().cpu()
     n_layers, n_heads = mean.shape
+    if labelled is None:
+        labelled = n_layers * n_heads if n_layers * n_heads <= 48 else 5
     strongest = list(result.ranked(kind))[:labelled]
     written = [["" for _ in range(n_heads)] for _ in range(n_layers)]
     for (layer, head), score in strongest if n_heads <= 16 else ():

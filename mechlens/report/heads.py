@@ -33,15 +33,18 @@ KIND_TERMS = {
         "about 0.5."
     ),
     "copying_score": (
-        "How far a head raises the logit of the very token that it attends to, among the tokens of the "
-        "sample: 1 if it raises no other, 0 at half of all that it raises, -1 if not at all."
+        "Twice the share that the token attended to has in all that the head raises among the logits of the "
+        "sample's 25 tokens, less 1: 1 if it raises that token alone, -1 if never. A head that does not care "
+        "which token it attends to comes out at its null, about -0.9."
     ),
 }
 
 _TERMS = {
     "Nat": "Unit of log-probability with the natural logarithm: a probability of 1/2 is -0.69 nats.",
     "Null": (
-        "The same score where its cause is taken away, such as on tokens that do not repeat. A score says "
+        "The same score where its cause is taken away: on tokens that do not repeat; for the scores of "
+        "positions alone (previous and first token), if each position spread its attention at random over "
+        "what it can see; for copying, with another token in the place of the one attended to. A score says "
         "something only as far as it stands clear of its null."
     ),
     "Interval": "Bootstrap confidence interval of the mean, over sequences.",
@@ -114,7 +117,7 @@ def head_scores_section(result: HeadScores, *, top: int = 10) -> Section:
                 f"The heads with the highest {title.lower()}: dots are scores with their "
                 f"{result.confidence:.0%} intervals"
                 + (
-                    ", diamonds their nulls. A gap between the two is the finding."
+                    ", diamonds their nulls. Only what stands clear of its null is a finding."
                     if null is not None
                     else "."
                 ),
@@ -140,7 +143,7 @@ def head_scores_section(result: HeadScores, *, top: int = 10) -> Section:
     return Section(
         "Head scores",
         f"{source}, scored for each attention head. A head is named by layer and number, counted from 0: "
-        "L5H5 is head 5 of layer 5.",
+        "L3H1 is head 1 of layer 3.",
         parts,
         terms | {term: _TERMS[term] for term in ("Null", "Interval")},
     )

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from mechlens.plots.style import MINUS, number
 from mechlens.plots.views import SHOW_VIEW, View, circuitsvis_bundle, script_json
 from mechlens.report.look import CSS, POLICY, SHOW_PLOTS, SHOW_VIEWS
-from mechlens.results import Comparison, ModelInfo, replacing
+from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, replacing
 
 _COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
 
@@ -168,12 +168,15 @@ def verdict_statement(comparisons: Sequence[Comparison]) -> str:
     """Say in plain words how many published figures came out, and name each one that did not."""
     if not comparisons:
         return "There is no published figure to compare with."
-    missed = [each for each in comparisons if each.verdict != "reproduced"]
-    n_good, n_all = len(comparisons) - len(missed), len(comparisons)
-    statement = f"{n_good} of {n_all} figures came out as published."
+    judged = [each for each in comparisons if each.verdict != NOT_JUDGED]
+    missed = [each for each in judged if each.verdict != "reproduced"]
+    sources = " and ".join(dict.fromkeys(each.source for each in comparisons))
+    statement = f"{len(judged) - len(missed)} of {len(judged)} figures came out as claimed ({sources})."
+    if len(judged) < len(comparisons):
+        statement += f" {len(comparisons) - len(judged)} could not be judged: too little was measured."
     if missed:
         named = "; ".join(
-            f"{each.claim} (published {_value(each.published)}, measured {_value(each.measured)})"
+            f"{each.claim} (claimed {_value(each.published)}, measured {_value(each.measured)})"
             for each in missed
         )
         statement += f" These did not: {named}."
@@ -204,7 +207,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
     statement = escape(verdict_statement(comparisons))
     if not comparisons:
         return f"<p>{statement}</p>"
-    missed = any(each.verdict != "reproduced" for each in comparisons)
+    missed = any(each.verdict not in ("reproduced", NOT_JUDGED) for each in comparisons)
     statement = f'<p class="statement{" missed" if missed else ""}">{statement}</p>'
     rows = "".join(map(_comparison, comparisons))
     head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in _COLUMNS)
@@ -217,10 +220,9 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
 
 
 def _comparison(each: Comparison) -> str:
-    good = each.verdict == "reproduced"
+    look, sign = {"reproduced": ("good", "✓"), NOT_JUDGED: ("open", "?")}.get(each.verdict, ("bad", "✗"))
     verdict = (
-        f'<span class="verdict {"good" if good else "bad"}">'
-        f'<span aria-hidden="true">{"✓" if good else "✗"}</span> {escape(each.verdict)}</span>'
+        f'<span class="verdict {look}"><span aria-hidden="true">{sign}</span> {escape(each.verdict)}</span>'
     )
     tolerance = _tolerance(each.low, each.high)
     cells = (escape(_value(each.published)), escape(_value(each.measured)), tolerance, verdict)
@@ -247,7 +249,7 @@ def _value(value: float | str) -> str:
     """A figure as it was published, a measured one with enough digits beside it."""
     if isinstance(value, str):
         return value
-    return "not measured" if value != value else f"{value:.5g}".replace("-", MINUS)
+    return "not measured" if value != value else f"{value:.4f}".replace("-", MINUS)
 
 
 def _part(part: Plot | Table | Interactive, used: list[Plot | Interactive]) -> str:

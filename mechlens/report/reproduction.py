@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechlens.report.heads import attention_section, head_scores_section, repeated_token_section
-from mechlens.report.page import write_report
+from mechlens.report.page import Section, write_report
 from mechlens.results import head_label
-from mechlens.studies.reproduce import Reproduction
+from mechlens.studies.reproduce import TIMES_NULL, Reproduction, detect_clear_heads
+
+CLEAR_SCORE = 0.4
+"""A head that scores this much is named among the findings."""
 
 
 def write_reproduction(reproduction: Reproduction, folder: Path, *, command: str) -> list[Path]:
@@ -41,6 +44,7 @@ def _report(reproduction: Reproduction, path: Path, command: str) -> Path:
         model=heads.model,
         comparisons=reproduction.comparisons,
         sections=(
+            Section("What was found", _findings(reproduction)),
             repeated_token_section(reproduction.performance),
             head_scores_section(heads),
             attention_section(
@@ -53,4 +57,23 @@ def _report(reproduction: Reproduction, path: Path, command: str) -> Path:
             ),
         ),
         command=command,
+    )
+
+
+def _findings(reproduction: Reproduction) -> str:
+    """The finding in two sentences, every figure and name from the results."""
+    performance, heads = reproduction.performance, reproduction.heads
+    first, second = (performance.estimates[f"{half}_half_accuracy"][0] for half in ("first", "second"))
+    accuracy = (
+        f"Of random tokens that it has not seen the model foretells {first:.1%}, of the same tokens when "
+        f"they come again {second:.1%}."
+    )
+    named = {}
+    for kind in ("induction_score", "previous_token_score"):
+        clear = detect_clear_heads(heads, kind, CLEAR_SCORE)
+        named[kind] = ", ".join(f"{head_label(*head)} ({score:.2f})" for head, score in clear[:5])
+    return (
+        f"{accuracy}\n\nInduction heads: {named['induction_score'] or 'none'}. Previous-token heads: "
+        f"{named['previous_token_score'] or 'none'}. Named are heads with a score of at least {CLEAR_SCORE} "
+        f"and at least {TIMES_NULL} times their null, the highest five."
     )

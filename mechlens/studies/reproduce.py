@@ -16,17 +16,32 @@ from mechlens.analyses.heads import (
     SEEDS,
     VARIANTS,
     detect_heads,
+    kinds_that_fit,
     repeated_token_performance,
     score_heads,
 )
 from mechlens.models.load import BUNDLED, BUNDLED_DIRECTORY
 from mechlens.models.protocol import LensModel
 from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
-from mechlens.results import AttentionPatterns, Comparison, HeadScores, RepeatedTokenPerformance, head_label
+from mechlens.results import (
+    NOT_JUDGED,
+    AttentionPatterns,
+    Comparison,
+    HeadScores,
+    ModelInfo,
+    RepeatedTokenPerformance,
+    head_label,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
+GPT2_SMALL_SIZES = (12, 12, 768, 50257, None)
+BUNDLED_SIZES = (4, 6, 192, 2048, None)
+"""Layers, heads, d_model and d_vocab of the models with figures, and no revision."""
+MIN_SEQUENCES = 20
+"""Fewer draws do not tell how far one strays, so nothing is judged by them."""
 INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
 PUBLISHED_SEQ_LEN = 50
 TIMES_NULL = 5
@@ -64,10 +79,8 @@ class Reproduction:
             ("attention_patterns", self.patterns),
         ):
             written.append(result.save(folder / f"{name}.safetensors"))
-            written.append(folder / f"{name}.csv")
-            result.to_dataframe().to_csv(written[-1], index=False)
-        written.append(folder / "comparison.csv")
-        self.to_dataframe().to_csv(written[-1], index=False)
+            written.append(write_table(result.to_dataframe(), folder / f"{name}.csv"))
+        written.append(write_table(self.to_dataframe(), folder / "comparison.csv"))
         return written
 
 
@@ -100,23 +113,28 @@ def reproduce(
     """
     shape = {"seq_len": seq_len, "batch": batch, "seeds": seeds, "prepend_bos": prepend_bos}
     performance = repeated_token_performance(model, **shape, progress=progress)  # type: ignore[arg-type]
-    heads = score_heads(model, (*KINDS, *VARIANTS), **shape, progress=progress)  # type: ignore[arg-type]
+    kinds = kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=prepend_bos)
+    heads = score_heads(model, kinds, **shape, progress=progress)  # type: ignore[arg-type]
     strongest: list[tuple[int, int]] = []
     for kind in ("induction_score", "previous_token_score"):
         strongest += [head for head, _ in list(heads.ranked(kind))[:2] if head not in strongest]
     patterns = attention_patterns(model, heads.tokens["repeated"][0, 0], strongest)
     if figures is None:
         as_published = seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
-        figures = known_figures(heads.model.name) if as_published else ()
+        figures = known_figures(heads.model) if as_published else ()
     comparisons = [compare(figure, performance, heads) for figure in figures]
     return Reproduction(performance, heads, patterns, tuple(comparisons))
 
 
-def known_figures(name: str) -> tuple[Published, ...]:
-    """The figures to hold a model of this name against; none for a model nobody published about."""
-    if name in GPT2_SMALL:
+def known_figures(model: ModelInfo) -> tuple[Published, ...]:
+    """The figures to hold a model against; none for a model nobody published about.
+
+    A name alone is no proof: another model in a folder called `gpt2` has other sizes.
+    """
+    sizes = (model.n_layers, model.n_heads, model.d_model, model.d_vocab, model.revision)
+    if model.name in GPT2_SMALL and sizes == GPT2_SMALL_SIZES:
         return REPEATED_TOKENS_GPT2
-    if name == BUNDLED:
+    if model.name == BUNDLED and sizes == BUNDLED_SIZES:
         return read_card(BUNDLED_DIRECTORY / "card.json")
     return ()
 
@@ -127,8 +145,11 @@ def compare(figure: Published, performance: RepeatedTokenPerformance, heads: Hea
     A figure that is a mean over n random sequences is reproduced when it differs from our mean over m
     by no more than 99% of such differences do: when it lies in the interval of 99% of means over
     1 / (1/n + 1/m) sequences, resampled from our own. For a single draw that is the interval of 99% of
-    single sequences.
+    single sequences. With fewer than `MIN_SEQUENCES` of our own nothing is judged.
     """
+    if figure.kind in (*KINDS, *VARIANTS) and figure.kind not in heads.kinds:
+        claim = f"{figure.kind}, which does not fit the model's context"
+        return Comparison(claim, figure.value, "", None, None, NOT_JUDGED, figure.source)
     if figure.what in _QUALITATIVE:
         claim, measured, holds = _QUALITATIVE[figure.what](figure, performance, heads)
         return _comparison(figure, claim, measured, None, None, holds)
@@ -143,6 +164,9 @@ def compare(figure: Published, performance: RepeatedTokenPerformance, heads: Hea
     else:
         claim = figure.what
         per_sequence = _per_sequence(performance, figure.what)
+    if len(per_sequence) < MIN_SEQUENCES:
+        measured = float(per_sequence.mean())
+        return Comparison(claim, figure.value, measured, None, None, NOT_JUDGED, figure.source)
     size = max(1, round(1 / (1 / figure.sequences + 1 / len(per_sequence))))
     low, high = _draws(per_sequence, size)
     holds = low <= float(figure.value) <= high
@@ -174,6 +198,12 @@ def _draws(per_sequence: Tensor, size: int) -> tuple[float, float]:
     return low, high
 
 
+def detect_clear_heads(heads: HeadScores, kind: str, threshold: float) -> list[tuple[tuple[int, int], float]]:
+    """((layer, head), score) of heads that score at least `threshold` and `TIMES_NULL` times their null."""
+    null = heads.null(kind)
+    return [(h, s) for h, s in heads.ranked(kind) if s >= threshold and s >= TIMES_NULL * float(null[h])]
+
+
 # -- claims that are no single number --------------------------------------------------------------
 
 _Claim = Callable[[Published, RepeatedTokenPerformance, HeadScores], tuple[str, float | str, bool]]
@@ -203,16 +233,12 @@ def _induction_circuit(
 ) -> tuple[str, float | str, bool]:
     """A previous-token head, and an induction head in a layer after it, both far above their nulls."""
 
-    def clear(kind: str, threshold: float) -> list[tuple[tuple[int, int], float]]:
-        null = heads.null(kind)
-        return [(h, s) for h, s in heads.ranked(kind) if s >= threshold and s >= TIMES_NULL * float(null[h])]
-
     claim = (
         f"an induction head >= {INDUCTION_THRESHOLD} in a layer after a previous-token head "
         f">= {PREVIOUS_THRESHOLD}, each at least {TIMES_NULL} times its null"
     )
-    previous = clear("previous_token_score", PREVIOUS_THRESHOLD)
-    for head, score in clear("induction_score", INDUCTION_THRESHOLD):
+    previous = detect_clear_heads(heads, "previous_token_score", PREVIOUS_THRESHOLD)
+    for head, score in detect_clear_heads(heads, "induction_score", INDUCTION_THRESHOLD):
         before = [(h, s) for h, s in previous if h[0] < head[0]]
         if before:
             measured = f"{head_label(*head)} {score:.3f} after {head_label(*before[0][0])} {before[0][1]:.3f}"

@@ -18,10 +18,10 @@ from mechlens.analyses.heads import (
     score_heads_on,
 )
 from mechlens.models.load import load_model
-from mechlens.models.weights import direct_unembedding, per_query_head, value_bias
 from mechlens.results import HeadScores
 from tests.reference import heads as reference
 from tests.shared import needs_shared
+from tests.tiny_models import write_tiny_model
 
 GOLDEN = Path(__file__).parent / "data" / "bundled_head_scores.safetensors"
 ON_REPEATED = (
@@ -94,9 +94,9 @@ def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distanc
     assert float(jittered.mean("induction_score")[0, 0]) < 0.5
 
 
-def test_prefix_matching_and_copying_equal_their_loops(tiny_model_with_room):
+def test_prefix_matching_equals_its_loop(tiny_model_with_room):
     model = tiny_model_with_room
-    result = score_heads(model, ["prefix_matching_score", "copying_score"], batch=2, seeds=(0,))
+    result = score_heads(model, ["prefix_matching_score"], batch=2, seeds=(0,))
     bos = int(result.prepend_bos)
     patterns, _ = patterns_of(model, result.tokens["prefix"][0])
     for layer, pattern in enumerate(patterns):
@@ -104,23 +104,43 @@ def test_prefix_matching_and_copying_equal_their_loops(tiny_model_with_room):
             value = reference.prefix_matching(pattern[1, head], 25, 4, bos)
             got = float(result.scores["prefix_matching_score"][0, 1, layer, head])
             assert got == pytest.approx(value, abs=1e-6)
-    sample = result.tokens["sample"][0]
-    patterns, cache = patterns_of(model, sample)
-    W_U = direct_unembedding(model)
-    for layer, pattern in enumerate(patterns):
-        v = per_query_head(cache[f"blocks.{layer}.attn.hook_v"], model.cfg.n_heads) - value_bias(model, layer)
-        for head in range(model.cfg.n_heads):
-            value = reference.copying(
-                pattern[0, head].detach(),
-                v[0, :, head].detach(),
-                model.W_O[layer, head].detach(),
-                W_U.detach(),
-                sample[0],
-                bos,
-            )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
+    """Values, norms and unembedding are taken from Hugging Face's own modules, nothing from mechlens."""
+    room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
+    hf = write_tiny_model(tmp_path / kind, kind, **room)
+    hf.set_attn_implementation("eager")
+    result = score_heads(load_model(tmp_path / kind), ["copying_score"], batch=2, seeds=(0,))
+    tokens = result.tokens["sample"][0]
+    with torch.no_grad():
+        out = hf(tokens, output_attentions=True, output_hidden_states=True)
+    n_heads, d_head = 4, 8
+    for layer in range(2):
+        x = out.hidden_states[layer][0]
+        if kind == "gpt2":
+            block, final = hf.transformer.h[layer], hf.transformer.ln_f
+            normed = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True, correction=0)
+            values = (normed * block.ln_1.weight) @ block.attn.c_attn.weight[:, 2 * n_heads * d_head :]
+            W_O = block.attn.c_proj.weight
+        else:
+            block, final = hf.model.layers[layer], hf.model.norm
+            normed = x / x.pow(2).mean(-1, keepdim=True).sqrt()
+            values = (normed * block.input_layernorm.weight) @ block.self_attn.v_proj.weight.T
+            W_O = block.self_attn.o_proj.weight.T
+        W_U = final.weight[:, None] * hf.lm_head.weight.T
+        if kind == "gpt2":
+            W_U = W_U - W_U.mean(0)  # LayerNorm takes the mean of what is added away
+        for head in range(n_heads):
+            source = head if kind == "gpt2" else head // 2  # two query heads share one value head
+            v = values[:, source * d_head : (source + 1) * d_head].detach()
+            rows = W_O[head * d_head : (head + 1) * d_head].detach()
+            pattern = out.attentions[layer][0, head]
+            expected = reference.copying(pattern, v, rows, W_U.detach(), tokens[0], 1)
             got = float(result.scores["copying_score"][0, 0, layer, head])
-            # ReLU of float32 contributions that nearly cancel
-            assert got == pytest.approx(value, abs=1e-4, nan_ok=True)
+            # contributions nearly cancel in the ReLU, and eps = 1e-5 is left out here
+            assert got == pytest.approx(expected, abs=2e-3), (layer, head)
 
 
 def test_copying_is_the_same_on_processed_and_unprocessed_weights(tiny_directory_with_room):
@@ -206,6 +226,10 @@ def test_attention_patterns_are_the_models(tiny_model):
     _, cache = tiny_model.run_with_cache(tokens[None])
     cached = attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=cache)
     assert torch.allclose(cached.patterns, result.patterns, atol=1e-7)
+    named = attention_patterns(tiny_model, tokens[None], ["L1H2", "0.0"])
+    assert named == result, "one row of a batch, and heads by name"
+    _, bare = tiny_model.run_with_cache(tokens[None], remove_batch_dim=True)
+    assert attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=bare) == cached
     with pytest.raises(ValueError, match=r"but the tokens are \(1, 5\)"):
         attention_patterns(tiny_model, tokens[:5], [(0, 0)], cache=cache)
 
@@ -257,6 +281,19 @@ def test_both_engines_give_the_same_scores(bundled):
         assert torch.allclose(golden.nulls[kind], result.nulls[kind], atol=1e-5, equal_nan=True), kind
 
 
+def test_kinds_that_do_not_fit_are_left_out_with_a_word(tiny_bos_model):
+    with pytest.warns(UserWarning, match="prefix_matching_score is left out: it needs 101 positions"):
+        result = score_heads(tiny_bos_model, seq_len=8, batch=2, seeds=(0,))
+    assert "prefix_matching_score" not in result.kinds
+    assert "copying_score" in result.kinds
+    with pytest.raises(ValueError, match="make 101 positions, but the model's context is 32"):
+        score_heads(tiny_bos_model, ["prefix_matching_score"], batch=2, seeds=(0,))
+    jittered = score_heads(tiny_bos_model, seq_len=8, batch=2, seeds=(0,), jitter=3)
+    assert "prefix_matching_score" not in jittered.kinds
+    with pytest.raises(ValueError, match="prefix_matching_score has a fixed period"):
+        score_heads(tiny_bos_model, ["prefix_matching_score"], jitter=3)
+
+
 def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
     """A HookedTransformer or bridge that mechlens did not load, without a tokenizer."""
     ours = load_model(tiny_directory_with_room)
@@ -270,14 +307,17 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: score_heads(m, ["induction"]), "no score 'induction'; there are induction_score, "),
+        (
+            lambda m: score_heads(m, ["induction"]),
+            r"no score 'induction' here \(did you mean induction_score\?\); there are",
+        ),
         (lambda m: score_heads(m, []), "no kind of score is asked for"),
         (lambda m: score_heads(m, seeds=()), "seeds is empty"),
         (lambda m: score_heads(m, seeds=(1, 1)), "the same seed twice"),
         (lambda m: score_heads(m, ["induction_score"], seq_len=16), "the largest seq_len that fits is 15"),
         (lambda m: score_heads(m, list(VARIANTS), seq_len=5, jitter=2), "leave jitter at 0"),
         (lambda m: repeated_token_performance(m, seq_len=50), "the largest seq_len that fits is 15"),
-        (lambda m: score_heads_on(m, "abc", ("copying_score",)), "no score 'copying_score' on a prompt"),
+        (lambda m: score_heads_on(m, "abc", ("copying_score",)), "no score 'copying_score' here"),
         (lambda m: score_heads_on(m, ""), "the text is empty"),
         (
             lambda m: score_heads_on(m, torch.arange(4, 9), stripes={"x": torch.ones(3, 3)}),
@@ -288,6 +328,8 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
             "no head L2H0: the model has 2 layers of 4",
         ),
         (lambda m: attention_patterns(m, torch.arange(5), []), "at least one"),
+        (lambda m: attention_patterns(m, torch.ones(2, 5).long(), [(0, 0)]), "of one sequence, but"),
+        (lambda m: attention_patterns(m, "abc", ["five"]), "a head is written L5H5, 5.5 or"),
     ],
 )
 def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, call, message):

@@ -14,7 +14,8 @@ import torch
 from mechlens.models import load
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import BUNDLED, load_model
-from mechlens.models.protocol import bos_token_id, describe, engine_of
+from mechlens.models.protocol import describe, engine_of
+from mechlens.prompts import own_bos_token_id
 from tests.shared import STORIES, needs_shared
 from tests.tiny_models import KINDS, TOY_CONFIG, write_tiny_model, write_tokenizer, write_toy
 
@@ -167,25 +168,25 @@ class TestBeginningOfSequence:
     def test_a_tokenizers_own(self, tiny_directories):
         for backend in BACKENDS:
             model = load_model(tiny_directories / "llama", backend=backend)
-            assert bos_token_id(model) == 1
+            assert own_bos_token_id(model.tokenizer) == 1
             assert model.to_tokens("ab", prepend_bos=True)[0, 0] == 1
-            assert bos_token_id(load_model(tiny_directories / "gpt2", backend=backend)) == 0
+            assert own_bos_token_id(load_model(tiny_directories / "gpt2", backend=backend).tokenizer) == 0
 
     def test_none_stays_none(self, tiny_directories):
         for backend in BACKENDS:
             model = load_model(tiny_directories / "qwen2", backend=backend)
-            assert bos_token_id(model) is None
+            assert own_bos_token_id(model.tokenizer) is None
             assert model.tokenizer.bos_token is None
             assert model.tokenizer.eos_token == "<|end|>"
             assert model.to_tokens(["ab", "a"], prepend_bos=False).shape == (2, 2)
 
     def test_no_tokenizer(self, tmp_path):
         write_toy(tmp_path / "toy")
-        assert bos_token_id(load_model(tmp_path / "toy")) is None
+        assert own_bos_token_id(load_model(tmp_path / "toy").tokenizer) is None
 
     @pytest.mark.parametrize(("kind", "expected"), [("qwen2", None), ("gpt2", 0), ("llama", 1)])
     def test_in_a_model_of_the_users(self, tiny_directories, kind, expected):
-        assert bos_token_id(users_bridge(tiny_directories / kind)) == expected
+        assert own_bos_token_id(users_bridge(tiny_directories / kind).tokenizer) == expected
 
 
 def users_bridge(directory: Path):
@@ -215,10 +216,10 @@ class TestDescribe:
             "HookedTransformer",
         )
         assert (info.revision, info.n_layers, info.d_vocab) == (None, 2, 64)
-        assert bos_token_id(model) is None
+        assert own_bos_token_id(model.tokenizer) is None
 
     def test_no_model(self):
-        for function in (describe, engine_of, bos_token_id):
+        for function in (describe, engine_of):
             with pytest.raises(TypeError, match=r"needs a HookedTransformer or a .*, but got builtins.int"):
                 function(3)
 
@@ -287,7 +288,7 @@ class TestToys:
         write_toy(tmp_path / "toy")
         write_tokenizer(tmp_path / "toy", bos_is_eos=False)
         model = load_model(tmp_path / "toy")
-        assert bos_token_id(model) == 1
+        assert own_bos_token_id(model.tokenizer) == 1
         assert model.to_tokens("ab", prepend_bos=True).tolist() == [[1, 3, 4]]
 
 

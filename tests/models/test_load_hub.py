@@ -13,7 +13,8 @@ import torch
 
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
-from mechlens.models.protocol import bos_token_id, describe
+from mechlens.models.protocol import describe
+from mechlens.prompts import own_bos_token_id
 from tests.tiny_models import write_tiny_model, write_tokenizer, write_toy
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -153,7 +154,7 @@ def test_transformer_lens_format(hub):
     model = load_model("attn-only-2l")
     info = describe(model)
     assert (info.name, info.architecture) == ("NeelNanda/Attn_Only_2L512W_C4_Code", "attention-only")
-    assert bos_token_id(model) == 1
+    assert own_bos_token_id(model.tokenizer) == 1
     asked.clear()
     load_model("attn-only-2l")
     assert not asked

@@ -6,10 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mechlens.measures.vocabulary import target_log_prob
+from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
 from mechlens.models.runs import next_token_log_probs, read_patterns, watch
 from mechlens.models.weights import direct_unembedding, final_norm_scale, per_query_head, value_bias
 from tests.reference import heads as reference
+from tests.tiny_models import write_model_of
 
 
 def tokens_for(model, length=20, batch=3):
@@ -45,6 +48,57 @@ def test_log_probs_are_those_of_the_whole_logits(tiny_model):
         assert correct[row, :-1].tolist() == right
     assert log_prob[:, -1].isnan().all()
     assert not correct[:, -1].any()
+
+
+def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
+    """Granite divides its logits by a constant, which only the model itself knows of."""
+    granite = pytest.importorskip("transformers").GraniteConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=64,
+        max_position_embeddings=32,
+        logits_scaling=8.0,
+    )
+    write_model_of(tmp_path, granite)
+    try:
+        model = load_model(tmp_path)
+    except ModelLoadError:
+        pytest.skip("this engine has no Granite")
+    tokens = tokens_for(model)
+    log_prob, _ = next_token_log_probs(model, tokens)
+    with torch.no_grad():
+        logits = model(tokens)
+    expected, _ = reference.log_probs(logits[0], tokens[0])
+    assert log_prob[0, :-1].tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_bfloat16_readout_is_made_in_float32():
+    """Rounded logits tie, and the second most likely token would count as the first."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = torch.randn(100, 64, generator=draw).bfloat16()
+    W_U = torch.randn(64, 5000, generator=draw).bfloat16()
+    wide = vectors.double() @ W_U.double()
+    second = wide.topk(2).indices[:, 1]
+    log_prob, first = target_log_prob(vectors, W_U, torch.zeros(5000).bfloat16(), second)
+    assert not first.any()
+    expected = wide.log_softmax(1).gather(1, second[:, None])[:, 0]
+    # float32 sums over 64 terms
+    assert torch.allclose(log_prob.double(), expected, atol=1e-4)
+
+
+def test_dropout_is_off_while_a_model_is_watched(tiny_bos_model):
+    tiny_bos_model.train()
+    try:
+        seen = []
+        reader = {"blocks.0.attn.hook_pattern": lambda pattern: seen.append(tiny_bos_model.training)}
+        watch(tiny_bos_model, tokens_for(tiny_bos_model), reader)
+        assert seen == [False]
+        assert tiny_bos_model.training, "and on again afterwards"
+    finally:
+        tiny_bos_model.eval()
 
 
 def test_parts_give_what_the_whole_gives(tiny_model, monkeypatch):

@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+from mechlens.analyses.heads import SEEDS
+from mechlens.models.load import BUNDLED_DIRECTORY
 from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
 from mechlens.studies.reproduce import compare, known_figures
 from tests import hand_made
@@ -62,7 +64,12 @@ def test_halves_are_told_apart():
 
 def test_a_head_and_a_head_that_is_not_there():
     figure = Published("score", 0.875, "an article", head=(1, 2), kind="induction_score", sequences=30)
-    found = compare(figure, hand_made.performance(), hand_made.head_scores())
+    scores = hand_made.head_scores()
+    many = {kind: values.repeat(15, 1, 1, 1) for kind, values in scores.scores.items()}
+    scores = dataclasses.replace(
+        scores, scores=many, nulls={}, tokens={"repeated": scores.tokens["repeated"].repeat(15, 1, 1)}
+    )
+    found = compare(figure, hand_made.performance(), scores)
     assert (found.claim, found.measured, found.verdict) == ("induction_score of L1H2", 0.875, "reproduced")
     absent = dataclasses.replace(figure, head=(5, 5))
     found = compare(absent, hand_made.performance(), hand_made.head_scores())
@@ -120,9 +127,24 @@ def test_a_threshold():
 
 
 def test_only_models_with_published_figures_are_compared():
-    assert known_figures("gpt2") == REPEATED_TOKENS_GPT2
-    assert all(known_figures(name) for name in GPT2_SMALL)
-    assert known_figures("EleutherAI/pythia-70m") == ()
+    sizes = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
+    gpt2 = dataclasses.replace(hand_made.model("gpt2"), **sizes)
+    for name in GPT2_SMALL:
+        assert known_figures(dataclasses.replace(gpt2, name=name)) == REPEATED_TOKENS_GPT2
+    assert known_figures(dataclasses.replace(gpt2, name="EleutherAI/pythia-160m")) == ()
+    assert known_figures(hand_made.model("gpt2")) == (), "another model in a folder of that name"
+    assert known_figures(dataclasses.replace(gpt2, revision="main~1")) == ()
+
+
+def test_the_card_is_not_of_the_sequences_it_is_held_against():
+    card = json.loads((BUNDLED_DIRECTORY / "card.json").read_text())
+    assert not set(card["seeds"]) & set(SEEDS)
+
+
+def test_too_few_sequences_judge_nothing():
+    figure = Published("second_half_log_prob", -0.5, "an article")
+    found = compare(figure, hand_made.performance(), hand_made.head_scores())
+    assert (found.verdict, found.low, found.high) == ("not judged", None, None)
 
 
 def test_a_card_is_read_and_a_broken_one_refused(tmp_path):
@@ -141,7 +163,7 @@ def test_the_study_on_the_bundled_model(bundled, tmp_path):
     from mechlens import load
     from mechlens.studies.reproduce import reproduce
 
-    found = reproduce(bundled, batch=10, seeds=(11,))
+    found = reproduce(bundled, batch=30, seeds=(11,))
     assert [c.claim for c in found.comparisons if c.verdict != "reproduced"] == []
     assert len(found.comparisons) >= 8
     written = found.save(tmp_path)
