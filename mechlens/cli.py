@@ -364,7 +364,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title, style="bold"), title_justify="left")
+    table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -373,6 +373,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
     if not console.is_terminal:
         # a file or a pipe has no width: the table decides
         console = Console(width=Console(width=10_000).measure(table).maximum)
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
 
 

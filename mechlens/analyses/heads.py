@@ -80,7 +80,7 @@ def repeated_token_performance(
     Raises:
         ValueError: as `repeated_tokens`, or no seeds.
 
-    Source: "How one can Interpret GPT2-Small", `../seeds`; Olsson et al. 2022, arXiv:2209.11895.
+    Source: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
     Cost: one forward pass per seed, no logits kept.
     """
     info = describe(model)
