@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -201,8 +202,12 @@ def test_table_sets_published_beside_measured() -> None:
 def test_what_did_not_come_out_is_said_plainly() -> None:
     assert verdict_statement([GOOD]) == "1 of 1 figures came out as claimed (an article)."
     assert verdict_statement([GOOD, MISSED]) == (
-        "1 of 2 figures came out as published. These did not: induction_score of L5H5 "
-        "(published −0.91, measured not measured)."  # noqa: RUF001
+        "1 of 2 figures came out as claimed (an article). These did not: induction_score of L5H5 "
+        "(claimed −0.9100, measured not measured)."  # noqa: RUF001
+    )
+    open_ = dataclasses.replace(MISSED, verdict="not judged")
+    assert verdict_statement([GOOD, open_]) == (
+        "1 of 1 figures came out as claimed (an article). 1 could not be judged: too little was measured."
     )
     assert verdict_statement([]) == "There is no published figure to compare with."
 

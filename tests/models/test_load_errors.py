@@ -39,7 +39,7 @@ class TestNames:
             ("gtp2", "did you mean gpt2 or"),
             ("pythia70m", "did you mean EleutherAI/pythia-70m or"),
             ("mechlens-book", "did you mean mechlens-books"),
-            ("qqqqqqqqq", "'qqqqqqqqq': give the bundled 'mechlens-books', a Hugging Face name"),
+            ("qqqqqqqqq", "config.json: give the bundled 'mechlens-books', a Hugging Face name"),
             ("", "the model's name is empty"),
         ],
     )
