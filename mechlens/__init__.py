@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         score_heads,
         score_heads_on,
     )
+    from mechlens.analyses.logit_lens import logit_lens
     from mechlens.models.load import load_model
     from mechlens.plots.heads import (
         plot_attention,
@@ -37,6 +38,7 @@ _HOMES = {
         "score_heads",
         "score_heads_on",
     ),
+    "mechlens.analyses.logit_lens": ("logit_lens",),
     "mechlens.models.load": ("load_model",),
     "mechlens.plots.heads": (
         "plot_attention",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20
-"""Memory for one chunk of float32 logits."""
+CHUNK_BYTES = 32 * 2**20
+"""Memory for one chunk of float32 logits; small enough to stay near the processor while it is reduced."""
 
 
 def target_log_prob(
@@ -30,18 +33,141 @@ def target_log_prob(
     Cost: one product with `W_U` (and a float32 copy of a narrower one); no more than a chunk of rows has
     its logits at any time.
     """
-    # in float32 from the product on: rounded logits tie, and a tie counts as the most likely token
-    wide = torch.promote_types(W_U.dtype, torch.float32)
-    vectors, W_U, b_U = vectors.to(wide), W_U.to(wide), b_U.to(wide)
+    W_U, b_U = _wide(W_U), _wide(b_U)
     rows = max(1, CHUNK_BYTES // (4 * W_U.shape[1]))
     log_probs, firsts = [], []
     for some, wanted in zip(vectors.split(rows), targets.split(rows), strict=True):
-        logits = torch.addmm(b_U, some, W_U)
-        if soft_cap is not None:
-            logits = soft_cap * (logits / soft_cap).tanh()
+        logits = _logits(some, W_U, b_U, soft_cap)
         own = logits.gather(1, wanted[:, None])[:, 0]
         log_probs.append(own - logits.logsumexp(1))
         firsts.append(own == logits.amax(1))
     if not log_probs:
         return vectors.new_empty(0, dtype=torch.float32), targets.new_empty(0, dtype=torch.bool)
     return torch.cat(log_probs).float(), torch.cat(firsts)
+
+
+def _wide(weights: Tensor) -> Tensor:
+    """In float32 at least: rounded logits tie, and a tie counts as the most likely token."""
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))
+
+
+def _logits(
+    vectors: Float[Tensor, "row d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"],
+    soft_cap: float | None,
+) -> Float[Tensor, "row d_vocab"]:
+    logits = torch.addmm(b_U, vectors.to(W_U.dtype), W_U)
+    return logits if soft_cap is None else soft_cap * (logits / soft_cap).tanh()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Readout:
+    """What rows of residual vectors say about the next token, without their distributions."""
+
+    top_ids: Int[Tensor, "row pos k"]
+    """The most likely tokens, the likeliest first."""
+    top_probabilities: Float[Tensor, "row pos k"]
+    entropy: Float[Tensor, "row pos"]
+    """Nats."""
+    kl: Float[Tensor, "reference row pos"]
+    """KL(reference row || row) in nats."""
+    log_prob: Float[Tensor, "row pos target"]
+    """Of the targets, in nats; the first is the top token of the first reference row."""
+    rank: Int[Tensor, "row pos target"]
+    """Of the targets; 1 is the most likely, ties count strictly larger logits."""
+
+
+def read_out(
+    vectors: Float[Tensor, "row pos d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"],
+    *,
+    targets: Int[Tensor, "pos target"],
+    references: Sequence[int],
+    top_k: int = 5,
+    soft_cap: float | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Readout:
+    """Reduce residual vectors to statistics of their next-token distributions.
+
+    Args:
+        vectors: one row per layer (or whatever is compared), the same positions in each.
+        targets: tokens whose rank and log-probability are wanted at each position.
+        references: rows that all rows are compared with; the top token of the first of them becomes
+            the first target.
+        top_k: how many of the most likely tokens to keep, at least 1.
+        soft_cap: c where the model's logits are `c * tanh(logit / c)`.
+        decode: what is done to vectors `[row, pos, d_model]` before the unembedding, such as a norm.
+
+    Returns:
+        Statistics in float32. A token with a logit of -inf has probability 0 and adds nothing.
+
+    Raises:
+        ValueError: no reference, or a `top_k` that the vocabulary does not have.
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Cost: one product with `W_U` and about ten passes over each chunk of logits, while it is in the
+    cache; memory for three chunks, however many rows there are.
+    """
+    n_rows, n_pos, _ = vectors.shape
+    d_vocab = W_U.shape[1]
+    if not references:
+        raise ValueError("a readout needs at least one reference row")
+    if not 1 <= top_k <= d_vocab:
+        raise ValueError(f"top_k must lie between 1 and the vocabulary of {d_vocab}, but is {top_k}")
+    W_U, b_U = _wide(W_U), _wide(b_U)
+    width = max(1, CHUNK_BYTES // (4 * d_vocab * n_rows))
+    parts = []
+    for start in range(0, n_pos, width):
+        some = vectors[:, start : start + width]
+        decoded = (some if decode is None else decode(some)).flatten(0, 1)
+        logits = _logits(decoded, W_U, b_U, soft_cap).view(n_rows, -1, d_vocab)
+        parts.append(_reduce(logits, targets[start : start + width], references, top_k))
+    joined = {
+        field.name: torch.cat(
+            [getattr(part, field.name) for part in parts], dim=2 if field.name == "kl" else 1
+        )
+        for field in dataclasses.fields(Readout)
+    }
+    return Readout(**joined)
+
+
+def _reduce(
+    logits: Float[Tensor, "row pos d_vocab"],
+    targets: Int[Tensor, "pos target"],
+    references: Sequence[int],
+    top_k: int,
+) -> Readout:
+    """All statistics of one chunk, whose logits are overwritten."""
+    # relative to the largest, so that nothing overflows; finite, because 0 * -inf is no number
+    logits -= logits.amax(-1, keepdim=True)
+    logits.clamp_(min=torch.finfo(logits.dtype).min / 2)
+    scratch = logits.exp()
+    total = scratch.sum(-1)
+    log_total = total.log()
+    entropy = log_total - torch.linalg.vecdot(scratch, logits) / total
+    kl = []
+    for reference in references:
+        weights = scratch[reference] / total[reference, :, None]
+        # sum of p_ref (log p_ref - log p_row)
+        cross = torch.linalg.vecdot(weights[None], logits) - log_total
+        kl.append(-entropy[reference] - cross)
+    top = logits.topk(top_k, dim=-1)
+    first = top.indices[references[0], :, :1]
+    wanted = torch.cat([first, targets], dim=1).expand(len(logits), -1, -1)
+    own = logits.gather(2, wanted)
+    rank = torch.empty_like(wanted)
+    for index in range(wanted.shape[2]):
+        # counted in floats, which is faster than summing booleans, and exact below 2 ** 24
+        torch.gt(logits, own[:, :, index, None], out=scratch)
+        rank[:, :, index] = 1 + scratch.sum(-1).long()
+    return Readout(
+        top_ids=top.indices,
+        top_probabilities=(top.values - log_total[..., None]).exp().float(),
+        entropy=entropy.float(),
+        # rounding alone makes a distribution's distance to itself negative
+        kl=torch.stack(kl).clamp(min=0).float(),
+        log_prob=(own - log_total[..., None]).float(),
+        rank=rank,
+    )

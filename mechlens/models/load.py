@@ -80,7 +80,9 @@ def _load_hf(
     place: Place, config: dict[str, Any], engine: engines.Backend, processing: bool, dtype: torch.dtype
 ) -> tuple[Any, Source]:
     hf = local.read_hf(place.directory, config, dtype=dtype, tokenizer_at=place.tokenizer)
-    source = Source(place.name, None, hf.architecture, processing)
+    embedding, unembedding = hf.model.get_input_embeddings(), hf.model.get_output_embeddings()
+    tied = torch.equal(embedding.weight, unembedding.weight)
+    source = Source(place.name, None, hf.architecture, processing, tied)
     tokens = engines.check_tokens(hf.model)
     with torch.no_grad():
         # Before the engine gets the model: a bridge changes it.

@@ -104,6 +104,8 @@ class Source:
     revision: str | None
     architecture: str
     processing: bool
+    tied: bool
+    """Whether the raw unembedding is the embedding, number for number."""
 
 
 def remember(model: Any, source: Source) -> None:
@@ -111,7 +113,7 @@ def remember(model: Any, source: Source) -> None:
     setattr(model, _RECORD, source)
 
 
-def _recall(model: Any) -> Source | None:
+def recall(model: Any) -> Source | None:
     # Not getattr: a bridge passes unknown names on to the model it wraps.
     return vars(model).get(_RECORD)
 
@@ -146,7 +148,7 @@ def describe(model: Any) -> ModelInfo:
     from importlib.metadata import version
 
     engine = engine_of(model)
-    cfg, source = model.cfg, _recall(model)
+    cfg, source = model.cfg, recall(model)
     return ModelInfo(
         # A bridge booted from a directory has the whole path for a name.
         name=source.name if source else str(cfg.model_name).rstrip("/").rsplit("/", 1)[-1],

@@ -146,7 +146,7 @@ def next_token_log_probs(
     its last norm and `W_U` say; logits exist for a few positions at a time only. Where they are not,
     each row's logits are taken from the model itself.
     """
-    read = _streamed if _reads_as_streamed(model, tokens[:1, :8]) else _whole
+    read = _streamed if reads_as_streamed(model, tokens[:1, :8]) else _whole
     log_probs, corrects = [], []
     for rows in parts(tokens):
         log_prob, correct = read(model, rows)
@@ -181,7 +181,7 @@ def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Te
     return torch.cat(log_probs), torch.cat(corrects)
 
 
-def _reads_as_streamed(model: LensModel, probe: Int[Tensor, "one pos"]) -> bool:
+def reads_as_streamed(model: LensModel, probe: Int[Tensor, "one pos"]) -> bool:
     """Whether the model's logits are its last norm through `W_U`, `b_U` and a soft-cap, and nothing else.
 
     Granite divides them by a constant, for one, and a user's model may do anything.
@@ -200,6 +200,17 @@ def final_norm(
     """The model's last norm with its learned scale and bias; the residual itself where there is none."""
     norm = getattr(model, "ln_final", None)
     return residual if norm is None or model.cfg.normalization_type is None else norm(residual)
+
+
+def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """The model's last norm without its learned scale and bias; the residual itself where there is none."""
+    kind = model.cfg.normalization_type
+    if kind is None:
+        return residual
+    wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    if kind.startswith("LN"):
+        wide = wide - wide.mean(-1, keepdim=True)
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
 
 
 def soft_cap(model: LensModel) -> float | None:

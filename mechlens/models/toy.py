@@ -65,7 +65,8 @@ def load_toy(
     if specials:
         engines.keep_special_tokens(model, specials)
     architecture = "attention-only" if config.get("attn_only") else "TransformerLens"
-    return model, Source(name, None, architecture, processing)
+    tied = torch.equal(weights["embed.W_E"], weights["unembed.W_U"].T)
+    return model, Source(name, None, architecture, processing, tied)
 
 
 _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.models.protocol import LensModel
+from mechlens.models.protocol import LensModel, describe, recall
 
 
 def per_query_head(values: Float[Tensor, "*batch kv d"], n_heads: int) -> Float[Tensor, "*batch head d"]:
@@ -72,3 +72,14 @@ def direct_unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:
     if (model.cfg.normalization_type or "").startswith("LN"):
         W -= W.mean(0)
     return W.detach()
+
+
+def is_tied(model: LensModel) -> bool | None:
+    """Whether the raw unembedding is the embedding; None where it cannot be told (folded weights of a model
+    that mechlens did not load)."""
+    known = recall(model)
+    if known is not None:
+        return known.tied
+    if describe(model).processing is not False:
+        return None
+    return torch.equal(model.W_U, model.W_E.T)
