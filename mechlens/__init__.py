@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         plot_log_probs,
         plot_scores_against_nulls,
     )
+    from mechlens.plots.logit_lens import plot_logit_lens
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
@@ -47,6 +48,7 @@ _HOMES = {
         "plot_log_probs",
         "plot_scores_against_nulls",
     ),
+    "mechlens.plots.logit_lens": ("plot_logit_lens",),
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),

@@ -181,13 +181,14 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     """Each token as text; in the vocabulary's own form where it is only a part of a character.
 
-    Without a tokenizer they are the ids.
+    Without a tokenizer they are the ids; an id past the tokenizer's length is `[id]`.
     """
     if model.tokenizer is None:
         return tuple(str(token) for token in tokens.tolist())
     texts = []
     for token in tokens.tolist():
         text = model.tokenizer.decode([token])
-        whole = text and "\ufffd" not in text
-        texts.append(text if whole else model.tokenizer.convert_ids_to_tokens(token))
+        if not text or "\ufffd" in text:
+            text = model.tokenizer.convert_ids_to_tokens(token)
+        texts.append(text or f"[{token}]")
     return tuple(texts)

@@ -454,6 +454,8 @@ class LogitLensResult(Result):
     really follows; nan at the last position), and each target by its id as text; nats."""
     rank: dict[str, Float[Tensor, "row batch read"]]
     """Of the same tokens; 1 is the most likely, ties count strictly larger logits. nan as above."""
+    strings: dict[str, str]
+    """The text of every token above, by its id as text."""
     prepend_bos: bool
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -465,9 +467,9 @@ class LogitLensResult(Result):
         index = pd.MultiIndex.from_product(
             [self.rows, range(batch), self.positions], names=["row", "sequence", "pos"]
         )
-        columns = {
-            "token": self.tokens[:, list(self.positions)].expand(n_rows, -1, -1),
-            "top": self.top_ids[..., 0],
+        columns: dict[str, Any] = {
+            "token": self.texts(self.tokens[:, list(self.positions)].expand(n_rows, -1, -1)),
+            "top": self.texts(self.top_ids[..., 0]),
             "probability": self.top_probabilities[..., 0],
             "entropy": self.entropy,
             "kl_final": self.kl_final,
@@ -475,8 +477,15 @@ class LogitLensResult(Result):
             **{f"rank_{name}": values for name, values in self.rank.items()},
             **{f"log_prob_{name}": values for name, values in self.log_prob.items()},
         }
-        table = {name: values.reshape(n_rows * batch * read).numpy() for name, values in columns.items()}
-        return pd.DataFrame(table, index=index).reset_index()
+        flat = {
+            name: values if isinstance(values, list) else values.reshape(n_rows * batch * read).numpy()
+            for name, values in columns.items()
+        }
+        return pd.DataFrame(flat, index=index).reset_index()
+
+    def texts(self, ids: Int[Tensor, "..."]) -> list[str]:
+        """The texts of ids, in one flat list."""
+        return [self.strings[str(i)] for i in ids.flatten().tolist()]
 
 
 NOT_JUDGED = "not judged"

@@ -22,6 +22,7 @@ from mechlens.results import (
     FORMAT,
     AttentionPatterns,
     HeadScores,
+    LogitLensResult,
     ModelInfo,
     RepeatedTokenPerformance,
     Result,
@@ -96,7 +97,32 @@ def patterns() -> AttentionPatterns:
     )
 
 
-RESULTS = {"performance": performance, "head_scores": head_scores, "patterns": patterns}
+def lens() -> LogitLensResult:
+    """Two rows (embed, 0), one sequence of 2 tokens, one target; the last position has no label."""
+    numbers = torch.tensor([[[1.5, 2.0]], [[0.25, 0.5]]])
+    unlabelled = torch.tensor([[[-1.0, math.nan]], [[-2.0, math.nan]]])
+    return LogitLensResult(
+        model=MODEL,
+        tokens=torch.tensor([[0, 5]]),
+        positions=(0, 1),
+        rows=("embed", "0"),
+        component="resid_post",
+        onto_stream=False,
+        decoder="final_norm",
+        top_ids=torch.tensor([[[[5], [6]]], [[[6], [6]]]]),
+        top_probabilities=torch.tensor([[[[0.5], [0.25]]], [[[0.75], [0.5]]]]),
+        entropy=numbers,
+        kl_final=numbers / 2,
+        kl_input=torch.full_like(numbers, math.nan),
+        final_ids=torch.tensor([[6, 6]]),
+        log_prob={"next": unlabelled, "7": -numbers},
+        rank={"next": -unlabelled, "7": numbers * 4},
+        strings={"0": "<s>", "5": " a", "6": "\n", "7": "tensors"},
+        prepend_bos=True,
+    )
+
+
+RESULTS = {"lens": lens, "performance": performance, "head_scores": head_scores, "patterns": patterns}
 
 
 @pytest.fixture(params=RESULTS)

@@ -14,7 +14,7 @@ from mechlens.measures.vocabulary import Readout, read_out
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import bare_norm, final_norm, reads_as_streamed, soft_cap, watch
 from mechlens.models.weights import is_tied
-from mechlens.prompts import own_bos_token_id, text_tokens
+from mechlens.prompts import own_bos_token_id, text_tokens, token_strings
 from mechlens.results import LogitLensResult
 
 COMPONENTS = {
@@ -108,10 +108,13 @@ def logit_lens(
             decode=decode_rows,
         )
     names = ["final", "input", "next", *(str(i) for i in ids)]
+    seen = torch.cat([found.top_ids.cpu().flatten(), tokens.flatten(), torch.tensor(ids, dtype=torch.long)])
+    seen = seen.unique()
     return _result(
         found,
         batch,
         names,
+        strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
         model=info,
         tokens=tokens,
         positions=read,

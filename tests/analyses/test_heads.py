@@ -344,6 +344,11 @@ def test_token_strings_are_visible_parts_of_the_text(bundled):
     assert "�" not in "".join(strings)
 
 
+def test_ids_past_the_tokenizer_have_names_too(tiny_bos_model):
+    patterns = attention_patterns(tiny_bos_model, torch.tensor([5, 63]), [(0, 0)])
+    assert patterns.token_strings == (tiny_bos_model.tokenizer.decode([5]), "[63]")
+
+
 def test_a_row_without_entries_does_not_take_the_others_along(tiny_bos_model):
     tokens = torch.tensor([[5, 6, 5, 7], [5, 6, 7, 8]])  # the second row repeats nothing
     result = score_heads_on(tiny_bos_model, tokens, ("induction_score",))

@@ -97,7 +97,7 @@ def test_sub_blocks_on_their_stream_are_the_stream(lens_model):
     tokens = tokens_for()
     parallel = lens_model.cfg.parallel_attn_mlp
     if parallel:
-        with pytest.raises(ValueError, match="no hook point 'blocks.0.hook_resid_mid'"):
+        with pytest.raises(ValueError, match=r"no hook point 'blocks\.0\.hook_resid_mid'"):
             logit_lens(lens_model, tokens, component="resid_mid")
         return
     on = logit_lens(lens_model, tokens, component="attn_out", onto_stream=True)
@@ -148,7 +148,8 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
     table = lens.to_dataframe()
     assert len(table) == 3 * 1 * 4
     row = table[(table.row == "1") & (table.pos == 2)].iloc[0]
-    assert row.token == int(lens.tokens[0, 2])
+    assert row.token == "b", "BOS, a, b"
+    assert row.top == tiny_bos_model.tokenizer.decode([int(lens.top_ids[2, 0, 2, 0])])
     assert row.kl_final == float(lens.kl_final[2, 0, 2])
     target = next(name for name in lens.rank if name.isdigit())
     assert row[f"rank_{target}"] == float(lens.rank[target][2, 0, 2])
