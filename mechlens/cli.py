@@ -17,7 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.results import HeadScores
+    from mechlens.results import HeadScores, LogitLensResult
 
 BUNDLED = "mechlens-books"
 
@@ -178,11 +178,7 @@ def heads(
     """Score every attention head: induction, previous token, duplicate token and first token, on repeated
     random tokens or on a text; prefix matching and copying on random tokens."""
     if out is not None:
-        if out.suffix not in (".safetensors", ".csv"):
-            raise ValueError(f"--out is a .safetensors or .csv file, but it is {out}")
-        if out.is_dir() or not out.parent.is_dir():
-            what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-            raise ValueError(f"cannot save to {out}: {what}")
+        _check_file(out, (".safetensors", ".csv"))
     if text is not None:
         for name, value in (("--seq-len", seq_len), ("--batch", batch), ("--jitter", jitter)):
             if value is not None:
@@ -232,6 +228,57 @@ def heads(
         _print_json({"model": asdict(found.model), "heads": _best(found, listed)})
     elif not quiet:
         _print_heads(found, listed)
+
+
+@app.command(
+    epilog='Example: mechlens lens "The captain of the ship" --stat kl --out lens.html',
+    short_help="Read every layer as if it were the last.",
+)
+def lens(
+    text: Annotated[str, typer.Argument(help="What the model reads.")],
+    model: ModelOption = BUNDLED,
+    stat: Annotated[
+        str, typer.Option(help="Colour: probability, rank, kl, kl_input, input_rank or entropy.")
+    ] = "kl",
+    component: Annotated[
+        str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")
+    ] = "resid_post",
+    out: Annotated[
+        Path | None, typer.Option(help="Save to this .html (picture), .csv or .safetensors file.")
+    ] = None,
+    bos: BosOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    seed: Annotated[int, typer.Option(help="No effect: nothing is drawn.")] = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The logit lens: what each layer of a model would predict, if it were the last. Prints each layer's top
+    guess after every token, and saves a picture, a table or the whole result."""
+    if out is not None:
+        _check_file(out, (".html", ".csv", ".safetensors"))
+    from mechlens.plots.logit_lens import STATS, plot_logit_lens
+
+    if stat not in STATS:
+        raise ValueError(f"--stat must be one of {', '.join(STATS)}, but is {stat!r}")
+    loaded = _load(model, device, dtype, revision, quiet)
+    from mechlens.analyses.logit_lens import logit_lens
+    from mechlens.results import replacing, write_table
+
+    found = logit_lens(loaded, text, component=component, prepend_bos=bos)
+    if out is not None and out.suffix == ".html":
+        figure = plot_logit_lens(found, stat)
+        with replacing(out) as part:
+            part.write_text(figure.to_html(), encoding="utf-8")
+    elif out is not None and out.suffix == ".csv":
+        write_table(found.to_dataframe(), out)
+    elif out is not None:
+        found.save(out)
+    if as_json:
+        _print_json(found.to_dataframe().to_dict(orient="records"))
+    elif not quiet:
+        _print_lens(found)
 
 
 @app.command(
@@ -296,6 +343,14 @@ def _progress(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
+def _check_file(out: Path, endings: Sequence[str]) -> None:
+    if out.suffix not in endings:
+        raise ValueError(f"--out is a {' or '.join(endings)} file, but it is {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ValueError(f"cannot save to {out}: {what}")
+
+
 def _check_folder(folder: Path) -> None:
     """Say so before the work is done, not after it, when its results could not be saved."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -337,6 +392,24 @@ def _print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
         f"Head scores of {found.model.name}, {sequences} sequence{plural}"
         + ("" if found.prepend_bos else ", no BOS"),
         ("score", "head", "mean", f"{found.confidence:.0%} interval", "null"),
+        rows,
+    )
+
+
+def _print_lens(found: LogitLensResult) -> None:
+    """A line per position: what was read, then each row's top guess; what really follows is marked."""
+    from mechlens.plots.style import visible_token
+
+    read = [visible_token(text) for text in found.texts(found.tokens[0])]
+    guesses = [[visible_token(text) for text in found.texts(ids[0, :, 0])] for ids in found.top_ids]
+    rows = []
+    for at, position in enumerate(found.positions):
+        follows = read[position + 1] if position + 1 < len(read) else ""
+        marked = [guess[at] + ("*" if guess[at] == follows else "") for guess in guesses]
+        rows.append((read[position], *marked, follows))
+    _table(
+        f"Logit lens of {found.model.name} on {found.component}: top guess of each row, * if right",
+        ("read", *found.rows, "follows"),
         rows,
     )
 

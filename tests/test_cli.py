@@ -32,7 +32,7 @@ def test_the_bundled_models_name_is_the_loaders():
     assert cli.BUNDLED == BUNDLED  # written twice, so that --help imports no torch
 
 
-@pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["lens"], ["models"]])
 def test_help_has_an_example_and_the_common_options(capsys, command):
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0
@@ -70,6 +70,11 @@ def test_no_arguments_show_the_help(capsys):
         (["heads", "--text", ""], "the text is empty"),
         (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
         (["heads", "--text", "a b", "--kind", "copying_score"], "no score 'copying_score' here"),
+        (["lens"], "Missing argument"),
+        (["lens", "a b", "--stat", "colour"], "--stat must be one of probability"),
+        (["lens", "a b", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
+        (["lens", "a b", "--component", "resid"], "component must be one of"),
+        (["lens", ""], "the text is empty"),
         (["models", "gpt22"], "did you mean gpt2"),
         (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
         (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
@@ -198,6 +203,21 @@ def test_the_version(capsys):
     code, out, _ = run(capsys, "--version")
     assert code == 0
     assert re.fullmatch(r"mechlens \d+\.\d+\.\d+\n", out)
+
+
+def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
+    text = "one two three one two three one two"
+    code, out, _ = run(capsys, "lens", text, "--out", tmp_path / "lens.html")
+    assert code == 0
+    assert "embed" in out
+    assert "*" in out, "the repetition is foretold"
+    assert "Plotly.newPlot" in (tmp_path / "lens.html").read_text()
+    code, out, _ = run(capsys, "lens", text, "--json", "--out", tmp_path / "lens.csv")
+    table = pd.read_csv(tmp_path / "lens.csv", keep_default_na=False, na_values=[""])
+    rows = json.loads(out)
+    assert len(rows) == len(table) == 5 * (rows[-1]["pos"] + 1)
+    assert rows[-1]["rank_next"] is None, "the last position has no label"
+    assert rows[0]["kl_final"] == pytest.approx(float(table.kl_final.iloc[0]), abs=1e-6)
 
 
 @needs_shared
