@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,44 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
     for row in rows:
         target = "" if row.target is None else f"<= {row.target:g}"
         print(f"  {row.what:{width}}  {row.measured:10.3g}  {target:>8}  {row.unit:8} {row.verdict}".rstrip())
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that work holds at once, beyond what was there before it.
+
+    Counted is every block that PyTorch's CPU allocator gives out and takes back, in the order in which
+    it does: all tensors, those inside of operators too. Not counted are Python objects and what the
+    matrix library keeps for itself, which is the same in both runs that are compared here. A run's peak
+    may lie elsewhere than where scores are read, so what reading one pattern adds is counted apart.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    results = profiler.profiler
+    assert results is not None
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def check_peak_bytes() -> None:
+    """What is known: two blocks of 8 MiB that overlap, and a third after they are gone."""
+
+    def work() -> None:
+        one = torch.empty(2**21)
+        two = torch.empty(2**21)
+        del one, two
+        torch.empty(2**21)
+
+    assert peak_bytes(work) == 2 * 2**23, "the profiler of this version counts memory in another way"
 
 
 def random_gpt2_small() -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,8 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import Row, print_table, random_gpt2_small
+from common import Row, check_peak_bytes, peak_bytes, print_table, random_gpt2_small, seconds
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from mechlens import repeated_tokens, score_heads_on
 
@@ -41,44 +39,6 @@ DETECTED = {
     "previous_token_score": "previous_token_head",
     "duplicate_token_score": "duplicate_token_head",
 }
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory that work holds at once, beyond what was there before it.
-
-    Counted is every block that PyTorch's CPU allocator gives out and takes back, in the order in which
-    it does: all tensors, those inside of operators too. Not counted are Python objects and what the
-    matrix library keeps for itself, which is the same in both runs that are compared here. A run's peak
-    may lie elsewhere than where scores are read, so what reading one pattern adds is counted apart.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    results = profiler.profiler
-    assert results is not None
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def check_peak_bytes() -> None:
-    """What is known: two blocks of 8 MiB that overlap, and a third after they are gone."""
-
-    def work() -> None:
-        one = torch.empty(2**21)
-        two = torch.empty(2**21)
-        del one, two
-        torch.empty(2**21)
-
-    assert peak_bytes(work) == 2 * 2**23, "the profiler of this version counts memory in another way"
 
 
 def forward_flops(cfg: Any, batch: int, pos: int) -> float:
