@@ -5,19 +5,19 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from mechlens import terminal
+
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.results import HeadScores, LogitLensResult
 
 BUNDLED = "mechlens-books"
 
@@ -105,22 +105,22 @@ def reproduce(
     if as_json:
         from dataclasses import asdict
 
-        _print_json(
+        terminal.print_json(
             {
                 "model": asdict(found.heads.model),
                 "estimates": found.performance.estimates,
                 "comparisons": [asdict(comparison) for comparison in found.comparisons],
-                "heads": _best(found.heads, 5),
+                "heads": terminal.best_heads(found.heads, 5),
                 "written": [str(path) for path in written],
             }
         )
     elif not quiet:
         from mechlens.report.page import verdict_statement
 
-        _print_estimates(found.performance)
-        _print_heads(found.heads, 3)
+        terminal.print_estimates(found.performance)
+        terminal.print_heads(found.heads, 3)
         if found.comparisons:
-            _table(
+            terminal.print_table(
                 f"{found.heads.model.name} against published figures"
                 if found.heads.model.name != BUNDLED
                 else f"{BUNDLED} against its model card",
@@ -132,7 +132,13 @@ def reproduce(
                     "verdict",
                 ),
                 [
-                    (c.claim, _number(c.published), _number(c.measured), _tolerance(c.low, c.high), c.verdict)
+                    (
+                        c.claim,
+                        terminal.number(c.published),
+                        terminal.number(c.measured),
+                        terminal.tolerance(c.low, c.high),
+                        c.verdict,
+                    )
                     for c in found.comparisons
                 ],
             )
@@ -225,9 +231,9 @@ def heads(
     if as_json:
         from dataclasses import asdict
 
-        _print_json({"model": asdict(found.model), "heads": _best(found, listed)})
+        terminal.print_json({"model": asdict(found.model), "heads": terminal.best_heads(found, listed)})
     elif not quiet:
-        _print_heads(found, listed)
+        terminal.print_heads(found, listed)
 
 
 @app.command(
@@ -276,9 +282,9 @@ def lens(
     elif out is not None:
         found.save(out)
     if as_json:
-        _print_json(found.to_dataframe().to_dict(orient="records"))
+        terminal.print_json(found.to_dataframe().to_dict(orient="records"))
     elif not quiet:
-        _print_lens(found)
+        terminal.print_lens(found)
 
 
 @app.command(
@@ -303,7 +309,7 @@ def models(
     if name is not None:
         summary = asdict(model_summary(name, revision=revision))
         width = max(map(len, summary))
-        lines = [f"{field:{width}}  {_plain(value)}" for field, value in summary.items()]
+        lines = [f"{field:{width}}  {terminal.plain(value)}" for field, value in summary.items()]
         found: Any = summary
     else:
         known = [one for one in known_models() if like.lower() in one.name.lower()]
@@ -314,7 +320,7 @@ def models(
         lines = [f"{one.name}  ({one.source})" for one in known]
         found = [asdict(one) for one in known]
     if as_json:
-        _print_json(found)
+        terminal.print_json(found)
     elif not quiet:
         typer.echo("\n".join(lines))
 
@@ -356,128 +362,6 @@ def _check_folder(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"--out is a folder, but {existing} is a file")
-
-
-def _best(found: HeadScores, top: int | dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    best = {}
-    for kind in found.kinds:
-        low, high = found.intervals[kind]
-        null = found.null(kind) if kind in found.nulls else None
-        count = top if isinstance(top, int) else top[kind]
-        best[kind] = [
-            {
-                "head": f"L{head[0]}H{head[1]}",
-                "score": score,
-                "low": float(low[head]),
-                "high": float(high[head]),
-                "null": None if null is None else float(null[head]),
-            }
-            for head, score in list(found.ranked(kind))[:count]
-        ]
-    return best
-
-
-def _print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
-    rows = []
-    for kind, listed in _best(found, top).items():
-        for place, row in enumerate(listed):
-            interval = _tolerance(row["low"], row["high"], 3)
-            null = "" if row["null"] is None else f"{row['null']:.3f}"
-            rows.append((kind if place == 0 else "", row["head"], f"{row['score']:.3f}", interval, null))
-        if not listed:
-            rows.append((kind, "none", "", "", ""))
-    sequences = max(values.shape[0] * values.shape[1] for values in found.scores.values())
-    plural = "s" if sequences != 1 else ""
-    _table(
-        f"Head scores of {found.model.name}, {sequences} sequence{plural}"
-        + ("" if found.prepend_bos else ", no BOS"),
-        ("score", "head", "mean", f"{found.confidence:.0%} interval", "null"),
-        rows,
-    )
-
-
-def _print_lens(found: LogitLensResult) -> None:
-    """A line per position: what was read, then each row's top guess; what really follows is marked."""
-    from mechlens.plots.style import visible_token
-
-    read = [visible_token(text) for text in found.texts(found.tokens[0])]
-    guesses = [[visible_token(text) for text in found.texts(ids[0, :, 0])] for ids in found.top_ids]
-    rows = []
-    for at, position in enumerate(found.positions):
-        follows = read[position + 1] if position + 1 < len(read) else ""
-        marked = [guess[at] + ("*" if guess[at] == follows else "") for guess in guesses]
-        rows.append((read[position], *marked, follows))
-    _table(
-        f"Logit lens of {found.model.name} on {found.component}: top guess of each row, * if right",
-        ("read", *found.rows, "follows"),
-        rows,
-    )
-
-
-def _print_estimates(performance: Any) -> None:
-    sequences = performance.tokens.shape[0] * performance.tokens.shape[1]
-    rows = [
-        (
-            name.replace("_", " ").replace("log prob", "log-probability, nats"),
-            f"{mean:.3f}",
-            _tolerance(low, high, 3),
-        )
-        for name, (mean, low, high) in performance.estimates.items()
-    ]
-    tokens = f"{'BOS + ' if performance.prepend_bos else ''}{performance.seq_len} random tokens"
-    _table(
-        f"{performance.model.name} on {tokens} + the same again, {sequences} sequences",
-        ("", "mean", f"{performance.confidence:.0%} interval"),
-        rows,
-    )
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        # a file or a pipe has no width: the table decides
-        console = Console(width=Console(width=10_000).measure(table).maximum)
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
-
-
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"
-
-
-def _tolerance(low: float | None, high: float | None, digits: int = 4) -> str:
-    """From low to high; nothing where there is no interval (nan: of a single sequence)."""
-    if low is None or high is None or low != low:
-        return ""
-    return f"{low:.{digits}f} to {high:.{digits}f}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(_finite(value), indent=2, default=str))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: what is undefined is null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
 
 
 def _version(wanted: bool) -> bool:

@@ -24,6 +24,7 @@ FLOORS = {
     "studies": 3,
     "report": 4,
     "sweep": 4,
+    "terminal": 4,
     "cli": 5,
     "__main__": 5,
 }
