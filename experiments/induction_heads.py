@@ -65,8 +65,10 @@ def main() -> None:
         print("\nclaim | published | measured | tolerance | verdict")
         for c in found.comparisons:
             within = "" if c.low is None else f"{c.low:.3f} to {c.high:.3f}"
-            measured = c.measured if isinstance(c.measured, str) else f"{c.measured:.3f}"
-            print(f"{c.claim} | {c.published} | {measured} | {within} | {c.verdict}")
+            published, measured = (
+                value if isinstance(value, str) else f"{value:.3f}" for value in (c.published, c.measured)
+            )
+            print(f"{c.claim} | {published} | {measured} | {within} | {c.verdict}")
 
     written = found.save(options.out)
     figures = {

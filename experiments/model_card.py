@@ -91,7 +91,7 @@ def card(summary: ModelSummary, training: dict[str, Any], found: Reproduction, t
     return f"""# {BUNDLED}
 
 A small English language model with induction heads, for learning and for tests. It ships with mechlens and
-needs no network. Every figure on this page was measured by `experiments/model_card.py` on the weights beside it.
+needs no network. The scores on this page were measured by `experiments/model_card.py` on the weights beside it, the losses by the training script.
 
 | what | value |
 |---|---|

@@ -145,7 +145,7 @@ def reproduce(
             typer.echo(verdict_statement(found.comparisons))
         else:
             typer.echo(
-                f"Nothing is published for {found.heads.model.name}: there is nothing to compare with."
+                f"No published figures of {found.heads.model.name} with these settings: nothing to compare with."
             )
         typer.echo(f"Results, tables and figures: {written[-1]}")
 

@@ -178,6 +178,14 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
     return tokens
 
 
+def prompt_tokens(
+    model: Any, prompt: str | Int[Tensor, "*batch pos"], *, prepend_bos: bool | None = None
+) -> Int[Tensor, "batch pos"]:
+    """The rows of a prompt, on the CPU: a text's tokens, or ids as they are, one sequence or several."""
+    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
+    return (tokens[None] if tokens.ndim == 1 else tokens).cpu()
+
+
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     """Each token as text; in the vocabulary's own form where it is only a part of a character.
 

@@ -278,6 +278,20 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b or (a != a and b != b))
 
 
+def half_means(
+    values: Float[Tensor, "*sequence pos"], half: str, *, seq_len: int, prepend_bos: bool
+) -> Float[Tensor, "*sequence"]:
+    """Mean over the positions that predict the first or the second copy's tokens.
+
+    Args:
+        values: per position i, of the token i + 1; the last position predicts nothing.
+        half: `first` or `second`.
+    """
+    second = int(prepend_bos) + seq_len
+    positions = slice(0, second - 1) if half == "first" else slice(second - 1, -1)
+    return values[..., positions].mean(-1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RepeatedTokenPerformance(Result):
     """How well a model predicts random tokens the first and the second time they come."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import read_patterns
-from mechlens.prompts import text_tokens, token_strings
+from mechlens.prompts import prompt_tokens, token_strings
 from mechlens.results import AttentionPatterns, head_label, parse_head
 
 
@@ -38,10 +38,9 @@ def attention_patterns(
     Cost: one forward pass up to the deepest head's pattern, or none with a cache.
     """
     info = describe(model)
-    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
-    if tokens.numel() != tokens.shape[-1]:
+    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
+    if len(tokens) != 1:
         raise ValueError(f"attention patterns are of one sequence, but the tokens are {tuple(tokens.shape)}")
-    tokens = tokens.reshape(1, -1)
     wanted = [parse_head(head) for head in heads]
     if not wanted:
         raise ValueError("attention patterns need at least one head")
@@ -59,7 +58,7 @@ def attention_patterns(
     read_patterns(model, tokens, keep, layers=sorted({layer for layer, _ in wanted}), cache=cache)
     return AttentionPatterns(
         model=info,
-        tokens=tokens[0].cpu(),
+        tokens=tokens[0],
         token_strings=token_strings(model, tokens[0]),
         heads=tuple(wanted),
         patterns=torch.stack([found[head] for head in wanted]),

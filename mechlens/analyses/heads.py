@@ -22,10 +22,10 @@ from mechlens.models.weights import direct_unembedding, per_query_head, value_bi
 from mechlens.prompts import (
     RandomTokens,
     own_bos_token_id,
+    prompt_tokens,
     repeated_tokens,
-    text_tokens,
 )
-from mechlens.results import HeadScores, RepeatedTokenPerformance, head_label
+from mechlens.results import HeadScores, RepeatedTokenPerformance, half_means, head_label
 
 SEEDS = (0, 1, 2, 3, 4)
 PREFIX_LENGTH, PREFIX_COPIES = 25, 4
@@ -93,16 +93,13 @@ def repeated_token_performance(
         log_probs.append(log_prob)
         corrects.append(correct)
     log_prob, correct = torch.stack(log_probs), torch.stack(corrects)
-    # position i predicts token i + 1, and the second copy begins at token `second`
-    second = int(drawn[0].starts[0, 1])
-    halves = {"first_half": slice(0, second - 1), "second_half": slice(second - 1, -1)}
     estimates, single_draws = {}, {}
-    for half, positions in halves.items():
+    for half in ("first", "second"):
         for name, values in (("log_prob", log_prob), ("accuracy", correct.float())):
-            per_sequence = values[..., positions].mean(-1).flatten()
-            low, high = bootstrap_interval(per_sequence, confidence=confidence)
-            estimates[f"{half}_{name}"] = (float(per_sequence.mean()), float(low), float(high))
-            single_draws[f"{half}_{name}"] = central_interval(per_sequence)
+            means = half_means(values, half, seq_len=seq_len, prepend_bos=drawn[0].prepend_bos).flatten()
+            low, high = bootstrap_interval(means, confidence=confidence)
+            estimates[f"{half}_half_{name}"] = (float(means.mean()), float(low), float(high))
+            single_draws[f"{half}_half_{name}"] = central_interval(means)
     return RepeatedTokenPerformance(
         model=info,
         tokens=torch.stack([random.tokens for random in drawn]),
@@ -268,8 +265,7 @@ def score_heads_on(
     Cost: one forward pass up to the last layer's pattern, or none with a cache.
     """
     info = describe(model)
-    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
-    tokens = (tokens[None] if tokens.ndim == 1 else tokens).cpu()
+    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     n_pos = tokens.shape[1]
     known: dict[str, Callable[[], Stripe]] = {
         "induction_score": lambda: Stripe.of_mask(measures.induction_mask(tokens)),

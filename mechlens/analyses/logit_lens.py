@@ -14,7 +14,7 @@ from mechlens.measures.vocabulary import Readout, read_out
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import bare_norm, final_norm, reads_as_streamed, soft_cap, watch
 from mechlens.models.weights import is_tied
-from mechlens.prompts import own_bos_token_id, text_tokens, token_strings
+from mechlens.prompts import own_bos_token_id, prompt_tokens, token_strings
 from mechlens.results import LogitLensResult
 
 COMPONENTS = {
@@ -68,8 +68,7 @@ def logit_lens(
     Cost: one forward pass and one product with `W_U` per row; no `[row, pos, d_vocab]` tensor exists.
     """
     info = describe(model)
-    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
-    tokens = (tokens[None] if tokens.ndim == 1 else tokens).cpu()
+    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     chosen = _chosen("layer", layers, model.cfg.n_layers)
     read = _chosen("position", positions, tokens.shape[1])
     ids = [_target_id(model, target) for target in targets]

@@ -30,6 +30,7 @@ from mechlens.results import (
     HeadScores,
     ModelInfo,
     RepeatedTokenPerformance,
+    half_means,
     head_label,
     write_table,
 )
@@ -184,9 +185,8 @@ def _per_sequence(performance: RepeatedTokenPerformance, estimate: str) -> Tenso
     """The estimate of every single sequence."""
     half, measure = estimate.split("_half_")
     values = performance.log_prob if measure == "log_prob" else performance.correct.float()
-    second = int(performance.prepend_bos) + performance.seq_len
-    positions = slice(0, second - 1) if half == "first" else slice(second - 1, -1)
-    return values[..., positions].mean(-1).flatten()
+    means = half_means(values, half, seq_len=performance.seq_len, prepend_bos=performance.prepend_bos)
+    return means.flatten()
 
 
 def _draws(per_sequence: Tensor, size: int) -> tuple[float, float]:
