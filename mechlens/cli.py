@@ -144,9 +144,7 @@ def reproduce(
             )
             typer.echo(verdict_statement(found.comparisons))
         else:
-            typer.echo(
-                f"No published figures of {found.heads.model.name} with these settings: nothing to compare with."
-            )
+            typer.echo(f"No published figures of {found.heads.model.name} at these settings to compare with.")
         typer.echo(f"Results, tables and figures: {written[-1]}")
 
 
