@@ -1,0 +1,41 @@
+"""What analyses return: frozen dataclasses that explain themselves, make tables, save and load."""
+
+from __future__ import annotations
+
+from mechlens.results.base import (
+    FORMAT,
+    NOT_JUDGED,
+    Comparison,
+    ModelInfo,
+    Result,
+    load,
+    replacing,
+    write_table,
+)
+from mechlens.results.heads import (
+    AttentionPatterns,
+    HeadScores,
+    RepeatedTokenPerformance,
+    half_means,
+    head_label,
+    parse_head,
+)
+from mechlens.results.lens import LogitLensResult
+
+__all__ = [
+    "FORMAT",
+    "NOT_JUDGED",
+    "AttentionPatterns",
+    "Comparison",
+    "HeadScores",
+    "LogitLensResult",
+    "ModelInfo",
+    "RepeatedTokenPerformance",
+    "Result",
+    "half_means",
+    "head_label",
+    "load",
+    "parse_head",
+    "replacing",
+    "write_table",
+]

@@ -1,0 +1,274 @@
+"""What analyses return: frozen dataclasses that explain themselves, make tables, save and load.
+
+A result is one `.safetensors` file: its tensors are the file's tensors, everything else is JSON in
+the file's header. Files are written beside their target and moved into place, so a save that is
+killed leaves the old file whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 1
+R = TypeVar("R", bound="Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """Which model a result was measured on, and in what state."""
+
+    name: str
+    """Bundled name, hub name or the directory's last part."""
+    revision: str | None
+    """Hub revision or checkpoint, where one was asked for."""
+    architecture: str
+    """The Hugging Face architecture, such as `GPTNeoXForCausalLM`; `attention-only` for toy models."""
+    engine: str
+    """`HookedTransformer` or `TransformerBridge`."""
+    engine_version: str
+    """TransformerLens's version."""
+    processing: bool | None
+    """Whether LayerNorm was folded and weights were centred; None where it cannot be told."""
+    dtype: str
+    """Of the weights, such as `float32`."""
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """Base of all results. Two are equal when every field is, nan counting as equal to nan."""
+
+    model: ModelInfo
+
+    types: ClassVar[dict[str, type[Result]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Result.types[cls.__name__] = cls
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A tidy table with one observation per row."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the result as one `.safetensors` file, whole or not at all.
+
+        Args:
+            path: the file; its folder must exist, and the ending must be `.safetensors`.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: another ending, or no such folder.
+        """
+        target = Path(path)
+        if target.suffix != ".safetensors":
+            raise ValueError(f"results are saved as .safetensors files, but the path is {target}")
+        if not target.parent.is_dir():
+            raise ValueError(f"cannot save to {target}: there is no folder {target.parent}")
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[field.name] = value
+            elif _is_tensor_dict(value):
+                plain[field.name] = {"tensors": list(value)}
+                tensors |= {f"{field.name}/{key}": tensor for key, tensor in value.items()}
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                plain[field.name] = dataclasses.asdict(value)
+            else:
+                plain[field.name] = value
+        header = {"type": type(self).__name__, "format": FORMAT, "fields": plain}
+        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        with replacing(target) as part:
+            save_file(whole, part, metadata={"mechlens": json.dumps(header)})
+        return target
+
+    @classmethod
+    def load(cls: type[R], path: str | os.PathLike[str]) -> R:
+        """Read a result of this type.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, no result of mechlens, or one of another type.
+        """
+        result = load(path)
+        if not isinstance(result, cls):
+            raise ValueError(f"{path} holds a {type(result).__name__}, not a {cls.__name__}")
+        return result
+
+    def __repr__(self) -> str:
+        """The fields in one line, tensors by their shape."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                shown = f"<{'x'.join(map(str, value.shape))}>"
+            elif _is_tensor_dict(value):
+                shown = (
+                    "{" + ", ".join(f"{k}: <{'x'.join(map(str, v.shape))}>" for k, v in value.items()) + "}"
+                )
+            else:
+                shown = repr(value.name if isinstance(value, ModelInfo) else value)
+            parts.append(f"{field.name}={shown}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _equal(getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # results hold tensors, which have no hash by value
+
+
+def load(path: str | os.PathLike[str]) -> Result:
+    """Read whatever result a file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or no result of mechlens.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such result file: {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header_text = (file.metadata() or {}).get("mechlens")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole .safetensors file ({error}): save it again") from error
+    if header_text is None:
+        raise ValueError(f"{path} is a .safetensors file, but not a result that mechlens saved")
+    try:
+        header = json.loads(header_text)
+        kind, version, fields = header["type"], header["format"], header["fields"]
+        cls = Result.types.get(kind)
+        if cls is not None and version <= FORMAT:
+            return cls(**_values(cls, fields, tensors))
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged: its header is not that of a result ({error!r}); save it again"
+        ) from error
+    raise ValueError(f"{path} holds a {kind}, which this version of mechlens does not know")
+
+
+def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a result, from the header and the tensors of its file."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        name = field.name
+        if name in tensors:
+            values[name] = tensors[name]
+            continue
+        stored = fields[name]
+        keys = stored["tensors"] if isinstance(stored, dict) and set(stored) == {"tensors"} else None
+        if keys is not None and all(f"{name}/{key}" in tensors for key in keys):
+            values[name] = {key: tensors[f"{name}/{key}"] for key in keys}
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = hints[name](**stored)
+        else:
+            values[name] = _tuples(stored)
+    return values
+
+
+def write_table(table: pd.DataFrame, path: Path) -> Path:
+    """Write a table as `.csv`, whole or not at all."""
+    with replacing(path) as part:
+        table.to_csv(part, index=False)
+    return path
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a file beside `target` to write, and move it there when the block ends without an exception.
+
+    So the target is the old file or the whole new one at every moment.
+    """
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _is_tensor_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were saved from."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        a, b = a.cpu(), b.cpu()
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        same = a == b
+        if a.is_floating_point():
+            same |= a.isnan() & b.isnan()
+        return bool(same.all())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return list(a) == list(b) and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b or (a != a and b != b))
+
+
+NOT_JUDGED = "not judged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One published figure beside the measured one."""
+
+    claim: str
+    """What is claimed, such as `induction_score of L5H5`."""
+    published: float | str
+    measured: float | str
+    low: float | None
+    """Lower end of what counts as agreement; None for a claim that is no number."""
+    high: float | None
+    verdict: str
+    """`reproduced`, `not reproduced`, or `not judged` where too little was measured."""
+    source: str

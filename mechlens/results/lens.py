@@ -1,0 +1,81 @@
+"""Results about what vectors of the residual stream say in terms of the vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.results.base import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LogitLensResult(Result):
+    """What each layer of a model would say about the next token, if it were the last."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """What the model read."""
+    positions: tuple[int, ...]
+    """The positions that were read out, in the order of the axis `read`."""
+    rows: tuple[str, ...]
+    """`embed`, then the layers by number."""
+    component: str
+    """`resid_post`, `attn_out`, ...: what was read; the row `embed` is always block 0's `resid_pre`."""
+    onto_stream: bool
+    """Whether a sub-block's output was read together with the stream it was added to."""
+    decoder: str
+    """`final_norm`, `norm_only`, `none`, or the name of a function."""
+    top_ids: Int[Tensor, "row batch read k"]
+    """The most likely next tokens, the likeliest first."""
+    top_probabilities: Float[Tensor, "row batch read k"]
+    entropy: Float[Tensor, "row batch read"]
+    """Nats."""
+    kl_final: Float[Tensor, "row batch read"]
+    """KL(the model's own distribution || this row), nats."""
+    kl_input: Float[Tensor, "row batch read"]
+    """KL(the row `embed` || this row), nats; nan where the unembedding is not tied to the embedding, because
+    then the row `embed` says nothing of the input token."""
+    final_ids: Int[Tensor, "batch read"]
+    """The model's own most likely token."""
+    log_prob: dict[str, Float[Tensor, "row batch read"]]
+    """Of the tokens `final` (those above), `input` (the token at the position itself), `next` (the token that
+    really follows; nan at the last position), and each target by its id as text; nats."""
+    rank: dict[str, Float[Tensor, "row batch read"]]
+    """Of the same tokens; 1 is the most likely, ties count strictly larger logits. nan as above."""
+    strings: dict[str, str]
+    """The text of every token above, by its id as text."""
+    prepend_bos: bool
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per row of the lens, sequence and position: row, sequence, pos, token, top, probability,
+        entropy, kl_final, kl_input, and rank and log-probability of every token that was asked for."""
+        import pandas as pd
+
+        n_rows, batch, read = self.entropy.shape
+        index = pd.MultiIndex.from_product(
+            [self.rows, range(batch), self.positions], names=["row", "sequence", "pos"]
+        )
+        columns: dict[str, Any] = {
+            "token": self.texts(self.tokens[:, list(self.positions)].expand(n_rows, -1, -1)),
+            "top": self.texts(self.top_ids[..., 0]),
+            "probability": self.top_probabilities[..., 0],
+            "entropy": self.entropy,
+            "kl_final": self.kl_final,
+            "kl_input": self.kl_input,
+            **{f"rank_{name}": values for name, values in self.rank.items()},
+            **{f"log_prob_{name}": values for name, values in self.log_prob.items()},
+        }
+        flat = {
+            name: values if isinstance(values, list) else values.reshape(n_rows * batch * read).numpy()
+            for name, values in columns.items()
+        }
+        return pd.DataFrame(flat, index=index).reset_index()
+
+    def texts(self, ids: Int[Tensor, "..."]) -> list[str]:
+        """The texts of ids, in one flat list."""
+        return [self.strings[str(i)] for i in ids.flatten().tolist()]
