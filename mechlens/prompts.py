@@ -200,3 +200,23 @@ def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
             text = model.tokenizer.convert_ids_to_tokens(token)
         texts.append(text or f"[{token}]")
     return tuple(texts)
+
+
+def target_id(model: Any, target: str | int) -> int:
+    """The id of a target token, which is given as an id or as a text of exactly one token.
+
+    Raises:
+        ValueError: the text is not one token (its pieces are shown), there is no tokenizer to read it, or the
+            id is not in the vocabulary.
+    """
+    if isinstance(target, str):
+        if model.tokenizer is None:
+            raise ValueError(f"this model has no tokenizer: give the target {target!r} as an id")
+        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            pieces = [model.tokenizer.decode([i]) for i in ids]
+            raise ValueError(f"the target {target!r} is {len(ids)} tokens, not one: {pieces}")
+        return int(ids[0])
+    if not 0 <= target < model.cfg.d_vocab:
+        raise ValueError(f"token id {target} is not in the model's vocabulary of {model.cfg.d_vocab}")
+    return target

@@ -14,7 +14,7 @@ from mechlens.measures.vocabulary import Readout, read_out
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import bare_norm, final_norm, reads_as_streamed, soft_cap, watch
 from mechlens.models.weights import is_tied
-from mechlens.prompts import own_bos_token_id, prompt_tokens, token_strings
+from mechlens.prompts import own_bos_token_id, prompt_tokens, target_id, token_strings
 from mechlens.results import LogitLensResult
 
 COMPONENTS = {
@@ -71,7 +71,7 @@ def logit_lens(
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     chosen = _chosen("layer", layers, model.cfg.n_layers)
     read = _chosen("position", positions, tokens.shape[1])
-    ids = [_target_id(model, target) for target in targets]
+    ids = [target_id(model, target) for target in targets]
     if component not in COMPONENTS:
         raise ValueError(f"component must be one of {', '.join(COMPONENTS)}, but is {component!r}")
     if onto_stream and component not in _ADDED_TO:
@@ -189,20 +189,6 @@ def _chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ..
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"the same {what} is asked for twice: {tuple(given)}")
     return chosen
-
-
-def _target_id(model: LensModel, target: str | int) -> int:
-    if isinstance(target, str):
-        if model.tokenizer is None:
-            raise ValueError(f"this model has no tokenizer: give the target {target!r} as an id")
-        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            pieces = [model.tokenizer.decode([i]) for i in ids]
-            raise ValueError(f"the target {target!r} is {len(ids)} tokens, not one: {pieces}")
-        return int(ids[0])
-    if not 0 <= target < model.cfg.d_vocab:
-        raise ValueError(f"token id {target} is not in the model's vocabulary of {model.cfg.d_vocab}")
-    return target
 
 
 def _result(
