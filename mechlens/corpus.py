@@ -106,12 +106,13 @@ def _checked(model: Any, rows: Int[Tensor, "window pos"], length: int | None) ->
         raise ValueError(f"a corpus of ids needs at least one token, but is {tuple(rows.shape)}")
     if length not in (None, rows.shape[1]):
         raise ValueError(
-            f"the rows of ids are {rows.shape[1]} tokens long, but windows of {length} are asked for: cut them, "
-            "or leave length out"
+            f"the rows of ids are {rows.shape[1]} tokens long, but windows of {length} are asked for: cut "
+            "them, or leave length out"
         )
     if rows.shape[1] > model.cfg.n_ctx:
         raise ValueError(
-            f"rows of {rows.shape[1]} tokens do not fit into the model's context of {model.cfg.n_ctx}: cut them"
+            f"rows of {rows.shape[1]} tokens do not fit into the model's context of {model.cfg.n_ctx}: cut "
+            "them"
         )
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= model.cfg.d_vocab:
