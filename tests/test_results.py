@@ -26,6 +26,7 @@ from mechlens.results import (
     ModelInfo,
     RepeatedTokenPerformance,
     Result,
+    TunedLens,
     head_label,
     load,
 )
@@ -122,7 +123,35 @@ def lens() -> LogitLensResult:
     )
 
 
-RESULTS = {"lens": lens, "performance": performance, "head_scores": head_scores, "patterns": patterns}
+def tuned_lens() -> TunedLens:
+    """Of a model with two layers, read from a checkpoint: nothing is known of its training."""
+    draw = torch.Generator().manual_seed(0)
+    return TunedLens(
+        model=dataclasses.replace(MODEL, n_layers=2, processing=False),
+        rows=("embed", "0"),
+        weight=torch.randn(2, 4, 4, generator=draw),
+        bias=torch.randn(2, 4, generator=draw),
+        kl_plain=torch.tensor([2.0, 1.0, 0.0]),
+        kl_tuned=torch.tensor([1.5, math.nan, 0.0]),
+        source="a checkpoint",
+        steps=None,
+        batch_tokens=64,
+        length=8,
+        train_tokens=None,
+        held_out_tokens=16,
+        learning_rate=1e-3,
+        seed=None,
+        prepend_bos=True,
+    )
+
+
+RESULTS = {
+    "lens": lens,
+    "performance": performance,
+    "head_scores": head_scores,
+    "patterns": patterns,
+    "tuned_lens": tuned_lens,
+}
 
 
 @pytest.fixture(params=RESULTS)

@@ -21,6 +21,7 @@ from mechlens.results.heads import (
     parse_head,
 )
 from mechlens.results.lens import LogitLensResult
+from mechlens.results.tuned_lens import TunedLens
 
 __all__ = [
     "FORMAT",
@@ -32,6 +33,7 @@ __all__ = [
     "ModelInfo",
     "RepeatedTokenPerformance",
     "Result",
+    "TunedLens",
     "half_means",
     "head_label",
     "load",
