@@ -1,0 +1,420 @@
+"""Training a tuned lens: for each row of the lens, the affine map after which it predicts what the model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.corpus import Source, token_windows
+from mechlens.models.protocol import LensModel, describe
+from mechlens.models.runs import final_norm, reads_as_streamed, soft_cap, watch
+from mechlens.prompts import own_bos_token_id
+from mechlens.results import ModelInfo, TunedLens, replacing
+
+LOGIT_BYTES = 16 * 2**20
+"""Memory for one chunk of float32 logits; a few such are held at a time."""
+RESIDUAL_BYTES = 256 * 2**20
+"""Memory for the residual vectors of all rows, of as many windows as are run at once."""
+SAVE_SECONDS = 60.0
+"""Between two saves of the state."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+
+
+def train_tuned_lens(
+    model: LensModel,
+    corpus: Source | Int[Tensor, "window pos"],
+    *,
+    steps: int = 250,
+    batch_tokens: int = 2048,
+    length: int | None = None,
+    learning_rate: float = 1e-3,
+    held_out: int = 64,
+    held_out_corpus: Source | Int[Tensor, "other pos"] | None = None,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> TunedLens:
+    """Train one affine translator for each row of the lens but the last layer, to predict what the model does.
+
+    Each translator minimises KL(final || tuned), where final is the model's own distribution and tuned is
+    the model's last norm, `W_U`, `b_U` and soft-cap on `x + x @ weight + bias`; weight and bias are zero at
+    the start, which is the plain lens. The optimiser is Adam, with a rate that falls linearly to zero. The
+    model's weights stay as they are.
+
+    Args:
+        corpus: text, or windows of token ids, such as `sample_tokens(model, ...)`; see `token_windows`. Its
+            first windows are used, as many as the steps need; if there are fewer, they are used again.
+        steps: of the optimiser.
+        batch_tokens: tokens in each step's batch, in whole windows. Which windows make the batch of a step
+            depends on the seed alone.
+        length: tokens in a window with its BOS; see `token_windows`.
+        learning_rate: of the first step.
+        held_out: windows that are not trained on and on which the KLs are measured: every n-th of the
+            windows, with the n that spreads them evenly, or the first ones of `held_out_corpus`.
+        held_out_corpus: text or ids to measure on, instead of a part of `corpus`.
+        prepend_bos: for text: None begins each window with BOS where the tokenizer has one.
+        state: a `.safetensors` file to which the training is saved every minute, when it ends and when it is
+            interrupted. If it is there, the training goes on where it stopped; with the same number of
+            threads the result is that of an uninterrupted one, bit for bit.
+        progress: show a bar with the loss: the mean over rows of the KL on the batch, in nats.
+
+    Returns:
+        The lens, with the KL on the windows held out of each row with and without its translator.
+
+    Raises:
+        ValueError: a size below 1, a corpus of fewer windows than a batch and what is held out, a state that
+            was begun with other arguments, another model or corpus (what differs is named), or a model whose
+            logits are more than norm, `W_U`, `b_U` and soft-cap.
+
+    Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens",
+    arXiv:2303.08112, who train with SGD on larger batches.
+    Cost: one forward pass over each batch, and for each row two products with `W_U`; memory for the translators
+    five times, a float32 copy of `W_U`, and the constants above. No `[row, pos, d_vocab]` tensor exists.
+    """
+    numbers = {"steps": steps, "batch_tokens": batch_tokens, "held_out": held_out}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0, but is {learning_rate}")
+    info = describe(model)
+    file = _state_file(state)
+    train, rest = _windows(model, corpus, held_out_corpus, steps, batch_tokens, length, held_out, prepend_bos)
+    if not reads_as_streamed(model, train[:1, :8]):
+        raise ValueError(
+            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
+            "what it predicts"
+        )
+    per_step = max(1, batch_tokens // train.shape[1])
+    arguments = {
+        "model": dataclasses.asdict(info),
+        "corpus": hashlib.sha256(train.numpy().tobytes()).hexdigest(),
+        "steps": steps,
+        "batch_tokens": per_step * train.shape[1],
+        "length": train.shape[1],
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    training = _begin(model) if file is None or not file.exists() else _load(file, arguments, model)
+    head = _Head.of(model)
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=training.step, desc="tuned lens", unit="step", disable=not progress)
+    try:
+        while training.step < steps:
+            batch = train[_chosen(training.step, per_step, len(train), seed)]
+            loss, gradients = _gradients(model, head, batch, training)
+            rate = learning_rate * (1 - training.step / steps)
+            # in one assignment, so that whatever interrupts finds a whole state
+            training = training.after(gradients, rate)
+            bar.update()
+            if progress:
+                bar.set_postfix(loss=f"{loss:.4f}")
+            if file is not None and time.monotonic() - saved > SAVE_SECONDS:
+                _save(file, training, arguments)
+                saved = time.monotonic()
+    finally:
+        bar.close()
+        if file is not None:
+            _save(file, training, arguments)
+    plain, tuned = _held_out_kl(model, head, rest, training)
+    bos = own_bos_token_id(model.tokenizer)
+    return TunedLens(
+        model=info,
+        rows=_rows(model),
+        weight=training.weight.cpu(),
+        bias=training.bias.cpu(),
+        kl_plain=plain,
+        kl_tuned=tuned,
+        source="trained",
+        steps=steps,
+        batch_tokens=per_step * train.shape[1],
+        length=train.shape[1],
+        train_tokens=min(len(train), steps * per_step) * train.shape[1],
+        held_out_tokens=rest.numel(),
+        learning_rate=learning_rate,
+        seed=seed,
+        prepend_bos=bos is not None and bool((train[:, 0] == bos).all()),
+    )
+
+
+# -- what is read ----------------------------------------------------------------------------------
+
+
+def _windows(
+    model: LensModel,
+    corpus: Source | Int[Tensor, "window pos"],
+    held_out_corpus: Source | Int[Tensor, "other pos"] | None,
+    steps: int,
+    batch_tokens: int,
+    length: int | None,
+    held_out: int,
+    prepend_bos: bool | None,
+) -> tuple[Int[Tensor, "train length"], Int[Tensor, "rest length"]]:
+    """The windows to train on, and those to measure on."""
+    made = token_windows(model, corpus, length=length, prepend_bos=prepend_bos)
+    found = list(islice(made, 1))
+    length = len(found[0]) if found else length
+    per_step = max(1, batch_tokens // (length or 1))
+    apart = held_out if held_out_corpus is None else 0
+    found += islice(made, steps * per_step + apart - 1)
+    if len(found) < per_step + apart:
+        raise ValueError(
+            f"the corpus makes {len(found)} windows, but a batch takes {per_step}"
+            + (f" and {apart} are held out" if apart else "")
+            + ": give more text, or less batch_tokens, held_out or length"
+        )
+    windows = torch.stack(found)
+    if held_out_corpus is not None:
+        others = token_windows(model, held_out_corpus, length=length, prepend_bos=prepend_bos, limit=held_out)
+        rest = list(others)
+        if not rest:
+            raise ValueError(f"the held-out corpus makes no window of {length} tokens: give more text")
+        return windows, torch.stack(rest)
+    every = len(windows) // held_out
+    aside = torch.arange(held_out) * every + every - 1
+    kept = torch.ones(len(windows), dtype=torch.bool)
+    kept[aside] = False
+    return windows[kept], windows[aside]
+
+
+def _chosen(step: int, per_step: int, count: int, seed: int) -> Int[Tensor, " chosen"]:
+    """The windows of a step: each once in an order drawn from the seed, then in another order, and so on."""
+    places = range(step * per_step, (step + 1) * per_step)
+    orders = {
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
+        for epoch in {place // count for place in places}
+    }
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+def _rows(model: LensModel) -> tuple[str, ...]:
+    return ("embed", *(str(layer) for layer in range(model.cfg.n_layers - 1)))
+
+
+def _residuals(
+    model: LensModel, tokens: Int[Tensor, "batch pos"]
+) -> Iterator[Float[Tensor, "every some d_model"]]:
+    """The vectors of each row and the last layer, some windows at a time."""
+    n_layers = model.cfg.n_layers
+    hooks = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(n_layers))]
+    at_once = max(1, RESIDUAL_BYTES // (4 * len(hooks) * tokens.shape[1] * model.cfg.d_model))
+    for some in tokens.split(at_once):
+        kept: dict[str, Tensor] = {}
+        watch(model, some, {name: partial(kept.__setitem__, name) for name in hooks})
+        yield torch.stack([kept[name].flatten(0, 1) for name in hooks])
+
+
+# -- what is trained -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """What the model makes of a last residual, with the weights that are used over and over."""
+
+    norm: Callable[[Tensor], Tensor]
+    W_U: Float[Tensor, "d_model d_vocab"]
+    b_U: Float[Tensor, " d_vocab"]
+    cap: float | None
+
+    @classmethod
+    def of(cls, model: LensModel) -> _Head:
+        W_U = model.W_U.detach()
+        wide = torch.promote_types(W_U.dtype, torch.float32)
+
+        def norm(vectors: Tensor) -> Tensor:
+            # as a batch of one sequence and in the model's dtype, like everything the norm gets
+            return final_norm(model, vectors[None].to(W_U.dtype))[0]
+
+        return cls(norm, W_U.to(wide), model.b_U.detach().to(wide), soft_cap(model))
+
+    def chunks(self, vectors: Float[Tensor, "every some d_model"]) -> Iterator[Tensor]:
+        """Some positions at a time, as tensors that a gradient may pass through."""
+        width = max(1, LOGIT_BYTES // (4 * self.W_U.shape[1]))
+        for chunk in vectors.split(width, dim=1):
+            yield chunk.clone()
+
+    def logits(self, normed: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_vocab"]:
+        raw = torch.addmm(self.b_U, normed.to(self.W_U.dtype), self.W_U)
+        return raw if self.cap is None else raw.div_(self.cap).tanh_().mul_(self.cap)
+
+    @torch.no_grad()
+    def log_probs(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_vocab"]:
+        return self.logits(self.norm(vectors)).log_softmax(-1)
+
+    def kl(
+        self, final: Float[Tensor, "some d_vocab"], vectors: Float[Tensor, "some d_model"]
+    ) -> Float[Tensor, " some"]:
+        """KL(final || these vectors) in nats; `final` are log-probabilities."""
+        return _kl(final, self.log_probs(vectors))
+
+
+def _kl(p: Float[Tensor, "some d_vocab"], q: Float[Tensor, "some d_vocab"]) -> Float[Tensor, " some"]:
+    """KL(p || q) of log-probabilities."""
+    return torch.linalg.vecdot(p.exp(), p - q)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """The translators and Adam's running means; never changed, so that it is whole at every moment."""
+
+    weight: Float[Tensor, "row d_model d_model"]
+    bias: Float[Tensor, "row d_model"]
+    weight_mean: Float[Tensor, "row d_model d_model"]
+    bias_mean: Float[Tensor, "row d_model"]
+    weight_square: Float[Tensor, "row d_model d_model"]
+    bias_square: Float[Tensor, "row d_model"]
+    step: int
+
+    def after(self, gradients: tuple[Tensor, Tensor], rate: float) -> _Training:
+        """The state one step of Adam later (Kingma and Ba 2015, arXiv:1412.6980)."""
+        step = self.step + 1
+        new: dict[str, Tensor] = {}
+        for name, gradient in zip(("weight", "bias"), gradients, strict=True):
+            mean = BETAS[0] * getattr(self, f"{name}_mean") + (1 - BETAS[0]) * gradient
+            square = BETAS[1] * getattr(self, f"{name}_square") + (1 - BETAS[1]) * gradient**2
+            size = (square / (1 - BETAS[1] ** step)).sqrt_().add_(EPSILON)
+            new[name] = getattr(self, name) - rate / (1 - BETAS[0] ** step) * mean / size
+            new |= {f"{name}_mean": mean, f"{name}_square": square}
+        return _Training(**new, step=step)
+
+    def translate(self, row: int, x: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_model"]:
+        wide = x.to(self.weight.dtype)
+        return wide + wide @ self.weight[row] + self.bias[row]
+
+
+_TENSORS = tuple(field.name for field in dataclasses.fields(_Training) if field.name != "step")
+
+
+def _begin(model: LensModel) -> _Training:
+    rows, d_model = model.cfg.n_layers, model.cfg.d_model
+    like = model.W_U.detach()
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    shapes = {name: (rows, d_model, d_model) if "weight" in name else (rows, d_model) for name in _TENSORS}
+    zeros = {name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()}
+    return _Training(**zeros, step=0)
+
+
+def _gradients(
+    model: LensModel, head: _Head, batch: Int[Tensor, "batch pos"], training: _Training
+) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The loss on a batch (mean over rows and positions, nats), and the gradients of each row's own mean."""
+    weight, bias = torch.zeros_like(training.weight), torch.zeros_like(training.bias)
+    loss = 0.0
+    for vectors in _residuals(model, batch):
+        for chunk in head.chunks(vectors):
+            final = head.log_probs(chunk[-1])
+            for row, x in enumerate(chunk[:-1]):
+                kl, g = _backward(head, final, training.translate(row, x))
+                loss += kl / (len(weight) * batch.numel())
+                weight[row].addmm_(x.to(g.dtype).T, g, alpha=1 / batch.numel())
+                bias[row] += g.sum(0) / batch.numel()
+    return loss, (weight, bias)
+
+
+def _backward(
+    head: _Head, final: Float[Tensor, "some d_vocab"], translated: Float[Tensor, "some d_model"]
+) -> tuple[float, Float[Tensor, "some d_model"]]:
+    """The sum of KL(final || translated), and its gradient by the translated vectors.
+
+    By hand through the vocabulary, where autograd would keep several tensors of that width: the gradient by
+    a logit is the difference of the probabilities, and a soft-cap's slope is 1 - (logit / cap)^2.
+    """
+    with torch.enable_grad():
+        leaf = translated.requires_grad_()
+        normed = head.norm(leaf)
+    with torch.no_grad():
+        logits = head.logits(normed)
+        slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
+        own = logits.log_softmax(-1)
+        kl = float(_kl(final, own).sum())
+        by_logit = own.exp_().sub_(final.exp())
+        by_normed = (by_logit if slope is None else by_logit.mul_(slope)) @ head.W_U.T
+    (gradient,) = torch.autograd.grad(normed, leaf, by_normed.to(normed.dtype))
+    return kl, gradient
+
+
+def _held_out_kl(
+    model: LensModel, head: _Head, tokens: Int[Tensor, "window pos"], training: _Training
+) -> tuple[Float[Tensor, " every"], Float[Tensor, " every"]]:
+    """The mean KL of each row and the last layer in nats, plain and tuned."""
+    n_rows = model.cfg.n_layers
+    plain, tuned = torch.zeros(2, n_rows + 1, dtype=torch.float64)
+    for vectors in _residuals(model, tokens):
+        for chunk in head.chunks(vectors):
+            final = head.log_probs(chunk[-1])
+            for row, x in enumerate(chunk):
+                plain[row] += head.kl(final, x).sum().item()
+                translated = training.translate(row, x) if row < n_rows else x
+                tuned[row] += head.kl(final, translated).sum().item()
+    # rounding alone makes a distribution's distance to itself negative
+    return tuple((each / tokens.numel()).clamp(min=0).float() for each in (plain, tuned))  # type: ignore[return-value]
+
+
+# -- the state -------------------------------------------------------------------------------------
+
+
+def _state_file(state: str | os.PathLike[str] | None) -> Path | None:
+    if state is None:
+        return None
+    file = Path(state)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"the state is saved as a .safetensors file, but the path is {file}")
+    if not file.parent.is_dir():
+        raise ValueError(f"cannot save the state to {file}: there is no folder {file.parent}")
+    return file
+
+
+def _save(file: Path, training: _Training, arguments: dict[str, Any]) -> None:
+    header = {"mechlens_training": json.dumps({"step": training.step, "arguments": arguments})}
+    tensors = {name: getattr(training, name).cpu().contiguous() for name in _TENSORS}
+    with replacing(file) as part:
+        save_file(tensors, part, metadata=header)
+
+
+def _load(file: Path, arguments: dict[str, Any], model: LensModel) -> _Training:
+    try:
+        with safe_open(file, "pt") as opened:
+            header = (opened.metadata() or {}).get("mechlens_training")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is no whole .safetensors file ({error}): delete it to begin again"
+        ) from error
+    if header is None or set(tensors) != set(_TENSORS):
+        raise ValueError(f"{file} is not the state of a tuned lens's training: give another path")
+    found = json.loads(header)
+    theirs, ours = _flat(found["arguments"]), _flat(arguments)
+    differ = [
+        f"{name} {theirs.get(name)!r}, not {ours[name]!r}" if name != "corpus" else "another corpus"
+        for name in ours
+        if theirs.get(name) != ours[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"the training in {file} was begun with {', '.join(differ)}: use the same arguments to go on with "
+            "it, or another state"
+        )
+    device = model.W_U.device
+    return _Training(**{name: tensor.to(device) for name, tensor in tensors.items()}, step=found["step"])
+
+
+def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With the model's own facts beside the others."""
+    model = {f"model's {name}": value for name, value in arguments["model"].items()}
+    return model | {name: value for name, value in arguments.items() if name != "model"}
