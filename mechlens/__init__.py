@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechlens.analyses.attention import attention_patterns
+    from mechlens.analyses.attribution import direct_logit_attribution
     from mechlens.analyses.heads import (
         detect_heads,
         repeated_token_performance,
         score_heads,
         score_heads_on,
     )
-    from mechlens.analyses.logit_lens import logit_lens
+    from mechlens.analyses.logit_lens import lens_vector, logit_lens
     from mechlens.models.load import load_model
     from mechlens.plots.heads import (
         plot_attention,
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mechlens.analyses.attention": ("attention_patterns",),
+    "mechlens.analyses.attribution": ("direct_logit_attribution",),
     "mechlens.analyses.heads": (
         "detect_heads",
         "repeated_token_performance",
         "score_heads",
         "score_heads_on",
     ),
-    "mechlens.analyses.logit_lens": ("logit_lens",),
+    "mechlens.analyses.logit_lens": ("lens_vector", "logit_lens"),
     "mechlens.models.load": ("load_model",),
     "mechlens.plots.heads": (
         "plot_attention",

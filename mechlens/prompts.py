@@ -164,18 +164,24 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
     Raises:
         ValueError: no tokenizer, an empty text, or more tokens than the model's context holds.
     """
-    if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError("the text is empty: there is no token to run the model on")
-    bos = bos_to_prepend(model, prepend_bos)
-    tokens = torch.tensor([ids if bos is None else [bos, *ids]])
+    tokens = text_ids(model, text, prepend_bos=prepend_bos)[None]
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(
             f"the text has {tokens.shape[1]} tokens, but the model's context is {model.cfg.n_ctx}: shorten it"
         )
     return tokens
+
+
+def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, " pos"]:
+    """The tokens of a text of any length; see `text_tokens`."""
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
+    # verbose: longer than the context is no mistake here
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError("the text is empty: there is no token to run the model on")
+    bos = bos_to_prepend(model, prepend_bos)
+    return torch.tensor(ids if bos is None else [bos, *ids])
 
 
 def prompt_tokens(

@@ -16,6 +16,7 @@ FLOORS = {
     "results": 0,
     "measures": 0,
     "prompts": 0,
+    "batches": 0,
     "corpus": 0,
     "published": 0,
     "models": 1,

@@ -22,11 +22,13 @@ from mechlens.results import (
     FORMAT,
     AttentionPatterns,
     HeadScores,
+    LogitAttribution,
     LogitLensResult,
     ModelInfo,
     RepeatedTokenPerformance,
     Result,
     TunedLens,
+    VectorLens,
     head_label,
     load,
 )
@@ -105,11 +107,14 @@ def lens() -> LogitLensResult:
     return LogitLensResult(
         model=MODEL,
         tokens=torch.tensor([[0, 5]]),
+        mask=torch.tensor([[True, True]]),
         positions=(0, 1),
+        context_length=torch.tensor([[1, 2]]),
         rows=("embed", "0"),
         component="resid_post",
         onto_stream=False,
         decoder="final_norm",
+        last_blocks=0,
         top_ids=torch.tensor([[[[5], [6]]], [[[6], [6]]]]),
         top_probabilities=torch.tensor([[[[0.5], [0.25]]], [[[0.75], [0.5]]]]),
         entropy=numbers,
@@ -118,8 +123,23 @@ def lens() -> LogitLensResult:
         final_ids=torch.tensor([[6, 6]]),
         log_prob={"next": unlabelled, "7": -numbers},
         rank={"next": -unlabelled, "7": numbers * 4},
+        target_ids={"7": torch.tensor([[7, 7]])},
         strings={"0": "<s>", "5": " a", "6": "\n", "7": "tensors"},
         prepend_bos=True,
+    )
+
+
+def vector_lens() -> VectorLens:
+    return VectorLens(
+        model=MODEL,
+        vectors=torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
+        decoder="none",
+        top_ids=torch.tensor([[5, 0]]),
+        top_probabilities=torch.tensor([[0.5, 0.25]]),
+        entropy=torch.tensor([1.0]),
+        log_prob={" a": torch.tensor([-0.5])},
+        rank={" a": torch.tensor([1.0])},
+        strings={"0": "<s>", "5": " a"},
     )
 
 
@@ -147,6 +167,7 @@ def tuned_lens() -> TunedLens:
 
 RESULTS = {
     "lens": lens,
+    "vector_lens": vector_lens,
     "performance": performance,
     "head_scores": head_scores,
     "patterns": patterns,

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechlens.batches import Batch, Pieces, cut, prompt_batch
 from mechlens.measures.vocabulary import Readout, read_out
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import bare_norm, final_norm, reads_as_streamed, soft_cap, watch
+from mechlens.models.runs import (
+    MAX_POSITIONS,
+    bare_norm,
+    final_norm,
+    reads_as_streamed,
+    soft_cap,
+    watch,
+    watch_from,
+)
 from mechlens.models.weights import is_tied
-from mechlens.prompts import own_bos_token_id, prompt_tokens, target_id, token_strings
-from mechlens.results import LogitLensResult
+from mechlens.prompts import own_bos_token_id, target_id, token_strings
+from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, head_label, parse_head
 
 COMPONENTS = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -23,157 +33,388 @@ COMPONENTS = {
     "resid_post": "blocks.{}.hook_resid_post",
     "attn_out": "blocks.{}.hook_attn_out",
     "mlp_out": "blocks.{}.hook_mlp_out",
+    "result": "blocks.{}.attn.hook_z",
 }
-_ADDED_TO = {"attn_out": "resid_pre", "mlp_out": "resid_mid"}
+_ADDED_TO = {"attn_out": "resid_pre", "mlp_out": "resid_mid", "result": "resid_pre"}
 DECODERS = ("final_norm", "norm_only", "none")
+_OWN_NAMES = ("final", "input", "next")
+RESIDUAL_BYTES = 256 * 2**20
+"""Memory for the residual vectors of one part of a long prompt; a single window may need more."""
+_CPU_BUDGET, _GPU_BUDGET = 64 * 2**20, 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row of the lens."""
+
+    label: str
+    layer: int
+    head: int | None
+    next_block: int
+    """The first block that has yet to run on what this row reads."""
+
+    @property
+    def place(self) -> str:
+        """The row of a lens on `resid_post` that lies at the same place of the stream."""
+        return "embed" if self.next_block == 0 else str(self.next_block - 1)
 
 
 def logit_lens(
     model: LensModel,
-    prompt: str | Int[Tensor, "*batch pos"],
+    prompt: str | Sequence[str] | Int[Tensor, "*batch pos"],
     *,
     component: str = "resid_post",
     onto_stream: bool = False,
-    decoder: str | Callable[[Tensor], Tensor] = "final_norm",
+    heads: Sequence[str | tuple[int, int]] | None = None,
+    decoder: str | Callable[[Tensor], Tensor] | TunedLens = "final_norm",
+    last_blocks: int = 0,
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     top_k: int = 5,
-    targets: Sequence[str | int] = (),
+    targets: str | int | Sequence[Any] | Mapping[str, Any] = (),
+    attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
+    memory_budget: int | None = None,
 ) -> LogitLensResult:
     """Read the residual stream after each layer, or what each layer adds to it, as a next-token distribution.
 
     Args:
-        prompt: a text, or token ids (used as they are: BOS is yours to put), all rows equally long.
-        component: `resid_post` (default), `resid_pre`, `resid_mid`, `attn_out` or `mlp_out`.
-        onto_stream: read `attn_out` or `mlp_out` together with the stream it is added to.
+        prompt: a text, several texts, or token ids (used as they are: BOS is yours to put). A row longer than
+            the model's context is read in windows of that many tokens, which overlap by half; how much each
+            position saw is in the result's `context_length`.
+        component: `resid_post` (default), `resid_pre`, `resid_mid`, `attn_out`, `mlp_out`, or `result`, what
+            each head writes (`z @ W_O`; the layer's `b_O` is nobody's).
+        onto_stream: read `attn_out`, `mlp_out` or `result` together with the stream it is added to; False
+            reads it alone.
+        heads: for `result`: which, such as `L5H5` or `(5, 5)`; None reads all of `layers`.
         decoder: what comes before `W_U` and `b_U`: `final_norm`, the model's last norm with statistics of
-            this very vector; `norm_only`, the same without its learned scale and bias; `none`, nothing; or a
-            function of vectors `[row, pos, d_model]`. A soft-cap of the model is always applied.
+            this very vector; `norm_only`, the same without its learned scale and bias; `none`, nothing; a
+            function of vectors `[1, pos, d_model]`; or a `TunedLens`. A soft-cap is always applied.
+        last_blocks: how many of the model's last blocks the vectors of a row go through before the decoder.
+            No block is run on what it made: the last row goes through none.
         layers: which to read, in increasing order; None reads all.
-        positions: which to read; None reads all.
+        positions: which to read; None reads all. In a padded batch they count padding.
         top_k: how many of the most likely tokens to keep.
-        targets: further tokens, as ids or as texts of one token, whose rank and log-probability are wanted.
-        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        targets: further tokens whose rank and log-probability are wanted, one or several, as ids or as texts
+            of one token; one for each position is a list, or a tensor like the tokens. A mapping names them;
+            else they are named as they are given, and those that differ by position `target_0`, ...
+        attention_mask: of token ids `[batch, pos]`: 0 or False where they are padding, left or right.
+        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
+        memory_budget: bytes for logits and what is made of them, a chunk at a time; None takes 64 MiB, on a
+            GPU 1 GiB. It is halved when memory runs out, and exceeded when one position does not fit.
 
     Returns:
-        Statistics for the row `embed` (block 0's `resid_pre`) and each layer.
+        Statistics for the row `embed` (block 0's `resid_pre`) and each layer (or head), in float32.
 
     Raises:
-        ValueError: an unknown component or decoder, a component that the model does not have, a layer or
-            position out of range, a target that is not one token (its pieces are shown), a decoder that
-            needs `processing=False`, or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
+        ValueError: an unknown component or decoder, a component that the model does not have, a layer, head
+            or position out of range, a target that is not one token (its pieces are shown), a decoder that
+            needs `processing=False` or was trained for other weights, no tokens, ids out of range, a mask
+            that is no padding, or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens", whose decoder is `norm_only`.
-    Cost: one forward pass and one product with `W_U` per row; no `[row, pos, d_vocab]` tensor exists.
+    Cost: one forward pass and one product with `W_U` per row; no `[row, pos, d_vocab]` tensor exists. With
+    `last_blocks=k` each row's vectors go through up to k more blocks (on a bridge: through all).
     """
     info = describe(model)
-    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
-    chosen = _chosen("layer", layers, model.cfg.n_layers)
-    read = _chosen("position", positions, tokens.shape[1])
-    ids = [target_id(model, target) for target in targets]
+    batch = prompt_batch(model, prompt, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    n_layers = model.cfg.n_layers
     if component not in COMPONENTS:
         raise ValueError(f"component must be one of {', '.join(COMPONENTS)}, but is {component!r}")
     if onto_stream and component not in _ADDED_TO:
-        raise ValueError(f"onto_stream is for {' and '.join(_ADDED_TO)}, but component is {component!r}")
-    decode = _decoder(model, decoder, info.processing)
-    if not reads_as_streamed(model, tokens[:1, :8]):
+        raise ValueError(f"onto_stream is for {', '.join(_ADDED_TO)}, but component is {component!r}")
+    if not 0 <= last_blocks <= n_layers:
+        raise ValueError(f"last_blocks must lie between 0 and the model's {n_layers}, but is {last_blocks}")
+    rows = _rows(model, component, _chosen("layer", layers, n_layers), heads)
+    read = _chosen("position", positions, batch.tokens.shape[1])
+    wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
+    decode, decoder_name = _decoder(model, decoder, info)
+    if isinstance(decoder, TunedLens) and (component not in ("resid_pre", "resid_post") or last_blocks):
+        raise ValueError(
+            "a tuned lens translates the stream between two blocks (resid_pre or resid_post), but this asks "
+            f"for {component} with last_blocks={last_blocks}"
+        )
+    if not reads_as_streamed(model, batch.tokens[:1, :8]):
         raise ValueError(
             "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
             "what it predicts"
         )
+    # what the model's own logits are read from is the last row already, or else comes behind it
+    own = decoder == "final_norm" and component == "resid_post" and rows[-1].next_block == n_layers
+    final = len(rows) - 1 if own else len(rows)
+    tied = is_tied(model)
 
-    kept = _residuals(model, tokens, component, onto_stream, chosen, read)
-    rows = torch.stack([kept["embed"], *(kept[str(layer)] for layer in chosen), kept["final"]])
-    batch = tokens.shape[0]
-    here = tokens[:, list(read)]
-    after = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)[:, list(read)]
-    wanted = torch.stack([here, after, *(torch.full_like(here, i) for i in ids)], dim=-1).flatten(0, 1)
-    last = len(rows) - 1
+    def decode_row(row: int, vectors: Tensor) -> Tensor:
+        return final_norm(model, vectors) if row == final else decode(rows[row].place, vectors)
 
-    def decode_rows(vectors: Tensor) -> Tensor:
-        # the reference is the model's own distribution, whatever the lens
-        return torch.cat([decode(vectors[:last]), final_norm(model, vectors[last:])])
-
-    with torch.inference_mode():
-        found = read_out(
-            rows.flatten(1, 2),
-            model.W_U,
-            model.b_U,
-            targets=wanted.to(rows.device),
-            references=(last, 0),
-            top_k=top_k,
-            soft_cap=soft_cap(model),
-            decode=decode_rows,
-        )
-    names = ["final", "input", "next", *(str(i) for i in ids)]
-    seen = torch.cat([found.top_ids.cpu().flatten(), tokens.flatten(), torch.tensor(ids, dtype=torch.long)])
-    seen = seen.unique()
+    bos = own_bos_token_id(model.tokenizer)
+    pieces = cut(batch, model.cfg.n_ctx, bos=bos)
+    asked = torch.stack([batch.tokens, batch.tokens.roll(-1, 1), *wanted.values()], dim=-1)
+    found: list[Readout] = []
+    cells: list[Tensor] = []
+    for part in _parts(batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model):
+        vectors = _vectors(model, part, rows, component, onto_stream, last_blocks)[: final + 1]
+        with torch.inference_mode():
+            readout = read_out(
+                vectors,
+                model.W_U,
+                model.b_U,
+                targets=asked[part.batch, part.pos].to(vectors.device),
+                references=(final, 0) if tied else (final,),
+                top_k=top_k,
+                soft_cap=soft_cap(model),
+                decode=decode_row,
+                chunk_bytes=_chunk_bytes(memory_budget, vectors.device),
+            )
+        found.append(readout)
+        cells.append(part.cell)
     return _result(
         found,
-        batch,
-        names,
-        strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
+        torch.cat(cells),
+        ("final", "input", "next", *wanted),
+        final=final,
+        n_rows=len(rows),
+        read_text=partial(token_strings, model),
+        tied=bool(tied),
         model=info,
-        tokens=tokens,
+        tokens=batch.tokens,
+        mask=batch.mask,
         positions=read,
-        rows=("embed", *(str(layer) for layer in chosen)),
+        context_length=torch.where(batch.mask, pieces.offset + 1, 0)[:, list(read)],
+        target_ids={name: ids[:, list(read)] for name, ids in wanted.items()},
+        rows=tuple(row.label for row in rows),
         component=component,
         onto_stream=onto_stream,
-        decoder=decoder if isinstance(decoder, str) else getattr(decoder, "__name__", type(decoder).__name__),
-        tied=is_tied(model),
-        bos=own_bos_token_id(model.tokenizer),
+        decoder=decoder_name,
+        last_blocks=last_blocks,
+        prepend_bos=bos is not None and bool((batch.first_tokens == bos).all()),
     )
 
 
-def _residuals(
+def lens_vector(
     model: LensModel,
-    tokens: Int[Tensor, "batch pos"],
+    vector: Float[Tensor, "*vector d_model"],
+    *,
+    decoder: str | Callable[[Tensor], Tensor] = "final_norm",
+    top_k: int = 10,
+    targets: str | int | Sequence[str | int] | Mapping[str, str | int] = (),
+    memory_budget: int | None = None,
+) -> VectorLens:
+    """Read any vector of the residual stream's width as a next-token distribution.
+
+    Args:
+        vector: one or several, such as a steering vector, a row of `W_out` or a feature's direction.
+        decoder: `final_norm`, `norm_only`, `none` or a function, as for `logit_lens`.
+        top_k: how many of the most likely tokens to keep.
+        targets: further tokens whose rank and log-probability are wanted, as ids or as texts of one token.
+        memory_budget: as for `logit_lens`.
+
+    Raises:
+        ValueError: vectors of another width, and as `logit_lens`.
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Cost: one product with `W_U` per vector.
+    """
+    info = describe(model)
+    if vector.numel() == 0 or vector.shape[-1] != info.d_model:
+        raise ValueError(
+            f"a vector has the model's {info.d_model} elements, but this is {tuple(vector.shape)}"
+        )
+    if isinstance(decoder, TunedLens):
+        raise ValueError("a tuned lens translates rows of a run: translate the vector first, then read it")
+    decode, decoder_name = _decoder(model, decoder, info)
+    vectors = vector.detach().to(model.W_U).reshape(-1, info.d_model)
+    asked = {name: target_id(model, target) for name, target in _named(targets)}
+    ids = torch.tensor(list(asked.values()), dtype=torch.long)
+    with torch.inference_mode():
+        found = read_out(
+            vectors[None],
+            model.W_U,
+            model.b_U,
+            targets=ids.expand(len(vectors), -1).to(vectors.device),
+            references=(0,),
+            top_k=top_k,
+            soft_cap=soft_cap(model),
+            decode=lambda _, some: decode("", some),
+            chunk_bytes=_chunk_bytes(memory_budget, vectors.device),
+        )
+    seen = torch.cat([found.top_ids.cpu().flatten(), ids]).unique()
+    return VectorLens(
+        model=info,
+        vectors=vectors.float().cpu(),
+        decoder=decoder_name,
+        top_ids=found.top_ids[0].cpu(),
+        top_probabilities=found.top_probabilities[0].cpu(),
+        entropy=found.entropy[0].cpu(),
+        log_prob={name: found.log_prob[0, :, 1 + at].cpu() for at, name in enumerate(asked)},
+        rank={name: found.rank[0, :, 1 + at].float().cpu() for at, name in enumerate(asked)},
+        strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
+    )
+
+
+# -- what is read ----------------------------------------------------------------------------------
+
+
+def _rows(
+    model: LensModel,
     component: str,
-    onto_stream: bool,
     layers: Sequence[int],
-    read: Sequence[int],
-) -> dict[str, Float[Tensor, "batch read d_model"]]:
-    """By row of the lens: `embed`, each layer, and `final`, what the model's own logits are read from."""
-    kept: dict[str, Tensor] = {}
-    positions = torch.tensor(read)
+    heads: Sequence[str | tuple[int, int]] | None,
+) -> list[_Row]:
+    if heads is not None and component != "result":
+        raise ValueError(f"heads are for the component 'result', but component is {component!r}")
+    rows = [_Row("embed", 0, None, 0)]
+    if component != "result":
+        after = 0 if component == "resid_pre" else 1
+        return rows + [_Row(str(layer), layer, None, layer + after) for layer in layers]
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    if heads is None:
+        chosen = [(layer, head) for layer in layers for head in range(n_heads)]
+    else:
+        chosen = [parse_head(head) for head in heads]
+        for layer, head in chosen:
+            if not (0 <= layer < n_layers and 0 <= head < n_heads):
+                raise ValueError(
+                    f"there is no head {head_label(layer, head)}: the model has {n_layers} layers with "
+                    f"{n_heads} heads each"
+                )
+    if not chosen:
+        raise ValueError("no head is asked for")
+    return rows + [_Row(head_label(layer, head), layer, head, layer + 1) for layer, head in chosen]
 
-    def keep(rows: Sequence[str], activation: Tensor) -> None:
-        some = activation[:, positions.to(activation.device)]
-        for row in rows:
-            kept[row] = kept[row] + some if row in kept else some
 
-    wanted: dict[str, list[str]] = {}
-    for layer in layers:
-        wanted.setdefault(COMPONENTS[component].format(layer), []).append(str(layer))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """Some of the pieces, and the positions that are read in them."""
+
+    tokens: Int[Tensor, "piece width"]
+    piece: Int[Tensor, " here"]
+    """Row of `tokens`, for each position that is read."""
+    offset: Int[Tensor, " here"]
+    batch: Int[Tensor, " here"]
+    """Row of the batch that it belongs to."""
+    pos: Int[Tensor, " here"]
+    cell: Int[Tensor, " here"]
+    """Its place in `[batch, read]`, flattened."""
+
+
+def _parts(batch: Batch, pieces: Pieces, read: Sequence[int], *, vector_size: int) -> Iterator[_Part]:
+    """As many pieces at a time as one forward pass and `RESIDUAL_BYTES` take."""
+    columns = torch.tensor(read)
+    row, column = batch.mask[:, columns].nonzero(as_tuple=True)
+    if not len(row):
+        raise ValueError("every position that is asked for is padding")
+    pos = columns[column]
+    piece, offset = pieces.piece[row, pos], pieces.offset[row, pos]
+    width = pieces.tokens.shape[1]
+    at_once = max(1, min(MAX_POSITIONS, RESIDUAL_BYTES // (4 * vector_size)) // width)
+    for first in range(0, len(pieces.tokens), at_once):
+        here = ((piece >= first) & (piece < first + at_once)).nonzero()[:, 0]
+        if len(here):
+            # nothing behind the last position that is read can change it
+            deepest = int(offset[here].max()) + 1
+            yield _Part(
+                pieces.tokens[first : first + at_once, :deepest],
+                piece[here] - first,
+                offset[here],
+                row[here],
+                pos[here],
+                row[here] * len(read) + column[here],
+            )
+
+
+def _vectors(
+    model: LensModel, part: _Part, rows: Sequence[_Row], component: str, onto_stream: bool, last_blocks: int
+) -> Float[Tensor, "row here d_model"]:
+    """What each row reads, and last what the model's own logits are read from."""
+    n_layers = model.cfg.n_layers
+    n_pieces, width = part.tokens.shape
+    # blocks attend to every position, so these vectors are wanted at all of them
+    everywhere = last_blocks > 0
+    piece = torch.arange(n_pieces).repeat_interleave(width) if everywhere else part.piece
+    offset = torch.arange(width).repeat(n_pieces) if everywhere else part.offset
+    vectors = torch.zeros(
+        len(rows) + 1, len(piece), model.cfg.d_model, dtype=model.W_U.dtype, device=model.W_U.device
+    )
+    W_O = model.W_O if component == "result" else None
+    readers: dict[str, list[tuple[int, int | None]]] = {"blocks.0.hook_resid_pre": [(0, None)]}
+    for index, row in enumerate(rows[1:], start=1):
+        readers.setdefault(COMPONENTS[component].format(row.layer), []).append((index, row.head))
         if onto_stream:
             stream = _ADDED_TO[component]
             if stream == "resid_mid" and "blocks.0.hook_resid_mid" not in model.hook_dict:
                 stream = "resid_pre"  # parallel blocks add both to what came in
-            wanted.setdefault(COMPONENTS[stream].format(layer), []).append(str(layer))
-    wanted.setdefault(COMPONENTS["resid_pre"].format(0), []).append("embed")
-    wanted.setdefault(COMPONENTS["resid_post"].format(model.cfg.n_layers - 1), []).append("final")
-    watch(model, tokens, {name: partial(keep, rows) for name, rows in wanted.items()})
-    return kept
+            readers.setdefault(COMPONENTS[stream].format(row.layer), []).append((index, None))
+    readers.setdefault(f"blocks.{n_layers - 1}.hook_resid_post", []).append((len(rows), None))
+
+    def add(name: str, activation: Tensor) -> None:
+        some = activation[piece.to(activation.device), offset.to(activation.device)]
+        for index, head in readers[name]:
+            if head is None:
+                vectors[index] += some
+            else:
+                assert W_O is not None
+                vectors[index] += some[:, head] @ W_O[rows[index].layer, head]
+
+    watch(model, part.tokens, {name: partial(add, name) for name in readers})
+    if not everywhere:
+        return vectors
+    with torch.inference_mode():
+        at = part.piece.to(vectors.device), part.offset.to(vectors.device)
+        whole = vectors.unflatten(1, (n_pieces, width))
+        done = [
+            _through(model, each, row.next_block, last_blocks)[at]
+            for each, row in zip(whole, rows, strict=False)
+        ]
+        return torch.stack([*done, whole[-1][at]])
+
+
+def _through(
+    model: LensModel, residual: Float[Tensor, "piece pos d_model"], next_block: int, last_blocks: int
+) -> Float[Tensor, "piece pos d_model"]:
+    """The residual after those of the last blocks that have yet to run on it."""
+    n_layers = model.cfg.n_layers
+    first = max(next_block, n_layers - last_blocks)
+    if first == n_layers:
+        return residual
+    kept: list[Tensor] = []
+    watch_from(model, first, residual, {f"blocks.{n_layers - 1}.hook_resid_post": kept.append})
+    return kept.pop()
+
+
+# -- how it is read --------------------------------------------------------------------------------
 
 
 def _decoder(
-    model: LensModel, decoder: str | Callable[[Tensor], Tensor], processing: bool | None
-) -> Callable[[Tensor], Tensor]:
+    model: LensModel, decoder: str | Callable[[Tensor], Tensor] | TunedLens, info: ModelInfo
+) -> tuple[Callable[[str, Tensor], Tensor], str]:
+    """What is done to the vectors of a row, by its place in the stream, and what it is called."""
+    if isinstance(decoder, TunedLens):
+        decoder.check_fits(info)
+        return lambda place, vectors: final_norm(model, decoder.translate(place, vectors)), "tuned_lens"
     if callable(decoder):
-        return decoder
+        return lambda _, vectors: decoder(vectors), getattr(decoder, "__name__", type(decoder).__name__)
     if decoder not in DECODERS:
-        raise ValueError(f"decoder must be one of {', '.join(DECODERS)} or a function, but is {decoder!r}")
+        raise ValueError(
+            f"decoder must be one of {', '.join(DECODERS)}, a function or a TunedLens, but is {decoder!r}"
+        )
     if decoder == "final_norm":
-        return lambda vectors: final_norm(model, vectors)
-    if processing is not False:
+        return lambda _, vectors: final_norm(model, vectors), decoder
+    if info.processing is not False:
         raise ValueError(
             f"the decoder {decoder!r} leaves out the last norm's learned scale, which these weights have in "
             "W_U: load the model with processing=False"
         )
-    return (
-        (lambda vectors: bare_norm(model, vectors)) if decoder == "norm_only" else (lambda vectors: vectors)
-    )
+    if decoder == "norm_only":
+        return lambda _, vectors: bare_norm(model, vectors), decoder
+    return lambda _, vectors: vectors, decoder
+
+
+def _chunk_bytes(memory_budget: int | None, device: torch.device) -> int:
+    if memory_budget is None:
+        memory_budget = _GPU_BUDGET if device.type == "cuda" else _CPU_BUDGET
+    # logits, their exponentials, the references' probabilities, and what a topk sorts
+    return max(1, memory_budget // 4)
 
 
 def _chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ...]:
@@ -191,32 +432,91 @@ def _chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ..
     return chosen
 
 
+def _named(targets: Any) -> Iterator[tuple[str, Any]]:
+    """Every target with its name: the one it was given, itself, or its place where it differs by position."""
+    if isinstance(targets, Mapping):
+        for name in _OWN_NAMES:
+            if name in targets:
+                raise ValueError(f"every lens has a token {name!r}: give the target another name")
+        yield from targets.items()
+        return
+    if isinstance(targets, (str, int)):
+        targets = [targets]
+    for index, target in enumerate(targets):
+        plain = isinstance(target, (str, int)) and target not in _OWN_NAMES
+        yield str(target) if plain else f"target_{index}", target
+
+
+def _ids(model: LensModel, target: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """A target's id at each position."""
+    if isinstance(target, (str, int)):
+        return torch.full_like(tokens, target_id(model, target))
+    if isinstance(target, Tensor):
+        target = target.tolist()
+    nested = target if target and isinstance(target[0], (list, tuple)) else [target]
+    if [len(row) for row in nested] != [tokens.shape[1]] * len(tokens):
+        raise ValueError(
+            f"a target for each position is wanted for tokens {tuple(tokens.shape)}, but there are "
+            f"{' + '.join(str(len(row)) for row in nested)}: give one id or text per position of each row"
+        )
+    return torch.tensor([[target_id(model, each) for each in row] for row in nested])
+
+
+# -- what comes back -------------------------------------------------------------------------------
+
+
 def _result(
-    found: Readout, batch: int, names: Sequence[str], *, tied: bool | None, bos: int | None, **facts: Any
+    found: Sequence[Readout],
+    cells: Int[Tensor, " here"],
+    names: Sequence[str],
+    *,
+    final: int,
+    n_rows: int,
+    tied: bool,
+    read_text: Callable[[Tensor], Sequence[str]],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    positions: tuple[int, ...],
+    target_ids: dict[str, Tensor],
+    **facts: Any,
 ) -> LogitLensResult:
-    """The readout without its last row, which was the reference, with batch and position apart again."""
+    """The readouts of all parts, with batch and position apart again and nan where nothing was read."""
+    shape = (len(tokens), len(positions))
+    columns = list(positions)
 
-    def apart(values: Tensor) -> Tensor:
-        return values.cpu()[:-1].unflatten(1, (batch, -1))
+    def apart(name: str, fill: float, dim: int = 1) -> Tensor:
+        values = torch.cat([getattr(each, name) for each in found], dim=dim).cpu().movedim(dim, 0)
+        grid = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
+        grid[cells] = values
+        return grid.movedim(0, dim).unflatten(dim, shape)
 
-    log_prob, rank = apart(found.log_prob), apart(found.rank).float()
-    n_pos = facts["tokens"].shape[1]
-    unlabelled = torch.tensor([position == n_pos - 1 for position in facts["positions"]])
+    entropy, kl = apart("entropy", torch.nan), apart("kl", torch.nan, dim=2)
+    log_prob = apart("log_prob", torch.nan)
+    # a distribution that is no number has no ranks either
+    rank = apart("rank", 0).float().masked_fill(log_prob.isnan(), torch.nan)
+    top_ids = apart("top_ids", 0)
+    # absent where nothing follows in the row: at its last token, and before padding
+    followed = torch.nn.functional.pad(mask[:, 1:] & mask[:, :-1], (0, 1))[:, columns]
     log_probs, ranks = {}, {}
     for index, name in enumerate(names):
-        absent = unlabelled if name == "next" else torch.zeros_like(unlabelled)
-        log_probs[name] = log_prob[..., index].masked_fill(absent, torch.nan)
-        ranks[name] = rank[..., index].masked_fill(absent, torch.nan)
-    kl_input = apart(found.kl[1])
+        absent = ~followed if name == "next" else torch.zeros_like(followed)
+        log_probs[name] = log_prob[:n_rows, ..., index].masked_fill(absent, torch.nan)
+        ranks[name] = rank[:n_rows, ..., index].masked_fill(absent, torch.nan)
+    seen = torch.cat([top_ids.flatten(), tokens.flatten(), *(ids.flatten() for ids in target_ids.values())])
+    seen = seen.unique()
     return LogitLensResult(
-        top_ids=apart(found.top_ids),
-        top_probabilities=apart(found.top_probabilities),
-        entropy=apart(found.entropy),
-        kl_final=apart(found.kl[0]),
-        kl_input=kl_input if tied else torch.full_like(kl_input, torch.nan),
-        final_ids=found.top_ids.cpu()[-1, :, 0].unflatten(0, (batch, -1)),
+        tokens=tokens,
+        mask=mask,
+        positions=positions,
+        target_ids=target_ids,
+        top_ids=top_ids[:n_rows],
+        top_probabilities=apart("top_probabilities", torch.nan)[:n_rows],
+        entropy=entropy[:n_rows],
+        kl_final=kl[0, :n_rows],
+        kl_input=kl[1, :n_rows] if tied else torch.full_like(entropy[:n_rows], torch.nan),
+        final_ids=top_ids[final, ..., 0],
         log_prob=log_probs,
         rank=ranks,
-        prepend_bos=bos is not None and bool((facts["tokens"][:, 0] == bos).all()),
+        strings=dict(zip(map(str, seen.tolist()), read_text(seen), strict=True)),
         **facts,
     )

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechlens.measures.memory import is_out_of_memory
+
 CHUNK_BYTES = 16 * 2**20
 """Memory for one chunk of float32 logits; small enough to stay near the processor while it is reduced."""
 
@@ -77,6 +79,17 @@ class Readout:
     rank: Int[Tensor, "row pos target"]
     """Of the targets; 1 is the most likely, ties count strictly larger logits."""
 
+    def without_first(self, count: int) -> Readout:
+        """The same of all rows but the first `count`."""
+        return Readout(
+            top_ids=self.top_ids[count:],
+            top_probabilities=self.top_probabilities[count:],
+            entropy=self.entropy[count:],
+            kl=self.kl[:, count:],
+            log_prob=self.log_prob[count:],
+            rank=self.rank[count:],
+        )
+
 
 def read_out(
     vectors: Float[Tensor, "row pos d_model"],
@@ -87,7 +100,8 @@ def read_out(
     references: Sequence[int],
     top_k: int = 5,
     soft_cap: float | None = None,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    decode: Callable[[int, Tensor], Tensor] | None = None,
+    chunk_bytes: int | None = None,
 ) -> Readout:
     """Reduce residual vectors to statistics of their next-token distributions.
 
@@ -98,17 +112,21 @@ def read_out(
             the first target.
         top_k: how many of the most likely tokens to keep, at least 1.
         soft_cap: c where the model's logits are `c * tanh(logit / c)`.
-        decode: what is done to vectors `[row, pos, d_model]` before the unembedding, such as a norm.
+        decode: `(row, vectors [1, pos, d_model]) -> vectors` before the unembedding, such as a norm.
+        chunk_bytes: memory for the logits of one chunk; None takes `CHUNK_BYTES`. A chunk is never less
+            than the references and one other row at one position.
 
     Returns:
         Statistics in float32. A token with a logit of -inf has probability 0 and adds nothing.
 
     Raises:
-        ValueError: no reference, or a `top_k` that the vocabulary does not have.
+        ValueError: no reference, a budget below 1 byte, or a `top_k` that the vocabulary does not have.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     Cost: one product with `W_U` and about ten passes over each chunk of logits, while it is in the
-    cache; memory for three chunks, however many rows there are.
+    cache; memory for three chunks, however many rows there are. Where memory runs out all the same, chunks
+    are halved until they fit. Rows that do not fit into a chunk at one position are read in several, and
+    the references once more.
     """
     n_rows, n_pos, _ = vectors.shape
     d_vocab = W_U.shape[1]
@@ -116,14 +134,35 @@ def read_out(
         raise ValueError("a readout needs at least one reference row")
     if not 1 <= top_k <= d_vocab:
         raise ValueError(f"top_k must lie between 1 and the vocabulary of {d_vocab}, but is {top_k}")
+    chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, but is {chunk_bytes}")
     W_U, b_U = _wide(W_U), _wide(b_U)
-    width = max(1, CHUNK_BYTES // (4 * d_vocab * n_rows))
-    parts = []
-    for start in range(0, n_pos, width):
-        some = vectors[:, start : start + width]
-        decoded = (some if decode is None else decode(some)).flatten(0, 1)
-        logits = _logits(decoded, W_U, b_U, soft_cap).view(n_rows, -1, d_vocab)
-        parts.append(_reduce(logits, targets[start : start + width], references, top_k))
+
+    def logits_of(rows: Sequence[int], where: slice) -> Float[Tensor, "some here d_vocab"]:
+        some = [vectors[row : row + 1, where] for row in rows]
+        if decode is not None:
+            some = [decode(row, each) for row, each in zip(rows, some, strict=True)]
+        decoded = torch.cat(some).flatten(0, 1)
+        return _logits(decoded, W_U, b_U, soft_cap).view(len(rows), -1, d_vocab)
+
+    parts: list[Readout] = []
+    start, distributions = 0, max(1, chunk_bytes // (4 * d_vocab))
+    while start < n_pos:
+        # as many positions as go with all rows; where not even one does, some of the rows at one position
+        width = max(1, distributions // n_rows)
+        where = slice(start, start + width)
+        try:
+            if distributions >= n_rows:
+                parts.append(_reduce(logits_of(range(n_rows), where), targets[where], references, top_k))
+            else:
+                parts.append(_by_rows(logits_of, n_rows, distributions, where, targets, references, top_k))
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or distributions == 1:
+                raise
+            distributions //= 2
+            continue
+        start += width
     joined = {
         field.name: torch.cat(
             [getattr(part, field.name) for part in parts], dim=2 if field.name == "kl" else 1
@@ -131,6 +170,31 @@ def read_out(
         for field in dataclasses.fields(Readout)
     }
     return Readout(**joined)
+
+
+def _by_rows(
+    logits_of: Callable[[Sequence[int], slice], Tensor],
+    n_rows: int,
+    at_once: int,
+    where: slice,
+    targets: Int[Tensor, "pos target"],
+    references: Sequence[int],
+    top_k: int,
+) -> Readout:
+    """Some rows at a time, each time behind the references, whose own statistics are then left out."""
+    parts = []
+    for first in range(0, n_rows, at_once):
+        rows = [*references, *range(first, min(first + at_once, n_rows))]
+        found = _reduce(logits_of(rows, where), targets[where], range(len(references)), top_k)
+        parts.append(found.without_first(len(references)))
+    return Readout(
+        **{
+            field.name: torch.cat(
+                [getattr(part, field.name) for part in parts], dim=1 if field.name == "kl" else 0
+            )
+            for field in dataclasses.fields(Readout)
+        }
+    )
 
 
 def _reduce(

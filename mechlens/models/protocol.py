@@ -72,7 +72,7 @@ class LensModel(Protocol):
     def hook_dict(self) -> Mapping[str, Any]:
         """Every hook by its name, such as `blocks.0.attn.hook_pattern`."""
 
-    def __call__(self, tokens: torch.Tensor, *, return_type: str | None = "logits") -> Any:
+    def __call__(self, tokens: torch.Tensor, *, return_type: str | None = "logits", **options: Any) -> Any:
         """Logits `[batch, pos, d_vocab]`."""
 
     def to_tokens(self, text: str | list[str], *, prepend_bos: bool) -> torch.Tensor:

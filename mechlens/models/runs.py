@@ -40,10 +40,33 @@ def watch(
     Cost: one forward pass, up to the deepest activation that is read. No hook is left behind, also
     when a reader raises.
     """
+    _check_tokens(model, tokens)
+    _serve(model, tokens.to(model.cfg.device), readers)
+
+
+def watch_from(
+    model: LensModel,
+    layer: int,
+    residual: Float[Tensor, "batch pos d_model"],
+    readers: Mapping[str, Callable[[Tensor], None]],
+) -> None:
+    """Run the blocks from `layer` on, on a residual that takes the place of `resid_pre`; see `watch`.
+
+    Args:
+        readers: by hook name; of blocks before `layer` nothing may be read.
+
+    Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier ones
+    run, too, and their work is thrown away.
+    """
+    _serve(model, residual, readers, start_at_layer=layer)
+
+
+def _serve(
+    model: LensModel, given: Tensor, readers: Mapping[str, Callable[[Tensor], None]], **options: Any
+) -> None:
     unknown = sorted(set(readers) - set(model.hook_dict))
     if unknown:
         raise ValueError(f"this model has no hook point {unknown[0]!r}: see model.hook_dict")
-    _check_tokens(model, tokens)
     waiting = set(readers)
 
     # the engine names the hook point by its own alias, so each hook carries the name asked for
@@ -60,7 +83,7 @@ def watch(
         model.hooks(fwd_hooks=hooks),
         contextlib.suppress(_Enough),
     ):
-        model(tokens.to(model.cfg.device), return_type=None)
+        model(given, return_type=None, **options)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mechlens.results.attribution import LogitAttribution, component_place
 from mechlens.results.base import (
     FORMAT,
     NOT_JUDGED,
@@ -20,7 +21,8 @@ from mechlens.results.heads import (
     head_label,
     parse_head,
 )
-from mechlens.results.lens import LogitLensResult
+from mechlens.results.input_probe import InputProbe
+from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.tuned_lens import TunedLens
 
 __all__ = [
@@ -29,11 +31,15 @@ __all__ = [
     "AttentionPatterns",
     "Comparison",
     "HeadScores",
+    "InputProbe",
+    "LogitAttribution",
     "LogitLensResult",
     "ModelInfo",
     "RepeatedTokenPerformance",
     "Result",
     "TunedLens",
+    "VectorLens",
+    "component_place",
     "half_means",
     "head_label",
     "load",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result
@@ -20,16 +20,23 @@ class LogitLensResult(Result):
 
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
+    mask: Bool[Tensor, "batch pos"]
+    """False where a position is padding. All statistics are nan there, and `top_ids` are without meaning."""
     positions: tuple[int, ...]
     """The positions that were read out, in the order of the axis `read`."""
+    context_length: Int[Tensor, "batch read"]
+    """How many tokens the model saw up to and with each position: a row longer than the context is read in
+    windows, which begin half a context before the first token that is read in them. 0 for padding."""
     rows: tuple[str, ...]
-    """`embed`, then the layers by number."""
+    """`embed`, then the layers by number, or heads such as `L0H3` for the component `result`."""
     component: str
     """`resid_post`, `attn_out`, ...: what was read; the row `embed` is always block 0's `resid_pre`."""
     onto_stream: bool
-    """Whether a sub-block's output was read together with the stream it was added to."""
+    """Whether a sub-block's or head's output was read together with the stream it was added to."""
     decoder: str
-    """`final_norm`, `norm_only`, `none`, or the name of a function."""
+    """`final_norm`, `norm_only`, `none`, `tuned_lens`, or the name of a function."""
+    last_blocks: int
+    """Through how many of the last blocks vectors went before the decoder."""
     top_ids: Int[Tensor, "row batch read k"]
     """The most likely next tokens, the likeliest first."""
     top_probabilities: Float[Tensor, "row batch read k"]
@@ -44,16 +51,19 @@ class LogitLensResult(Result):
     """The model's own most likely token."""
     log_prob: dict[str, Float[Tensor, "row batch read"]]
     """Of the tokens `final` (those above), `input` (the token at the position itself), `next` (the token that
-    really follows; nan at the last position), and each target by its id as text; nats."""
+    really follows; nan at the last position), and each target by its name; nats."""
     rank: dict[str, Float[Tensor, "row batch read"]]
     """Of the same tokens; 1 is the most likely, ties count strictly larger logits. nan as above."""
+    target_ids: dict[str, Int[Tensor, "batch read"]]
+    """The targets that were asked for, by the name that they have in `log_prob` and `rank`."""
     strings: dict[str, str]
     """The text of every token above, by its id as text."""
     prepend_bos: bool
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per row of the lens, sequence and position: row, sequence, pos, token, top, probability,
-        entropy, kl_final, kl_input, and rank and log-probability of every token that was asked for."""
+        entropy, kl_final, kl_input, and rank and log-probability of every token that was asked for.
+        Padding is left out."""
         import pandas as pd
 
         n_rows, batch, read = self.entropy.shape
@@ -74,8 +84,48 @@ class LogitLensResult(Result):
             name: values if isinstance(values, list) else values.reshape(n_rows * batch * read).numpy()
             for name, values in columns.items()
         }
-        return pd.DataFrame(flat, index=index).reset_index()
+        table = pd.DataFrame(flat, index=index)
+        real = self.mask[:, list(self.positions)].expand(n_rows, -1, -1)
+        return table[real.reshape(-1).numpy()].reset_index()
+
+    def probability(self, name: str) -> Float[Tensor, "row batch read"]:
+        """Probability of `final`, `input`, `next` or a target."""
+        if name not in self.log_prob:
+            raise ValueError(f"no token {name!r} in this result, which has {', '.join(self.log_prob)}")
+        return self.log_prob[name].exp()
 
     def texts(self, ids: Int[Tensor, "..."]) -> list[str]:
         """The texts of ids, in one flat list."""
         return [self.strings[str(i)] for i in ids.flatten().tolist()]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class VectorLens(Result):
+    """What vectors of the residual stream say about the next token."""
+
+    vectors: Float[Tensor, "vector d_model"]
+    decoder: str
+    """`final_norm`, `norm_only`, `none`, or the name of a function."""
+    top_ids: Int[Tensor, "vector k"]
+    """The most likely next tokens, the likeliest first."""
+    top_probabilities: Float[Tensor, "vector k"]
+    entropy: Float[Tensor, " vector"]
+    """Nats."""
+    log_prob: dict[str, Float[Tensor, " vector"]]
+    """Of the targets, by id as text or by the name they were given; nats."""
+    rank: dict[str, Float[Tensor, " vector"]]
+    """Of the targets; 1 is the most likely, ties count strictly larger logits."""
+    strings: dict[str, str]
+    """The text of every token above, by its id as text."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per vector and place: vector, place (1 is the most likely), token, probability."""
+        import pandas as pd
+
+        n, k = self.top_ids.shape
+        index = pd.MultiIndex.from_product([range(n), range(1, k + 1)], names=["vector", "place"])
+        columns = {
+            "token": [self.strings[str(i)] for i in self.top_ids.flatten().tolist()],
+            "probability": self.top_probabilities.flatten().numpy(),
+        }
+        return pd.DataFrame(columns, index=index).reset_index()

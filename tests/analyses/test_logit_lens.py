@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechlens.analyses.logit_lens import logit_lens
+from mechlens.analyses.logit_lens import lens_vector, logit_lens
 from mechlens.models.load import load_model
-from mechlens.results import LogitLensResult
+from mechlens.models.protocol import describe
+from mechlens.results import LogitLensResult, TunedLens
 from tests.reference import vocabulary as reference
 
 
@@ -29,8 +30,6 @@ def lens_model(request, tiny_directories, tiny_model):
     """Every tiny model, processed and not."""
     kinds = {"GPT2LMHeadModel": "gpt2", "GPTNeoXForCausalLM": "gpt_neox"}
     kinds |= {"LlamaForCausalLM": "llama", "Gemma2ForCausalLM": "gemma2"}
-    from mechlens.models.protocol import describe
-
     kind = kinds[describe(tiny_model).architecture]
     return load_model(tiny_directories / kind, processing=request.param)
 
@@ -151,16 +150,25 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
     assert row.token == "b", "BOS, a, b"
     assert row.top == tiny_bos_model.tokenizer.decode([int(lens.top_ids[2, 0, 2, 0])])
     assert row.kl_final == float(lens.kl_final[2, 0, 2])
-    target = next(name for name in lens.rank if name.isdigit())
-    assert row[f"rank_{target}"] == float(lens.rank[target][2, 0, 2])
+    assert row["rank_d"] == float(lens.rank["d"][2, 0, 2])
+    assert torch.equal(lens.probability("d"), lens.log_prob["d"].exp())
+    with pytest.raises(ValueError, match="no token 'e' in this result"):
+        lens.probability("e")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"component": "resid"}, "component must be one of resid_pre, resid_mid"),
-        ({"onto_stream": True}, "onto_stream is for attn_out and mlp_out"),
-        ({"decoder": "bare"}, "decoder must be one of final_norm, norm_only, none or a function"),
+        ({"onto_stream": True}, "onto_stream is for attn_out, mlp_out, result, but"),
+        ({"heads": ["0.1"]}, "heads are for the component 'result', but"),
+        ({"component": "result", "heads": ["0.9"]}, "there is no head L0H9: the model has 2 layers with 4"),
+        ({"component": "result", "heads": []}, "no head is asked for"),
+        (
+            {"decoder": "bare"},
+            "decoder must be one of final_norm, norm_only, none, a function or a TunedLens",
+        ),
+        ({"last_blocks": 3}, "last_blocks must lie between 0 and the model's 2, but is 3"),
         ({"decoder": "norm_only"}, "load the model with processing=False"),
         ({"layers": [2]}, "there is no layer 2: there are 2"),
         ({"layers": [1, -1]}, "the same layer is asked for twice"),
@@ -168,9 +176,248 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
         ({"positions": [4]}, "there is no position 4: there are 4"),
         ({"targets": ["ab"]}, r"the target 'ab' is 2 tokens, not one: \['a', 'b'\]"),
         ({"targets": [64]}, "token id 64 is not in"),
+        ({"targets": {"next": "a"}}, "every lens has a token 'next'"),
+        ({"targets": [["a", "b"]]}, r"wanted for tokens \(1, 4\), but there are 2"),
         ({"top_k": 0}, "top_k must lie between 1 and"),
+        ({"attention_mask": torch.ones(1, 4)}, "but the prompt is text"),
     ],
 )
 def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, options, message):
     with pytest.raises(ValueError, match=message):
         logit_lens(tiny_bos_model, "abc", **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the text is empty"),
+        (torch.zeros(1, 0, dtype=torch.long), "at least one token"),
+        (torch.tensor([[3, 64]]), "token id 64 is not in the model's vocabulary of 64"),
+        (torch.tensor([[3, -1]]), "token id -1 is not in"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tiny_bos_model, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        logit_lens(tiny_bos_model, prompt)
+
+
+def test_one_token_is_enough(tiny_bos_model):
+    lens = logit_lens(tiny_bos_model, torch.tensor([5]))
+    with torch.no_grad():
+        own = tiny_bos_model(torch.tensor([[5]])).log_softmax(-1)
+    assert float(lens.log_prob["input"][-1, 0, 0]) == pytest.approx(float(own[0, 0, 5]), abs=1e-5)
+    assert lens.rank["next"].isnan().all()
+
+
+# -- heads, further blocks, tuned lenses ------------------------------------------------------------
+
+
+def test_heads_are_what_they_write(lens_model):
+    tokens = tokens_for()
+    heads = [(1, 2), (0, 3)]
+    lens = logit_lens(lens_model, tokens, component="result", heads=["L1H2", (0, 3)])
+    onto = logit_lens(lens_model, tokens, component="result", heads=heads, onto_stream=True)
+    assert lens.rows == onto.rows == ("embed", "L1H2", "L0H3")
+    with torch.no_grad():
+        _, cache = lens_model.run_with_cache(tokens)
+    for row, (layer, head) in enumerate(heads, start=1):
+        written = cache[f"blocks.{layer}.attn.hook_z"][:, :, head] @ lens_model.W_O[layer, head]
+        stream = cache[f"blocks.{layer}.hook_resid_pre"]
+        for found, vectors in ((lens, written), (onto, stream + written)):
+            expected = dense(lens_model, vectors).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+            # a head's small output is divided by its own small scale
+            assert torch.allclose(found.log_prob["input"][row], expected, atol=1e-4)
+    every = logit_lens(lens_model, tokens, component="result", layers=[1], positions=[4])
+    assert every.rows == ("embed", "L1H0", "L1H1", "L1H2", "L1H3")
+    assert torch.allclose(every.entropy[3, :, 0], lens.entropy[1, :, 4], atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_vectors_go_through_the_last_blocks_first(lens_model, k):
+    """As if each row's vectors had stood before block n - k, or before the next block where that is later."""
+    tokens = tokens_for()
+    lens = logit_lens(lens_model, tokens, last_blocks=k)
+    n_layers = lens_model.cfg.n_layers
+    with torch.no_grad():
+        own, cache = lens_model.run_with_cache(tokens)
+    residuals = [cache["blocks.0.hook_resid_pre"]]
+    residuals += [cache[f"blocks.{layer}.hook_resid_post"] for layer in range(n_layers)]
+    for row, resid in enumerate(residuals):
+        first = max(row, n_layers - k)
+        if first == n_layers:
+            logits = own
+        else:
+            with torch.no_grad():
+                logits = lens_model.run_with_hooks(
+                    tokens, fwd_hooks=[(f"blocks.{first}.hook_resid_pre", lambda a, hook, r=resid: r)]
+                )
+        expected = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+        # float32 log-probabilities
+        assert torch.allclose(lens.log_prob["input"][row], expected, atol=2e-5), row
+    plain = logit_lens(lens_model, tokens)
+    assert not torch.allclose(lens.entropy[0], plain.entropy[0], atol=1e-3)
+
+
+def test_a_tuned_lens_translates_each_row(tiny_directories):
+    model = load_model(tiny_directories / "llama", processing=False)
+    tokens = tokens_for()
+    lens = tuned(model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    residuals = [cache["blocks.0.hook_resid_pre"]]
+    residuals += [cache[f"blocks.{layer}.hook_resid_post"] for layer in range(2)]
+    found = logit_lens(model, tokens, decoder=lens)
+    assert found.decoder == "tuned_lens"
+    before = logit_lens(model, tokens, decoder=lens, component="resid_pre")
+    for row, resid in enumerate(residuals):
+        if row < 2:
+            resid = resid + resid @ lens.weight[row] + lens.bias[row]
+        expected = dense(model, resid).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+        # float32 log-probabilities
+        assert torch.allclose(found.log_prob["input"][row], expected, atol=2e-5)
+        if row < 2:
+            # what comes before block l is what comes after block l - 1
+            assert torch.allclose(before.log_prob["input"][1 + row], expected, atol=2e-5)
+    with pytest.raises(ValueError, match="between two blocks"):
+        logit_lens(model, tokens, decoder=lens, component="mlp_out")
+    with pytest.raises(ValueError, match="processing"):
+        logit_lens(load_model(tiny_directories / "llama"), tokens, decoder=lens)
+
+
+def tuned(model):
+    """A lens with small random translators."""
+    draw = torch.Generator().manual_seed(1)
+    d_model = model.cfg.d_model
+    return TunedLens(
+        model=describe(model),
+        rows=("embed", "0"),
+        weight=torch.randn(2, d_model, d_model, generator=draw) * 0.1,
+        bias=torch.randn(2, d_model, generator=draw),
+        kl_plain=torch.full((3,), torch.nan),
+        kl_tuned=torch.full((3,), torch.nan),
+        source="by hand",
+        steps=None,
+        batch_tokens=None,
+        length=None,
+        train_tokens=None,
+        held_out_tokens=None,
+        learning_rate=None,
+        seed=None,
+        prepend_bos=None,
+    )
+
+
+# -- batches that are no rectangle ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_and_is_nan(lens_model, side):
+    rows = [tokens_for(1, 9), tokens_for(1, 4) + 1]
+    tokens, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9)
+    for row, own in enumerate(rows):
+        places = slice(9 - own.shape[1], 9) if side == "left" else slice(0, own.shape[1])
+        tokens[row, places], mask[row, places] = own[0], 1
+    lens = logit_lens(lens_model, tokens, attention_mask=mask, last_blocks=1, targets=[7])
+    for row, own in enumerate(rows):
+        alone = logit_lens(lens_model, own, last_blocks=1, targets=[7])
+        real = mask[row].bool()
+        for name in ("final", "input", "next", "7"):
+            # the same sums in matrices of other sizes
+            there, expected = lens.log_prob[name][:, row, real], alone.log_prob[name][:, 0]
+            assert torch.allclose(there, expected, atol=1e-5, equal_nan=True), name
+            assert lens.rank[name][:, row, ~real].isnan().all()
+        assert torch.allclose(lens.kl_final[:, row, real], alone.kl_final[:, 0], atol=1e-5)
+        assert lens.entropy[:, row, ~real].isnan().all()
+        assert lens.top_probabilities[:, row, ~real].isnan().all()
+    assert len(lens.to_dataframe()) == 3 * (9 + 4)
+
+
+def test_several_texts(tiny_bos_model):
+    lens = logit_lens(tiny_bos_model, ["abc", "a"], targets=[[["a", "b", "c", "d"], ["d"] * 4]])
+    alone = logit_lens(tiny_bos_model, "a", targets="d")
+    assert torch.allclose(lens.log_prob["target_0"][:, 1, :2], alone.log_prob["d"][:, 0], atol=1e-5)
+    own = logit_lens(tiny_bos_model, "abc", targets=["c"])
+    assert torch.allclose(lens.log_prob["target_0"][:, 0, 2], own.log_prob["c"][:, 0, 2], atol=1e-5)
+    assert lens.context_length.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
+    with pytest.raises(ValueError, match="every position that is asked for is padding"):
+        logit_lens(
+            tiny_bos_model,
+            torch.ones(1, 3, dtype=torch.long),
+            positions=[2],
+            attention_mask=torch.tensor([[1, 1, 0]]),
+        )
+
+
+def test_a_document_past_the_context_is_read_in_windows(lens_model):
+    n_ctx = lens_model.cfg.n_ctx
+    tokens = tokens_for(1, 2 * n_ctx + 5)
+    lens = logit_lens(lens_model, tokens, positions=[3, n_ctx, n_ctx + 7, 2 * n_ctx + 4])
+    assert lens.context_length[0, 0] == 4
+    for at, pos in enumerate(lens.positions):
+        seen = int(lens.context_length[0, at])
+        assert n_ctx // 2 <= seen <= n_ctx or pos == 3
+        with torch.no_grad():
+            own = lens_model(tokens[:, pos + 1 - seen : pos + 1])[0, -1].log_softmax(-1)
+        # float32 log-probabilities
+        assert float(lens.log_prob["input"][-1, 0, at]) == pytest.approx(float(own[tokens[0, pos]]), abs=1e-5)
+        if pos + 1 < tokens.shape[1]:
+            expected = float(own[tokens[0, pos + 1]])
+            assert float(lens.log_prob["next"][-1, 0, at]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_smaller_budget_changes_nothing(tiny_bos_model, monkeypatch):
+    tokens = tokens_for(3, 32).repeat(1, 2)
+    whole = logit_lens(tiny_bos_model, tokens, targets=[3])
+    monkeypatch.setattr("mechlens.analyses.logit_lens.RESIDUAL_BYTES", 1)
+    small = logit_lens(tiny_bos_model, tokens, targets=[3], memory_budget=1)
+    for name in ("entropy", "kl_final", "kl_input", "top_probabilities"):
+        # the same sums in matrices of other sizes
+        assert torch.allclose(getattr(small, name), getattr(whole, name), atol=1e-5), name
+    assert torch.allclose(small.log_prob["3"], whole.log_prob["3"], atol=1e-5)
+    assert torch.equal(small.context_length, whole.context_length)
+
+
+def test_bfloat16_is_read_in_float32(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", dtype=torch.bfloat16)
+    tokens = tokens_for()
+    lens = logit_lens(model, tokens, targets=[7])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        resid = cache["blocks.0.hook_resid_post"]
+        logits = model.ln_final(resid).float() @ model.W_U.float() + model.b_U.float()
+    assert lens.entropy.dtype == torch.float32
+    for b, pos in ((0, 0), (1, 5)):
+        expected = reference.statistics(logits[b, pos], logits[b, pos], 7)
+        # float32, though each logit in bfloat16 would be off by some 1e-2
+        assert float(lens.log_prob["7"][1, b, pos]) == pytest.approx(expected["log_prob"], abs=2e-5)
+        assert float(lens.entropy[1, b, pos]) == pytest.approx(expected["entropy"], abs=2e-5)
+
+
+# -- single vectors ---------------------------------------------------------------------------------
+
+
+def test_a_vector_reads_as_it_does_in_its_row(lens_model):
+    tokens = tokens_for()
+    with torch.no_grad():
+        _, cache = lens_model.run_with_cache(tokens)
+    lens = logit_lens(lens_model, tokens, targets={"seven": 7})
+    resid = cache["blocks.0.hook_resid_post"]
+    found = lens_vector(lens_model, resid[1, 2:4], top_k=5, targets={"seven": 7})
+    # the same sums in matrices of other sizes
+    assert torch.allclose(found.log_prob["seven"], lens.log_prob["seven"][1, 1, 2:4], atol=1e-5)
+    assert torch.equal(found.rank["seven"], lens.rank["seven"][1, 1, 2:4])
+    assert torch.equal(found.top_ids, lens.top_ids[1, 1, 2:4])
+    single = lens_vector(lens_model, resid[1, 2], top_k=2)
+    assert len(single.to_dataframe()) == 2
+    assert torch.allclose(single.entropy[0], lens.entropy[1, 1, 2], atol=1e-5)
+    with pytest.raises(ValueError, match=r"has the model's 32 elements, but this is \(31,\)"):
+        lens_vector(lens_model, resid[1, 2, :31])
+
+
+def test_a_constant_vector_says_what_the_biases_say(tiny_directories):
+    """LayerNorm makes zero of it, so that `b_U` is left."""
+    model = load_model(tiny_directories / "gpt2")
+    found = lens_vector(model, torch.full((32,), 3.0), targets=[4])
+    expected = model.b_U.detach().log_softmax(0)[4]
+    # a mean of float32 numbers differs from each of them by rounding, which the norm's epsilon keeps small
+    assert float(found.log_prob["4"]) == pytest.approx(float(expected), abs=1e-3)

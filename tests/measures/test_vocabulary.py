@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechlens.measures import vocabulary
 from mechlens.measures.vocabulary import read_out
 from tests.reference import vocabulary as reference
 
@@ -29,18 +30,24 @@ def drawn(rows, positions, d_model, d_vocab, seed=0):
     positions=st.integers(1, 7),
     d_vocab=st.integers(2, 40),
     soft_cap=st.sampled_from([None, 2.0]),
-    chunk=st.sampled_from([1, 700, 2**20]),
+    # one row beside the references, some of the rows, some of the positions, everything
+    chunk=st.sampled_from([1, 300, 700, 2**20]),
     seed=st.integers(0, 2**31),
 )
 def test_every_statistic_equals_that_of_the_whole_distribution(
     rows, positions, d_vocab, soft_cap, chunk, seed
 ):
     vectors, W_U, b_U, targets = drawn(rows, positions, 6, d_vocab, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vocabulary, "CHUNK_BYTES", chunk)
-        found = read_out(
-            vectors, W_U, b_U, targets=targets, references=(rows - 1, 0), top_k=2, soft_cap=soft_cap
-        )
+    found = read_out(
+        vectors,
+        W_U,
+        b_U,
+        targets=targets,
+        references=(rows - 1, 0),
+        top_k=2,
+        soft_cap=soft_cap,
+        chunk_bytes=chunk,
+    )
     logits = vectors @ W_U + b_U
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
@@ -99,3 +106,58 @@ def test_bounds():
     for top_k in (0, 6):
         with pytest.raises(ValueError, match=f"vocabulary of 5, but is {top_k}"):
             read_out(vectors, W_U, b_U, targets=targets, references=(0,), top_k=top_k)
+    with pytest.raises(ValueError, match="chunk_bytes must be at least 1, but is 0"):
+        read_out(vectors, W_U, b_U, targets=targets, references=(0,), chunk_bytes=0)
+
+
+def test_each_row_is_decoded_by_its_own_rule():
+    vectors, W_U, b_U, targets = drawn(3, 4, 5, 30)
+    shifts = torch.tensor([0.0, 1.0, -2.0])
+    for chunk in (1, 2**20):
+        found = read_out(
+            vectors,
+            W_U,
+            b_U,
+            targets=targets,
+            references=(2, 0),
+            decode=lambda row, some: some + shifts[row],
+            chunk_bytes=chunk,
+        )
+        whole = read_out(vectors + shifts[:, None, None], W_U, b_U, targets=targets, references=(2, 0))
+        # the same product in matrices of other sizes
+        assert torch.allclose(found.log_prob, whole.log_prob, atol=1e-5)
+        assert torch.allclose(found.kl, whole.kl, atol=1e-5)
+        assert torch.equal(found.top_ids, whole.top_ids)
+
+
+SHORT_OF_MEMORY = """
+import resource, torch
+from mechlens.measures.vocabulary import read_out
+
+torch.set_num_threads(1)
+d_vocab, rows, positions = 50000, 20, 40
+draw = torch.Generator().manual_seed(0)
+vectors = torch.randn(rows, positions, 4, generator=draw)
+W_U, b_U = torch.randn(4, d_vocab, generator=draw), torch.zeros(d_vocab)
+options = {"targets": torch.zeros(positions, 1, dtype=torch.long), "references": (rows - 1, 0)}
+small = read_out(vectors, W_U, b_U, **options)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 100 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+# all logits at once are 160 MB
+try:
+    torch.empty(rows * positions * d_vocab)
+    raise SystemExit("the limit does not bind")
+except RuntimeError:
+    pass
+found = read_out(vectors, W_U, b_U, **options, chunk_bytes=2**30)
+assert torch.equal(found.top_ids, small.top_ids)
+assert torch.allclose(found.kl, small.kl, atol=1e-5)
+print("halved")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process's memory like this")
+def test_a_chunk_that_does_not_fit_is_halved():
+    ran = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == "halved", ran.stderr

@@ -19,11 +19,14 @@ def lens() -> LogitLensResult:
     return LogitLensResult(
         model=hand_made.model(),
         tokens=torch.tensor([[0, 1, 2]]),
+        mask=torch.ones(1, 3, dtype=torch.bool),
         positions=(0, 1, 2),
+        context_length=torch.tensor([[1, 2, 3]]),
         rows=("embed", "0"),
         component="resid_post",
         onto_stream=False,
         decoder="final_norm",
+        last_blocks=0,
         top_ids=torch.tensor([[[[2, 1], [2, 1], [2, 1]]], [[[1, 2], [3, 1], [1, 2]]]]),
         top_probabilities=torch.tensor([[[[0.5, 0.25]] * 3], [[[0.75, 0.125]] * 3]]),
         entropy=values,
@@ -32,6 +35,7 @@ def lens() -> LogitLensResult:
         final_ids=torch.tensor([[1, 3, 1]]),
         log_prob={},
         rank={"final": torch.tensor([[[100.0, 10.0, 1.0]], [[1.0, 1.0, 1.0]]]), "input": values + 1},
+        target_ids={},
         strings={"0": "<s>", "1": " a", "2": "b", "3": "<b>x</b>"},
         prepend_bos=True,
     )
