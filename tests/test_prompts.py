@@ -24,7 +24,7 @@ class Letters:
     def __len__(self) -> int:
         return self.n
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, verbose):
         assert add_special_tokens is False
         return {"input_ids": [2 + ord(letter) - ord("a") for letter in text]}
 
