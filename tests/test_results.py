@@ -165,7 +165,24 @@ def tuned_lens() -> TunedLens:
     )
 
 
+def attribution() -> LogitAttribution:
+    """One sequence of 2 tokens, the last of them read: the logit of 6 less that of 7."""
+    return LogitAttribution(
+        model=MODEL,
+        tokens=torch.tensor([[0, 5]]),
+        positions=(1,),
+        components=("embed", "L0H0", "L0H1", "L0 bias", "L0 MLP", "final bias"),
+        contributions=torch.tensor([1.0, -0.5, 0.25, 0.0, 2.0, 0.125]).view(6, 1, 1),
+        logit=torch.tensor([[2.875]]),
+        target_ids=torch.tensor([[6]]),
+        against_ids=torch.tensor([[7]]),
+        strings={"0": "<s>", "5": " a", "6": "\n", "7": "tensors"},
+        prepend_bos=True,
+    )
+
+
 RESULTS = {
+    "attribution": attribution,
     "lens": lens,
     "vector_lens": vector_lens,
     "performance": performance,

@@ -36,8 +36,58 @@ def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
 
 def final_norm_scale(model: LensModel) -> Float[Tensor, " d_model"]:
     """The learned scale of the last norm; ones where it is folded into `W_U` or there is no norm."""
-    norm = None if model.cfg.normalization_type is None else getattr(model, "ln_final", None)
-    return _affine(norm, model.W_U.shape[0], model)[0]
+    return final_affine(model)[0]
+
+
+def final_affine(model: LensModel) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+    """The learned scale and bias of the last norm; ones and zeros where they are folded or there is none."""
+    return _affine(getattr(model, "ln_final", None), model.W_U.shape[0], model)
+
+
+def output_weights(model: LensModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    """A layer's `W_O` in float32; `model.W_O` would copy those of all layers."""
+    return model.blocks[layer].attn.W_O.detach().float()
+
+
+def output_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
+    """A layer's `b_O` in float32, zeros where it has none."""
+    # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
+    bias = getattr(model.blocks[layer].attn, "b_O", None)
+    d_model = model.W_U.shape[0]
+    return torch.zeros(d_model, device=model.W_U.device) if bias is None else bias.detach().float()
+
+
+def attention_out_affine(
+    model: LensModel, layer: int
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]] | None:
+    """The learned scale and bias of the norm between a layer's attention and the stream; None for no norm."""
+    norm = getattr(model.blocks[layer], "ln1_post", None)
+    return None if norm is None else _affine(norm, model.W_U.shape[0], model)
+
+
+def norm_scale(model: LensModel, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
+    """What the model's norms divide vectors by, in float32; ones where the model has no norms."""
+    kind = model.cfg.normalization_type
+    wide = vectors.float()
+    if kind is None:
+        return torch.ones_like(wide[..., 0])
+    if kind.startswith("LN"):
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide.pow(2).mean(-1) + model.cfg.eps).sqrt()
+
+
+def before_norm(
+    model: LensModel, directions: Float[Tensor, "*batch d_model"], scale: Float[Tensor, " d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """Directions in which a norm's output is read, as directions of its input.
+
+    The norm's learned scale, and LayerNorm's subtraction of the mean, are in them; its division by the
+    vector's own scale (`norm_scale`) and its bias are not.
+    """
+    moved = directions * scale
+    if (model.cfg.normalization_type or "").startswith("LN"):
+        moved = moved - moved.mean(-1, keepdim=True)
+    return moved
 
 
 def _affine(
@@ -54,9 +104,11 @@ def _affine(
     probe[1::2] *= -1
     probe -= probe.mean()
     probe /= probe.pow(2).mean().sqrt()
+    probe = probe.to(like.dtype)
     with torch.inference_mode():
-        up, down = (norm(x.to(like.dtype)[None, None])[0, 0].float() for x in (probe, -probe))
-    return (up - down) / (2 * probe), (up + down) / 2
+        up, down = (norm(x[None, None])[0, 0].float() for x in (probe, -probe))
+    # of a vector with a mean square of 1, to which the norm adds its eps
+    return (up - down) / (2 * probe.float()) * (1 + model.cfg.eps) ** 0.5, (up + down) / 2
 
 
 def direct_unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:

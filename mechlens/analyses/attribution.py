@@ -1,0 +1,269 @@
+"""Direct logit attribution: what each component adds to the logit of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.measures.vocabulary import CHUNK_BYTES
+from mechlens.models.protocol import LensModel, describe
+from mechlens.models.runs import final_norm, parts, reads_as_streamed, watch
+from mechlens.models.weights import (
+    attention_out_affine,
+    before_norm,
+    final_affine,
+    norm_scale,
+    output_bias,
+    output_weights,
+)
+from mechlens.prompts import own_bos_token_id, prompt_tokens, target_id, token_strings
+from mechlens.results import LogitAttribution, head_label
+
+Target = str | int | Int[Tensor, "..."]
+
+
+def direct_logit_attribution(
+    model: LensModel,
+    prompt: str | Int[Tensor, "*batch pos"],
+    targets: Target | None = None,
+    *,
+    against: Target | None = None,
+    positions: Sequence[int] | None = None,
+    prepend_bos: bool | None = None,
+) -> LogitAttribution:
+    """Split the logit of a token, or a difference of two logits, into what each component adds directly.
+
+    Each component writes a vector into the residual stream, and the logit is linear in that vector once the
+    last norm's division is held at its value in this run. So is the output of a head where another norm
+    comes before the stream (Gemma-2). What a component does through later components counts as theirs.
+
+    Processing moves value biases from the heads into `L0 bias` and the like, and the last norm's bias into
+    `b_U`; and it takes from every logit its mean over the vocabulary, so that only differences of logits are
+    the same in both states.
+
+    Args:
+        prompt: a text, or token ids (used as they are: BOS is yours to put), all rows equally long.
+        targets: the token to explain at every position, as a text of exactly one token or an id; or one id
+            per position of the prompt, such as `tokens.roll(-1, -1)` for the tokens that really follow (the
+            last position has none). None is the model's own most likely token at each position.
+        against: the token whose logit is subtracted, in the same forms; None subtracts nothing.
+        positions: which to read; None reads all.
+        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+
+    Returns:
+        Logits by component, whose sum is the model's logit before a soft-cap.
+
+    Raises:
+        ValueError: a target that is not one token (its pieces are shown) or not one id per position, a
+            position out of range, more tokens than the context holds; a model whose logits are more than its
+            last norm, `W_U`, `b_U` and a soft-cap, or which adds something else to its stream, so that the
+            contributions would not sum to the logit.
+
+    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and TransformerLens's
+    `ActivationCache.logit_attrs`, which takes the learned scale of a norm only from processed weights.
+    Cost: one forward pass, another where `targets` is None, and for each head's output one product with its
+    `W_O`. No `[head, pos, d_model]` tensor exists.
+    """
+    info = describe(model)
+    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
+    read = _read(positions, tokens.shape[1])
+    fixed = None if targets is None else _ids(model, "targets", targets, tokens)
+    subtracted = None if against is None else _ids(model, "against", against, tokens)
+    if not reads_as_streamed(model, tokens[:1, :8]):
+        raise ValueError(
+            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: what components add "
+            "to the stream would not sum to them"
+        )
+    rows = parts(tokens)
+    chosen = [_top(model, part, read) for part in rows] if fixed is None else list(_at(fixed, read, rows))
+    lesser = [None] * len(rows) if subtracted is None else list(_at(subtracted, read, rows))
+    components = _components(model)
+    found = [
+        _attribute(model, part, read, target, less, len(components))
+        for part, target, less in zip(rows, chosen, lesser, strict=True)
+    ]
+    target_ids = torch.cat(chosen)
+    against_ids = None if subtracted is None else subtracted[:, list(read)]
+    seen = torch.cat([ids.flatten() for ids in (tokens, target_ids, against_ids) if ids is not None]).unique()
+    bos = own_bos_token_id(model.tokenizer)
+    return LogitAttribution(
+        model=info,
+        tokens=tokens,
+        positions=read,
+        components=components,
+        contributions=torch.cat([contributions for contributions, _ in found], dim=1),
+        logit=torch.cat([logit for _, logit in found]),
+        target_ids=target_ids,
+        against_ids=against_ids,
+        strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
+        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+    )
+
+
+def _read(positions: Sequence[int] | None, n_pos: int) -> tuple[int, ...]:
+    """Positions from 0, negative ones counted from the end."""
+    if positions is None:
+        return tuple(range(n_pos))
+    for position in positions:
+        if not -n_pos <= position < n_pos:
+            raise ValueError(f"there is no position {position}: there are {n_pos}")
+    read = tuple(position % n_pos for position in positions)
+    if not read or len(set(read)) < len(read):
+        raise ValueError(f"positions must be some, each of them once, but are {tuple(positions)}")
+    return read
+
+
+def _ids(
+    model: LensModel, name: str, target: Target, tokens: Int[Tensor, "batch pos"]
+) -> Int[Tensor, "batch pos"]:
+    """A target as one id per position."""
+    if not isinstance(target, Tensor):
+        return torch.full_like(tokens, target_id(model, target))
+    ids = (target[None] if target.ndim == 1 else target).cpu().long()
+    if ids.shape != tokens.shape:
+        raise ValueError(
+            f"{name} must be one id for every position of the prompt, {tuple(tokens.shape)}, but are "
+            f"{tuple(target.shape)}: give one token as a text or an int, or choose positions with `positions`"
+        )
+    for extreme in (ids.min(), ids.max()):
+        target_id(model, int(extreme))
+    return ids
+
+
+def _at(
+    ids: Int[Tensor, "batch pos"], read: Sequence[int], rows: Sequence[Tensor]
+) -> Iterator[Int[Tensor, "part read"]]:
+    return iter(ids[:, list(read)].split([len(part) for part in rows]))
+
+
+def _components(model: LensModel) -> tuple[str, ...]:
+    names = ["embed", "pos_embed"] if _adds_positions(model) else ["embed"]
+    for layer in range(model.cfg.n_layers):
+        names += [head_label(layer, head) for head in range(model.cfg.n_heads)]
+        names += [f"L{layer} bias"]
+        names += [f"L{layer} MLP"] if _has_mlp(model) else []
+    return (*names, "final bias")
+
+
+def _adds_positions(model: LensModel) -> bool:
+    return model.cfg.positional_embedding_type == "standard"
+
+
+def _has_mlp(model: LensModel) -> bool:
+    return not getattr(model.cfg, "attn_only", False)
+
+
+def _final_name(model: LensModel) -> str:
+    return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+
+
+def _top(
+    model: LensModel, tokens: Int[Tensor, "batch pos"], read: Sequence[int]
+) -> Int[Tensor, "batch read"]:
+    """The model's own most likely tokens."""
+    kept: list[Tensor] = []
+    watch(model, tokens, {_final_name(model): lambda resid: kept.append(resid[:, list(read)])})
+    W_U, b_U = model.W_U.float(), model.b_U.float()
+    rows = max(1, CHUNK_BYTES // (4 * W_U.shape[1]))
+    with torch.inference_mode():
+        vectors = final_norm(model, kept.pop()).float().flatten(0, 1)
+        top = torch.cat([torch.addmm(b_U, some, W_U).argmax(-1) for some in vectors.split(rows)])
+    return top.cpu().view(len(tokens), len(read)).clone()
+
+
+def _attribute(
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    read: Sequence[int],
+    targets: Int[Tensor, "batch read"],
+    against: Int[Tensor, "batch read"] | None,
+    n_components: int,
+) -> tuple[Float[Tensor, "component batch read"], Float[Tensor, "batch read"]]:
+    """What each component adds, in the order of `_components`, and the logits that they add up to."""
+    pairs = torch.stack([targets, targets if against is None else against], dim=-1).flatten(0, 1)
+    # one direction for each pair of tokens that is asked for, often a single one
+    unique, which = pairs.to(model.W_U.device).unique(dim=0, return_inverse=True)
+    which = which.view(targets.shape)
+    with torch.inference_mode():
+        columns, biases = model.W_U[:, unique[:, 0]].float().T, model.b_U[unique[:, 0]].float()
+        if against is not None:
+            columns = columns - model.W_U[:, unique[:, 1]].float().T
+            biases = biases - model.b_U[unique[:, 1]].float()
+        norm_weight, norm_bias = final_affine(model)
+        directions = before_norm(model, columns, norm_weight)
+
+    where = torch.tensor(read, device=which.device)
+    added: dict[int, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    readers: dict[str, Callable[[Tensor], None]] = {}
+
+    def keep(name: str, activation: Tensor) -> None:
+        kept[name] = activation[:, where].float()
+
+    def add(index: int, activation: Tensor) -> None:
+        added[index] = torch.linalg.vecdot(activation[:, where].float(), directions[which])
+
+    def add_heads(index: int, layer: int, z: Tensor) -> None:
+        values, norm = z[:, where].float(), attention_out_affine(model, layer)
+        W_O, b_O = output_weights(model, layer), output_bias(model, layer)
+        seen = directions if norm is None else before_norm(model, directions, norm[0])
+        # by head and coordinate of z, one for each pair of tokens
+        through = torch.einsum("um,hdm->uhd", seen, W_O)
+        heads = torch.einsum("brhd,brhd->hbr", values, through[which])
+        bias = (seen @ b_O)[which]
+        if norm is not None:
+            scale = norm_scale(model, values.flatten(-2) @ W_O.flatten(0, 1) + b_O)
+            heads, bias = heads / scale, bias / scale + (directions @ norm[1])[which]
+        for head, contribution in enumerate(heads):
+            added[index + head] = contribution
+        added[index + len(heads)] = bias
+
+    readers["hook_embed"] = partial(keep, "embed")
+    readers["blocks.0.hook_resid_pre"] = partial(keep, "start")
+    index = 2 if _adds_positions(model) else 1
+    for layer in range(model.cfg.n_layers):
+        readers[f"blocks.{layer}.attn.hook_z"] = partial(add_heads, index, layer)
+        index += model.cfg.n_heads + 1
+        if _has_mlp(model):
+            readers[f"blocks.{layer}.hook_mlp_out"] = partial(add, index)
+            index += 1
+    readers[_final_name(model)] = partial(keep, "final")
+    watch(model, tokens, readers)
+
+    with torch.inference_mode():
+        embed = kept["embed"] if _adds_positions(model) else kept["start"]
+        added[0] = torch.linalg.vecdot(embed, directions[which])
+        if _adds_positions(model):
+            added[1] = torch.linalg.vecdot(kept["start"] - embed, directions[which])
+        final = kept["final"]
+        summands = torch.stack([added[i] for i in range(n_components - 1)]) / norm_scale(model, final)
+        final_bias = (columns @ norm_bias + biases)[which]
+        contributions = torch.cat([summands, final_bias[None]])
+        normed = final_norm(model, final.to(model.W_U.dtype)).float()
+        logit = torch.linalg.vecdot(normed, columns[which]) + biases[which]
+    _check_sum(model, contributions, logit, directions.norm(dim=-1)[which])
+    # what leaves inference mode can be computed with
+    return contributions.cpu().clone(), logit.cpu().clone()
+
+
+def _check_sum(
+    model: LensModel,
+    contributions: Float[Tensor, "component batch read"],
+    logit: Float[Tensor, "batch read"],
+    size: Float[Tensor, "batch read"],
+) -> None:
+    """Refuse contributions that do not add up, up to what the model's own dtype rounds off its stream."""
+    off = (contributions.sum(0) - logit).abs()
+    # each sum is rounded relative to its largest terms; 16, because several hundred are added
+    allowed = 16 * torch.finfo(model.W_U.dtype).eps * (contributions.abs().sum(0) + size)
+    worst = (off - allowed).argmax()
+    if not bool((off <= allowed).all()):
+        raise ValueError(
+            "this model adds something to its residual stream besides embeddings, heads, their biases and "
+            "MLPs, or scales what they add, so there is no attribution: the contributions miss a logit of "
+            f"{float(logit.flatten()[worst]):.4g} by {float(off.flatten()[worst]):.2g}"
+        )
