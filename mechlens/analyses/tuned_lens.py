@@ -1,4 +1,4 @@
-"""Training a tuned lens: for each row of the lens, the affine map after which it predicts what the model does."""
+"""Training a tuned lens: for each row, the affine map after which it predicts what the model does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mechlens.corpus import Source, token_windows
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import final_norm, reads_as_streamed, soft_cap, watch
 from mechlens.prompts import own_bos_token_id
-from mechlens.results import ModelInfo, TunedLens, replacing
+from mechlens.results import TunedLens, replacing
 
 LOGIT_BYTES = 16 * 2**20
 """Memory for one chunk of float32 logits; a few such are held at a time."""
@@ -50,7 +50,7 @@ def train_tuned_lens(
     state: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> TunedLens:
-    """Train one affine translator for each row of the lens but the last layer, to predict what the model does.
+    """Train one affine translator for each row of the lens but the last, to predict what the model does.
 
     Each translator minimises KL(final || tuned), where final is the model's own distribution and tuned is
     the model's last norm, `W_U`, `b_U` and soft-cap on `x + x @ weight + bias`; weight and bias are zero at
@@ -84,8 +84,8 @@ def train_tuned_lens(
 
     Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens",
     arXiv:2303.08112, who train with SGD on larger batches.
-    Cost: one forward pass over each batch, and for each row two products with `W_U`; memory for the translators
-    five times, a float32 copy of `W_U`, and the constants above. No `[row, pos, d_vocab]` tensor exists.
+    Cost: one forward pass over each batch, and for each row two products with `W_U`; memory for some copies
+    of the translators, a float32 `W_U`, and the constants above. No `[row, pos, d_vocab]` tensor exists.
     """
     numbers = {"steps": steps, "batch_tokens": batch_tokens, "held_out": held_out}
     for name, value in numbers.items():
@@ -363,7 +363,8 @@ def _held_out_kl(
                 translated = training.translate(row, x) if row < n_rows else x
                 tuned[row] += head.kl(final, translated).sum().item()
     # rounding alone makes a distribution's distance to itself negative
-    return tuple((each / tokens.numel()).clamp(min=0).float() for each in (plain, tuned))  # type: ignore[return-value]
+    plain, tuned = (torch.stack([plain, tuned]) / tokens.numel()).clamp(min=0).float()
+    return plain, tuned
 
 
 # -- the state -------------------------------------------------------------------------------------
@@ -407,8 +408,8 @@ def _load(file: Path, arguments: dict[str, Any], model: LensModel) -> _Training:
     ]
     if differ:
         raise ValueError(
-            f"the training in {file} was begun with {', '.join(differ)}: use the same arguments to go on with "
-            "it, or another state"
+            f"the training in {file} was begun with {', '.join(differ)}: use the same arguments to go on "
+            "with it, or another state"
         )
     device = model.W_U.device
     return _Training(**{name: tensor.to(device) for name, tensor in tensors.items()}, step=found["step"])
