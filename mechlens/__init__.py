@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         score_heads,
         score_heads_on,
     )
+    from mechlens.analyses.input_probe import probe_input
     from mechlens.analyses.logit_lens import lens_vector, logit_lens
     from mechlens.models.load import load_model
     from mechlens.plots.heads import (
@@ -41,6 +42,7 @@ _HOMES = {
         "score_heads",
         "score_heads_on",
     ),
+    "mechlens.analyses.input_probe": ("probe_input",),
     "mechlens.analyses.logit_lens": ("lens_vector", "logit_lens"),
     "mechlens.models.load": ("load_model",),
     "mechlens.plots.heads": (

@@ -6,7 +6,13 @@ import math
 
 import torch
 
-from mechlens.results import AttentionPatterns, HeadScores, ModelInfo, RepeatedTokenPerformance
+from mechlens.results import (
+    AttentionPatterns,
+    HeadScores,
+    InputProbe,
+    ModelInfo,
+    RepeatedTokenPerformance,
+)
 
 
 def model(name: str = "tiny", *, n_layers: int = 2, n_heads: int = 3) -> ModelInfo:
@@ -87,4 +93,50 @@ def attention(name: str = "tiny", *, tokens: tuple[str, ...] = ("<bos>", " a", "
         token_strings=tokens,
         heads=((0, 2), (1, 0)),
         patterns=torch.stack([even / even.sum(-1, keepdim=True), torch.eye(n_pos)]),
+    )
+
+
+def input_probe(name: str = "tiny") -> InputProbe:
+    """Rows embed and 0, in the embedding's 2 coordinates and 1 principal component.
+
+    Accuracy is 1 and 0.5 by maps per layer, 0 and 0.75 by the shared one; similarities fall by 0.5 from 1.
+    """
+    accuracy = torch.tensor([[1.0, 0.5], [0.0, 0.75]])
+    similarity = torch.tensor([1.0, 0.5, 0.0])
+    null = torch.tensor([0.0, -0.25, 0.125]).expand(3, 3)
+    element = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]])
+
+    def both(values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"embedding": values, "pca": values / 2}
+
+    return InputProbe(
+        model=model(name),
+        rows=("embed", "0"),
+        maps=("per_layer", "shared"),
+        accuracy=both(accuracy),
+        accuracy_interval=both(torch.stack([accuracy - 0.125, accuracy + 0.125], -1)),
+        chance=0.0625,
+        r2=both(accuracy - 0.25),
+        element_r2={"embedding": accuracy[..., None] - element[:2], "pca": accuracy[..., None]},
+        fits=("embed", "0", "shared"),
+        weights={"embedding": torch.ones(3, 2, 2), "pca": torch.ones(3, 2, 1)},
+        biases={"embedding": torch.zeros(3, 2), "pca": torch.zeros(3, 1)},
+        similarity=both(similarity),
+        similarity_null=both(null),
+        unembedding_similarity=both(-similarity),
+        unembedding_similarity_null=both(null),
+        directions={"embedding": torch.eye(2), "pca": torch.tensor([[0.6, 0.8]])},
+        importance={"embedding": torch.tensor([0.625, 0.375]), "pca": torch.tensor([0.875])},
+        explained={"embedding": 1.0, "pca": 0.875},
+        weight={"embedding": element, "pca": torch.ones(3, 1)},
+        weight_correlation={"embedding": similarity - 0.5, "pca": torch.full((3,), math.nan)},
+        weight_correlation_null={"embedding": null, "pca": torch.full((3, 3), math.nan)},
+        nmf_converged=None,
+        train_tokens=100,
+        held_out_tokens=8,
+        length=4,
+        ridge=1e-6,
+        null_draws=3,
+        seed=7,
+        prepend_bos=False,
     )

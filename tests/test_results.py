@@ -32,6 +32,7 @@ from mechlens.results import (
     head_label,
     load,
 )
+from tests.hand_made import input_probe
 
 MODEL = ModelInfo(
     name="tiny",
@@ -183,6 +184,7 @@ def attribution() -> LogitAttribution:
 
 RESULTS = {
     "attribution": attribution,
+    "input_probe": input_probe,
     "lens": lens,
     "vector_lens": vector_lens,
     "performance": performance,
