@@ -135,7 +135,7 @@ import resource, torch
 from mechlens.measures.vocabulary import read_out
 
 torch.set_num_threads(1)
-d_vocab, rows, positions = 50000, 20, 40
+d_vocab, rows, positions = 50000, 20, 100
 draw = torch.Generator().manual_seed(0)
 vectors = torch.randn(rows, positions, 4, generator=draw)
 W_U, b_U = torch.randn(4, d_vocab, generator=draw), torch.zeros(d_vocab)
@@ -144,7 +144,7 @@ small = read_out(vectors, W_U, b_U, **options)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 100 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-# all logits at once are 160 MB
+# all logits at once are 400 MB
 try:
     torch.empty(rows * positions * d_vocab)
     raise SystemExit("the limit does not bind")
