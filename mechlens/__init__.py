@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     )
     from mechlens.analyses.input_probe import probe_input
     from mechlens.analyses.logit_lens import lens_vector, logit_lens
+    from mechlens.analyses.tuned_lens import train_tuned_lens
+    from mechlens.corpus import read_texts, token_windows
+    from mechlens.analyses.logit_variance import logit_variance
     from mechlens.models.load import load_model
+    from mechlens.models.sampling import sample_tokens
+    from mechlens.models.tuned_lens import load_tuned_lens
     from mechlens.plots.heads import (
         plot_attention,
         plot_attention_heatmap,
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
         plot_scores_against_nulls,
     )
     from mechlens.plots.logit_lens import plot_logit_lens
+    from mechlens.plots.tuned_lens import plot_tuned_lens
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
@@ -44,7 +50,12 @@ _HOMES = {
     ),
     "mechlens.analyses.input_probe": ("probe_input",),
     "mechlens.analyses.logit_lens": ("lens_vector", "logit_lens"),
+    "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
+    "mechlens.corpus": ("read_texts", "token_windows"),
+    "mechlens.analyses.logit_variance": ("logit_variance",),
     "mechlens.models.load": ("load_model",),
+    "mechlens.models.sampling": ("sample_tokens",),
+    "mechlens.models.tuned_lens": ("load_tuned_lens",),
     "mechlens.plots.heads": (
         "plot_attention",
         "plot_attention_heatmap",
@@ -53,6 +64,7 @@ _HOMES = {
         "plot_scores_against_nulls",
     ),
     "mechlens.plots.logit_lens": ("plot_logit_lens",),
+    "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),

@@ -40,9 +40,9 @@ def train_tuned_lens(
     corpus: Source | Int[Tensor, "window pos"],
     *,
     steps: int = 250,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
     length: int | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     held_out: int = 64,
     held_out_corpus: Source | Int[Tensor, "other pos"] | None = None,
     seed: int = 0,
@@ -64,7 +64,8 @@ def train_tuned_lens(
         batch_tokens: tokens in each step's batch, in whole windows. Which windows make the batch of a step
             depends on the seed alone.
         length: tokens in a window with its BOS; see `token_windows`.
-        learning_rate: of the first step.
+        learning_rate: of the first step; None is 0.5 / d_model, with which a step moves each component of a
+            residual of unit scale by half of that at most.
         held_out: windows that are not trained on and on which the KLs are measured: every n-th of the
             windows, with the n that spreads them evenly, or the first ones of `held_out_corpus`.
         held_out_corpus: text or ids to measure on, instead of a part of `corpus`.
@@ -91,6 +92,7 @@ def train_tuned_lens(
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but is {value}")
+    learning_rate = 0.5 / model.cfg.d_model if learning_rate is None else learning_rate
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, but is {learning_rate}")
     info = describe(model)
