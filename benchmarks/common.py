@@ -83,6 +83,11 @@ def random_gpt2_small() -> Any:
 
     Speed does not depend on the weights' values.
     """
+    return random_gpt2(n_layers=12, n_heads=12, d_model=768)
+
+
+def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
+    """A model of GPT-2's kind with random weights; see `random_gpt2_small`."""
     from mechlens.models import engines
 
     torch.manual_seed(0)
@@ -93,11 +98,11 @@ def random_gpt2_small() -> Any:
 
             return HookedTransformer(
                 HookedTransformerConfig(
-                    n_layers=12,
-                    n_heads=12,
-                    d_model=768,
+                    n_layers=n_layers,
+                    n_heads=n_heads,
+                    d_model=d_model,
                     d_head=64,
-                    d_mlp=3072,
+                    d_mlp=4 * d_model,
                     d_vocab=50257,
                     n_ctx=1024,
                     act_fn="gelu_new",
@@ -109,7 +114,13 @@ def random_gpt2_small() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    config = GPT2Config(architectures=["GPT2LMHeadModel"], attn_implementation="eager")
+    config = GPT2Config(
+        architectures=["GPT2LMHeadModel"],
+        attn_implementation="eager",
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_embd=d_model,
+    )
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<|endoftext|>", eos_token="<|endoftext|>"

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     )
     from mechlens.analyses.input_probe import probe_input
     from mechlens.analyses.logit_lens import lens_vector, logit_lens
+    from mechlens.analyses.logit_variance import logit_variance
     from mechlens.analyses.tuned_lens import train_tuned_lens
     from mechlens.corpus import read_texts, token_windows
-    from mechlens.analyses.logit_variance import logit_variance
     from mechlens.models.load import load_model
     from mechlens.models.sampling import sample_tokens
     from mechlens.models.tuned_lens import load_tuned_lens
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
         plot_log_probs,
         plot_scores_against_nulls,
     )
-    from mechlens.plots.logit_lens import plot_logit_lens
+    from mechlens.plots.logit_lens import plot_lens_lines, plot_logit_lens, plot_sub_blocks
     from mechlens.plots.tuned_lens import plot_tuned_lens
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
+    from mechlens.studies.logit_lens import reproduce_logit_lens
     from mechlens.studies.reproduce import reproduce
 
 _HOMES = {
@@ -63,11 +64,12 @@ _HOMES = {
         "plot_log_probs",
         "plot_scores_against_nulls",
     ),
-    "mechlens.plots.logit_lens": ("plot_logit_lens",),
+    "mechlens.plots.logit_lens": ("plot_lens_lines", "plot_logit_lens", "plot_sub_blocks"),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),
+    "mechlens.studies.logit_lens": ("reproduce_logit_lens",),
     "mechlens.studies.reproduce": ("reproduce",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,6 +13,7 @@ from pathlib import Path
 ARTICLE = 'the article "How one can Interpret GPT2-Small"'
 OLSSON = "Olsson et al. 2022, arXiv:2209.11895"
 OTHERS = "measured by others on GPT-2 small"
+LENS_POST = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
 GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 
 
@@ -32,6 +33,7 @@ class Published:
     head: tuple[int, int] | None = None
     kind: str | None = None
     threshold: float | None = None
+    """What the measured number must reach (or, for `at_most` and the like, must not exceed)."""
     sequences: int = 1
     """How many sequences the published figure is the mean of."""
 
@@ -57,6 +59,17 @@ REPEATED_TOKENS_GPT2 = (
     ),
 )
 """GPT-2 small on BOS + 50 random tokens + the same 50; prefix matching on 25 random tokens x 4."""
+
+LOGIT_LENS = (
+    Published("final_guess_enters", "well before the last layer", LENS_POST, threshold=0.75),
+    Published("kl_falls", "smoothly", LENS_POST, threshold=0.9),
+    Published("largest_fall", "no jump between layers", LENS_POST, threshold=0.5),
+    Published("input_is_apart", "far apart", LENS_POST, threshold=1.5),
+    Published("rare_copy_enters", "only in the last layers", LENS_POST, threshold=0.75),
+    Published("repetition_noticed", "in the upper half", LENS_POST, threshold=0.5),
+    Published("rare_inputs_kept", "better than common ones", LENS_POST, threshold=0.0),
+)
+"""What the post saw in GPT-2 in words; `studies.logit_lens` says how each is measured and what would do."""
 
 
 def read_card(path: Path) -> tuple[Published, ...]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,13 +28,11 @@ from mechlens.results import (
     HeadScores,
     ModelInfo,
     RepeatedTokenPerformance,
+    Result,
     half_means,
     head_label,
-    write_table,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
+from mechlens.studies.study import Study
 
 GPT2_SMALL_SIZES = (12, 12, 768, 50257, None)
 BUNDLED_SIZES = (4, 6, 192, 2048, None)
@@ -50,39 +46,21 @@ TIMES_NULL = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Reproduction:
+class Reproduction(Study):
     """The findings on one model, beside the published ones."""
 
     performance: RepeatedTokenPerformance
     heads: HeadScores
     patterns: AttentionPatterns
     """Of the strongest induction and previous-token heads, on the first sequence."""
-    comparisons: tuple[Comparison, ...]
-    """Published or claimed figures beside the measured ones; empty for a model without any."""
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per figure: claim, published, measured, low, high, verdict, source."""
-        import pandas as pd
-
-        columns = [field.name for field in dataclasses.fields(Comparison)]
-        return pd.DataFrame([dataclasses.asdict(c) for c in self.comparisons], columns=columns)
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write every result as `.safetensors` and its table as `.csv` into an existing folder.
-
-        Returns:
-            The paths written.
-        """
-        written = []
-        for name, result in (
-            ("repeated_tokens", self.performance),
-            ("head_scores", self.heads),
-            ("attention_patterns", self.patterns),
-        ):
-            written.append(result.save(folder / f"{name}.safetensors"))
-            written.append(write_table(result.to_dataframe(), folder / f"{name}.csv"))
-        written.append(write_table(self.to_dataframe(), folder / "comparison.csv"))
-        return written
+    @property
+    def results(self) -> Mapping[str, Result]:
+        return {
+            "repeated_tokens": self.performance,
+            "head_scores": self.heads,
+            "attention_patterns": self.patterns,
+        }
 
 
 def reproduce(
@@ -124,7 +102,7 @@ def reproduce(
         as_published = seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
         figures = known_figures(heads.model) if as_published else ()
     comparisons = [compare(figure, performance, heads) for figure in figures]
-    return Reproduction(performance, heads, patterns, tuple(comparisons))
+    return Reproduction(tuple(comparisons), performance, heads, patterns)
 
 
 def known_figures(model: ModelInfo) -> tuple[Published, ...]:
