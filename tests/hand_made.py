@@ -10,6 +10,7 @@ from mechlens.results import (
     AttentionPatterns,
     HeadScores,
     InputProbe,
+    LogitLensResult,
     ModelInfo,
     RepeatedTokenPerformance,
 )
@@ -138,5 +139,74 @@ def input_probe(name: str = "tiny") -> InputProbe:
         ridge=1e-6,
         null_draws=3,
         seed=7,
+        prepend_bos=False,
+    )
+
+
+def lens(name: str = "tiny") -> LogitLensResult:
+    """Rows embed and 0, tokens `<s>`, ` a`, `b`; the last row guesses ` a` (right), `<b>`, ` a`."""
+    values = torch.tensor([[[8.0, 4.0, 2.0]], [[0.0, 0.5, 0.25]]])
+    nothing_follows = torch.tensor([0.0, 0.0, math.nan])
+    ranks = {
+        "final": torch.tensor([[[100.0, 10.0, 1.0]], [[1.0, 1.0, 1.0]]]),
+        "input": values + 1,
+        "next": torch.tensor([[[20.0]], [[2.0]]]) + nothing_follows,
+        " a": torch.tensor([[[7.0]], [[2.0]]]).expand(2, 1, 3),
+    }
+    return LogitLensResult(
+        model=model(name),
+        tokens=torch.tensor([[0, 1, 2]]),
+        mask=torch.ones(1, 3, dtype=torch.bool),
+        positions=(0, 1, 2),
+        context_length=torch.tensor([[1, 2, 3]]),
+        rows=("embed", "0"),
+        component="resid_post",
+        onto_stream=False,
+        decoder="final_norm",
+        last_blocks=0,
+        top_ids=torch.tensor([[[[2, 1], [2, 1], [2, 1]]], [[[1, 2], [3, 1], [1, 2]]]]),
+        top_probabilities=torch.tensor([[[[0.5, 0.25]] * 3], [[[0.75, 0.125]] * 3]]),
+        entropy=values,
+        kl_final=values,
+        kl_input=torch.full_like(values, math.nan),
+        final_ids=torch.tensor([[1, 3, 1]]),
+        # a quarter in the row embed, certainty in the other
+        log_prob={key: (torch.tensor([[[0.25]], [[1.0]]]).log() + 0 * rank) for key, rank in ranks.items()},
+        rank=ranks,
+        target_ids={" a": torch.ones(1, 3, dtype=torch.long)},
+        strings={"0": "<s>", "1": " a", "2": "b", "3": "<b>x</b> yes"},
+        prepend_bos=True,
+    )
+
+
+def sub_block_lens(component: str, more: float) -> LogitLensResult:
+    """Rows embed, 0 and 1, tokens ` a` and `b`; the KL of row r is r + `more`, the rank 10 times 1 + that.
+
+    The guess is ` a` where `more` is 0, `b` elsewhere.
+    """
+    values = (torch.arange(3.0) + more)[:, None, None].expand(3, 1, 2)
+    top = torch.full((3, 1, 2, 1), 1 if more == 0 else 2)
+    ranks = dict.fromkeys(("final", "input", "next"), 10 * (1 + values))
+    return LogitLensResult(
+        model=model(),
+        tokens=torch.tensor([[1, 2]]),
+        mask=torch.ones(1, 2, dtype=torch.bool),
+        positions=(0, 1),
+        context_length=torch.tensor([[1, 2]]),
+        rows=("embed", "0", "1"),
+        component=component,
+        onto_stream=False,
+        decoder="final_norm",
+        last_blocks=0,
+        top_ids=top,
+        top_probabilities=torch.full((3, 1, 2, 1), 0.5),
+        entropy=values,
+        kl_final=values,
+        kl_input=values,
+        final_ids=torch.tensor([[2, 2]]),
+        log_prob={name: -rank for name, rank in ranks.items()},
+        rank=ranks,
+        target_ids={},
+        strings={"1": " a", "2": "b"},
         prepend_bos=False,
     )

@@ -89,6 +89,23 @@ def number(value: float, digits: int = 3) -> str:
     return "not measured" if value != value else f"{value:.{digits}f}".replace("-", MINUS)
 
 
+def sequential(share: float) -> tuple[int, int, int]:
+    """The colour at a share of the sequential scale, from 0 to 1, as red, green and blue up to 255."""
+    place = min(max(share, 0.0), 1.0) * (len(SEQUENTIAL) - 1)
+    left = min(int(place), len(SEQUENTIAL) - 2)
+    low, high = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in SEQUENTIAL[left : left + 2])
+    red, green, blue = (round(a + (b - a) * (place - left)) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def is_dark(colour: tuple[int, int, int]) -> bool:
+    """Whether white text on this colour has more contrast than ink, by WCAG's relative luminance."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    ink = 0.0215  # of INK
+    return (1.05 / (luminance + 0.05)) > ((luminance + 0.05) / (ink + 0.05))
+
+
 def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **options: Any) -> go.Heatmap:
     """A heatmap on the whole range of its values: diverging around 0 where `low` is negative.
 

@@ -1,69 +1,235 @@
-"""The lens's picture on a result with known values."""
+"""The lens's pictures on a result with known values."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
+import plotly.graph_objects as go
 import pytest
 import torch
 
-from mechlens.plots.logit_lens import plot_logit_lens
+from mechlens.plots.logit_lens import MAX_LINES, STATS, plot_lens_lines, plot_logit_lens, plot_sub_blocks
+from mechlens.plots.style import SEQUENTIAL, is_dark, sequential
 from mechlens.results import LogitLensResult
-from tests import hand_made
+from tests.hand_made import lens, sub_block_lens
 
 
-def lens() -> LogitLensResult:
-    """Rows embed and 0, tokens `<s>`, ` a`, `b`; the last row guesses ` a` (right), `<b>` (wrong), ` a`."""
-    values = torch.tensor([[[8.0, 4.0, 2.0]], [[0.0, 0.5, 0.25]]])
-    return LogitLensResult(
-        model=hand_made.model(),
-        tokens=torch.tensor([[0, 1, 2]]),
-        mask=torch.ones(1, 3, dtype=torch.bool),
-        positions=(0, 1, 2),
-        context_length=torch.tensor([[1, 2, 3]]),
-        rows=("embed", "0"),
-        component="resid_post",
-        onto_stream=False,
-        decoder="final_norm",
-        last_blocks=0,
-        top_ids=torch.tensor([[[[2, 1], [2, 1], [2, 1]]], [[[1, 2], [3, 1], [1, 2]]]]),
-        top_probabilities=torch.tensor([[[[0.5, 0.25]] * 3], [[[0.75, 0.125]] * 3]]),
-        entropy=values,
-        kl_final=values,
-        kl_input=torch.full_like(values, math.nan),
-        final_ids=torch.tensor([[1, 3, 1]]),
-        log_prob={},
-        rank={"final": torch.tensor([[[100.0, 10.0, 1.0]], [[1.0, 1.0, 1.0]]]), "input": values + 1},
-        target_ids={},
-        strings={"0": "<s>", "1": " a", "2": "b", "3": "<b>x</b>"},
-        prepend_bos=True,
-    )
+def cells(figure: go.Figure) -> list[list[str]]:
+    """What is written into the cells, without the marks."""
+    return [[re.sub("</?(b|span)[^>]*>", "", text) for text in line] for line in figure.data[0].text]
+
+
+def heatmaps(figure: go.Figure) -> list[go.Heatmap]:
+    return [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
 
 
 def test_cells_axes_and_stars():
     figure = plot_logit_lens(lens(), "kl")
     heat = figure.data[0]
     assert heat.z.tolist() == [[8.0, 4.0, 2.0], [0.0, 0.5, 0.25]]
-    assert list(heat.y) == ["embed", "0"]
-    assert list(heat.text[1]) == ["·a", "&lt;b&gt;x&lt;/b&gt;", "·a"]
+    assert list(figure.layout.yaxis.ticktext) == ["embed", "0"]
+    assert cells(figure) == [["b", "b", "b"], ["·a", "&lt;b&gt;x&lt;/b&gt;·y…", "·a"]]
     assert list(figure.layout.xaxis.ticktext) == ["&lt;s&gt;", "·a", "b"]
-    # what follows <s> is ` a`, and the last row says so; after ` a` comes b, and it does not
+    # what follows <s> is ` a`, and the model says so; after ` a` comes b, and it does not
     assert list(figure.layout.xaxis2.ticktext) == ["·a*", "b", ""]
-    assert "row 0" in heat.hovertext[1][0]
-    assert "·a 0.750" in heat.hovertext[1][0]
+    assert heat.hovertext[1][0].split("<br>") == [
+        "after <b>&lt;s&gt;</b>, position 0",
+        "row 0: KL(final ‖ layer), nats 0.000",
+        "0.750 ·a",
+        "0.125 b",
+    ]
+
+
+def test_guesses_that_follow_are_bold_in_every_row():
+    texts = plot_logit_lens(lens(), "kl").data[0].text
+    assert ["<b>" in text for text in texts[0]] == [False, True, False]
+    assert ["<b>" in text for text in texts[1]] == [True, False, False]
+
+
+def test_text_is_light_on_dark_cells_alone():
+    texts = plot_logit_lens(lens(), "kl").data[0].text
+    assert ["#fff" in text for text in texts[0]] == [True, False, False]
+    assert "#fff" not in "".join(texts[1])
+    # WCAG's ratio, by hand: ink on the middle of the scale is better than white, on the next not
+    assert [is_dark(sequential(share)) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [False] * 4 + [True] * 2
+    assert ["#{:02x}{:02x}{:02x}".format(*sequential(at / 5)) for at in range(6)] == SEQUENTIAL
 
 
 def test_ranks_are_coloured_by_their_logarithm():
     figure = plot_logit_lens(lens(), "rank")
     assert figure.data[0].z.tolist() == [[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     assert figure.data[0].colorbar.ticktext == ("1", "10", "100")
-    assert "100.000" in figure.data[0].hovertext[0][0]
+    assert "final guess 100<br>" in figure.data[0].hovertext[0][0]
+
+
+@pytest.mark.parametrize(
+    ("stat", "target", "values", "title"),
+    [
+        ("probability", None, [[0.5, 0.5, 0.5], [0.75, 0.75, 0.75]], "probability of the top guess"),
+        ("entropy", None, [[8.0, 4.0, 2.0], [0.0, 0.5, 0.25]], "entropy, nats"),
+        ("input_rank", None, [[9.0, 5.0, 3.0], [1.0, 1.5, 1.25]], "rank of the input token"),
+        ("rank", "input", [[9.0, 5.0, 3.0], [1.0, 1.5, 1.25]], "rank of the input token"),
+        ("rank", " a", [[7.0, 7.0, 7.0], [2.0, 2.0, 2.0]], "rank of ·a"),
+        ("probability", " a", [[0.25, 0.25, 0.25], [1.0, 1.0, 1.0]], "probability of ·a"),
+    ],
+)
+def test_colour_is_the_statistic_that_was_asked_for(stat, target, values, title):
+    heat = plot_logit_lens(lens(), stat, target=target).data[0]
+    shown = torch.tensor(heat.z)
+    shown = 10**shown if "rank" in stat else shown
+    # float32's rounding, and the logarithm's way there and back
+    torch.testing.assert_close(shown, torch.tensor(values).double(), atol=1e-6, rtol=1e-6)
+    assert heat.colorbar.title.text == title
+    least = 1.0 if stat in ("probability", "rank", "input_rank") else 0.0  # a rank of 10
+    assert heat.zmax == pytest.approx(max(least, *map(max, heat.z)))
+
+
+def test_what_is_undefined_is_grey_and_keeps_its_guess():
+    figure = plot_logit_lens(lens(), "next_rank")
+    values, grey = heatmaps(figure)
+    assert torch.tensor(values.z).isnan().tolist() == torch.tensor([[False, False, True]] * 2).tolist()
+    assert torch.tensor(grey.z).isnan().tolist() == torch.tensor([[True, True, False]] * 2).tolist()
+    assert list(grey.text[0]) == ["", "", "b"]
+    assert "follows undefined<br>" in grey.hovertext[1][2]
+    assert len(heatmaps(plot_logit_lens(lens(), "kl"))) == 1
+
+
+def test_colours_can_end_below_the_largest_value_and_say_so():
+    figure = plot_logit_lens(lens(), "kl", high=4)
+    assert figure.data[0].zmax == 4
+    assert figure.data[0].z.max() == 8
+    assert figure.data[0].colorbar.ticktext[-1] == "≥ 4"
+    ranks = plot_logit_lens(lens(), "rank", high=50).data[0]
+    assert ranks.zmax == pytest.approx(math.log10(50))
+    assert ranks.colorbar.ticktext == ("1", "10", "≥ 50")
+    # nothing lies beyond
+    assert plot_logit_lens(lens(), "rank", high=1000).data[0].colorbar.ticktext[-1] == "1,000"
+    for stat, high in (("rank", 1), ("kl", 0), ("kl", -3), ("kl", math.nan)):
+        with pytest.raises(ValueError, match="need a high above"):
+            plot_logit_lens(lens(), stat, high=high)
+
+
+def test_padding_is_left_out():
+    padded = dataclasses.replace(
+        lens(),
+        tokens=torch.tensor([[0, 0, 1, 2, 0]]),
+        mask=torch.tensor([[False, True, True, True, False]]),
+        positions=(1, 2, 3),
+    )
+    figure = plot_logit_lens(padded)
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;s&gt;", "·a", "b"]
+    assert list(figure.layout.xaxis2.ticktext) == ["·a*", "b", ""], "padding does not follow"
+    # the same, where padding was read, too
+    grid = {
+        name: torch.nn.functional.pad(getattr(padded, name), (1, 1), value=math.nan)
+        for name in ("entropy", "kl_final", "kl_input")
+    }
+    whole = dataclasses.replace(
+        padded,
+        **grid,
+        positions=(0, 1, 2, 3, 4),
+        context_length=torch.tensor([[0, 1, 2, 3, 0]]),
+        top_ids=torch.nn.functional.pad(padded.top_ids, (0, 0, 1, 1)),
+        top_probabilities=torch.nn.functional.pad(padded.top_probabilities, (0, 0, 1, 1), value=math.nan),
+        final_ids=torch.nn.functional.pad(padded.final_ids, (1, 1)),
+        log_prob={},
+        rank={},
+        target_ids={},
+    )
+    assert plot_logit_lens(whole).to_dict() == figure.to_dict()
+    with pytest.raises(ValueError, match="position 4 of sequence 0 is padding"):
+        plot_logit_lens(whole, positions=[4])
+    with pytest.raises(ValueError, match="has only padding"):
+        plot_logit_lens(dataclasses.replace(whole, mask=torch.zeros(1, 5, dtype=torch.bool)))
+
+
+def test_positions_are_chosen_by_their_number():
+    figure = plot_logit_lens(lens(), positions=[-1, 0])
+    assert list(figure.layout.xaxis.ticktext) == ["b", "&lt;s&gt;"]
+    assert figure.data[0].z.tolist() == [[2.0, 8.0], [0.25, 0.0]]
+    some = dataclasses.replace(plot_input(40), positions=tuple(range(40)))
+    assert plot_logit_lens(some, positions=range(3)).layout.width < plot_logit_lens(some).layout.width
+    for positions in ([3], [-4]):
+        with pytest.raises(ValueError, match="was not read"):
+            plot_logit_lens(lens(), positions=positions)
+    with pytest.raises(ValueError, match="no position is asked for"):
+        plot_logit_lens(lens(), positions=[])
+
+
+def plot_input(n_pos: int, n_rows: int = 2, token: str = " somewhat long") -> LogitLensResult:
+    """A lens of any size, all of whose texts are the same."""
+    values = torch.ones(n_rows, 1, n_pos)
+    ones = torch.ones(n_rows, 1, n_pos, 1)
+    return dataclasses.replace(
+        lens(),
+        tokens=torch.ones(1, n_pos, dtype=torch.long),
+        mask=torch.ones(1, n_pos, dtype=torch.bool),
+        positions=tuple(range(n_pos)),
+        context_length=torch.arange(1, n_pos + 1)[None],
+        rows=("embed", *map(str, range(n_rows - 1))),
+        top_ids=ones.long(),
+        top_probabilities=ones,
+        entropy=values,
+        kl_final=values,
+        kl_input=values,
+        final_ids=torch.ones(1, n_pos, dtype=torch.long),
+        log_prob={},
+        rank={"final": values},
+        target_ids={},
+        strings={"1": token},
+    )
+
+
+@pytest.mark.parametrize(("n_pos", "n_rows"), [(1, 2), (8, 13), (40, 13), (40, 49), (5, 145)])
+def test_every_cell_has_room_for_its_text(n_pos, n_rows):
+    figure = plot_logit_lens(plot_input(n_pos, n_rows))
+    size = figure.data[0].textfont.size
+    width = (figure.layout.width - 168) / n_pos
+    height = (figure.layout.height - 200) / n_rows
+    longest = max(len(text) for line in cells(figure) for text in line)
+    assert size >= 11
+    # letters of a sans serif font are about half as wide as high
+    assert width >= 0.5 * size * longest
+    assert height >= 1.5 * size
+    # long tokens are shortened where many stand beside one another
+    assert longest >= 7
+    assert width <= (60 if n_pos == 40 else 400)
+    assert len(figure.layout.yaxis.ticktext) == n_rows
+
+
+def test_whitespace_and_control_characters_are_visible():
+    for token, shown in (("\n\n", "⏎⏎"), (" ", "·"), ("\t", "⇥"), ("\u200b", "\\u200b"), ("", "∅")):
+        figure = plot_logit_lens(plot_input(2, token=token))
+        assert cells(figure)[0] == [shown] * 2
+        assert figure.layout.xaxis.ticktext[0] == shown
+        assert f"<b>{shown}</b>" in figure.data[0].hovertext[0][0]
+
+
+def test_a_position_that_was_read_in_a_window_says_what_it_saw():
+    windowed = dataclasses.replace(lens(), context_length=torch.tensor([[1, 2, 2]]))
+    hovers = plot_logit_lens(windowed).data[0].hovertext[0]
+    assert ["tokens seen" in hover for hover in hovers] == [False, False, True]
+    assert "position 2 (2 tokens seen)" in hovers[2]
+
+
+def test_what_was_read_and_how_is_said():
+    changed = dataclasses.replace(
+        lens(), component="attn_out", onto_stream=True, decoder="tuned_lens", last_blocks=2
+    )
+    title = plot_logit_lens(changed).layout.title.text
+    assert "tiny · attn_out onto the stream · decoder tuned_lens · through the last 2 blocks" in title
+    assert "decoder" not in plot_logit_lens(lens()).layout.title.text
+    heads = dataclasses.replace(lens(), component="result", rows=("embed", "L0H3"))
+    assert plot_logit_lens(heads).layout.yaxis.title.text == "head"
 
 
 def test_markup_in_a_token_stays_text():
-    shown = str(plot_logit_lens(lens(), "probability").to_dict())
-    assert "<b>x" not in shown
+    for stat in STATS:
+        tied = dataclasses.replace(lens(), kl_input=torch.ones(2, 1, 3))
+        assert "<b>x" not in str(plot_logit_lens(tied, stat).to_dict())
+        assert "<b>x" not in str(plot_lens_lines(plot_input(2, token="<b>x"), "kl").to_dict())
 
 
 def test_errors():
@@ -71,7 +237,114 @@ def test_errors():
         plot_logit_lens(lens(), "colour")
     with pytest.raises(ValueError, match="there is no sequence 1: there are 1"):
         plot_logit_lens(lens(), row=1)
-    with pytest.raises(ValueError, match="is not tied to its embedding"):
+    with pytest.raises(ValueError, match=r"is not tied to its embedding.*input_rank is defined"):
         plot_logit_lens(lens(), "kl_input")
+    with pytest.raises(
+        ValueError, match=r"no token 'b' in this result, which has 'final', 'input', 'next', '"
+    ):
+        plot_logit_lens(lens(), "rank", target="b")
+    with pytest.raises(ValueError, match="only rank and probability are of a target, but 'input' came"):
+        plot_logit_lens(lens(), "kl", target="input")
     tied = dataclasses.replace(lens(), kl_input=torch.ones(2, 1, 3))
     assert plot_logit_lens(tied, "kl_input").data[0].z.max() == 1
+
+
+# -- sub-blocks ------------------------------------------------------------------------------------
+
+
+def test_sub_blocks_are_interleaved():
+    attn, mlp = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
+    figure = plot_sub_blocks(attn, mlp)
+    assert list(figure.layout.yaxis.ticktext) == ["embed", "0 attn", "0 MLP", "1 attn", "1 MLP"]
+    # kl_final of row r is r, plus what the component was given; the row embed is the first's
+    assert figure.data[0].z[:, 0].tolist() == [0.0, 1.0, 1.5, 2.0, 2.5]
+    ranks = 10 ** plot_sub_blocks(attn, mlp, "rank").data[0].z
+    # float64's rounding in the logarithm
+    assert ranks[:, 0].tolist() == pytest.approx([10, 20, 25, 30, 35], rel=1e-12)
+    assert cells(figure)[1:3] == [["·a", "·a"], ["b", "b"]]
+    assert "attn_out and mlp_out" in figure.layout.title.text
+    assert figure.layout.yaxis.title.text == "sub-block"
+    streams = plot_sub_blocks(sub_block_lens("resid_mid", 0.0), sub_block_lens("resid_post", 0.5))
+    assert streams.data[0].z.tolist() == figure.data[0].z.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", torch.tensor([[1, 1]])),
+        ("rows", ("embed", "0", "2")),
+        ("decoder", "tuned_lens"),
+        ("onto_stream", True),
+        ("last_blocks", 1),
+        ("model", dataclasses.replace(lens().model, name="other")),
+        ("mask", torch.tensor([[False, True]])),
+    ],
+)
+def test_sub_blocks_of_different_runs_are_refused(name, value):
+    attn, mlp = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
+    with pytest.raises(ValueError, match=f"the two lenses differ in {name}: make them with the same"):
+        plot_sub_blocks(attn, dataclasses.replace(mlp, **{name: value}))
+
+
+def test_sub_blocks_are_a_pair_and_in_order():
+    attn, mlp = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
+    for first, second in ((mlp, attn), (attn, attn), (attn, sub_block_lens("resid_post", 0.0))):
+        with pytest.raises(ValueError, match=f"but these are {first.component} and {second.component}"):
+            plot_sub_blocks(first, second)
+
+
+# -- lines -----------------------------------------------------------------------------------------
+
+
+def test_lines_have_the_values_of_their_position():
+    figure = plot_lens_lines(lens(), positions=[0, 2])
+    named = [(trace.name, trace.yaxis, trace.y) for trace in figure.data]
+    assert named == [
+        ("0 &lt;s&gt;", "y", (100.0, 1.0)),
+        ("0 &lt;s&gt;", "y2", (8.0, 0.0)),
+        ("2 b", "y", (1.0, 1.0)),
+        ("2 b", "y2", (2.0, 0.25)),
+    ]
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.yaxis2.type is None
+    assert list(figure.layout.xaxis2.ticktext) == ["embed", "0"]
+    assert [trace.showlegend for trace in figure.data] == [True, False, True, False]
+    assert figure.layout.title.text.startswith(
+        "<b>Rank of the model's final guess and KL(final ‖ layer) by layer</b>"
+    )
+
+
+def test_lines_are_told_apart_without_their_hue():
+    figure = plot_lens_lines(plot_input(40), "kl", positions=range(MAX_LINES))
+    symbols = [trace.marker.symbol for trace in figure.data]
+    assert len(set(symbols)) == len(symbols) == MAX_LINES
+    dashes = {(trace.line.color, trace.line.dash) for trace in figure.data}
+    assert len(dashes) == MAX_LINES
+    with pytest.raises(ValueError, match="13 lines cannot be told apart: choose at most 12"):
+        plot_lens_lines(plot_input(40), "kl", positions=range(13))
+
+
+def test_lines_of_a_long_text_are_those_of_its_end():
+    names = [trace.name.split()[0] for trace in plot_lens_lines(plot_input(40), "kl").data]
+    assert names == ["34", "35", "36", "37", "38", "39"]
+
+
+def test_undefined_values_are_gaps():
+    figure = plot_lens_lines(lens(), "next_rank")
+    assert figure.data[2].y == (None, None)
+    assert "undefined" in figure.data[2].text[0]
+
+
+def test_a_target_is_that_of_the_statistics_that_have_one():
+    figure = plot_lens_lines(lens(), ("rank", "kl"), positions=[0], target=" a")
+    assert [trace.y for trace in figure.data] == [(7.0, 2.0), (8.0, 0.0)]
+    with pytest.raises(ValueError, match="only rank and probability are of a target"):
+        plot_lens_lines(lens(), "kl", target=" a")
+    with pytest.raises(ValueError, match="no stat is asked for"):
+        plot_lens_lines(lens(), [])
+
+
+def test_labels_of_many_layers_keep_their_distance():
+    ticks = plot_lens_lines(plot_input(2, 49), "kl").layout.xaxis
+    assert ticks.ticktext[:4] == ("embed", "2", "4", "6")
+    assert ticks.tickvals[:4] == (0, 3, 5, 7)
