@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -226,3 +227,22 @@ def target_id(model: Any, target: str | int) -> int:
     if not 0 <= target < model.cfg.d_vocab:
         raise ValueError(f"token id {target} is not in the model's vocabulary of {model.cfg.d_vocab}")
     return target
+
+
+def chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Indices of positions, layers or the like from 0; None is all of them, negative ones count from the end.
+
+    Raises:
+        ValueError: none is asked for, one that is not there, or one twice.
+    """
+    if given is None:
+        return tuple(range(count))
+    for index in given:
+        if not -count <= index < count:
+            raise ValueError(f"there is no {what} {index}: there are {count}")
+    if not given:
+        raise ValueError(f"no {what} is asked for; there are {count}")
+    found = tuple(index % count for index in given)
+    if len(set(found)) < len(found):
+        raise ValueError(f"the same {what} is asked for twice: {tuple(given)}")
+    return found

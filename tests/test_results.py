@@ -24,6 +24,7 @@ from mechlens.results import (
     HeadScores,
     LogitAttribution,
     LogitLensResult,
+    LogitVariance,
     ModelInfo,
     RepeatedTokenPerformance,
     Result,
@@ -182,8 +183,30 @@ def attribution() -> LogitAttribution:
     )
 
 
+def variance() -> LogitVariance:
+    """Rows embed and 0, two bins of 9 tokens, one sequence of 2 tokens, the last of them read; two nulls."""
+    by_row = torch.tensor([[1.0, -0.25], [2.0, -0.5]]).view(2, 2, 1, 1)
+    return LogitVariance(
+        model=MODEL,
+        tokens=torch.tensor([[0, 5]]),
+        positions=(1,),
+        rows=("embed", "0"),
+        bins=((1, 1), (2, 9)),
+        probability=torch.tensor([0.75, 0.25]).view(2, 1, 1),
+        variance=torch.tensor([2.0, 0.5]).view(2, 1, 1),
+        null_variance=torch.tensor([[1.0, 0.5], [0.5, 0.5]]),
+        elsewhere_variance=torch.full((2, 1, 1), math.nan),
+        mean_logit=by_row,
+        spread=by_row.abs(),
+        excess=by_row.abs() - 1,
+        seed=3,
+        prepend_bos=True,
+    )
+
+
 RESULTS = {
     "attribution": attribution,
+    "variance": variance,
     "input_probe": input_probe,
     "lens": lens,
     "vector_lens": vector_lens,

@@ -20,7 +20,7 @@ from mechlens.models.weights import (
     output_bias,
     output_weights,
 )
-from mechlens.prompts import own_bos_token_id, prompt_tokens, target_id, token_strings
+from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens, target_id, token_strings
 from mechlens.results import LogitAttribution, head_label
 
 Target = str | int | Int[Tensor, "..."]
@@ -70,7 +70,7 @@ def direct_logit_attribution(
     """
     info = describe(model)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
-    read = _read(positions, tokens.shape[1])
+    read = chosen("position", positions, tokens.shape[1])
     fixed = None if targets is None else _ids(model, "targets", targets, tokens)
     subtracted = None if against is None else _ids(model, "against", against, tokens)
     if not reads_as_streamed(model, tokens[:1, :8]):
@@ -79,14 +79,14 @@ def direct_logit_attribution(
             "to the stream would not sum to them"
         )
     rows = parts(tokens)
-    chosen = [_top(model, part, read) for part in rows] if fixed is None else list(_at(fixed, read, rows))
+    wanted = [_top(model, part, read) for part in rows] if fixed is None else list(_at(fixed, read, rows))
     lesser = [None] * len(rows) if subtracted is None else list(_at(subtracted, read, rows))
     components = _components(model)
     found = [
         _attribute(model, part, read, target, less, len(components))
-        for part, target, less in zip(rows, chosen, lesser, strict=True)
+        for part, target, less in zip(rows, wanted, lesser, strict=True)
     ]
-    target_ids = torch.cat(chosen)
+    target_ids = torch.cat(wanted)
     against_ids = None if subtracted is None else subtracted[:, list(read)]
     seen = torch.cat([ids.flatten() for ids in (tokens, target_ids, against_ids) if ids is not None]).unique()
     bos = own_bos_token_id(model.tokenizer)
@@ -102,19 +102,6 @@ def direct_logit_attribution(
         strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
         prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
     )
-
-
-def _read(positions: Sequence[int] | None, n_pos: int) -> tuple[int, ...]:
-    """Positions from 0, negative ones counted from the end."""
-    if positions is None:
-        return tuple(range(n_pos))
-    for position in positions:
-        if not -n_pos <= position < n_pos:
-            raise ValueError(f"there is no position {position}: there are {n_pos}")
-    read = tuple(position % n_pos for position in positions)
-    if not read or len(set(read)) < len(read):
-        raise ValueError(f"positions must be some, each of them once, but are {tuple(positions)}")
-    return read
 
 
 def _ids(

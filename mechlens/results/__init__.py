@@ -25,6 +25,8 @@ from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.tuned_lens import TunedLens
 
+from mechlens.results.logit_variance import LogitVariance
+
 __all__ = [
     "FORMAT",
     "NOT_JUDGED",
@@ -34,6 +36,7 @@ __all__ = [
     "InputProbe",
     "LogitAttribution",
     "LogitLensResult",
+    "LogitVariance",
     "ModelInfo",
     "RepeatedTokenPerformance",
     "Result",

@@ -64,7 +64,7 @@ class LogitAttribution(Result):
         places = {component: component_place(component) for component in self.components}
         for column, which in (("layer", 0), ("head", 1)):
             values = [places[component][which] for component in table["component"]]
-            table.insert(1 + which, column, pd.array(values, dtype="Int64"))
+            table.insert(1 + which, column, pd.Series(values, dtype="Int64"))
         columns: dict[str, Any] = {"token": self.tokens[:, list(self.positions)], "target": self.target_ids}
         if self.against_ids is not None:
             columns["against"] = self.against_ids

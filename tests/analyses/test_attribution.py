@@ -224,8 +224,8 @@ def test_a_text_its_table_and_its_file(tiny_bos_model, tmp_path):
         ),
         ({"targets": 1, "against": torch.tensor([[1]])}, "against must be one id for every position"),
         ({"positions": [4]}, "there is no position 4: there are 4"),
-        ({"positions": [1, -3]}, "positions must be some, each of them once"),
-        ({"positions": []}, "positions must be some, each of them once"),
+        ({"positions": [1, -3]}, "the same position is asked for twice"),
+        ({"positions": []}, "no position is asked for"),
     ],
 )
 def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, options, message):

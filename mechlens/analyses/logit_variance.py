@@ -1,0 +1,141 @@
+"""Do the logits of improbable tokens wander in the middle layers, and are they put right at the end?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechlens.measures.vocabulary_variance import vocabulary_variance
+from mechlens.models.protocol import LensModel, describe
+from mechlens.models.runs import final_norm, parts, reads_as_streamed, soft_cap, watch
+from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens
+from mechlens.results import LogitVariance
+
+
+def logit_variance(
+    model: LensModel,
+    prompt: str | Int[Tensor, "*batch pos"],
+    *,
+    bins: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    nulls: int = 20,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> LogitVariance:
+    """Compare how far the lens's logits of finally improbable and probable tokens vary over layers.
+
+    The conjecture: directions of tokens that a context rules out are used for other work in the middle layers
+    and "smoothly subtracted out at the end". Then their logits vary more over layers than those of probable
+    tokens, and more than where the same tokens are less ruled out, with an excess that falls to nothing.
+
+    Logits are those of the lens with the decoder `final_norm`, before a soft-cap, less their mean over the
+    vocabulary: a constant in all of them changes no prediction.
+
+    Args:
+        prompt: a text, or token ids (used as they are: BOS is yours to put), all rows equally long.
+        bins: the last final rank of each bin, increasing; the last bin goes to the end of the vocabulary.
+            None is 1, 10, 100 and so on: the first bin is the model's own guess alone.
+        positions: which to read; None reads all. The first position of many models is unlike all others.
+        nulls: how many random assignments of tokens to bins.
+        seed: of these, and of the other position by whose ranks tokens are binned for comparison.
+        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+
+    Raises:
+        ValueError: bins that do not increase or lie outside the vocabulary, a position out of range, no null,
+            more tokens than the context holds, or a model whose logits are more than norm, `W_U`, `b_U` and
+            soft-cap.
+
+    Source: a comment on nostalgebraist 2020, "interpreting GPT: the logit lens", which leaves open how to
+    check it; the measure is ours.
+    Cost: one forward pass, one product with `W_U` per row and one more, a sort of the vocabulary and `nulls`
+    passes over it per position; no `[row, pos, d_vocab]` tensor beyond a chunk of positions.
+    """
+    info = describe(model)
+    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
+    read = chosen("position", positions, tokens.shape[1])
+    ranks = _bins(bins, model.cfg.d_vocab)
+    if nulls < 1:
+        raise ValueError(f"nulls must be at least 1, but are {nulls}: without one a difference says nothing")
+    if not reads_as_streamed(model, tokens[:1, :8]):
+        raise ValueError(
+            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
+            "what it predicts"
+        )
+    rows = ("embed", *(str(layer) for layer in range(model.cfg.n_layers)))
+    vectors = torch.cat([_residuals(model, part, read) for part in parts(tokens)], dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    n_vectors = vectors.shape[1] * vectors.shape[2]
+    with torch.inference_mode():
+        found = vocabulary_variance(
+            vectors.flatten(1, 2),
+            model.W_U,
+            model.b_U,
+            bins=ranks,
+            over=slice(1, None),
+            elsewhere=_others(n_vectors, generator).to(vectors.device) if n_vectors > 1 else None,
+            nulls=nulls,
+            generator=generator,
+            soft_cap=soft_cap(model),
+            decode=partial(final_norm, model),
+        )
+    shape = (len(tokens), len(read))
+
+    def apart(values: Tensor) -> Tensor:
+        return values.cpu().unflatten(-1, shape).clone()
+
+    bos = own_bos_token_id(model.tokenizer)
+    return LogitVariance(
+        model=info,
+        tokens=tokens,
+        positions=read,
+        rows=rows,
+        bins=ranks,
+        probability=apart(found.probability),
+        variance=apart(found.variance),
+        null_variance=found.null_variance.mean(-1).cpu().clone(),
+        elsewhere_variance=apart(found.elsewhere_variance),
+        mean_logit=apart(found.mean),
+        spread=apart(found.spread),
+        excess=apart(found.excess),
+        seed=seed,
+        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+    )
+
+
+def _bins(ends: Sequence[int] | None, d_vocab: int) -> tuple[tuple[int, int], ...]:
+    """First and last rank of each bin."""
+    given = [10**power for power in range(12) if 10**power < d_vocab] if ends is None else list(ends)
+    if any(b <= a for a, b in zip([0, *given], given, strict=False)) or (given and given[-1] > d_vocab):
+        raise ValueError(
+            f"bins must be increasing ranks between 1 and the vocabulary of {d_vocab}, but are {tuple(given)}"
+        )
+    if not given or given[-1] < d_vocab:
+        given.append(d_vocab)
+    return tuple(zip([1, *(end + 1 for end in given)], given, strict=False))
+
+
+def _others(count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """For each of several vectors another one, at random; never itself, each once."""
+    around = torch.randperm(count, generator=generator)
+    others = torch.empty_like(around)
+    others[around] = around.roll(1)
+    return others
+
+
+def _residuals(model: LensModel, tokens: Int[Tensor, "batch pos"], read: Sequence[int]) -> Tensor:
+    """`[row, batch, read, d_model]`: block 0's `resid_pre` and every `resid_post`."""
+    kept: list[Tensor] = []
+    where = torch.tensor(read)
+
+    def keep(activation: Tensor) -> None:
+        kept.append(activation[:, where.to(activation.device)])
+
+    names = ["blocks.0.hook_resid_pre"]
+    names += [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    readers: dict[str, Callable[[Tensor], None]] = dict.fromkeys(names, keep)
+    watch(model, tokens, readers)
+    return torch.stack(kept)

@@ -1,0 +1,127 @@
+"""How the logits of finally probable and improbable tokens move over layers, some positions at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.measures.vocabulary import CHUNK_BYTES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocabularyVariance:
+    """Means over the tokens of each bin, in logits less their mean over the vocabulary."""
+
+    variance: Float[Tensor, "bin pos"]
+    """Of a token's logit over rows."""
+    null_variance: Float[Tensor, "null bin pos"]
+    """The same, with every token in a bin drawn at random."""
+    elsewhere_variance: Float[Tensor, "bin pos"]
+    """The same, with every token in the bin that it has at another position; nan without one."""
+    mean: Float[Tensor, "row bin pos"]
+    """Of the logits."""
+    spread: Float[Tensor, "row bin pos"]
+    """Standard deviation of the logits over the tokens of the bin."""
+    excess: Float[Tensor, "row bin pos"]
+    """Of the distance |logit - logit in the last row|."""
+    probability: Float[Tensor, "bin pos"]
+    """What the tokens of a bin have together in the last row, with a soft-cap where there is one."""
+
+
+def vocabulary_variance(
+    vectors: Float[Tensor, "row pos d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, " d_vocab"],
+    *,
+    bins: Sequence[tuple[int, int]],
+    over: slice = slice(None),
+    elsewhere: Int[Tensor, " pos"] | None = None,
+    nulls: int = 0,
+    generator: torch.Generator | None = None,
+    soft_cap: float | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> VocabularyVariance:
+    """Reduce residual vectors to how their logits vary over rows, by the tokens' rank in the last row.
+
+    Logits are before a soft-cap, less their mean over the vocabulary at the same row and position. The
+    variance is that of the rows as a population (divided by their number).
+
+    Args:
+        vectors: one row per layer, the same positions in each; the last row is the model's final one.
+        bins: first and last rank of each bin, in order, without a gap, from 1 to `d_vocab`. Every token has a
+            rank of its own here, equal logits in the order of their ids.
+        over: the rows whose variance is taken.
+        elsewhere: for each position another one, by whose ranks the tokens are binned a second time.
+        nulls: how many random assignments to bins; of each one draw, every position has other tokens.
+        generator: of the nulls, on the CPU.
+        decode: what is done to vectors `[..., d_model]` before the unembedding, such as a norm.
+
+    Raises:
+        ValueError: the bins are not as above.
+
+    Cost: one product with `W_U` per row (one more with `elsewhere`), and a sort of the last. Memory for
+    about three chunks of logits, however many positions there are; a chunk has all rows of a position.
+    """
+    n_rows, n_pos, _ = vectors.shape
+    d_vocab = W_U.shape[1]
+    ends = [0, *(last for _, last in bins)]
+    if [first for first, _ in bins] != [end + 1 for end in ends[:-1]] or ends[-1] != d_vocab:
+        raise ValueError(f"bins must go from rank 1 to {d_vocab} without a gap, but are {tuple(bins)}")
+    slices = [slice(first - 1, last) for first, last in bins]
+    W_U, b_U = W_U.float(), b_U.float()
+
+    def logits_of(some: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        decoded = some if decode is None else decode(some)
+        flat = torch.addmm(b_U, decoded.float().flatten(0, -2), W_U)
+        return flat.view(*some.shape[:-1], d_vocab)
+
+    def by_bin(values: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch bin"]:
+        return torch.stack([values[..., part].mean(-1) for part in slices], dim=-1)
+
+    draws = [torch.randperm(d_vocab, generator=generator).to(W_U.device) for _ in range(nulls)]
+    offsets = torch.randint(d_vocab, (nulls, n_pos), generator=generator).to(W_U.device)
+    width = max(1, CHUNK_BYTES // (4 * d_vocab * n_rows))
+    found: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(VocabularyVariance)}
+    for start in range(0, n_pos, width):
+        here = slice(start, start + width)
+        logits = logits_of(vectors[:, here])
+        capped = logits[-1] if soft_cap is None else soft_cap * (logits[-1] / soft_cap).tanh()
+        probabilities = capped.softmax(-1)
+        order = _order(logits[-1])
+        logits -= logits.mean(-1, keepdim=True)
+        variance = logits[over].var(0, correction=0)
+        found["variance"].append(by_bin(variance.gather(-1, order)))
+        columns = torch.arange(d_vocab, device=W_U.device)
+        nulls_here = [
+            # the same draw, begun at another token for each position
+            by_bin(variance.gather(-1, draw[(columns + offset[here, None]) % d_vocab]))
+            for draw, offset in zip(draws, offsets, strict=True)
+        ]
+        empty = variance.new_empty(0, len(variance), len(bins))
+        found["null_variance"].append(torch.stack(nulls_here) if nulls_here else empty)
+        if elsewhere is None:
+            found["elsewhere_variance"].append(torch.full_like(found["variance"][-1], torch.nan))
+        else:
+            other = _order(logits_of(vectors[-1, elsewhere[here]]))
+            found["elsewhere_variance"].append(by_bin(variance.gather(-1, other)))
+        found["probability"].append(by_bin(probabilities.gather(-1, order)))
+        ranked = logits.gather(-1, order.expand(n_rows, -1, -1))
+        found["mean"].append(by_bin(ranked))
+        found["spread"].append(
+            torch.stack([ranked[..., part].std(-1, correction=0) for part in slices], dim=-1)
+        )
+        ranked -= ranked[-1:].clone()
+        found["excess"].append(by_bin(ranked.abs_()))
+    joined = {name: torch.cat(parts, dim=-2).transpose(-1, -2) for name, parts in found.items()}
+    sizes = torch.tensor([last - first + 1 for first, last in bins], device=W_U.device)
+    joined["probability"] = joined["probability"] * sizes[:, None]
+    return VocabularyVariance(**joined)
+
+
+def _order(logits: Float[Tensor, "pos d_vocab"]) -> Int[Tensor, "pos d_vocab"]:
+    """Tokens from the likeliest on."""
+    return torch.sort(logits, dim=-1, descending=True, stable=True).indices

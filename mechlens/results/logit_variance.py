@@ -1,0 +1,115 @@
+"""Results about how far the logits of probable and improbable tokens move over layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.results.base import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LogitVariance(Result):
+    """How the lens's logits vary over layers, for tokens binned by their final rank at the same position.
+
+    Logits are before a soft-cap and less their mean over the vocabulary, in which processed and raw weights
+    agree. Everything is a mean over the tokens of a bin.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    """What the model read."""
+    positions: tuple[int, ...]
+    """The positions that were read out, in the order of the axis `read`."""
+    rows: tuple[str, ...]
+    """`embed`, then the layers by number; the last is the model's own final logits."""
+    bins: tuple[tuple[int, int], ...]
+    """First and last final rank of each bin; rank 1 is the most likely token."""
+    probability: Float[Tensor, "bin batch read"]
+    """What the tokens of a bin finally have together."""
+    variance: Float[Tensor, "bin batch read"]
+    """Of a token's logit over the layers, `embed` not among them."""
+    null_variance: Float[Tensor, "null bin"]
+    """Mean over positions of the same with tokens assigned to the bins at random, for each draw."""
+    elsewhere_variance: Float[Tensor, "bin batch read"]
+    """The same with tokens binned by their final rank at another position, drawn at random: what a token's
+    general improbability makes of it, whatever the context. nan where a single position was read."""
+    mean_logit: Float[Tensor, "row bin batch read"]
+    spread: Float[Tensor, "row bin batch read"]
+    """Standard deviation of the logits over the tokens of the bin."""
+    excess: Float[Tensor, "row bin batch read"]
+    """Of the distance |logit - final logit|; 0 in the last row."""
+    seed: int
+    """Of the random assignments."""
+    prepend_bos: bool
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The bins as text, such as `1` and `2-10`."""
+        return tuple(str(first) if first == last else f"{first}-{last}" for first, last in self.bins)
+
+    def figures(self) -> dict[str, float]:
+        """What the whole says of the conjecture, in numbers; means over all positions.
+
+        `variance_ratio`: variance of the least probable bin over that of the most probable one, and the same
+        of the nulls (`null_ratio`, with the lowest and highest draw) and of bins from another position
+        (`elsewhere_ratio`). Of the least probable bin alone: `peak_excess`, the largest excess over layers,
+        and `peak_row`, the layer that has it; `left_before_last`, the share of it that is still there one
+        layer before the last; `spread_bulge`, the largest spread over layers as a multiple of the final one.
+        nan where a single layer or bin leaves nothing to compare.
+        """
+        nulls = (self.null_variance[:, -1] / self.null_variance[:, 0]).double()
+        excess = self.excess[1:, -1].double().mean((1, 2))
+        spread = self.spread[1:, -1].double().mean((1, 2))
+        has_layers = len(excess) > 1
+        return {
+            "variance_ratio": _ratio(self.variance),
+            "null_ratio": float(nulls.mean()) if len(nulls) else math.nan,
+            "null_ratio_low": float(nulls.min()) if len(nulls) else math.nan,
+            "null_ratio_high": float(nulls.max()) if len(nulls) else math.nan,
+            "elsewhere_ratio": _ratio(self.elsewhere_variance),
+            "peak_excess": float(excess.max()) if has_layers else math.nan,
+            "peak_row": float(excess.argmax()) if has_layers else math.nan,
+            "left_before_last": float(excess[-2] / excess.max()) if has_layers else math.nan,
+            "spread_bulge": float(spread.max() / spread[-1]),
+        }
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per row of the lens, bin, sequence and position: row, bin, first_rank, last_rank, sequence,
+        pos, mean_logit, spread, excess; and what belongs to the bin and is the same for all rows:
+        probability, variance, elsewhere_variance, null_variance (mean of all draws, over all positions)."""
+        import pandas as pd
+
+        n_rows, n_bins, batch, read = self.mean_logit.shape
+        index = pd.MultiIndex.from_product(
+            [self.rows, range(n_bins), range(batch), self.positions], names=["row", "bin", "sequence", "pos"]
+        )
+        table = index.to_frame(index=False)
+        which = table["bin"].tolist()
+        table["bin"] = [self.labels[i] for i in which]
+        table.insert(2, "first_rank", [self.bins[i][0] for i in which])
+        table.insert(3, "last_rank", [self.bins[i][1] for i in which])
+        null = self.null_variance.mean(0)[:, None, None].expand(n_bins, batch, read)
+        columns: dict[str, Any] = {
+            "mean_logit": self.mean_logit,
+            "spread": self.spread,
+            "excess": self.excess,
+            "probability": self.probability.expand(n_rows, -1, -1, -1),
+            "variance": self.variance.expand(n_rows, -1, -1, -1),
+            "elsewhere_variance": self.elsewhere_variance.expand(n_rows, -1, -1, -1),
+            "null_variance": null.expand(n_rows, -1, -1, -1),
+        }
+        for name, values in columns.items():
+            table[name] = values.reshape(-1).numpy()
+        return table
+
+
+def _ratio(variance: Float[Tensor, "bin batch read"]) -> float:
+    by_bin = variance.double().mean((1, 2))
+    return float(by_bin[-1] / by_bin[0])
