@@ -22,6 +22,7 @@ class Batch:
     """Rows of tokens, padded to one length."""
 
     tokens: Int[Tensor, "batch pos"]
+    """0 where a position is padding, whatever stood there: ids of padding may lie outside the vocabulary."""
     mask: Bool[Tensor, "batch pos"]
     """False where a position is padding; the others of a row stand together."""
 
@@ -65,12 +66,12 @@ def prompt_batch(
             mask = attention_mask.cpu().bool()
             mask = mask[None] if mask.ndim == 1 else mask
             _check_mask(mask, tokens)
+            tokens = tokens.masked_fill(~mask, 0)
         return Batch(tokens, mask)
     if not prompt:
         raise ValueError("there is no text: the list of prompts is empty")
     rows = [text_ids(model, text, prepend_bos=prepend_bos) for text in prompt]
     length = torch.tensor([len(row) for row in rows])
-    # a padding token is never read, but it must be in the vocabulary
     return Batch(
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
         torch.arange(int(length.max())) < length[:, None],

@@ -134,7 +134,9 @@ def logit_lens(
             "a tuned lens translates the stream between two blocks (resid_pre or resid_post), but this asks "
             f"for {component} with last_blocks={last_blocks}"
         )
-    if not reads_as_streamed(model, batch.tokens[:1, :8]):
+    bos = own_bos_token_id(model.tokenizer)
+    pieces = cut(batch, model.cfg.n_ctx, bos=bos)
+    if not reads_as_streamed(model, pieces.tokens[:1, :8]):
         raise ValueError(
             "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
             "what it predicts"
@@ -147,8 +149,6 @@ def logit_lens(
     def decode_row(row: int, vectors: Tensor) -> Tensor:
         return final_norm(model, vectors) if row == final else decode(rows[row].place, vectors)
 
-    bos = own_bos_token_id(model.tokenizer)
-    pieces = cut(batch, model.cfg.n_ctx, bos=bos)
     asked = torch.stack([batch.tokens, batch.tokens.roll(-1, 1), *wanted.values()], dim=-1)
     found: list[Readout] = []
     cells: list[Tensor] = []

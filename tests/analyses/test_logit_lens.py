@@ -313,7 +313,7 @@ def tuned(model):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_and_is_nan(lens_model, side):
     rows = [tokens_for(1, 9), tokens_for(1, 4) + 1]
-    tokens, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9)
+    tokens, mask = torch.full((2, 9), -100), torch.zeros(2, 9)
     for row, own in enumerate(rows):
         places = slice(9 - own.shape[1], 9) if side == "left" else slice(0, own.shape[1])
         tokens[row, places], mask[row, places] = own[0], 1
