@@ -23,9 +23,8 @@ from mechlens.results.heads import (
 )
 from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
-from mechlens.results.tuned_lens import TunedLens
-
 from mechlens.results.logit_variance import LogitVariance
+from mechlens.results.tuned_lens import TunedLens
 
 __all__ = [
     "FORMAT",
