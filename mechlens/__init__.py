@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mechlens.models.load import load_model
     from mechlens.models.sampling import sample_tokens
     from mechlens.models.tuned_lens import load_tuned_lens
+    from mechlens.plots.attribution import plot_attribution
     from mechlens.plots.heads import (
         plot_attention,
         plot_attention_heatmap,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         plot_scores_against_nulls,
     )
     from mechlens.plots.logit_lens import plot_lens_lines, plot_logit_lens, plot_sub_blocks
+    from mechlens.plots.logit_variance import plot_logit_variance
     from mechlens.plots.tuned_lens import plot_tuned_lens
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
@@ -57,6 +59,7 @@ _HOMES = {
     "mechlens.models.load": ("load_model",),
     "mechlens.models.sampling": ("sample_tokens",),
     "mechlens.models.tuned_lens": ("load_tuned_lens",),
+    "mechlens.plots.attribution": ("plot_attribution",),
     "mechlens.plots.heads": (
         "plot_attention",
         "plot_attention_heatmap",
@@ -65,6 +68,7 @@ _HOMES = {
         "plot_scores_against_nulls",
     ),
     "mechlens.plots.logit_lens": ("plot_lens_lines", "plot_logit_lens", "plot_sub_blocks"),
+    "mechlens.plots.logit_variance": ("plot_logit_variance",),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),

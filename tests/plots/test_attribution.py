@@ -1,0 +1,96 @@
+"""The attribution's picture on a result with known values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mechlens.plots.attribution import plot_attribution
+from mechlens.results import LogitAttribution
+from tests import hand_made
+
+VALUES = {
+    "embed": 0.25,
+    "pos_embed": -0.125,
+    "L0H0": 1.0,
+    "L0H1": -2.0,
+    "L0H2": 0.001,
+    "L0 bias": 0.5,
+    "L0 MLP": 4.0,
+    "L1H0": 0.0,
+    "L1H1": 3.0,
+    "L1H2": -0.75,
+    "L1 bias": 0.0,
+    "L1 MLP": -1.5,
+    "final bias": 0.0625,
+}
+
+
+def attribution(values=None) -> LogitAttribution:
+    """Two sequences of `<s>`, ` a`; the second is tenfold, and its last position explains `<b>` less ` a`."""
+    values = VALUES if values is None else values
+    column = torch.tensor(list(values.values()))
+    contributions = torch.stack([column, 2 * column], -1)[:, None] * torch.tensor([1.0, 10.0])[:, None]
+    return LogitAttribution(
+        model=hand_made.model(n_layers=2, n_heads=3),
+        tokens=torch.tensor([[0, 1], [0, 1]]),
+        positions=(0, 1),
+        components=tuple(values),
+        contributions=contributions,
+        logit=contributions.sum(0),
+        target_ids=torch.full((2, 2), 3),
+        against_ids=torch.full((2, 2), 1),
+        strings={"0": "<s>", "1": " a", "3": "<b>"},
+        prepend_bos=True,
+    )
+
+
+def test_every_component_of_a_layer_has_its_cell():
+    heat = plot_attribution(attribution(), position=0).data[0]
+    nan = pytest.approx(float("nan"), nan_ok=True)
+    assert list(heat.z[0]) == [1.0, -2.0, pytest.approx(0.001), nan, 0.5, 4.0]
+    assert list(heat.z[1]) == [0.0, 3.0, -0.75, nan, 0.0, -1.5]
+    assert (heat.zmin, heat.zmax) == (-4.0, 4.0)
+    assert list(heat.text[0]) == ["1.00", "\N{MINUS SIGN}2.00", "", "", "0.50", "4.00"]
+    assert heat.hovertext[1][1] == "<b>L1H1</b><br>adds 3.000"
+    assert heat.hovertext[0][5] == "<b>L0 MLP</b><br>adds 4.000"
+
+
+def test_the_bars_are_the_largest_and_sum_to_the_logit():
+    result = attribution()
+    figure = plot_attribution(result, row=1, position=-1, largest=2)
+    bars = figure.data[1]
+    assert list(bars.y) == ["L0 MLP", "L1H1", "embed", "pos_embed", "final bias", "8 others"]
+    assert bars.x[:5] == (80.0, 60.0, 5.0, -2.5, 1.25)
+    # float32 sums
+    assert sum(bars.x) == pytest.approx(float(result.logit[1, 1]), abs=1e-4)
+    assert bars.marker.color[3] != bars.marker.color[0]
+    everything = plot_attribution(result, largest=99).data[1]
+    assert len(everything.y) == len(VALUES)
+    assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias", "MLP")
+
+
+def test_the_title_says_what_is_explained():
+    figure = plot_attribution(attribution())
+    assert "logit of “&lt;b&gt;” less that of “·a”" in figure.layout.title.text
+    assert "after &lt;s&gt;·a (position 1)" in figure.layout.title.text
+    alone = dataclasses.replace(attribution(), against_ids=None)
+    assert "less" not in plot_attribution(alone).layout.title.text
+
+
+def test_a_model_without_mlps_and_one_that_adds_nothing():
+    values = {name: 0.0 for name in VALUES if "MLP" not in name}
+    figure = plot_attribution(attribution(values))
+    assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias")
+    assert figure.data[0].zmax > 0
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="there is no sequence 2: there are 2"):
+        plot_attribution(attribution(), row=2)
+    with pytest.raises(ValueError, match="there is no position -3: there are 2"):
+        plot_attribution(attribution(), position=-3)
+    with pytest.raises(ValueError, match="largest must be at least 1 component, but is 0"):
+        plot_attribution(attribution(), largest=0)

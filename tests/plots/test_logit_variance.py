@@ -1,0 +1,75 @@
+"""The picture of the variance of logits on a result with known values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mechlens.plots.logit_variance import plot_logit_variance
+from mechlens.results import LogitVariance
+from tests import hand_made
+
+
+def variance() -> LogitVariance:
+    """Rows embed, 0 and 1, bins 1 and 2-64, one sequence of two positions that differ by 2."""
+    by_row = torch.tensor([[0.0, 1.0], [4.0, 2.0], [6.0, 3.0]])[:, :, None, None] + torch.tensor([0.0, 2.0])
+    by_bin = torch.tensor([3.0, 6.0])[:, None, None] + torch.tensor([0.0, 2.0])
+    return LogitVariance(
+        model=hand_made.model(),
+        tokens=torch.tensor([[0, 1]]),
+        positions=(0, 1),
+        rows=("embed", "0", "1"),
+        bins=((1, 1), (2, 64)),
+        probability=torch.tensor([0.25, 0.75])[:, None, None].expand(-1, 1, 2),
+        variance=by_bin,
+        null_variance=torch.tensor([[4.0, 5.0], [6.0, 5.0]]),
+        elsewhere_variance=by_bin * 2,
+        mean_logit=by_row,
+        spread=by_row + 1,
+        excess=by_row + 2,
+        seed=0,
+        prepend_bos=True,
+    )
+
+
+def test_lines_and_bars_are_means_over_positions():
+    figure = plot_logit_variance(variance())
+    lines = [trace for trace in figure.data if trace.type == "scatter" and "lines" in trace.mode]
+    # mean logit of both bins, spread of the second alone (one token has none), distance of both
+    assert [list(line.y) for line in lines] == [
+        [1.0, 5.0, 7.0],
+        [2.0, 3.0, 4.0],
+        [3.0, 4.0, 5.0],
+        [3.0, 7.0, 9.0],
+        [4.0, 5.0, 6.0],
+    ]
+    assert list(lines[0].x) == ["embed", "0", "1"]
+    assert "25.0% together" in lines[0].hovertemplate
+    bars, null, elsewhere = figure.data[-3:]
+    assert list(bars.x) == ["1", "2-64"]
+    assert list(bars.y) == [4.0, 7.0]
+    assert list(null.y) == [5.0, 5.0]
+    assert list(null.error_y.array) == [1.0, 0.0]
+    assert list(null.error_y.arrayminus) == [1.0, 0.0]
+    assert list(elsewhere.y) == [8.0, 14.0]
+    assert "least over most probable: 1.75; in random bins 0.83 to 1.25, ranked elsewhere 1.75" in (
+        figure.layout.title.text
+    )
+
+
+def test_bins_differ_by_colour_and_symbol():
+    first, second = plot_logit_variance(variance()).data[:2]
+    assert first.line.color != second.line.color
+    assert first.marker.symbol != second.marker.symbol
+
+
+def test_without_another_position_there_is_no_mark_for_it():
+    alone = dataclasses.replace(variance(), elsewhere_variance=torch.full((2, 1, 2), math.nan))
+    figure = plot_logit_variance(alone)
+    assert "rank at another position" not in [trace.name for trace in figure.data]
+    assert "ranked elsewhere not measured" in figure.layout.title.text
+    assert math.isnan(alone.figures()["elsewhere_ratio"])
+    assert alone.figures()["variance_ratio"] == pytest.approx(1.75)
