@@ -95,9 +95,10 @@ def probe_input(
     Source: Hubinger and nostalgebraist, comments on "interpreting GPT: the logit lens", 2020. Non-negative
         factorisation: Lee and Seung 1999; of a matrix with signs, by its two halves: Kim and Tidor 2003.
         The definitions of similarity, weight and their nulls are ours.
-    Cost: one forward pass over the corpus; float64 moments of `d_model x (d_model + targets)` per row;
-        one product of the held-out positions with `W_E` per row and map. `nmf` is fitted to the 8192 most
-        frequent tokens.
+    Cost: one forward pass over the corpus; float64 moments of `d_model x (d_model + targets)` per row; one
+        product of the held-out positions with `W_E` per row and map; two QR decompositions of `[d_model,
+        d_model]` per random map. `nmf` is fitted to the 8192 tokens that are most frequent in the training
+        windows, in at most 600 iterations: about a minute for a random `[50257, 768]` on two cores.
     """
     info = describe(model)
     d_vocab, d_model = model.W_E.shape
@@ -331,8 +332,8 @@ class _Moments:
         x, y = self.x / self.n, self.y / self.n
         covariance = self.xx / self.n - x.outer(x)
         values, Q = torch.linalg.eigh(covariance)
-        # not in directions where the stream does not vary: a centred stream has one
-        real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        # not in directions where only float32's rounding varies: a centred stream has one
+        real = values > len(values) * torch.finfo(torch.float32).eps ** 2 * values[-1]
         inverse = (1 / (values + ridge * values.mean())).where(real, 0)
         M = Q @ (inverse[:, None] * (Q.T @ (self.xy / self.n - x.outer(y))))
         return _Fit(M, y - x @ M, covariance)
@@ -545,7 +546,8 @@ class _Cosine:
 
     def __init__(self, C: Float[Tensor, "d_vocab element"], A: Float[Tensor, "d_vocab d_model"]) -> None:
         self.cross, self.gram = _product(A, C), _product(C, C)
-        self.norm = (A.double().var(0, correction=0).sum() * len(A)).sqrt()
+        mean = A.sum(0, dtype=torch.double) / len(A)
+        self.norm = torch.stack([(some - mean).pow(2).sum() for some in A.split(4096)]).sum().sqrt()
 
     def __call__(self, M: Float[Tensor, "fit d_model element"]) -> Float[Tensor, " fit"]:
         both = (M * self.cross).sum((1, 2))

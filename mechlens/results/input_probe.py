@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -81,8 +82,8 @@ class InputProbe(Result):
         return self.fits.index("shared" if name == "shared" else row)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per basis, map and row: accuracy with its interval and chance, r2, and of the map that
-        reads the row both similarities and the correlation of weight and importance, each with its null."""
+        """One row per basis, kind of map and row: accuracy with its interval and chance, r2, and of the map
+        that reads the row both similarities and the correlation of weight and importance, with their nulls."""
         import pandas as pd
 
         records: list[dict[str, Any]] = []
@@ -92,7 +93,7 @@ class InputProbe(Result):
                     low, high = self.accuracy_interval[basis][m, r].tolist()
                     record: dict[str, Any] = {
                         "basis": basis,
-                        "map": name,
+                        "kind": name,
                         "row": row,
                         "accuracy": float(accuracy[m, r]),
                         "accuracy_low": low,
@@ -110,18 +111,18 @@ class InputProbe(Result):
         return pd.DataFrame(records)
 
     def elements_to_dataframe(self) -> pd.DataFrame:
-        """One row per basis, map, row and element: importance, weight, r2."""
+        """One row per basis, kind of map, row and element: importance, weight, r2."""
         import pandas as pd
 
         tables = []
         for basis, importance in self.importance.items():
             index = pd.MultiIndex.from_product(
                 [[basis], self.maps, self.rows, range(len(importance))],
-                names=["basis", "map", "row", "element"],
+                names=["basis", "kind", "row", "element"],
             )
             r2 = self.element_r2[basis]
             order = [[self.fit_of(name, row) for row in self.rows] for name in self.maps]
-            weight = self.weight[basis][order]
+            weight = self.weight[basis][torch.tensor(order)]
             columns = {"importance": importance.expand_as(weight), "weight": weight, "r2": r2}
             flat = {name: values.flatten().numpy() for name, values in columns.items()}
             tables.append(pd.DataFrame(flat, index=index).reset_index())

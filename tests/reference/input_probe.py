@@ -1,0 +1,58 @@
+"""Maps back to the input from whole matrices: `lstsq`, all distances, and logits of the whole vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+
+def residuals(model, tokens, keep):
+    """By row, the residual stream of the kept positions, in float64."""
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    rows = [cache["blocks.0.hook_resid_pre"]]
+    rows += [cache[f"blocks.{layer}.hook_resid_post"] for layer in range(model.cfg.n_layers)]
+    return [row[keep].double() for row in rows]
+
+
+def fit(X, Y):
+    """Least squares with an intercept; of several solutions that of least norm."""
+    # gelsd gives that one; the others need a stream of full rank, which a centred one has but for the
+    # rounding of float32
+    rounding = X.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+    M = torch.linalg.lstsq(X - X.mean(0), Y - Y.mean(0), rcond=rounding, driver="gelsd").solution
+    return M, Y.mean(0) - X.mean(0) @ M
+
+
+def fit_ridge(X, Y, ridge):
+    """The same with a ridge, as least squares of the data and of d_model further rows."""
+    d_model = X.shape[1]
+    centred = X - X.mean(0)
+    penalty = (ridge * centred.pow(2).mean(0).mean() * len(X)).sqrt() * torch.eye(d_model).double()
+    wanted = torch.cat([Y - Y.mean(0), torch.zeros(d_model, Y.shape[1]).double()])
+    M = torch.linalg.lstsq(torch.cat([centred, penalty]), wanted).solution
+    return M, Y.mean(0) - X.mean(0) @ M
+
+
+def accuracy(guesses, C, ids):
+    distances = (guesses[:, None, :] - C.double()[None]).pow(2).sum(-1)
+    return (distances.argmin(1) == ids).double().mean()
+
+
+def r2(guesses, Y):
+    """Of each element, and of all."""
+    errors, squares = (guesses - Y).pow(2).sum(0), (Y - Y.mean(0)).pow(2).sum(0)
+    return 1 - errors / squares, 1 - errors.sum() / squares.sum()
+
+
+def cosine(M, C, A):
+    """Of `M C.T` and `A.T`, the logits of all tokens, less the means over the vocabulary."""
+    logits = M.double() @ (C.double() - C.double().mean(0)).T
+    other = (A.double() - A.double().mean(0)).T
+    return (logits * other).sum() / (logits.norm() * other.norm())
+
+
+def random_map(M, draw):
+    """M with its singular vectors replaced; `draw` gives orthogonal matrices by size."""
+    s = torch.linalg.svdvals(M.double())
+    U, V = draw(M.shape[0]), draw(M.shape[1])
+    return U[:, : len(s)] @ torch.diag(s) @ V.T
