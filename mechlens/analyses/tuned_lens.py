@@ -110,6 +110,7 @@ def train_tuned_lens(
         "steps": steps,
         "batch_tokens": per_step * train.shape[1],
         "length": train.shape[1],
+        "held_out": held_out,
         "learning_rate": learning_rate,
         "seed": seed,
     }
@@ -404,10 +405,13 @@ def _load(file: Path, arguments: dict[str, Any], model: LensModel) -> _Training:
     found = json.loads(header)
     theirs, ours = _flat(found["arguments"]), _flat(arguments)
     differ = [
-        f"{name} {theirs.get(name)!r}, not {ours[name]!r}" if name != "corpus" else "another corpus"
+        f"{name} {theirs.get(name)!r}, not {ours[name]!r}"
         for name in ours
-        if theirs.get(name) != ours[name]
+        if name != "corpus" and theirs.get(name) != ours[name]
     ]
+    # other arguments choose other windows of the same corpus
+    if not differ and theirs.get("corpus") != ours["corpus"]:
+        differ = ["another corpus"]
     if differ:
         raise ValueError(
             f"the training in {file} was begun with {', '.join(differ)}: use the same arguments to go on "

@@ -1,0 +1,302 @@
+"""Training a tuned lens, against automatic gradients and PyTorch's own optimiser, on real small models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mechlens.analyses import tuned_lens as module
+from mechlens.analyses.tuned_lens import train_tuned_lens
+from mechlens.models.load import load_model
+from mechlens.models.protocol import describe
+from mechlens.models.sampling import sample_tokens
+from mechlens.results import TunedLens
+from tests.reference import tuned_lens as reference
+from tests.shared import SHARED, needs_shared
+
+
+def windows(count=40, length=8):
+    draw = torch.Generator().manual_seed(3)
+    return torch.randint(4, 50, (count, length), generator=draw)
+
+
+SMALL = {"steps": 6, "batch_tokens": 24, "held_out": 8, "learning_rate": 0.01}
+"""Of windows of 8 tokens: 3 in a batch."""
+
+
+@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2"])
+def wide_model(request, tiny_directories):
+    """In float64, where Adam's division by the size of a gradient magnifies no rounding."""
+    return load_model(tiny_directories / request.param, dtype="float64", processing=request.param != "gpt2")
+
+
+def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> None:
+    corpus = windows()
+    lens = train_tuned_lens(wide_model, corpus, seed=2, **SMALL)
+    # 6 x 3 windows and the 8 held out are read; of these 26 every third is held out
+    aside = [2, 5, 8, 11, 14, 17, 20, 23]
+    train = corpus[[index for index in range(26) if index not in aside]]
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
+    layers = reference.train(wide_model, [train[some] for some in order.view(6, 3)], 0.01)
+    assert lens.rows == ("embed", "0")
+    for row, layer in enumerate(layers):
+        assert lens.weight[row].abs().max() > 0.005
+        # rounding in float64, where sums are taken in another order
+        assert torch.allclose(lens.weight[row], layer.weight.T, atol=1e-8)
+        assert torch.allclose(lens.bias[row], layer.bias, atol=1e-8)
+    rest = corpus[aside]
+    with torch.no_grad():
+        final = wide_model(rest)
+        for row, resid in enumerate(reference.residuals(wide_model, rest)):
+            plain = reference.kl(final, reference.logits(wide_model, resid)).mean()
+            translated = lens.translate(["embed", "0", "1"][row], resid)
+            tuned = reference.kl(final, reference.logits(wide_model, translated)).mean()
+            # the lens keeps its KL in float32
+            assert float(lens.kl_plain[row]) == pytest.approx(float(plain), rel=1e-6, abs=1e-9)
+            assert float(lens.kl_tuned[row]) == pytest.approx(float(tuned), rel=1e-6, abs=1e-9)
+    assert lens.held_out_tokens == 64
+    assert lens.train_tokens == 144
+    assert (lens.batch_tokens, lens.length, lens.steps, lens.seed) == (24, 8, 6, 2)
+
+
+def test_pieces_make_the_same_lens_as_the_whole(tiny_bos_model, monkeypatch) -> None:
+    whole = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    # one window is run at a time, and three positions have logits
+    monkeypatch.setattr(module, "RESIDUAL_BYTES", 1)
+    monkeypatch.setattr(module, "LOGIT_BYTES", 3 * 4 * 64)
+    pieces = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    # float32 sums in another order, which Adam divides by their own size
+    assert torch.allclose(pieces.weight, whole.weight, atol=2e-3)
+    assert (pieces.weight - whole.weight).abs().mean() < 1e-5
+    assert torch.allclose(pieces.kl_tuned, whole.kl_tuned, atol=1e-4)
+
+
+def test_a_corpus_that_is_too_short_for_all_steps_is_used_again(tiny_bos_model) -> None:
+    lens = train_tuned_lens(tiny_bos_model, windows(14), **SMALL)
+    assert lens.train_tokens == 6 * 8
+    again = module._chosen(1, 4, 6, seed=1).tolist()
+    first = module._chosen(0, 4, 6, seed=1).tolist()
+    assert sorted(first + again[:2]) == [0, 1, 2, 3, 4, 5], "each window once before any comes again"
+
+
+@pytest.mark.parametrize("processing", [True, False])
+def test_it_brings_every_row_of_the_bundled_model_nearer(processing) -> None:
+    model = load_model(processing=processing)
+    text = sample_tokens(model, batch=112, seq_len=24)
+    lens = train_tuned_lens(model, text, steps=24, batch_tokens=192, held_out=16)
+    assert lens.rows == ("embed", "0", "1", "2")
+    assert (lens.kl_tuned[:-1] < 0.9 * lens.kl_plain[:-1]).all()
+    # the last row is the model itself, to the rounding of float32
+    assert (lens.kl_plain[-1], lens.kl_tuned[-1]) == (pytest.approx(0, abs=1e-5), lens.kl_plain[-1])
+    assert lens.prepend_bos
+    lens.check_fits(describe(model))
+
+
+@needs_shared
+def test_it_brings_every_row_nearer_on_books_it_has_not_read(bundled) -> None:
+    corpus = SHARED / "corpus"
+    lens = train_tuned_lens(
+        bundled,
+        corpus / "books-train.jsonl.gz",
+        held_out_corpus=corpus / "books-validation.jsonl.gz",
+        steps=16,
+        batch_tokens=256,
+        length=64,
+        held_out=16,
+    )
+    assert (lens.kl_tuned[:-1] < 0.9 * lens.kl_plain[:-1]).all()
+    assert lens.held_out_tokens == 16 * 64
+
+
+def test_a_narrow_model_is_trained_in_float32(tiny_directories) -> None:
+    """Where rounding hides small changes of a weight, and statistics would be worth little."""
+    narrow = load_model(tiny_directories / "llama", dtype="bfloat16")
+    options = SMALL | {"steps": 30}
+    lens = train_tuned_lens(narrow, windows(120), **options)
+    assert lens.weight.dtype == lens.kl_tuned.dtype == torch.float32
+    assert (lens.kl_tuned[:-1] < lens.kl_plain[:-1]).all()
+    same = train_tuned_lens(load_model(tiny_directories / "llama"), windows(120), **options)
+    # bfloat16 has 8 bits
+    assert torch.allclose(lens.kl_tuned, same.kl_tuned, rtol=0.05, atol=0.02)
+
+
+def test_the_model_is_left_as_it_was(tiny_bos_model) -> None:
+    before = {name: value.clone() for name, value in tiny_bos_model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in tiny_bos_model.parameters()]
+    tiny_bos_model.train()
+    try:
+        train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+        assert all(module.training for module in tiny_bos_model.modules())
+    finally:
+        tiny_bos_model.eval()
+    assert all(parameter.grad is None for parameter in tiny_bos_model.parameters())
+    assert [parameter.requires_grad for parameter in tiny_bos_model.parameters()] == flags
+    assert all(torch.equal(value, before[name]) for name, value in tiny_bos_model.state_dict().items())
+    assert not any(point.fwd_hooks for point in tiny_bos_model.hook_dict.values())
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """As an interruption from the keyboard, no Exception."""
+
+
+def interrupted(model, *, after: int, **options) -> None:
+    """Train until the model has been run a number of times."""
+    runs = 0
+
+    def count(*_):
+        nonlocal runs
+        runs += 1
+        if runs > after:
+            raise Stop
+
+    handle = model.blocks[0].register_forward_pre_hook(count)
+    try:
+        with pytest.raises(Stop):
+            train_tuned_lens(model, windows(), **options)
+    finally:
+        handle.remove()
+
+
+def test_a_training_goes_on_where_it_was_interrupted(tiny_bos_model, tmp_path) -> None:
+    state = tmp_path / "state.safetensors"
+    whole = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    for after in (5, 3):
+        interrupted(tiny_bos_model, after=after, state=state, **SMALL)
+    # two runs before each training tell whether the model can be read, and each step takes one
+    assert _step(state) == 4
+    resumed = train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+    assert resumed == whole, "bit for bit"
+    assert _step(state) == 6
+    assert train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL) == whole, "nothing is left to do"
+    assert list(tmp_path.glob(".*")) == []
+
+
+def _step(state) -> int:
+    import json
+
+    from safetensors import safe_open
+
+    with safe_open(state, "pt") as file:
+        return int(json.loads(file.metadata()["mechlens_training"])["step"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "begun with seed 0, not 1: use the same arguments"),
+        (
+            {"steps": 7, "learning_rate": 0.02},
+            "begun with steps 6, not 7, learning_rate 0.01, not",
+        ),
+        ({"batch_tokens": 16}, "batch_tokens 24, not 16"),
+        ({"held_out": 9}, "begun with held_out 8, not 9: use"),
+        ({"corpus": windows(count=41)[1:]}, "begun with another corpus: use"),
+    ],
+)
+def test_another_training_is_not_gone_on_with(tiny_bos_model, tmp_path, change, message) -> None:
+    state = tmp_path / "state.safetensors"
+    train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+    options = {"corpus": windows(), **SMALL, **change}
+    with pytest.raises(ValueError, match=message):
+        train_tuned_lens(tiny_bos_model, options.pop("corpus"), state=state, **options)
+
+
+def test_another_models_training_is_not_gone_on_with(tiny_directories, tiny_bos_model, tmp_path) -> None:
+    state = tmp_path / "state.safetensors"
+    train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+    raw = load_model(tiny_directories / "gpt2", processing=False)
+    with pytest.raises(ValueError, match="model's processing True, not False"):
+        train_tuned_lens(raw, windows(), state=state, **SMALL)
+
+
+def test_a_state_that_is_none_is_said_to_be_none(tiny_bos_model, tmp_path) -> None:
+    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    saved = lens.save(tmp_path / "lens.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    for state, message in (
+        (saved, "is not the state of a tuned lens's training"),
+        (tmp_path / "junk.safetensors", "is no whole .safetensors file"),
+        (tmp_path / "state.pt", "saved as a .safetensors file"),
+        (tmp_path / "no" / "state.safetensors", "there is no folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+    assert TunedLens.load(saved) == lens, "what was refused is not overwritten"
+
+
+# -- errors and the bar ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, but is 0"),
+        ({"held_out": 0}, "held_out must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"held_out": 38}, "makes 40 windows, but a batch takes 3 and 38 are held out: give more text"),
+        ({"corpus": ["abc"]}, "makes 0 windows, but"),
+        ({"held_out_corpus": ["abc"]}, "held-out corpus makes no window of 8 tokens"),
+        ({"length": 9}, "8 tokens long, but windows of 9"),
+    ],
+)
+def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, change, message) -> None:
+    options = {"corpus": windows(), **SMALL, **change}
+    with pytest.raises(ValueError, match=message):
+        train_tuned_lens(tiny_bos_model, options.pop("corpus"), **options)
+
+
+def test_the_bar_shows_the_loss(tiny_bos_model, capsys) -> None:
+    train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    assert capsys.readouterr() == ("", "")
+    train_tuned_lens(tiny_bos_model, windows(), progress=True, **SMALL)
+    shown = capsys.readouterr().err
+    assert "6/6" in shown
+    loss = float(shown.rsplit("loss=", 1)[1].split("]")[0])
+    assert 0 < loss < math.log(64) * 10
+
+
+# -- the lens itself -------------------------------------------------------------------------------
+
+
+def test_translating(tiny_bos_model) -> None:
+    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    for row, name in enumerate(("embed", "0")):
+        expected = x.clone()
+        for b in range(2):
+            for pos in range(5):
+                expected[b, pos] += lens.weight[row].T @ x[b, pos] + lens.bias[row]
+        # float32 sums in another order
+        assert torch.allclose(lens.translate(name, x), expected, atol=1e-5)
+    assert torch.equal(lens.translate("1", x), x)
+    narrow = lens.translate("0", x.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, lens.translate("0", x.bfloat16().float()).bfloat16()), (
+        "rounded once, at the end"
+    )
+    with pytest.raises(ValueError, match="no row '2'; there are: embed, 0, 1"):
+        lens.translate("2", x)
+
+
+def test_a_lens_knows_its_weights(tiny_bos_model, tiny_directories) -> None:
+    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    lens.check_fits(describe(load_model(tiny_directories / "gpt2", dtype="bfloat16")))
+    raw = describe(load_model(tiny_directories / "gpt2", processing=False))
+    with pytest.raises(ValueError, match=r"processing True, not False; load the model with processing=True"):
+        lens.check_fits(raw)
+    other = describe(load_model(tiny_directories / "gpt_neox"))
+    with pytest.raises(ValueError, match=r"of name 'gpt2', not 'gpt_neox', architecture .*; train a lens on"):
+        lens.check_fits(other)
+
+
+def test_its_table(tiny_bos_model) -> None:
+    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    table = lens.to_dataframe()
+    assert list(table.row) == ["embed", "0", "1"]
+    assert torch.equal(torch.tensor(table.kl_tuned.to_numpy()).float(), lens.kl_tuned)
+    assert torch.equal(torch.tensor(table.kl_plain.to_numpy()).float(), lens.kl_plain)

@@ -1,0 +1,52 @@
+"""The picture of a tuned lens holds its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mechlens.plots.tuned_lens import plot_tuned_lens
+from tests.test_results import MODEL, tuned_lens
+
+
+def lens():
+    return dataclasses.replace(
+        tuned_lens(),
+        model=dataclasses.replace(MODEL, n_layers=2, name="<b>tiny</b> $x$"),
+        kl_plain=torch.tensor([4.0, 2.0, 1e-7]),
+        kl_tuned=torch.tensor([1.0, 0.5, 1e-7]),
+        held_out_tokens=12345,
+        steps=250,
+    )
+
+
+def test_both_lines_are_drawn_without_the_last_layer() -> None:
+    figure = plot_tuned_lens(lens())
+    assert {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data} == {
+        "plain": (["embed", "0"], [4.0, 2.0]),
+        "tuned": (["embed", "0"], [1.0, 0.5]),
+    }
+    assert figure.data[1].hovertext[1] == "row 0, tuned: 0.500 nats"
+    title = figure.layout.title.text
+    assert "&lt;b&gt;tiny&lt;/b&gt; &#36;x&#36;" in title
+    assert "12,345 tokens; 250 steps" in title
+
+
+def test_lines_are_told_apart_without_colour() -> None:
+    plain, tuned = plot_tuned_lens(lens()).data
+    assert plain.line.dash != tuned.line.dash
+    assert plain.marker.symbol != tuned.marker.symbol
+
+
+def test_a_distance_of_zero_has_no_place_on_a_logarithmic_axis() -> None:
+    figure = plot_tuned_lens(dataclasses.replace(lens(), kl_tuned=torch.tensor([1.0, 0.0, 0.0])))
+    assert figure.layout.yaxis.type == "log"
+    assert list(figure.data[1].y) == [1.0, None]
+
+
+def test_a_lens_without_figures_is_refused() -> None:
+    unmeasured = dataclasses.replace(tuned_lens(), kl_tuned=torch.full((3,), torch.nan))
+    with pytest.raises(ValueError, match=r"no held-out KL to draw \(it is 'a checkpoint'\)"):
+        plot_tuned_lens(unmeasured)
