@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         plot_log_probs,
         plot_scores_against_nulls,
     )
+    from mechlens.plots.input_probe import plot_input_probe
     from mechlens.plots.logit_lens import plot_lens_lines, plot_logit_lens, plot_sub_blocks
     from mechlens.plots.logit_variance import plot_logit_variance
     from mechlens.plots.tuned_lens import plot_tuned_lens
@@ -67,6 +68,7 @@ _HOMES = {
         "plot_log_probs",
         "plot_scores_against_nulls",
     ),
+    "mechlens.plots.input_probe": ("plot_input_probe",),
     "mechlens.plots.logit_lens": ("plot_lens_lines", "plot_logit_lens", "plot_sub_blocks"),
     "mechlens.plots.logit_variance": ("plot_logit_variance",),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),

@@ -83,7 +83,7 @@ class InputProbe(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per basis, kind of map and row: accuracy with its interval and chance, r2, and of the map
-        that reads the row both similarities and the correlation of weight and importance, with their nulls."""
+        that reads the row both similarities and the correlation of weight and importance with their nulls."""
         import pandas as pd
 
         records: list[dict[str, Any]] = []
