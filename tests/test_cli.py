@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -11,9 +12,11 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 
 from mechlens import cli
-from mechlens.results import HeadScores, load
+from mechlens.models.protocol import describe
+from mechlens.results import HeadScores, LogitLensResult, TunedLens, load
 from tests.shared import STORIES, needs_shared
 
 SMALL = ["--batch", "2", "--n-seeds", "1"]
@@ -74,6 +77,19 @@ def test_no_arguments_show_the_help(capsys):
         (["lens", "a b", "--stat", "colour"], "--stat must be one of probability"),
         (["lens", "a b", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
         (["lens", "a b", "--component", "resid"], "component must be one of"),
+        (["lens", "a b", "--json", "--csv"], "--json and --csv exclude each other"),
+        (["lens", "a b", "--decoder", "norm_only"], "--decoder norm_only needs the weights as they were"),
+        (["lens", "a b", "--decoder", "some", "--raw"], "decoder must be one of final_norm, norm_only, none"),
+        (["lens", "a b", "--tuned-lens", "x", "--decoder", "none"], "leave out --decoder"),
+        (["lens", "a b", "--tuned-lens", "gpt2"], "a published tuned lens needs the weights as they were"),
+        (["lens", "a b", "--tuned-lens", "no.safetensors"], "no such result file: no.safetensors"),
+        (["lens", "a b", "--stat", "kl_input", "--out", "x.html"], "is not tied to its embedding"),
+        (["lens", "a b", "--stat", "kl_input", "--out", "x.csv"], "is not tied to its embedding"),
+        (["lens", "a b", "--stat", "rank", "--high", "1", "--out", "x.html"], "need a high above 1"),
+        (["lens", "a b", "--stat", "kl", "--of", "input"], "--of is for --stat rank and probability"),
+        (["lens", "a b", "--stat", "rank", "--of", " the"], "--of must be one of 'final', 'input', 'next' ("),
+        (["lens", "a b", "--target", " captain of"], "tokens, not one: ["),
+        (["lens", "a b", "--layer", "4"], "there is no layer 4"),
         (["lens", ""], "the text is empty"),
         (["models", "gpt22"], "did you mean gpt2"),
         (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
@@ -205,19 +221,107 @@ def test_the_version(capsys):
     assert re.fullmatch(r"mechlens \d+\.\d+\.\d+\n", out)
 
 
+TEXT = "one two three one two three one two"
+
+
 def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
-    text = "one two three one two three one two"
-    code, out, _ = run(capsys, "lens", text, "--out", tmp_path / "lens.html")
+    code, out, _ = run(capsys, "lens", TEXT, "--out", tmp_path / "lens.html")
     assert code == 0
     assert "embed" in out
     assert "*" in out, "the repetition is foretold"
-    assert "Plotly.newPlot" in (tmp_path / "lens.html").read_text()
-    code, out, _ = run(capsys, "lens", text, "--json", "--out", tmp_path / "lens.csv")
+    page = (tmp_path / "lens.html").read_text()
+    assert "Plotly.newPlot" in page
+    assert "default-src 'none'" in page
+    assert "no published figure" not in page
+    code, out, _ = run(capsys, "lens", TEXT, "--json", "--out", tmp_path / "lens.csv")
     table = pd.read_csv(tmp_path / "lens.csv", keep_default_na=False, na_values=[""])
-    rows = json.loads(out)
-    assert len(rows) == len(table) == 5 * (rows[-1]["pos"] + 1)
-    assert rows[-1]["rank_next"] is None, "the last position has no label"
-    assert rows[0]["kl_final"] == pytest.approx(float(table.kl_final.iloc[0]), abs=1e-6)
+    found = json.loads(out)
+    cells = found["cells"]
+    assert found["rows"] == ["embed", "0", "1", "2", "3"]
+    assert len(cells) == len(table) == 5 * (cells[-1]["pos"] + 1)
+    assert cells[-1]["rank_next"] is None, "the last position has no label"
+    assert cells[0]["kl_final"] == pytest.approx(float(table.kl_final.iloc[0]), abs=1e-6)
+    assert [len(cell["top"]) for cell in cells] == [5] * len(cells)
+    code, out, err = run(capsys, "lens", TEXT, "--csv")
+    assert (code, err) == (0, "")
+    assert out == (tmp_path / "lens.csv").read_text()
+    code, out, err = run(capsys, "lens", TEXT, "--quiet")
+    assert (code, out, err) == (0, "", "")
+
+
+def test_every_option_of_lens_reaches_the_analysis(capsys, tmp_path):
+    path = tmp_path / "lens.safetensors"
+    arguments = ["--component", "attn_out", "--onto-stream", "--decoder", "norm_only", "--raw", "--no-bos"]
+    arguments += ["--layer", "1", "--layer", "3", "--target", " two", "--target", " three", "--top-k", "3"]
+    arguments += ["--last-blocks", "1", "--dtype", "bfloat16"]
+    code, out, _ = run(capsys, "lens", TEXT, *arguments, "--out", path)
+    assert code == 0
+    saved = LogitLensResult.load(path)
+    assert (saved.component, saved.onto_stream, saved.decoder) == ("attn_out", True, "norm_only")
+    assert saved.rows == ("embed", "1", "3")
+    assert saved.top_ids.shape[-1] == 3
+    assert list(saved.target_ids) == [" two", " three"]
+    assert saved.last_blocks == 1
+    assert (saved.prepend_bos, saved.model.processing, saved.model.dtype) == (False, False, "bfloat16")
+    assert "·two rank" in out
+    assert "Targets after" in out
+    assert "attn_out onto the stream, decoder norm_only, through the last 1 blocks" in out
+
+
+def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
+    path = tmp_path / "lens.html"
+    arguments = ["--stat", "rank", "--of", " two", "--target", " two", "--high", "50.0"]
+    code, _, _ = run(capsys, "lens", TEXT, *arguments, "--out", path, "--quiet")
+    assert code == 0
+    page = path.read_text()
+    assert "rank of ·two" in page
+    assert json.dumps("≥ 50") in page
+    command = html.unescape(re.search(r"mechlens lens [^<]*", page)[0])
+    words = shlex.split(command)[1:]
+    assert words == ["lens", *arguments[:4], "--high", "50.0", "--target", " two", "--out", str(path), TEXT]
+
+
+def test_lens_reads_a_text_longer_than_the_context(capsys):
+    code, out, _ = run(capsys, "lens", "one two three " * 250, "--layer", "3", "--csv")
+    assert code == 0
+    assert len(out.splitlines()) > 2 * 512
+    code, out, _ = run(capsys, "lens", "one two three " * 250, "--layer", "3")
+    assert "Shown: the last 64 of" in out
+
+
+def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
+    model = describe(bundled)
+    size = (4, model.d_model, model.d_model)
+    nan = torch.full((5,), torch.nan)
+    names = ("steps", "batch_tokens", "length", "train_tokens", "held_out_tokens")
+    identity = TunedLens(
+        model=model,
+        rows=("embed", "0", "1", "2"),
+        weight=torch.zeros(size),
+        bias=torch.zeros(size[:2]),
+        kl_plain=nan,
+        kl_tuned=nan,
+        source="trained",
+        **dict.fromkeys(names),
+        learning_rate=None,
+        seed=None,
+        prepend_bos=None,
+    )
+    path = identity.save(tmp_path / "tuned.safetensors")
+    code, out, _ = run(capsys, "lens", TEXT, "--tuned-lens", path, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["decoder"] == "tuned_lens"
+    plain = json.loads(run(capsys, "lens", TEXT, "--json")[1])
+    # what does nothing changes nothing
+    assert [cell["kl_final"] for cell in found["cells"]] == [cell["kl_final"] for cell in plain["cells"]]
+    code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
+    assert code == 2
+    assert "this tuned lens was trained on processed weights: leave out --raw" in err
+    raw = dataclasses.replace(identity, model=dataclasses.replace(model, processing=False))
+    code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", raw.save(tmp_path / "raw.safetensors"))
+    assert code == 2
+    assert "this tuned lens needs the weights as they were trained: add --raw" in err
 
 
 @needs_shared

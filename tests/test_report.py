@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+import torch
 
 from mechlens.plots.heads import plot_attention_heatmap
 from mechlens.report import (
@@ -21,12 +23,14 @@ from mechlens.report import (
     Table,
     attention_section,
     head_scores_section,
+    lens_section,
     render_report,
     repeated_token_section,
+    sub_blocks_section,
     verdict_statement,
     write_report,
 )
-from mechlens.results import Comparison
+from mechlens.results import Comparison, LogitLensResult
 from tests import hand_made
 
 EVIL = "<script>alert(1)</script></script><!--<img src=x onerror=alert(1)>\"' onclick='x'&lt;"
@@ -252,3 +256,84 @@ def test_wrong_paths_are_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "r.txt", title="t", model=hand_made.model())
     with pytest.raises(ValueError, match=r"there is no folder .*missing"):
         write_report(tmp_path / "missing" / "r.html", title="t", model=hand_made.model())
+
+
+# -- the lens --------------------------------------------------------------------------------------
+
+
+def long_lens(n_pos: int) -> LogitLensResult:
+    """Rows embed and 0 of equal tokens; the KL at position p is p."""
+    values = torch.arange(float(n_pos)).expand(2, 1, n_pos)
+    return dataclasses.replace(
+        hand_made.lens(),
+        tokens=torch.ones(1, n_pos, dtype=torch.long),
+        mask=torch.ones(1, n_pos, dtype=torch.bool),
+        positions=tuple(range(n_pos)),
+        context_length=torch.arange(1, n_pos + 1)[None],
+        top_ids=torch.ones(2, 1, n_pos, 1, dtype=torch.long),
+        top_probabilities=torch.ones(2, 1, n_pos, 1),
+        entropy=values,
+        kl_final=values,
+        kl_input=values,
+        final_ids=torch.ones(1, n_pos, dtype=torch.long),
+        log_prob={"final": -values},
+        rank={"final": 1 + values},
+        target_ids={},
+    )
+
+
+def test_a_long_lens_is_drawn_in_stretches_of_one_scale() -> None:
+    section = lens_section(long_lens(40), ("kl", "probability"))
+    heatmaps = [part for part in section.parts if part.keeps_width]  # type: ignore[union-attr]
+    assert len(heatmaps) == 6
+    drawn = [part.figure.data[0] for part in heatmaps[:3]]  # type: ignore[union-attr]
+    assert [len(each.x) for each in drawn] == [14, 14, 12]
+    assert [each.zmax for each in drawn] == [39.0] * 3
+    assert [value for each in drawn for value in each.z[0]] == list(range(40))
+    # no stretch is wider than the page
+    assert max(part.figure.layout.width for part in heatmaps) <= 1120  # type: ignore[union-attr]
+    (lines,) = [part for part in section.parts if part not in heatmaps]
+    assert [trace.name.split()[0] for trace in lines.figure.data[::2]] == [*map(str, range(34, 40))]  # type: ignore[union-attr]
+    assert set(section.terms) >= {"KL(final ‖ layer)", "Rank", "Probability of the top guess"}
+    assert "Entropy" not in section.terms
+
+
+def test_lens_section_takes_what_is_drawn() -> None:
+    section = lens_section(hand_made.lens(), "rank", target=" a", high=50, lines=(), positions=[0, 1])
+    (part,) = section.parts
+    assert isinstance(part, Plot)
+    assert part.figure.data[0].colorbar.title.text == "rank of ·a"
+    assert part.figure.data[0].zmax == pytest.approx(math.log10(50))
+    assert "Tokens read: <s> ·a" in part.description
+    assert len(lens_section(hand_made.lens(), "kl", target=" a").parts) == 2, "the lines are of the target"
+    with pytest.raises(ValueError, match="high is of one statistic, but there are rank, kl"):
+        lens_section(hand_made.lens(), ("rank", "kl"), high=5)
+
+
+def test_sub_blocks_have_a_section() -> None:
+    attn, mlp = (hand_made.sub_block_lens(name, 0.5) for name in ("attn_out", "mlp_out"))
+    section = sub_blocks_section(attn, mlp, ("kl", "rank"))
+    assert [part.figure.layout.yaxis.ticktext[1] for part in section.parts] == ["0 attn"] * 2  # type: ignore[union-attr]
+
+
+def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
+    page = render_report(
+        title="t", model=hand_made.model(), comparisons=None, sections=[lens_section(hand_made.lens(), "kl")]
+    )
+    elements = Page(page)
+    (scrolled,) = [each for each in elements.of("div") if each.get("class") == "scroll"]
+    assert scrolled["tabindex"] == "0"
+    assert "Heatmap of top guesses" in str(scrolled["aria-label"])
+    styles = [each["style"] for each in elements.of("div") if each.get("class") == "plot"]
+    assert re.fullmatch(r"height:\d+px;width:\d+px", str(styles[0]))
+    assert "max-width" in str(styles[1])
+    assert "Published and measured" not in page
+    assert "Kullback-Leibler divergence" in page
+
+
+def test_markup_in_a_token_of_a_lens_adds_no_element() -> None:
+    def page(token: str) -> str:
+        found = dataclasses.replace(hand_made.lens(), strings=dict.fromkeys("0123", token))
+        return render_report(title="t", model=hand_made.model(), sections=[lens_section(found)])
+
+    assert counts(page(EVIL)) == counts(page("plain"))

@@ -189,7 +189,7 @@ def plot_sub_blocks(
         ValueError: the two are no such pair, or differ in model, tokens, layers or decoder, and as
             `plot_logit_lens`.
     """
-    both = _interleaved(attn, mlp)
+    both = stacked(attn, mlp)
     return _draw(
         both, lens_stat(both, stat, target), row, positions, high, "sub-block", "Logit lens by sub-block"
     )
@@ -326,7 +326,7 @@ def _draw(
         template=TEMPLATE,
         title_text=titles(
             title,
-            " · ".join(_facts(result)),
+            " · ".join(facts(result)),
             f"cells: top guess, bold where it is what follows; colour: {stat.title}",
         ),
         width=round(max(520, 168 + column_width * len(columns))),
@@ -376,6 +376,15 @@ def _columns(result: LogitLensResult, row: int, positions: Sequence[int] | None)
     if not columns:
         raise ValueError("no position is asked for")
     return columns
+
+
+def shown_positions(result: LogitLensResult, row: int) -> list[int]:
+    """The positions of a sequence that were read and are no padding.
+
+    Raises:
+        ValueError: no such sequence, or nothing but padding was read.
+    """
+    return [result.positions[column] for column in _columns(result, row, None)]
 
 
 def followers(result: LogitLensResult, row: int) -> dict[int, int]:
@@ -478,7 +487,7 @@ def _colour_bar(stat: LensStat, top: float, n_rows: int, *, cut: bool) -> dict[s
     return bar | {"dtick": None, "tickmode": "array", "tickvals": ticks, "ticktext": texts}
 
 
-def _facts(result: LogitLensResult) -> list[str]:
+def facts(result: LogitLensResult) -> list[str]:
     """What was read and how, in a few words each."""
     facts = [result.model.name, result.component + (" onto the stream" if result.onto_stream else "")]
     if result.decoder != "final_norm":
@@ -488,7 +497,7 @@ def _facts(result: LogitLensResult) -> list[str]:
     return facts
 
 
-def _interleaved(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
+def stacked(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
     """Two lenses as one: the row embed, then of each layer a row of the first and one of the second."""
     if (attn.component, mlp.component) not in _PAIRS:
         raise ValueError(
@@ -542,7 +551,7 @@ def _lay_out_lines(
         template=TEMPLATE,
         title_text=titles(
             f"{title[0].upper()}{title[1:]} by {named}",
-            " · ".join(_facts(result)),
+            " · ".join(facts(result)),
         ),
         width=min(1100, 560 + 22 * n_rows),
         height=170 + 250 * len(shown),

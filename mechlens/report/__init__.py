@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechlens.report.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.report.lens import lens_section, sub_blocks_section
 from mechlens.report.page import (
     Interactive,
     Plot,
@@ -20,8 +21,10 @@ __all__ = [
     "Table",
     "attention_section",
     "head_scores_section",
+    "lens_section",
     "render_report",
     "repeated_token_section",
+    "sub_blocks_section",
     "verdict_statement",
     "write_report",
 ]

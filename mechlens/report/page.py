@@ -33,6 +33,8 @@ class Plot:
     """What it shows, for readers who cannot see it."""
     wide: bool = True
     """Whether it takes the page's whole width; two narrow ones share a row."""
+    keeps_width: bool = False
+    """Whether it keeps its own width, and is scrolled sideways where the page is narrower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def write_report(
     *,
     title: str,
     model: ModelInfo,
-    comparisons: Sequence[Comparison] = (),
+    comparisons: Sequence[Comparison] | None = (),
     sections: Sequence[Section] = (),
     command: str | None = None,
 ) -> Path:
@@ -84,7 +86,8 @@ def write_report(
     Args:
         path: the file, ending in `.html`; its folder must exist.
         model: what the results were measured on.
-        comparisons: published figures beside the measured ones, for the table at the top.
+        comparisons: published figures beside the measured ones, for the table at the top; None leaves that
+            chapter out.
         sections: what follows, in this order.
         command: the command line that makes the same report.
 
@@ -112,13 +115,15 @@ def render_report(
     *,
     title: str,
     model: ModelInfo,
-    comparisons: Sequence[Comparison] = (),
+    comparisons: Sequence[Comparison] | None = (),
     sections: Sequence[Section] = (),
     command: str | None = None,
 ) -> str:
     """The page that `write_report` writes, as text."""
     terms = {term: text for section in sections for term, text in section.terms.items()}
-    chapters = [("published-and-measured", "Published and measured", _comparisons(comparisons))]
+    chapters = []
+    if comparisons is not None:
+        chapters.append(("published-and-measured", "Published and measured", _comparisons(comparisons)))
     used: list[Plot | Interactive] = []
     for at, section in enumerate(sections, start=1):
         parts = "\n".join(_part(part, used) for part in section.parts)
@@ -266,12 +271,16 @@ def _part(part: Plot | Table | Interactive, used: list[Plot | Interactive]) -> s
         )
     layout = part.figure.layout
     style = f"height:{layout.height or 450}px"
-    if part.wide and layout.width:
+    if part.keeps_width and layout.width:
+        style += f";width:{layout.width}px"
+    elif part.wide and layout.width:
         style += f";max-width:{layout.width}px"
-    return (
-        f'<figure{" class=wide" if part.wide else ""}><div id="{place}" class="plot" role="img" '
-        f'aria-label="{escape(part.description)}" style="{style}"></div>{caption}</figure>'
-    )
+    label = escape(part.description)
+    plot = f'<div id="{place}" class="plot" role="img" aria-label="{label}" style="{style}"></div>'
+    if part.keeps_width:
+        # who has no mouse scrolls it by keyboard
+        plot = f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{plot}</div>'
+    return f"<figure{' class=wide' if part.wide else ''}>{plot}{caption}</figure>"
 
 
 def _table(table: Table) -> str:

@@ -5,21 +5,31 @@ Heavy imports stand inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mechlens import terminal
-
-if TYPE_CHECKING:
-    from mechlens.models.protocol import LensModel
-
-BUNDLED = "mechlens-books"
+from mechlens.cli import options
+from mechlens.cli.lens import lens
+from mechlens.cli.options import (
+    BUNDLED,
+    BatchOption,
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    ModelOption,
+    QuietOption,
+    RevisionOption,
+    SeedOption,
+    SeedsOption,
+)
 
 app = typer.Typer(
     name="mechlens",
@@ -27,26 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")
-]
-DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
-SeedOption = Annotated[
-    int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
-]
-SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="How many seeds.")]
-LengthOption = Annotated[int, typer.Option(min=1, help="Random tokens in one copy.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per seed.")]
-BosOption = Annotated[
-    bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS. [default: where the model has one]")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
 @app.command(
@@ -72,8 +62,8 @@ def reproduce(
     """Reproduce the induction-head findings on a model: how well it continues repeated random tokens, and
     which of its heads do that. Prints published beside measured figures and writes results (.safetensors),
     tables (.csv) and report.html."""
-    _check_folder(out)
-    loaded = _load(model, device, dtype, revision, quiet)
+    options.check_folder(out)
+    loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.report.reproduction import write_reproduction
     from mechlens.studies.reproduce import reproduce as study
 
@@ -83,9 +73,9 @@ def reproduce(
         batch=batch,
         seeds=range(seed, seed + n_seeds),
         prepend_bos=bos,
-        progress=_progress(quiet),
+        progress=options.progress(quiet),
     )
-    command = _command(
+    command = options.command(
         "reproduce",
         {
             "--model": (model, BUNDLED),
@@ -182,7 +172,7 @@ def heads(
     """Score every attention head: induction, previous token, duplicate token and first token, on repeated
     random tokens or on a text; prefix matching and copying on random tokens."""
     if out is not None:
-        _check_file(out, (".safetensors", ".csv"))
+        options.check_file(out, (".safetensors", ".csv"))
     if text is not None:
         for name, value in (("--seq-len", seq_len), ("--batch", batch), ("--jitter", jitter)):
             if value is not None:
@@ -201,7 +191,7 @@ def heads(
     # before the model is loaded, which takes seconds
     if kind:
         check_kinds(kind, (*KINDS, *VARIANTS) if text is None else PROMPT_KINDS)
-    loaded = _load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet)
     if text is None:
         found = score_heads(
             loaded,
@@ -211,7 +201,7 @@ def heads(
             seeds=range(seed, seed + n_seeds),
             prepend_bos=bos,
             jitter=jitter or 0,
-            progress=_progress(quiet),
+            progress=options.progress(quiet),
         )
     else:
         found = score_heads_on(loaded, text, kind or ON_PROMPT, prepend_bos=bos)
@@ -234,55 +224,10 @@ def heads(
         terminal.print_heads(found, listed)
 
 
-@app.command(
+app.command(
     epilog='Example: mechlens lens "The captain of the ship" --stat kl --out lens.html',
     short_help="Read every layer as if it were the last.",
-)
-def lens(
-    text: Annotated[str, typer.Argument(help="What the model reads.")],
-    model: ModelOption = BUNDLED,
-    stat: Annotated[
-        str, typer.Option(help="Colour: probability, rank, kl, kl_input, input_rank or entropy.")
-    ] = "kl",
-    component: Annotated[
-        str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")
-    ] = "resid_post",
-    out: Annotated[
-        Path | None, typer.Option(help="Save to this .html (picture), .csv or .safetensors file.")
-    ] = None,
-    bos: BosOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    seed: Annotated[int, typer.Option(help="No effect: nothing is drawn.")] = 0,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """The logit lens: what each layer of a model would predict, if it were the last. Prints each layer's top
-    guess after every token, and saves a picture, a table or the whole result."""
-    if out is not None:
-        _check_file(out, (".html", ".csv", ".safetensors"))
-    from mechlens.plots.logit_lens import STATS, plot_logit_lens
-
-    if stat not in STATS:
-        raise ValueError(f"--stat must be one of {', '.join(STATS)}, but is {stat!r}")
-    loaded = _load(model, device, dtype, revision, quiet)
-    from mechlens.analyses.logit_lens import logit_lens
-    from mechlens.results import replacing, write_table
-
-    found = logit_lens(loaded, text, component=component, prepend_bos=bos)
-    if out is not None and out.suffix == ".html":
-        figure = plot_logit_lens(found, stat)
-        with replacing(out) as part:
-            part.write_text(figure.to_html(), encoding="utf-8")
-    elif out is not None and out.suffix == ".csv":
-        write_table(found.to_dataframe(), out)
-    elif out is not None:
-        found.save(out)
-    if as_json:
-        terminal.print_json(found.to_dataframe().to_dict(orient="records"))
-    elif not quiet:
-        terminal.print_lens(found)
+)(lens)
 
 
 @app.command(
@@ -321,45 +266,6 @@ def models(
         terminal.print_json(found)
     elif not quiet:
         typer.echo("\n".join(lines))
-
-
-# -- steps -----------------------------------------------------------------------------------------
-
-
-def _load(name: str, device: str | None, dtype: str, revision: str | None, quiet: bool) -> LensModel:
-    if _progress(quiet):
-        typer.echo(f"loading {name} ...", err=True)
-    from mechlens.models.load import load_model
-
-    return load_model(name, device=device, dtype=dtype, revision=revision)
-
-
-def _command(name: str, options: dict[str, tuple[Any, Any]]) -> str:
-    """The command line that does the same: every option that is not at its default, quoted for a shell."""
-    words = ["mechlens", name]
-    for option, (value, default) in options.items():
-        if value != default:
-            words += [option] if value is True else [option, str(value)]
-    return shlex.join(words)
-
-
-def _progress(quiet: bool) -> bool:
-    return not quiet and sys.stderr.isatty()
-
-
-def _check_file(out: Path, endings: Sequence[str]) -> None:
-    if out.suffix not in endings:
-        raise ValueError(f"--out is a {' or '.join(endings)} file, but it is {out}")
-    if out.is_dir() or not out.parent.is_dir():
-        what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise ValueError(f"cannot save to {out}: {what}")
-
-
-def _check_folder(folder: Path) -> None:
-    """Say so before the work is done, not after it, when its results could not be saved."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--out is a folder, but {existing} is a file")
 
 
 def _version(wanted: bool) -> bool:

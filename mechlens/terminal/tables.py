@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from mechlens.results import HeadScores, LogitLensResult, RepeatedTokenPerformance
+    from mechlens.results import HeadScores, RepeatedTokenPerformance
 
 
 def best_heads(found: HeadScores, top: int | dict[str, int]) -> dict[str, list[dict[str, Any]]]:
@@ -46,24 +46,6 @@ def print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
         f"Head scores of {found.model.name}, {sequences} sequence{plural}"
         + ("" if found.prepend_bos else ", no BOS"),
         ("score", "head", "mean", f"{found.confidence:.0%} interval", "null"),
-        rows,
-    )
-
-
-def print_lens(found: LogitLensResult) -> None:
-    """A line per position: what was read, then each row's top guess; what really follows is marked."""
-    from mechlens.plots.style import visible_token
-
-    read = [visible_token(text) for text in found.texts(found.tokens[0])]
-    guesses = [[visible_token(text) for text in found.texts(ids[0, :, 0])] for ids in found.top_ids]
-    rows = []
-    for at, position in enumerate(found.positions):
-        follows = read[position + 1] if position + 1 < len(read) else ""
-        marked = [guess[at] + ("*" if guess[at] == follows else "") for guess in guesses]
-        rows.append((read[position], *marked, follows))
-    print_table(
-        f"Logit lens of {found.model.name} on {found.component}: top guess of each row, * if right",
-        ("read", *found.rows, "follows"),
         rows,
     )
 

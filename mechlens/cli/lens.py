@@ -1,0 +1,219 @@
+"""`mechlens lens`: the logit lens on the command line."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mechlens import terminal
+from mechlens.cli import options
+from mechlens.cli.options import (
+    BUNDLED,
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    RevisionOption,
+)
+
+if TYPE_CHECKING:
+    from mechlens.models.protocol import LensModel
+    from mechlens.results import LogitLensResult, TunedLens
+
+_ENDINGS = (".html", ".csv", ".safetensors")
+_UNFOLDED = ("norm_only", "none")
+_RAW_NEEDED = "needs the weights as they were trained: add --raw"
+
+
+def lens(
+    text: Annotated[str, typer.Argument(help="What the model reads; longer than its context is fine.")],
+    model: ModelOption = BUNDLED,
+    stat: Annotated[
+        str,
+        typer.Option(
+            help="Colour: probability (of the top guess), rank (of the model's final guess), kl (final || "
+            "layer), kl_input (input || layer), input_rank, next_rank or entropy."
+        ),
+    ] = "kl",
+    of: Annotated[
+        str | None,
+        typer.Option(help="Whose rank or probability is the colour: final, input, next or a --target."),
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option(help="Value with the darkest colour. [default: the largest]")
+    ] = None,
+    component: Annotated[
+        str,
+        typer.Option(
+            help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, or result (each head)."
+        ),
+    ] = "resid_post",
+    onto_stream: Annotated[
+        bool, typer.Option("--onto-stream", help="Read attn_out, mlp_out or result added to the stream.")
+    ] = False,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Before the unembedding: final_norm, norm_only or none; the last two need --raw. "
+            "[default: final_norm]"
+        ),
+    ] = None,
+    last_blocks: Annotated[
+        int, typer.Option(min=0, help="Put vectors through this many of the last blocks first.")
+    ] = 0,
+    tuned_lens: Annotated[
+        str | None,
+        typer.Option(
+            help="Read through a tuned lens: a .safetensors file of mechlens, or a published lens (folder or "
+            "name)."
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", "-l", help="A layer to read; repeatable. [default: all]")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", help='A token whose rank is wanted, such as " Paris"; repeatable.'),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Likely tokens in the picture, in --json and in .safetensors.")
+    ] = 5,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Leave the weights as they were trained: fold and centre nothing.")
+    ] = False,
+    bos: BosOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Save to this .html (picture), .csv or .safetensors file.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="A training step of the model, where it has published ones.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="No effect: nothing is drawn.")] = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False,
+) -> None:
+    """The logit lens: what each layer of a model would predict, if it were the last. Prints each layer's top
+    guess after every token, coloured by a statistic, and saves a picture, a table or the whole result."""
+    given = dict(locals())
+    if out is not None:
+        options.check_file(out, _ENDINGS)
+    if as_json and as_csv:
+        raise ValueError("--json and --csv exclude each other: both print to standard output")
+    if tuned_lens is not None and decoder is not None:
+        raise ValueError("--tuned-lens is a decoder of its own: leave out --decoder")
+    if decoder in _UNFOLDED and not raw:
+        raise ValueError(f"--decoder {decoder} {_RAW_NEEDED}")
+    _check_colour(stat, of, target or [])
+    saved = _saved_tuned_lens(tuned_lens, raw)
+    loaded = options.load(model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw)
+    through: Any = decoder or "final_norm"
+    if tuned_lens is not None:
+        through = saved or _published_tuned_lens(tuned_lens, loaded)
+    from mechlens.analyses.logit_lens import logit_lens
+    from mechlens.plots.logit_lens import lens_stat
+
+    found = logit_lens(
+        loaded,
+        text,
+        component=component,
+        onto_stream=onto_stream,
+        decoder=through,
+        last_blocks=last_blocks,
+        layers=layer,
+        top_k=top_k,
+        targets=target or (),
+        prepend_bos=bos,
+    )
+    # what cannot be coloured is refused before anything is written
+    lens_stat(found, stat, of).bound(found.entropy, high)
+    if out is not None:
+        _save(found, out, stat, of, high, _command(given))
+    if as_json:
+        terminal.print_json(terminal.lens_json(found))
+    elif as_csv:
+        found.to_dataframe().to_csv(sys.stdout, index=False)
+    elif not quiet:
+        terminal.print_lens(found, stat, target=of, high=high)
+
+
+def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
+    """Say so before the model is loaded, which takes seconds."""
+    from mechlens.plots.logit_lens import OF_TARGET, STATS
+
+    if stat not in STATS:
+        raise ValueError(f"--stat must be one of {', '.join(STATS)}, but is {stat!r}")
+    if of is not None and stat not in OF_TARGET:
+        raise ValueError(f"--of is for --stat {' and '.join(OF_TARGET)}, but --stat is {stat}")
+    known = ("final", "input", "next", *targets)
+    if of is not None and of not in known:
+        raise ValueError(f"--of must be one of {', '.join(map(repr, known))} (add --target), but is {of!r}")
+
+
+def _saved_tuned_lens(source: str | None, raw: bool) -> TunedLens | None:
+    """A lens that mechlens trained; None for a published one, which needs the model."""
+    if source is None:
+        return None
+    if not source.endswith(".safetensors"):
+        if not raw:
+            raise ValueError(f"a published tuned lens {_RAW_NEEDED}")
+        return None
+    from mechlens.results import TunedLens
+
+    saved = TunedLens.load(source)
+    if saved.model.processing is False and not raw:
+        raise ValueError(f"this tuned lens {_RAW_NEEDED}")
+    if saved.model.processing and raw:
+        raise ValueError("this tuned lens was trained on processed weights: leave out --raw")
+    return saved
+
+
+def _published_tuned_lens(source: str, model: LensModel) -> TunedLens:
+    from mechlens.models.tuned_lens import load_tuned_lens
+
+    return load_tuned_lens(source, model=model)
+
+
+def _save(
+    found: LogitLensResult, out: Path, stat: str, of: str | None, high: float | None, command: str
+) -> None:
+    if out.suffix == ".csv":
+        from mechlens.results import write_table
+
+        write_table(found.to_dataframe(), out)
+    elif out.suffix == ".safetensors":
+        found.save(out)
+    else:
+        from mechlens.report import lens_section, write_report
+
+        section = lens_section(found, stat, target=of, high=high, title="Layers and positions")
+        # no published figure is about this text
+        write_report(
+            out,
+            title="Logit lens",
+            model=found.model,
+            comparisons=None,
+            sections=[section],
+            command=command,
+        )
+
+
+def _command(given: dict[str, Any]) -> str:
+    """The command line that writes the same file."""
+    elsewhere = ("text", "bos", "quiet", "as_json", "as_csv", "seed")
+    written = {
+        "--" + name.replace("_", "-"): (given[name], parameter.default)
+        for name, parameter in inspect.signature(lens).parameters.items()
+        if name not in elsewhere
+    }
+    bos = {"--bos": (given["bos"] is True, False), "--no-bos": (given["bos"] is False, False)}
+    return options.command("lens", written | bos, argument=given["text"])

@@ -1,0 +1,92 @@
+"""What the commands share: their options, and the steps that every one of them takes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mechlens.models.protocol import LensModel
+
+BUNDLED = "mechlens-books"
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")
+]
+DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
+]
+SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="How many seeds.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Random tokens in one copy.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per seed.")]
+BosOption = Annotated[
+    bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS. [default: where the model has one]")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def load(
+    name: str,
+    device: str | None,
+    dtype: str,
+    revision: str | None,
+    quiet: bool,
+    *,
+    checkpoint: int | None = None,
+    processing: bool = True,
+) -> LensModel:
+    if progress(quiet):
+        typer.echo(f"loading {name} ...", err=True)
+    from mechlens.models.load import load_model
+
+    return load_model(
+        name, device=device, dtype=dtype, revision=revision, checkpoint=checkpoint, processing=processing
+    )
+
+
+def command(name: str, options: Mapping[str, tuple[Any, Any]], *, argument: str | None = None) -> str:
+    """The command line that does the same: every option that is not at its default, quoted for a shell.
+
+    Args:
+        options: value and default of each; a list is an option that is repeated.
+        argument: what stands without an option's name; after `--` where it looks like one.
+    """
+    words = ["mechlens", name]
+    for option, (value, default) in options.items():
+        if value == default:
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            words += [option] if each is True else [option, str(each)]
+    if argument is not None:
+        words += ["--", argument] if argument.startswith("-") else [argument]
+    return shlex.join(words)
+
+
+def progress(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+def check_file(out: Path, endings: Sequence[str]) -> None:
+    if out.suffix not in endings:
+        raise ValueError(f"--out is a {' or '.join(endings)} file, but it is {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise ValueError(f"cannot save to {out}: {what}")
+
+
+def check_folder(folder: Path) -> None:
+    """Say so before the work is done, not after it, when its results could not be saved."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out is a folder, but {existing} is a file")

@@ -1,0 +1,28 @@
+"""Results as a terminal shows them: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+from mechlens.terminal.lens import lens_json, print_lens
+from mechlens.terminal.tables import (
+    best_heads,
+    number,
+    plain,
+    print_estimates,
+    print_heads,
+    print_json,
+    print_table,
+    tolerance,
+)
+
+__all__ = [
+    "best_heads",
+    "lens_json",
+    "number",
+    "plain",
+    "print_estimates",
+    "print_heads",
+    "print_json",
+    "print_lens",
+    "print_table",
+    "tolerance",
+]

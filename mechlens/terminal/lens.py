@@ -1,0 +1,211 @@
+"""The logit lens in a terminal: top guesses by layer and position, on coloured ground."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mechlens.terminal.tables import print_table
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from mechlens.results import LogitLensResult
+
+MAX_ROWS = 26
+"""Layers below one another; of a deeper model every second, third, ... is shown, and the last."""
+MAX_POSITIONS = 64
+"""Of a longer text the last ones are shown."""
+
+
+def print_lens(
+    found: LogitLensResult, stat: str = "kl", *, target: str | None = None, high: float | None = None
+) -> None:
+    """Print the first sequence as `plot_logit_lens` draws it, in stretches as wide as the terminal is.
+
+    Above the guesses stands what really follows, below them what was read; a right guess has a star. Where
+    there are colours, the ground has that of the statistic. What is left out is said, as is the colours'
+    range. Ranks and probabilities of targets after the last position stand in a table of their own.
+
+    Raises:
+        ValueError: as `plot_logit_lens`.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from mechlens.plots.logit_lens import lens_stat, shown_positions
+
+    shown = lens_stat(found, stat, target)
+    positions = shown_positions(found, 0)
+    rows = _rows(found)
+    console = Console(highlight=False)
+    console.print(Text(_title(found), style="bold"), soft_wrap=True)
+    last = positions[-MAX_POSITIONS:]
+    left_out = _left_out(found, rows, len(last), len(positions))
+    if left_out:
+        console.print(left_out, soft_wrap=True)
+    coloured = console.color_system is not None and not console.no_color
+    columns = [found.positions.index(position) for position in last]
+    top = shown.bound(shown.values[:, 0, columns], high)
+    without = f"Without colours {shown.title} is not shown; --csv and --json have it."
+    console.print(_legend(shown, top) if coloured else without, soft_wrap=True)
+    label = max(map(len, found.rows))
+    size = min(7 if console.width < 100 else 9, _widest(found, last)) + 1
+    at_once = max(1, (console.width - label) // (size + 1))
+    count = math.ceil(len(last) / at_once)
+    length = math.ceil(len(last) / count)
+    for at in range(0, len(last), length):
+        console.print()
+        for line in _stretch(found, shown, rows, last[at : at + length], label, size, top, coloured):
+            console.print(line, no_wrap=True, crop=False, overflow="ignore")
+    if found.target_ids:
+        _print_targets(found, rows, positions[-1])
+
+
+def lens_json(found: LogitLensResult) -> dict[str, Any]:
+    """The result as one object: what was read and how, and a cell for each row, sequence and position."""
+    from dataclasses import asdict
+
+    cells = found.to_dataframe().to_dict(orient="records")
+    where = {position: at for at, position in enumerate(found.positions)}
+    for cell in cells:
+        place = found.rows.index(cell["row"]), cell["sequence"], where[cell["pos"]]
+        probabilities = found.top_probabilities[place].tolist()
+        cell["top"] = [
+            {"token": token, "probability": probability}
+            for token, probability in zip(found.texts(found.top_ids[place]), probabilities, strict=True)
+        ]
+        del cell["probability"]
+    names = ("component", "onto_stream", "decoder", "last_blocks", "prepend_bos", "rows")
+    return {"model": asdict(found.model), **{name: getattr(found, name) for name in names}, "cells": cells}
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+
+def _title(found: LogitLensResult) -> str:
+    from mechlens.plots.logit_lens import facts
+
+    return f"Logit lens: {', '.join(facts(found))}. Each row's top guess, * where it is what follows"
+
+
+def _rows(found: LogitLensResult) -> list[int]:
+    """The rows that are shown, from below: all heads, of layers at most `MAX_ROWS`."""
+    n_rows = len(found.rows)
+    if found.component == "result" or n_rows <= MAX_ROWS:
+        return list(range(n_rows))
+    step = math.ceil((n_rows - 1) / (MAX_ROWS - 1))
+    return [0, *reversed(range(n_rows - 1, 0, -step))]
+
+
+def _left_out(found: LogitLensResult, rows: Sequence[int], n_shown: int, n_pos: int) -> str:
+    said = []
+    if len(rows) < len(found.rows):
+        step = rows[-1] - rows[-2]
+        said.append(f"embed and every {'2nd' if step == 2 else '3rd' if step == 3 else f'{step}th'} layer")
+    if n_shown < n_pos:
+        said.append(f"the last {n_shown} of {n_pos} positions")
+    return f"Shown: {'; '.join(said)}. --csv has all." if said else ""
+
+
+def _legend(shown: Any, top: float) -> Text:
+    """What the colours mean, with their range."""
+    from rich.text import Text
+
+    from mechlens.plots.style import sequential
+
+    low = shown.written(1.0) if shown.is_rank else "0"
+    line = Text(f"Colour: {shown.title}, from {low} ")
+    for step in range(6):
+        line.append("  ", style=_style(sequential(step / 5)))
+    line.append(f" to {shown.written(top)}")
+    if bool((shown.values > top).any()):
+        line.append(" and beyond")
+    return line
+
+
+def _stretch(
+    found: LogitLensResult,
+    shown: Any,
+    rows: Sequence[int],
+    positions: Sequence[int],
+    label: int,
+    size: int,
+    top: float,
+    coloured: bool,
+) -> Iterator[Text]:
+    """The lines of some positions, the last layer first."""
+    from rich.text import Text
+
+    from mechlens.plots.logit_lens import followers
+    from mechlens.plots.style import sequential
+
+    columns = [found.positions.index(position) for position in positions]
+    read, follows = found.texts(found.tokens[0]), followers(found, 0)
+    above = Text(" " * label)
+    below = Text(" " * label)
+    for position in positions:
+        above.append(" " + _fit(read[position + 1], size) if position in follows else " " * (size + 1), "dim")
+        below.append(" " + _fit(read[position], size), "bold")
+    yield above
+    scaled = shown.scaled(shown.values[:, 0]) / max(math.log10(top) if shown.is_rank else top, 1e-12)
+    for row in reversed(rows):
+        line = Text(f"{found.rows[row]:>{label}}")
+        guesses = found.texts(found.top_ids[row, 0, columns, 0])
+        ids = found.top_ids[row, 0, columns, 0].tolist()
+        for guess, token, position, column in zip(guesses, ids, positions, columns, strict=True):
+            share = float(scaled[row, column])
+            ground = _style(sequential(share)) if coloured and share == share else ""
+            right = follows.get(position) == token
+            line.append(" ")
+            line.append(_fit(guess, size, star=right), ground + " bold" * right)
+        yield line
+    yield below
+
+
+def _fit(token: str, size: int, *, star: bool = False) -> str:
+    """A token in so many columns of the terminal, with a star in the last where it is asked for."""
+    from rich.cells import cell_len, set_cell_size
+
+    from mechlens.plots.style import visible_token
+
+    text = visible_token(token)
+    if cell_len(text) > size - 1:
+        text = set_cell_size(text, size - 2) + "…"
+    return set_cell_size(text + "*" * star, size)
+
+
+def _widest(found: LogitLensResult, positions: Sequence[int]) -> int:
+    from rich.cells import cell_len
+
+    from mechlens.plots.style import visible_token
+
+    columns = [found.positions.index(position) for position in positions]
+    texts = {*found.texts(found.tokens[0]), *found.texts(found.top_ids[:, 0, columns, 0])}
+    return max(cell_len(visible_token(text)) for text in texts)
+
+
+def _style(colour: tuple[int, int, int]) -> str:
+    """Ground of a colour, with a text that stands out from it."""
+    from mechlens.plots.style import is_dark
+
+    return f"{'#ffffff' if is_dark(colour) else '#000000'} on #{{:02x}}{{:02x}}{{:02x}}".format(*colour)
+
+
+def _print_targets(found: LogitLensResult, rows: Sequence[int], position: int) -> None:
+    """Rank and probability of each target after one position, by row."""
+    from mechlens.plots.style import visible_token
+
+    column = found.positions.index(position)
+    lines = []
+    for row in reversed(rows):
+        line = [found.rows[row]]
+        for name in found.target_ids:
+            rank, probability = found.rank[name], found.probability(name)
+            line += [f"{rank[row, 0, column]:,.0f}", f"{probability[row, 0, column]:.4f}"]
+        lines.append(line)
+    names = [visible_token(name) for name in found.target_ids]
+    heads = [head for name in names for head in (f"{name} rank", "probability")]
+    read = visible_token(found.strings[str(int(found.tokens[0, position]))])
+    print_table(f"Targets after {read}, position {position}", ("row", *heads), lines)
