@@ -23,8 +23,8 @@ from mechlens.models.runs import (
     watch,
     watch_from,
 )
-from mechlens.models.weights import is_tied
-from mechlens.prompts import own_bos_token_id, target_id, token_strings
+from mechlens.models.weights import head_outputs, is_tied
+from mechlens.prompts import chosen, own_bos_token_id, target_id, token_strings
 from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, head_label, parse_head
 
 COMPONENTS = {
@@ -83,7 +83,7 @@ def logit_lens(
             the model's context is read in windows of that many tokens, which overlap by half; how much each
             position saw is in the result's `context_length`.
         component: `resid_post` (default), `resid_pre`, `resid_mid`, `attn_out`, `mlp_out`, or `result`, what
-            each head writes (`z @ W_O`; the layer's `b_O` is nobody's).
+            each head adds to the stream (`z @ W_O`; the layer's `b_O` is nobody's).
         onto_stream: read `attn_out`, `mlp_out` or `result` together with the stream it is added to; False
             reads it alone.
         heads: for `result`: which, such as `L5H5` or `(5, 5)`; None reads all of `layers`.
@@ -125,8 +125,8 @@ def logit_lens(
         raise ValueError(f"onto_stream is for {', '.join(_ADDED_TO)}, but component is {component!r}")
     if not 0 <= last_blocks <= n_layers:
         raise ValueError(f"last_blocks must lie between 0 and the model's {n_layers}, but is {last_blocks}")
-    rows = _rows(model, component, _chosen("layer", layers, n_layers), heads)
-    read = _chosen("position", positions, batch.tokens.shape[1])
+    rows = _rows(model, component, chosen("layer", layers, n_layers), heads)
+    read = chosen("position", positions, batch.tokens.shape[1])
     wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
     decode, decoder_name = _decoder(model, decoder, info)
     if isinstance(decoder, TunedLens) and (component not in ("resid_pre", "resid_post") or last_blocks):
@@ -269,18 +269,18 @@ def _rows(
         return rows + [_Row(str(layer), layer, None, layer + after) for layer in layers]
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     if heads is None:
-        chosen = [(layer, head) for layer in layers for head in range(n_heads)]
+        pairs = [(layer, head) for layer in layers for head in range(n_heads)]
     else:
-        chosen = [parse_head(head) for head in heads]
-        for layer, head in chosen:
+        pairs = [parse_head(head) for head in heads]
+        for layer, head in pairs:
             if not (0 <= layer < n_layers and 0 <= head < n_heads):
                 raise ValueError(
                     f"there is no head {head_label(layer, head)}: the model has {n_layers} layers with "
                     f"{n_heads} heads each"
                 )
-    if not chosen:
+    if not pairs:
         raise ValueError("no head is asked for")
-    return rows + [_Row(head_label(layer, head), layer, head, layer + 1) for layer, head in chosen]
+    return rows + [_Row(head_label(layer, head), layer, head, layer + 1) for layer, head in pairs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -336,7 +336,6 @@ def _vectors(
     vectors = torch.zeros(
         len(rows) + 1, len(piece), model.cfg.d_model, dtype=model.W_U.dtype, device=model.W_U.device
     )
-    W_O = model.W_O if component == "result" else None
     readers: dict[str, list[tuple[int, int | None]]] = {"blocks.0.hook_resid_pre": [(0, None)]}
     for index, row in enumerate(rows[1:], start=1):
         readers.setdefault(COMPONENTS[component].format(row.layer), []).append((index, row.head))
@@ -349,12 +348,13 @@ def _vectors(
 
     def add(name: str, activation: Tensor) -> None:
         some = activation[piece.to(activation.device), offset.to(activation.device)]
-        for index, head in readers[name]:
-            if head is None:
-                vectors[index] += some
-            else:
-                assert W_O is not None
-                vectors[index] += some[:, head] @ W_O[rows[index].layer, head]
+        indices = [index for index, _ in readers[name]]
+        heads = [head for _, head in readers[name] if head is not None]
+        if heads:
+            written = head_outputs(model, rows[indices[0]].layer, some, heads)
+            vectors[indices] += written.movedim(1, 0).to(vectors.dtype)
+        else:
+            vectors[indices] += some
 
     watch(model, part.tokens, {name: partial(add, name) for name in readers})
     if not everywhere:
@@ -415,21 +415,6 @@ def _chunk_bytes(memory_budget: int | None, device: torch.device) -> int:
         memory_budget = _GPU_BUDGET if device.type == "cuda" else _CPU_BUDGET
     # logits, their exponentials, the references' probabilities, and what a topk sorts
     return max(1, memory_budget // 4)
-
-
-def _chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Indices from 0, negative ones counted from the end."""
-    if given is None:
-        return tuple(range(count))
-    for index in given:
-        if not -count <= index < count:
-            raise ValueError(f"there is no {what} {index}: there are {count}")
-    if not given:
-        raise ValueError(f"no {what} is asked for; there are {count}")
-    chosen = tuple(index % count for index in given)
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"the same {what} is asked for twice: {tuple(given)}")
-    return chosen
 
 
 def _named(targets: Any) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,25 @@ def attention_out_affine(
     """The learned scale and bias of the norm between a layer's attention and the stream; None for no norm."""
     norm = getattr(model.blocks[layer], "ln1_post", None)
     return None if norm is None else _affine(norm, model.W_U.shape[0], model)
+
+
+def head_outputs(
+    model: LensModel, layer: int, z: Float[Tensor, "row head d_head"], heads: Sequence[int]
+) -> Float[Tensor, "row some d_model"]:
+    """What some heads of a layer add to the stream, `z @ W_O`, in float32 and without any bias.
+
+    Where another norm stands between attention and the stream (Gemma-2), that norm divides each head's
+    output by the scale of their sum, and weighs it as it does the sum.
+    """
+    z, W_O, some = z.float(), output_weights(model, layer), list(heads)
+    written = torch.einsum("rhd,hdm->rhm", z[:, some], W_O[some])
+    norm = attention_out_affine(model, layer)
+    if norm is None:
+        return written
+    scale = norm_scale(model, z.flatten(1) @ W_O.flatten(0, 1) + output_bias(model, layer))
+    if (model.cfg.normalization_type or "").startswith("LN"):
+        written = written - written.mean(-1, keepdim=True)
+    return written * norm[0] / scale[:, None, None]
 
 
 def norm_scale(model: LensModel, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:

@@ -222,6 +222,12 @@ def test_heads_are_what_they_write(lens_model):
         _, cache = lens_model.run_with_cache(tokens)
     for row, (layer, head) in enumerate(heads, start=1):
         written = cache[f"blocks.{layer}.attn.hook_z"][:, :, head] @ lens_model.W_O[layer, head]
+        norm = getattr(lens_model.blocks[layer], "ln1_post", None)
+        if norm is not None:
+            # linear once it is told what to divide by: what it makes of the whole, in parts
+            z = cache[f"blocks.{layer}.attn.hook_z"]
+            whole = sum(z[:, :, h] @ lens_model.W_O[layer, h] for h in range(lens_model.cfg.n_heads))
+            written = written * cache[f"blocks.{layer}.hook_attn_out"] / whole
         stream = cache[f"blocks.{layer}.hook_resid_pre"]
         for found, vectors in ((lens, written), (onto, stream + written)):
             expected = dense(lens_model, vectors).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
