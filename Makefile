@@ -41,6 +41,7 @@ format: $(VENV)/.installed ## repair what can be repaired of them
 
 types: $(VENV)/.installed ## check types
 	$(PY) -m mypy
+	$(PY) -m mypy experiments  # apart, because scripts have the names of benchmarks
 
 bench: $(VENV)/.installed ## time and memory, as ratios against a reference in the same run
 	@set -e; for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
