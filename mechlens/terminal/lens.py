@@ -42,6 +42,7 @@ def print_lens(
     console = Console(highlight=False)
     console.print(Text(_title(found), style="bold"), soft_wrap=True)
     last = positions[-MAX_POSITIONS:]
+    console.print("Each row's top guess after each token, * where it is what follows.", soft_wrap=True)
     left_out = _left_out(found, rows, len(last), len(positions))
     if left_out:
         console.print(left_out, soft_wrap=True)
@@ -60,6 +61,7 @@ def print_lens(
         for line in _stretch(found, shown, rows, last[at : at + length], label, size, top, coloured):
             console.print(line, no_wrap=True, crop=False, overflow="ignore")
     if found.target_ids:
+        console.print()
         _print_targets(found, rows, positions[-1])
 
 
@@ -87,7 +89,7 @@ def lens_json(found: LogitLensResult) -> dict[str, Any]:
 def _title(found: LogitLensResult) -> str:
     from mechlens.plots.logit_lens import facts
 
-    return f"Logit lens: {', '.join(facts(found))}. Each row's top guess, * where it is what follows"
+    return f"Logit lens: {', '.join(facts(found))}"
 
 
 def _rows(found: LogitLensResult) -> list[int]:
@@ -203,7 +205,7 @@ def _print_targets(found: LogitLensResult, rows: Sequence[int], position: int) -
         line = [found.rows[row]]
         for name in found.target_ids:
             rank, probability = found.rank[name], found.probability(name)
-            line += [f"{rank[row, 0, column]:,.0f}", f"{probability[row, 0, column]:.4f}"]
+            line += [f"{rank[row, 0, column]:,.0f}", f"{probability[row, 0, column]:.3g}"]
         lines.append(line)
     names = [visible_token(name) for name in found.target_ids]
     heads = [head for name in names for head in (f"{name} rank", "probability")]

@@ -66,11 +66,11 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("colours", [False, True])
 def test_every_guess_is_there_and_no_line_is_too_long(shown, width, n_rows, n_pos, colours):
     lines = plain(shown(sized(n_pos, n_rows), width=width, colours=colours)).splitlines()
-    table = lines[2:]  # title and what the colours mean wrap by themselves
+    table = lines[3:]  # title and what the colours mean wrap by themselves
     assert max(map(cell_len, table)) <= width
     guesses = re.findall(r"\b\d+\.\d+\b", "\n".join(table))
     assert sorted(guesses) == sorted(f"{row}.{at}" for row in range(n_rows) for at in range(n_pos))
-    assert "Shown" not in "\n".join(lines[:3])
+    assert "Shown" not in "\n".join(lines[:4])
     # layers go upwards
     labels = [line.split()[0] for line in table if re.match(r" *(embed|\d+) ", line)]
     one = [*map(str, reversed(range(n_rows - 1))), "embed"]
@@ -111,7 +111,7 @@ def test_of_a_long_text_the_last_positions_are_shown_and_it_says_so(shown):
 def test_what_follows_is_starred_and_what_is_long_is_shortened(shown):
     lines = shown(lens()).splitlines()
     cells = [line.split() for line in lines if line]
-    above, layer, embed, below = cells[2:6]
+    above, layer, embed, below = cells[3:7]
     assert above == ["·a", "b"]
     assert layer == ["0", "·a*", "<b>x</…", "·a"]
     assert embed == ["embed", "b", "b*", "b"]
@@ -122,7 +122,7 @@ def test_what_follows_is_starred_and_what_is_long_is_shortened(shown):
 
 def test_wide_characters_keep_the_columns(shown):
     found = sized(3, 2, token="日本語の話です")
-    lines = [line for line in shown(found).splitlines()[2:] if line]
+    lines = [line for line in shown(found).splitlines()[3:] if line]
     assert {cell_len(line) for line in lines} == {cell_len(lines[0])}
     assert "日本語…" in lines[-1]
 
@@ -165,7 +165,7 @@ def test_targets_stand_in_a_table_of_their_own(shown):
     out = shown(lens())
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     assert "Targets after b, position 2" in out
-    assert rows == [["0", "2", "1.0000"], ["embed", "7", "0.2500"]]
+    assert rows == [["0", "2", "1"], ["embed", "7", "0.25"]]
 
 
 def test_what_is_undefined_is_refused(shown):
