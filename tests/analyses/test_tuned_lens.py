@@ -43,9 +43,14 @@ def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> 
     assert lens.rows == ("embed", "0")
     for row, layer in enumerate(layers):
         assert lens.weight[row].abs().max() > 0.005
-        # rounding in float64, where sums are taken in another order
-        assert torch.allclose(lens.weight[row], layer.weight.T, atol=1e-8)
-        assert torch.allclose(lens.bias[row], layer.bias, atol=1e-8)
+        for ours, theirs in ((lens.weight[row], layer.weight.T), (lens.bias[row], layer.bias)):
+            difference = (ours - theirs).abs()
+            if difference.max() > 1e-8:  # float64, where sums are taken in another order
+                # the RMS norms of a bridge are Hugging Face's, which round to float32
+                assert lens.model.engine == "TransformerBridge"
+                assert wide_model.cfg.normalization_type.startswith("RMS")
+                assert difference.max() < 1e-3
+                assert difference.mean() < 1e-5
     rest = corpus[aside]
     with torch.no_grad():
         final = wide_model(rest)
@@ -125,10 +130,11 @@ def test_a_narrow_model_is_trained_in_float32(tiny_directories) -> None:
 def test_the_model_is_left_as_it_was(tiny_bos_model) -> None:
     before = {name: value.clone() for name, value in tiny_bos_model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in tiny_bos_model.parameters()]
-    tiny_bos_model.train()
+    for part in tiny_bos_model.modules():
+        part.training = True
     try:
         train_tuned_lens(tiny_bos_model, windows(), **SMALL)
-        assert all(module.training for module in tiny_bos_model.modules())
+        assert all(part.training for part in tiny_bos_model.modules())
     finally:
         tiny_bos_model.eval()
     assert all(parameter.grad is None for parameter in tiny_bos_model.parameters())
