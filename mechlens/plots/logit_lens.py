@@ -411,8 +411,10 @@ def _texts(
     above = []
     for column, place in zip(columns, places, strict=True):
         right = follows.get(place) == int(result.final_ids[row, column])
-        # a star takes a letter's room
-        shown = visible_token(read[place + 1], longest=longest - right) if place in follows else ""
+        shown = visible_token(read[place + 1], longest=longest) if place in follows else ""
+        if right and len(shown) > longest:
+            # the star takes a letter's room
+            shown = visible_token(read[place + 1], longest=longest - 1)
         above.append(shown + "*" * right)
     return guesses, below, above
 
@@ -553,7 +555,7 @@ def _lay_out_lines(
             f"{title[0].upper()}{title[1:]} by {named}",
             " · ".join(facts(result)),
         ),
-        width=min(1100, 560 + 22 * n_rows),
+        width=min(1100, 620 + 22 * n_rows),
         height=170 + 250 * len(shown),
         margin={"t": 76, "b": 56},
         legend={

@@ -348,3 +348,9 @@ def test_labels_of_many_layers_keep_their_distance():
     ticks = plot_lens_lines(plot_input(2, 49), "kl").layout.xaxis
     assert ticks.ticktext[:4] == ("embed", "2", "4", "6")
     assert ticks.tickvals[:4] == (0, 3, 5, 7)
+
+
+def test_a_star_is_no_wider_than_an_ellipsis():
+    for token, shown in ((" after", "·after*"), (" afternoon", "·afte…*")):
+        right = plot_logit_lens(plot_input(40, token=token)).layout.xaxis2.ticktext
+        assert right == (shown,) * 39 + ("",)
