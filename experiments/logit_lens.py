@@ -29,7 +29,7 @@ from mechlens.studies.logit_lens import EIFFEL, LensStudy
 
 Figure = tuple[str, go.Figure, str]
 """Name of the file, the figure, and what it shows."""
-STRETCH = 16
+STRETCH = 12
 """Tokens beside one another."""
 RANK_BOUND, INPUT_RANK_BOUND = 100, 1000
 """Where the post's colours end for ranks of the final guess and of the input."""

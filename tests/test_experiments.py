@@ -1,0 +1,48 @@
+"""Experiment scripts, as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mechlens.published import LOGIT_LENS
+from mechlens.results import LogitLensResult, load
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXPERIMENTS / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_the_post_as_a_script_prints_each_claim_and_draws_each_figure(tmp_path):
+    ran = run("logit_lens.py", "--no-training", "--out", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    claims = [line for line in ran.stdout.splitlines() if line.endswith(("reproduced", "not judged"))]
+    assert len(claims) == len(LOGIT_LENS)
+    assert "Eiffel" in ran.stdout
+    prose = load(tmp_path / "out" / "prose.safetensors")
+    assert isinstance(prose, LogitLensResult)
+    assert not prose.mask.all(), "two texts of unequal length"
+    page = (tmp_path / "out" / "report.html").read_text()
+    figures = {path.stem for path in (tmp_path / "out").glob("*.html")} - {"report"}
+    assert figures == {
+        *("prose_probability", "prose_rank", "prose_kl", "prose_lines", "input_rank", "copying"),
+        *("copying_first", "copying_lines", "repetition", "sub_blocks", "eiffel", "logit_variance"),
+    }
+    assert page.count('class="plot"') == len(figures)
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    ran = run("logit_lens.py", "--model", "./nowhere", "--out", tmp_path)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+    assert "nowhere" in ran.stderr.splitlines()[-1]
