@@ -54,11 +54,15 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
     figure = make_subplots(
         rows=2, cols=2, subplot_titles=[figure_text(panel) for panel in _PANELS], vertical_spacing=0.2
     )
-    for place, basis in enumerate(result.accuracy):
-        shift = _APART * (place - (len(result.accuracy) - 1) / 2)
+    middle = (len(result.accuracy) - 1) / 2
+    shifts = {basis: _APART * (place - middle) for place, basis in enumerate(result.accuracy)}
+    for measure, panel in _COMPARED.items():
+        # all bars first, so that none covers a marker
+        for add in (_add_null, _add_compared):
+            for basis, shift in shifts.items():
+                add(figure, result, basis, measure, panel, shift)
+    for basis, shift in shifts.items():
         _add_accuracy(figure, result, basis, shift)
-        for measure, panel in _COMPARED.items():
-            _add_compared(figure, result, basis, measure, panel, shift)
     _add_legend(figure, result)
     ends = [-0.5, len(result.rows) - 0.5]
     figure.add_trace(
@@ -74,8 +78,13 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
         col=1,
     )
     for at, labels in (((1, 1), result.rows), *((panel, result.fits) for panel in _COMPARED.values())):
-        step = 1 + (len(labels) - 1) // 14
-        shown = [index for index in range(len(labels)) if index % step == 0 or labels[index] == "shared"]
+        step = 1 + (len(labels) - 1) // 10
+        shown = [
+            index
+            for index, label in enumerate(labels)
+            # `shared`, at the end, needs the room of its neighbour
+            if label == "shared" or (index % step == 0 and (step == 1 or "shared" not in labels[index:][:3]))
+        ]
         figure.update_xaxes(
             row=at[0],
             col=at[1],
@@ -83,6 +92,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
             ticktext=[figure_text(labels[index]) for index in shown],
             range=[-0.5, len(labels) - 0.5],
             showgrid=False,
+            tickangle=0,
             title_text="row of the stream" if at == (1, 1) else "map",
         )
     figure.update_yaxes(row=1, col=1, range=[-0.04, 1.04])
@@ -111,7 +121,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
 
 def _size(result: InputProbe) -> float:
     """Of markers and bars in pixels; in deep models smaller, so that they keep apart."""
-    return max(3.0, min(9.0, 144 / len(result.rows)))
+    return max(3.0, min(9.0, 100 / len(result.rows)))
 
 
 def _add_legend(figure: go.Figure, result: InputProbe) -> None:
@@ -180,21 +190,6 @@ def _add_compared(
     values = getattr(result, measure)[basis].tolist()
     mean, low, high = getattr(result, f"{measure}_null")[basis].T.tolist()
     places = [index + shift for index in range(len(result.fits))]
-    bars = [each for place in places for each in (place, place, None)]
-    ends = [each for pair in zip(low, high, strict=True) for each in (*pair, None)]
-    figure.add_trace(
-        go.Scatter(
-            name=f"{measure} {basis} null",
-            x=bars,
-            y=ends,
-            mode="lines",
-            line={"color": ABSENT, "width": _size(result)},
-            showlegend=False,
-            hoverinfo="skip",
-        ),
-        row=panel[0],
-        col=panel[1],
-    )
     figure.add_trace(
         go.Scatter(
             name=f"{measure} {basis}",
@@ -209,6 +204,27 @@ def _add_compared(
                 for fit, value, middle, bottom, top in zip(result.fits, values, mean, low, high, strict=True)
             ],
             hoverinfo="text",
+        ),
+        row=panel[0],
+        col=panel[1],
+    )
+
+
+def _add_null(
+    figure: go.Figure, result: InputProbe, basis: str, measure: str, panel: tuple[int, int], shift: float
+) -> None:
+    _, low, high = getattr(result, f"{measure}_null")[basis].T.tolist()
+    ends = [each for pair in zip(low, high, strict=True) for each in (*pair, None)]
+    places = [each for index in range(len(low)) for each in (index + shift, index + shift, None)]
+    figure.add_trace(
+        go.Scatter(
+            name=f"{measure} {basis} null",
+            x=places,
+            y=ends,
+            mode="lines",
+            line={"color": ABSENT, "width": _size(result)},
+            showlegend=False,
+            hoverinfo="skip",
         ),
         row=panel[0],
         col=panel[1],

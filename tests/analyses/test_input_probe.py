@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mechlens.analyses.input_probe import probe_input
+from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.load import load_model
 from mechlens.models.weights import direct_unembedding
 from mechlens.prompts import own_bos_token_id
@@ -256,17 +257,40 @@ def test_bos_counts_nowhere(tiny_bos_model):
     assert not without.prepend_bos
 
 
-def test_intervals_hold_the_accuracy_and_one_window_has_none(tiny_model):
+def test_intervals_are_of_the_accuracies_of_windows(tiny_model):
+    """Computed from each held-out window on its own."""
     result = probe(tiny_model)
-    for basis, accuracy in result.accuracy.items():
-        low, high = result.accuracy_interval[basis].unbind(-1)
-        assert (low <= accuracy + 1e-6).all()
-        assert (accuracy <= high + 1e-6).all()
-        inside = (accuracy > 0) & (accuracy < 1)
-        assert (low < high)[inside].all()
+    W_E = tiny_model.W_E.detach()
+    bos = own_bos_token_id(tiny_model.tokenizer)
+    per_window = []
+    for window in windows()[N_TRAIN:]:
+        keep = window[None] != (-1 if bos is None else bos)
+        stream = reference.residuals(tiny_model, window[None], keep)[2]
+        guesses = stream @ result.weights["embedding"][2].double() + result.biases["embedding"][2].double()
+        per_window.append(reference.accuracy(guesses, W_E, window[keep[0]]))
+    low, high = bootstrap_interval(torch.stack(per_window), seed=0)
+    # one token of a window whose two nearest are equally near but for rounding may go either way
+    assert torch.allclose(
+        result.accuracy_interval["embedding"][0, 2].double(), torch.stack([low, high]), atol=1 / 120
+    )
     one = probe(tiny_model, held_out_tokens=1)
     assert one.accuracy_interval["embedding"].isnan().all()
     assert not one.accuracy["embedding"].isnan().any()
+
+
+def test_the_unembedding_is_taken_with_the_final_norms_scale(tiny_directories):
+    """Raw weights keep that scale, and the subtraction of the mean, out of `W_U`."""
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    result = probe(model, bases=())
+    scale = model.ln_final.w.detach()
+    W_U = scale[:, None] * model.W_U.detach()
+    W_U = W_U - W_U.mean(0)
+    for fit in range(4):
+        expected = reference.cosine(result.weights["embedding"][fit], model.W_E.detach(), W_U.T)
+        # float32 maps
+        assert float(result.unembedding_similarity["embedding"][fit]) == pytest.approx(
+            float(expected), abs=1e-5
+        )
 
 
 def test_a_saved_probe_comes_back_and_makes_tables(tiny_bos_model, tmp_path):
