@@ -113,11 +113,11 @@ def _fetch(name: str) -> Path:
         # One request with a short limit comes first, because a download retries for a long time.
         HfApi().space_info(PUBLISHED, timeout=hub.PROBE_SECONDS)
         return _both(hf_hub_download, **where)
-    except EntryNotFoundError as error:
-        raise ModelLoadError(
-            f"{PUBLISHED} has no lens {name!r}: see https://huggingface.co/spaces/{PUBLISHED}/tree/main/lens"
-        ) from error
     except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelLoadError(
+                f"{PUBLISHED} has no lens {name!r}: see https://huggingface.co/spaces/{PUBLISHED}/tree/main/lens"
+            ) from error
         # No connection shows as errors of whichever client library the hub's package uses today.
         why = local.first_line(error)
         raise ModelLoadError(f"{lost} reached ({why}): give a folder, or train_tuned_lens") from error
