@@ -89,7 +89,10 @@ def _serve(
 @contextlib.contextmanager
 def _evaluating(model: LensModel) -> Iterator[None]:
     """Without dropout, which would make every result a draw of its own; modes are restored at the end."""
-    training = [module for module in model.modules() if module.training]
+    # a bridge does not name the model that it wraps among its own modules
+    wrapped = vars(model).get("original_model")
+    modules = [*model.modules(), *(wrapped.modules() if wrapped is not None else ())]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
