@@ -1,0 +1,396 @@
+"""Many patched runs of one prompt, at the cost of what the patches can change.
+
+A patch at layer l and position p cannot change an earlier layer or an earlier position. So each patched run
+is a *row* that begins at its own layer with what the clean run had there, and covers the positions from p on
+only, against the clean keys and values of those before. Rows of many patches run together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.measures.memory import is_out_of_memory
+from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.runs import running
+
+SITES = {
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "q": "blocks.{}.attn.hook_q",
+    "k": "blocks.{}.attn.hook_k",
+    "v": "blocks.{}.attn.hook_v",
+    "z": "blocks.{}.attn.hook_z",
+    "attn_scores": "blocks.{}.attn.hook_attn_scores",
+    "pattern": "blocks.{}.attn.hook_pattern",
+}
+_AFTER_THE_BLOCK = ("mlp_out", "resid_post")
+TOKEN_BUDGET = 8192
+"""Positions (rows x length) that run through a block together."""
+ENOUGH = 768
+"""Positions with which a block runs at its full speed; fewer run together with those of the next position."""
+
+Write = Callable[[Tensor, Int[Tensor, " row"], int], Tensor]
+"""`(activation, which, start) -> patched`: the activation of some rows `[row, pos, ...]` (scores and patterns
+`[row, head, dest, src]`), all at one layer; which of the patches each row is; and the position that the axis
+`pos` (`dest`) begins with. The activation may be written to."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patches:
+    """What is to be patched, each patch in a run of its own."""
+
+    site: str
+    """One of `SITES`."""
+    layer: Int[Tensor, " patch"]
+    first: Int[Tensor, " patch"]
+    """The first position that a patch can change."""
+    write: Write
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clean:
+    """The clean run of one prompt, as far as patched runs need it."""
+
+    tokens: Int[Tensor, "1 pos"]
+    resid_pre: Sequence[Float[Tensor, "1 pos d_model"]]
+    """By layer, and last what the logits are read from."""
+    base: Sequence[Float[Tensor, "1 pos d_model"]]
+    """By layer: what `mlp_out` is added to. Empty where nobody patches that."""
+    mlp_out: Sequence[Float[Tensor, "1 pos d_model"]]
+    past: Sequence[tuple[Tensor, Tensor]]
+    """By layer: keys and values as the engine caches them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Some patched runs that are done."""
+
+    which: Int[Tensor, " row"]
+    """Which of the patches they are."""
+    start: int
+    """Before this position they are as the clean run."""
+    final: Float[Tensor, "row suffix d_model"]
+    """What the logits are read from, from `start` on."""
+
+
+def sweep(
+    model: LensModel,
+    tokens: Int[Tensor, "1 pos"],
+    patches: Patches,
+    *,
+    token_budget: int | None = None,
+    last_read: int | None = None,
+    fast: bool | None = None,
+) -> Iterator[Part]:
+    """Run every patch on its own, many at a time, and hand out what comes of them.
+
+    Args:
+        tokens: one prompt.
+        token_budget: positions (rows x length) that run together; None takes `TOKEN_BUDGET`. It is halved
+            when memory runs out.
+        last_read: the last position that anybody reads; what comes behind it is not run. None reads all.
+        fast: None decides by `is_safe`; False runs whole rows from layer 0.
+
+    Yields:
+        Every patch once, in no fixed order.
+
+    Cost: on HookedTransformer each row runs through the blocks from its own layer on. On a bridge it runs
+    through all of them, for a bridge's blocks cannot be called one by one.
+    """
+    budget = TOKEN_BUDGET if token_budget is None else token_budget
+    end = tokens.shape[1] if last_read is None else last_read + 1
+    tokens = tokens[:, :end]
+    fast = is_safe(model, tokens) if fast is None else fast
+    clean = clean_run(model, tokens, with_mlp=patches.site == "mlp_out") if fast else None
+    run = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
+    waiting = list(_groups(patches, end, budget, whole=clean is None))[::-1]
+    while waiting:
+        start, which = waiting.pop()
+        try:
+            yield Part(which, start, run(model, tokens, clean, patches, which, start))
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(which) == 1:
+                raise
+            half = len(which) // 2
+            waiting += [(start, which[half:]), (start, which[:half])]
+
+
+def _groups(
+    patches: Patches, end: int, budget: int, *, whole: bool
+) -> Iterator[tuple[int, Int[Tensor, " row"]]]:
+    """Patches that run together, with the position at which their rows begin."""
+    order = sorted(range(len(patches)), key=lambda i: (int(patches.first[i]), int(patches.layer[i])))
+    group: list[int] = []
+    start = 0
+    for index in order:
+        first = 0 if whole else int(patches.first[index])
+        length = end - start
+        # a group is closed when it is large enough at a change of position, or full
+        if group and (
+            (first != start and len(group) * length >= ENOUGH) or (len(group) + 1) * length > budget
+        ):
+            yield start, torch.tensor(group)
+            group = []
+        if not group:
+            start = first
+        group.append(index)
+    if group:
+        yield start, torch.tensor(group)
+
+
+# -- the clean run ---------------------------------------------------------------------------------
+
+
+def clean_run(model: LensModel, tokens: Int[Tensor, "1 pos"], *, with_mlp: bool = False) -> Clean:
+    """Run a prompt once and keep what patched runs begin with."""
+    n_layers = model.cfg.n_layers
+    kept: dict[str, Tensor] = {}
+    names = [SITES["resid_pre"].format(layer) for layer in range(n_layers)]
+    names.append(SITES["resid_post"].format(n_layers - 1))
+    sequential = SITES["resid_mid"].format(0) in model.hook_dict
+    if with_mlp:
+        names += [SITES["mlp_out"].format(layer) for layer in range(n_layers)]
+        names += [SITES["resid_mid" if sequential else "attn_out"].format(layer) for layer in range(n_layers)]
+    hooks = [(name, partial(_keep, kept=kept, name=name)) for name in names]
+    past = _engine_cache(model)
+    with running(model, hooks):
+        model(tokens.to(model.cfg.device), return_type=None, **{_cache_argument(model): past})
+        base = []
+        if with_mlp:
+            for layer in range(n_layers):
+                if sequential:
+                    base.append(kept[SITES["resid_mid"].format(layer)])
+                else:
+                    # parallel blocks add both to what came in, in this order
+                    base.append(
+                        kept[SITES["resid_pre"].format(layer)] + kept[SITES["attn_out"].format(layer)]
+                    )
+    return Clean(
+        tokens=tokens,
+        resid_pre=[kept[name] for name in names[: n_layers + 1]],
+        base=base,
+        mlp_out=[kept[SITES["mlp_out"].format(layer)] for layer in range(n_layers)] if with_mlp else [],
+        past=_entries(model, past),
+    )
+
+
+def _keep(activation: Tensor, hook: Any, kept: dict[str, Tensor], name: str) -> None:
+    kept[name] = activation
+
+
+def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
+    """Whether a run resumed in the middle of a prompt, and of the model, is the whole run's second half.
+
+    That is tried, on these tokens: kinds of attention are too many to list.
+
+    Cost: a forward pass and a half.
+    """
+    end = tokens.shape[1]
+    if end < 2:
+        return False
+    try:
+        clean = clean_run(model, tokens)
+        site = "resid_pre"
+        nothing = Patches(
+            site,
+            torch.tensor([0, model.cfg.n_layers - 1]),
+            torch.tensor([end // 2] * 2),
+            lambda activation, which, start: activation,
+        )
+        run = _grow if engine_of(model) == "HookedTransformer" else _suffix
+        found = run(model, tokens, clean, nothing, torch.arange(2), end // 2)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError):
+        return False
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    expected = clean.resid_pre[-1][:, end // 2 :]
+    if found.shape[1:] != expected.shape[1:]:
+        return False
+    # other shapes sum in another order
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    scale = expected.float().abs().max()
+    return bool(((found - expected).float().abs().max() <= tolerance * scale).item())
+
+
+# -- HookedTransformer -----------------------------------------------------------------------------
+
+
+def _grow(
+    model: LensModel,
+    tokens: Int[Tensor, "1 pos"],
+    clean: Clean | None,
+    patches: Patches,
+    which: Int[Tensor, " row"],
+    start: int,
+) -> Float[Tensor, "row suffix d_model"]:
+    """One sweep through the layers with a batch that grows: each row joins where its patch lies."""
+    assert clean is not None
+    n_layers = model.cfg.n_layers
+    layers = patches.layer[which]
+    after = patches.site in _AFTER_THE_BLOCK
+    running_rows: list[Tensor] = []
+    x: Tensor | None = None
+
+    def join(fresh: Tensor) -> Tensor:
+        return fresh if x is None else torch.cat([x, fresh])
+
+    for layer in range(int(layers.min()), n_layers):
+        places = (layers == layer).nonzero()[:, 0]
+        new = which[places]
+        old = 0 if x is None else len(x)
+        hooks = []
+        if len(new) and not after:
+            fresh = clean.resid_pre[layer][:, start:].expand(len(new), -1, -1).clone()
+            if patches.site == "resid_pre":
+                fresh = patches.write(fresh, new, start)
+            else:
+                patch = partial(_patch_behind, old=old, new=new, start=start, write=patches.write)
+                hooks.append((SITES[patches.site].format(layer), patch))
+            x = join(fresh)
+            running_rows.append(places)
+        if x is not None:
+            keys, values = clean.past[layer]
+            entry = _entry(
+                keys[:, :start].expand(len(x), -1, -1, -1), values[:, :start].expand(len(x), -1, -1, -1)
+            )
+            with running(model, hooks):
+                x = model.blocks[layer](x, past_kv_cache_entry=entry)
+        if len(new) and after:
+            if patches.site == "resid_post":
+                fresh = clean.resid_pre[layer + 1][:, start:].expand(len(new), -1, -1).clone()
+                fresh = patches.write(fresh, new, start)
+            else:
+                fresh = clean.mlp_out[layer][:, start:].expand(len(new), -1, -1).clone()
+                fresh = clean.base[layer][:, start:] + patches.write(fresh, new, start)
+            x = join(fresh)
+            running_rows.append(places)
+    assert x is not None
+    # back in the order of `which`
+    final = torch.empty_like(x)
+    final[torch.cat(running_rows).to(x.device)] = x
+    return final
+
+
+def _patch_behind(
+    activation: Tensor, hook: Any, old: int, new: Int[Tensor, " row"], start: int, write: Write
+) -> Tensor:
+    """Patch the rows behind the first `old` ones, which have their own patch in an earlier layer."""
+    patched = write(activation[old:].clone(), new, start)
+    return torch.cat([activation[:old], patched.to(activation.dtype)])
+
+
+# -- bridge ----------------------------------------------------------------------------------------
+
+
+def _suffix(
+    model: LensModel,
+    tokens: Int[Tensor, "1 pos"],
+    clean: Clean | None,
+    patches: Patches,
+    which: Int[Tensor, " row"],
+    start: int,
+) -> Float[Tensor, "row suffix d_model"]:
+    """All rows through all layers, from `start` on, behind the clean keys and values of the prefix."""
+    assert clean is not None
+    past = _engine_cache(model)
+    for layer, (keys, values) in enumerate(clean.past):
+        rows = (len(which), -1, -1, -1)
+        past.update(keys[:, :, :start].expand(rows), values[:, :, :start].expand(rows), layer)
+    return _whole_rows(model, tokens[:, start:], patches, which, start, {_cache_argument(model): past})
+
+
+def _plain(
+    model: LensModel,
+    tokens: Int[Tensor, "1 pos"],
+    clean: Clean | None,
+    patches: Patches,
+    which: Int[Tensor, " row"],
+    start: int,
+) -> Float[Tensor, "row suffix d_model"]:
+    """Whole rows from layer 0: what any model can do."""
+    return _whole_rows(model, tokens, patches, which, 0, {})[:, start:]
+
+
+def _whole_rows(
+    model: LensModel,
+    tokens: Int[Tensor, "1 suffix"],
+    patches: Patches,
+    which: Int[Tensor, " row"],
+    start: int,
+    options: Mapping[str, Any],
+) -> Float[Tensor, "row suffix d_model"]:
+    layers = patches.layer[which]
+    kept: list[Tensor] = []
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+    for layer in layers.unique().tolist():
+        places = (layers == layer).nonzero()[:, 0]
+        hooks.append(
+            (
+                SITES[patches.site].format(layer),
+                partial(_patch_some, places=places, new=which[places], start=start, write=patches.write),
+            )
+        )
+    final = SITES["resid_post"].format(model.cfg.n_layers - 1)
+    hooks.append((final, lambda activation, hook: kept.append(activation)))
+    with running(model, hooks):
+        rows = tokens.to(model.cfg.device).expand(len(which), -1)
+        model(rows, return_type=None, **options)
+    return kept.pop()
+
+
+def _patch_some(
+    activation: Tensor,
+    hook: Any,
+    places: Int[Tensor, " row"],
+    new: Int[Tensor, " row"],
+    start: int,
+    write: Write,
+) -> Tensor:
+    places = places.to(activation.device)
+    patched = activation.clone()
+    patched[places] = write(activation[places], new, start).to(activation.dtype)
+    return patched
+
+
+# -- the engines' caches ---------------------------------------------------------------------------
+
+
+def _cache_argument(model: LensModel) -> str:
+    return "past_kv_cache" if engine_of(model) == "HookedTransformer" else "past_key_values"
+
+
+def _engine_cache(model: LensModel) -> Any:
+    if engine_of(model) == "HookedTransformer":
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 1)
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _entries(model: LensModel, past: Any) -> list[tuple[Tensor, Tensor]]:
+    if engine_of(model) == "HookedTransformer":
+        return [(entry.past_keys, entry.past_values) for entry in past.entries]
+    return [(layer.keys, layer.values) for layer in past.layers]
+
+
+def _entry(keys: Tensor, values: Tensor) -> Any:
+    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+
+    return TransformerLensKeyValueCacheEntry(keys, values, frozen=True)

@@ -1,0 +1,140 @@
+"""Sweeps of patches against one whole run per patch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechlens.models import sweeps
+from mechlens.models.load import load_model
+from mechlens.models.protocol import describe, engine_of
+from mechlens.models.sweeps import SITES, Patches, is_safe, sweep
+
+LENGTH = 11
+
+
+def tokens_for(seed=0, length=LENGTH):
+    return torch.randint(4, 50, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session", params=["gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2"])
+def sweep_model(request, tiny_directories):
+    return load_model(tiny_directories / request.param)
+
+
+def available(model, site):
+    if site == "resid_mid":
+        return SITES[site].format(0) in model.hook_dict
+    # the bridge computes GPT-Neo's attention without looking at what hooks made of the pattern
+    neo = describe(model).architecture == "GPTNeoForCausalLM" and engine_of(model) == "TransformerBridge"
+    return not (neo and site in ("pattern", "attn_scores"))
+
+
+def literal(model, tokens, site, layer, write, index):
+    """The last residual of one whole run, with one hook."""
+    kept = []
+
+    def patch(activation, hook):
+        return write(activation.clone(), torch.tensor([index]), 0)
+
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    with torch.no_grad():
+        model.run_with_hooks(
+            tokens,
+            fwd_hooks=[(SITES[site].format(layer), patch), (last, lambda a, hook: kept.append(a.clone()))],
+        )
+    return kept.pop()[0]
+
+
+def patches_for(model, site, end, seed=1):
+    """Random values for every layer and some positions; for patterns, an edge knocked out."""
+    cells = [(layer, pos) for pos in (0, 3, 4, end - 1) for layer in range(model.cfg.n_layers)]
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(cells), 64, generator=draw)
+
+    def write(activation, which, start):
+        for row, index in enumerate(which.tolist()):
+            pos = cells[index][1] - start
+            if site in ("pattern", "attn_scores"):
+                activation[row, 1, pos, 0] = 0.25
+            else:
+                one = activation[row, pos]
+                one += values[index].flatten()[: one.shape[-1]]
+        return activation
+
+    layers, firsts = (torch.tensor(column) for column in zip(*cells, strict=True))
+    return Patches(site, layers, firsts, write)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_row_is_what_a_whole_run_gives(sweep_model, site):
+    if not available(sweep_model, site):
+        return
+    tokens = tokens_for()
+    patches = patches_for(sweep_model, site, LENGTH)
+    expected = [
+        literal(sweep_model, tokens, site, int(layer), patches.write, index)
+        for index, layer in enumerate(patches.layer)
+    ]
+    # a row at a time, some, and all
+    for budget in (1, 40, 100000):
+        seen = []
+        for part in sweep(sweep_model, tokens, patches, token_budget=budget, fast=True):
+            for index, final in zip(part.which.tolist(), part.final, strict=True):
+                own = expected[index]
+                # the same sums in another order, through several layers
+                assert (final - own[part.start :]).abs().max() < 1e-5 * own.abs().max()
+                seen.append(index)
+        assert sorted(seen) == list(range(len(patches)))
+
+
+def test_the_fast_path_is_taken_where_it_is_safe(sweep_model):
+    assert is_safe(sweep_model, tokens_for())
+    assert not is_safe(sweep_model, tokens_for(length=1))
+
+
+def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
+    """Counted in positions x layers, on the engine whose blocks can be called one by one."""
+    if engine_of(tiny_bos_model) != "HookedTransformer":
+        pytest.skip("a bridge runs all layers")
+    tokens = tokens_for()
+    patches = patches_for(tiny_bos_model, "mlp_out", LENGTH)
+    run = 0
+    block = type(tiny_bos_model.blocks[0])
+    forward = block.forward
+
+    def counted(self, resid_pre, *args, **options):
+        nonlocal run
+        run += resid_pre.shape[0] * resid_pre.shape[1]
+        return forward(self, resid_pre, *args, **options)
+
+    monkeypatch.setattr(sweeps, "ENOUGH", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "forward", counted)
+        list(sweep(tiny_bos_model, tokens, patches, fast=True))
+    # the clean run, and the rows of layer 0 through layer 1, each from its position on
+    assert run == 2 * LENGTH + sum(LENGTH - pos for pos in (0, 3, 4, LENGTH - 1))
+
+
+def test_what_lies_behind_the_last_reader_is_not_run(sweep_model):
+    tokens = tokens_for()
+    patches = patches_for(sweep_model, "resid_pre", 6)
+    short = {
+        index: final
+        for part in sweep(sweep_model, tokens, patches, last_read=5)
+        for index, final in zip(part.which.tolist(), part.final, strict=True)
+    }
+    for part in sweep(sweep_model, tokens, patches):
+        for index, final in zip(part.which.tolist(), part.final, strict=True):
+            whole = final[: LENGTH - part.start - (LENGTH - 6)]
+            assert (short[index][-len(whole) :] - whole).abs().max() < 1e-5 * whole.abs().max()
+
+
+def test_no_hook_survives_an_exception(sweep_model):
+    def broken(activation, which, start):
+        raise KeyboardInterrupt
+
+    patches = Patches("mlp_out", torch.tensor([0]), torch.tensor([2]), broken)
+    with pytest.raises(KeyboardInterrupt):
+        list(sweep(sweep_model, tokens_for(), patches))
+    assert not any(point.fwd_hooks for point in sweep_model.hook_dict.values())
