@@ -47,8 +47,9 @@ def prompt_batch(
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
 
     Raises:
-        ValueError: no text or an empty one, a mask of another shape, with gaps or without any token in a
-            row, or a mask for texts.
+        TypeError: a list of something else than texts.
+        ValueError: no text or an empty one, ids that are no integers, a mask of another shape, with gaps or
+            without any token in a row, or a mask for texts.
     """
     if attention_mask is not None and not isinstance(prompt, Tensor):
         raise ValueError("attention_mask says which token ids are padding, but the prompt is text")
@@ -70,6 +71,12 @@ def prompt_batch(
         return Batch(tokens, mask)
     if not prompt:
         raise ValueError("there is no text: the list of prompts is empty")
+    for text in prompt:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"a list of prompts has texts in it, but there is a {type(text).__name__}: give token ids as "
+                "a tensor"
+            )
     rows = [text_ids(model, text, prepend_bos=prepend_bos) for text in prompt]
     length = torch.tensor([len(row) for row in rows])
     return Batch(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int
@@ -188,9 +189,16 @@ def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[T
 def prompt_tokens(
     model: Any, prompt: str | Int[Tensor, "*batch pos"], *, prepend_bos: bool | None = None
 ) -> Int[Tensor, "batch pos"]:
-    """The rows of a prompt, on the CPU: a text's tokens, or ids as they are, one sequence or several."""
+    """The rows of a prompt, on the CPU: a text's tokens, or a copy of ids, one sequence or several.
+
+    Raises:
+        ValueError: as `text_tokens`, or ids that are no integers.
+    """
     tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
-    return (tokens[None] if tokens.ndim == 1 else tokens).cpu()
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(f"token ids are integers, but these are {tokens.dtype}")
+    # a copy, so that a result does not change with what its maker does to the tokens afterwards
+    return (tokens[None] if tokens.ndim == 1 else tokens).to("cpu", torch.long, copy=True)
 
 
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
@@ -209,10 +217,11 @@ def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def target_id(model: Any, target: str | int) -> int:
+def target_id(model: Any, target: Any) -> int:
     """The id of a target token, which is given as an id or as a text of exactly one token.
 
     Raises:
+        TypeError: neither a text nor an id.
         ValueError: the text is not one token (its pieces are shown), there is no tokenizer to read it, or the
             id is not in the vocabulary.
     """
@@ -224,12 +233,18 @@ def target_id(model: Any, target: str | int) -> int:
             pieces = [model.tokenizer.decode([i]) for i in ids]
             raise ValueError(f"the target {target!r} is {len(ids)} tokens, not one: {pieces}")
         return int(ids[0])
-    if not 0 <= target < model.cfg.d_vocab:
-        raise ValueError(f"token id {target} is not in the model's vocabulary of {model.cfg.d_vocab}")
-    return target
+    try:
+        index = operator.index(target)
+    except TypeError:
+        raise TypeError(
+            f"a target is an id or a text of one token, but this is a {type(target).__name__}: {target!r}"
+        ) from None
+    if not 0 <= index < model.cfg.d_vocab:
+        raise ValueError(f"token id {index} is not in the model's vocabulary of {model.cfg.d_vocab}")
+    return index
 
 
-def chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ...]:
+def chosen(what: str, given: Sequence[SupportsIndex] | None, count: int) -> tuple[int, ...]:
     """Indices of positions, layers or the like from 0; None is all of them, negative ones count from the end.
 
     Raises:
@@ -237,12 +252,14 @@ def chosen(what: str, given: Sequence[int] | None, count: int) -> tuple[int, ...
     """
     if given is None:
         return tuple(range(count))
-    for index in given:
+    # plain ints also where they come from an array or a table, because results save them
+    indices = tuple(operator.index(index) for index in given)
+    for index in indices:
         if not -count <= index < count:
             raise ValueError(f"there is no {what} {index}: there are {count}")
-    if not given:
+    if not indices:
         raise ValueError(f"no {what} is asked for; there are {count}")
-    found = tuple(index % count for index in given)
+    found = tuple(index % count for index in indices)
     if len(set(found)) < len(found):
-        raise ValueError(f"the same {what} is asked for twice: {tuple(given)}")
+        raise ValueError(f"the same {what} is asked for twice: {indices}")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,3 +76,10 @@ def test_what_is_no_batch_is_refused(tiny_bos_model, prompt, mask, message):
     mask = None if mask is None else torch.tensor(mask)
     with pytest.raises(ValueError, match=message):
         prompt_batch(tiny_bos_model, prompt, attention_mask=mask)
+
+
+def test_a_list_of_ids_is_no_list_of_texts(tiny_bos_model):
+    # what a type checker refuses arrives all the same
+    unchecked = inspect.unwrap(prompt_batch)
+    with pytest.raises(TypeError, match="there is a int: give token ids as a tensor"):
+        unchecked(tiny_bos_model, [1, 2])

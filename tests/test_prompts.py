@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from mechlens.prompts import drawable_tokens, repeated_tokens, text_tokens
+from mechlens.prompts import chosen, drawable_tokens, repeated_tokens, text_tokens
 
 
 class Letters:
@@ -126,3 +128,12 @@ def test_text_and_its_errors():
         text_tokens(bare, "a")
     with pytest.raises(ValueError, match="none to draw"):
         drawable_tokens(Letters(2), d_vocab=24)
+
+
+def test_chosen_indices_are_plain_numbers():
+    """Those of a table or a tensor, too: results save them as JSON."""
+    found = chosen("position", [np.int64(2), torch.tensor(-3)], 3)
+    assert [type(index) for index in found] == [int, int]
+    assert found == (2, 0)
+    with pytest.raises(TypeError):
+        inspect.unwrap(chosen)("position", [0.5], 3)

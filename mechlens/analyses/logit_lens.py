@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def logit_lens(
     layers: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     top_k: int = 5,
-    targets: str | int | Sequence[Any] | Mapping[str, Any] = (),
+    targets: str | int | Tensor | Sequence[Any] | Mapping[str, Any] = (),
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
     memory_budget: int | None = None,
@@ -86,7 +87,8 @@ def logit_lens(
             each head adds to the stream (`z @ W_O`; the layer's `b_O` is nobody's).
         onto_stream: read `attn_out`, `mlp_out` or `result` together with the stream it is added to; False
             reads it alone.
-        heads: for `result`: which, such as `L5H5` or `(5, 5)`; None reads all of `layers`.
+        heads: for `result`, in the place of `layers`: which, such as `L5H5` or `(5, 5)`; None reads all of
+            `layers`.
         decoder: what comes before `W_U` and `b_U`: `final_norm`, the model's last norm with statistics of
             this very vector; `norm_only`, the same without its learned scale and bias; `none`, nothing; a
             function of vectors `[1, pos, d_model]`; or a `TunedLens`. A soft-cap is always applied.
@@ -96,8 +98,9 @@ def logit_lens(
         positions: which to read; None reads all. In a padded batch they count padding.
         top_k: how many of the most likely tokens to keep.
         targets: further tokens whose rank and log-probability are wanted, one or several, as ids or as texts
-            of one token; one for each position is a list, or a tensor like the tokens. A mapping names them;
-            else they are named as they are given, and those that differ by position `target_0`, ...
+            of one token; one for each position is a list within the list, or a tensor like the tokens. A
+            mapping names them; else they are named as they are given, and those that differ by position
+            `target_0`, ...
         attention_mask: of token ids `[batch, pos]`: 0 or False where they are padding, left or right.
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
         memory_budget: bytes for logits and what is made of them, a chunk at a time; None takes 64 MiB, on a
@@ -125,6 +128,8 @@ def logit_lens(
         raise ValueError(f"onto_stream is for {', '.join(_ADDED_TO)}, but component is {component!r}")
     if not 0 <= last_blocks <= n_layers:
         raise ValueError(f"last_blocks must lie between 0 and the model's {n_layers}, but is {last_blocks}")
+    if heads is not None and layers is not None:
+        raise ValueError("heads say which layers are read: leave out layers, or leave out heads")
     rows = _rows(model, component, chosen("layer", layers, n_layers), heads)
     read = chosen("position", positions, batch.tokens.shape[1])
     wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
@@ -393,7 +398,7 @@ def _decoder(
         decoder.check_fits(info)
         return lambda place, vectors: final_norm(model, decoder.translate(place, vectors)), "tuned_lens"
     if callable(decoder):
-        return lambda _, vectors: decoder(vectors), getattr(decoder, "__name__", type(decoder).__name__)
+        return partial(_own_decoder, decoder), getattr(decoder, "__name__", type(decoder).__name__)
     if decoder not in DECODERS:
         raise ValueError(
             f"decoder must be one of {', '.join(DECODERS)}, a function or a TunedLens, but is {decoder!r}"
@@ -408,6 +413,18 @@ def _decoder(
     if decoder == "norm_only":
         return lambda _, vectors: bare_norm(model, vectors), decoder
     return lambda _, vectors: vectors, decoder
+
+
+def _own_decoder(decoder: Callable[[Tensor], Tensor], _: str, vectors: Tensor) -> Tensor:
+    """What a user's function makes of vectors; a copy of them, because some rows are decoded again."""
+    decoded = decoder(vectors.clone())
+    if not isinstance(decoded, Tensor) or decoded.shape != vectors.shape:
+        came = tuple(decoded.shape) if isinstance(decoded, Tensor) else type(decoded).__name__
+        raise ValueError(
+            f"a decoder gives vectors as many and as wide as it gets, {tuple(vectors.shape)}, but this one "
+            f"gave {came}"
+        )
+    return decoded
 
 
 def _chunk_bytes(memory_budget: int | None, device: torch.device) -> int:
@@ -425,19 +442,28 @@ def _named(targets: Any) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"every lens has a token {name!r}: give the target another name")
         yield from targets.items()
         return
-    if isinstance(targets, (str, int)):
+    if isinstance(targets, (str, Integral, Tensor)):
         targets = [targets]
+    given: set[str] = set()
     for index, target in enumerate(targets):
-        plain = isinstance(target, (str, int)) and target not in _OWN_NAMES
-        yield str(target) if plain else f"target_{index}", target
+        # an id and a text may read alike
+        plain = _is_one(target) and str(target) not in {*_OWN_NAMES, *given}
+        name = str(target) if plain else f"target_{index}"
+        given.add(name)
+        yield name, target
+
+
+def _is_one(target: Any) -> bool:
+    """Whether a target is the same token at every position."""
+    return isinstance(target, (str, Integral))
 
 
 def _ids(model: LensModel, target: Any, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     """A target's id at each position."""
-    if isinstance(target, (str, int)):
-        return torch.full_like(tokens, target_id(model, target))
     if isinstance(target, Tensor):
         target = target.tolist()
+    if _is_one(target) or not isinstance(target, Sequence):
+        return torch.full_like(tokens, target_id(model, target))
     nested = target if target and isinstance(target[0], (list, tuple)) else [target]
     if [len(row) for row in nested] != [tokens.shape[1]] * len(tokens):
         raise ValueError(

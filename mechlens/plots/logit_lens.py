@@ -81,9 +81,9 @@ class LensStat:
         """The value at the dark end of the colours: `high`, or the largest there is."""
         if high is not None:
             lowest = 1 if self.is_rank else 0
-            if not high > lowest:
+            if not lowest < high < math.inf:
                 raise ValueError(
-                    f"the colours of the {self.title} need a high above {lowest}, but it is {high}"
+                    f"the colours of the {self.title} need a high above {lowest} (finite), but it is {high}"
                 )
             return float(high)
         if self.is_probability:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
 from mechlens.results import LogitLensResult, TunedLens
 from tests.reference import vocabulary as reference
+from tests.tiny_models import write_toy
 
 
 def tokens_for(batch=2, length=9):
@@ -164,6 +166,9 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
         ({"heads": ["0.1"]}, "heads are for the component 'result', but"),
         ({"component": "result", "heads": ["0.9"]}, "there is no head L0H9: the model has 2 layers with 4"),
         ({"component": "result", "heads": []}, "no head is asked for"),
+        ({"component": "result", "heads": ["0.1"], "layers": [1]}, "leave out layers, or leave out heads"),
+        ({"decoder": lambda vectors: vectors[..., :3]}, r"\(1, 4, 32\), but this one gave \(1, 4, 3\)"),
+        ({"decoder": lambda vectors: None}, "but this one gave NoneType"),
         (
             {"decoder": "bare"},
             "decoder must be one of final_norm, norm_only, none, a function or a TunedLens",
@@ -199,6 +204,50 @@ def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, options, messag
 def test_what_cannot_be_run_is_refused(tiny_bos_model, prompt, message):
     with pytest.raises(ValueError, match=message):
         logit_lens(tiny_bos_model, prompt)
+
+
+def test_targets_in_every_form(tiny_bos_model):
+    tokens, following = tokens_for(), tokens_for().roll(-1, 1)
+    lens = logit_lens(tiny_bos_model, tokens, targets=following)
+    assert torch.equal(lens.target_ids["target_0"], following)
+    assert torch.equal(lens.rank["target_0"][..., :-1], lens.rank["next"][..., :-1])
+    # what numpy and torch call an integer is one
+    lens = logit_lens(tiny_bos_model, tokens.int(), targets=[np.int64(7), torch.tensor(8)])
+    assert {name: ids.unique().tolist() for name, ids in lens.target_ids.items()} == {
+        "7": [7],
+        "target_1": [8],
+    }
+    # an id and a text that read alike are two targets
+    digit = tiny_bos_model.tokenizer("5")["input_ids"][-1]
+    both = logit_lens(tiny_bos_model, tokens, targets=[5, "5"]).target_ids
+    assert {name: ids.unique().tolist() for name, ids in both.items()} == {"5": [5], "target_1": [digit]}
+    with pytest.raises(TypeError, match="a target is an id or a text of one token, but this is a NoneType"):
+        logit_lens(tiny_bos_model, tokens, targets=[None])
+
+
+def test_a_decoder_may_change_what_it_gets(tiny_bos_model):
+    """With a small budget the row `embed` is decoded again and again."""
+
+    def in_place(vectors):
+        return vectors.mul_(0.5).add_(1)
+
+    changed = logit_lens(tiny_bos_model, tokens_for(), decoder=in_place, memory_budget=1)
+    kept = logit_lens(tiny_bos_model, tokens_for(), decoder=lambda vectors: vectors * 0.5 + 1)
+    # the same products, of other shapes
+    assert torch.allclose(changed.kl_input, kept.kl_input, atol=1e-5)
+
+
+def test_a_result_keeps_its_tokens(tiny_bos_model):
+    tokens = tokens_for()
+    lens = logit_lens(tiny_bos_model, tokens, positions=[2, 0])
+    tokens[0, 0] = 63
+    assert torch.equal(lens.tokens, tokens_for())
+
+
+def test_a_model_without_mlps_has_no_mlp_out(tmp_path):
+    write_toy(tmp_path / "toy")
+    with pytest.raises(ValueError, match="hook_mlp_out"):
+        logit_lens(load_model(tmp_path / "toy"), tokens_for(), component="mlp_out")
 
 
 def test_one_token_is_enough(tiny_bos_model):

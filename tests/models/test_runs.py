@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mechlens.measures.vocabulary import target_log_prob
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
-from mechlens.models.runs import next_token_log_probs, read_patterns, watch
+from mechlens.models.runs import next_token_log_probs, read_patterns, reads_as_streamed, watch
 from mechlens.models.weights import direct_unembedding, final_norm_scale, per_query_head, value_bias
 from tests.reference import heads as reference
 from tests.tiny_models import write_model_of, write_tiny_model
@@ -73,6 +73,16 @@ def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
         logits = model(tokens)
     expected, _ = reference.log_probs(logits[0], tokens[0])
     assert log_prob[0, :-1].tolist() == pytest.approx(expected, abs=2e-5)
+    # a single token says it, too
+    assert not reads_as_streamed(model, tokens[:1, :1])
+
+
+def test_broken_weights_are_no_reason_to_doubt_the_readout(tmp_path):
+    write_tiny_model(tmp_path, "gpt2")
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        model.b_U[:] = torch.nan
+    assert reads_as_streamed(model, tokens_for(model)[:1, :8])
 
 
 def test_a_bfloat16_readout_is_made_in_float32():

@@ -106,7 +106,7 @@ def test_colours_can_end_below_the_largest_value_and_say_so():
     assert ranks.colorbar.ticktext == ("1", "10", "≥ 50")
     # nothing lies beyond
     assert plot_logit_lens(lens(), "rank", high=1000).data[0].colorbar.ticktext[-1] == "1,000"
-    for stat, high in (("rank", 1), ("kl", 0), ("kl", -3), ("kl", math.nan)):
+    for stat, high in (("rank", 1), ("kl", 0), ("kl", -3), ("kl", math.nan), ("kl", math.inf)):
         with pytest.raises(ValueError, match="need a high above"):
             plot_logit_lens(lens(), stat, high=high)
 
