@@ -248,7 +248,8 @@ def _check_sum(
     # each sum is rounded relative to its largest terms; 16, because several hundred are added
     allowed = 16 * torch.finfo(model.W_U.dtype).eps * (contributions.abs().sum(0) + size)
     worst = (off - allowed).argmax()
-    if not bool((off <= allowed).all()):
+    # a logit that is no number has parts that are none
+    if not bool(((off <= allowed) | logit.isnan()).all()):
         raise ValueError(
             "this model adds something to its residual stream besides embeddings, heads, their biases and "
             "MLPs, or scales what they add, so there is no attribution: the contributions miss a logit of "

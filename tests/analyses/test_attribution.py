@@ -13,7 +13,7 @@ from mechlens.models import runs
 from mechlens.models.load import load_model
 from mechlens.results import LogitAttribution
 from tests.reference import attribution as reference
-from tests.tiny_models import write_model_of, write_toy
+from tests.tiny_models import write_model_of, write_tiny_model, write_toy
 
 TOYS = {
     "toy": {},
@@ -239,3 +239,11 @@ def test_a_prompt_past_the_context_and_an_unknown_component(tiny_bos_model):
     found = direct_logit_attribution(tiny_bos_model, "a", 7)
     with pytest.raises(ValueError, match=r"there is no component 'L9H0': there are embed, pos_embed, L0H0"):
         found.of("L9H0")
+
+
+def test_what_broken_weights_say_is_no_number(tmp_path):
+    write_tiny_model(tmp_path, "gpt2")
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        model.b_U[:] = torch.nan
+    assert direct_logit_attribution(model, tokens_for(), 7).logit.isnan().all()
