@@ -117,7 +117,8 @@ def read_out(
             than the references and one other row at one position.
 
     Returns:
-        Statistics in float32. A token with a logit of -inf has probability 0 and adds nothing.
+        Statistics in float32. A token with a logit of -inf has probability 0 (log-probability -inf) and adds
+        nothing.
 
     Raises:
         ValueError: no reference, a budget below 1 byte, or a `top_k` that the vocabulary does not have.
@@ -206,7 +207,8 @@ def _reduce(
     """All statistics of one chunk, whose logits are overwritten."""
     # relative to the largest, so that nothing overflows; finite, because 0 * -inf is no number
     logits -= logits.amax(-1, keepdim=True)
-    logits.clamp_(min=torch.finfo(logits.dtype).min / 2)
+    lowest = torch.finfo(logits.dtype).min / 2
+    logits.clamp_(min=lowest)
     scratch = logits.exp()
     total = scratch.sum(-1)
     log_total = total.log()
@@ -232,6 +234,6 @@ def _reduce(
         entropy=entropy.float(),
         # rounding alone makes a distribution's distance to itself negative
         kl=torch.stack(kl).clamp(min=0).float(),
-        log_prob=(own - log_total[..., None]).float(),
+        log_prob=(own - log_total[..., None]).masked_fill(own == lowest, -torch.inf).float(),
         rank=rank,
     )
