@@ -47,13 +47,13 @@ def prompt_batch(
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
 
     Raises:
-        TypeError: a list of something else than texts.
+        TypeError: neither a text, nor a list of texts, nor a tensor.
         ValueError: no text or an empty one, ids that are no integers, a mask of another shape, with gaps or
             without any token in a row, or a mask for texts.
     """
-    if attention_mask is not None and not isinstance(prompt, Tensor):
+    if attention_mask is not None and isinstance(prompt, (str, list, tuple)):
         raise ValueError("attention_mask says which token ids are padding, but the prompt is text")
-    if isinstance(prompt, (str, Tensor)):
+    if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, (list, tuple)):
         if isinstance(prompt, str):
             tokens = text_ids(model, prompt, prepend_bos=prepend_bos)[None]
         else:

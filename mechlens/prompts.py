@@ -192,8 +192,14 @@ def prompt_tokens(
     """The rows of a prompt, on the CPU: a text's tokens, or a copy of ids, one sequence or several.
 
     Raises:
+        TypeError: neither a text nor a tensor.
         ValueError: as `text_tokens`, or ids that are no integers.
     """
+    if not isinstance(prompt, (str, torch.Tensor)):
+        raise TypeError(
+            f"a prompt is one text or a tensor of token ids, but this is a {type(prompt).__name__}: give "
+            "tokens as torch.tensor(ids), and a tokenizer's output as its input_ids"
+        )
     tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"token ids are integers, but these are {tokens.dtype}")

@@ -333,6 +333,12 @@ def test_equality_is_by_value() -> None:
     assert dataclasses.replace(twice, patterns=torch.full((2, 2, 2), math.nan)) != twice
 
 
+def test_what_is_long_is_shown_by_its_length() -> None:
+    many = dataclasses.replace(lens(), strings={str(i): "x" for i in range(500)})
+    assert "strings=<500 entries>" in repr(many)
+    assert len(repr(many)) < 1500
+
+
 def test_results_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         head_scores().jitter = 3  # type: ignore[misc]

@@ -94,7 +94,7 @@ def logit_lens(
             function of vectors `[1, pos, d_model]`; or a `TunedLens`. A soft-cap is always applied.
         last_blocks: how many of the model's last blocks the vectors of a row go through before the decoder.
             No block is run on what it made: the last row goes through none.
-        layers: which to read, in increasing order; None reads all.
+        layers: which to read; None reads all. Rows are in the order of the layers (and heads).
         positions: which to read; None reads all. In a padded batch they count padding.
         top_k: how many of the most likely tokens to keep.
         targets: further tokens whose rank and log-probability are wanted, one or several, as ids or as texts
@@ -130,7 +130,7 @@ def logit_lens(
         raise ValueError(f"last_blocks must lie between 0 and the model's {n_layers}, but is {last_blocks}")
     if heads is not None and layers is not None:
         raise ValueError("heads say which layers are read: leave out layers, or leave out heads")
-    rows = _rows(model, component, chosen("layer", layers, n_layers), heads)
+    rows = _rows(model, component, sorted(chosen("layer", layers, n_layers)), heads)
     read = chosen("position", positions, batch.tokens.shape[1])
     wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
     decode, decoder_name = _decoder(model, decoder, info)
@@ -276,7 +276,7 @@ def _rows(
     if heads is None:
         pairs = [(layer, head) for layer in layers for head in range(n_heads)]
     else:
-        pairs = [parse_head(head) for head in heads]
+        pairs = sorted(parse_head(head) for head in heads)
         for layer, head in pairs:
             if not (0 <= layer < n_layers and 0 <= head < n_heads):
                 raise ValueError(

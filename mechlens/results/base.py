@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+LONGEST_SHOWN = 100
+"""Characters of a field in a result's one-line form."""
 R = TypeVar("R", bound="Result")
 
 
@@ -117,7 +119,7 @@ class Result:
         return result
 
     def __repr__(self) -> str:
-        """The fields in one line, tensors by their shape."""
+        """The fields in one line, tensors by their shape, what is long by its length."""
         parts = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -129,6 +131,8 @@ class Result:
                 )
             else:
                 shown = repr(value.name if isinstance(value, ModelInfo) else value)
+                if len(shown) > LONGEST_SHOWN and isinstance(value, (str, tuple, list, Mapping)):
+                    shown = f"<{len(value)} {'characters' if isinstance(value, str) else 'entries'}>"
             parts.append(f"{field.name}={shown}")
         return f"{type(self).__name__}({', '.join(parts)})"
 

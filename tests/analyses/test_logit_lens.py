@@ -250,6 +250,18 @@ def test_a_model_without_mlps_has_no_mlp_out(tmp_path):
         logit_lens(load_model(tmp_path / "toy"), tokens_for(), component="mlp_out")
 
 
+@pytest.mark.parametrize(
+    "prompt", [{"input_ids": torch.tensor([[1, 2]])}, [1, 2, 3], torch.tensor([1, 2]).numpy(), None]
+)
+def test_what_is_no_prompt_is_a_type_error(tiny_bos_model, prompt):
+    with pytest.raises(TypeError):  # beartype's, or where it does not look, ours
+        logit_lens(tiny_bos_model, prompt)
+
+
+def test_rows_are_in_the_order_of_the_layers(tiny_bos_model):
+    assert logit_lens(tiny_bos_model, "abc", layers=[1, 0]).rows == ("embed", "0", "1")
+
+
 def test_one_token_is_enough(tiny_bos_model):
     lens = logit_lens(tiny_bos_model, torch.tensor([5]))
     with torch.no_grad():
@@ -263,10 +275,10 @@ def test_one_token_is_enough(tiny_bos_model):
 
 def test_heads_are_what_they_write(lens_model):
     tokens = tokens_for()
-    heads = [(1, 2), (0, 3)]
+    heads = [(0, 3), (1, 2)]
     lens = logit_lens(lens_model, tokens, component="result", heads=["L1H2", (0, 3)])
     onto = logit_lens(lens_model, tokens, component="result", heads=heads, onto_stream=True)
-    assert lens.rows == onto.rows == ("embed", "L1H2", "L0H3")
+    assert lens.rows == onto.rows == ("embed", "L0H3", "L1H2")
     with torch.no_grad():
         _, cache = lens_model.run_with_cache(tokens)
     for row, (layer, head) in enumerate(heads, start=1):
@@ -284,7 +296,7 @@ def test_heads_are_what_they_write(lens_model):
             assert torch.allclose(found.log_prob["input"][row], expected, atol=1e-4)
     every = logit_lens(lens_model, tokens, component="result", layers=[1], positions=[4])
     assert every.rows == ("embed", "L1H0", "L1H1", "L1H2", "L1H3")
-    assert torch.allclose(every.entropy[3, :, 0], lens.entropy[1, :, 4], atol=1e-5)
+    assert torch.allclose(every.entropy[3, :, 0], lens.entropy[2, :, 4], atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2])
