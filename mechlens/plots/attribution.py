@@ -60,9 +60,9 @@ def plot_attribution(
     of_layers = {name: value for name, value in values.items() if component_place(name)[0] is not None}
     high = max(1e-6, *map(abs, of_layers.values()))
     digits = 2 if n_heads <= 8 else 1
-    # what rounds to nothing, and a cell without a component, stays empty; more than 16 heads leave no room
+    # a cell without a component stays empty; more than 16 heads leave no room
     written = [
-        [number(value, digits) if n_heads <= 16 and abs(value) >= 0.5 * 10**-digits else "" for value in line]
+        [_written(value, digits) if n_heads <= 16 and value == value else "" for value in line]
         for line in cells
     ]
 
@@ -100,7 +100,7 @@ def plot_attribution(
             x=list(bars.values()),
             y=list(bars),
             marker={"color": [BLUE if value >= 0 else VERMILION for value in bars.values()]},
-            text=[number(value, 2) for value in bars.values()],
+            text=[_written(value, 2) for value in bars.values()],
             textposition="outside",
             textfont={"color": INK},
             cliponaxis=False,
@@ -138,6 +138,12 @@ def plot_attribution(
     )
     figure.update_annotations(font={"size": 13, "color": MUTED})
     return figure
+
+
+def _written(value: float, digits: int) -> str:
+    """A number with one digit more where it would round to nothing, and without a sign if it still does."""
+    digits += abs(value) < 0.5 * 10**-digits
+    return number(value if abs(value) >= 0.5 * 10**-digits else 0.0, digits)
 
 
 def _bars(values: dict[str, float], of_layers: dict[str, float], largest: int) -> dict[str, float]:

@@ -53,7 +53,9 @@ def test_every_component_of_a_layer_has_its_cell():
     assert list(heat.z[0]) == [1.0, -2.0, pytest.approx(0.001), nan, 0.5, 4.0]
     assert list(heat.z[1]) == [0.0, 3.0, -0.75, nan, 0.0, -1.5]
     assert (heat.zmin, heat.zmax) == (-4.0, 4.0)
-    assert list(heat.text[0]) == ["1.00", "\N{MINUS SIGN}2.00", "", "", "0.50", "4.00"]
+    # what is small is written with one digit more; only the column that is none is empty
+    assert list(heat.text[0]) == ["1.00", "\N{MINUS SIGN}2.00", "0.001", "", "0.50", "4.00"]
+    assert list(heat.text[1])[:2] == ["0.000", "3.00"]
     assert heat.hovertext[1][1] == "<b>L1H1</b><br>adds 3.000"
     assert heat.hovertext[0][5] == "<b>L0 MLP</b><br>adds 4.000"
 
@@ -70,6 +72,14 @@ def test_the_bars_are_the_largest_and_sum_to_the_logit():
     everything = plot_attribution(result, largest=99).data[1]
     assert len(everything.y) == len(VALUES)
     assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias", "MLP")
+
+
+def test_small_numbers_are_written_and_nothing_has_no_sign():
+    figure = plot_attribution(attribution(VALUES | {"L0H1": -0.002, "final bias": -0.002, "embed": -1e-5}))
+    assert figure.data[0].text[0][1] == "\N{MINUS SIGN}0.004"
+    written = dict(zip(figure.data[1].y, figure.data[1].text, strict=True))
+    assert written["final bias"] == "\N{MINUS SIGN}0.004"
+    assert written["embed"] == "0.000"
 
 
 def test_the_title_says_what_is_explained():
