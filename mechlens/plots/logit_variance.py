@@ -11,6 +11,8 @@ from mechlens.results import LogitVariance
 
 # blue to orange without the pale middle, which white paper swallows; the symbol says the same
 _COLOURS = ["#08306b", "#2270b2", "#5aa2cf", "#dd8a3c", "#a85204", "#5c2c00"]
+_APART = 0.16
+"""Of what stands before a bar from its middle, so that the diamond does not cover the line."""
 _SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "x", "star"]
 
 
@@ -19,7 +21,8 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
 
     Lines, from `embed` to the last layer: the mean logit of each bin, the spread of its tokens' logits, and
     how far they are from their final values. Bars: their variance over layers, beside the range of the random
-    assignments (line) and the mean where tokens are binned by their rank at another position (diamond).
+    assignments (line) and the mean where tokens are binned by their rank at another position (diamond), which
+    stand to the left and right of a bar's middle.
     """
     figure = make_subplots(
         rows=2,
@@ -64,21 +67,23 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
     nulls = result.null_variance.double()
     null, low, high = (values.tolist() for values in (nulls.mean(0), nulls.amin(0), nulls.amax(0)))
     elsewhere = result.elsewhere_variance.double().mean((1, 2)).tolist()
+    places = list(range(len(labels)))
     bars = go.Bar(
         name="variance",
         showlegend=False,
-        x=list(labels),
+        x=places,
         y=variance,
         # pale, so that what stands before them can be seen
         marker={
             "color": [_look(index, len(labels))[0] for index in range(len(labels))],
             "opacity": 0.5,
         },
-        hovertemplate="rank %{x}<br>variance %{y:.3f}<extra></extra>",
+        customdata=list(labels),
+        hovertemplate="rank %{customdata}<br>variance %{y:.3f}<extra></extra>",
     )
     random = go.Scatter(
         name="random bins (lowest to highest draw)",
-        x=list(labels),
+        x=[place - _APART for place in places],
         y=null,
         mode="markers",
         marker={"symbol": "line-ew-open", "size": 16, "color": INK, "line": {"width": 2, "color": INK}},
@@ -101,7 +106,7 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
     if not result.elsewhere_variance.isnan().all():
         other = go.Scatter(
             name="rank at another position",
-            x=list(labels),
+            x=[place + _APART for place in places],
             y=elsewhere,
             mode="markers",
             marker={
@@ -133,7 +138,14 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
     )
     for panel in ("xaxis", "xaxis2", "xaxis3"):
         figure.layout[panel].update(type="category", title={"text": "layer"}, showgrid=False)
-    figure.update_xaxes(type="category", title={"text": "final rank"}, showgrid=False, row=2, col=2)
+    figure.update_xaxes(
+        tickvals=places,
+        ticktext=list(labels),
+        title={"text": "final rank"},
+        showgrid=False,
+        row=2,
+        col=2,
+    )
     figure.update_yaxes(title={"text": "logits"})
     figure.update_yaxes(title={"text": "logits²"}, rangemode="tozero", row=2, col=2)
     figure.update_yaxes(rangemode="tozero", row=1, col=2)

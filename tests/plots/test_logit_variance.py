@@ -49,7 +49,9 @@ def test_lines_and_bars_are_means_over_positions():
     assert list(lines[0].x) == ["embed", "0", "1"]
     assert "25.0% together" in lines[0].hovertemplate
     bars, null, elsewhere = figure.data[-3:]
-    assert list(bars.x) == ["1", "2-64"]
+    assert [figure.layout.xaxis4.ticktext[x] for x in bars.x] == ["1", "2-64"]
+    assert list(figure.layout.xaxis4.tickvals) == list(bars.x)
+    assert list(bars.customdata) == ["1", "2-64"]
     assert list(bars.y) == [4.0, 7.0]
     assert list(null.y) == [5.0, 5.0]
     assert list(null.error_y.array) == [1.0, 0.0]
@@ -58,6 +60,16 @@ def test_lines_and_bars_are_means_over_positions():
     assert "least over most probable: 1.75; in random bins 0.83 to 1.25, ranked elsewhere 1.75" in (
         figure.layout.title.text
     )
+
+
+def test_the_diamond_stands_beside_the_whisker():
+    figure = plot_logit_variance(variance())
+    bars, null, elsewhere = figure.data[-3:]
+    # of nine bins in a panel of half the figure
+    pixels = figure.layout.width * 0.44 / 9
+    for bar, left, right in zip(bars.x, null.x, elsewhere.x, strict=True):
+        assert bar - 0.3 < left < bar < right < bar + 0.3
+        assert (right - left) * pixels > elsewhere.marker.size / 2 + null.error_y.width / 2
 
 
 def test_bins_differ_by_colour_and_symbol():
