@@ -20,7 +20,7 @@ from mechlens.plots.style import (
 from mechlens.results import InputProbe
 
 _BASES = {
-    "embedding": ("coordinates", BLUE, "circle"),
+    "embedding": ("embedding", BLUE, "circle"),
     "pca": ("PCA of W_E", VERMILION, "square"),
     "nmf": ("NMF of W_E", GREEN, "triangle-up"),
 }

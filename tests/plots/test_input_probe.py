@@ -43,10 +43,10 @@ def test_own_and_shared_maps_differ_by_more_than_colour():
 def test_what_is_under_the_cursor():
     found = traces(plot_input_probe(hand_made.input_probe()))
     assert found["accuracy embedding per_layer"].hovertext[1] == (
-        "<b>0</b>, coordinates, own map of the row<br>accuracy 0.500 (0.375 to 0.625)<br>R² 0.250"
+        "<b>0</b>, embedding, own map of the row<br>accuracy 0.500 (0.375 to 0.625)<br>R² 0.250"
     )
     assert found["similarity embedding"].hovertext[2] == (
-        "<b>shared</b>, coordinates<br>0.000<br>random maps 0.000 (\N{MINUS SIGN}0.250 to 0.125)"
+        "<b>shared</b>, embedding<br>0.000<br>random maps 0.000 (\N{MINUS SIGN}0.250 to 0.125)"
     )
     assert "not measured" in found["weight_correlation pca"].hovertext[0]
 
