@@ -55,6 +55,8 @@ TEMPLATE = go.layout.Template(
             "yref": "container",
             "font": {"size": 15},
         },
+        # above the figure it would cover the title
+        "modebar": {"orientation": "v"},
         "hoverlabel": {"bgcolor": "white", "bordercolor": MUTED, "font": {"family": FONT, "color": INK}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
     }

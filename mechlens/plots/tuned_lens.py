@@ -50,11 +50,11 @@ def plot_tuned_lens(lens: TunedLens) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            "Tuned lens: held-out KL(final || row)",
+            "Tuned lens: held-out KL(final ‖ row)",
             lens.model.name,
             f"nats, the mean of {lens.held_out_tokens:,} tokens; {lens.steps} steps",
         ),
-        width=max(480, 160 + 44 * len(rows)),
+        width=max(560, 160 + 44 * len(rows)),
         height=400,
         margin={"t": 84, "b": 84},
         legend={"y": -0.24},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ def test_both_lines_are_drawn_without_the_last_layer() -> None:
     title = figure.layout.title.text
     assert "&lt;b&gt;tiny&lt;/b&gt; &#36;x&#36;" in title
     assert "12,345 tokens; 250 steps" in title
+
+
+def test_the_title_has_room_beside_the_buttons() -> None:
+    figure = plot_tuned_lens(lens())
+    assert figure.layout.template.layout.modebar.orientation == "v"
+    title = re.search("<b>(.*?)</b>", figure.layout.title.text)[1]  # type: ignore[index]
+    # bold letters of 15 pixels are at most 9 wide on average, the buttons 30
+    assert figure.layout.width >= 9 * len(title) + 30
 
 
 def test_lines_are_told_apart_without_colour() -> None:
