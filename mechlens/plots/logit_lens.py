@@ -44,6 +44,8 @@ RANKS = ("rank", "input_rank", "next_rank")
 OF_TARGET = ("rank", "probability")
 _OWN = {"final": "the model's final guess", "input": "the input token", "next": "the token that follows"}
 
+MAX_POSITIONS = 64
+"""As many as are drawn unasked; a browser draws no figure of thousands."""
 MAX_LINES = 12
 """As many lines as have a marker of their own."""
 _SYMBOLS = (
@@ -154,14 +156,14 @@ def plot_logit_lens(
         stat: one of `probability`, `rank`, `kl`, `kl_input`, `input_rank`, `next_rank`, `entropy`; ranks are
             coloured on a logarithmic scale, and what is undefined is grey.
         row: which sequence of the batch.
-        positions: which of the positions that were read; None draws all.
+        positions: which of the positions that were read; None draws all, if they are at most 64.
         target: for `rank` and `probability`: whose; `final`, `input`, `next` or a target by its name.
         high: the value that gets the darkest colour, as do all beyond it; None is the largest there is, for
             probabilities 1. The original post takes 100 for ranks of the final guess, 1000 for the input's.
 
     Raises:
-        ValueError: no such statistic, sequence, position or target, or a statistic that is undefined for this
-            model.
+        ValueError: no such statistic, sequence, position or target, a statistic that is undefined for this
+            model, or more than 64 positions of which none were chosen.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
@@ -232,7 +234,12 @@ def plot_lens_lines(
         )
     read = _read(result, row)
     places = list(range(len(result.rows)))
-    figure = make_subplots(rows=len(stats), shared_xaxes=True, vertical_spacing=0.09 if len(stats) > 1 else 0)
+    height = _lines_height(len(stats))
+    # between two panels stand labels only where there are more, or a long figure would have them far below
+    apart = {1: 0, 2: 48}.get(len(stats), 84)
+    figure = make_subplots(
+        rows=len(stats), shared_xaxes=True, vertical_spacing=apart / (height - sum(_LINES_MARGIN.values()))
+    )
     for line, column in enumerate(columns):
         position = result.positions[column]
         label = f"{position} {figure_text(visible_token(read[position], longest=16))}"
@@ -276,11 +283,16 @@ def _draw(
     title: str,
 ) -> go.Figure:
     columns = _columns(result, row, positions)
+    if positions is None and len(columns) > MAX_POSITIONS:
+        raise ValueError(
+            f"{len(columns)} positions were read, but a figure draws no more than {MAX_POSITIONS} unasked: "
+            "choose which with positions="
+        )
     values = stat.values[:, row, columns].double()
     bound = stat.bound(values, high)
     colours = stat.scaled(values)
     top = math.log10(bound) if stat.is_rank else bound
-    longest = 10 if len(columns) <= 12 else 8 if len(columns) <= 24 else 6
+    longest = 10 if len(columns) <= 10 else 8 if len(columns) <= 24 else 6
     size = 12 if len(columns) <= 24 else 11
     guesses, below, above = _texts(result, row, columns, longest)
     widest = max(map(len, [*below, *above, *(guess for line in guesses for guess in line)]))
@@ -325,9 +337,9 @@ def _draw(
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            title,
+            f"{title}: {stat.title.removesuffix(', nats')}",
             " · ".join(facts(result)),
-            f"cells: top guess, bold where it is what follows; colour: {stat.title}",
+            "cells: top guess, bold where it is what follows",
         ),
         width=round(max(520, 168 + column_width * len(columns))),
         height=200 + row_height * len(result.rows),
@@ -495,7 +507,10 @@ def facts(result: LogitLensResult) -> list[str]:
     if result.decoder != "final_norm":
         facts.append(f"decoder {result.decoder}")
     if result.last_blocks:
-        facts.append(f"through the last {result.last_blocks} blocks")
+        count = result.last_blocks
+        facts.append("through the last block" if count == 1 else f"through the last {count} blocks")
+    if result.component == "result":
+        facts.append("embed: the stream at its start, no head")
     return facts
 
 
@@ -540,12 +555,22 @@ def stacked(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
 # -- lines -----------------------------------------------------------------------------------------
 
 
+_LINES_MARGIN = {"t": 76, "b": 56}
+
+
+def _lines_height(n_panels: int) -> int:
+    return 170 + (250 if n_panels <= 2 else 290) * n_panels
+
+
 def _lay_out_lines(
     figure: go.Figure, result: LogitLensResult, shown: Sequence[LensStat], columns: Sequence[int]
 ) -> None:
     n_rows = len(result.rows)
     named = "head" if result.component == "result" else "layer"
-    title = " and ".join(each.title.removesuffix(", nats") for each in shown)
+    # more than two do not fit beside one another, and each stands at its own axis
+    title = (
+        " and ".join(each.title.removesuffix(", nats") for each in shown) if len(shown) <= 2 else "logit lens"
+    )
     step = math.ceil(n_rows / 28)
     # the row embed, then layer 0 or the first that leaves the label room
     ticks = [0, *range(step, n_rows, step)] if step == 1 else [0, *range(1 + step, n_rows, step)]
@@ -556,14 +581,14 @@ def _lay_out_lines(
             " · ".join(facts(result)),
         ),
         width=min(1100, 620 + 22 * n_rows),
-        height=170 + 250 * len(shown),
-        margin={"t": 76, "b": 56},
+        height=_lines_height(len(shown)),
+        margin=_LINES_MARGIN,
         legend={
             "orientation": "v",
             "x": 1.02,
             "y": 1,
             "yanchor": "top",
-            "title": {"text": "position and token read"},
+            "title": {"text": "position, token"},
             "itemwidth": 48,
         },
     )
@@ -575,7 +600,8 @@ def _lay_out_lines(
         tickangle=-90 if named == "head" else 0,
         showgrid=False,
     )
-    figure.update_xaxes(title_text=named, row=len(shown), col=1)
+    for at in range(1, len(shown) + 1) if len(shown) > 2 else (len(shown),):
+        figure.update_xaxes(title_text=named, showticklabels=True, row=at, col=1)
     for at, each in enumerate(shown, start=1):
         values = each.values[..., list(columns)]
         axis: dict[str, Any] = {"title": {"text": each.title}}

@@ -10,7 +10,14 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from mechlens.plots.logit_lens import MAX_LINES, STATS, plot_lens_lines, plot_logit_lens, plot_sub_blocks
+from mechlens.plots.logit_lens import (
+    MAX_LINES,
+    MAX_POSITIONS,
+    STATS,
+    plot_lens_lines,
+    plot_logit_lens,
+    plot_sub_blocks,
+)
 from mechlens.plots.style import SEQUENTIAL, is_dark, sequential
 from mechlens.results import LogitLensResult
 from tests.hand_made import lens, sub_block_lens
@@ -199,6 +206,25 @@ def test_every_cell_has_room_for_its_text(n_pos, n_rows):
     assert len(figure.layout.yaxis.ticktext) == n_rows
 
 
+def test_a_long_text_is_no_figure_unless_its_positions_are_chosen():
+    found = plot_input(MAX_POSITIONS + 1)
+    with pytest.raises(ValueError, match=r"65 positions were read, but .* 64 unasked: choose which with pos"):
+        plot_logit_lens(found)
+    assert len(plot_logit_lens(found, positions=found.positions).data[0].x) == 65
+    assert len(plot_logit_lens(plot_input(MAX_POSITIONS)).data[0].x) == 64
+
+
+def test_the_title_names_the_statistic():
+    for stat, title in (("kl", "KL(final ‖ layer)"), ("entropy", "entropy"), ("rank", "rank of the model's")):
+        assert plot_logit_lens(lens(), stat).layout.title.text.startswith(f"<b>Logit lens: {title}")
+    figure = plot_logit_lens(lens(), "rank", target=" a")
+    assert figure.layout.title.text.startswith("<b>Logit lens: rank of ·a</b>")
+    pair = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
+    assert plot_sub_blocks(*pair).layout.title.text.startswith(
+        "<b>Logit lens by sub-block: KL(final ‖ layer)<"
+    )
+
+
 def test_whitespace_and_control_characters_are_visible():
     for token, shown in (("\n\n", "⏎⏎"), (" ", "·"), ("\t", "⇥"), ("\u200b", "\\u200b"), ("", "∅")):
         figure = plot_logit_lens(plot_input(2, token=token))
@@ -221,8 +247,13 @@ def test_what_was_read_and_how_is_said():
     title = plot_logit_lens(changed).layout.title.text
     assert "tiny · attn_out onto the stream · decoder tuned_lens · through the last 2 blocks" in title
     assert "decoder" not in plot_logit_lens(lens()).layout.title.text
+    one = plot_logit_lens(dataclasses.replace(lens(), last_blocks=1)).layout.title.text
+    assert "through the last block<" in one
     heads = dataclasses.replace(lens(), component="result", rows=("embed", "L0H3"))
     assert plot_logit_lens(heads).layout.yaxis.title.text == "head"
+    for figure in (plot_logit_lens(heads), plot_lens_lines(heads)):
+        assert "embed: the stream at its start, no head" in figure.layout.title.text
+    assert "at its start" not in plot_lens_lines(lens()).layout.title.text
 
 
 def test_markup_in_a_token_stays_text():
@@ -312,6 +343,23 @@ def test_lines_have_the_values_of_their_position():
     assert figure.layout.title.text.startswith(
         "<b>Rank of the model's final guess and KL(final ‖ layer) by layer</b>"
     )
+
+
+def test_many_statistics_have_a_short_title_and_each_its_labels():
+    stats = ("rank", "kl", "entropy", "probability")
+    figure = plot_lens_lines(plot_input(40), stats)
+    assert figure.layout.title.text.startswith("<b>Logit lens by layer</b>")
+    axes = [figure.layout[f"xaxis{at or ''}"] for at in ("", 2, 3, 4)]
+    assert [axis.showticklabels for axis in axes] == [True] * 4
+    assert [axis.title.text for axis in axes] == ["layer"] * 4
+    # a panel stays as high as two beside one another have it, with room for the labels below
+    panels = [figure.layout[f"yaxis{at}"].domain for at in ("", 2, 3, 4)]
+    height = figure.layout.height - 132
+    assert min(high - low for low, high in panels) * height > 180
+    gaps = [above[0] - below[1] for above, below in zip(panels, panels[1:], strict=False)]
+    assert min(gaps) * height > 60
+    two = plot_lens_lines(lens())
+    assert [two.layout.xaxis.title.text, two.layout.xaxis2.title.text] == [None, "layer"]
 
 
 def test_lines_are_told_apart_without_their_hue():
