@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         model = mechlens.load_model(options.model, device=options.device)
         study = mechlens.reproduce_logit_lens(model, rare=options.rare, seed=options.seed)
         comments, further = ask_comments(model, study, options.corpus, options.seed, not options.no_training)
-        options.out.mkdir(parents=True, exist_ok=True)
     except (ModelLoadError, ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -64,7 +64,8 @@ def prompt_batch(
                 )
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if attention_mask is not None:
-            mask = attention_mask.cpu().bool()
+            # a copy, so that a result does not change with what its maker does to the mask afterwards
+            mask = attention_mask.to("cpu", torch.bool, copy=True)
             mask = mask[None] if mask.ndim == 1 else mask
             _check_mask(mask, tokens)
             tokens = tokens.masked_fill(~mask, 0)

@@ -155,6 +155,9 @@ def logit_lens(
         return final_norm(model, vectors) if row == final else decode(rows[row].place, vectors)
 
     asked = torch.stack([batch.tokens, batch.tokens.roll(-1, 1), *wanted.values()], dim=-1)
+    # once, where the weights are narrower: each part of a long document is read through them
+    wide = torch.promote_types(model.W_U.dtype, torch.float32)
+    W_U, b_U = model.W_U.detach().to(wide), model.b_U.detach().to(wide)
     found: list[Readout] = []
     cells: list[Tensor] = []
     for part in _parts(batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model):
@@ -162,8 +165,8 @@ def logit_lens(
         with torch.inference_mode():
             readout = read_out(
                 vectors,
-                model.W_U,
-                model.b_U,
+                W_U,
+                b_U,
                 targets=asked[part.batch, part.pos].to(vectors.device),
                 references=(final, 0) if tied else (final,),
                 top_k=top_k,
@@ -430,6 +433,8 @@ def _own_decoder(decoder: Callable[[Tensor], Tensor], _: str, vectors: Tensor) -
 def _chunk_bytes(memory_budget: int | None, device: torch.device) -> int:
     if memory_budget is None:
         memory_budget = _GPU_BUDGET if device.type == "cuda" else _CPU_BUDGET
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget must be at least 1 byte, but is {memory_budget}")
     # logits, their exponentials, the references' probabilities, and what a topk sorts
     return max(1, memory_budget // 4)
 

@@ -158,7 +158,7 @@ def read_out(
                 parts.append(_reduce(logits_of(range(n_rows), where), targets[where], references, top_k))
             else:
                 parts.append(_by_rows(logits_of, n_rows, distributions, where, targets, references, top_k))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or distributions == 1:
                 raise
             distributions //= 2

@@ -108,7 +108,7 @@ def reproduce_logit_lens(
         mlp=logit_lens(model, PROSE[0], component="mlp_out", prepend_bos=bos),
         eiffel=logit_lens(model, EIFFEL, prepend_bos=bos),
         copying=logit_lens(model, [COPY.format(word, word) for word in words], prepend_bos=bos),
-        repetition=logit_lens(model, [sentence * ROUNDS for sentence in LOOPS], prepend_bos=bos),
+        repetition=logit_lens(model, [(sentence * ROUNDS).strip() for sentence in LOOPS], prepend_bos=bos),
     )
     return dataclasses.replace(found, comparisons=tuple(compare(claim, found) for claim in LOGIT_LENS))
 

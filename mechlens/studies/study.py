@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,12 +33,20 @@ class Study:
         columns = [field.name for field in dataclasses.fields(Comparison)]
         return pd.DataFrame([dataclasses.asdict(c) for c in self.comparisons], columns=columns)
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every result as `.safetensors` and its table as `.csv` into an existing folder.
 
         Returns:
             The paths written.
+
+        Raises:
+            ValueError: there is no such folder.
         """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(
+                f"a study is saved into a folder, but there is no folder {folder}: make it first"
+            )
         written = []
         for name, result in self.results.items():
             written.append(result.save(folder / f"{name}.safetensors"))
