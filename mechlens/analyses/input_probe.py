@@ -70,7 +70,8 @@ def probe_input(
       cares little about.
 
     Args:
-        corpus: what `mechlens.corpus.token_windows` takes: a file, a folder, texts, or ids `[window, pos]`.
+        corpus: a path, or several as `Path`s, to `.txt`, `.jsonl` or `.jsonl.gz` files or folders of them; an
+            iterable of texts (a single text in a list); or token ids `[window, pos]`.
         per_layer: fit a map for each row as well as the shared one.
         bases: `pca`, `nmf`, both or none, beside the coordinates of `W_E` themselves.
         n_components: elements of each basis; None is 64, or `d_model` if that is less.

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.corpus import Source, token_windows
+from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import final_norm, reads_as_streamed, soft_cap, watch
 from mechlens.prompts import own_bos_token_id
@@ -58,8 +58,10 @@ def train_tuned_lens(
     model's weights stay as they are.
 
     Args:
-        corpus: text, or windows of token ids, such as `sample_tokens(model, ...)`; see `token_windows`. Its
-            first windows are used, as many as the steps need; if there are fewer, they are used again.
+        corpus: a path, or several as `Path`s, to `.txt`, `.jsonl` or `.jsonl.gz` files or folders of them; an
+            iterable of texts (a single text in a list); or token ids `[window, pos]`, such as
+            `sample_tokens(model, ...)`; see `token_windows`. Its first windows are used, as many as the steps
+            need; if there are fewer, they are used again.
         steps: of the optimiser.
         batch_tokens: tokens in each step's batch, in whole windows. Which windows make the batch of a step
             depends on the seed alone.
@@ -176,6 +178,11 @@ def _windows(
     per_step = max(1, batch_tokens // (length or 1))
     apart = held_out if held_out_corpus is None else 0
     found += islice(made, steps * per_step + apart - 1)
+    if not found:
+        tokens = length or min(LENGTH, model.cfg.n_ctx)
+        raise ValueError(
+            f"the corpus is shorter than one window of {tokens} tokens: give more text, or less length"
+        )
     if len(found) < per_step + apart:
         raise ValueError(
             f"the corpus makes {len(found)} windows, but a batch takes {per_step}"

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 # What a lens of other weights would differ in; engines and dtypes may change.
 _OF_THE_WEIGHTS = ("name", "revision", "architecture", "processing", "n_layers", "d_model", "d_vocab")
 
+_WEIGHTS = {
+    True: "processed weights (processing=True)",
+    False: "unprocessed weights (processing=False)",
+    None: "weights whose processing is unknown",
+}
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TunedLens(Result):
@@ -92,13 +98,14 @@ class TunedLens(Result):
         ]
         if not other:
             return
-        only_processing = other[0].startswith("processing") and len(other) == 1
-        advice = (
-            f"load the model with processing={self.model.processing}"
-            if only_processing and self.model.processing is not None
-            else "train a lens on this model, or load the one it was trained on"
-        )
-        raise ValueError(f"this tuned lens does not fit the model: it is of {', '.join(other)}; {advice}")
+        advice = "train a lens on this model, or load the one it was trained on"
+        said = f"it is of {', '.join(other)}"
+        if other[0].startswith("processing") and len(other) == 1:
+            trained, given = _WEIGHTS[self.model.processing], _WEIGHTS[info.processing]
+            said = f"it was trained on {trained}, but this has {given}"
+            if self.model.processing is not None:
+                advice = f"load the model with processing={self.model.processing}"
+        raise ValueError(f"this tuned lens does not fit the model: {said}; {advice}")
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per row of the lens and the last layer: row, kl_plain, kl_tuned."""

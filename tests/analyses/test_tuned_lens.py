@@ -245,7 +245,8 @@ def test_a_state_that_is_none_is_said_to_be_none(tiny_bos_model, tmp_path) -> No
         ({"held_out": 0}, "held_out must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"held_out": 38}, "makes 40 windows, but a batch takes 3 and 38 are held out: give more text"),
-        ({"corpus": ["abc"]}, "makes 0 windows, but"),
+        ({"corpus": ["abc"]}, "the corpus is shorter than one window of 32 tokens: give more text"),
+        ({"corpus": ["abc"], "length": 16}, "is shorter than one window of 16 tokens: give more text"),
         ({"held_out_corpus": ["abc"]}, "held-out corpus makes no window of 8 tokens"),
         ({"length": 9}, "8 tokens long, but windows of 9"),
     ],
@@ -293,7 +294,8 @@ def test_a_lens_knows_its_weights(tiny_bos_model, tiny_directories) -> None:
     lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
     lens.check_fits(describe(load_model(tiny_directories / "gpt2", dtype="bfloat16")))
     raw = describe(load_model(tiny_directories / "gpt2", processing=False))
-    with pytest.raises(ValueError, match=r"processing True, not False; load the model with processing=True"):
+    states = r"processed weights \(processing=True\), but this has unprocessed weights \(processing=False\)"
+    with pytest.raises(ValueError, match=f"trained on {states}; load the model with processing=True"):
         lens.check_fits(raw)
     other = describe(load_model(tiny_directories / "gpt_neox"))
     with pytest.raises(ValueError, match=r"of name 'gpt2', not 'gpt_neox', architecture .*; train a lens on"):
