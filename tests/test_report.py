@@ -285,17 +285,35 @@ def long_lens(n_pos: int) -> LogitLensResult:
 def test_a_long_lens_is_drawn_in_stretches_of_one_scale() -> None:
     section = lens_section(long_lens(40), ("kl", "probability"))
     heatmaps = [part for part in section.parts if part.keeps_width]  # type: ignore[union-attr]
-    assert len(heatmaps) == 6
-    drawn = [part.figure.data[0] for part in heatmaps[:3]]  # type: ignore[union-attr]
-    assert [len(each.x) for each in drawn] == [14, 14, 12]
-    assert [each.zmax for each in drawn] == [39.0] * 3
+    assert len(heatmaps) == 8
+    drawn = [part.figure.data[0] for part in heatmaps[:4]]  # type: ignore[union-attr]
+    assert [len(each.x) for each in drawn] == [10, 10, 10, 10]
+    assert [each.zmax for each in drawn] == [39.0] * 4
     assert [value for each in drawn for value in each.z[0]] == list(range(40))
-    # no stretch is wider than the page
-    assert max(part.figure.layout.width for part in heatmaps) <= 1120  # type: ignore[union-attr]
     (lines,) = [part for part in section.parts if part not in heatmaps]
     assert [trace.name.split()[0] for trace in lines.figure.data[::2]] == [*map(str, range(34, 40))]  # type: ignore[union-attr]
     assert set(section.terms) >= {"KL(final ‖ layer)", "Rank", "Probability of the top guess"}
     assert "Entropy" not in section.terms
+
+
+@pytest.mark.parametrize("n_pos", range(1, 25))
+def test_no_stretch_is_wider_than_the_page(n_pos: int) -> None:
+    found = dataclasses.replace(long_lens(n_pos), strings={"1": "a very long token"})
+    parts = lens_section(found, "kl", lines=()).parts
+    # what the page leaves between its margins
+    assert max(part.figure.layout.width for part in parts) <= 1120  # type: ignore[union-attr]
+
+
+def test_a_page_draws_the_end_of_a_long_text_and_says_so() -> None:
+    section = lens_section(long_lens(3000), "kl", text="What to look for.")
+    drawn = [value for part in section.parts[:-1] for value in part.figure.data[0].z[0]]  # type: ignore[union-attr]
+    assert drawn == [*range(2936, 3000)]
+    first, said = section.text.split("\n\n")
+    assert first == "What to look for."
+    assert said.startswith("Shown: the last 64 of 3,000 positions.")
+    chosen = lens_section(long_lens(3000), "kl", positions=range(100))
+    assert sum(part.figure.data[0].z.shape[1] for part in chosen.parts[:-1]) == 100  # type: ignore[union-attr]
+    assert chosen.text == lens_section(long_lens(64), "kl").text == ""
 
 
 def test_lens_section_takes_what_is_drawn() -> None:

@@ -567,10 +567,10 @@ def _lay_out_lines(
 ) -> None:
     n_rows = len(result.rows)
     named = "head" if result.component == "result" else "layer"
-    # more than two do not fit beside one another, and each stands at its own axis
-    title = (
-        " and ".join(each.title.removesuffix(", nats") for each in shown) if len(shown) <= 2 else "logit lens"
-    )
+    title = " and ".join(each.title.removesuffix(", nats") for each in shown)
+    if len(shown) > 2:
+        # they would not fit, and each stands at its own axis
+        title = "logit lens"
     step = math.ceil(n_rows / 28)
     # the row embed, then layer 0 or the first that leaves the label room
     ticks = [0, *range(step, n_rows, step)] if step == 1 else [0, *range(1 + step, n_rows, step)]

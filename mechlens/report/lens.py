@@ -9,6 +9,7 @@ from functools import partial
 import plotly.graph_objects as go
 
 from mechlens.plots.logit_lens import (
+    MAX_POSITIONS,
     OF_TARGET,
     lens_stat,
     plot_lens_lines,
@@ -21,8 +22,9 @@ from mechlens.plots.style import visible_token
 from mechlens.report.page import Plot, Section
 from mechlens.results import LogitLensResult
 
-STRETCH = 16
-"""Positions beside one another in a page; a longer text is drawn in several pictures."""
+STRETCH = 12
+"""Positions beside one another in a page, as many as its column holds; a longer text is drawn in several
+pictures."""
 
 _TERMS = {
     "Logit lens": (
@@ -68,12 +70,13 @@ def lens_section(
 ) -> Section:
     """Top guesses by layer and position, coloured by each statistic, and statistics by layer as lines.
 
-    More than 16 positions are drawn in stretches with the same colours.
+    More than 12 positions are drawn in stretches with the same colours.
 
     Args:
         stats: one or several of those that `plot_logit_lens` takes.
         row: which sequence of the batch.
-        positions: which of the positions that were read; None draws all.
+        positions: which of the positions that were read; None draws the last 64, and says so where there are
+            more.
         target: whose `rank` and `probability`, as for `plot_logit_lens`.
         high: the value that gets the darkest colour, for one statistic.
         lines: statistics of the last of the positions, drawn by layer; none leaves the lines out.
@@ -84,7 +87,7 @@ def lens_section(
     """
     stats = (stats,) if isinstance(stats, str) else tuple(stats)
     named = "head" if result.component == "result" else "layer"
-    positions = shown_positions(result, row) if positions is None else list(positions)
+    positions, left_out = _shown(result, row, positions)
     parts = _heatmaps(
         partial(plot_logit_lens, result, row=row), result, stats, row, positions, target, high, named
     )
@@ -98,7 +101,7 @@ def lens_section(
                 f"Lines of {' and '.join(lines)} by {named} after {read}.",
             )
         )
-    return Section(title, text, parts, _terms(*stats, *lines))
+    return Section(title, text + left_out, parts, _terms(*stats, *lines))
 
 
 def sub_blocks_section(
@@ -119,10 +122,23 @@ def sub_blocks_section(
         ValueError: as `plot_sub_blocks`.
     """
     stats = (stats,) if isinstance(stats, str) else tuple(stats)
-    positions = shown_positions(attn, row) if positions is None else list(positions)
+    positions, left_out = _shown(attn, row, positions)
     draw = partial(plot_sub_blocks, attn, mlp, row=row)
     parts = _heatmaps(draw, stacked(attn, mlp), stats, row, positions, target, high, "sub-block")
-    return Section(title, text, parts, _terms(*stats))
+    return Section(title, text + left_out, parts, _terms(*stats))
+
+
+def _shown(result: LogitLensResult, row: int, positions: Sequence[int] | None) -> tuple[Sequence[int], str]:
+    """The positions to draw, and a paragraph on what is left out."""
+    if positions is not None:
+        return list(positions), ""
+    every = shown_positions(result, row)
+    if len(every) <= MAX_POSITIONS:
+        return every, ""
+    return every[-MAX_POSITIONS:], (
+        f"\n\nShown: the last {MAX_POSITIONS} of {len(every):,} positions. Others are chosen by positions=, "
+        "on the command line by --position."
+    )
 
 
 def _heatmaps(

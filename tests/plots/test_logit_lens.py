@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -356,7 +357,7 @@ def test_many_statistics_have_a_short_title_and_each_its_labels():
     panels = [figure.layout[f"yaxis{at}"].domain for at in ("", 2, 3, 4)]
     height = figure.layout.height - 132
     assert min(high - low for low, high in panels) * height > 180
-    gaps = [above[0] - below[1] for above, below in zip(panels, panels[1:], strict=False)]
+    gaps = [above[0] - below[1] for above, below in itertools.pairwise(panels)]
     assert min(gaps) * height > 60
     two = plot_lens_lines(lens())
     assert [two.layout.xaxis.title.text, two.layout.xaxis2.title.text] == [None, "layer"]
