@@ -76,7 +76,7 @@ def test_no_arguments_show_the_help(capsys):
         (["lens"], "Missing argument"),
         (["lens", "a b", "--stat", "colour"], "--stat must be one of probability"),
         (["lens", "a b", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
-        (["lens", "a b", "--component", "resid"], "component must be one of"),
+        (["lens", "a b", "--component", "resid"], "--component must be one of"),
         (["lens", "a b", "--json", "--csv"], "--json and --csv exclude each other"),
         (["lens", "a b", "--decoder", "norm_only"], "--decoder norm_only needs the weights as they were"),
         (["lens", "a b", "--decoder", "some", "--raw"], "decoder must be one of final_norm, norm_only, none"),
@@ -91,6 +91,23 @@ def test_no_arguments_show_the_help(capsys):
         (["lens", "a b", "--target", " captain of"], "tokens, not one: ["),
         (["lens", "a b", "--layer", "4"], "there is no layer 4"),
         (["lens", ""], "the text is empty"),
+        (
+            ["lens", "a b", "--head", "L1H2"],
+            "--head is for --component result, but --component is resid_post",
+        ),
+        (["lens", "a b", "--component", "result", "--head", "L9H0"], "there is no head L9H0"),
+        (["lens", "a b", "--component", "result", "--head", "L1H2", "-l", "1"], "leave out --layer"),
+        (["lens", "a b", "--position", "99"], "there is no position 99"),
+        (["lens", "a b", "--position", "10:"], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--position", "two"], "--position is a number, or a range such as 10:40"),
+        (
+            ["lens", "a b", "--last-blocks", "9"],
+            "mechlens: --last-blocks must lie between 0 and the model's 4",
+        ),
+        (
+            ["lens", "a b", "--onto-stream"],
+            "--onto-stream is for attn_out, mlp_out, result, but --component is",
+        ),
         (["models", "gpt22"], "did you mean gpt2"),
         (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
         (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
@@ -265,7 +282,7 @@ def test_every_option_of_lens_reaches_the_analysis(capsys, tmp_path):
     assert (saved.prepend_bos, saved.model.processing, saved.model.dtype) == (False, False, "bfloat16")
     assert "·two rank" in out
     assert "Targets after" in out
-    assert "attn_out onto the stream, decoder norm_only, through the last 1 blocks" in out
+    assert "attn_out onto the stream, decoder norm_only, through the last block\n" in out
 
 
 def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
@@ -287,6 +304,55 @@ def test_lens_reads_a_text_longer_than_the_context(capsys):
     assert len(out.splitlines()) > 2 * 512
     code, out, _ = run(capsys, "lens", "one two three " * 250, "--layer", "3")
     assert "Shown: the last 64 of" in out
+
+
+@pytest.mark.parametrize(
+    ("chosen", "positions"),
+    [
+        (["--position", "1", "--position", "-1"], (1, 8)),
+        (["-p", "2:4", "-p", ":2", "-p", "-1"], (2, 3, 0, 1, 8)),
+        (["-p", "-3:", "-p", "-5:-3"], (6, 7, 8, 4, 5)),
+    ],
+)
+def test_positions_are_chosen_by_number_and_range(capsys, chosen, positions):
+    code, out, _ = run(capsys, "lens", "a b c d e f g h", *chosen, "--json", "--layer", 0, "--bos")
+    assert code == 0
+    cells = json.loads(out)["cells"]
+    assert tuple(cell["pos"] for cell in cells if cell["row"] == "0") == positions
+
+
+def test_a_page_of_a_long_text_draws_what_was_chosen_or_its_end(capsys, tmp_path):
+    def drawn(*chosen):
+        path = tmp_path / "lens.html"
+        code, _, err = run(capsys, "lens", "one two three " * 250, "-l", 3, *chosen, "--out", path, "--quiet")
+        assert (code, err) == (0, "")
+        page = path.read_text()
+        data = [json.loads(each) for each in re.findall(r'data">(\{"data".*)</script>', page)]
+        heat = [each["data"][0] for each in data if each["data"][0]["type"] == "heatmap"]
+        return sum(len(each["x"]) for each in heat), page
+
+    count, page = drawn()
+    assert count == 64
+    assert re.search("Shown: the last 64 of [0-9,]+ positions", page)
+    count, page = drawn("--position", "5:75")
+    assert count == 70
+    assert "Shown: the last" not in page
+    assert "--position 5:75" in page, "the page says how it was made"
+
+
+def test_heads_are_chosen_by_name(capsys):
+    arguments = ["--component", "result", "--head", "L3H5", "--head", "1.2", "--json"]
+    code, out, _ = run(capsys, "lens", TEXT, *arguments)
+    assert code == 0
+    assert set(json.loads(out)["rows"]) == {"embed", "L1H2", "L3H5"}
+
+
+def test_the_help_of_lens_says_what_is_accepted(capsys):
+    out = " ".join(run(capsys, "lens", "--help")[1].split())
+    assert "kl_input (input || layer; tied models only)" in out
+    assert "float32, bfloat16, float16, float64" in out
+    assert "--head" in out
+    assert "10:40" in out
 
 
 def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):

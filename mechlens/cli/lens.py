@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +40,7 @@ def lens(
         str,
         typer.Option(
             help="Colour: probability (of the top guess), rank (of the model's final guess), kl (final || "
-            "layer), kl_input (input || layer), input_rank, next_rank or entropy."
+            "layer), kl_input (input || layer; tied models only), input_rank, next_rank or entropy."
         ),
     ] = "kl",
     of: Annotated[
@@ -77,6 +79,19 @@ def lens(
     layer: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="A layer to read; repeatable. [default: all]")
     ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(help="A head to read for --component result, such as L3H5; repeatable. [default: all]"),
+    ] = None,
+    position: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--position",
+            "-p",
+            help="A position to read, or a range such as 10:40 or -20: (the last 20); negative counts from "
+            "the end; repeatable. [default: all are read, the last 64 drawn]",
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", "-t", help='A token whose rank is wanted, such as " Paris"; repeatable.'),
@@ -113,6 +128,11 @@ def lens(
         raise ValueError("--tuned-lens is a decoder of its own: leave out --decoder")
     if decoder in _UNFOLDED and not raw:
         raise ValueError(f"--decoder {decoder} {_RAW_NEEDED}")
+    if head and component != "result":
+        raise ValueError(f"--head is for --component result, but --component is {component}")
+    if head and layer:
+        raise ValueError("--head says which layers are read: leave out --layer")
+    positions = _positions(position) if position else None
     _check_colour(stat, of, target or [])
     saved = _saved_tuned_lens(tuned_lens, raw)
     loaded = options.load(model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw)
@@ -122,22 +142,29 @@ def lens(
     from mechlens.analyses.logit_lens import logit_lens
     from mechlens.plots.logit_lens import lens_stat
 
-    found = logit_lens(
-        loaded,
-        text,
-        component=component,
-        onto_stream=onto_stream,
-        decoder=through,
-        last_blocks=last_blocks,
-        layers=layer,
-        top_k=top_k,
-        targets=target or (),
-        prepend_bos=bos,
-    )
+    try:
+        found = logit_lens(
+            loaded,
+            text,
+            component=component,
+            onto_stream=onto_stream,
+            heads=head or None,
+            decoder=through,
+            last_blocks=last_blocks,
+            layers=layer or None,
+            positions=positions,
+            top_k=top_k,
+            targets=target or (),
+            prepend_bos=bos,
+        )
+    except ValueError as error:
+        raise ValueError(_as_typed(str(error))) from error
     # what cannot be coloured is refused before anything is written
     lens_stat(found, stat, of).bound(found.entropy, high)
     if out is not None:
-        _save(found, out, stat, of, high, _command(given))
+        # what was chosen is drawn, however much it is
+        drawn = found.positions if positions is not None else None
+        _save(found, out, stat, of, high, drawn, _command(given))
     if as_json:
         terminal.print_json(terminal.lens_json(found))
     elif as_csv:
@@ -157,6 +184,30 @@ def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
     known = ("final", "input", "next", *targets)
     if of is not None and of not in known:
         raise ValueError(f"--of must be one of {', '.join(map(repr, known))} (add --target), but is {of!r}")
+
+
+def _positions(given: list[str]) -> list[int]:
+    """Single positions, and ranges without their end; a range from -20 without an end is the last 20."""
+    found: list[int] = []
+    for each in given:
+        first, colon, end = each.partition(":")
+        try:
+            start = int(first or 0)
+            some = range(start, int(end or 0) if colon else start + 1)
+        except ValueError:
+            some = range(0)
+        if not some:
+            raise ValueError(
+                f"--position is a number, or a range such as 10:40 or -20: that has some, but is {each!r}"
+            )
+        found += some
+    return found
+
+
+def _as_typed(message: str) -> str:
+    """An error of the analysis with the names that its arguments have on the command line."""
+    names = r"\b(?:onto_stream|last_blocks|top_k)\b|\b(?:component|decoder)(?= (?:must|is)\b)"
+    return re.sub(names, lambda found: "--" + found[0].replace("_", "-"), message)
 
 
 def _saved_tuned_lens(source: str | None, raw: bool) -> TunedLens | None:
@@ -184,7 +235,13 @@ def _published_tuned_lens(source: str, model: LensModel) -> TunedLens:
 
 
 def _save(
-    found: LogitLensResult, out: Path, stat: str, of: str | None, high: float | None, command: str
+    found: LogitLensResult,
+    out: Path,
+    stat: str,
+    of: str | None,
+    high: float | None,
+    positions: Sequence[int] | None,
+    command: str,
 ) -> None:
     if out.suffix == ".csv":
         from mechlens.results import write_table
@@ -195,7 +252,9 @@ def _save(
     else:
         from mechlens.report import lens_section, write_report
 
-        section = lens_section(found, stat, target=of, high=high, title="Layers and positions")
+        section = lens_section(
+            found, stat, positions=positions, target=of, high=high, title="Layers and positions"
+        )
         # no published figure is about this text
         write_report(
             out,

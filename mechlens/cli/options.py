@@ -21,7 +21,7 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")
 ]
-DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")

@@ -108,7 +108,8 @@ def _left_out(found: LogitLensResult, rows: Sequence[int], n_shown: int, n_pos: 
         said.append(f"embed and every {'2nd' if step == 2 else '3rd' if step == 3 else f'{step}th'} layer")
     if n_shown < n_pos:
         said.append(f"the last {n_shown} of {n_pos} positions")
-    return f"Shown: {'; '.join(said)}. --csv has all." if said else ""
+    others = ", --position chooses" if n_shown < n_pos else ""
+    return f"Shown: {'; '.join(said)}. --csv has all{others}." if said else ""
 
 
 def _legend(shown: Any, top: float) -> Text:

@@ -102,7 +102,7 @@ def test_of_a_deep_model_every_second_layer_is_shown_and_it_says_so(shown):
 
 def test_of_a_long_text_the_last_positions_are_shown_and_it_says_so(shown):
     out = shown(sized(200, 2))
-    assert f"Shown: the last {MAX_POSITIONS} of 200 positions. --csv has all." in out
+    assert f"Shown: the last {MAX_POSITIONS} of 200 positions. --csv has all, --position chooses." in out
     assert "1.199" in out
     assert "1.136" in out
     assert "1.135" not in out
