@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from mechlens.analyses.input_probe import probe_input
     from mechlens.analyses.logit_lens import lens_vector, logit_lens
     from mechlens.analyses.logit_variance import logit_variance
+    from mechlens.analyses.patching import (
+        Corrupted,
+        Earlier,
+        Mean,
+        NextEmbedding,
+        Resampled,
+        ablate_heads,
+        ablate_mlps_from_first_half,
+        patch_grid,
+    )
     from mechlens.analyses.tuned_lens import train_tuned_lens
     from mechlens.corpus import read_texts, token_windows
     from mechlens.models.load import load_model
@@ -54,6 +64,16 @@ _HOMES = {
     ),
     "mechlens.analyses.input_probe": ("probe_input",),
     "mechlens.analyses.logit_lens": ("lens_vector", "logit_lens"),
+    "mechlens.analyses.patching": (
+        "Corrupted",
+        "Earlier",
+        "Mean",
+        "NextEmbedding",
+        "Resampled",
+        "ablate_heads",
+        "ablate_mlps_from_first_half",
+        "patch_grid",
+    ),
     "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
     "mechlens.corpus": ("read_texts", "token_windows"),
     "mechlens.analyses.logit_variance": ("logit_variance",),

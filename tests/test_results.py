@@ -26,6 +26,7 @@ from mechlens.results import (
     LogitLensResult,
     LogitVariance,
     ModelInfo,
+    PatchGridResult,
     RepeatedTokenPerformance,
     Result,
     TunedLens,
@@ -131,6 +132,31 @@ def lens() -> LogitLensResult:
     )
 
 
+def patch_grid_result() -> PatchGridResult:
+    """Two prompts, one layer, two positions; no corrupted run."""
+    return PatchGridResult(
+        model=MODEL,
+        tokens=torch.tensor([[0, 5, 6], [0, 6, 5]]),
+        site="mlp_out",
+        source="1 positions earlier",
+        weight=1.0,
+        direction="noising",
+        axes=("layer", "pos"),
+        layers=(0,),
+        heads=(),
+        positions=(1, 2),
+        metric="loss",
+        read=(0, 1),
+        values=torch.tensor([[[2.0, 3.0]], [[4.0, 5.0]]]),
+        clean=torch.tensor([1.0, 2.0]),
+        corrupted=torch.full((2,), math.nan),
+        strings=("<s>", " a", "b"),
+        seed=None,
+        prepend_bos=True,
+        note="",
+    )
+
+
 def vector_lens() -> VectorLens:
     return VectorLens(
         model=MODEL,
@@ -214,6 +240,7 @@ RESULTS = {
     "head_scores": head_scores,
     "patterns": patterns,
     "tuned_lens": tuned_lens,
+    "patch_grid": patch_grid_result,
 }
 
 

@@ -41,7 +41,7 @@ def watch(
     Cost: one forward pass, up to the deepest activation that is read. No hook is left behind, also
     when a reader raises.
     """
-    _check_tokens(model, tokens)
+    check_tokens(model, tokens)
     _serve(model, tokens.to(model.cfg.device), readers)
 
 
@@ -108,7 +108,12 @@ def _evaluating(model: LensModel) -> Iterator[None]:
             module.training = True
 
 
-def _check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
+def check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Refuse tokens that the model cannot be run on.
+
+    Raises:
+        ValueError: no tokens, ids out of range, or more tokens than the context holds.
+    """
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError(
             f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"

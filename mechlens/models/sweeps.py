@@ -105,7 +105,8 @@ def sweep(
         fast: None decides by `is_safe`; False runs whole rows from layer 0.
 
     Yields:
-        Every patch once, in no fixed order.
+        Every patch once, in no fixed order. One that lies behind the last reader changes nothing and has an
+        empty `final`.
 
     Cost: on HookedTransformer each row runs through the blocks from its own layer on. On a bridge it runs
     through all of them, for a bridge's blocks cannot be called one by one.
@@ -113,6 +114,9 @@ def sweep(
     budget = TOKEN_BUDGET if token_budget is None else token_budget
     end = tokens.shape[1] if last_read is None else last_read + 1
     tokens = tokens[:, :end]
+    late = (patches.first >= end).nonzero()[:, 0]
+    if len(late):
+        yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
     fast = is_safe(model, tokens) if fast is None else fast
     clean = clean_run(model, tokens, with_mlp=patches.site == "mlp_out") if fast else None
     run = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
@@ -132,7 +136,8 @@ def _groups(
     patches: Patches, end: int, budget: int, *, whole: bool
 ) -> Iterator[tuple[int, Int[Tensor, " row"]]]:
     """Patches that run together, with the position at which their rows begin."""
-    order = sorted(range(len(patches)), key=lambda i: (int(patches.first[i]), int(patches.layer[i])))
+    early = (patches.first < end).nonzero()[:, 0].tolist()
+    order = sorted(early, key=lambda i: (int(patches.first[i]), int(patches.layer[i])))
     group: list[int] = []
     start = 0
     for index in order:

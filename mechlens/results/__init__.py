@@ -24,6 +24,7 @@ from mechlens.results.heads import (
 from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
+from mechlens.results.patching import PatchGridResult
 from mechlens.results.tuned_lens import TunedLens
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "LogitLensResult",
     "LogitVariance",
     "ModelInfo",
+    "PatchGridResult",
     "RepeatedTokenPerformance",
     "Result",
     "TunedLens",

@@ -1,0 +1,104 @@
+"""Results of patching and ablation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.results.base import Result
+from mechlens.results.heads import head_label
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PatchGridResult(Result):
+    """A metric of patched runs, one run for each cell of a grid and each prompt."""
+
+    tokens: Int[Tensor, "prompt pos"]
+    """What the model read."""
+    site: str
+    """What was patched: `mlp_out`, `z`, ..."""
+    source: str
+    """Where the values that were put there come from, in words."""
+    weight: float
+    """How much of them: 1 replaces the clean value, 0 leaves it."""
+    direction: str
+    """`noising`: the run on `tokens` is patched; `denoising`: the corrupted one, with values of that."""
+    axes: tuple[str, ...]
+    """The axes of the grid, in order: some of `layer`, `head`, `pos`."""
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    """Empty where the grid has no axis `head`: all heads were patched together."""
+    positions: tuple[int, ...]
+    """Empty where the grid has no axis `pos`: all positions were patched together."""
+    metric: str
+    """Such as `loss`: mean over the positions of `read`, nats."""
+    read: tuple[int, ...]
+    """The positions at which the metric reads the model's prediction of the next token."""
+    values: Float[Tensor, "prompt *grid"]
+    """The metric of each patched run."""
+    clean: Float[Tensor, " prompt"]
+    """The metric of the run on `tokens`, without any patch."""
+    corrupted: Float[Tensor, " prompt"]
+    """The metric of the corrupted run; nan where there is none."""
+    strings: tuple[str, ...]
+    """The tokens of the first prompt as text."""
+    seed: int | None
+    """Of what was drawn to patch with; None where nothing was."""
+    prepend_bos: bool
+    note: str
+    """How the runs were made, where that was not the fast way; else empty."""
+
+    @property
+    def mean(self) -> Float[Tensor, "*grid"]:
+        """Mean metric over prompts."""
+        return self.values.mean(0)
+
+    @property
+    def effect(self) -> Float[Tensor, "*grid"]:
+        """Mean over prompts of the patched run's metric less the metric of the run that was patched."""
+        return self._per_prompt().mean(0)
+
+    @property
+    def standard_error(self) -> Float[Tensor, "*grid"]:
+        """Of `effect`, over prompts; nan for a single one."""
+        each = self._per_prompt()
+        if len(each) < 2:
+            return torch.full_like(each[0], math.nan)
+        return each.std(0) / math.sqrt(len(each))
+
+    @property
+    def recovered(self) -> Float[Tensor, "*grid"]:
+        """Mean over prompts of how far a patch leads from the run that was patched to the other one: 0 is
+        nothing, 1 all the way. nan without a corrupted run, or where both have the same metric."""
+        start, end = (
+            (self.clean, self.corrupted) if self.direction == "noising" else (self.corrupted, self.clean)
+        )
+        span = (end - start).reshape(-1, *[1] * (self.values.ndim - 1))
+        share = (self.values - start.reshape(span.shape)) / span
+        return share.masked_fill(~share.isfinite(), torch.nan).mean(0)
+
+    def _per_prompt(self) -> Float[Tensor, "prompt *grid"]:
+        base = self.clean if self.direction == "noising" else self.corrupted
+        return self.values - base.reshape(-1, *[1] * (self.values.ndim - 1))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered."""
+        import pandas as pd
+
+        every = {"layer": self.layers, "head": self.heads, "pos": self.positions}
+        index = pd.MultiIndex.from_product([every[axis] for axis in self.axes], names=list(self.axes))
+        table = index.to_frame(index=False)
+        if "head" in self.axes:
+            pairs = zip(table["layer"], table["head"], strict=True)
+            table["label"] = [head_label(layer, head) for layer, head in pairs]
+        for name in ("mean", "effect", "standard_error", "recovered"):
+            table[name] = getattr(self, name).reshape(-1).numpy()
+        return table

@@ -1,0 +1,44 @@
+"""Patching, one whole run per cell: the loop that the article writes, for any site."""
+
+from __future__ import annotations
+
+import torch
+
+
+def loss(logits, tokens, read):
+    """Mean loss in nats over the positions of `read`, in float64."""
+    log_probs = logits.double().log_softmax(-1)
+    return -sum(float(log_probs[pos, tokens[pos + 1]]) for pos in read) / len(read)
+
+
+def run(model, tokens, name, patch):
+    """The logits of one run with one hook; `patch` changes the activation of the only row in place."""
+
+    def hook_fn(activation, hook):
+        changed = activation.clone()
+        patch(changed[0])
+        return changed
+
+    with torch.no_grad():
+        return model.run_with_hooks(tokens, fwd_hooks=[(name, hook_fn)])[0]
+
+
+def cache_of(model, tokens):
+    with torch.no_grad():
+        return model.run_with_cache(tokens)
+
+
+def earlier(model, tokens, name, layers, positions, shift, read):
+    """The article's loop: each (layer, position) gets what stands `shift` earlier in the clean run."""
+    _, cache = cache_of(model, tokens)
+    grid = torch.zeros(len(layers), len(positions))
+    for i, layer in enumerate(layers):
+        own = cache[name.format(layer)][0]
+        for j, pos in enumerate(positions):
+
+            def patch(activation, own=own, pos=pos):
+                activation[pos, :] = own[pos - shift]
+
+            logits = run(model, tokens, name.format(layer), patch)
+            grid[i, j] = loss(logits, tokens[0], read)
+    return grid
