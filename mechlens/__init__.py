@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mechlens.plots.input_probe import plot_input_probe
     from mechlens.plots.logit_lens import plot_lens_lines, plot_logit_lens, plot_sub_blocks
     from mechlens.plots.logit_variance import plot_logit_variance
+    from mechlens.plots.patching import plot_head_effects, plot_patch_grid
     from mechlens.plots.tuned_lens import plot_tuned_lens
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
@@ -91,6 +92,7 @@ _HOMES = {
     "mechlens.plots.input_probe": ("plot_input_probe",),
     "mechlens.plots.logit_lens": ("plot_lens_lines", "plot_logit_lens", "plot_sub_blocks"),
     "mechlens.plots.logit_variance": ("plot_logit_variance",),
+    "mechlens.plots.patching": ("plot_head_effects", "plot_patch_grid"),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),

@@ -12,6 +12,7 @@ from mechlens.results import (
     InputProbe,
     LogitLensResult,
     ModelInfo,
+    PatchGridResult,
     RepeatedTokenPerformance,
 )
 
@@ -209,4 +210,42 @@ def sub_block_lens(component: str, more: float) -> LogitLensResult:
         target_ids={},
         strings={"1": " a", "2": "b"},
         prepend_bos=False,
+    )
+
+
+PATCHED = torch.tensor([[2.0, 1.5, 1.0], [0.5, 1.0, 1.25]])
+
+
+def patch_grid(
+    name: str = "tiny", *, axes: tuple[str, ...] = ("layer", "pos"), n_prompts: int = 1
+) -> PatchGridResult:
+    """Two layers; clean loss 1, so that effects are 1, 0.5, 0 | -0.5, 0, 0.25; prompt p has p / 4 more.
+
+    By `layer` alone they are the first column, by `layer`, `head`, `pos` head h has h more.
+    """
+    grid = {
+        ("layer",): PATCHED[:, 0],
+        ("layer", "head", "pos"): PATCHED[:, None] + torch.arange(2.0)[:, None],
+    }.get(axes, PATCHED)
+    more = torch.arange(n_prompts) / 4
+    return PatchGridResult(
+        model=model(name),
+        tokens=torch.arange(4).expand(n_prompts, 4).clone(),
+        site="mlp_out" if "head" not in axes else "z",
+        source="2 positions earlier",
+        weight=1.0,
+        direction="noising",
+        axes=axes,
+        layers=(0, 1),
+        heads=() if "head" not in axes else (0, 1, 2) if axes == ("layer", "head") else (0, 1),
+        positions=(1, 2, 3) if "pos" in axes else (),
+        metric="loss",
+        read=(1, 2),
+        values=grid + more.view(-1, *[1] * grid.ndim),
+        clean=torch.ones(n_prompts),
+        corrupted=torch.full((n_prompts,), math.nan),
+        strings=("<s>", " a", "\n", "<b>$x$"),
+        seed=None,
+        prepend_bos=True,
+        note="",
     )

@@ -1,0 +1,318 @@
+"""Figures of patching and ablation: what each patch changes, by layer and head or position."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+from torch import Tensor
+
+from mechlens.plots.style import (
+    ABSENT,
+    BLUE,
+    GRID,
+    INK,
+    MUTED,
+    TEMPLATE,
+    VERMILION,
+    figure_text,
+    heatmap,
+    number,
+    titles,
+    visible_token,
+)
+from mechlens.results import PatchGridResult, head_label
+
+VALUES = ("effect", "mean", "recovered")
+_LABEL = 12
+_NO_TICKS = {"ticks": "", "showgrid": False}
+
+
+def metric_unit(metric: str) -> str:
+    """The unit of a metric, for an axis; empty for a function of the user's."""
+    return {"logit_diff": "logits"}.get(metric, "nats" if metric in ("loss", "log_prob", "kl") else "")
+
+
+def cell_label(layer: int, head: int | None, position: int | None) -> str:
+    """The name of a cell of a grid: `L5H5`, `L0 at 51`."""
+    place = f"L{layer}" if head is None else head_label(layer, head)
+    return place if position is None else f"{place} at {position}"
+
+
+def plot_patch_grid(
+    result: PatchGridResult,
+    *,
+    value: str = "effect",
+    head: int | None = None,
+    position: int | None = None,
+) -> go.Figure:
+    """Draw what each patch does to the metric: a heatmap by layer and position or head, bars by layer alone.
+
+    Layer 0 is at the bottom. Effects are coloured around 0, blue where the patch raises the metric and orange
+    where it lowers it; a cell without a value is grey. Under the cursor stand the numbers with their standard
+    error. Where there are several prompts, positions have numbers in the place of tokens.
+
+    Args:
+        value: `effect`, the metric's change; `mean`, the metric itself; `recovered`, the share of the way to
+            the other run.
+        head: which head, for a grid of layer x head x position.
+        position: or which position.
+
+    Raises:
+        ValueError: another `value`, a head or position that is not there or not chosen, or a result without
+            `recovered`.
+    """
+    if value not in VALUES:
+        raise ValueError(f"value must be one of {', '.join(VALUES)}, but is {value!r}")
+    if value == "recovered" and bool(result.recovered.isnan().all()):
+        raise ValueError(
+            "recovered is the share of the way to a corrupted run, but here is none that differs"
+        )
+    axes, index = _chosen(result, head, position)
+    values = getattr(result, value)[index].double().cpu()
+    hovers = _hovers(result, axes, head, position)
+    figure = _bars(result, values, value, hovers) if len(axes) == 1 else go.Figure()
+    if len(axes) == 2:
+        figure.add_trace(_heatmap(values, value, hovers))
+        figure.update_layout(**_across(result, axes[1]))
+        rows = len(result.layers)
+        figure.update_layout(
+            height=(240 if axes[1] == "pos" else 170)
+            + rows * (52 if rows <= 4 else 30 if rows <= 12 else 14),
+            yaxis={
+                "title": {"text": "layer"},
+                **_ticks([str(layer) for layer in result.layers], 32),
+                **_NO_TICKS,
+            },
+            # between the cells that have a value
+            plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
+        )
+    figure.update_layout(template=TEMPLATE, title_text=_title(result, value, head, position))
+    return figure
+
+
+def plot_head_effects(result: PatchGridResult, *, top: int = 15, position: int | None = None) -> go.Figure:
+    """Draw the heads whose patch changes the metric most, either way, as bars with their standard errors.
+
+    Args:
+        top: how many heads, at least 1.
+        position: which position, for a grid of layer x head x position.
+
+    Raises:
+        ValueError: the result is not by head, no position was chosen, or `top` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1 head, but is {top}")
+    if "head" not in result.axes:
+        raise ValueError(f"this result is by {' and '.join(result.axes)}, not by head")
+    axes, index = _chosen(result, None, position)
+    effect, error = (each[index].double().cpu() for each in (result.effect, result.standard_error))
+    hovers = _hovers(result, axes, None, position)
+    cells = [
+        (float(effect[row, column]), row, column)
+        for row in range(len(result.layers))
+        for column in range(len(result.heads))
+    ]
+    known = sorted((cell for cell in cells if cell[0] == cell[0]), key=lambda cell: -abs(cell[0]))[:top]
+    labels = [head_label(result.layers[row], result.heads[column]) for _, row, column in known]
+    figure = go.Figure(
+        go.Bar(
+            name="effect",
+            orientation="h",
+            x=[value for value, _, _ in known],
+            y=labels,
+            marker={"color": [BLUE if value >= 0 else VERMILION for value, _, _ in known]},
+            error_x={
+                "type": "data",
+                "array": [float(error[row, column]) for _, row, column in known],
+                "color": INK,
+                "thickness": 1.5,
+                "width": 5,
+            },
+            hovertext=[hovers[row][column] for _, row, column in known],
+            hoverinfo="text",
+        )
+    )
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=_title(
+            result, "effect", None, position, f"the {len(known)} largest of {len(cells)} heads"
+        ),
+        width=620,
+        height=190 + 24 * len(known),
+        margin={"t": 124},
+        bargap=0.3,
+        xaxis={"title": {"text": _axis_title(result, "effect")}, "zeroline": True, "zerolinecolor": MUTED},
+        # Categories, because plotly would read labels such as `1E5` as numbers.
+        yaxis={"type": "category", "autorange": "reversed", "ticks": "", "gridcolor": GRID},
+    )
+    return figure
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def _chosen(
+    result: PatchGridResult, head: int | None, position: int | None
+) -> tuple[tuple[str, ...], tuple[int | slice, ...]]:
+    """The axes that are drawn, and the index that takes them out of the grid."""
+    given = {"head": (head, result.heads), "pos": (position, result.positions)}
+    index: list[int | slice] = [slice(None)] * len(result.axes)
+    for axis, (wanted, known) in given.items():
+        if wanted is None:
+            continue
+        name = "position" if axis == "pos" else axis
+        if axis not in result.axes:
+            raise ValueError(f"this result is by {' and '.join(result.axes)}: leave out {name}")
+        if wanted not in known:
+            raise ValueError(f"no {name} {wanted} was patched; patched were {', '.join(map(str, known))}")
+        index[result.axes.index(axis)] = known.index(wanted)
+    axes = tuple(axis for axis, at in zip(result.axes, index, strict=True) if isinstance(at, slice))
+    if len(axes) > 2:
+        raise ValueError("this result is by layer, head and position: choose a head or a position to draw")
+    return axes, tuple(index)
+
+
+def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
+    known = values[~values.isnan()]
+    high = float(known.abs().max()) if known.numel() else 0.0
+    high = max(high, 1.0 if value == "recovered" else 1e-6)
+    # what cannot be negative, such as a loss, needs no other half
+    low = 0.0 if value == "mean" and bool((known >= 0).all()) else -high
+    drawn = heatmap(values.numpy(), low=low, high=high, hovers=hovers, name=value, xgap=1, ygap=1)
+    drawn.colorbar.update(tickformat=".3~g")
+    return drawn
+
+
+def _bars(result: PatchGridResult, values: Tensor, value: str, hovers: list[list[str]]) -> go.Figure:
+    colours = [BLUE if each >= 0 else VERMILION for each in values.tolist()]
+    bars = go.Bar(
+        name=value,
+        x=[str(layer) for layer in result.layers],
+        y=values.tolist(),
+        marker={"color": colours if value == "effect" else BLUE},
+        hovertext=[row[0] for row in hovers],
+        hoverinfo="text",
+    )
+    if value == "effect":
+        errors = result.standard_error.double().tolist()
+        bars.error_y = {"type": "data", "array": errors, "color": INK, "thickness": 1.5, "width": 5}
+    figure = go.Figure(bars)
+    figure.update_layout(
+        width=min(1100, 260 + 36 * len(result.layers)),
+        height=420,
+        margin={"t": 124},
+        bargap=0.3,
+        xaxis={"type": "category", "title": {"text": "layer"}, **_NO_TICKS},
+        yaxis={"title": {"text": _axis_title(result, value)}, "zeroline": True, "zerolinecolor": MUTED},
+    )
+    return figure
+
+
+def _across(result: PatchGridResult, axis: str) -> dict[str, object]:
+    """Width, margin and horizontal axis of a heatmap."""
+    if axis == "head":
+        n_heads = len(result.heads)
+        ticks = _ticks([str(head) for head in result.heads], 32)
+        return {
+            "width": max(520, min(1100, 170 + n_heads * (56 if n_heads <= 12 else 28))),
+            "margin": {"t": 124},
+            "xaxis": {"title": {"text": "head"}, **ticks, **_NO_TICKS},
+        }
+    n_pos, several = len(result.positions), len(result.tokens) > 1
+    labels = [
+        str(position) if several else figure_text(visible_token(result.strings[position], longest=_LABEL))
+        for position in result.positions
+    ]
+    title = "patched position" if several else "patched token"
+    return {
+        "width": max(620, min(1300, 150 + n_pos * 18)),
+        "margin": {"t": 124},
+        "xaxis": {
+            "title": {"text": title},
+            **_ticks(labels, 64),
+            "tickangle": 0 if several else -90,
+            **_NO_TICKS,
+        },
+    }
+
+
+def _ticks(labels: list[str], most: int) -> dict[str, object]:
+    step = max(1, math.ceil(len(labels) / most))
+    return {"tickvals": list(range(0, len(labels), step)), "ticktext": labels[::step]}
+
+
+def _hovers(
+    result: PatchGridResult, axes: tuple[str, ...], head: int | None, position: int | None
+) -> list[list[str]]:
+    """What stands under the cursor, by layer and whatever else is drawn."""
+    _, index = _chosen(result, head, position)
+    parts = {
+        name: getattr(result, name)[index].double().reshape(len(result.layers), -1).tolist()
+        for name in ("effect", "standard_error", "mean", "recovered")
+    }
+    across: tuple[int | None, ...] = (None,)
+    if len(axes) == 2:
+        across = result.heads if axes[1] == "head" else result.positions
+    by_head = len(axes) == 2 and axes[1] == "head"
+    unit = metric_unit(result.metric)
+    metric = figure_text(result.metric)
+    base = result.clean if result.direction == "noising" else result.corrupted
+    rows = []
+    for row, layer in enumerate(result.layers):
+        texts = []
+        for column, other in enumerate(across):
+            at_head = other if by_head else head
+            at = position if by_head else other if other is not None else position
+            text = f"<b>{head_label(layer, at_head) if at_head is not None else f'layer {layer}'}</b>"
+            if at is not None:
+                text += f"<br>position {at}"
+                if len(result.tokens) == 1:
+                    text += f": {figure_text(visible_token(result.strings[at]))}"
+            effect, error, mean, recovered = (parts[name][row][column] for name in parts)
+            text += f"<br>{metric} changes by {_signed(effect)} {unit}".rstrip()
+            text += "" if error != error else f"<br>standard error {number(error)}"
+            text += f"<br>patched {number(mean)}, without the patch {number(float(base.mean()))}"
+            text += "" if recovered != recovered else f"<br>recovered {number(recovered)}"
+            texts.append(text)
+        rows.append(texts)
+    return rows
+
+
+def _signed(value: float) -> str:
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def _axis_title(result: PatchGridResult, value: str) -> str:
+    unit = metric_unit(result.metric)
+    if value == "recovered":
+        return "share recovered"
+    words = result.metric if value == "mean" else f"change of {result.metric}"
+    return f"{words} ({unit})" if unit else words
+
+
+def _title(
+    result: PatchGridResult, value: str, head: int | None, position: int | None, more: str = ""
+) -> str:
+    what = {
+        "effect": f"Change of {result.metric}",
+        "mean": result.metric.capitalize() if result.metric == "loss" else result.metric,
+        "recovered": f"Share of {result.metric} recovered",
+    }[value]
+    unit = "" if value == "recovered" else metric_unit(result.metric)
+    site = result.site if head is None else f"{result.site} of head {head}"
+    site += "" if position is None else f" at position {position}"
+    patched = "the corrupted run" if result.direction == "denoising" else "the clean run"
+    n_prompts = len(result.tokens)
+    return titles(
+        f"{what}{f' ({unit})' if unit else ''}, {site} patched",
+        result.model.name,
+        f"with: {_with(result)}; into {patched}; {n_prompts} prompt{'s' if n_prompts != 1 else ''}",
+        *([more] if more else []),
+    )
+
+
+def _with(result: PatchGridResult) -> str:
+    """Where the values come from, in words."""
+    source = "the clean run" if result.direction == "denoising" else result.source
+    return source if result.weight == 1 else f"{source}, weight {result.weight:g}"

@@ -1,0 +1,149 @@
+"""Pictures of patched runs hold the result's numbers, around 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mechlens.plots.patching import cell_label, metric_unit, plot_head_effects, plot_patch_grid
+from mechlens.plots.style import DIVERGING, SEQUENTIAL
+from tests import hand_made
+
+EFFECTS = [[1.0, 0.5, 0.0], [-0.5, 0.0, 0.25]]
+
+
+def test_effects_are_drawn_around_zero_with_tokens_below():
+    figure = plot_patch_grid(hand_made.patch_grid())
+    (cells,) = figure.data
+    np.testing.assert_array_equal(cells.z, EFFECTS)
+    assert (cells.zmin, cells.zmax) == (-1, 1)
+    assert [colour for _, colour in cells.colorscale] == DIVERGING
+    assert figure.layout.xaxis.ticktext == ("·a", "⏎", "&lt;b&gt;&#36;x&#36;")
+    assert figure.layout.yaxis.ticktext == ("0", "1")
+    assert cells.hovertext[0][0] == (
+        "<b>layer 0</b><br>position 1: ·a<br>loss changes by +1.000 nats"
+        "<br>patched 2.000, without the patch 1.000"
+    )
+    title = figure.layout.title.text
+    assert "Change of loss (nats), mlp_out patched" in title
+    assert "2 positions earlier" in title
+
+
+def test_several_prompts_have_errors_and_no_tokens():
+    figure = plot_patch_grid(hand_made.patch_grid(n_prompts=2))
+    (cells,) = figure.data
+    # the mean of 0 and 1/4 more
+    np.testing.assert_allclose(cells.z, np.array(EFFECTS) + 0.125)
+    assert figure.layout.xaxis.ticktext == ("1", "2", "3")
+    # the standard deviation of 0 and 1/4, 0.177, over the root of 2
+    assert "standard error 0.125" in cells.hovertext[0][0]
+    assert "·a" not in cells.hovertext[0][0]
+
+
+def test_the_metric_itself_and_the_share_recovered():
+    result = hand_made.patch_grid()
+    (cells,) = plot_patch_grid(result, value="mean").data
+    np.testing.assert_array_equal(cells.z, hand_made.PATCHED)
+    assert (cells.zmin, cells.zmax) == (0, 2)
+    assert [colour for _, colour in cells.colorscale] == SEQUENTIAL
+    with pytest.raises(ValueError, match="here is none that differs"):
+        plot_patch_grid(result, value="recovered")
+    corrupted = dataclasses.replace(result, corrupted=torch.tensor([5.0]))
+    (cells,) = plot_patch_grid(corrupted, value="recovered").data
+    np.testing.assert_array_equal(cells.z, np.array(EFFECTS) / 4)
+    assert (cells.zmin, cells.zmax) == (-1, 1), "little recovered looks like little"
+    assert "recovered 0.250" in cells.hovertext[0][0]
+
+
+def test_what_was_restored_is_measured_from_the_corrupted_run():
+    result = dataclasses.replace(
+        hand_made.patch_grid(), direction="denoising", corrupted=torch.tensor([3.0]), source="corrupted"
+    )
+    figure = plot_patch_grid(result)
+    np.testing.assert_array_equal(figure.data[0].z, hand_made.PATCHED - 3)
+    assert "without the patch 3.000" in figure.data[0].hovertext[0][0]
+    assert "with: the clean run; into the corrupted run" in figure.layout.title.text
+
+
+def test_heads_have_names_under_the_cursor_and_numbers_below():
+    figure = plot_patch_grid(hand_made.patch_grid(axes=("layer", "head")))
+    assert figure.data[0].hovertext[1][2].startswith("<b>L1H2</b><br>loss changes by +0.250 nats")
+    assert figure.layout.xaxis.ticktext == ("0", "1", "2")
+
+
+def test_a_grid_of_three_axes_is_cut_by_a_head_or_a_position():
+    result = hand_made.patch_grid(axes=("layer", "head", "pos"))
+    with pytest.raises(ValueError, match="choose a head or a position"):
+        plot_patch_grid(result)
+    (cells,) = plot_patch_grid(result, head=1).data
+    np.testing.assert_array_equal(cells.z, np.array(EFFECTS) + 1)
+    assert cells.hovertext[1][0].startswith("<b>L1H1</b><br>position 1: ·a<br>loss changes by +0.500")
+    (cells,) = plot_patch_grid(result, position=3).data
+    np.testing.assert_array_equal(cells.z, [[0.0, 1.0], [0.25, 1.25]])
+    assert cells.hovertext[1][0].startswith("<b>L1H0</b><br>position 3: &lt;b")
+    with pytest.raises(ValueError, match="choose a head or a position"):
+        plot_head_effects(result)
+    assert list(plot_head_effects(result, position=3).data[0].x) == [1.25, 1.0, 0.25, 0.0]
+
+
+def test_layers_alone_are_bars_with_errors():
+    (bars,) = plot_patch_grid(hand_made.patch_grid(axes=("layer",), n_prompts=2)).data
+    assert list(bars.x) == ["0", "1"]
+    assert list(bars.y) == [1.125, -0.375]
+    np.testing.assert_allclose(bars.error_y.array, 0.125)
+    assert bars.marker.color[0] != bars.marker.color[1]
+
+
+def test_the_largest_effects_come_first_whatever_their_sign():
+    result = hand_made.patch_grid(axes=("layer", "head"), n_prompts=2)
+    result = dataclasses.replace(result, values=result.values - 0.125)
+    (bars,) = plot_head_effects(result, top=3).data
+    assert list(bars.y) == ["L0H0", "L0H1", "L1H0"]
+    assert list(bars.x) == [1.0, 0.5, -0.5]
+    np.testing.assert_allclose(bars.error_x.array, 0.125)
+    assert bars.marker.color[0] == bars.marker.color[1] != bars.marker.color[2]
+    assert "the 3 largest of 6 heads" in plot_head_effects(result, top=3).layout.title.text
+
+
+def test_a_cell_without_a_value_is_grey_not_zero():
+    result = hand_made.patch_grid(axes=("layer", "head"))
+    values = result.values.clone()
+    values[0, 0, 1] = math.nan
+    result = dataclasses.replace(result, values=values)
+    figure = plot_patch_grid(result)
+    assert np.isnan(figure.data[0].z[0][1])
+    assert figure.layout.plot_bgcolor != "white"
+    assert "L0H1" not in plot_head_effects(result).data[0].y
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "message"),
+    [
+        (("layer", "pos"), {"value": "loss"}, "value must be one of effect, mean, recovered"),
+        (("layer", "pos"), {"head": 1}, "by layer and pos: leave out head"),
+        (("layer", "pos"), {"position": 9}, "no position 9 was patched; patched were 1, 2, 3"),
+    ],
+)
+def test_what_is_not_there_is_refused(axes, options, message):
+    with pytest.raises(ValueError, match=message):
+        plot_patch_grid(hand_made.patch_grid(axes=axes), **options)
+
+
+def test_head_effects_need_heads():
+    with pytest.raises(ValueError, match="by layer and pos, not by head"):
+        plot_head_effects(hand_made.patch_grid())
+    with pytest.raises(ValueError, match="at least 1 head"):
+        plot_head_effects(hand_made.patch_grid(axes=("layer", "head")), top=0)
+
+
+def test_names_of_cells_and_units():
+    assert [cell_label(5, 5, None), cell_label(0, None, 51), cell_label(1, 2, 3)] == [
+        "L5H5",
+        "L0 at 51",
+        "L1H2 at 3",
+    ]
+    assert [metric_unit(each) for each in ("loss", "logit_diff", "mine")] == ["nats", "logits", ""]
