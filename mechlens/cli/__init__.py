@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mechlens import terminal
-from mechlens.cli import options
+from mechlens.cli import options, patching
 from mechlens.cli.lens import lens
 from mechlens.cli.options import (
     BUNDLED,
@@ -228,6 +228,20 @@ app.command(
     epilog='Example: mechlens lens "The captain of the ship" --stat kl --out lens.html',
     short_help="Read every layer as if it were the last.",
 )(lens)
+
+
+app.command(
+    epilog="Example: mechlens patch --site mlp_out --from first-half --out mlps.html",
+    short_help="Patch one activation at a time.",
+)(patching.patch)
+
+
+app.add_typer(
+    patching.ablate,
+    name="ablate",
+    epilog="Example: mechlens ablate heads --how mean",
+    short_help="Take heads or MLPs away.",
+)
 
 
 @app.command(

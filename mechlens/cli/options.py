@@ -59,10 +59,11 @@ def command(name: str, options: Mapping[str, tuple[Any, Any]], *, argument: str 
     """The command line that does the same: every option that is not at its default, quoted for a shell.
 
     Args:
+        name: such as `lens` or `ablate heads`.
         options: value and default of each; a list is an option that is repeated.
         argument: what stands without an option's name; after `--` where it looks like one.
     """
-    words = ["mechlens", name]
+    words = ["mechlens", *name.split()]
     for option, (value, default) in options.items():
         if value == default:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from torch import Tensor
@@ -23,6 +24,9 @@ from mechlens.plots.style import (
 )
 from mechlens.results import PatchGridResult, head_label
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 VALUES = ("effect", "mean", "recovered")
 _LABEL = 12
 _NO_TICKS = {"ticks": "", "showgrid": False}
@@ -37,6 +41,15 @@ def cell_label(layer: int, head: int | None, position: int | None) -> str:
     """The name of a cell of a grid: `L5H5`, `L0 at 51`."""
     place = f"L{layer}" if head is None else head_label(layer, head)
     return place if position is None else f"{place} at {position}"
+
+
+def largest_effects(result: PatchGridResult, top: int) -> pd.DataFrame:
+    """The rows of `to_dataframe()` with the largest effects, either way; a column `cell` names them."""
+    table = result.to_dataframe().dropna(subset="effect")
+    table = table.sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
+    places = [table[axis] if axis in table else [None] * len(table) for axis in ("layer", "head", "pos")]
+    table["cell"] = [cell_label(*cell) for cell in zip(*places, strict=True)]
+    return table
 
 
 def plot_patch_grid(
@@ -77,7 +90,7 @@ def plot_patch_grid(
         figure.update_layout(**_across(result, axes[1]))
         rows = len(result.layers)
         figure.update_layout(
-            height=(240 if axes[1] == "pos" else 170)
+            height=(220 if axes[1] == "pos" else 170)
             + rows * (52 if rows <= 4 else 30 if rows <= 12 else 14),
             yaxis={
                 "title": {"text": "layer"},
@@ -122,7 +135,9 @@ def plot_head_effects(result: PatchGridResult, *, top: int = 15, position: int |
             x=[value for value, _, _ in known],
             y=labels,
             marker={"color": [BLUE if value >= 0 else VERMILION for value, _, _ in known]},
+            # a single prompt has no standard error
             error_x={
+                "visible": len(result.tokens) > 1,
                 "type": "data",
                 "array": [float(error[row, column]) for _, row, column in known],
                 "color": INK,
@@ -194,14 +209,14 @@ def _bars(result: PatchGridResult, values: Tensor, value: str, hovers: list[list
         hovertext=[row[0] for row in hovers],
         hoverinfo="text",
     )
-    if value == "effect":
+    if value == "effect" and len(result.tokens) > 1:
         errors = result.standard_error.double().tolist()
         bars.error_y = {"type": "data", "array": errors, "color": INK, "thickness": 1.5, "width": 5}
     figure = go.Figure(bars)
     figure.update_layout(
         width=min(1100, 260 + 36 * len(result.layers)),
         height=420,
-        margin={"t": 124},
+        margin={"t": 100},
         bargap=0.3,
         xaxis={"type": "category", "title": {"text": "layer"}, **_NO_TICKS},
         yaxis={"title": {"text": _axis_title(result, value)}, "zeroline": True, "zerolinecolor": MUTED},
@@ -216,7 +231,7 @@ def _across(result: PatchGridResult, axis: str) -> dict[str, object]:
         ticks = _ticks([str(head) for head in result.heads], 32)
         return {
             "width": max(520, min(1100, 170 + n_heads * (56 if n_heads <= 12 else 28))),
-            "margin": {"t": 124},
+            "margin": {"t": 100},
             "xaxis": {"title": {"text": "head"}, **ticks, **_NO_TICKS},
         }
     n_pos, several = len(result.positions), len(result.tokens) > 1
@@ -226,8 +241,8 @@ def _across(result: PatchGridResult, axis: str) -> dict[str, object]:
     ]
     title = "patched position" if several else "patched token"
     return {
-        "width": max(620, min(1300, 150 + n_pos * 18)),
-        "margin": {"t": 124},
+        "width": max(620, min(1120, 150 + n_pos * 18)),
+        "margin": {"t": 100},
         "xaxis": {
             "title": {"text": title},
             **_ticks(labels, 64),
@@ -307,12 +322,12 @@ def _title(
     return titles(
         f"{what}{f' ({unit})' if unit else ''}, {site} patched",
         result.model.name,
-        f"with: {_with(result)}; into {patched}; {n_prompts} prompt{'s' if n_prompts != 1 else ''}",
+        f"with: {put_there(result)}; into {patched}; {n_prompts} prompt{'s' if n_prompts != 1 else ''}",
         *([more] if more else []),
     )
 
 
-def _with(result: PatchGridResult) -> str:
+def put_there(result: PatchGridResult) -> str:
     """Where the values come from, in words."""
     source = "the clean run" if result.direction == "denoising" else result.source
     return source if result.weight == 1 else f"{source}, weight {result.weight:g}"

@@ -13,6 +13,7 @@ from mechlens.report.page import (
     verdict_statement,
     write_report,
 )
+from mechlens.report.patching import patching_section
 
 __all__ = [
     "Interactive",
@@ -22,6 +23,7 @@ __all__ = [
     "attention_section",
     "head_scores_section",
     "lens_section",
+    "patching_section",
     "render_report",
     "repeated_token_section",
     "sub_blocks_section",

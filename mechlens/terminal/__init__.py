@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechlens.terminal.lens import lens_json, print_lens
+from mechlens.terminal.patching import effects_json, print_effects
 from mechlens.terminal.tables import (
     best_heads,
     number,
@@ -16,9 +17,11 @@ from mechlens.terminal.tables import (
 
 __all__ = [
     "best_heads",
+    "effects_json",
     "lens_json",
     "number",
     "plain",
+    "print_effects",
     "print_estimates",
     "print_heads",
     "print_json",

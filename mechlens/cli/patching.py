@@ -1,0 +1,336 @@
+"""`mechlens patch` and `mechlens ablate`: patched runs on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mechlens import terminal
+from mechlens.cli import options
+from mechlens.cli.options import (
+    BUNDLED,
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    RevisionOption,
+)
+
+if TYPE_CHECKING:
+    from mechlens.results import PatchGridResult
+
+_ENDINGS = (".html", ".csv", ".safetensors")
+_SOURCES = ("first-half", "zero", "mean", "resample", "corrupted")
+_METRICS = ("loss", "log_prob", "kl", "logit_diff")
+_BY = ("position", "head", "layer")
+SEQ_LEN, BATCH, REFERENCE = 50, 4, 32
+"""Random tokens in one copy, sequences, and sequences whose mean is put there."""
+
+LengthOption = Annotated[int | None, typer.Option(min=2, help="Random tokens in one copy. [default: 50]")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Sequences of random tokens. [default: 4]")]
+SeedOption = Annotated[
+    int,
+    typer.Option(min=0, max=2**31, help="Of the random tokens; those that are put there have the next one."),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Save to this .html (pictures), .csv or .safetensors file.")
+]
+TopOption = Annotated[int, typer.Option(min=1, help="How many of the largest effects to list.")]
+
+ablate = typer.Typer(rich_markup_mode=None)
+
+
+@ablate.callback()
+def ablate_help() -> None:
+    """Take parts of the model away and see what its prediction loses."""
+
+
+def patch(
+    site: Annotated[
+        str,
+        typer.Option(
+            help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, pattern or attn_scores."
+        ),
+    ] = "mlp_out",
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="What is put there: first-half (the same token's, one copy before), mean or resample (other "
+            "random tokens), zero, or corrupted (the run on --corrupted).",
+        ),
+    ] = "first-half",
+    by: Annotated[
+        str, typer.Option(help="One run for each layer and position, each head, or each layer.")
+    ] = ("position"),
+    model: ModelOption = BUNDLED,
+    text: Annotated[str | None, typer.Option(help="What the model reads instead of random tokens.")] = None,
+    corrupted: Annotated[
+        str | None, typer.Option(help="A text of as many tokens as --text, for --from corrupted.")
+    ] = None,
+    denoise: Annotated[
+        bool, typer.Option("--denoise", help="Patch the run on --corrupted with that on --text.")
+    ] = False,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="loss, log_prob, kl (clean || patched) or logit_diff (of --target less --against): on "
+            "random tokens over the second copy, on a text loss and kl over all of it, the others at "
+            "its end."
+        ),
+    ] = "loss",
+    target: Annotated[
+        str | None, typer.Option(help="A token, for log_prob and logit_diff on --text.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="A token, for logit_diff on --text.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", "-l", help="A layer to patch; repeatable. [default: all]")
+    ] = None,
+    top: TopOption = 10,
+    seq_len: LengthOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = 0,
+    bos: BosOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Patch one activation at a time and measure what becomes of the prediction: on random tokens that come
+    twice, or on a text and a corrupted one. Prints the largest changes and saves pictures, a table or the
+    whole result."""
+    given = dict(locals())
+    if out is not None:
+        options.check_file(out, _ENDINGS)
+    _check(given)
+    loaded = options.load(model, device, dtype, revision, quiet)
+    from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
+    from mechlens.prompts import repeated_tokens, text_tokens
+
+    n_tokens = seq_len or SEQ_LEN
+    prompt: Any
+    put: Any = "zero"
+    positions: Any = "each" if by == "position" else None
+    read: Any = None
+    if text is not None:
+        prompt = text_tokens(loaded, text, prepend_bos=bos)
+        if corrupted is not None:
+            put = Corrupted(text_tokens(loaded, corrupted, prepend_bos=bos))
+            if put.tokens.shape != prompt.shape:
+                raise ValueError(
+                    f"--corrupted has {put.tokens.shape[-1]} tokens, --text {prompt.shape[-1]}: they must be "
+                    "equally long"
+                )
+    else:
+        drawn = repeated_tokens(loaded, seq_len=n_tokens, batch=batch or BATCH, seed=seed, prepend_bos=bos)
+        prompt = drawn.tokens
+        second = range(int(drawn.starts[0, 1]), prompt.shape[1])
+        read = second[:-1]
+        if source == "first-half":
+            put = Earlier(n_tokens)
+            positions = second if by == "position" else positions
+        elif source in ("mean", "resample"):
+            count = REFERENCE if source == "mean" else len(prompt)
+            other = repeated_tokens(loaded, seq_len=n_tokens, batch=count, seed=seed + 1, prepend_bos=bos)
+            put = Mean(other.tokens) if source == "mean" else Resampled(other.tokens, seed=seed)
+    found = patch_grid(
+        loaded,
+        prompt,
+        site=site,
+        source=put,
+        layers=layer or None,
+        heads="each" if by == "head" else None,
+        positions=positions,
+        metric=metric,
+        read=read,
+        targets=target,
+        against=against,
+        direction="denoising" if denoise else "noising",
+        progress=options.progress(quiet),
+    )
+    _show(found, "Patching", "patch", given, _OF_PATCH)
+
+
+@ablate.command(
+    "heads",
+    epilog="Example: mechlens ablate heads --how mean --out heads.html",
+    short_help="Take each attention head away.",
+)
+def ablate_heads(
+    how: Annotated[
+        str, typer.Option(help="What is in a head's place: mean or resample (other random tokens) or zero.")
+    ] = "mean",
+    model: ModelOption = BUNDLED,
+    top: TopOption = 10,
+    seq_len: LengthOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = 0,
+    bos: BosOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take each attention head away on random tokens that come twice, and measure the loss on the second
+    copy: the heads that continue it cost most."""
+    given = dict(locals())
+    if out is not None:
+        options.check_file(out, _ENDINGS)
+    if how not in ("mean", "resample", "zero"):
+        raise ValueError(f"--how must be mean, resample or zero, but is {how!r}")
+    loaded = options.load(model, device, dtype, revision, quiet)
+    from mechlens.analyses.patching import ablate_heads as analysis
+
+    found = analysis(
+        loaded,
+        how=how,
+        seq_len=seq_len or SEQ_LEN,
+        batch=batch or BATCH,
+        seed=seed,
+        prepend_bos=bos,
+        progress=options.progress(quiet),
+    )
+    _show(found, "Heads taken away", "ablate heads", given, {"--how": "mean"})
+
+
+@ablate.command(
+    "mlps",
+    epilog="Example: mechlens ablate mlps --seq-len 20 --out mlps.html",
+    short_help="Put the first copy's MLP outputs into the second.",
+)
+def ablate_mlps(
+    model: ModelOption = BUNDLED,
+    top: TopOption = 10,
+    seq_len: LengthOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = 0,
+    bos: BosOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace each MLP's output at each position of the second copy by that of the first, one at a time, and
+    measure the loss on the second copy."""
+    given = dict(locals())
+    if out is not None:
+        options.check_file(out, _ENDINGS)
+    loaded = options.load(model, device, dtype, revision, quiet)
+    from mechlens.analyses.patching import ablate_mlps_from_first_half
+
+    found = ablate_mlps_from_first_half(
+        loaded,
+        seq_len=seq_len or SEQ_LEN,
+        batch=batch or BATCH,
+        seed=seed,
+        prepend_bos=bos,
+        progress=options.progress(quiet),
+    )
+    _show(found, "MLPs from the first copy", "ablate mlps", given, {})
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+_OF_PATCH = {
+    "--site": "mlp_out",
+    "--from": "first-half",
+    "--by": "position",
+    "--text": None,
+    "--corrupted": None,
+    "--denoise": False,
+    "--metric": "loss",
+    "--target": None,
+    "--against": None,
+    "--layer": None,
+}
+_COMMON = {
+    "--model": BUNDLED,
+    "--seq-len": None,
+    "--batch": None,
+    "--seed": 0,
+    "--out": None,
+    "--top": 10,
+    "--device": None,
+    "--dtype": "float32",
+    "--revision": None,
+}
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Say so before the model is loaded, which takes seconds."""
+    from mechlens.models.sweeps import SITES
+
+    source, text = given["source"], given["text"]
+    for name, known in (("source", _SOURCES), ("by", _BY), ("site", tuple(SITES)), ("metric", _METRICS)):
+        if given[name] not in known:
+            shown = "from" if name == "source" else name
+            raise ValueError(f"--{shown} must be one of {', '.join(known)}, but is {given[name]!r}")
+    if text is None:
+        for name in ("target", "against", "corrupted"):
+            if given[name] is not None:
+                raise ValueError(f"--{name} is about a text: add --text")
+        if source == "corrupted":
+            raise ValueError("--from corrupted needs --text and --corrupted")
+        if given["metric"] == "logit_diff":
+            raise ValueError("--metric logit_diff needs --text, --target and --against")
+    else:
+        if source not in ("zero", "corrupted"):
+            raise ValueError(f"--from {source} is about random tokens; with --text take zero or corrupted")
+        for name in ("seq_len", "batch"):
+            if given[name] is not None:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{option} is about random tokens, but --text gives the tokens: leave it out"
+                )
+        if given["metric"] == "log_prob" and given["target"] is None:
+            raise ValueError("--metric log_prob needs --target, the token after --text")
+    if (source == "corrupted") != (given["corrupted"] is not None):
+        raise ValueError("--from corrupted and --corrupted TEXT belong together: give both or neither")
+    if given["denoise"] and source != "corrupted":
+        raise ValueError("--denoise patches a corrupted run: add --from corrupted and --corrupted")
+
+
+def _show(found: PatchGridResult, title: str, name: str, given: dict[str, Any], own: dict[str, Any]) -> None:
+    out, top = given["out"], given["top"]
+    if out is not None and out.suffix == ".csv":
+        from mechlens.results import write_table
+
+        write_table(found.to_dataframe(), out)
+    elif out is not None and out.suffix == ".safetensors":
+        found.save(out)
+    elif out is not None:
+        from mechlens.report import patching_section, write_report
+
+        # no published figure is about these tokens
+        write_report(
+            out,
+            title=title,
+            model=found.model,
+            comparisons=None,
+            sections=[patching_section(found, top=top)],
+            command=_command(name, given, own),
+        )
+    if given["as_json"]:
+        terminal.print_json(terminal.effects_json(found))
+    elif not given["quiet"]:
+        terminal.print_effects(found, top)
+
+
+def _command(name: str, given: dict[str, Any], own: dict[str, Any]) -> str:
+    """The command line that writes the same file."""
+    written = {
+        option: (given[{"--from": "source"}.get(option, option[2:].replace("-", "_"))], default)
+        for option, default in (own | _COMMON).items()
+    }
+    bos = {"--bos": (given["bos"] is True, False), "--no-bos": (given["bos"] is False, False)}
+    return options.command(name, written | bos)
