@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.models.protocol import LensModel, engine_of
-from mechlens.models.runs import running
+from mechlens.models.runs import running, watch
 
 SITES = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -170,9 +170,21 @@ def clean_run(model: LensModel, tokens: Int[Tensor, "1 pos"], *, with_mlp: bool 
         names += [SITES["mlp_out"].format(layer) for layer in range(n_layers)]
         names += [SITES["resid_mid" if sequential else "attn_out"].format(layer) for layer in range(n_layers)]
     hooks = [(name, partial(_keep, kept=kept, name=name)) for name in names]
-    past = _engine_cache(model)
+    begin: list[Tensor] = []
+    watch(model, tokens, {names[0]: begin.append})
+    past: list[tuple[Tensor, Tensor]] = []
     with running(model, hooks):
-        model(tokens.to(model.cfg.device), return_type=None, **{_cache_argument(model): past})
+        if engine_of(model) == "HookedTransformer":
+            # block by block: a whole run with a cache wants a tokenizer to make a mask of
+            x = begin.pop()
+            for block in model.blocks:
+                entry = _empty_entry(model)
+                x = block(x, past_kv_cache_entry=entry)
+                past.append((entry.past_keys, entry.past_values))
+        else:
+            cache = _bridge_cache()
+            model(tokens.to(model.cfg.device), return_type=None, past_key_values=cache)
+            past = [(layer.keys, layer.values) for layer in cache.layers]
         base = []
         if with_mlp:
             for layer in range(n_layers):
@@ -188,7 +200,7 @@ def clean_run(model: LensModel, tokens: Int[Tensor, "1 pos"], *, with_mlp: bool 
         resid_pre=[kept[name] for name in names[: n_layers + 1]],
         base=base,
         mlp_out=[kept[SITES["mlp_out"].format(layer)] for layer in range(n_layers)] if with_mlp else [],
-        past=_entries(model, past),
+        past=past,
     )
 
 
@@ -217,7 +229,7 @@ def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
         )
         run = _grow if engine_of(model) == "HookedTransformer" else _suffix
         found = run(model, tokens, clean, nothing, torch.arange(2), end // 2)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError):
+    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
         return False
     except RuntimeError as error:
         if is_out_of_memory(error):
@@ -312,11 +324,11 @@ def _suffix(
 ) -> Float[Tensor, "row suffix d_model"]:
     """All rows through all layers, from `start` on, behind the clean keys and values of the prefix."""
     assert clean is not None
-    past = _engine_cache(model)
+    past = _bridge_cache()
     for layer, (keys, values) in enumerate(clean.past):
         rows = (len(which), -1, -1, -1)
         past.update(keys[:, :, :start].expand(rows), values[:, :, :start].expand(rows), layer)
-    return _whole_rows(model, tokens[:, start:], patches, which, start, {_cache_argument(model): past})
+    return _whole_rows(model, tokens[:, start:], patches, which, start, {"past_key_values": past})
 
 
 def _plain(
@@ -375,24 +387,16 @@ def _patch_some(
 # -- the engines' caches ---------------------------------------------------------------------------
 
 
-def _cache_argument(model: LensModel) -> str:
-    return "past_kv_cache" if engine_of(model) == "HookedTransformer" else "past_key_values"
-
-
-def _engine_cache(model: LensModel) -> Any:
-    if engine_of(model) == "HookedTransformer":
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 1)
+def _bridge_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()
 
 
-def _entries(model: LensModel, past: Any) -> list[tuple[Tensor, Tensor]]:
-    if engine_of(model) == "HookedTransformer":
-        return [(entry.past_keys, entry.past_values) for entry in past.entries]
-    return [(layer.keys, layer.values) for layer in past.layers]
+def _empty_entry(model: LensModel) -> Any:
+    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+
+    return TransformerLensKeyValueCacheEntry.init_cache_entry(model.cfg, model.cfg.device, 1)
 
 
 def _entry(keys: Tensor, values: Tensor) -> Any:

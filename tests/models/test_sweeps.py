@@ -93,6 +93,23 @@ def test_the_fast_path_is_taken_where_it_is_safe(sweep_model):
     assert not is_safe(sweep_model, tokens_for(length=1))
 
 
+def test_a_model_without_a_tokenizer_is_swept_too(fixed_distance_model):
+    model, _ = fixed_distance_model
+    tokens = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
+    assert is_safe(model, tokens)
+
+    def write(activation, which, start):
+        activation[:, 5 - start] += 1
+        return activation
+
+    patches = Patches("resid_pre", torch.tensor([0]), torch.tensor([5]), write)
+    (part,) = sweep(model, tokens, patches)
+    expected = literal(model, tokens, "resid_pre", 0, write, 0)
+    assert part.start == 5
+    # exact numbers: a model that was written by hand
+    assert torch.allclose(part.final[0], expected[5:], atol=1e-6)
+
+
 def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
     """Counted in positions x layers, on the engine whose blocks can be called one by one."""
     if engine_of(tiny_bos_model) != "HookedTransformer":
