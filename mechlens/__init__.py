@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from mechlens.report import write_report
     from mechlens.results import load
     from mechlens.studies.logit_lens import reproduce_logit_lens
+    from mechlens.studies.mlp_patching import reproduce_mlp_patching
     from mechlens.studies.reproduce import reproduce
 
 _HOMES = {
@@ -98,6 +99,7 @@ _HOMES = {
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),
     "mechlens.studies.logit_lens": ("reproduce_logit_lens",),
+    "mechlens.studies.mlp_patching": ("reproduce_mlp_patching",),
     "mechlens.studies.reproduce": ("reproduce",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

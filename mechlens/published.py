@@ -71,6 +71,15 @@ LOGIT_LENS = (
 )
 """What the post saw in GPT-2 in words; `studies.logit_lens` says how each is measured and what would do."""
 
+MLP_PATCHING = (
+    Published("mlps_small_elsewhere", "no large loss difference", ARTICLE, threshold=0.1),
+    Published("mlps_first_stands_out", "except at the first token", ARTICLE, threshold=2.0),
+    Published("mlps_first_of_copy_stands_out", "except at the first token", ARTICLE, threshold=2.0),
+)
+"""What the article saw in GPT-2 small when it replaced MLP outputs of the second copy by those of the first,
+in words; `studies.mlp_patching` says how each is measured. Large is more than a tenth of the clean loss, and
+what stands out is at least twice the largest of the others."""
+
 
 def read_card(path: Path) -> tuple[Published, ...]:
     """The figures that a model's card claims for it; none where there is no card.

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mechlens.published import LOGIT_LENS
-from mechlens.results import LogitLensResult, load
+from mechlens.published import LOGIT_LENS, MLP_PATCHING
+from mechlens.results import LogitLensResult, PatchGridResult, load
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -39,6 +39,22 @@ def test_the_post_as_a_script_prints_each_claim_and_draws_each_figure(tmp_path):
         *("copying_first", "copying_lines", "repetition", "sub_blocks", "eiffel", "logit_variance"),
     }
     assert page.count('class="plot"') == len(figures)
+
+
+def test_mlp_patching_prints_its_verdicts_and_draws_its_figures(tmp_path):
+    ran = run("mlp_patching.py", "--seq-len", 8, "--batch", 2, "--out", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    claims = [line for line in ran.stdout.splitlines() if line.endswith(("reproduced", "not judged"))]
+    assert len(claims) == len(MLP_PATCHING)
+    assert "rank correlation of the change with induction_score" in ran.stdout
+    grid = load(tmp_path / "out" / "as_written.safetensors")
+    assert isinstance(grid, PatchGridResult)
+    assert grid.positions == tuple(range(8, 16))
+    page = (tmp_path / "out" / "report.html").read_text()
+    figures = {path.stem for path in (tmp_path / "out").glob("*.html")} - {"report"}
+    assert figures == {"aligned", "as_written", "heads", "head_effects"}
+    # and two kinds of scores, each with its nulls
+    assert page.count('class="plot"') == len(figures) + 4
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
