@@ -28,7 +28,10 @@ if TYPE_CHECKING:
         Resampled,
         ablate_heads,
         ablate_mlps_from_first_half,
+        attribution_patching,
+        patch_blocks,
         patch_grid,
+        patch_path,
     )
     from mechlens.analyses.tuned_lens import train_tuned_lens
     from mechlens.corpus import read_texts, token_windows
@@ -74,7 +77,10 @@ _HOMES = {
         "Resampled",
         "ablate_heads",
         "ablate_mlps_from_first_half",
+        "attribution_patching",
+        "patch_blocks",
         "patch_grid",
+        "patch_path",
     ),
     "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
     "mechlens.corpus": ("read_texts", "token_windows"),

@@ -21,6 +21,7 @@ from torch import Tensor
 from mechlens.results import (
     FORMAT,
     AttentionPatterns,
+    AttributionPatchResult,
     HeadScores,
     LogitAttribution,
     LogitLensResult,
@@ -157,6 +158,31 @@ def patch_grid_result() -> PatchGridResult:
     )
 
 
+def attribution_patch() -> AttributionPatchResult:
+    """One prompt, two heads of one layer; no exact grid beside it."""
+    return AttributionPatchResult(
+        model=MODEL,
+        tokens=torch.tensor([[0, 5, 6]]),
+        site="z",
+        source="zero",
+        weight=1.0,
+        direction="noising",
+        axes=("layer", "head"),
+        layers=(0,),
+        heads=(0, 1),
+        positions=(),
+        metric="loss",
+        read=(0, 1),
+        estimate=torch.tensor([[[0.5, -0.25]]]),
+        clean=torch.tensor([1.0]),
+        corrupted=torch.tensor([math.nan]),
+        correlation=None,
+        strings=("<s>", " a", "b"),
+        seed=None,
+        prepend_bos=True,
+    )
+
+
 def vector_lens() -> VectorLens:
     return VectorLens(
         model=MODEL,
@@ -232,6 +258,7 @@ def variance() -> LogitVariance:
 
 RESULTS = {
     "attribution": attribution,
+    "attribution_patch": attribution_patch,
     "variance": variance,
     "input_probe": input_probe,
     "lens": lens,

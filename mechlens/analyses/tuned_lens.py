@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +14,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,7 +21,8 @@ from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import final_norm, reads_as_streamed, soft_cap, watch
 from mechlens.prompts import own_bos_token_id
-from mechlens.results import TunedLens, replacing
+from mechlens.results import TunedLens
+from mechlens.results.state import load_state, save_state, state_file
 
 LOGIT_BYTES = 16 * 2**20
 """Memory for one chunk of float32 logits; a few such are held at a time."""
@@ -98,7 +96,7 @@ def train_tuned_lens(
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, but is {learning_rate}")
     info = describe(model)
-    file = _state_file(state)
+    file = state_file(state)
     train, rest = _windows(model, corpus, held_out_corpus, steps, batch_tokens, length, held_out, prepend_bos)
     if not reads_as_streamed(model, train[:1, :8]):
         raise ValueError(
@@ -380,55 +378,12 @@ def _held_out_kl(
 # -- the state -------------------------------------------------------------------------------------
 
 
-def _state_file(state: str | os.PathLike[str] | None) -> Path | None:
-    if state is None:
-        return None
-    file = Path(state)
-    if file.suffix != ".safetensors":
-        raise ValueError(f"the state is saved as a .safetensors file, but the path is {file}")
-    if not file.parent.is_dir():
-        raise ValueError(f"cannot save the state to {file}: there is no folder {file.parent}")
-    return file
-
-
 def _save(file: Path, training: _Training, arguments: dict[str, Any]) -> None:
-    header = {"mechlens_training": json.dumps({"step": training.step, "arguments": arguments})}
-    tensors = {name: getattr(training, name).cpu().contiguous() for name in _TENSORS}
-    with replacing(file) as part:
-        save_file(tensors, part, metadata=header)
+    tensors = {name: getattr(training, name) for name in _TENSORS}
+    save_state(file, "training", tensors, arguments, step=training.step)
 
 
 def _load(file: Path, arguments: dict[str, Any], model: LensModel) -> _Training:
-    try:
-        with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get("mechlens_training")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} is no whole .safetensors file ({error}): delete it to begin again"
-        ) from error
-    if header is None or set(tensors) != set(_TENSORS):
-        raise ValueError(f"{file} is not the state of a tuned lens's training: give another path")
-    found = json.loads(header)
-    theirs, ours = _flat(found["arguments"]), _flat(arguments)
-    differ = [
-        f"{name} {theirs.get(name)!r}, not {ours[name]!r}"
-        for name in ours
-        if name != "corpus" and theirs.get(name) != ours[name]
-    ]
-    # other arguments choose other windows of the same corpus
-    if not differ and theirs.get("corpus") != ours["corpus"]:
-        differ = ["another corpus"]
-    if differ:
-        raise ValueError(
-            f"the training in {file} was begun with {', '.join(differ)}: use the same arguments to go on "
-            "with it, or another state"
-        )
+    tensors, step = load_state(file, "training", "a tuned lens's training", _TENSORS, arguments)
     device = model.W_U.device
-    return _Training(**{name: tensor.to(device) for name, tensor in tensors.items()}, step=found["step"])
-
-
-def _flat(arguments: dict[str, Any]) -> dict[str, Any]:
-    """With the model's own facts beside the others."""
-    model = {f"model's {name}": value for name, value in arguments["model"].items()}
-    return model | {name: value for name, value in arguments.items() if name != "model"}
+    return _Training(**{name: tensor.to(device) for name, tensor in tensors.items()}, step=step)

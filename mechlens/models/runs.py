@@ -86,9 +86,16 @@ def _serve(
 
 
 @contextlib.contextmanager
-def running(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-    """Hooks that are gone when the block ends, no gradients and no dropout."""
-    with torch.inference_mode(), _evaluating(model), model.hooks(fwd_hooks=hooks):
+def running(
+    model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]], *, gradients: bool = False
+) -> Iterator[None]:
+    """Hooks that are gone when the block ends, no dropout, and no gradients unless they are asked for."""
+    with (
+        torch.inference_mode(not gradients),
+        torch.set_grad_enabled(gradients),
+        _evaluating(model),
+        model.hooks(fwd_hooks=hooks),
+    ):
         yield
 
 

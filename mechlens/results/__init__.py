@@ -24,13 +24,14 @@ from mechlens.results.heads import (
 from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
-from mechlens.results.patching import PatchGridResult
+from mechlens.results.patching import AttributionPatchResult, PatchGridResult
 from mechlens.results.tuned_lens import TunedLens
 
 __all__ = [
     "FORMAT",
     "NOT_JUDGED",
     "AttentionPatterns",
+    "AttributionPatchResult",
     "Comparison",
     "HeadScores",
     "InputProbe",

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from mechlens.analyses import patching
 from mechlens.analyses.patching import (
     Corrupted,
     Earlier,
@@ -16,6 +15,7 @@ from mechlens.analyses.patching import (
     Resampled,
     ablate_heads,
     ablate_mlps_from_first_half,
+    grid,
     patch_grid,
 )
 from mechlens.models.load import load_model
@@ -264,7 +264,7 @@ def test_the_plain_path_gives_the_same(patch_model, monkeypatch):
     options = {"site": "attn_out", "source": Corrupted(other)}
     fast = patch_grid(patch_model, tokens, **options)
     assert fast.note == ""
-    monkeypatch.setattr(patching, "is_safe", lambda model, tokens: False)
+    monkeypatch.setattr(grid, "is_safe", lambda model, tokens: False)
     plain = patch_grid(patch_model, tokens, **options)
     assert "cannot be resumed" in plain.note
     assert torch.allclose(fast.values, plain.values, atol=2e-5)

@@ -1,0 +1,221 @@
+"""What is asked of a grid of patches, checked before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechlens.analyses.patching.judge import Judge, Metric, read_positions
+from mechlens.analyses.patching.sources import (
+    ATTENTION,
+    Made,
+    Mean,
+    Resampled,
+    Source,
+    Values,
+    check_source,
+    named,
+    other_tokens,
+    seed_of,
+)
+from mechlens.models.protocol import LensModel, describe
+from mechlens.models.runs import check_tokens, reads_as_streamed
+from mechlens.models.sweeps import SITES, Patches
+from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens, token_strings
+from mechlens.results import ModelInfo
+
+PER_HEAD = ("q", "k", "v", "z", *ATTENTION)
+_KEY_VALUE = ("k", "v")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """The arguments of a grid of patches, all of them in order."""
+
+    info: ModelInfo
+    model: LensModel
+    tokens: Int[Tensor, "prompt pos"]
+    other: Int[Tensor, "prompt pos"] | None
+    """The corrupted prompts."""
+    site: str
+    source: Source
+    grid: Grid
+    weight: float
+    metric: Metric
+    read: tuple[int, ...]
+    judge: Judge
+    direction: str
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        prompt: str | Int[Tensor, "*prompt pos"],
+        *,
+        site: str,
+        source: Source,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | str | None,
+        positions: Sequence[int] | str | None,
+        weight: float,
+        metric: Metric,
+        read: Sequence[int] | None,
+        targets: Any,
+        against: Any,
+        direction: str,
+        prepend_bos: bool | None,
+    ) -> Asked:
+        """Check everything, and that this model's logits are what we make them from."""
+        info = describe(model)
+        tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
+        check_tokens(model, tokens)
+        n_pos = tokens.shape[1]
+        grid = Grid.of(model, site, layers, heads, positions, n_pos)
+        read_at = read_positions(metric, read, n_pos)
+        check_source(model, source, site, tokens, direction)
+        judge = Judge.of(model, metric, tokens, read_at, targets, against)
+        if not reads_as_streamed(model, tokens[:1, :8]):
+            raise ValueError(
+                "this model's logits are more than its last norm, W_U, b_U and a soft-cap: patched runs "
+                "would be judged by something else"
+            )
+        other = other_tokens(model, source, tokens)
+        return cls(info, model, tokens, other, site, source, grid, weight, metric, read_at, judge, direction)
+
+    def runs(self, index: int) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"]]:
+        """Of a prompt: the run that is patched, and the one that values are taken from."""
+        own = self.tokens[index : index + 1]
+        if self.other is None:
+            return own, own
+        other = self.other[index : index + 1]
+        return (own, other) if self.direction == "noising" else (other, own)
+
+    def fields(self) -> dict[str, Any]:
+        """What every result of such a grid says of it."""
+        bos = own_bos_token_id(self.model.tokenizer)
+        return {
+            "model": self.info,
+            "tokens": self.tokens,
+            "site": self.site,
+            "source": named(self.source),
+            "weight": self.weight,
+            "direction": self.direction,
+            "axes": self.grid.axes,
+            "layers": self.grid.layers,
+            "heads": self.grid.heads or (),
+            "positions": self.grid.positions or (),
+            "metric": (
+                self.metric
+                if isinstance(self.metric, str)
+                else getattr(self.metric, "__name__", type(self.metric).__name__)
+            ),
+            "read": self.read,
+            "strings": token_strings(self.model, self.tokens[0]),
+            "seed": seed_of(self.source),
+            "prepend_bos": bos is not None and bool((self.tokens[:, 0] == bos).all()),
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a state must have been begun with, to be gone on with."""
+        known = {name: value for name, value in self.fields().items() if name not in ("strings", "model")}
+        known |= {
+            name: value if not isinstance(value, tuple) else list(value) for name, value in known.items()
+        }
+        source = self.source.of if isinstance(self.source, Made) else self.source
+        reference = source.tokens if isinstance(source, (Mean, Resampled)) else self.other
+        return known | {
+            "model": dataclasses.asdict(self.info),
+            "tokens": _hash(self.tokens),
+            "source's tokens": _hash(reference),
+            "targets": _hash(self.judge.targets),
+            "against": _hash(self.judge.against),
+        }
+
+
+def _hash(ids: Tensor | None) -> str | None:
+    """Of shape and numbers; short, for it stands in messages."""
+    if ids is None:
+        return None
+    whole = ids.cpu().long().contiguous()
+    return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Grid:
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    positions: tuple[int, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        site: str,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | str | None,
+        positions: Sequence[int] | str | None,
+        n_pos: int,
+    ) -> Grid:
+        if site not in SITES:
+            raise ValueError(f"site must be one of {', '.join(SITES)}, but is {site!r}")
+        if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
+            raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
+        if SITES[site].format(0) not in model.hook_dict:
+            raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
+        if heads is not None and site not in PER_HEAD:
+            raise ValueError(f"heads are for {', '.join(PER_HEAD)}, but site is {site!r}")
+        n_heads = model.cfg.n_heads
+        if site in _KEY_VALUE:
+            n_heads = getattr(model.cfg, "n_key_value_heads", None) or n_heads
+        return cls(
+            chosen("layer", layers, model.cfg.n_layers),
+            None if heads is None else chosen("head", None if isinstance(heads, str) else heads, n_heads),
+            None
+            if positions is None
+            else chosen("position", None if isinstance(positions, str) else positions, n_pos),
+        )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        heads, positions = ("head",) * (self.heads is not None), ("pos",) * (self.positions is not None)
+        return ("layer", *heads, *positions)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(each) for each in (self.layers, self.heads, self.positions) if each is not None)
+
+    def patches(self, site: str, values: Values, weight: float, left: Int[Tensor, " patch"]) -> Patches:
+        """One patch for each cell that is left to do, by its number."""
+        cells = torch.cartesian_prod(
+            torch.tensor(self.layers),
+            torch.tensor(self.heads if self.heads is not None else (-1,)),
+            torch.tensor(self.positions if self.positions is not None else (-1,)),
+        ).view(-1, 3)[left]
+        whole, every = slice(None), cells.tolist()
+
+        def write(activation: Tensor, which: Tensor, start: int) -> Tensor:
+            replacement = values(every[int(which[0])][0]).to(activation)
+            # by position, head and the rest, wherever the site has its heads
+            view = activation.movedim(1, 2) if site in ATTENTION else activation
+            for row, index in enumerate(which.tolist()):
+                _, head, position = every[index]
+                here = whole if position < 0 else position - start
+                there = slice(start, start + view.shape[1]) if position < 0 else position
+                one = (here,) if head < 0 else (here, head)
+                put = replacement[(there,) if head < 0 else (there, head)]
+                put = put[..., : view.shape[-1]]
+                # exactly, where the source replaces: what is not mixed is not rounded
+                if weight != 1:
+                    old = view[(row, *one)]
+                    # minus infinity, as masked scores have it, mixes to nan even with itself
+                    put = torch.where(old == put, old, old.lerp(put, weight))
+                view[(row, *one)] = put
+            return activation
+
+        return Patches(site, cells[:, 0], cells[:, 2].clamp(min=0), write)

@@ -1,0 +1,186 @@
+"""What a patched run is judged by: a metric of the predictions that are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.measures.metrics import Unembedding
+from mechlens.models.protocol import LensModel
+from mechlens.models.runs import final_norm, soft_cap, watch
+from mechlens.models.sweeps import SITES
+from mechlens.prompts import chosen, target_id
+
+METRICS = ("loss", "log_prob", "logit_diff", "kl")
+
+Metric = str | Callable[[Float[Tensor, "read d_vocab"]], Tensor]
+
+
+def read_positions(metric: Metric, read: Sequence[int] | None, n_pos: int) -> tuple[int, ...]:
+    """The positions whose predictions count."""
+    if isinstance(metric, str) and metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)} or a function, but is {metric!r}")
+    if n_pos < 2 and metric == "loss":
+        raise ValueError("a single token has no loss: it predicts nothing that is known")
+    if read is None:
+        return tuple(range(n_pos - 1)) if metric in ("loss", "kl") else (n_pos - 1,)
+    found = tuple(sorted(chosen("position", read, n_pos)))
+    if metric == "loss" and found[-1] == n_pos - 1:
+        raise ValueError(f"position {n_pos - 1} is the last: no token follows whose loss it could have")
+    return found
+
+
+@dataclasses.dataclass(eq=False)
+class Judge:
+    """The metric, of runs given by what their logits are read from."""
+
+    model: LensModel
+    unembedding: Unembedding
+    metric: Metric
+    read: Tensor
+    targets: Int[Tensor, "prompt read"] | None
+    against: Int[Tensor, "prompt read"] | None
+    prompt: int = 0
+    clean: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        metric: Metric,
+        tokens: Int[Tensor, "prompt pos"],
+        read: Sequence[int],
+        targets: Any,
+        against: Any,
+    ) -> Judge:
+        at = torch.tensor(read)
+        if targets is not None and metric not in ("log_prob", "logit_diff"):
+            raise ValueError(f"targets are for log_prob and logit_diff, but metric is {metric!r}")
+        if (against is not None) != (metric == "logit_diff"):
+            raise ValueError("logit_diff needs targets and against; no other metric has an against")
+        if metric == "logit_diff" and targets is None:
+            raise ValueError("logit_diff needs targets and against")
+        ids = _ids(model, targets, tokens, "targets")
+        if ids is None and metric in ("loss", "log_prob"):
+            if int(at.max()) == tokens.shape[1] - 1:
+                raise ValueError(
+                    f"position {tokens.shape[1] - 1} is the last, and no token follows it: give targets, or "
+                    "other positions to read"
+                )
+            ids = tokens.roll(-1, 1)
+        other = _ids(model, against, tokens, "against")
+        if not isinstance(metric, str):
+            tried = metric(torch.zeros(len(at), model.cfg.d_vocab))
+            if not isinstance(tried, Tensor) or tried.numel() != 1:
+                came = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
+                raise ValueError(
+                    f"a metric gives one number for logits [read, d_vocab], but this gives {came} for "
+                    f"{(len(at), model.cfg.d_vocab)}"
+                )
+        wide = torch.promote_types(model.W_U.dtype, torch.float32)
+        unembedding = Unembedding(model.W_U.detach().to(wide), model.b_U.detach().to(wide), soft_cap(model))
+        return cls(
+            model,
+            unembedding,
+            metric,
+            at,
+            None if ids is None else ids[:, at],
+            None if other is None else other[:, at],
+        )
+
+    def begin(self, prompt: int, final: Float[Tensor, "1 pos d_model"]) -> None:
+        """Judge runs on this prompt from now on, against its clean run."""
+        self.prompt = prompt
+        # no inference mode: a gradient may be taken of the distance to it
+        with torch.no_grad():
+            self.clean = self._vectors(final, 0, None)
+
+    def of_run(self, final: Float[Tensor, "1 pos d_model"]) -> float:
+        return float(self.of_rows(final, 0, final))
+
+    def of_rows(
+        self,
+        final: Float[Tensor, "row suffix d_model"],
+        start: int,
+        base: Float[Tensor, "1 pos d_model"],
+    ) -> Float[Tensor, " row"]:
+        """Of rows that are like the run `base` before `start`."""
+        with torch.inference_mode():
+            return self.differentiable(final, start, base)
+
+    def differentiable(
+        self,
+        final: Float[Tensor, "row suffix d_model"],
+        start: int,
+        base: Float[Tensor, "1 pos d_model"],
+    ) -> Float[Tensor, " row"]:
+        """The same; a gradient may be taken of it."""
+        if callable(self.metric):
+            return self.unembedding.judged(self._vectors(final, start, base), self.metric)
+        late = self.read >= start
+        terms = self._terms(self._vectors(final, start, None), late).sum(1)
+        if not bool(late.all()):
+            terms = terms + self._terms(self._vectors(base, 0, None)[:, ~late], ~late).sum(1)
+        return (terms / len(self.read)).float()
+
+    def _vectors(
+        self, final: Float[Tensor, "row suffix d_model"], start: int, base: Tensor | None
+    ) -> Float[Tensor, "row read d_model"]:
+        """After the last norm, at the positions read from `start` on; with `base`, those before as well."""
+        late = self.read[self.read >= start].to(final.device)
+        vectors = final[:, late - start]
+        if base is not None:
+            before = self.read[self.read < start].to(final.device)
+            vectors = torch.cat([base[:, before].expand(len(final), -1, -1), vectors], dim=1)
+        return final_norm(self.model, vectors)
+
+    def _terms(self, vectors: Float[Tensor, "row some d_model"], which: Tensor) -> Float[Tensor, "row some"]:
+        shape, flat = vectors.shape[:2], vectors.flatten(0, 1)
+        if flat.numel() == 0:
+            return vectors.new_zeros(shape)
+
+        def each(values: Tensor) -> Tensor:
+            return values[self.prompt, which].to(flat.device).expand(shape).flatten()
+
+        if self.metric == "kl":
+            assert self.clean is not None
+            reference = self.clean[:, which.to(flat.device)].expand(*shape, -1).flatten(0, 1)
+            return self.unembedding.kl(reference, flat).view(shape)
+        assert self.targets is not None
+        if self.metric == "logit_diff":
+            assert self.against is not None
+            found = self.unembedding.of(flat, each(self.targets)) - self.unembedding.of(
+                flat, each(self.against)
+            )
+            return found.view(shape)
+        log_prob = self.unembedding.log_prob(flat, each(self.targets)).view(shape)
+        return -log_prob if self.metric == "loss" else log_prob
+
+
+def _ids(
+    model: LensModel, target: Any, tokens: Int[Tensor, "prompt pos"], name: str
+) -> Int[Tensor, "prompt pos"] | None:
+    """A target as one id per position."""
+    if target is None:
+        return None
+    if not isinstance(target, Tensor):
+        return torch.full_like(tokens, target_id(model, target))
+    ids = (target[None] if target.ndim == 1 else target).cpu().long()
+    if ids.shape != tokens.shape:
+        raise ValueError(
+            f"{name} must be one id for every position of the prompt, {tuple(tokens.shape)}, but are "
+            f"{tuple(target.shape)}"
+        )
+    return ids
+
+
+def final_of(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos d_model"]:
+    """What a run's logits are read from."""
+    kept: list[Tensor] = []
+    watch(model, tokens, {SITES["resid_post"].format(model.cfg.n_layers - 1): kept.append})
+    return kept.pop()

@@ -1,0 +1,197 @@
+"""Where the values come from that a patch puts into a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechlens.models.protocol import LensModel
+from mechlens.models.runs import check_tokens, watch
+from mechlens.models.sweeps import SITES
+from mechlens.prompts import prompt_tokens
+
+ATTENTION = ("pattern", "attn_scores")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Earlier:
+    """Patch with what stands `shift` positions earlier in the same run."""
+
+    shift: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corrupted:
+    """Patch with a run on other tokens."""
+
+    tokens: Int[Tensor, "*prompt pos"] | str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mean:
+    """Patch with the mean over a reference set of sequences, position by position."""
+
+    tokens: Int[Tensor, "reference pos"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resampled:
+    """Patch each prompt with a sequence drawn from a reference set."""
+
+    tokens: Int[Tensor, "reference pos"]
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextEmbedding:
+    """Patch with the embedding of the token that really follows: what do later layers do when told?"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Made:
+    """Patch with what another analysis makes for each prompt; of use within this package only."""
+
+    name: str
+    make: Callable[[Int[Tensor, "1 pos"], int], dict[int, Tensor]]
+    """`(prompt, its index) -> [pos, ...]` by layer."""
+    of: Source = "zero"
+    """What it is made of; the corrupted run, where it has one, is judged as well."""
+
+
+Source = str | Earlier | Corrupted | Mean | Resampled | NextEmbedding | Made | Callable[[Tensor, int], Tensor]
+Values = Callable[[int], Tensor]
+"""By layer: what is put at each position of the site (of scores and patterns: `[dest, head, src]`)."""
+
+
+def check_source(
+    model: LensModel, source: Source, site: str, tokens: Int[Tensor, "prompt pos"], direction: str
+) -> None:
+    if direction not in ("noising", "denoising"):
+        raise ValueError(f"direction must be noising or denoising, but is {direction!r}")
+    if direction == "denoising" and not isinstance(source, Corrupted):
+        raise ValueError("denoising restores a corrupted run: give source=Corrupted(tokens)")
+    if isinstance(source, str) and source != "zero":
+        raise ValueError(
+            "source must be 'zero', Earlier, Corrupted, Mean, Resampled, NextEmbedding or a function, but is "
+            f"{source!r}"
+        )
+    if isinstance(source, Earlier) and not 0 < source.shift < tokens.shape[1]:
+        raise ValueError(
+            f"Earlier(shift) must lie between 1 and {tokens.shape[1] - 1} for {tokens.shape[1]} tokens, but "
+            f"is {source.shift}"
+        )
+    if isinstance(source, NextEmbedding) and not site.startswith("resid"):
+        raise ValueError(f"an embedding belongs into the residual stream, but site is {site!r}")
+    if isinstance(source, (Mean, Resampled)):
+        check_tokens(model, source.tokens)
+        if source.tokens.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"the reference sequences have {source.tokens.shape[1]} tokens, the prompt has "
+                f"{tokens.shape[1]}: they must be equally long"
+            )
+    if isinstance(source, Corrupted):
+        other_tokens(model, source, tokens)
+
+
+def other_tokens(
+    model: LensModel, source: Source, tokens: Int[Tensor, "prompt pos"]
+) -> Int[Tensor, "prompt pos"] | None:
+    """The corrupted prompts, one for each prompt."""
+    if isinstance(source, Made):
+        source = source.of
+    if not isinstance(source, Corrupted):
+        return None
+    other = prompt_tokens(model, source.tokens)
+    check_tokens(model, other)
+    if other.shape[1] != tokens.shape[1] or len(other) not in (1, len(tokens)):
+        raise ValueError(
+            f"the corrupted tokens are {tuple(other.shape)}, but the prompt's are {tuple(tokens.shape)}: "
+            "give one sequence of the same length, or one for each prompt"
+        )
+    return other.expand(len(tokens), -1)
+
+
+def named(source: Source) -> str:
+    """A source in words."""
+    if isinstance(source, str):
+        return source
+    if isinstance(source, Made):
+        return source.name
+    if isinstance(source, Earlier):
+        return f"{source.shift} positions earlier"
+    if isinstance(source, (Corrupted, Mean, Resampled, NextEmbedding)):
+        return type(source).__name__.lower()
+    return str(getattr(source, "__name__", type(source).__name__))
+
+
+def seed_of(source: Source) -> int | None:
+    """Of what is drawn to patch with; None where nothing is."""
+    if isinstance(source, Made):
+        source = source.of
+    return source.seed if isinstance(source, Resampled) else None
+
+
+def values_of(
+    model: LensModel,
+    source: Source,
+    site: str,
+    given: Int[Tensor, "1 pos"],
+    index: int,
+    layers: Sequence[int],
+    *,
+    kept: dict[int, Tensor] | None = None,
+) -> Values:
+    """What is put into the patched run of prompt `index`.
+
+    Args:
+        given: the run that values are taken from, where the source has no tokens of its own.
+        kept: that run's activations at the site, `[1, pos, ...]` by layer, where somebody has them already.
+    """
+    if isinstance(source, Made):
+        made = source.make(given, index)
+        return lambda layer: made[layer]
+    at = by_layer(model, site, layers)
+    if isinstance(source, Mean):
+        means = {layer: activation.mean(0) for layer, activation in at(source.tokens).items()}
+        return lambda layer: means[layer]
+    if isinstance(source, Resampled):
+        order = torch.randperm(len(source.tokens), generator=torch.Generator().manual_seed(source.seed))
+        drawn = int(order[index % len(order)])
+        given, kept = source.tokens[drawn : drawn + 1], None
+    if isinstance(source, NextEmbedding):
+        following = model.W_E[given[0].roll(-1).to(model.W_E.device)].detach()
+        return lambda layer: following
+    run = at(given) if kept is None else kept
+    if isinstance(source, (Corrupted, Resampled)):
+        return lambda layer: run[layer][0]
+    if source == "zero":
+        void = -torch.inf if site == "attn_scores" else 0.0
+        return lambda layer: torch.full_like(run[layer][0], void)
+    if isinstance(source, Earlier):
+        shift = source.shift
+        # the first positions have nothing so far before them: they stay as they are
+        return lambda layer: torch.cat([run[layer][0, :shift], run[layer][0, :-shift]])
+    assert callable(source)
+    return lambda layer: source(run[layer][0].clone(), layer)
+
+
+def by_layer(
+    model: LensModel, site: str, layers: Sequence[int]
+) -> Callable[[Int[Tensor, "row pos"]], dict[int, Tensor]]:
+    """A run's activations at a site, `[row, pos, ...]` by layer."""
+
+    def run(tokens: Int[Tensor, "row pos"]) -> dict[int, Tensor]:
+        kept: dict[int, Tensor] = {}
+
+        def keep(activation: Tensor, layer: int) -> None:
+            kept[layer] = activation.movedim(1, 2) if site in ATTENTION else activation
+
+        watch(model, tokens, {SITES[site].format(layer): partial(keep, layer=layer) for layer in layers})
+        return kept
+
+    return run

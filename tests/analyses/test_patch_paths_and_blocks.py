@@ -1,0 +1,157 @@
+"""Direct paths and exchanged blocks against forward passes written with hooks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechlens.analyses.patching import Corrupted, patch_blocks, patch_path
+from mechlens.models.load import load_model
+from mechlens.models.sweeps import SITES
+from tests.reference import patching as reference
+from tests.tiny_models import write_tiny_model
+
+LENGTH = 6
+READ = range(LENGTH - 1)
+
+
+def tokens_for(seed=0):
+    return torch.randint(4, 50, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama"])
+def patch_model(request, tiny_directories):
+    return load_model(tiny_directories / request.param)
+
+
+def path_by_hand(model, tokens, other, sender, layer, head, name, at):
+    """W_O of the sender's change, the receiver's block read with it, one hook in the last run."""
+    _, cache = reference.cache_of(model, tokens)
+    _, there = reference.cache_of(model, other)
+    z = f"blocks.{sender[0]}.attn.hook_z"
+    change = torch.zeros(LENGTH, model.cfg.d_model)
+    for pos in at:
+        change[pos] = (there[z][0, pos, sender[1]] - cache[z][0, pos, sender[1]]) @ model.W_O[sender]
+    seen = {}
+
+    def add(activation, hook):
+        return activation + change
+
+    def keep(activation, hook):
+        seen["input"] = activation[0].clone()
+
+    sequential = f"blocks.{layer}.hook_resid_mid" in model.hook_dict
+    enter = "hook_resid_mid" if name == "hook_mlp_out" and sequential else "hook_resid_pre"
+    receiver = f"blocks.{layer}.{name}"
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.{enter}", add), (receiver, keep)])
+
+    def patch(activation):
+        if head is None:
+            activation[:] = seen["input"]
+        else:
+            activation[:, head] = seen["input"][:, head]
+
+    return reference.loss(reference.run(model, tokens, receiver, patch), tokens[0], READ)
+
+
+@pytest.mark.parametrize("input", ["q", "k", "v", "mlp"])
+def test_only_the_receiver_sees_what_the_sender_changed(patch_model, input):
+    tokens, other = tokens_for(), tokens_for(1)
+    name = "hook_mlp_out" if input == "mlp" else f"attn.hook_{input}"
+    receiver, head = (1, None) if input == "mlp" else ((1, 1), 1)
+    for positions in (None, [1, 3]):
+        found = patch_path(
+            patch_model,
+            tokens,
+            sender=(0, 2),
+            receiver=receiver,
+            input=input,
+            source=Corrupted(other),
+            positions=positions,
+        )
+        at = range(LENGTH) if positions is None else positions
+        expected = path_by_hand(patch_model, tokens, other, (0, 2), 1, head, name, at)
+        # float32 through two layers, and the change as a difference of sums
+        assert float(found.mean) == pytest.approx(expected, abs=2e-5)
+        assert abs(float(found.effect)) > 1e-4, "something is measured"
+    assert found.axes == (("layer",) if input == "mlp" else ("layer", "head"))
+    assert "corrupted L0H2 as" in found.source
+    with torch.no_grad():
+        assert float(found.corrupted[0]) == pytest.approx(
+            reference.loss(patch_model(other)[0], tokens[0], READ), abs=2e-5
+        )
+
+
+def test_the_mlp_of_the_senders_own_layer_reads_it_unless_they_are_parallel(patch_model):
+    tokens, other = tokens_for(), tokens_for(1)
+    options = {"sender": (1, 0), "receiver": 1, "input": "mlp", "source": Corrupted(other)}
+    if SITES["resid_mid"].format(0) not in patch_model.hook_dict:
+        with pytest.raises(ValueError, match="the mlp of layer 1 does not read what L1H0 writes"):
+            patch_path(patch_model, tokens, **options)
+        return
+    expected = path_by_hand(patch_model, tokens, other, (1, 0), 1, None, "hook_mlp_out", range(LENGTH))
+    assert float(patch_path(patch_model, tokens, **options).mean) == pytest.approx(expected, abs=5e-5)
+
+
+def block_by_hand(model, tokens, layer, how, other):
+    """The block's output is taken from a run that begins at it."""
+    _, cache = reference.cache_of(model, tokens)
+    name = f"blocks.{layer}.hook_resid_post"
+    value = cache[f"blocks.{layer}.hook_resid_pre"]
+    if how != "skip":
+        given = cache[name] if how == "repeat" else value
+        kept = {}
+
+        def keep(activation, hook):
+            kept["out"] = activation.clone()
+
+        hooks = [(f"blocks.{layer}.hook_resid_pre", lambda a, hook: given), (name, keep)]
+        with torch.no_grad():
+            other.run_with_hooks(tokens, fwd_hooks=hooks)
+        value = kept["out"]
+
+    def patch(activation):
+        activation[:] = value[0]
+
+    return reference.loss(reference.run(model, tokens, name, patch), tokens[0], READ)
+
+
+@pytest.mark.parametrize("how", ["skip", "repeat", "another"])
+def test_blocks_are_skipped_repeated_and_exchanged(patch_model, tiny_bos_model, how):
+    tokens = tokens_for()
+    # a learned position is added before the blocks, so any architecture's blocks will do
+    other = tiny_bos_model if how == "another" else patch_model
+    found = patch_blocks(patch_model, tokens, tiny_bos_model if how == "another" else how)
+    for layer in range(2):
+        expected = block_by_hand(patch_model, tokens, layer, how, other)
+        assert float(found.mean[layer]) == pytest.approx(expected, abs=5e-5)
+    assert found.axes == ("layer",)
+    assert found.source == ("block of gpt2" if how == "another" else how)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"receiver": (0, 1)}, "the q of layer 0 does not read what L0H2 writes"),
+        ({"receiver": 1}, r"q, k and v a \(layer, head\), but receiver is 1"),
+        ({"input": "mlp"}, "the input mlp has a layer for its receiver"),
+        ({"input": "z"}, "input must be q, k, v or mlp"),
+        ({"sender": (0, 4)}, "there is no head 4"),
+        ({"receiver": (2, 0)}, "there is no layer 2"),
+        ({"source": "mean"}, "source must be"),
+        ({"positions": [6]}, "there is no position 6"),
+    ],
+)
+def test_a_path_that_is_none_is_refused(tiny_bos_model, options, message):
+    usual = {"sender": (0, 2), "receiver": (1, 1), "input": "q", "source": "zero"}
+    with pytest.raises(ValueError, match=message):
+        patch_path(tiny_bos_model, tokens_for(), **{**usual, **options})
+
+
+def test_blocks_of_another_shape_are_refused(tiny_bos_model, tmp_path):
+    with pytest.raises(ValueError, match="how must be skip, repeat or a model, but is 'swap'"):
+        patch_blocks(tiny_bos_model, tokens_for(), "swap")
+    write_tiny_model(tmp_path / "deep", "gpt2", n_layer=3)
+    with pytest.raises(ValueError, match="the other model has 3 layers and d_model 32, this one 2 and 32"):
+        patch_blocks(tiny_bos_model, tokens_for(), load_model(tmp_path / "deep"))
