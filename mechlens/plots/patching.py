@@ -214,7 +214,7 @@ def _bars(result: PatchGridResult, values: Tensor, value: str, hovers: list[list
         bars.error_y = {"type": "data", "array": errors, "color": INK, "thickness": 1.5, "width": 5}
     figure = go.Figure(bars)
     figure.update_layout(
-        width=min(1100, 260 + 36 * len(result.layers)),
+        width=max(520, min(1100, 260 + 36 * len(result.layers))),
         height=420,
         margin={"t": 100},
         bargap=0.3,
@@ -230,7 +230,7 @@ def _across(result: PatchGridResult, axis: str) -> dict[str, object]:
         n_heads = len(result.heads)
         ticks = _ticks([str(head) for head in result.heads], 32)
         return {
-            "width": max(520, min(1100, 170 + n_heads * (56 if n_heads <= 12 else 28))),
+            "width": max(640, min(1100, 170 + n_heads * (56 if n_heads <= 12 else 28))),
             "margin": {"t": 100},
             "xaxis": {"title": {"text": "head"}, **ticks, **_NO_TICKS},
         }
@@ -245,7 +245,7 @@ def _across(result: PatchGridResult, axis: str) -> dict[str, object]:
         "margin": {"t": 100},
         "xaxis": {
             "title": {"text": title},
-            **_ticks(labels, 64),
+            **_ticks(labels, 26 if several else 64),
             "tickangle": 0 if several else -90,
             **_NO_TICKS,
         },
@@ -330,4 +330,5 @@ def _title(
 def put_there(result: PatchGridResult) -> str:
     """Where the values come from, in words."""
     source = "the clean run" if result.direction == "denoising" else result.source
+    source = "a function's values" if source == "<lambda>" else source
     return source if result.weight == 1 else f"{source}, weight {result.weight:g}"
