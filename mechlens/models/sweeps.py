@@ -354,14 +354,22 @@ def _whole_rows(
     layers = patches.layer[which]
     kept: list[Tensor] = []
     hooks: list[tuple[str, Callable[..., Any]]] = []
+    # a bridge's hook there is the MLP's input alone: what the stream carries past it has no hook of its own
+    past_the_mlp = patches.site == "resid_mid" and engine_of(model) == "TransformerBridge"
     for layer in layers.unique().tolist():
         places = (layers == layer).nonzero()[:, 0]
-        hooks.append(
-            (
-                SITES[patches.site].format(layer),
-                partial(_patch_some, places=places, new=which[places], start=start, write=patches.write),
-            )
+        changes: list[Tensor] | None = [] if past_the_mlp else None
+        patch = partial(
+            _patch_some,
+            places=places,
+            new=which[places],
+            start=start,
+            write=patches.write,
+            changes=changes,
         )
+        hooks.append((SITES[patches.site].format(layer), patch))
+        if changes is not None:
+            hooks.append((SITES["resid_post"].format(layer), partial(_add, changes=changes)))
     final = SITES["resid_post"].format(model.cfg.n_layers - 1)
     hooks.append((final, lambda activation, hook: kept.append(activation)))
     with running(model, hooks):
@@ -377,11 +385,18 @@ def _patch_some(
     new: Int[Tensor, " row"],
     start: int,
     write: Write,
+    changes: list[Tensor] | None,
 ) -> Tensor:
     places = places.to(activation.device)
     patched = activation.clone()
     patched[places] = write(activation[places], new, start).to(activation.dtype)
+    if changes is not None:
+        changes.append(patched - activation)
     return patched
+
+
+def _add(activation: Tensor, hook: Any, changes: list[Tensor]) -> Tensor:
+    return activation + changes.pop()
 
 
 # -- the engines' caches ---------------------------------------------------------------------------

@@ -32,17 +32,20 @@ def available(model, site):
 
 def literal(model, tokens, site, layer, write, index):
     """The last residual of one whole run, with one hook."""
-    kept = []
+    kept, changes = [], []
 
     def patch(activation, hook):
-        return write(activation.clone(), torch.tensor([index]), 0)
+        patched = write(activation.clone(), torch.tensor([index]), 0)
+        changes.append(patched - activation)
+        return patched
 
+    hooks = [(SITES[site].format(layer), patch)]
+    if site == "resid_mid" and engine_of(model) == "TransformerBridge":
+        # its hook is the MLP's input alone
+        hooks.append((f"blocks.{layer}.hook_resid_post", lambda a, hook: a + changes[0]))
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     with torch.no_grad():
-        model.run_with_hooks(
-            tokens,
-            fwd_hooks=[(SITES[site].format(layer), patch), (last, lambda a, hook: kept.append(a.clone()))],
-        )
+        model.run_with_hooks(tokens, fwd_hooks=[*hooks, (last, lambda a, hook: kept.append(a.clone()))])
     return kept.pop()[0]
 
 

@@ -19,8 +19,21 @@ def run(model, tokens, name, patch):
         patch(changed[0])
         return changed
 
+    hooks = [(name, hook_fn)]
+    if name.endswith("resid_mid"):
+        # by what the heads add to the stream: a bridge's own hook there is the MLP's input alone
+        before = {}
+
+        def keep(activation, hook):
+            before["pre"] = activation
+
+        def add(activation, hook):
+            mid = before["pre"] + activation
+            return activation + (hook_fn(mid, hook) - mid)
+
+        hooks = [(name.replace("mid", "pre"), keep), (name.replace("hook_resid_mid", "hook_attn_out"), add)]
     with torch.no_grad():
-        return model.run_with_hooks(tokens, fwd_hooks=[(name, hook_fn)])[0]
+        return model.run_with_hooks(tokens, fwd_hooks=hooks)[0]
 
 
 def cache_of(model, tokens):

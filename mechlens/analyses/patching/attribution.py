@@ -57,6 +57,16 @@ def attribution_patching(
     Cost: for each prompt one forward and backward pass, and a forward pass over what the source reads; one
     more where there is a corrupted run, for its metric. The activations of one prompt's run are in memory.
     """
+    if metric == "kl" and direction == "noising":
+        raise ValueError(
+            "KL(clean || patched) is smallest at the clean run, so its gradient there is zero and tells "
+            "nothing: choose another metric, or patch_grid"
+        )
+    if site == "attn_scores" and source == "zero":
+        raise ValueError(
+            "knocking an edge out makes its score minus infinity, which no gradient reaches: use site "
+            "pattern, or patch_grid"
+        )
     asked = Asked.of(
         model,
         prompt,
@@ -73,16 +83,6 @@ def attribution_patching(
         direction=direction,
         prepend_bos=prepend_bos,
     )
-    if metric == "kl" and direction == "noising":
-        raise ValueError(
-            "KL(clean || patched) is smallest at the clean run, so its gradient there is zero and tells "
-            "nothing: choose another metric, or patch_grid"
-        )
-    if site == "attn_scores" and source == "zero":
-        raise ValueError(
-            "knocking an edge out makes its score minus infinity, which no gradient reaches: use site "
-            "pattern, or patch_grid"
-        )
     if exact is not None:
         _check_exact(exact, asked)
     judge, grid = asked.judge, asked.grid
