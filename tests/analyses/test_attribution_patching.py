@@ -37,9 +37,9 @@ def test_the_estimate_is_the_slope_of_the_exact_effect(patch_model, site):
         return
     tokens = tokens_for()
     source = halved if site in ("pattern", "attn_scores") else Corrupted(tokens_for(1))
-    options = {"site": site, "source": source}
+    options = {"site": site, "source": source, "positions": None if site in ("k", "z") else [2, 4]}
     if site in ("q", "k", "v", "z", "pattern", "attn_scores"):
-        options |= {"heads": "each", "positions": None if site in ("k", "z") else [2, 4]}
+        options["heads"] = "each"
     found = attribution_patching(patch_model, tokens, **options)
     expected = slope(patch_model, tokens, **options)
     assert found.estimate.shape == expected.shape
@@ -66,7 +66,14 @@ def test_prompts_metrics_heads_and_weight(tiny_bos_model):
         largest: {},
     }
     for metric, given in kinds.items():
-        options = {"site": "attn_out", "source": Corrupted(other), "metric": metric, "layers": [1], **given}
+        options = {
+            "site": "attn_out",
+            "source": Corrupted(other),
+            "metric": metric,
+            "layers": [1],
+            "positions": [1, 4],
+        }
+        options |= given
         found = attribution_patching(tiny_bos_model, tokens, weight=0.5, **options)
         expected = 0.5 * slope(tiny_bos_model, tokens, **options)
         assert (found.estimate - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4, metric
@@ -75,7 +82,12 @@ def test_prompts_metrics_heads_and_weight(tiny_bos_model):
 def test_denoising_takes_the_slope_at_the_corrupted_run_and_may_ask_for_kl(tiny_bos_model):
     tokens, options = (
         tokens_for(),
-        {"site": "mlp_out", "source": Corrupted(tokens_for(1)), "direction": "denoising"},
+        {
+            "site": "mlp_out",
+            "source": Corrupted(tokens_for(1)),
+            "direction": "denoising",
+            "positions": [2, 4],
+        },
     )
     for metric in ("loss", "kl"):
         found = attribution_patching(tiny_bos_model, tokens, metric=metric, **options)
