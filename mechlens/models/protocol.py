@@ -40,33 +40,34 @@ class LensModel(Protocol):
         blocks: Any
         """One module per layer."""
 
-    @property
-    def W_E(self) -> torch.Tensor:
-        """`[d_vocab, d_model]`."""
+        # Nor these: to ask whether a model has them stacks the weights of all layers.
+        @property
+        def W_E(self) -> torch.Tensor:
+            """`[d_vocab, d_model]`."""
 
-    @property
-    def W_U(self) -> torch.Tensor:
-        """`[d_model, d_vocab]`."""
+        @property
+        def W_U(self) -> torch.Tensor:
+            """`[d_model, d_vocab]`."""
 
-    @property
-    def b_U(self) -> torch.Tensor:
-        """`[d_vocab]`."""
+        @property
+        def b_U(self) -> torch.Tensor:
+            """`[d_vocab]`."""
 
-    @property
-    def W_Q(self) -> torch.Tensor:
-        """`[layer, head, d_model, d_head]`."""
+        @property
+        def W_Q(self) -> torch.Tensor:
+            """`[layer, head, d_model, d_head]`."""
 
-    @property
-    def W_V(self) -> torch.Tensor:
-        """`[layer, head, d_model, d_head]`, see above for grouped heads."""
+        @property
+        def W_V(self) -> torch.Tensor:
+            """`[layer, head, d_model, d_head]`, see above for grouped heads."""
 
-    @property
-    def W_K(self) -> torch.Tensor:
-        """`[layer, head, d_model, d_head]`, see above for grouped heads."""
+        @property
+        def W_K(self) -> torch.Tensor:
+            """`[layer, head, d_model, d_head]`, see above for grouped heads."""
 
-    @property
-    def W_O(self) -> torch.Tensor:
-        """`[layer, head, d_head, d_model]`."""
+        @property
+        def W_O(self) -> torch.Tensor:
+            """`[layer, head, d_head, d_model]`."""
 
     @property
     def hook_dict(self) -> Mapping[str, Any]:
