@@ -127,6 +127,9 @@ def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
     )
     with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
         config.save_pretrained(folder)
+        # the bridge reads its tokenizer again, from where it came
+        tokenizer.save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         return engines.bridge_from_hf(
             GPT2LMHeadModel(config).eval(),
             tokenizer,

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.measures.memory import is_out_of_memory
-from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.runs import running, watch
 
 SITES = {
@@ -154,6 +154,14 @@ def _groups(
         group.append(index)
     if group:
         yield start, torch.tensor(group)
+
+
+def patterns_count(model: LensModel) -> bool:
+    """Whether what a hook makes of scores and patterns reaches the rest of the model.
+
+    A bridge of GPT-Neo shows them, and goes on with its own.
+    """
+    return engine_of(model) == "HookedTransformer" or describe(model).architecture != "GPTNeoForCausalLM"
 
 
 # -- the clean run ---------------------------------------------------------------------------------

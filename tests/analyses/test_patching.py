@@ -19,6 +19,7 @@ from mechlens.analyses.patching import (
     patch_grid,
 )
 from mechlens.models.load import load_model
+from mechlens.models.protocol import engine_of
 from mechlens.models.sweeps import SITES
 from mechlens.results import PatchGridResult
 from tests.reference import patching as reference
@@ -320,6 +321,16 @@ def test_errors_come_before_any_run(tiny_bos_model, options, message, monkeypatc
     monkeypatch.setattr(type(tiny_bos_model), "forward", ran)
     with pytest.raises(ValueError, match=message):
         patch_grid(tiny_bos_model, tokens_for(), **{"site": "mlp_out", "source": "zero", **options})
+
+
+def test_what_a_bridge_does_not_look_at_is_refused(tiny_directories):
+    model = load_model(tiny_directories / "gpt_neo")
+    if engine_of(model) == "HookedTransformer":
+        found = patch_grid(model, tokens_for(), site="pattern", source="zero")
+        assert found.effect.abs().max() > 1e-4
+        return
+    with pytest.raises(ValueError, match="without looking at a changed pattern: patch z or v"):
+        patch_grid(model, tokens_for(), site="pattern", source="zero")
 
 
 def test_a_model_without_mlps_says_so(fixed_distance_model):

@@ -7,8 +7,8 @@ import torch
 
 from mechlens.models import sweeps
 from mechlens.models.load import load_model
-from mechlens.models.protocol import describe, engine_of
-from mechlens.models.sweeps import SITES, Patches, is_safe, sweep
+from mechlens.models.protocol import engine_of
+from mechlens.models.sweeps import SITES, Patches, is_safe, patterns_count, sweep
 
 LENGTH = 11
 
@@ -25,9 +25,7 @@ def sweep_model(request, tiny_directories):
 def available(model, site):
     if site == "resid_mid":
         return SITES[site].format(0) in model.hook_dict
-    # the bridge computes GPT-Neo's attention without looking at what hooks made of the pattern
-    neo = describe(model).architecture == "GPTNeoForCausalLM" and engine_of(model) == "TransformerBridge"
-    return not (neo and site in ("pattern", "attn_scores"))
+    return patterns_count(model) or site not in ("pattern", "attn_scores")
 
 
 def literal(model, tokens, site, layer, write, index):

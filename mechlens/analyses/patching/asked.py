@@ -26,7 +26,7 @@ from mechlens.analyses.patching.sources import (
 )
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import check_tokens, reads_as_streamed
-from mechlens.models.sweeps import SITES, Patches
+from mechlens.models.sweeps import SITES, Patches, patterns_count
 from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens, token_strings
 from mechlens.results import ModelInfo
 
@@ -168,6 +168,11 @@ class Grid:
             raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
         if SITES[site].format(0) not in model.hook_dict:
             raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
+        if site in ATTENTION and not patterns_count(model):
+            raise ValueError(
+                f"a bridge computes GPT-Neo's attention without looking at a changed {site}: patch z or v, "
+                "or use HookedTransformer"
+            )
         if heads is not None and site not in PER_HEAD:
             raise ValueError(f"heads are for {', '.join(PER_HEAD)}, but site is {site!r}")
         n_heads = model.cfg.n_heads
