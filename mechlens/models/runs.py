@@ -56,9 +56,17 @@ def watch_from(
     Args:
         readers: by hook name; of blocks before `layer` nothing may be read.
 
+    Raises:
+        ValueError: a model that gives its blocks more than the stream, or a hook name that it does not have.
+
     Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier ones
     run, too, and their work is thrown away.
     """
+    if getattr(model.cfg, "positional_embedding_type", None) == "shortformer":
+        raise ValueError(
+            "this model gives each block its positions beside the stream (shortformer), so a run cannot "
+            "begin in the middle"
+        )
     _serve(model, residual, readers, start_at_layer=layer)
 
 

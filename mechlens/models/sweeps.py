@@ -219,18 +219,17 @@ def _keep(activation: Tensor, hook: Any, kept: dict[str, Tensor], name: str) -> 
 def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
     """Whether a run resumed in the middle of a prompt, and of the model, is the whole run's second half.
 
-    That is tried, on these tokens: kinds of attention are too many to list.
+    That is tried, on these tokens, against the model's own run: kinds of attention are too many to list.
 
-    Cost: a forward pass and a half.
+    Cost: two forward passes and a half.
     """
     end = tokens.shape[1]
     if end < 2:
         return False
     try:
         clean = clean_run(model, tokens)
-        site = "resid_pre"
         nothing = Patches(
-            site,
+            "resid_pre",
             torch.tensor([0, model.cfg.n_layers - 1]),
             torch.tensor([end // 2] * 2),
             lambda activation, which, start: activation,
@@ -243,7 +242,10 @@ def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
         if is_out_of_memory(error):
             raise
         return False
-    expected = clean.resid_pre[-1][:, end // 2 :]
+    own: list[Tensor] = []
+    watch(model, tokens, {SITES["resid_post"].format(model.cfg.n_layers - 1): own.append})
+    # not the clean run above, whose blocks may have been called without what the model gives them
+    expected = own.pop()[:, end // 2 :]
     if found.shape[1:] != expected.shape[1:]:
         return False
     # other shapes sum in another order

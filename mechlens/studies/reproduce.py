@@ -91,6 +91,7 @@ def reproduce(
     Cost: about seven forward passes per seed.
     """
     shape = {"seq_len": seq_len, "batch": batch, "seeds": seeds, "prepend_bos": prepend_bos}
+    # the dictionary holds what both take, which a type checker cannot see
     performance = repeated_token_performance(model, **shape, progress=progress)  # type: ignore[arg-type]
     kinds = kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=prepend_bos)
     heads = score_heads(model, kinds, **shape, progress=progress)  # type: ignore[arg-type]

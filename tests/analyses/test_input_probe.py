@@ -148,7 +148,7 @@ def test_nulls_are_of_random_maps_with_the_same_singular_values(tiny_bos_model):
         random = [
             reference.random_map(
                 result.weights[basis][1],
-                lambda n: torch.from_numpy(ortho_group.rvs(n, random_state=next(seeds))),  # noqa: B023
+                lambda n: torch.from_numpy(ortho_group.rvs(n, random_state=next(seeds))),  # noqa: B023  # called at once
             )
             for _ in range(draws)
         ]

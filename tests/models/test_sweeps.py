@@ -8,6 +8,7 @@ import torch
 from mechlens.models import sweeps
 from mechlens.models.load import load_model
 from mechlens.models.protocol import engine_of
+from mechlens.models.runs import watch_from
 from mechlens.models.sweeps import SITES, Patches, is_safe, patterns_count, sweep
 
 LENGTH = 11
@@ -109,6 +110,41 @@ def test_a_model_without_a_tokenizer_is_swept_too(fixed_distance_model):
     expected = literal(model, tokens, "resid_pre", 0, write, 0)
     # exact numbers: a model that was written by hand
     assert torch.allclose(part.final[0], expected[part.start :], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")  # it is what is tested
+def test_blocks_that_want_more_than_the_stream_are_not_called_one_by_one(tiny_bos_model):
+    """Shortformer gives each block the positions beside the stream; without them it runs, and runs wrong."""
+    if engine_of(tiny_bos_model) != "HookedTransformer":
+        pytest.skip("a bridge's blocks are never called one by one")
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    torch.manual_seed(0)
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=16,
+            d_head=8,
+            n_heads=2,
+            n_ctx=16,
+            d_vocab=64,
+            attn_only=True,
+            normalization_type="LN",
+            positional_embedding_type="shortformer",
+            device="cpu",
+        )
+    )
+    torch.nn.init.normal_(model.pos_embed.W_pos)
+    tokens = tokens_for()
+    assert not is_safe(model, tokens)
+    with pytest.raises(ValueError, match="a run cannot begin in the middle"):
+        watch_from(model, 1, torch.zeros(1, LENGTH, 16), {"blocks.1.hook_resid_post": print})
+    patches = patches_for(model, "resid_post", LENGTH)
+    for part in sweep(model, tokens, patches):
+        for index, final in zip(part.which.tolist(), part.final, strict=True):
+            own = literal(model, tokens, "resid_post", int(patches.layer[index]), patches.write, index)
+            # the same sums in rows of another batch
+            assert (final - own[part.start :]).abs().max() < 1e-5 * own.abs().max()
 
 
 def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
