@@ -13,6 +13,9 @@ from mechlens.measures.memory import is_out_of_memory
 
 CHUNK_BYTES = 16 * 2**20
 """Memory for one chunk of float32 logits; small enough to stay near the processor while it is reduced."""
+TILE_ROWS = 1024
+TILE_BYTES = 4 * 2**20
+"""The same where a chunk need not be whole distributions: the shape at which the product is fastest."""
 
 
 def target_log_prob(
@@ -36,16 +39,23 @@ def target_log_prob(
     its logits at any time.
     """
     W_U, b_U = _wide(W_U), _wide(b_U)
-    rows = max(1, CHUNK_BYTES // (4 * W_U.shape[1]))
-    log_probs, firsts = [], []
-    for some, wanted in zip(vectors.split(rows), targets.split(rows), strict=True):
-        logits = _logits(some, W_U, b_U, soft_cap)
-        own = logits.gather(1, wanted[:, None])[:, 0]
-        log_probs.append(own - logits.logsumexp(1))
-        firsts.append(own == logits.amax(1))
-    if not log_probs:
-        return vectors.new_empty(0, dtype=torch.float32), targets.new_empty(0, dtype=torch.bool)
-    return torch.cat(log_probs).float(), torch.cat(firsts)
+    n_rows, width = len(vectors), max(1, TILE_BYTES // (4 * TILE_ROWS))
+    own = vectors.new_empty(n_rows, dtype=W_U.dtype)
+    totals, largest = own.new_empty(n_rows), own.new_empty(n_rows)
+    for rows in torch.arange(n_rows, device=vectors.device).split(TILE_ROWS):
+        some = vectors[rows]
+        ends, tops = [], []
+        for first in range(0, W_U.shape[1], width):
+            columns = slice(first, first + width)
+            logits = _logits(some, W_U[:, columns], b_U[columns], soft_cap)
+            ends.append(logits.logsumexp(1))
+            tops.append(logits.amax(1))
+            place = targets[rows] - first
+            here = (place >= 0) & (place < logits.shape[1])
+            own[rows[here]] = logits[here, place[here]]
+        totals[rows] = torch.stack(ends).logsumexp(0)
+        largest[rows] = torch.stack(tops).amax(0)
+    return (own - totals).float(), own == largest
 
 
 def _wide(weights: Tensor) -> Tensor:
