@@ -22,12 +22,15 @@ from mechlens.results import (
     FORMAT,
     AttentionPatterns,
     AttributionPatchResult,
+    Circuit,
+    CompositionScores,
     HeadScores,
     LogitAttribution,
     LogitLensResult,
     LogitVariance,
     ModelInfo,
     PatchGridResult,
+    PositionalAttention,
     RepeatedTokenPerformance,
     Result,
     TunedLens,
@@ -256,7 +259,55 @@ def variance() -> LogitVariance:
     )
 
 
+def circuit() -> Circuit:
+    """A K-composition of rank 1 of two, over 3 query and 4 key tokens."""
+    return Circuit(
+        model=MODEL,
+        A=torch.tensor([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]]),
+        B=torch.tensor([[0.0, 2.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]),
+        axes=("query", "key"),
+        spaces=("tokens", "tokens"),
+        name="K-composition of L0H0 with L1H1",
+        heads=((0, 0), (1, 1)),
+        embedding="W_E",
+        rotary="relative",
+        relative_position=3,
+        normalized_positions=False,
+    )
+
+
+def composition() -> CompositionScores:
+    """Two layers of one head: the one pair."""
+    scores = torch.full((2, 1, 2, 1), math.nan)
+    scores[0, 0, 1, 0] = 0.5
+    return CompositionScores(
+        model=dataclasses.replace(MODEL, n_layers=2, n_heads=1),
+        kind="k",
+        scores=scores,
+        baseline_mean=0.125,
+        baseline_std=0.25,
+        baseline_draws=16,
+        seed=0,
+        rotary="none",
+        relative_position=None,
+    )
+
+
+def positional() -> PositionalAttention:
+    """Two positions."""
+    return PositionalAttention(
+        model=MODEL,
+        head=(0, 1),
+        pattern=torch.tensor([[1.0, 0.0], [0.25, 0.75]]),
+        scale=0.5,
+        normalized_positions=True,
+    )
+
+
 RESULTS = {
+    "circuit": circuit,
+    "composition": composition,
+    "positional": positional,
     "attribution": attribution,
     "attribution_patch": attribution_patch,
     "variance": variance,
@@ -281,7 +332,9 @@ def test_every_type_of_result_is_tried() -> None:
 
 
 def _shipped_types() -> list[type[Result]]:
-    return [cls for cls in Result.types.values() if cls.__module__.startswith("mechlens.results.")]
+    ours = [cls for cls in Result.types.values() if cls.__module__.startswith("mechlens.results.")]
+    # what several have in common is no result by itself
+    return [cls for cls in ours if not cls.__name__.startswith("_")]
 
 
 # -- there and back --------------------------------------------------------------------------------
@@ -626,6 +679,35 @@ def test_table_of_patterns() -> None:
         (0, 0, 1, 0, 0.5),
         (0, 0, 1, 1, 0.5),
     ]
+
+
+def test_table_of_a_circuit() -> None:
+    rows = [tuple(row) for row in circuit().to_dataframe().itertuples(index=False)]
+    assert [row[0] for row in rows] == [0, 1]
+    # one row of 5 times one column of 2, which a QR and an SVD in float32 find up to rounding
+    assert [row[1] for row in rows] == pytest.approx([10, 0], abs=1e-5)
+    assert [row[2] for row in rows] == pytest.approx([1, 0], abs=1e-5)
+    assert circuit().shape == (3, 4)
+
+
+def test_table_of_composition() -> None:
+    rows = [tuple(row) for row in composition().to_dataframe().itertuples(index=False)]
+    assert rows == [("L0H0", "L1H0", 0, 0, 1, 0, "k", 0.5, 0.375, 1.5)]
+    assert composition().over_baseline[0, 0, 1, 0] == 0.375
+    assert composition().over_baseline[1, 0, 0, 0].isnan()
+
+
+def test_composition_is_ranked_by_score() -> None:
+    scores = torch.full((2, 2, 2, 2), math.nan)
+    scores[0, :, 1, :] = torch.tensor([[0.125, math.nan], [0.75, 0.5]])
+    table = dataclasses.replace(composition(), scores=scores).to_dataframe()
+    # a head without weights has no score, and comes last
+    assert list(table["earlier"] + table["later"]) == ["L0H1L1H0", "L0H1L1H1", "L0H0L1H0", "L0H0L1H1"]
+
+
+def test_table_of_positional_attention() -> None:
+    rows = [tuple(row) for row in positional().to_dataframe().itertuples(index=False)]
+    assert rows == [(0, 0, 1.0), (1, 0, 0.25), (1, 1, 0.75)]
 
 
 def test_a_table_can_be_made_of_what_was_loaded(result: Result, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
     """
     block = model.blocks[layer]
     W_V = model.W_V[layer].detach().float()
-    _, norm_bias = _affine(getattr(block, "ln1", None), W_V.shape[1], model)
+    _, norm_bias = norm_affine(getattr(block, "ln1", None), W_V.shape[1], model)
     bias = torch.einsum("m,hmd->hd", norm_bias, W_V)
     # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
     b_V = getattr(block.attn, "b_V", None)
@@ -41,7 +41,7 @@ def final_norm_scale(model: LensModel) -> Float[Tensor, " d_model"]:
 
 def final_affine(model: LensModel) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
     """The learned scale and bias of the last norm; ones and zeros where they are folded or there is none."""
-    return _affine(getattr(model, "ln_final", None), model.W_U.shape[0], model)
+    return norm_affine(getattr(model, "ln_final", None), model.W_U.shape[0], model)
 
 
 def output_weights(model: LensModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
@@ -62,7 +62,7 @@ def attention_out_affine(
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]] | None:
     """The learned scale and bias of the norm between a layer's attention and the stream; None for no norm."""
     norm = getattr(model.blocks[layer], "ln1_post", None)
-    return None if norm is None else _affine(norm, model.W_U.shape[0], model)
+    return None if norm is None else norm_affine(norm, model.W_U.shape[0], model)
 
 
 def head_outputs(
@@ -109,7 +109,7 @@ def before_norm(
     return moved
 
 
-def _affine(
+def norm_affine(
     norm: Callable[[Tensor], Tensor] | None, d_model: int, model: LensModel
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
     """Learned scale and bias of a norm, read off what it does to a vector and its negative.

@@ -13,6 +13,7 @@ from mechlens.results.base import (
     replacing,
     write_table,
 )
+from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
 from mechlens.results.heads import (
     AttentionPatterns,
     HeadScores,
@@ -32,7 +33,9 @@ __all__ = [
     "NOT_JUDGED",
     "AttentionPatterns",
     "AttributionPatchResult",
+    "Circuit",
     "Comparison",
+    "CompositionScores",
     "HeadScores",
     "InputProbe",
     "LogitAttribution",
@@ -40,6 +43,7 @@ __all__ = [
     "LogitVariance",
     "ModelInfo",
     "PatchGridResult",
+    "PositionalAttention",
     "RepeatedTokenPerformance",
     "Result",
     "TunedLens",
