@@ -101,6 +101,8 @@ def main() -> None:
         rate = 2 * 1024 * 3072 * 3072 / product / 1e9
         theirs = len(cells) * run_flops(model.cfg, n_pos, n_pos, n_layers, n_pos) / 1e12
         ours_flops = sweep_flops(model, tokens, positions, hooked) / 1e12
+        peak = peak_bytes(grid)
+        budget = 4 * sweeps.TOKEN_BUDGET * sweeps.position_floats(model)
         rows = [
             Row("the loop, counted", theirs, "TFLOP"),
             Row("the sweep, counted", ours_flops, "TFLOP"),
@@ -114,7 +116,8 @@ def main() -> None:
             Row("a large product's rate", rate, "GFLOP/s"),
             Row("the large product's rate / the sweep's", rate * sweep / ours_flops / 1e3, "", 1 / 0.75),
             Row("largest difference in loss", worst, "nats", 1e-4),
-            Row("peak memory of the sweep", peak_bytes(grid) / 2**20, "MiB"),
+            Row("peak memory of the sweep", peak / 2**20, "MiB"),
+            Row("peak memory / the budget", peak / budget, "", 1.0),
         ]
     print_table(f"MLP patching, {n_layers} x {SEQ_LEN} cells, {THREADS} threads, {engine_of(model)}", rows)
     growth(model)
@@ -139,7 +142,7 @@ def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> f
     )
     # four whole runs: for the check, the clean values, the source and the metric
     total = 4.5 * run_flops(cfg, end, end, cfg.n_layers, 0) + run_flops(cfg, 0, 0, 0, len(positions))
-    for start, which in sweeps._groups(patches, end, sweeps.TOKEN_BUDGET, whole=False):
+    for start, which in sweeps._groups(model, patches, end, sweeps.TOKEN_BUDGET, whole=False):
         for layer in patches.layer[which].tolist():
             layers = cfg.n_layers - 1 - layer if hooked else cfg.n_layers
             total += run_flops(cfg, end - start, end, layers, end - start)

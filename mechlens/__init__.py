@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mechlens.analyses.patching import (
         Corrupted,
         Earlier,
+        Edges,
         Mean,
         NextEmbedding,
         Resampled,
@@ -72,6 +73,7 @@ _HOMES = {
     "mechlens.analyses.patching": (
         "Corrupted",
         "Earlier",
+        "Edges",
         "Mean",
         "NextEmbedding",
         "Resampled",

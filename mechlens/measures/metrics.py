@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.measures.vocabulary import CHUNK_BYTES, target_log_prob
+from mechlens.measures.vocabulary import CHUNK_BYTES, capped, project, target_log_prob
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,13 +21,13 @@ class Unembedding:
     soft_cap: float | None = None
 
     def logits(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        logits = torch.addmm(self.b_U, vectors.to(self.W_U.dtype), self.W_U)
-        return self._capped(logits)
+        return project(vectors, self.W_U, self.b_U, self.soft_cap)
 
     def of(self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         """The logit of one token per vector; no others are made."""
         columns = self.W_U[:, tokens].T
-        return self._capped(torch.linalg.vecdot(vectors.to(columns.dtype), columns) + self.b_U[tokens])
+        logits = torch.linalg.vecdot(vectors.to(columns.dtype), columns) + self.b_U[tokens]
+        return capped(logits, self.soft_cap)
 
     def log_prob(
         self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " row"]
@@ -50,9 +50,6 @@ class Unembedding:
     ) -> Float[Tensor, " row"]:
         """A metric of whole logits `[read, d_vocab]`, a row at a time."""
         return torch.stack([metric(self.logits(row)).reshape(()).float() for row in vectors])
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return logits if self.soft_cap is None else self.soft_cap * (logits / self.soft_cap).tanh()
 
     def _split(self, vectors: Float[Tensor, "row d_model"]) -> Iterator[Tensor]:
         return iter(vectors.split(max(1, CHUNK_BYTES // (4 * self.W_U.shape[1]))))

@@ -47,7 +47,7 @@ def target_log_prob(
         ends, tops = [], []
         for first in range(0, W_U.shape[1], width):
             columns = slice(first, first + width)
-            logits = _logits(some, W_U[:, columns], b_U[columns], soft_cap)
+            logits = project(some, W_U[:, columns], b_U[columns], soft_cap)
             ends.append(logits.logsumexp(1))
             tops.append(logits.amax(1))
             place = targets[rows] - first
@@ -63,13 +63,18 @@ def _wide(weights: Tensor) -> Tensor:
     return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
-def _logits(
+def project(
     vectors: Float[Tensor, "row d_model"],
     W_U: Float[Tensor, "d_model d_vocab"],
     b_U: Float[Tensor, " d_vocab"],
     soft_cap: float | None,
 ) -> Float[Tensor, "row d_vocab"]:
-    logits = torch.addmm(b_U, vectors.to(W_U.dtype), W_U)
+    """In the precision of `W_U`."""
+    return capped(torch.addmm(b_U, vectors.to(W_U.dtype), W_U), soft_cap)
+
+
+def capped(logits: Float[Tensor, "*any"], soft_cap: float | None) -> Float[Tensor, "*any"]:
+    """`c * tanh(logit / c)`; None leaves them."""
     return logits if soft_cap is None else soft_cap * (logits / soft_cap).tanh()
 
 
@@ -155,7 +160,7 @@ def read_out(
         if decode is not None:
             some = [decode(row, each) for row, each in zip(rows, some, strict=True)]
         decoded = torch.cat(some).flatten(0, 1)
-        return _logits(decoded, W_U, b_U, soft_cap).view(len(rows), -1, d_vocab)
+        return project(decoded, W_U, b_U, soft_cap).view(len(rows), -1, d_vocab)
 
     parts: list[Readout] = []
     start, distributions = 0, max(1, chunk_bytes // (4 * d_vocab))

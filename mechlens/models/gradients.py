@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import running
+from mechlens.models.runs import Enough, run, running
 
 
 def gradients(
@@ -41,13 +41,15 @@ def gradients(
     def keep(activation: Tensor, hook: Any, name: str) -> Tensor:
         # what comes before the stream needs no gradient, and frozen weights would begin none
         kept[name] = activation.detach().requires_grad_() if name == first else activation
+        if name == last:
+            raise Enough
         return kept[name]
 
     wanted = dict.fromkeys([first, *names, last])
     hooks = [(name, partial(keep, name=name)) for name in wanted]
     with running(model, hooks, gradients=True):
         # autograd takes no tensor that was made in inference mode, as the caller's may be
-        model(tokens.to(model.cfg.device).clone(), return_type=None)
+        run(model, tokens.clone())
         value = number(kept[last])
         if not value.requires_grad:
             raise ValueError(

@@ -18,8 +18,14 @@ MAX_POSITIONS = 16384
 """Positions (rows x length) in one forward pass; longer batches are run in parts."""
 
 
-class _Enough(Exception):
-    """Ends a forward pass whose remaining layers nobody reads."""
+class Enough(Exception):
+    """Raised by a hook to end a run whose rest nobody reads: later layers and, on a bridge, all logits."""
+
+
+def run(model: LensModel, given: Tensor, **options: Any) -> None:
+    """Run the model, for its hooks, until the end or until one of them has had `Enough`."""
+    with contextlib.suppress(Enough):
+        model(given.to(model.cfg.device), return_type=None, **options)
 
 
 def watch(
@@ -42,7 +48,7 @@ def watch(
     when a reader raises.
     """
     check_tokens(model, tokens)
-    _serve(model, tokens.to(model.cfg.device), readers)
+    _serve(model, tokens, readers)
 
 
 def watch_from(
@@ -83,11 +89,11 @@ def _serve(
         readers[name](activation)
         waiting.discard(name)
         if not waiting:
-            raise _Enough
+            raise Enough
 
     hooks = [(name, partial(serve, name=name)) for name in readers]
-    with running(model, hooks), contextlib.suppress(_Enough):
-        model(given, return_type=None, **options)
+    with running(model, hooks):
+        run(model, given, **options)
     if waiting:
         # HookedTransformer has `hook_mlp_out` in a model without MLPs, too
         raise ValueError(f"this model makes nothing at the hook point {min(waiting)!r}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.models.protocol import LensModel, describe, engine_of
-from mechlens.models.runs import running, watch
+from mechlens.models.runs import Enough, run, running, watch
 
 SITES = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -35,7 +35,7 @@ SITES = {
 }
 _AFTER_THE_BLOCK = ("mlp_out", "resid_post")
 TOKEN_BUDGET = 8192
-"""Positions (rows x length) that run through a block together."""
+"""Positions that run through a block together; see `row_charge` for what a row counts."""
 ENOUGH = 768
 """Positions with which a block runs at its full speed; fewer run together with those of the next position."""
 
@@ -99,8 +99,8 @@ def sweep(
 
     Args:
         tokens: one prompt.
-        token_budget: positions (rows x length) that run together; None takes `TOKEN_BUDGET`. It is halved
-            when memory runs out.
+        token_budget: positions that run together, a row counting `row_charge`; None takes `TOKEN_BUDGET`.
+            It is halved when memory runs out.
         last_read: the last position that anybody reads; what comes behind it is not run. None reads all.
         fast: None decides by `is_safe`; False runs whole rows from layer 0.
 
@@ -119,21 +119,43 @@ def sweep(
         yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
     fast = is_safe(model, tokens) if fast is None else fast
     clean = clean_run(model, tokens, with_mlp=patches.site == "mlp_out") if fast else None
-    run = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
-    waiting = list(_groups(patches, end, budget, whole=clean is None))[::-1]
+    rows_of = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
+    waiting = list(_groups(model, patches, end, budget, whole=clean is None))[::-1]
     while waiting:
         start, which = waiting.pop()
         try:
-            yield Part(which, start, run(model, tokens, clean, patches, which, start))
-        except RuntimeError as error:
+            yield Part(which, start, rows_of(model, tokens, clean, patches, which, start))
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(which) == 1:
                 raise
             half = len(which) // 2
             waiting += [(start, which[half:]), (start, which[:half])]
 
 
+def row_charge(model: LensModel, length: int, end: int) -> float:
+    """What a row from position `end - length` on takes of the token budget.
+
+    Its own positions, and the memory of the keys, values and scores over all positions up to `end` in terms
+    of what a block holds for one position. A bridge copies the keys and values of all layers at once.
+    """
+    cfg = model.cfg
+    one = position_floats(model)
+    n_kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    keys_values = 2 * n_kv_heads * cfg.d_head
+    if engine_of(model) != "HookedTransformer":
+        keys_values *= cfg.n_layers
+    return length + end * (keys_values + 2 * length * cfg.n_heads) / one
+
+
+def position_floats(model: LensModel) -> int:
+    """About how many numbers a block holds for one position while it runs."""
+    widest = getattr(model.cfg, "d_mlp", None) or model.cfg.d_model
+    # the widest activation goes through a function that makes copies
+    return 4 * int(widest)
+
+
 def _groups(
-    patches: Patches, end: int, budget: int, *, whole: bool
+    model: LensModel, patches: Patches, end: int, budget: int, *, whole: bool
 ) -> Iterator[tuple[int, Int[Tensor, " row"]]]:
     """Patches that run together, with the position at which their rows begin."""
     early = (patches.first < end).nonzero()[:, 0].tolist()
@@ -145,7 +167,8 @@ def _groups(
         length = end - start
         # a group is closed when it is large enough at a change of position, or full
         if group and (
-            (first != start and len(group) * length >= ENOUGH) or (len(group) + 1) * length > budget
+            (first != start and len(group) * length >= ENOUGH)
+            or (len(group) + 1) * row_charge(model, length, end) > budget
         ):
             yield start, torch.tensor(group)
             group = []
@@ -191,7 +214,7 @@ def clean_run(model: LensModel, tokens: Int[Tensor, "1 pos"], *, with_mlp: bool 
                 past.append((entry.past_keys, entry.past_values))
         else:
             cache = _bridge_cache()
-            model(tokens.to(model.cfg.device), return_type=None, past_key_values=cache)
+            run(model, tokens, past_key_values=cache)
             past = [(layer.keys, layer.values) for layer in cache.layers]
         base = []
         if with_mlp:
@@ -234,8 +257,8 @@ def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
             torch.tensor([end // 2] * 2),
             lambda activation, which, start: activation,
         )
-        run = _grow if engine_of(model) == "HookedTransformer" else _suffix
-        found = run(model, tokens, clean, nothing, torch.arange(2), end // 2)
+        rows_of = _grow if engine_of(model) == "HookedTransformer" else _suffix
+        found = rows_of(model, tokens, clean, nothing, torch.arange(2), end // 2)
     except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
         return False
     except RuntimeError as error:
@@ -381,10 +404,14 @@ def _whole_rows(
         if changes is not None:
             hooks.append((SITES["resid_post"].format(layer), partial(_add, changes=changes)))
     final = SITES["resid_post"].format(model.cfg.n_layers - 1)
-    hooks.append((final, lambda activation, hook: kept.append(activation)))
+
+    def keep_and_end(activation: Tensor, hook: Any) -> None:
+        kept.append(activation)
+        raise Enough
+
+    hooks.append((final, keep_and_end))
     with running(model, hooks):
-        rows = tokens.to(model.cfg.device).expand(len(which), -1)
-        model(rows, return_type=None, **options)
+        run(model, tokens.expand(len(which), -1), **options)
     return kept.pop()
 
 

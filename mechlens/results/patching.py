@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PatchGridResult(Result):
-    """A metric of patched runs, one run for each cell of a grid and each prompt."""
+class _Grid(Result):
+    """What was asked of a grid of patches."""
 
     tokens: Int[Tensor, "prompt pos"]
     """What the model read."""
     site: str
-    """What was patched: `mlp_out`, `z`, ..."""
+    """What is patched: `mlp_out`, `z`, ..."""
     source: str
-    """Where the values that were put there come from, in words."""
+    """Where the values that are put there come from, in words."""
     weight: float
     """How much of them: 1 replaces the clean value, 0 leaves it."""
     direction: str
@@ -35,15 +35,13 @@ class PatchGridResult(Result):
     """The axes of the grid, in order: some of `layer`, `head`, `pos`."""
     layers: tuple[int, ...]
     heads: tuple[int, ...]
-    """Empty where the grid has no axis `head`: all heads were patched together."""
+    """Empty where the grid has no axis `head`: all heads are patched together."""
     positions: tuple[int, ...]
-    """Empty where the grid has no axis `pos`: all positions were patched together."""
+    """Empty where the grid has no axis `pos`: all positions are patched together."""
     metric: str
     """Such as `loss`: mean over the positions of `read`, nats."""
     read: tuple[int, ...]
     """The positions at which the metric reads the model's prediction of the next token."""
-    values: Float[Tensor, "prompt *grid"]
-    """The metric of each patched run."""
     clean: Float[Tensor, " prompt"]
     """The metric of the run on `tokens`, without any patch."""
     corrupted: Float[Tensor, " prompt"]
@@ -53,6 +51,26 @@ class PatchGridResult(Result):
     seed: int | None
     """Of what was drawn to patch with; None where nothing was."""
     prepend_bos: bool
+
+    def _cells(self) -> pd.DataFrame:
+        """The axes of each cell, and for heads their label."""
+        import pandas as pd
+
+        every = {"layer": self.layers, "head": self.heads, "pos": self.positions}
+        index = pd.MultiIndex.from_product([every[axis] for axis in self.axes], names=list(self.axes))
+        table = index.to_frame(index=False)
+        if "head" in self.axes:
+            pairs = zip(table["layer"], table["head"], strict=True)
+            table["label"] = [head_label(layer, head) for layer, head in pairs]
+        return table
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PatchGridResult(_Grid):
+    """A metric of patched runs, one run for each cell of a grid and each prompt."""
+
+    values: Float[Tensor, "prompt *grid"]
+    """The metric of each patched run."""
     note: str
     """How the runs were made, where that was not the fast way; else empty."""
 
@@ -88,55 +106,26 @@ class PatchGridResult(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered."""
-        table = _cells(self)
+        table = self._cells()
         for name in ("mean", "effect", "standard_error", "recovered"):
             table[name] = getattr(self, name).reshape(-1).numpy()
         return table
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class AttributionPatchResult(Result):
+class AttributionPatchResult(_Grid):
     """An approximation: what patching would do to a metric, to first order, for each cell of a grid.
 
     The exact effect is that of `patch_grid`. A patch that is large for the model's curvature, and whatever
     saturates (an attention pattern, a norm), is estimated badly.
     """
 
-    tokens: Int[Tensor, "prompt pos"]
-    """What the model read."""
-    site: str
-    """What would be patched: `mlp_out`, `z`, ..."""
-    source: str
-    """Where the values that would be put there come from, in words."""
-    weight: float
-    """How much of them; the estimate is proportional to it."""
-    direction: str
-    """`noising`: the run on `tokens` would be patched; `denoising`: the corrupted one, with those values."""
-    axes: tuple[str, ...]
-    """The axes of the grid, in order: some of `layer`, `head`, `pos`."""
-    layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    """Empty where the grid has no axis `head`."""
-    positions: tuple[int, ...]
-    """Empty where the grid has no axis `pos`."""
-    metric: str
-    """Such as `loss`: mean over the positions of `read`, nats."""
-    read: tuple[int, ...]
-    """The positions at which the metric reads the model's prediction of the next token."""
     estimate: Float[Tensor, "prompt *grid"]
-    """Of the effect: the patched run's metric less that of the run that would be patched."""
-    clean: Float[Tensor, " prompt"]
-    """The metric of the run on `tokens`."""
-    corrupted: Float[Tensor, " prompt"]
-    """The metric of the corrupted run; nan where there is none."""
+    """Of the effect: the patched run's metric less that of the run that would be patched; proportional to
+    `weight`."""
     correlation: float | None
     """Pearson's, between the mean estimate and the exact effect over the cells; nan where one of them does
     not vary; None where no exact grid was given."""
-    strings: tuple[str, ...]
-    """The tokens of the first prompt as text."""
-    seed: int | None
-    """Of what was drawn to patch with; None where nothing was."""
-    prepend_bos: bool
 
     @property
     def effect(self) -> Float[Tensor, "*grid"]:
@@ -150,7 +139,7 @@ class AttributionPatchResult(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the axes, label (`L5H5`, for heads), estimated_effect, standard_error."""
-        table = _cells(self)
+        table = self._cells()
         table["estimated_effect"] = self.effect.reshape(-1).numpy()
         table["standard_error"] = self.standard_error.reshape(-1).numpy()
         return table
@@ -163,16 +152,3 @@ def _standard_error(each: Float[Tensor, "prompt *grid"]) -> Float[Tensor, "*grid
     if len(each) < 2:
         return torch.full_like(each[0], math.nan)
     return each.std(0) / math.sqrt(len(each))
-
-
-def _cells(result: PatchGridResult | AttributionPatchResult) -> pd.DataFrame:
-    """The axes of each cell, and for heads their label."""
-    import pandas as pd
-
-    every = {"layer": result.layers, "head": result.heads, "pos": result.positions}
-    index = pd.MultiIndex.from_product([every[axis] for axis in result.axes], names=list(result.axes))
-    table = index.to_frame(index=False)
-    if "head" in result.axes:
-        pairs = zip(table["layer"], table["head"], strict=True)
-        table["label"] = [head_label(layer, head) for layer, head in pairs]
-    return table

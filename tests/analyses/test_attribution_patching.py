@@ -98,6 +98,18 @@ def test_denoising_takes_the_slope_at_the_corrupted_run_and_may_ask_for_kl(tiny_
         assert torch.allclose(found.corrupted, exact.corrupted, atol=1e-5)
 
 
+def test_a_bfloat16_model_is_estimated_as_its_float32_twin(tiny_directories):
+    tokens = tokens_for()
+    wide, narrow = (load_model(tiny_directories / "gpt2", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for site in ("mlp_out", "z"):
+        options = {"site": site, "source": Corrupted(tokens_for(1))}
+        expected = attribution_patching(wide, tokens, **options)
+        found = attribution_patching(narrow, tokens, **options)
+        assert found.estimate.dtype == torch.float32
+        # 8 bits of mantissa, through two layers and back
+        assert (found.estimate - expected.estimate).abs().max() < 0.05 * expected.estimate.abs().max()
+
+
 def test_it_says_how_well_it_correlates_with_the_exact_grid_of_the_same_arguments(tiny_bos_model):
     tokens, options = tokens_for(rows=2), {"site": "mlp_out", "source": "zero"}
     exact = patch_grid(tiny_bos_model, tokens, **options)

@@ -24,6 +24,11 @@ def patch_model(request, tiny_directories):
     return load_model(tiny_directories / request.param)
 
 
+@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2"])
+def path_model(request, tiny_directories):
+    return load_model(tiny_directories / request.param)
+
+
 def path_by_hand(model, tokens, other, sender, layer, head, name, at):
     """W_O of the sender's change, the receiver's block read with it, one hook in the last run."""
     _, cache = reference.cache_of(model, tokens)
@@ -32,6 +37,13 @@ def path_by_hand(model, tokens, other, sender, layer, head, name, at):
     change = torch.zeros(LENGTH, model.cfg.d_model)
     for pos in at:
         change[pos] = (there[z][0, pos, sender[1]] - cache[z][0, pos, sender[1]]) @ model.W_O[sender]
+    norm = getattr(model.blocks[sender[0]], "ln1_post", None)
+    if norm is not None:
+        # what all heads write goes through another norm before it joins the stream
+        W_O = model.W_O[sender[0]]
+        written = torch.einsum("phd,hdm->pm", cache[z][0], W_O)
+        with torch.no_grad():
+            change = norm((written + change)[None])[0] - norm(written[None])[0]
     seen = {}
 
     def add(activation, hook):
@@ -56,13 +68,13 @@ def path_by_hand(model, tokens, other, sender, layer, head, name, at):
 
 
 @pytest.mark.parametrize("input", ["q", "k", "v", "mlp"])
-def test_only_the_receiver_sees_what_the_sender_changed(patch_model, input):
+def test_only_the_receiver_sees_what_the_sender_changed(path_model, input):
     tokens, other = tokens_for(), tokens_for(1)
     name = "hook_mlp_out" if input == "mlp" else f"attn.hook_{input}"
     receiver, head = (1, None) if input == "mlp" else ((1, 1), 1)
     for positions in (None, [1, 3]):
         found = patch_path(
-            patch_model,
+            path_model,
             tokens,
             sender=(0, 2),
             receiver=receiver,
@@ -71,7 +83,7 @@ def test_only_the_receiver_sees_what_the_sender_changed(patch_model, input):
             positions=positions,
         )
         at = range(LENGTH) if positions is None else positions
-        expected = path_by_hand(patch_model, tokens, other, (0, 2), 1, head, name, at)
+        expected = path_by_hand(path_model, tokens, other, (0, 2), 1, head, name, at)
         # float32 through two layers, and the change as a difference of sums
         assert float(found.mean) == pytest.approx(expected, abs=2e-5)
         assert abs(float(found.effect)) > 1e-4, "something is measured"
@@ -79,8 +91,37 @@ def test_only_the_receiver_sees_what_the_sender_changed(patch_model, input):
     assert "corrupted L0H2 as" in found.source
     with torch.no_grad():
         assert float(found.corrupted[0]) == pytest.approx(
-            reference.loss(patch_model(other)[0], tokens[0], READ), abs=2e-5
+            reference.loss(path_model(other)[0], tokens[0], READ), abs=2e-5
         )
+
+
+def test_a_path_is_restored_in_the_corrupted_run(path_model):
+    """Denoising is noising with the two prompts exchanged, judged by the first one's tokens."""
+    tokens, other = tokens_for(), tokens_for(1)
+    found = patch_path(
+        path_model,
+        tokens,
+        sender=(0, 2),
+        receiver=(1, 1),
+        input="k",
+        source=Corrupted(other),
+        metric="log_prob",
+        targets=7,
+        direction="denoising",
+    )
+    exchanged = patch_path(
+        path_model,
+        other,
+        sender=(0, 2),
+        receiver=(1, 1),
+        input="k",
+        source=Corrupted(tokens),
+        metric="log_prob",
+        targets=7,
+    )
+    assert torch.allclose(found.values, exchanged.values, atol=1e-6)
+    assert torch.allclose(found.corrupted, exchanged.clean, atol=1e-6)
+    assert torch.allclose(found.effect, exchanged.effect, atol=1e-6)
 
 
 def test_the_mlp_of_the_senders_own_layer_reads_it_unless_they_are_parallel(patch_model):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pandas as pd
 import pytest
 import torch
 
 from mechlens.analyses.patching import (
     Corrupted,
     Earlier,
+    Edges,
     Mean,
     NextEmbedding,
     Resampled,
@@ -118,27 +120,98 @@ def no_first(activation, layer):
     return activation
 
 
-def test_transformer_lens_own_loop(tiny_bos_model):
-    """`patching.generic_activation_patch` calls a metric on whole logits for each (layer, position)."""
-    patches = pytest.importorskip("transformer_lens.patching")
+@pytest.mark.parametrize("site", SITES)
+def test_transformer_lens_own_loop(patch_model, site):
+    """`patching.generic_activation_patch` calls a metric on whole logits for each cell."""
+    from transformer_lens import patching
+
+    if not has(patch_model, site):
+        return
+    if site == "resid_mid" and engine_of(patch_model) == "TransformerBridge":
+        pytest.skip(
+            "its hook there is the MLP's input alone, so TransformerLens's loop patches something else"
+        )
     tokens, other = tokens_for(), tokens_for(1)
-    _, cache = reference.cache_of(tiny_bos_model, other)
+    _, cache = reference.cache_of(patch_model, other)
 
     def metric(logits):
         return torch.tensor(reference.loss(logits[0], tokens[0], range(LENGTH - 1)))
 
+    positions = (0, 4, LENGTH - 2)
+    by_head = site not in POSITIONAL
+    axes, setter = ("layer", "pos"), patching.layer_pos_patch_setter
+    if by_head:
+        axes, setter = ("layer", "head", "pos"), patching.layer_pos_head_vector_patch_setter
+    if site in ("pattern", "attn_scores"):
+
+        def setter(patched, index, clean):
+            layer, head, dest = index
+            patched[:, head, dest] = clean[:, head, dest]
+            return patched
+
+    n_heads = cache[SITES["z" if site in ("pattern", "attn_scores") else site].format(0)].shape[2]
+    cells = [
+        (layer, head, pos)
+        for layer in range(patch_model.cfg.n_layers)
+        for head in (range(n_heads) if by_head else [0])
+        for pos in positions
+    ]
+    index = pd.DataFrame(cells, columns=["layer", "head", "pos"])[list(axes)]
+    if by_head and site not in ("pattern", "attn_scores"):
+        # the order in which TransformerLens's setter reads them
+        index = index[["layer", "pos", "head"]]
     with torch.no_grad():
-        expected = patches.generic_activation_patch(
-            tiny_bos_model,
-            tokens,
-            cache,
-            metric,
-            patch_setter=patches.layer_pos_patch_setter,
-            activation_name="resid_pre",
-            index_axis_names=("layer", "pos"),
+        expected = patching.generic_activation_patch(
+            patch_model, tokens, cache, metric, patch_setter=setter, activation_name=site, index_df=index
         )
-    found = patch_grid(tiny_bos_model, tokens, site="resid_pre", source=Corrupted(other))
-    assert torch.allclose(found.mean, expected.float(), atol=2e-5)
+    found = patch_grid(
+        patch_model,
+        tokens,
+        site=site,
+        source=Corrupted(other),
+        heads="each" if by_head else None,
+        positions=positions,
+    )
+    assert torch.allclose(found.mean.flatten(), expected.float(), atol=2e-5)
+
+
+@pytest.mark.parametrize("site", ["pattern", "attn_scores"])
+def test_single_edges_are_knocked_out(patch_model, site):
+    tokens, read = tokens_for(), range(LENGTH - 1)
+    edges = [(6, 0), (6, 2), (8, 8)]
+    together = patch_grid(patch_model, tokens, site=site, source=Edges(edges), heads=[1], positions=None)
+    apart = patch_grid(patch_model, tokens, site=site, source=Edges(edges), heads=[1], positions=[6, 7])
+    assert together.source == "without 6 to 0, 6 to 2, 8 to 8"
+    for layer in range(2):
+
+        def patch(activation, some):
+            for dest, src in some:
+                activation[1, dest, src] = -torch.inf if site == "attn_scores" else 0.0
+
+        for found, some in (
+            (together.mean[layer, 0], edges),
+            (apart.mean[layer, 0, 0], edges[:2]),
+            (apart.mean[layer, 0, 1], []),
+        ):
+            logits = reference.run(
+                patch_model, tokens, SITES[site].format(layer), lambda a, some=some: patch(a, some)
+            )
+            assert float(found) == pytest.approx(reference.loss(logits, tokens[0], read), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("site", "edges", "message"),
+    [
+        ("z", [(3, 1)], "edges are taken away at pattern or attn_scores, but site is 'z'"),
+        ("pattern", [], "Edges needs at least one"),
+        ("pattern", [(1, 3)], r"0 <= src <= dest < 10, the prompt's length, but one is \(1, 3\)"),
+        ("pattern", [(10, 0)], r"but one is \(10, 0\)"),
+        ("attn_scores", [(1, 0), (1, 1)], "position 1 has nothing to share its attention among"),
+    ],
+)
+def test_edges_that_are_none_are_refused(tiny_bos_model, site, edges, message):
+    with pytest.raises(ValueError, match=message):
+        patch_grid(tiny_bos_model, tokens_for(), site=site, source=Edges(edges))
 
 
 def test_resid_pre_of_layer_0_is_the_other_tokens_run(patch_model):

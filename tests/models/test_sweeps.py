@@ -185,6 +185,41 @@ def test_what_lies_behind_the_last_reader_is_not_run(sweep_model):
             assert (short[index][-len(whole) :] - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
+def test_what_does_not_fit_is_halved(sweep_model):
+    """Memory that ends at three rows; every patch still comes once, with the same values."""
+    tokens = tokens_for()
+    patches = patches_for(sweep_model, "mlp_out", LENGTH)
+    tried = []
+
+    def narrow(activation, which, start):
+        tried.append(len(which))
+        if len(which) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return patches.write(activation, which, start)
+
+    narrowed = Patches(patches.site, patches.layer, patches.first, narrow)
+    whole = {
+        index: final
+        for part in sweep(sweep_model, tokens, patches)
+        for index, final in zip(part.which.tolist(), part.final, strict=True)
+    }
+    seen = []
+    for part in sweep(sweep_model, tokens, narrowed):
+        for index, final in zip(part.which.tolist(), part.final, strict=True):
+            # a group begins at its first position, and halves of it do as well
+            assert (final - whole[index][-len(final) :]).abs().max() < 1e-5 * final.abs().max()
+            seen.append(index)
+    assert sorted(seen) == list(range(len(patches)))
+    assert max(tried) > 3, "memory did run out"
+    assert not any(point.fwd_hooks for point in sweep_model.hook_dict.values())
+
+    def nothing(activation, which, start):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        list(sweep(sweep_model, tokens, Patches("mlp_out", torch.tensor([0]), torch.tensor([2]), nothing)))
+
+
 def test_no_hook_survives_an_exception(sweep_model):
     def broken(activation, which, start):
         raise KeyboardInterrupt

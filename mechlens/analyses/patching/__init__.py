@@ -7,11 +7,12 @@ from mechlens.analyses.patching.attribution import attribution_patching
 from mechlens.analyses.patching.blocks import patch_blocks
 from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.path import patch_path
-from mechlens.analyses.patching.sources import Corrupted, Earlier, Mean, NextEmbedding, Resampled
+from mechlens.analyses.patching.sources import Corrupted, Earlier, Edges, Mean, NextEmbedding, Resampled
 
 __all__ = [
     "Corrupted",
     "Earlier",
+    "Edges",
     "Mean",
     "NextEmbedding",
     "Resampled",

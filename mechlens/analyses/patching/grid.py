@@ -54,8 +54,9 @@ def patch_grid(
             key/value heads, where there are fewer), `z`, `pattern` or `attn_scores` (by position `dest`).
         source: what is put there: `"zero"` (for `attn_scores`: minus infinity, which knocks edges out),
             `Earlier(shift)`, `Corrupted(tokens)`, `Mean(tokens)`, `Resampled(tokens, seed)`,
-            `NextEmbedding()` (residual streams only), or a function `(activation [pos, ...], layer) ->` the
-            same shape, of each prompt's own activation.
+            `NextEmbedding()` (residual streams only), `Edges([(dest, src)])` (`pattern` or `attn_scores`:
+            these edges alone are knocked out), or a function `(activation [pos, ...], layer) ->` the same
+            shape, of each prompt's own activation.
         layers: None patches each layer.
         heads: `"each"` or some of them patches head by head; None patches all heads together.
         positions: `"each"` or some of them patches position by position; None patches all together.
@@ -71,7 +72,8 @@ def patch_grid(
         direction: `noising` patches the run on `prompt` with the source; `denoising` patches the `Corrupted`
             run with what the run on `prompt` has. The metric is about `prompt`'s tokens in both.
         prepend_bos: for a text: None prepends BOS where the tokenizer has one.
-        token_budget: positions (rows x length) that run together; it is halved when memory runs out.
+        token_budget: positions that run together, with what they attend to counted in; None is 8192. It is
+            halved when memory runs out.
         state: a `.safetensors` file to which finished cells are saved every half minute, when the sweep ends
             and when it is interrupted. If it is there, the sweep goes on where it stopped, with the same
             values to rounding. It is kept when the sweep is done. Of functions it knows the name only.

@@ -11,7 +11,7 @@ from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.judge import Metric
 from mechlens.analyses.patching.sources import Made, Source, check_source, named, other_tokens, values_of
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import check_tokens, running, watch
+from mechlens.models.runs import Enough, check_tokens, run, running, watch
 from mechlens.models.sweeps import SITES
 from mechlens.prompts import chosen, prompt_tokens
 from mechlens.results import PatchGridResult, head_label
@@ -30,6 +30,7 @@ def patch_path(
     read: Sequence[int] | None = None,
     targets: str | int | Int[Tensor, "*prompt pos"] | None = None,
     against: str | int | Int[Tensor, "*prompt pos"] | None = None,
+    direction: str = "noising",
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
 ) -> PatchGridResult:
@@ -81,20 +82,21 @@ def patch_path(
         )
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     check_tokens(model, tokens)
-    check_source(model, source, "z", tokens, "noising")
+    check_source(model, source, "z", tokens, direction)
     other = other_tokens(model, source, tokens)
     at = slice(None) if positions is None else list(chosen("position", positions, tokens.shape[1]))
     site = "mlp_out" if input == "mlp" else input
     enter = SITES["resid_mid" if within else "resid_pre"].format(layer)
 
     def make(own: Int[Tensor, "1 pos"], index: int) -> dict[int, Tensor]:
-        given = own if other is None else other[index : index + 1]
+        from_tokens = other if direction == "noising" else tokens
+        given = own if from_tokens is None else from_tokens[index : index + 1]
         there = values_of(model, source, "z", given, index, [from_layer])(from_layer)
         change = _change(model, own, sender, there, at)
         kept: list[Tensor] = []
         hooks = [(enter, lambda a, hook: a + change), (SITES[site].format(layer), _keeper(kept))]
         with running(model, hooks):
-            model(own.to(model.cfg.device), return_type=None)
+            run(model, own)
         return {layer: kept.pop()[0]}
 
     seen = f"layer {layer}'s MLP" if heads is None else f"the {input} of {head_label(layer, heads[0])}"
@@ -110,6 +112,7 @@ def patch_path(
         read=read,
         targets=targets,
         against=against,
+        direction=direction,
         token_budget=token_budget,
     )
 
@@ -137,12 +140,13 @@ def _change(
         return z
 
     with running(model, [(SITES["z"].format(layer), patch), (out, _keeper(patched))]):
-        model(tokens.to(model.cfg.device), return_type=None)
+        run(model, tokens)
         return patched.pop() - clean.pop()
 
 
 def _keeper(kept: list[Tensor]) -> Callable[[Tensor, object], None]:
     def keep(activation: Tensor, hook: object) -> None:
         kept.append(activation)
+        raise Enough
 
     return keep

@@ -53,6 +53,17 @@ class NextEmbedding:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Edges:
+    """Patch attention with itself less some edges `(dest, src)`: `dest` no longer reads `src`.
+
+    At `attn_scores` what is left of the attention is shared out anew, at `pattern` it is not. Give the grid
+    `positions=None` to take all of them away together.
+    """
+
+    edges: Sequence[tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Made:
     """Patch with what another analysis makes for each prompt; of use within this package only."""
 
@@ -63,7 +74,17 @@ class Made:
     """What it is made of; the corrupted run, where it has one, is judged as well."""
 
 
-Source = str | Earlier | Corrupted | Mean | Resampled | NextEmbedding | Made | Callable[[Tensor, int], Tensor]
+Source = (
+    str
+    | Earlier
+    | Corrupted
+    | Mean
+    | Resampled
+    | NextEmbedding
+    | Edges
+    | Made
+    | Callable[[Tensor, int], Tensor]
+)
 Values = Callable[[int], Tensor]
 """By layer: what is put at each position of the site (of scores and patterns: `[dest, head, src]`)."""
 
@@ -73,11 +94,12 @@ def check_source(
 ) -> None:
     if direction not in ("noising", "denoising"):
         raise ValueError(f"direction must be noising or denoising, but is {direction!r}")
-    if direction == "denoising" and not isinstance(source, Corrupted):
+    made_of = source.of if isinstance(source, Made) else source
+    if direction == "denoising" and not isinstance(made_of, Corrupted):
         raise ValueError("denoising restores a corrupted run: give source=Corrupted(tokens)")
     if isinstance(source, str) and source != "zero":
         raise ValueError(
-            "source must be 'zero', Earlier, Corrupted, Mean, Resampled, NextEmbedding or a function, but is "
+            "source must be 'zero', Earlier, Corrupted, Mean, Resampled, NextEmbedding, Edges or a function, but is "
             f"{source!r}"
         )
     if isinstance(source, Earlier) and not 0 < source.shift < tokens.shape[1]:
@@ -85,6 +107,8 @@ def check_source(
             f"Earlier(shift) must lie between 1 and {tokens.shape[1] - 1} for {tokens.shape[1]} tokens, but "
             f"is {source.shift}"
         )
+    if isinstance(source, Edges):
+        _check_edges(source, site, tokens.shape[1])
     if isinstance(source, NextEmbedding) and not site.startswith("resid"):
         raise ValueError(f"an embedding belongs into the residual stream, but site is {site!r}")
     if isinstance(source, (Mean, Resampled)):
@@ -96,6 +120,24 @@ def check_source(
             )
     if isinstance(source, Corrupted):
         other_tokens(model, source, tokens)
+
+
+def _check_edges(source: Edges, site: str, n_pos: int) -> None:
+    if site not in ATTENTION:
+        raise ValueError(f"edges are taken away at {' or '.join(ATTENTION)}, but site is {site!r}")
+    if not source.edges:
+        raise ValueError("Edges needs at least one (dest, src)")
+    for dest, src in source.edges:
+        if not 0 <= src <= dest < n_pos:
+            raise ValueError(
+                f"an edge (dest, src) must have 0 <= src <= dest < {n_pos}, the prompt's length, but one is "
+                f"{(dest, src)}"
+            )
+    for dest in {dest for dest, _ in source.edges}:
+        if site == "attn_scores" and len({src for to, src in source.edges if to == dest}) == dest + 1:
+            raise ValueError(
+                f"without any edge position {dest} has nothing to share its attention among: use site pattern"
+            )
 
 
 def other_tokens(
@@ -124,6 +166,8 @@ def named(source: Source) -> str:
         return source.name
     if isinstance(source, Earlier):
         return f"{source.shift} positions earlier"
+    if isinstance(source, Edges):
+        return "without " + ", ".join(f"{dest} to {src}" for dest, src in source.edges)
     if isinstance(source, (Corrupted, Mean, Resampled, NextEmbedding)):
         return type(source).__name__.lower()
     return str(getattr(source, "__name__", type(source).__name__))
@@ -169,8 +213,17 @@ def values_of(
     run = at(given) if kept is None else kept
     if isinstance(source, (Corrupted, Resampled)):
         return lambda layer: run[layer][0]
+    void = -torch.inf if site == "attn_scores" else 0.0
+    if isinstance(source, Edges):
+        dest, src = (list(column) for column in zip(*source.edges, strict=True))
+
+        def without(layer: int) -> Tensor:
+            attention = run[layer][0].clone()
+            attention[dest, :, src] = void
+            return attention
+
+        return without
     if source == "zero":
-        void = -torch.inf if site == "attn_scores" else 0.0
         return lambda layer: torch.full_like(run[layer][0], void)
     if isinstance(source, Earlier):
         shift = source.shift
