@@ -1,0 +1,472 @@
+"""Measures of thin factors against whole matrices in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mechlens.measures import weights
+from mechlens.measures.weights import (
+    column,
+    composition_scores,
+    corner,
+    diagonal_ranks,
+    eigenvalue_copying_score,
+    eigenvalues,
+    largest_entries,
+    random_composition,
+    row,
+    singular,
+    top_k_accuracy,
+)
+from tests.reference import weights as reference
+
+TILES = ((256, 4096), (3, 6), (1, 1), (4, 4))
+SIDES = {"key": "columns", "query": "rows"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Thin:
+    A: torch.Tensor
+    B: torch.Tensor
+
+
+def drawn(n_rows, n_columns, inner, seed=0, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(seed)
+    A = torch.randn(n_rows, inner, generator=draw)
+    return Thin(A.to(dtype), torch.randn(inner, n_columns, generator=draw).to(dtype))
+
+
+def whole(n_rows, n_columns, inner, seed, largest=2):
+    """Small integers, whose products are exact and often equal."""
+    draw = torch.Generator().manual_seed(seed)
+    A = torch.randint(-largest, largest + 1, (n_rows, inner), generator=draw)
+    return Thin(A.float(), torch.randint(-largest, largest + 1, (inner, n_columns), generator=draw).float())
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    def use(rows, columns):
+        monkeypatch.setattr(weights, "TILE_ROWS", rows)
+        monkeypatch.setattr(weights, "TILE_COLUMNS", columns)
+
+    return use
+
+
+anything = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@anything
+@given(
+    size=st.integers(1, 25),
+    inner=st.integers(1, 4),
+    over=st.sampled_from(["key", "query"]),
+    ties=st.sampled_from(["for", "against"]),
+    tile=st.sampled_from(TILES),
+    seed=st.integers(0, 2**31),
+)
+def test_ranks_equal_those_of_the_whole_matrix_with_ties(tiles, size, inner, over, ties, tile, seed):
+    tiles(*tile)
+    circuit = whole(size, size, inner, seed)
+    expected = reference.diagonal_ranks(reference.dense(circuit.A, circuit.B), SIDES[over], ties)
+    assert diagonal_ranks(circuit, over, ties=ties).tolist() == expected
+    draw = torch.Generator().manual_seed(seed)
+    # in any order, and some of them twice
+    some = torch.randint(size, (7,), generator=draw)
+    found = diagonal_ranks(circuit, over, tokens=some, ties=ties)
+    assert found.tolist() == [expected[token] for token in some]
+    frequencies = torch.rand(7, generator=draw).tolist()
+    k = 1 + seed % size
+    accuracy = top_k_accuracy(circuit, k, over, tokens=some, weights=frequencies, ties=ties)
+    # sums of seven numbers in float64
+    assert accuracy == pytest.approx(reference.accuracy(expected, k, some.tolist(), frequencies), abs=1e-12)
+    assert top_k_accuracy(circuit, k, over, ties=ties) == pytest.approx(
+        reference.accuracy(expected, k, range(size), [1] * size), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("over", ["key", "query"])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_of_random_factors_in_tiles_of_their_own_size(over, seed):
+    size = 600
+    circuit = drawn(size, size, 16, seed)
+    matrix = reference.dense(circuit.A, circuit.B)
+    expected = reference.diagonal_ranks(matrix, SIDES[over], "for")
+    found = diagonal_ranks(circuit, over)
+    # rounding in float32 may change places with a neighbour, but for few of 360,000 entries
+    assert (found - torch.tensor(expected)).abs().max() <= 1
+    assert (found != torch.tensor(expected)).sum() <= 3
+
+
+def test_what_equals_the_diagonal_bit_for_bit_ties_in_every_tile():
+    # every token twice, the copies far enough apart to be in other tiles; the last tile is a narrow one
+    once = drawn(2600, 2600, 33, seed=1)
+    circuit = Thin(once.A.repeat(2, 1), once.B.repeat(1, 2))
+    for over in ("key", "query"):
+        own = diagonal_ranks(circuit, over)
+        against = diagonal_ranks(circuit, over, ties="against")
+        # the copy alone ties
+        assert torch.equal(against, own + 1)
+        assert torch.equal(own[:2600], own[2600:])
+
+
+def test_rows_are_queries_and_columns_are_keys():
+    # query 0 prefers key 1 to itself, every other query itself; as a key, 0 has no better query
+    matrix = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0], [0.5, 0.0, 1.0]])
+    circuit = Thin(matrix, torch.eye(3))
+    assert diagonal_ranks(circuit, "key").tolist() == [2, 1, 1]
+    assert diagonal_ranks(circuit, "query").tolist() == [1, 1, 1]
+    assert diagonal_ranks(circuit).tolist() == [2, 1, 1]
+    assert top_k_accuracy(circuit, 1) == pytest.approx(2 / 3)
+    assert top_k_accuracy(circuit, 1, "query") == 1
+    assert top_k_accuracy(circuit, 1, tokens=[0, 1], weights=[3, 1]) == 0.25
+    assert top_k_accuracy(circuit, 2, tokens=[0]) == 1
+
+
+def test_a_circuit_names_its_own_axes():
+    matrix = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    circuit = SimpleNamespace(A=matrix, B=torch.eye(2), axes=("source", "destination"))
+    assert diagonal_ranks(circuit, "destination").tolist() == [2, 1]
+    assert diagonal_ranks(circuit, "source").tolist() == [1, 1]
+    assert diagonal_ranks(circuit).tolist() == [2, 1]
+    with pytest.raises(ValueError, match="'source' or 'destination', but is 'key'"):
+        diagonal_ranks(circuit, "key")
+
+
+def test_constant_entries_tie_all():
+    circuit = Thin(torch.ones(5, 1), torch.ones(1, 5))
+    assert diagonal_ranks(circuit).tolist() == [1] * 5
+    assert diagonal_ranks(circuit, ties="against").tolist() == [5] * 5
+    assert top_k_accuracy(circuit, 4, ties="against") == 0
+    assert top_k_accuracy(circuit, 5, ties="against") == 1
+
+
+def test_parameters_and_narrow_weights_are_read():
+    circuit = drawn(12, 12, 3, dtype=torch.bfloat16)
+    narrow = Thin(torch.nn.Parameter(circuit.A), torch.nn.Parameter(circuit.B))
+    expected = reference.diagonal_ranks(reference.dense(circuit.A, circuit.B), "columns", "for")
+    # in bfloat16 itself, products of 8 bits would tie
+    assert diagonal_ranks(narrow).tolist() == expected
+    assert not largest_entries(narrow, 3).values.requires_grad
+    assert eigenvalue_copying_score(narrow) == eigenvalue_copying_score(Thin(circuit.A, circuit.B))
+    assert corner(narrow, [0], None).dtype == torch.float32
+    deep = drawn(12, 12, 3, dtype=torch.float64)
+    assert singular(deep, 1).S.dtype == torch.float64
+
+
+def test_the_engines_factored_matrix_is_a_circuit():
+    from transformer_lens import FactoredMatrix
+
+    circuit = drawn(9, 9, 2)
+    theirs = FactoredMatrix(circuit.A, circuit.B)
+    assert torch.equal(diagonal_ranks(theirs), diagonal_ranks(circuit))
+    assert torch.equal(diagonal_ranks(theirs.T), diagonal_ranks(circuit, "query"))
+    found, U_S_V = singular(theirs, 2), theirs.svd()
+    # two ways to the same values in float32
+    assert torch.allclose(found.S, U_S_V[1], rtol=1e-5)
+
+
+@anything
+@given(
+    n_rows=st.integers(1, 13),
+    n_columns=st.integers(1, 13),
+    share=st.floats(0, 1),
+    tile=st.sampled_from(TILES),
+    seed=st.integers(0, 2**31),
+)
+def test_largest_entries_equal_those_of_the_whole_matrix_with_ties(
+    tiles, n_rows, n_columns, share, tile, seed
+):
+    tiles(*tile)
+    circuit = whole(n_rows, n_columns, 2, seed)
+    n = max(1, round(share * n_rows * n_columns))
+    expected = reference.largest_entries(reference.dense(circuit.A, circuit.B), n)
+    found = largest_entries(circuit, n)
+    assert list(zip(*(part.tolist() for part in found), strict=True)) == expected
+
+
+def test_largest_entries_of_random_factors():
+    circuit = drawn(700, 5000, 8)
+    matrix = reference.dense(circuit.A, circuit.B)
+    found = largest_entries(circuit, 50)
+    best = matrix.flatten().topk(50)
+    # a sum of eight products in float32, of entries of about 30
+    assert torch.allclose(found.values.double(), best.values, rtol=1e-5)
+    assert torch.equal(found.rows * 5000 + found.columns, best.indices)
+
+
+def test_many_more_ties_than_entries_asked_for_are_passed_over(tiles, monkeypatch):
+    tiles(8, 16)
+    looked = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda self, n: looked.append(n) or topk(self, n))
+    circuit = Thin(torch.zeros(80, 2), torch.zeros(2, 80))
+    found = largest_entries(circuit, 20)
+    assert found.rows.tolist() == [0] * 20
+    assert found.columns.tolist() == list(range(20))
+    # the first two tiles of the first rows hold what is asked for, and no other is sorted
+    assert len(looked) == 2
+
+
+def test_rows_columns_and_corners_are_those_of_the_whole_matrix():
+    circuit = drawn(7, 5, 3)
+    matrix = reference.dense(circuit.A, circuit.B)
+    # sums of three products
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.allclose(row(circuit, 6).double(), matrix[6], **close)
+    assert torch.allclose(column(circuit, 4).double(), matrix[:, 4], **close)
+    some = corner(circuit, [6, 0, 6], torch.tensor([4, 1]))
+    assert torch.allclose(some.double(), matrix[[6, 0, 6]][:, [4, 1]], **close)
+    assert corner(circuit, None, []).shape == (7, 0)
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 3), (3, 8, 5), (8, 2, 4), (6, 6, 6)])
+@pytest.mark.parametrize("seed", range(3))
+def test_singular_values_and_vectors_equal_those_of_the_whole_matrix(shape, seed):
+    n_rows, n_columns, inner = shape
+    circuit = drawn(n_rows, n_columns, inner, seed)
+    matrix = reference.dense(circuit.A, circuit.B)
+    most = min(shape)
+    expected = torch.linalg.svdvals(matrix)[:most]
+    found = singular(circuit, most)
+    # float32 decompositions are right to their largest value's last places
+    unit = 1e-5 * float(expected[0])
+    assert torch.allclose(found.S.double(), expected, rtol=0, atol=unit)
+    rebuilt = (found.U * found.S) @ found.V.mT
+    assert torch.allclose(rebuilt.double(), matrix, rtol=0, atol=unit)
+    for vectors in (found.U, found.V):
+        assert torch.allclose(vectors.mT @ vectors, torch.eye(most), atol=1e-5)
+    assert (found.U.gather(0, found.U.abs().argmax(0, keepdim=True)) > 0).all()
+    first = singular(circuit, 1)
+    assert torch.equal(first.U[:, 0], found.U[:, 0])
+    assert torch.equal(first.V[:, 0], found.V[:, 0])
+
+
+@pytest.mark.parametrize(("size", "inner"), [(9, 4), (4, 4), (3, 6)])
+@pytest.mark.parametrize("seed", range(4))
+def test_eigenvalues_and_copying_score_equal_those_of_the_whole_matrix(size, inner, seed):
+    circuit = drawn(size, size, inner, seed)
+    every = reference.eigenvalues(reference.dense(circuit.A, circuit.B))
+    found = eigenvalues(circuit)
+    assert len(found) == min(size, inner)
+    sizes = found.abs()
+    assert (sizes.diff() <= 0).all()
+    left = every.tolist()
+    for value in found.tolist():
+        near = min(left, key=lambda other: abs(other - value))  # called at once
+        # float32, and eigenvalues of matrices that are not symmetric amplify what is rounded
+        assert abs(near - value) < 1e-4 * float(every.abs().max())
+        left.remove(near)
+    # what only the large matrix has is zero
+    assert all(abs(value) < 1e-6 for value in left)
+    score = float(every.real.sum() / every.abs().sum())
+    assert eigenvalue_copying_score(circuit) == pytest.approx(score, abs=1e-4)
+
+
+def test_copying_scores_known_by_hand():
+    eye = torch.eye(4)
+    assert eigenvalue_copying_score(Thin(eye, eye)) == 1
+    assert eigenvalue_copying_score(Thin(eye, -2 * eye)) == -1
+    assert eigenvalue_copying_score(Thin(eye, torch.diag(torch.tensor([3.0, -1.0, 0.0, 0.0])))) == 0.5
+    # a turn by a quarter has eigenvalues i and -i
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    assert eigenvalue_copying_score(Thin(turn, torch.eye(2))) == pytest.approx(0, abs=1e-6)
+
+
+def test_copying_of_what_has_no_eigenvalues_is_undefined():
+    zero = torch.zeros(4, 2)
+    assert math.isnan(eigenvalue_copying_score(Thin(zero, zero.mT)))
+    # what is written lies where nothing is read from: zero but for rounding
+    Q = torch.linalg.qr(drawn(40, 4, 4).A @ drawn(40, 4, 4).B).Q
+    assert math.isnan(eigenvalue_copying_score(Thin(Q[:, :2], Q[:, 2:].mT)))
+
+
+def heads(count, size, d_head, other, seed):
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.randn(count, size, d_head, generator=draw)
+    return first, torch.randn(count, d_head, other, generator=draw)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tile", TILES[:3])
+@pytest.mark.parametrize(
+    ("inner1", "inner2", "size1", "size2"),
+    # of one shape; of heads of other sizes; thicker than the sides they are reduced to
+    [(3, 3, 8, 8), (2, 4, 8, 8), (3, 4, 2, 1)],
+)
+def test_composition_equals_that_of_whole_matrices(tiles, seed, tile, inner1, inner2, size1, size2):
+    tiles(*tile)
+    A1, B1 = heads(5, size1, inner1, 8, seed)
+    A2, B2 = heads(4, 8, inner2, size2, seed + 100)
+    expected = reference.composition(A1, B1, A2, B2)
+    found = composition_scores(A1, B1, A2, B2)
+    # float32, of numbers up to 1
+    assert torch.allclose(found.double(), expected, rtol=0, atol=2e-6)
+    assert not torch.allclose(found, composition_scores(A1, B1, A2, B2.flip(1)), atol=1e-3) or size2 == 1
+    # layers in no order, and one without a head before it
+    source_layers, destination_layers = torch.tensor([2, 0, 2, 5, 1]), torch.tensor([2, 0, 3, 1])
+    some = composition_scores(
+        A1, B1, A2, B2, source_layers=source_layers, destination_layers=destination_layers
+    )
+    asked = source_layers[:, None] < destination_layers
+    assert torch.equal(some.isnan(), ~asked)
+    assert torch.allclose(some[asked].double(), expected[asked], rtol=0, atol=2e-6)
+
+
+def test_composition_is_the_engines_own():
+    from transformer_lens import FactoredMatrix
+    from transformer_lens.utilities import composition_scores as theirs
+
+    W_V, W_O = heads(6, 10, 3, 10, seed=1)
+    W_Q, W_K = heads(6, 10, 3, 10, seed=2)[0], heads(6, 10, 3, 10, seed=3)[0]
+    OV, QK = FactoredMatrix(W_V, W_O), FactoredMatrix(W_Q, W_K.mT)
+    for right in (QK, QK.T, OV):
+        expected = theirs(OV, right, broadcast_dims=True)
+        found = composition_scores(OV.A, OV.B, right.A, right.B)
+        # both in float32, of numbers up to 1
+        assert torch.allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_composition_known_by_hand():
+    basis = torch.eye(6)
+    read, write = basis[:, :2], basis[:2]
+    # what one writes the other reads whole: two equal directions of two
+    through = composition_scores(read[None], write[None], basis[None, :, :2], basis[None, 2:4])
+    assert float(through) == pytest.approx(1 / math.sqrt(2), abs=1e-6)
+    one = composition_scores(read[None, :, :1], write[None, :1], basis[None, :, :1], basis[None, 2:3])
+    assert float(one) == pytest.approx(1, abs=1e-6)
+    # it is written where the other does not read
+    past = composition_scores(read[None], write[None], basis[None, :, 2:4], basis[None, :2])
+    assert float(past) == 0
+    # a head of zeros has no norm to divide by, and spoils no other
+    pair = composition_scores(
+        torch.stack([read, 0 * read]), torch.stack([write] * 2), read[None], write[None]
+    )
+    assert pair[:, 0].isnan().tolist() == [False, True]
+
+
+def test_composition_of_narrow_and_of_tiny_weights():
+    A1, B1 = heads(2, 8, 3, 8, seed=0)
+    A2, B2 = heads(2, 8, 3, 8, seed=1)
+    narrow = [weight.bfloat16().requires_grad_() for weight in (A1, B1, A2, B2)]
+    found = composition_scores(*narrow)
+    assert found.dtype == torch.float32
+    expected = reference.composition(*(weight.detach() for weight in narrow))
+    # float32, of numbers up to 1; in bfloat16 it would be 4e-3
+    assert torch.allclose(found.double(), expected, rtol=0, atol=2e-6)
+    # squares of 1e-24 are zero in float32
+    tiny = composition_scores(*(1e-6 * weight for weight in (A1, B1, A2, B2)))
+    assert torch.allclose(tiny, composition_scores(A1, B1, A2, B2), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("d_model", "d_head"), [(32, 8), (12, 12), (20, 1)])
+def test_random_heads_compose_by_chance_alone(d_model, d_head):
+    mean, deviation = random_composition(d_model, d_head, n=400, seed=1)
+    draw = torch.Generator().manual_seed(9)
+    A1, A2 = torch.randn(2, 400, d_model, d_head, generator=draw)
+    B1, B2 = torch.randn(2, 400, d_head, d_model, generator=draw)
+    scores = torch.cat(
+        [reference.composition(*(w[i : i + 1] for w in (A1, B1, A2, B2)))[0] for i in range(400)]
+    )
+    # five standard errors of the difference of two means, and of two standard deviations
+    error = float(scores.std()) * math.sqrt(2 / 400)
+    assert mean == pytest.approx(float(scores.mean()), abs=5 * error)
+    assert deviation == pytest.approx(float(scores.std()), abs=5 * error)
+    # the directions of random heads are independent of each other: the mean square is exactly 1 / d_model
+    square = float(scores.square().std()) / math.sqrt(400)
+    assert mean**2 + deviation**2 == pytest.approx(1 / d_model, abs=5 * square)
+    assert random_composition(d_model, d_head, n=5, seed=1) == random_composition(
+        d_model, d_head, n=5, seed=1
+    )
+    assert random_composition(d_model, d_head, n=5, seed=1) != random_composition(
+        d_model, d_head, n=5, seed=2
+    )
+
+
+def test_bounds():
+    square, wide = drawn(4, 4, 2), drawn(4, 5, 2)
+    for measure in (
+        diagonal_ranks,
+        lambda circuit: top_k_accuracy(circuit, 1),
+        eigenvalues,
+        eigenvalue_copying_score,
+    ):
+        with pytest.raises(ValueError, match="is square, but this one is 4 x 5"):
+            measure(wide)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"vocabulary of 4, but is {k}"):
+            top_k_accuracy(square, k)
+    for n in (0, 21):
+        with pytest.raises(ValueError, match=f"4 x 5 entries, but is {n}"):
+            largest_entries(wide, n)
+    for n in (0, 3):
+        with pytest.raises(ValueError, match=f"between 1 and 2, .* but is {n}"):
+            singular(wide, n)
+    with pytest.raises(ValueError, match="'query' or 'key', but is 'source'"):
+        diagonal_ranks(square, "source")
+    with pytest.raises(ValueError, match="'for' or 'against' the diagonal, but is 'none'"):
+        diagonal_ranks(square, ties="none")
+    for token in (-1, 4):
+        with pytest.raises(ValueError, match=f"between 0 and 3, but there is {token}"):
+            diagonal_ranks(square, tokens=[0, token])
+        with pytest.raises(ValueError, match=f"rows must lie between 0 and 3, but there is {token}"):
+            row(wide, token)
+    with pytest.raises(ValueError, match="columns must lie between 0 and 4, but there is 5"):
+        column(wide, 5)
+    with pytest.raises(ValueError, match="at least 1 token"):
+        top_k_accuracy(square, 1, tokens=[])
+    assert diagonal_ranks(square, tokens=[]).tolist() == []
+    with pytest.raises(ValueError, match="one for each of 2 tokens, but have shape \\(3,\\)"):
+        top_k_accuracy(square, 1, tokens=[0, 1], weights=[1.0, 1.0, 1.0])
+    for wrong in ([1.0, -1.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]):
+        with pytest.raises(ValueError, match="finite and not negative, and one of them larger than 0"):
+            top_k_accuracy(square, 1, tokens=[0, 1], weights=wrong)
+    for value in (math.nan, math.inf):
+        damaged = Thin(square.A.clone(), square.B)
+        damaged.A[3, 1] = value
+        with pytest.raises(ValueError, match="hold nan or infinity"):
+            diagonal_ranks(damaged)
+    with pytest.raises(ValueError, match="of a stack of circuits take one"):
+        eigenvalues(Thin(square.A[None], square.B[None]))
+    A, B = heads(2, 4, 2, 4, seed=0)
+    with pytest.raises(ValueError, match="of sources and destinations both"):
+        composition_scores(A, B, A, B, source_layers=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="at least 2 pairs, but n is 1"):
+        random_composition(4, 2, n=1)
+    with pytest.raises(ValueError, match="at least 1, but are 0 and 2"):
+        random_composition(0, 2)
+
+
+def test_a_mask_is_no_list_of_tokens():
+    code = "tokens must be integers, but are torch.bool"
+    with pytest.raises(TypeError, match=code):
+        weights._ids("token", torch.tensor([True, False]), 2)
+
+
+def test_nothing_is_as_large_as_the_matrix():
+    """All blocks that PyTorch gives out together stay far below the matrix's 64 MiB, and are given back."""
+    from torch.profiler import ProfilerActivity, profile
+
+    circuit = drawn(4096, 4096, 4)
+    for work in (
+        lambda: top_k_accuracy(circuit, 1),
+        lambda: top_k_accuracy(circuit, 1, "query", tokens=range(0, 4096, 3)),
+        lambda: largest_entries(circuit, 10),
+        lambda: singular(circuit, 2),
+    ):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        ordered = sorted(events, key=lambda event: event.start_ns())
+        held = list(itertools.accumulate(event.nbytes() for event in ordered))
+        # two tiles of 4 MiB, and once the places of all entries of the first tile with the order among them
+        assert max(held, default=0) < 48 * 2**20
