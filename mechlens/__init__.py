@@ -11,6 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechlens.analyses.attention import attention_patterns
     from mechlens.analyses.attribution import direct_logit_attribution
+    from mechlens.analyses.circuit_tokens import circuit_corner, largest_pairs, singular_tokens
+    from mechlens.analyses.circuits import (
+        OV,
+        QK,
+        composition_scores,
+        full_OV,
+        full_QK,
+        k_composition_circuit,
+        positional_attention,
+        positional_QK,
+        q_composition_circuit,
+        v_composition_circuit,
+    )
     from mechlens.analyses.heads import (
         detect_heads,
         repeated_token_performance,
@@ -62,6 +75,19 @@ if TYPE_CHECKING:
 _HOMES = {
     "mechlens.analyses.attention": ("attention_patterns",),
     "mechlens.analyses.attribution": ("direct_logit_attribution",),
+    "mechlens.analyses.circuit_tokens": ("circuit_corner", "largest_pairs", "singular_tokens"),
+    "mechlens.analyses.circuits": (
+        "OV",
+        "QK",
+        "composition_scores",
+        "full_OV",
+        "full_QK",
+        "k_composition_circuit",
+        "positional_attention",
+        "positional_QK",
+        "q_composition_circuit",
+        "v_composition_circuit",
+    ),
     "mechlens.analyses.heads": (
         "detect_heads",
         "repeated_token_performance",

@@ -8,8 +8,9 @@ of the mean; weights that write to the stream have no mean where LayerNorm alone
 over the vocabulary unless the logits have a soft-cap; the learned scale of a norm between attention and the
 stream (Gemma-2). Models are so in every state: `processing=True`, `processing=False` and what a user
 processed in part give the same circuit. What is not in it: all biases (of queries, keys, values, norms and
-logits), the division that norms do, the attention scale, soft-caps, windows, and ALiBi's bonus for near keys,
-which is added to the scores whatever the tokens are.
+logits), the division that norms do, the attention scale, soft-caps, windows, constants by which a model
+multiplies its logits (Cohere, Granite), and ALiBi's bonus for near keys, which is added to the scores
+whatever the tokens are.
 
 A rotary model turns queries and keys by their positions, so its QK circuits exist only for two positions a
 known distance apart (`relative_position`), or for the part of each head that is not turned
@@ -20,11 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.measures import weights as weights_measures
 from mechlens.models.folding import (
     folded_heads,
     from_tokens,
@@ -35,7 +39,7 @@ from mechlens.models.folding import (
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.rotary import attention_scale, is_rotary, rotation, unrotated
 from mechlens.models.weights import norm_scale
-from mechlens.results import Circuit, PositionalAttention, head_label, parse_head
+from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label, parse_head
 
 EMBEDDINGS = ("W_E", "effective")
 Head = str | tuple[int, int]
@@ -108,7 +112,7 @@ def QK(
             that normalises queries and keys.
 
     Source: Elhage et al. 2021; what is in a circuit and what is not is said at the top of this module.
-    Cost: of a rotary model on a bridge, two runs of `relative_position + 1` tokens up to the layer.
+    Cost: of a rotary model on a bridge, one run of `relative_position + 1` tokens up to the layer.
     """
     layer, index = _head(model, head)
     weights = folded_heads(model, layer)
@@ -189,7 +193,8 @@ def k_composition_circuit(
     Raises:
         ValueError: as `full_QK`; the earlier head is not in an earlier layer.
 
-    Source: the "K_comp_full_circuit" of "How one can interpret GPT-2 small", on one model; Elhage et al. 2021.
+    Source: Elhage et al. 2021; `K_comp_full_circuit` of "How one can interpret GPT-2 small", which mixes
+    two models.
     """
     one, other = _pair(model, previous, induction)
     first, second = folded_heads(model, one[0]), folded_heads(model, other[0])
@@ -327,7 +332,7 @@ def positional_attention(
     Raises:
         ValueError: as `positional_QK`; more positions than the context holds.
 
-    Cost: one run of one token up to the layer.
+    Cost: two runs of two tokens up to the layer.
     """
     n_ctx = model.cfg.n_ctx
     if n_positions is None:
@@ -344,6 +349,75 @@ def positional_attention(
         pattern=scores.masked_fill(later, -torch.inf).softmax(-1).cpu(),
         scale=scale,
         normalized_positions=normalize,
+    )
+
+
+def composition_scores(
+    model: LensModel,
+    kind: str,
+    *,
+    relative_position: int | None = None,
+    seed: int = 0,
+    draws: int = 100,
+) -> CompositionScores:
+    """How much of what each head reads could come from each earlier head, less what chance gives.
+
+    With `OV = W_V @ W_O` of the earlier head and `QK = W_Q @ W_K.T` of the later one the score is
+    `‖M1 @ M2‖ / (‖M1‖ ‖M2‖)`, Frobenius norms: `q` of OV and QK, `k` of OV and QK.T, `v` of OV and OV.
+    What is in these is said at the top of this module.
+
+    Args:
+        kind: `q`, `k` or `v`.
+        relative_position: of a rotary model and `q` or `k`: how far apart the later head's query and key are,
+            as for `QK`. None takes the weights without their rotation there, as TransformerLens does; the
+            result's `rotary` says so.
+        seed: of the random weights that give the baseline.
+        draws: pairs of random heads in the baseline.
+
+    Returns:
+        All pairs of an earlier and a later head; nan for all others.
+
+    Raises:
+        ValueError: another kind, a relative position where nothing is rotated, fewer than 2 draws, or a model
+            that normalises queries and keys (for `q` and `k`).
+
+    Source: Elhage et al. 2021, whose baseline this is. TransformerLens's `all_composition_scores` is 0 where
+    ours is nan, and where a norm stands between attention and the stream (Gemma-2) leaves its scale out.
+    Cost: float32 copies of all attention weights, and one product `[n_heads_total * d_head, d_model] @
+    [d_model, n_heads_total * d_head]`; the baseline's is as `draws` heads against themselves.
+    """
+    if kind not in ("q", "k", "v"):
+        raise ValueError(f"the kind of composition is 'q', 'k' or 'v', but is {kind!r}")
+    info = describe(model)
+    if kind == "v" and relative_position is not None:
+        raise ValueError("V-composition compares no queries with keys: leave relative_position out")
+    turn = _PLAIN
+    factors = []
+    for layer in range(info.n_layers):
+        weights = folded_heads(model, layer)
+        if kind == "v":
+            later = weights.W_V, weights.W_O
+        else:
+            turn = _turn(model, layer, relative_position, None, may_ignore=True)
+            queries, keys = turn.of(weights.W_Q, weights.W_K)
+            later = (queries, keys.mT) if kind == "q" else (keys, queries.mT)
+        factors.append((weights.W_V, weights.W_O, *later))
+    A1, B1, A2, B2 = (torch.cat(parts) for parts in zip(*factors, strict=True))
+    layers = torch.arange(info.n_layers, device=A1.device).repeat_interleave(info.n_heads)
+    scores = weights_measures.composition_scores(
+        A1, B1, A2, B2, source_layers=layers, destination_layers=layers
+    )
+    mean, std = weights_measures.random_composition(info.d_model, model.cfg.d_head, n=draws, seed=seed)
+    return CompositionScores(
+        model=info,
+        kind=kind,
+        scores=scores.cpu().view((info.n_layers, info.n_heads) * 2),
+        baseline_mean=mean,
+        baseline_std=std,
+        baseline_draws=draws,
+        seed=seed,
+        rotary=turn.kind,
+        relative_position=relative_position,
     )
 
 
@@ -372,8 +446,9 @@ def _pair(model: LensModel, earlier: Head, later: Head) -> tuple[tuple[int, int]
 
 
 def _heads(model: LensModel, heads: Head | Sequence[Head]) -> list[tuple[int, int]]:
-    single = isinstance(heads, str) or (len(heads) == 2 and all(isinstance(part, int) for part in heads))
-    asked = [_head(model, head) for head in ([heads] if single else heads)]  # type: ignore[list-item]
+    single = isinstance(heads, str) or (len(heads) == 2 and all(isinstance(part, Integral) for part in heads))
+    several = cast("Sequence[Head]", [heads] if single else heads)
+    asked = [_head(model, head) for head in several]
     if not asked or len(set(asked)) < len(asked):
         raise ValueError(f"heads must be one or several different ones, but are {heads!r}")
     return sorted(asked)
@@ -423,13 +498,20 @@ class _Turn:
     kind: str
     relative_position: int | None
     of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """`W_Q` and `W_K`, `[d_model, d_head]`, as they meet."""
+    """`W_Q` and `W_K`, `[..., d_model, d_head]`, as they meet."""
 
 
 _PLAIN = _Turn("none", None, lambda W_Q, W_K: (W_Q, W_K))
 
 
-def _turn(model: LensModel, layer: int, relative_position: int | None, rotary: str | None) -> _Turn:
+def _turn(
+    model: LensModel,
+    layer: int,
+    relative_position: int | None,
+    rotary: str | None,
+    *,
+    may_ignore: bool = False,
+) -> _Turn:
     if normalises_queries(model, layer):
         raise ValueError(
             "this model normalises queries and keys before it compares them, so that its QK circuits are no "
@@ -444,11 +526,13 @@ def _turn(model: LensModel, layer: int, relative_position: int | None, rotary: s
                 f"of this one are {model.cfg.positional_embedding_type!r}: leave them out"
             )
         return _PLAIN
+    if may_ignore and relative_position is None:
+        return dataclasses.replace(_PLAIN, kind="ignored")
     if (relative_position is None) == (rotary is None):
         given = "neither was given" if rotary is None else "both were given"
         raise ValueError(
-            "this model rotates queries and keys by their positions, so that how they match depends on how far "
-            "apart they are: give relative_position (how many tokens the key comes before the query) or "
+            "this model rotates queries and keys by their positions, so that how they match depends on how "
+            "far apart they are: give relative_position (how many tokens the key comes before the query) or "
             f"rotary='unrotated' (only the dimensions that are never rotated); {given}"
         )
     if relative_position is not None:
@@ -460,7 +544,7 @@ def _turn(model: LensModel, layer: int, relative_position: int | None, rotary: s
             f"this model rotates all {model.cfg.d_head} dimensions of its heads, so that nothing is left "
             "'unrotated': give relative_position"
         )
-    return _Turn("unrotated", None, lambda W_Q, W_K: (W_Q[:, kept], W_K[:, kept]))
+    return _Turn("unrotated", None, lambda W_Q, W_K: (W_Q[..., kept], W_K[..., kept]))
 
 
 def _circuit(

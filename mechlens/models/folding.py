@@ -49,7 +49,7 @@ def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
     info = describe(model)
     if info.architecture in _NORM_BEHIND:
         raise ValueError(
-            f"circuits of {info.architecture} are not supported: it has no norm before attention and one behind"
+            f"circuits of {info.architecture} are not supported: its norm stands behind attention, not before"
         )
     block = model.blocks[layer]
     scale, _ = norm_affine(getattr(block, "ln1", None), info.d_model, model)
@@ -156,7 +156,7 @@ def position_vectors(model: LensModel) -> Float[Tensor, "pos d_model"]:
         kind = getattr(model.cfg, "positional_embedding_type", None)
         raise ValueError(
             "a positional circuit needs learned vectors of positions (W_pos), but this model's positions are "
-            f"{kind!r}; of a rotary model take QK at a relative_position"
+            f"{kind!r}" + (": take QK at a relative_position" if kind == "rotary" else "")
         )
     kept: list[Tensor] = []
     watch(model, torch.zeros(1, model.cfg.n_ctx, dtype=torch.long), {"hook_pos_embed": kept.append})
@@ -168,5 +168,5 @@ def _is_layer_norm(model: LensModel) -> bool:
 
 
 def _is_blind_to_mean(model: LensModel) -> bool:
-    """Whether nothing that reads the stream sees its mean: processing takes it out of what is written then."""
+    """Whether nothing that reads the stream sees its mean, which processing takes out of what is written."""
     return _is_layer_norm(model) and not getattr(model.cfg, "final_rms", False)

@@ -12,9 +12,10 @@ from torch import Tensor
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.runs import running, watch
 
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3}
 _TOLERANCE_REDUCED = 0.1
-"""Of a score predicted by a rotation, against the model's own; the wrong pairing is off by its whole size."""
+"""Of scores of vectors of length 1, against what they should be: a soft-cap bends them a little, and a wrong
+pairing of dimensions is off by their whole size."""
 
 
 def is_rotary(model: LensModel) -> bool:
@@ -35,7 +36,7 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
     Raises:
         ValueError: a distance that the context does not hold, or a rotation that cannot be found out.
 
-    Cost: on a bridge two runs of at most `distance + 1` tokens up to the layer.
+    Cost: on a bridge one run of `distance + 1` tokens and two of 2 up to the layer.
     """
     n_ctx = model.cfg.n_ctx
     if not 0 <= distance < n_ctx:
@@ -53,19 +54,31 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
 
 def unrotated(model: LensModel, layer: int) -> tuple[int, ...]:
     """Which of a head's dimensions are not rotated; empty where all are."""
-    R = rotation(model, layer, min(1, model.cfg.n_ctx - 1))
+    R = rotation(model, layer, 1)
     fixed = torch.eye(len(R), device=R.device)
     # the slowest rotation turns by too little for its cosine to show, but not for its sine
     return tuple((fixed == R).all(1).nonzero()[:, 0].tolist())
 
 
 def attention_scale(model: LensModel, layer: int) -> float:
-    """What the model multiplies the product of a query and a key by, read off its scores."""
+    """What a model without rotation multiplies the product of a query and a key by, read off its attention.
+
+    Raises:
+        ValueError: the model's attention is no softmax of such products.
+
+    Cost: two runs of two tokens up to the layer.
+    """
     d_head = model.cfg.d_head
-    # so short that a soft-cap of the scores leaves them as they are
-    vector = torch.full((1, d_head), 0.1 / d_head**0.5, device=model.W_U.device)
-    score = _scores(model, layer, vector, vector)[0, 0, 0]
-    return float(score / vector.to(model.W_U.dtype).float().pow(2).sum())
+    vector = torch.full((d_head,), d_head**-0.5, device=model.W_U.device)
+    zero = torch.zeros_like(vector)
+    before = _preference(model, layer, vector, vector, zero)
+    same = _preference(model, layer, vector, zero, vector)
+    if abs(before + same) > _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * abs(before):
+        raise ValueError(
+            f"attention in layer {layer} depends on more than its queries and keys (windows, positions), so "
+            "its scale cannot be read off"
+        )
+    return (before - same) / 2
 
 
 def _hooked(model: Any, layer: int) -> Callable[[int], Tensor]:
@@ -84,28 +97,26 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
     def keep(name: str) -> Callable[[Tensor], None]:
         return lambda table: tables.update({name: table[0].float()})
 
-    length = min(max(distance, 1) + 1, model.cfg.n_ctx)
     lost = f"how this model rotates queries and keys in layer {layer} cannot be found out"
     try:
-        tokens = torch.zeros(1, length, dtype=torch.long)
+        tokens = torch.zeros(1, max(distance, 1) + 1, dtype=torch.long)
         watch(model, tokens, {hook: keep(name) for hook, name in names.items()})
     except ValueError as error:
         raise ValueError(f"{lost} ({error}): the circuit without rotation would be wrong") from error
     draw = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(model.cfg.d_head, generator=draw).to(model.W_U.device) / 100 for _ in range(2))
-    scores = _scores(model, layer, q.expand(length, -1), k.expand(length, -1))[0]
-    # at distance 1, which every window of local attention holds
-    one = min(1, length - 1)
-    same, before = scores[0, 0], scores[one, 0]
-    allowed = _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED)
+    q, k = (torch.randn(model.cfg.d_head, generator=draw).to(model.W_U.device) for _ in range(2))
+    q, k = q / q.norm(), k / k.norm()
+    zero = torch.zeros_like(k)
+    before, same = _preference(model, layer, q, k, zero), -_preference(model, layer, q, zero, k)
+    allowed = _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * max(abs(same), abs(before))
     for pairing in ("halves", "adjacent", "adjacent, tables by halves"):
 
         def turn(position: int, pairing: str = pairing) -> Tensor:
             return _turned(tables["cos"][position], tables["sin"][position], model.cfg.d_head, pairing)
 
-        expected = [q @ turn(at) @ turn(0).T @ k for at in (0, one)]
-        size = q.norm() * k.norm()
-        if abs(before * expected[0] - same * expected[1]) <= allowed * size * max(abs(same), abs(before)):
+        # the attention scale is the same in both
+        apart, together = (float(q @ turn(at) @ turn(0).T @ k) for at in (1, 0))
+        if abs(before * together - same * apart) <= allowed:
             return turn
     raise ValueError(f"{lost}: its scores are none that a rotation of pairs of dimensions gives")
 
@@ -127,16 +138,27 @@ def _turned(
     return R
 
 
-def _scores(
-    model: LensModel, layer: int, q: Float[Tensor, "pos d_head"], k: Float[Tensor, "pos d_head"]
-) -> Float[Tensor, "head pos pos"]:
-    """The model's own attention scores of given queries and keys, the same in every head, before softmax."""
+def _preference(
+    model: LensModel,
+    layer: int,
+    q: Float[Tensor, " d_head"],
+    before: Float[Tensor, " d_head"],
+    same: Float[Tensor, " d_head"],
+) -> float:
+    """How much higher a query at position 1 scores with one key at position 0 than with another at its own
+    position, by the model's own attention in its first head.
 
-    def instead(value: Tensor) -> Callable[..., Tensor]:
-        return lambda activation, hook: value.to(activation)[None, :, None].expand_as(activation)
+    Taken from the pattern, because a bridge that leaves attention to the model it wraps (OPT) has the
+    pattern in place of the scores.
+    """
+
+    def instead(values: Tensor) -> Callable[..., Tensor]:
+        return lambda activation, hook: values.to(activation)[None, :, None].expand_as(activation).clone()
 
     at = f"blocks.{layer}.attn.hook_"
     kept: list[Tensor] = []
-    with running(model, [(f"{at}q", instead(q)), (f"{at}k", instead(k))]):
-        watch(model, torch.zeros(1, len(q), dtype=torch.long), {f"{at}attn_scores": kept.append})
-    return kept[0][0].float()
+    hooks = [(f"{at}q", instead(torch.stack([q, q]))), (f"{at}k", instead(torch.stack([before, same])))]
+    with running(model, hooks):
+        watch(model, torch.zeros(1, 2, dtype=torch.long), {f"{at}pattern": kept.append})
+    attention = kept[0][0, 0, 1].float().log()
+    return float(attention[0] - attention[1])
