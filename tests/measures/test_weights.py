@@ -180,14 +180,15 @@ def test_the_engines_factored_matrix_is_a_circuit():
     n_rows=st.integers(1, 13),
     n_columns=st.integers(1, 13),
     share=st.floats(0, 1),
+    largest=st.integers(0, 2),
     tile=st.sampled_from(TILES),
     seed=st.integers(0, 2**31),
 )
 def test_largest_entries_equal_those_of_the_whole_matrix_with_ties(
-    tiles, n_rows, n_columns, share, tile, seed
+    tiles, n_rows, n_columns, share, largest, tile, seed
 ):
     tiles(*tile)
-    circuit = whole(n_rows, n_columns, 2, seed)
+    circuit = whole(n_rows, n_columns, 2, seed, largest)
     n = max(1, round(share * n_rows * n_columns))
     expected = reference.largest_entries(reference.dense(circuit.A, circuit.B), n)
     found = largest_entries(circuit, n)
@@ -211,6 +212,7 @@ def test_many_more_ties_than_entries_asked_for_are_passed_over(tiles, monkeypatc
     monkeypatch.setattr(torch.Tensor, "topk", lambda self, n: looked.append(n) or topk(self, n))
     circuit = Thin(torch.zeros(80, 2), torch.zeros(2, 80))
     found = largest_entries(circuit, 20)
+    # of equal ones, those of the first row, also where that goes on in the second tile
     assert found.rows.tolist() == [0] * 20
     assert found.columns.tolist() == list(range(20))
     # the first two tiles of the first rows hold what is asked for, and no other is sorted
