@@ -26,7 +26,7 @@ from mechlens.analyses.circuits import (
 )
 from mechlens.measures.weights import top_k_accuracy
 from mechlens.models import engines
-from mechlens.models.load import ModelLoadError, load_model
+from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
 from tests.reference import circuits as reference
 from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model, write_toy
@@ -592,11 +592,10 @@ def test_normalised_queries_make_no_product_of_weights(tmp_path):
 
 
 def test_norms_behind_attention_alone_are_not_supported(tmp_path):
-    write_model_of(tmp_path / "olmo2", Olmo2Config(**GROUPED))
-    try:
-        model = load_model(tmp_path / "olmo2")
-    except ModelLoadError:
+    if engines.choose_backend("auto") == "hooked":
         pytest.skip("HookedTransformer has no such model")
+    write_model_of(tmp_path / "olmo2", Olmo2Config(**GROUPED))
+    model = load_model(tmp_path / "olmo2")
     with pytest.raises(ValueError, match="its norm stands behind attention, not before"):
         OV(model, LATER)
 
