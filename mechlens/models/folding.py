@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import MAX_POSITIONS, running, soft_cap, watch
+from mechlens.models.runs import running, soft_cap, watch
 from mechlens.models.weights import attention_out_affine, final_norm_scale, norm_affine, output_weights
 
+TOKENS_AT_ONCE = 1024
+"""In one run of the first block: few enough for what its MLP makes of them to stay near the processor."""
 # Their ln1 stands behind attention, so it is no part of what attention reads.
 _NORM_BEHIND = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
@@ -134,7 +136,7 @@ def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "so
             )
         hooks.append(("blocks.0.hook_attn_out", none))
         names.append("blocks.0.hook_mlp_out")
-    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(MAX_POSITIONS):
+    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(TOKENS_AT_ONCE):
         kept: list[Tensor] = []
         with running(model, hooks):
             watch(model, ids, dict.fromkeys(names, kept.append))

@@ -38,7 +38,7 @@ def test_the_vocabulary_goes_through_in_parts(tiny_directories, monkeypatch, pro
     model = load_model(tiny_directories / "gpt2", processing=processing)
     reading = folded_heads(model, 1).W_V[0]
     whole = from_tokens(model, reading, effective=True)
-    monkeypatch.setattr(folding, "MAX_POSITIONS", 10)
+    monkeypatch.setattr(folding, "TOKENS_AT_ONCE", 10)
     # the same sums in matrices of other sizes
     assert torch.allclose(from_tokens(model, reading, effective=True), whole, atol=1e-5)
 
