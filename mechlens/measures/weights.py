@@ -167,7 +167,7 @@ def largest_entries(circuit: Factored, n: int) -> Entries:
     Raises:
         ValueError: n that the circuit does not have, or a circuit that is not finite.
 
-    Cost: the whole product and one pass over each tile of it, and a few more where one of the n may be.
+    Cost: the whole product and one pass over each tile of it, and a few over the rows where one of the n may be.
     """
     A, B = _factors(circuit)
     n_columns = B.shape[1]
@@ -179,15 +179,19 @@ def largest_entries(circuit: Factored, n: int) -> Entries:
     for block in _slices(len(A), TILE_ROWS):
         for tile in _slices(n_columns, TILE_COLUMNS):
             entries = _product(A[block], B[:, tile], room)
-            largest = float(entries.amax())
+            best = entries.amax(1)
+            largest = float(best.max())
             if largest < lowest or (largest == lowest and block.start * n_columns + tile.start > last):
                 continue
+            # most often only a row or two have what is wanted
+            some = (best >= lowest).nonzero()[:, 0]
+            entries = entries[some]
             high = entries >= lowest
             if high.sum() > n:
                 high = entries >= entries.flatten().topk(n).values[-1]
             row, column = high.nonzero(as_tuple=True)
             values = torch.cat([values, entries[row, column]])
-            places = torch.cat([places, (row + block.start) * n_columns + column + tile.start])
+            places = torch.cat([places, (some[row] + block.start) * n_columns + column + tile.start])
             order = places.argsort()
             order = order[values[order].argsort(descending=True, stable=True)][:n]
             values, places = values[order], places[order]
