@@ -57,7 +57,7 @@ def prompt_batch(
         if isinstance(prompt, str):
             tokens = text_ids(model, prompt, prepend_bos=prepend_bos)[None]
         else:
-            tokens = prompt_tokens(model, prompt)  # type: ignore[arg-type]  # which refuses what is none
+            tokens = prompt_tokens(model, prompt)
             if tokens.ndim != 2 or tokens.numel() == 0:
                 raise ValueError(
                     f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"

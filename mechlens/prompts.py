@@ -187,17 +187,30 @@ def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[T
 
 
 def prompt_tokens(
-    model: Any, prompt: str | Int[Tensor, "*batch pos"], *, prepend_bos: bool | None = None
+    model: Any,
+    prompt: str | Sequence[str] | Int[Tensor, "*batch pos"],
+    *,
+    prepend_bos: bool | None = None,
 ) -> Int[Tensor, "batch pos"]:
-    """The rows of a prompt, on the CPU: a text's tokens, or a copy of ids, one sequence or several.
+    """The rows of a prompt, on the CPU: texts' tokens, or a copy of ids, one sequence or several.
 
     Raises:
-        TypeError: neither a text nor a tensor.
-        ValueError: as `text_tokens`, or ids that are no integers.
+        TypeError: neither text nor a tensor.
+        ValueError: as `text_tokens`, texts of different lengths, or ids that are no integers.
     """
+    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(text, str) for text in prompt):
+        rows = [text_tokens(model, text, prepend_bos=prepend_bos) for text in prompt]
+        for row in rows:
+            if row.shape != rows[0].shape:
+                raise ValueError(
+                    "the texts must have equally many tokens, but here are "
+                    f"{rows[0].shape[1]}, {list(token_strings(model, rows[0][0]))}, and "
+                    f"{row.shape[1]}, {list(token_strings(model, row[0]))}"
+                )
+        return torch.cat(rows)
     if not isinstance(prompt, (str, torch.Tensor)):
         raise TypeError(
-            f"a prompt is one text or a tensor of token ids, but this is a {type(prompt).__name__}: give "
+            f"a prompt is text or a tensor of token ids, but this is a {type(prompt).__name__}: give "
             "tokens as torch.tensor(ids), and a tokenizer's output as its input_ids"
         )
     tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
@@ -237,7 +250,9 @@ def target_id(model: Any, target: Any) -> int:
         ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             pieces = [model.tokenizer.decode([i]) for i in ids]
-            raise ValueError(f"the target {target!r} is {len(ids)} tokens, not one: {pieces}")
+            spaced = model.tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+            hint = f"; did you mean {f' {target}'!r}, which is one?" if len(spaced) == 1 else ""
+            raise ValueError(f"the target {target!r} is {len(ids)} tokens, not one: {pieces}{hint}")
         return int(ids[0])
     try:
         index = operator.index(target)
@@ -254,12 +269,16 @@ def chosen(what: str, given: Sequence[SupportsIndex] | None, count: int) -> tupl
     """Indices of positions, layers or the like from 0; None is all of them, negative ones count from the end.
 
     Raises:
+        TypeError: not a sequence of whole numbers.
         ValueError: none is asked for, one that is not there, or one twice.
     """
     if given is None:
         return tuple(range(count))
-    # plain ints also where they come from an array or a table, because results save them
-    indices = tuple(operator.index(index) for index in given)
+    try:
+        # plain ints also where they come from an array or a table, because results save them
+        indices = tuple(operator.index(index) for index in given)
+    except TypeError:
+        raise TypeError(f"{what}s are given as numbers, such as [0, 1], but here is {given!r}") from None
     for index in indices:
         if not -count <= index < count:
             raise ValueError(f"there is no {what} {index}: there are {count}")

@@ -46,7 +46,7 @@ ablate = typer.Typer(rich_markup_mode=None)
 
 @ablate.callback()
 def ablate_help() -> None:
-    """Take parts of the model away and see what its prediction loses."""
+    """Take heads away, or MLPs what they know of the second copy, and see what the prediction loses."""
 
 
 def patch(
@@ -57,13 +57,15 @@ def patch(
         ),
     ] = "mlp_out",
     source: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--from",
-            help="What is put there: first-half (the same token's, one copy before), mean or resample (other "
-            "random tokens), zero, or corrupted (the run on --corrupted).",
+            help="What is put there: on random tokens first-half (the same token's, one copy before), mean "
+            "or resample (other random tokens) or zero; on a text zero, or corrupted (the run on "
+            "--corrupted). zero is minus infinity for attn_scores. [default: first-half; with --text zero; "
+            "with --corrupted corrupted]",
         ),
-    ] = "first-half",
+    ] = None,
     by: Annotated[
         str, typer.Option(help="One run for each layer and position, each head, or each layer.")
     ] = ("position"),
@@ -90,6 +92,19 @@ def patch(
     layer: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="A layer to patch; repeatable. [default: all]")
     ] = None,
+    head: Annotated[
+        list[int] | None, typer.Option("--head", help="A head, for --by head; repeatable. [default: all]")
+    ] = None,
+    position: Annotated[
+        list[int] | None,
+        typer.Option("--position", help="A position, for --by position; repeatable. [default: all]"),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save finished runs to this .safetensors file; if it is there, go on where it stopped."
+        ),
+    ] = None,
     top: TopOption = 10,
     seq_len: LengthOption = None,
     batch: BatchOption = None,
@@ -105,28 +120,26 @@ def patch(
     """Patch one activation at a time and measure what becomes of the prediction: on random tokens that come
     twice, or on a text and a corrupted one. Prints the largest changes and saves pictures, a table or the
     whole result."""
+    if source is None:
+        source = "first-half" if text is None else "zero" if corrupted is None else "corrupted"
     given = dict(locals())
     if out is not None:
         options.check_file(out, _ENDINGS)
     _check(given)
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
-    from mechlens.prompts import repeated_tokens, text_tokens
+    from mechlens.prompts import prompt_tokens, repeated_tokens, text_tokens
 
     n_tokens = seq_len or SEQ_LEN
     prompt: Any
     put: Any = "zero"
-    positions: Any = "each" if by == "position" else None
+    positions: Any = (position or "each") if by == "position" else None
     read: Any = None
     if text is not None:
         prompt = text_tokens(loaded, text, prepend_bos=bos)
         if corrupted is not None:
-            put = Corrupted(text_tokens(loaded, corrupted, prepend_bos=bos))
-            if put.tokens.shape != prompt.shape:
-                raise ValueError(
-                    f"--corrupted has {put.tokens.shape[-1]} tokens, --text {prompt.shape[-1]}: they must be "
-                    "equally long"
-                )
+            prompt, other = prompt_tokens(loaded, [text, corrupted], prepend_bos=bos).split(1)
+            put = Corrupted(other)
     else:
         drawn = repeated_tokens(loaded, seq_len=n_tokens, batch=batch or BATCH, seed=seed, prepend_bos=bos)
         prompt = drawn.tokens
@@ -134,7 +147,7 @@ def patch(
         read = second[:-1]
         if source == "first-half":
             put = Earlier(n_tokens)
-            positions = second if by == "position" else positions
+            positions = (position or second) if by == "position" else positions
         elif source in ("mean", "resample"):
             count = REFERENCE if source == "mean" else len(prompt)
             other = repeated_tokens(loaded, seq_len=n_tokens, batch=count, seed=seed + 1, prepend_bos=bos)
@@ -145,13 +158,14 @@ def patch(
         site=site,
         source=put,
         layers=layer or None,
-        heads="each" if by == "head" else None,
+        heads=(head or "each") if by == "head" else None,
         positions=positions,
         metric=metric,
         read=read,
         targets=target,
         against=against,
         direction="denoising" if denoise else "noising",
+        state=state,
         progress=options.progress(quiet),
     )
     _show(found, "Patching", "patch", given, _OF_PATCH)
@@ -252,6 +266,8 @@ _OF_PATCH = {
     "--target": None,
     "--against": None,
     "--layer": None,
+    "--head": None,
+    "--position": None,
 }
 _COMMON = {
     "--model": BUNDLED,
@@ -268,6 +284,7 @@ _COMMON = {
 
 def _check(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
+    from mechlens.analyses.patching.asked import PER_HEAD
     from mechlens.models.sweeps import SITES
 
     source, text = given["source"], given["text"]
@@ -292,8 +309,19 @@ def _check(given: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{option} is about random tokens, but --text gives the tokens: leave it out"
                 )
+        if given["metric"] != "logit_diff" and given["against"] is not None:
+            raise ValueError(f"--against is for --metric logit_diff, but the metric is {given['metric']}")
         if given["metric"] == "log_prob" and given["target"] is None:
             raise ValueError("--metric log_prob needs --target, the token after --text")
+    for name in ("head", "position"):
+        if given[name] and given["by"] != name:
+            raise ValueError(f"--{name} is for --by {name}, but it is {given['by']}")
+    if given["metric"] not in ("log_prob", "logit_diff") and given["target"] is not None:
+        raise ValueError(f"--target is for log_prob and logit_diff, but the metric is {given['metric']}")
+    if given["by"] == "head" and given["site"] not in PER_HEAD:
+        raise ValueError(f"--by head is for --site {', '.join(PER_HEAD)}, but it is {given['site']}")
+    if given["metric"] == "logit_diff" and None in (given["target"], given["against"]):
+        raise ValueError("--metric logit_diff is of --target less --against: give both")
     if (source == "corrupted") != (given["corrupted"] is not None):
         raise ValueError("--from corrupted and --corrupted TEXT belong together: give both or neither")
     if given["denoise"] and source != "corrupted":

@@ -73,6 +73,15 @@ class Clean:
     past: Sequence[tuple[Tensor, Tensor]]
     """By layer: keys and values as the engine caches them."""
 
+    def until(self, end: int) -> Clean:
+        """The same without the positions from `end` on; what is in `past` is read only up to a row's own."""
+        streams = ("resid_pre", "base", "mlp_out")
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:, :end],
+            **{name: [each[:, :end] for each in getattr(self, name)] for name in streams},
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
@@ -93,7 +102,7 @@ def sweep(
     *,
     token_budget: int | None = None,
     last_read: int | None = None,
-    fast: bool | None = None,
+    begun: Start | None = None,
 ) -> Iterator[Part]:
     """Run every patch on its own, many at a time, and hand out what comes of them.
 
@@ -102,7 +111,8 @@ def sweep(
         token_budget: positions that run together, a row counting `row_charge`; None takes `TOKEN_BUDGET`.
             It is halved when memory runs out.
         last_read: the last position that anybody reads; what comes behind it is not run. None reads all.
-        fast: None decides by `is_safe`; False runs whole rows from layer 0.
+        begun: of the same tokens, where somebody has called `start_sweeps` already. Without a clean run in it
+            rows are whole runs from layer 0.
 
     Yields:
         Every patch once, in no fixed order. One that lies behind the last reader changes nothing and has an
@@ -117,8 +127,8 @@ def sweep(
     late = (patches.first >= end).nonzero()[:, 0]
     if len(late):
         yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
-    fast = is_safe(model, tokens) if fast is None else fast
-    clean = clean_run(model, tokens, with_mlp=patches.site == "mlp_out") if fast else None
+    begun = start_sweeps(model, tokens, patches.site) if begun is None else begun
+    clean = None if begun.clean is None else begun.clean.until(end)
     rows_of = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
     waiting = list(_groups(model, patches, end, budget, whole=clean is None))[::-1]
     while waiting:
@@ -239,18 +249,32 @@ def _keep(activation: Tensor, hook: Any, kept: dict[str, Tensor], name: str) -> 
     kept[name] = activation
 
 
-def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
-    """Whether a run resumed in the middle of a prompt, and of the model, is the whole run's second half.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """What patched runs of one prompt begin with."""
 
-    That is tried, on these tokens, against the model's own run: kinds of attention are too many to list.
+    final: Float[Tensor, "1 pos d_model"]
+    """What the clean run's logits are read from."""
+    clean: Clean | None
+    """None where a run of this model on this prompt cannot be resumed: patched runs are whole ones."""
+
+
+def start_sweeps(model: LensModel, tokens: Int[Tensor, "1 pos"], site: str) -> Start:
+    """Run the prompt clean, and see whether a run resumed in its middle, and in the middle of the model, is
+    the whole run's second half.
+
+    That is tried, on these very tokens, against the model's own run: kinds of attention, and what an engine
+    makes of padding, are too many to list.
 
     Cost: two forward passes and a half.
     """
-    end = tokens.shape[1]
+    own: list[Tensor] = []
+    watch(model, tokens, {SITES["resid_post"].format(model.cfg.n_layers - 1): own.append})
+    final, end = own.pop(), tokens.shape[1]
     if end < 2:
-        return False
+        return Start(final, None)
     try:
-        clean = clean_run(model, tokens)
+        clean = clean_run(model, tokens, with_mlp=site == "mlp_out")
         nothing = Patches(
             "resid_pre",
             torch.tensor([0, model.cfg.n_layers - 1]),
@@ -260,21 +284,19 @@ def is_safe(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> bool:
         rows_of = _grow if engine_of(model) == "HookedTransformer" else _suffix
         found = rows_of(model, tokens, clean, nothing, torch.arange(2), end // 2)
     except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
-        return False
+        return Start(final, None)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        return False
-    own: list[Tensor] = []
-    watch(model, tokens, {SITES["resid_post"].format(model.cfg.n_layers - 1): own.append})
-    # not the clean run above, whose blocks may have been called without what the model gives them
-    expected = own.pop()[:, end // 2 :]
+        return Start(final, None)
+    expected = final[:, end // 2 :]
     if found.shape[1:] != expected.shape[1:]:
-        return False
+        return Start(final, None)
     # other shapes sum in another order
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
     scale = expected.float().abs().max()
-    return bool(((found - expected).float().abs().max() <= tolerance * scale).item())
+    safe = bool(((found - expected).float().abs().max() <= tolerance * scale).item())
+    return Start(final, clean if safe else None)
 
 
 # -- HookedTransformer -----------------------------------------------------------------------------

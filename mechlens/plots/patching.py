@@ -22,12 +22,13 @@ from mechlens.plots.style import (
     titles,
     visible_token,
 )
-from mechlens.results import PatchGridResult, head_label
+from mechlens.results import AttributionPatchResult, PatchGridResult, head_label
 
 if TYPE_CHECKING:
     import pandas as pd
 
 VALUES = ("effect", "mean", "recovered")
+Patches = PatchGridResult | AttributionPatchResult
 _LABEL = 12
 _NO_TICKS = {"ticks": "", "showgrid": False}
 
@@ -43,7 +44,7 @@ def cell_label(layer: int, head: int | None, position: int | None) -> str:
     return place if position is None else f"{place} at {position}"
 
 
-def largest_effects(result: PatchGridResult, top: int) -> pd.DataFrame:
+def largest_effects(result: Patches, top: int) -> pd.DataFrame:
     """The rows of `to_dataframe()` with the largest effects, either way; a column `cell` names them."""
     table = result.to_dataframe().dropna(subset="effect")
     table = table.sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
@@ -53,7 +54,7 @@ def largest_effects(result: PatchGridResult, top: int) -> pd.DataFrame:
 
 
 def plot_patch_grid(
-    result: PatchGridResult,
+    result: Patches,
     *,
     value: str = "effect",
     head: int | None = None,
@@ -62,10 +63,13 @@ def plot_patch_grid(
     """Draw what each patch does to the metric: a heatmap by layer and position or head, bars by layer alone.
 
     Layer 0 is at the bottom. Effects are coloured around 0, blue where the patch raises the metric and orange
-    where it lowers it; a cell without a value is grey. Under the cursor stand the numbers with their standard
-    error. Where there are several prompts, positions have numbers in the place of tokens.
+    where it lowers it (which is worse for a loss, better for a logit difference); a cell without a value is
+    grey. Under the cursor stand the numbers with their standard error. Where there are several prompts,
+    positions have numbers in the place of tokens.
 
     Args:
+        result: of `patch_grid` and what is made of it, or of `attribution_patching`, whose figure says that
+            it is an estimate.
         value: `effect`, the metric's change; `mean`, the metric itself; `recovered`, the share of the way to
             the other run.
         head: which head, for a grid of layer x head x position.
@@ -104,7 +108,7 @@ def plot_patch_grid(
     return figure
 
 
-def plot_head_effects(result: PatchGridResult, *, top: int = 15, position: int | None = None) -> go.Figure:
+def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = None) -> go.Figure:
     """Draw the heads whose patch changes the metric most, either way, as bars with their standard errors.
 
     Args:
@@ -168,7 +172,7 @@ def plot_head_effects(result: PatchGridResult, *, top: int = 15, position: int |
 
 
 def _chosen(
-    result: PatchGridResult, head: int | None, position: int | None
+    result: Patches, head: int | None, position: int | None
 ) -> tuple[tuple[str, ...], tuple[int | slice, ...]]:
     """The axes that are drawn, and the index that takes them out of the grid."""
     given = {"head": (head, result.heads), "pos": (position, result.positions)}
@@ -199,7 +203,7 @@ def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
     return drawn
 
 
-def _bars(result: PatchGridResult, values: Tensor, value: str, hovers: list[list[str]]) -> go.Figure:
+def _bars(result: Patches, values: Tensor, value: str, hovers: list[list[str]]) -> go.Figure:
     colours = [BLUE if each >= 0 else VERMILION for each in values.tolist()]
     bars = go.Bar(
         name=value,
@@ -224,7 +228,7 @@ def _bars(result: PatchGridResult, values: Tensor, value: str, hovers: list[list
     return figure
 
 
-def _across(result: PatchGridResult, axis: str) -> dict[str, object]:
+def _across(result: Patches, axis: str) -> dict[str, object]:
     """Width, margin and horizontal axis of a heatmap."""
     if axis == "head":
         n_heads = len(result.heads)
@@ -258,7 +262,7 @@ def _ticks(labels: list[str], most: int) -> dict[str, object]:
 
 
 def _hovers(
-    result: PatchGridResult, axes: tuple[str, ...], head: int | None, position: int | None
+    result: Patches, axes: tuple[str, ...], head: int | None, position: int | None
 ) -> list[list[str]]:
     """What stands under the cursor, by layer and whatever else is drawn."""
     _, index = _chosen(result, head, position)
@@ -298,21 +302,20 @@ def _signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value)
 
 
-def _axis_title(result: PatchGridResult, value: str) -> str:
+def _axis_title(result: Patches, value: str) -> str:
     unit = metric_unit(result.metric)
     if value == "recovered":
-        return "share recovered"
+        return _share(result)
     words = result.metric if value == "mean" else f"change of {result.metric}"
+    words = f"estimated {words}" if isinstance(result, AttributionPatchResult) else words
     return f"{words} ({unit})" if unit else words
 
 
-def _title(
-    result: PatchGridResult, value: str, head: int | None, position: int | None, more: str = ""
-) -> str:
+def _title(result: Patches, value: str, head: int | None, position: int | None, more: str = "") -> str:
     what = {
-        "effect": f"Change of {result.metric}",
-        "mean": result.metric.capitalize() if result.metric == "loss" else result.metric,
-        "recovered": f"Share of {result.metric} recovered",
+        "effect": f"Change of {metric_words(result)}",
+        "mean": metric_words(result)[:1].upper() + metric_words(result)[1:],
+        "recovered": f"{metric_words(result)}: {_share(result)}",
     }[value]
     unit = "" if value == "recovered" else metric_unit(result.metric)
     site = result.site if head is None else f"{result.site} of head {head}"
@@ -324,11 +327,21 @@ def _title(
         result.model.name,
         f"with: {put_there(result)}; into {patched}; {n_prompts} prompt{'s' if n_prompts != 1 else ''}",
         *([more] if more else []),
+        *(["an estimate to first order"] if isinstance(result, AttributionPatchResult) else []),
     )
 
 
-def put_there(result: PatchGridResult) -> str:
+def metric_words(result: Patches) -> str:
+    """The metric and, where it is of one token or two, which."""
+    return f"{result.metric} of {figure_text(result.about)}" if result.about else result.metric
+
+
+def _share(result: Patches) -> str:
+    run = "clean" if result.direction == "denoising" else "corrupted"
+    return f"share of the way to the {run} run"
+
+
+def put_there(result: Patches) -> str:
     """Where the values come from, in words."""
-    source = "the clean run" if result.direction == "denoising" else result.source
-    source = "a function's values" if source == "<lambda>" else source
+    source = "a function's values" if result.source == "<lambda>" else result.source
     return source if result.weight == 1 else f"{source}, weight {result.weight:g}"

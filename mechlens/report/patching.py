@@ -5,6 +5,7 @@ from __future__ import annotations
 from mechlens.plots.patching import (
     largest_effects,
     metric_unit,
+    metric_words,
     plot_head_effects,
     plot_patch_grid,
     put_there,
@@ -49,7 +50,7 @@ def patching_section(
     head = best[0]["head"] if len(result.axes) == 3 and best else None
     named = ", ".join(f"{row['cell']} {number(row['effect'])}" for row in best[:5])
     unit = metric_unit(result.metric)
-    what = f"change of the {result.metric}{f' in {unit}' if unit else ''}"
+    what = f"change of the {metric_words(result)}{f' in {unit}' if unit else ''}"
     parts: list[Plot | Table] = [
         Plot(
             plot_patch_grid(result, head=head),
@@ -61,6 +62,17 @@ def patching_section(
             wide="pos" in result.axes,
         )
     ]
+    several, recovers = len(result.tokens) > 1, not bool(result.recovered.isnan().all())
+    if recovers:
+        parts.append(
+            Plot(
+                plot_patch_grid(result, value="recovered", head=head),
+                "The same as a share of the difference between the two runs: 1 is all the way.",
+                f"Share of the way to the other run by {' and '.join(result.axes)}.",
+                keeps_width="pos" in result.axes,
+                wide="pos" in result.axes,
+            )
+        )
     if result.axes == ("layer", "head"):
         parts.append(
             Plot(
@@ -71,7 +83,6 @@ def patching_section(
                 wide=False,
             )
         )
-    several, recovers = len(result.tokens) > 1, not bool(result.recovered.isnan().all())
     columns = {"patched": "cell", "change": "effect"}
     columns |= {"standard error": "standard_error"} if several else {}
     columns |= {f"{result.metric} of the patched run": "mean"}
@@ -81,7 +92,7 @@ def patching_section(
     n_prompts = len(result.tokens)
     said = (
         f"{n_prompts} prompt{'s' if n_prompts != 1 else ''} of {result.tokens.shape[1]} tokens. Without a "
-        f"patch the {result.metric} is {number(float(result.clean.mean()))}"
+        f"patch the {metric_words(result)} is {number(float(result.clean.mean()))}"
         + (f", in the corrupted run {number(float(result.corrupted.mean()))}" if recovers else "")
         + "."
         + (f" Note: {result.note}." if result.note else "")

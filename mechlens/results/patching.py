@@ -26,7 +26,10 @@ class _Grid(Result):
     site: str
     """What is patched: `mlp_out`, `z`, ..."""
     source: str
-    """Where the values that are put there come from, in words."""
+    """Where the values that are put there come from, in words; of denoising the clean run."""
+    given: dict[str, Int[Tensor, "some any"]]
+    """What else was given, as token ids: the `corrupted` prompts, the `reference` of `Mean` and `Resampled`;
+    `targets` and `against` at the positions of `read`."""
     weight: float
     """How much of them: 1 replaces the clean value, 0 leaves it."""
     direction: str
@@ -40,6 +43,9 @@ class _Grid(Result):
     """Empty where the grid has no axis `pos`: all positions are patched together."""
     metric: str
     """Such as `loss`: mean over the positions of `read`, nats."""
+    about: str
+    """The token or tokens that `log_prob` or `logit_diff` is of, where they are the same everywhere; else
+    empty."""
     read: tuple[int, ...]
     """The positions at which the metric reads the model's prediction of the next token."""
     clean: Float[Tensor, " prompt"]
@@ -52,8 +58,46 @@ class _Grid(Result):
     """Of what was drawn to patch with; None where nothing was."""
     prepend_bos: bool
 
-    def _cells(self) -> pd.DataFrame:
-        """The axes of each cell, and for heads their label."""
+    @property
+    def effect(self) -> Float[Tensor, "*grid"]:
+        """Mean over prompts of the patched run's metric less the metric of the run that was patched."""
+        return self._changes().mean(0)
+
+    @property
+    def standard_error(self) -> Float[Tensor, "*grid"]:
+        """Of `effect`, over prompts; nan for a single one."""
+        changes = self._changes()
+        if len(changes) < 2:
+            return torch.full_like(changes[0], math.nan)
+        return changes.std(0) / math.sqrt(len(changes))
+
+    @property
+    def mean(self) -> Float[Tensor, "*grid"]:
+        """Mean metric of the patched runs over prompts."""
+        return self._patched_run().mean() + self.effect
+
+    @property
+    def recovered(self) -> Float[Tensor, "*grid"]:
+        """How far a patch leads from the run that was patched to the other one: 0 is nothing, 1 all the way.
+
+        The mean effect in terms of the mean difference between the two runs. For denoising 1 is the clean
+        run's metric; for noising it is the corrupted run's. nan without a corrupted run, or where both have
+        the same metric.
+        """
+        start = self._patched_run()
+        end = self.corrupted if start is self.clean else self.clean
+        share = self.effect / (end - start).mean()
+        return share.masked_fill(~share.isfinite(), torch.nan)
+
+    def _patched_run(self) -> Float[Tensor, " prompt"]:
+        """The metric of the run that is patched, without the patch."""
+        return self.clean if self.direction == "noising" else self.corrupted
+
+    def _changes(self) -> Float[Tensor, "prompt *grid"]:
+        raise NotImplementedError  # each result has its own
+
+    def _table(self) -> pd.DataFrame:
+        """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered."""
         import pandas as pd
 
         every = {"layer": self.layers, "head": self.heads, "pos": self.positions}
@@ -62,6 +106,8 @@ class _Grid(Result):
         if "head" in self.axes:
             pairs = zip(table["layer"], table["head"], strict=True)
             table["label"] = [head_label(layer, head) for layer, head in pairs]
+        for name in ("mean", "effect", "standard_error", "recovered"):
+            table[name] = getattr(self, name).reshape(-1).numpy()
         return table
 
 
@@ -74,42 +120,12 @@ class PatchGridResult(_Grid):
     note: str
     """How the runs were made, where that was not the fast way; else empty."""
 
-    @property
-    def mean(self) -> Float[Tensor, "*grid"]:
-        """Mean metric over prompts."""
-        return self.values.mean(0)
-
-    @property
-    def effect(self) -> Float[Tensor, "*grid"]:
-        """Mean over prompts of the patched run's metric less the metric of the run that was patched."""
-        return self._per_prompt().mean(0)
-
-    @property
-    def standard_error(self) -> Float[Tensor, "*grid"]:
-        """Of `effect`, over prompts; nan for a single one."""
-        return _standard_error(self._per_prompt())
-
-    @property
-    def recovered(self) -> Float[Tensor, "*grid"]:
-        """Mean over prompts of how far a patch leads from the run that was patched to the other one: 0 is
-        nothing, 1 all the way. nan without a corrupted run, or where both have the same metric."""
-        start, end = (
-            (self.clean, self.corrupted) if self.direction == "noising" else (self.corrupted, self.clean)
-        )
-        span = (end - start).reshape(-1, *[1] * (self.values.ndim - 1))
-        share = (self.values - start.reshape(span.shape)) / span
-        return share.masked_fill(~share.isfinite(), torch.nan).mean(0)
-
-    def _per_prompt(self) -> Float[Tensor, "prompt *grid"]:
-        base = self.clean if self.direction == "noising" else self.corrupted
-        return self.values - base.reshape(-1, *[1] * (self.values.ndim - 1))
+    def _changes(self) -> Float[Tensor, "prompt *grid"]:
+        return self.values - self._patched_run().reshape(-1, *[1] * (self.values.ndim - 1))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered."""
-        table = self._cells()
-        for name in ("mean", "effect", "standard_error", "recovered"):
-            table[name] = getattr(self, name).reshape(-1).numpy()
-        return table
+        return self._table()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -127,28 +143,15 @@ class AttributionPatchResult(_Grid):
     """Pearson's, between the mean estimate and the exact effect over the cells; nan where one of them does
     not vary; None where no exact grid was given."""
 
-    @property
-    def effect(self) -> Float[Tensor, "*grid"]:
-        """The estimated effect, mean over prompts."""
-        return self.estimate.mean(0)
-
-    @property
-    def standard_error(self) -> Float[Tensor, "*grid"]:
-        """Of `effect`, over prompts; nan for a single one. It does not know of the approximation's error."""
-        return _standard_error(self.estimate)
+    def _changes(self) -> Float[Tensor, "prompt *grid"]:
+        return self.estimate
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per cell: the axes, label (`L5H5`, for heads), estimated_effect, standard_error."""
-        table = self._cells()
-        table["estimated_effect"] = self.effect.reshape(-1).numpy()
-        table["standard_error"] = self.standard_error.reshape(-1).numpy()
-        return table
+        """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered.
+
+        All of them are estimates; `standard_error` is over prompts, whatever the approximation's error.
+        """
+        return self._table()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, approximation='first order')"
-
-
-def _standard_error(each: Float[Tensor, "prompt *grid"]) -> Float[Tensor, "*grid"]:
-    if len(each) < 2:
-        return torch.full_like(each[0], math.nan)
-    return each.std(0) / math.sqrt(len(each))

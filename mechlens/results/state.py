@@ -26,6 +26,8 @@ def state_file(state: str | os.PathLike[str] | None) -> Path | None:
     file = Path(state)
     if file.suffix != ".safetensors":
         raise ValueError(f"the state is saved as a .safetensors file, but the path is {file}")
+    if file.is_dir():
+        raise ValueError(f"the state is saved as a file, but {file} is a folder")
     if not file.parent.is_dir():
         raise ValueError(f"cannot save the state to {file}: there is no folder {file.parent}")
     return file

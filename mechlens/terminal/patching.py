@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def print_effects(found: PatchGridResult, top: int) -> None:
     """Print the cells that change the metric most, either way, with their standard errors."""
-    from mechlens.plots.patching import largest_effects, metric_unit, put_there
+    from mechlens.plots.patching import largest_effects, metric_unit, metric_words, put_there
     from mechlens.plots.style import visible_token
 
     several = len(found.tokens) > 1
@@ -36,8 +36,8 @@ def print_effects(found: PatchGridResult, top: int) -> None:
     base = found.clean if found.direction == "noising" else found.corrupted
     has_recovered = not bool(found.recovered.isnan().all())
     print_table(
-        f"{found.site} of {found.model.name}, patched with: {put_there(found)}; {found.metric} without "
-        f"a patch {float(base.mean()):.3f}{f' {unit}' if unit else ''}",
+        f"{found.site} of {found.model.name}, patched with: {put_there(found)}; {metric_words(found)} "
+        f"without a patch {float(base.mean()):.3f}{f' {unit}' if unit else ''}",
         (
             "patched",
             *(["token"] if with_tokens else []),
@@ -60,6 +60,7 @@ def effects_json(found: PatchGridResult) -> dict[str, Any]:
         "source": found.source,
         "direction": found.direction,
         "metric": found.metric,
+        "about": found.about,
         "clean": float(found.clean.mean()),
         "corrupted": float(found.corrupted.mean()),
         "n_prompts": len(found.tokens),

@@ -172,4 +172,4 @@ def test_it_says_that_it_is_an_approximation_and_comes_back(tiny_bos_model, tmp_
     assert AttributionPatchResult.load(found.save(tmp_path / "a.safetensors")) == found
     table = found.to_dataframe()
     row = table[(table.label == "L1H3") & (table.pos == 2)].iloc[0]
-    assert row.estimated_effect == pytest.approx(float(found.effect[1, 1, 2]))
+    assert row.effect == pytest.approx(float(found.effect[1, 1, 2]))

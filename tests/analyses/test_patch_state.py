@@ -74,7 +74,7 @@ def test_it_is_saved_on_the_way(tiny_bos_model, tmp_path, monkeypatch):
         ({"site": "attn_out"}, "the sweep in .* was begun with site 'mlp_out', not 'attn_out': use the same"),
         ({"positions": [1]}, r"begun with positions \[1, 3\], not \[1\]"),
         ({"weight": 0.5}, "begun with weight 1.0, not 0.5"),
-        ({"source": Mean(tokens_for(9))}, "source 'zero', not 'mean', source's tokens None, not"),
+        ({"source": Mean(tokens_for(9))}, "source 'zero', not 'mean'"),
         ({"metric": "log_prob", "read": [1]}, "metric 'loss', not 'log_prob'"),
     ],
 )
@@ -91,10 +91,44 @@ def test_other_tokens_are_refused(tiny_bos_model, tmp_path):
     patch_grid(tiny_bos_model, tokens_for(), state=state, **options)
     with pytest.raises(ValueError, match="begun with tokens '"):
         patch_grid(tiny_bos_model, tokens_for(2), state=state, **options)
-    with pytest.raises(ValueError, match="begun with source's tokens '"):
+    with pytest.raises(ValueError, match="begun with ids of corrupted '"):
         patch_grid(
             tiny_bos_model, tokens_for(), state=state, **{**options, "source": Corrupted(tokens_for(2))}
         )
+
+
+def test_other_weights_of_the_same_name_are_refused(tiny_directories, tmp_path):
+    state = tmp_path / "state.safetensors"
+    model, seen = load_model(tiny_directories / "gpt2"), []
+
+    def stopping(logits):
+        seen.append(1)
+        if len(seen) > 4:
+            raise KeyboardInterrupt
+        return logits.max()
+
+    with pytest.raises(KeyboardInterrupt):
+        patch_grid(model, tokens_for()[:1], metric=stopping, state=state, **OPTIONS)
+    with torch.no_grad():
+        model.blocks[0].attn.W_O.mul_(2)
+    seen.clear()
+    with pytest.raises(ValueError, match="these are other weights; delete the file"):
+        patch_grid(model, tokens_for()[:1], metric=stopping, state=state, **OPTIONS)
+
+
+def test_a_state_needs_functions_with_a_name(tiny_bos_model, tmp_path):
+    with pytest.raises(ValueError, match="one lambda from another: make the metric by def"):
+        patch_grid(
+            tiny_bos_model,
+            tokens_for(),
+            metric=lambda x: x.max(),
+            state=tmp_path / "s.safetensors",
+            **OPTIONS,
+        )
+    folder = tmp_path / "d.safetensors"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"saved as a file, but .* is a folder"):
+        patch_grid(tiny_bos_model, tokens_for(), state=folder, **OPTIONS)
 
 
 def test_a_state_that_is_none_is_said_to_be_none(tiny_bos_model, tmp_path):

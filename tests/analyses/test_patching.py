@@ -128,9 +128,7 @@ def test_transformer_lens_own_loop(patch_model, site):
     if not has(patch_model, site):
         return
     if site == "resid_mid" and engine_of(patch_model) == "TransformerBridge":
-        pytest.skip(
-            "its hook there is the MLP's input alone, so TransformerLens's loop patches something else"
-        )
+        pytest.skip("its hook there is the MLP's input alone: TransformerLens's loop patches that")
     tokens, other = tokens_for(), tokens_for(1)
     _, cache = reference.cache_of(patch_model, other)
 
@@ -145,7 +143,7 @@ def test_transformer_lens_own_loop(patch_model, site):
     if site in ("pattern", "attn_scores"):
 
         def setter(patched, index, clean):
-            layer, head, dest = index
+            _, head, dest = index
             patched[:, head, dest] = clean[:, head, dest]
             return patched
 
@@ -338,7 +336,8 @@ def test_the_plain_path_gives_the_same(patch_model, monkeypatch):
     options = {"site": "attn_out", "source": Corrupted(other)}
     fast = patch_grid(patch_model, tokens, **options)
     assert fast.note == ""
-    monkeypatch.setattr(grid, "is_safe", lambda model, tokens: False)
+    start = grid.start_sweeps
+    monkeypatch.setattr(grid, "start_sweeps", lambda *given: dataclasses.replace(start(*given), clean=None))
     plain = patch_grid(patch_model, tokens, **options)
     assert "cannot be resumed" in plain.note
     assert torch.allclose(fast.values, plain.values, atol=2e-5)
@@ -381,7 +380,10 @@ def test_induction_heads_show_by_what_their_absence_costs(bundled):
         ({"direction": "denoising"}, "give source=Corrupted"),
         ({"direction": "up"}, "direction must be noising or denoising"),
         ({"metric": "accuracy"}, "metric must be one of loss, log_prob"),
-        ({"metric": "logit_diff", "targets": 5}, "logit_diff needs targets and against"),
+        (
+            {"metric": "logit_diff", "targets": 5},
+            "logit_diff is the logit of targets less that of against: it needs both",
+        ),
         ({"targets": 5}, "targets are for log_prob and logit_diff"),
         ({"read": [9]}, "position 9 is the last: no token follows"),
         ({"metric": lambda logits: logits[0]}, "a metric gives one number"),
@@ -432,3 +434,113 @@ def test_a_grid_makes_a_table_and_comes_back(tiny_bos_model, tmp_path):
     )
     assert one.standard_error.isnan().all()
     assert found.recovered.isnan().all()
+
+
+@pytest.mark.parametrize("site", ["mlp_out", "k"])
+def test_each_prompt_is_asked_whether_it_can_be_resumed(tiny_directories, site):
+    """HookedTransformer masks padding on the left in whole runs, and does not in resumed ones."""
+    model = load_model(tiny_directories / "gpt2")
+    model.tokenizer.padding_side = "left"
+    tokens = tokens_for(rows=2)
+    tokens[1, :4] = model.tokenizer.pad_token_id
+    found = patch_grid(model, tokens, site=site, source="zero", positions=[5, 8], read=[6, 8])
+
+    def patch(activation, pos):
+        activation[pos] = 0.0
+
+    for row in range(2):
+        for layer in range(2):
+            for at, pos in enumerate((5, 8)):
+                logits = reference.run(
+                    model, tokens[row : row + 1], SITES[site].format(layer), lambda a, pos=pos: patch(a, pos)
+                )
+                expected = reference.loss(logits, tokens[row], [6, 8])
+                assert float(found.values[row, layer, at]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_what_follows_is_put_there_as_it_enters_the_stream(tiny_directories):
+    """Gemma scales its embeddings, and one engine's `W_E` is not scaled."""
+    model, tokens = load_model(tiny_directories / "gemma2"), tokens_for()
+    _, cache = reference.cache_of(model, tokens)
+    found = patch_grid(model, tokens, site="resid_post", source=NextEmbedding(), layers=[0])
+    assert found.positions == tuple(range(LENGTH - 1)), "nothing follows the last"
+    for at in (0, 3):
+
+        def patch(activation, at=at):
+            activation[at] = cache["hook_embed"][0, at + 1]
+
+        logits = reference.run(model, tokens, SITES["resid_post"].format(0), patch)
+        expected = reference.loss(logits, tokens[0], range(LENGTH - 1))
+        assert float(found.mean[0, at]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_positions_that_have_no_source_are_left_out_or_refused(tiny_bos_model):
+    found = patch_grid(tiny_bos_model, tokens_for(), site="mlp_out", source=Earlier(6))
+    assert found.positions == (6, 7, 8, 9)
+    with pytest.raises(ValueError, match="something for positions 6 to 9 only, but asked for are 5, 7"):
+        patch_grid(tiny_bos_model, tokens_for(), site="mlp_out", source=Earlier(6), positions=[5, 7])
+
+
+def test_a_function_that_draws_is_called_once_for_each_prompt_and_layer(tiny_bos_model):
+    def run(budget):
+        draw = torch.Generator().manual_seed(0)
+
+        def noise(activation, layer):
+            return activation + torch.randn(activation.shape, generator=draw)
+
+        return patch_grid(
+            tiny_bos_model, tokens_for(rows=2), site="attn_out", source=noise, layers=[0], token_budget=budget
+        )
+
+    # the same sums in other groups
+    assert torch.allclose(run(None).values, run(12).values, atol=2e-5)
+
+
+def test_each_prompt_has_its_own_answer(tiny_bos_model):
+    tokens = tokens_for(rows=2)
+    options = {"site": "z", "source": "zero", "heads": "each", "positions": None, "metric": "logit_diff"}
+    whole = {"targets": torch.tensor([[7], [9]]).expand(2, LENGTH), "against": 5}
+    expected = patch_grid(tiny_bos_model, tokens, **options, **whole)
+    for targets in (torch.tensor([7, 9]), torch.tensor([[7], [9]]), [7, 9]):
+        found = patch_grid(tiny_bos_model, tokens, **options, targets=targets, against=5)
+        assert torch.equal(found.values, expected.values)
+    assert found.about == ""
+    assert found.given["targets"].tolist() == [[7], [9]]
+    same = patch_grid(tiny_bos_model, tokens, **options, targets=7, against=5)
+    names = tiny_bos_model.tokenizer.batch_decode([[7], [5]])
+    assert same.about == f"{names[0]!r} less {names[1]!r}"
+
+
+def test_texts_are_a_batch_where_they_are_equally_long(tiny_bos_model):
+    options = {"site": "z", "source": Corrupted(["b a", "b b"]), "heads": "each", "positions": None}
+    found = patch_grid(tiny_bos_model, ["a b", "a a"], **options)
+    alone = patch_grid(tiny_bos_model, "a a", **(options | {"source": Corrupted("b b")}))
+    assert torch.allclose(found.values[1], alone.values[0], atol=2e-5)
+    without = patch_grid(tiny_bos_model, "a a", **(options | {"source": Corrupted("b b")}), prepend_bos=False)
+    assert without.given["corrupted"].shape == without.tokens.shape
+    assert without.tokens.shape[1] == alone.tokens.shape[1] - 1
+    with pytest.raises(ValueError, match="must have equally many tokens, but here are"):
+        patch_grid(tiny_bos_model, ["a b", "a a a a a"], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"positions": "last"}, ValueError, "positions must be 'each', numbers, or None"),
+        ({"site": "z", "heads": "L1H2"}, ValueError, "heads must be 'each', numbers, or None"),
+        ({"source": lambda a, layer: a[:2]}, ValueError, r"\(10, 32\) at mlp_out, but this gives a tensor"),
+        ({"source": lambda a, layer: None}, ValueError, "but this gives None"),
+        ({"weight": float("nan")}, ValueError, "weight must be a finite number, but is nan"),
+        ({"site": "attn_scores", "weight": 0.5}, ValueError, "cannot be mixed in with weight 0.5"),
+        ({"token_budget": 0}, ValueError, "token_budget must be at least 1"),
+        ({"metric": "log_prob", "targets": 64}, ValueError, "token id 64 is not in"),
+        (
+            {"metric": "log_prob", "targets": torch.full((1, LENGTH), -1)},
+            ValueError,
+            "in the vocabulary of 64, but lie between -1 and -1",
+        ),
+    ],
+)
+def test_what_is_meant_otherwise_is_refused(tiny_bos_model, options, error, message):
+    with pytest.raises(error, match=message):
+        patch_grid(tiny_bos_model, tokens_for(), **({"site": "mlp_out", "source": "zero"} | options))

@@ -9,9 +9,13 @@ from mechlens.models import sweeps
 from mechlens.models.load import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.models.runs import watch_from
-from mechlens.models.sweeps import SITES, Patches, is_safe, patterns_count, sweep
+from mechlens.models.sweeps import SITES, Patches, patterns_count, start_sweeps, sweep
 
 LENGTH = 11
+
+
+def is_safe(model, tokens):
+    return start_sweeps(model, tokens, "mlp_out").clean is not None
 
 
 def tokens_for(seed=0, length=LENGTH):
@@ -81,7 +85,7 @@ def test_every_row_is_what_a_whole_run_gives(sweep_model, site):
     # a row at a time, some, and all
     for budget in (1, 40, 100000):
         seen = []
-        for part in sweep(sweep_model, tokens, patches, token_budget=budget, fast=True):
+        for part in sweep(sweep_model, tokens, patches, token_budget=budget):
             for index, final in zip(part.which.tolist(), part.final, strict=True):
                 own = expected[index]
                 # the same sums in another order, through several layers
@@ -165,7 +169,7 @@ def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
     monkeypatch.setattr(sweeps, "ENOUGH", 1)
     with monkeypatch.context() as patch:
         patch.setattr(block, "forward", counted)
-        list(sweep(tiny_bos_model, tokens, patches, fast=True))
+        list(sweep(tiny_bos_model, tokens, patches))
     # the clean run, whose first block is entered once more for its input, and the rows of layer 0 through
     # layer 1, each from its position on
     assert run == 3 * LENGTH + sum(LENGTH - pos for pos in (0, 3, 4, LENGTH - 1))

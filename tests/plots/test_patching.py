@@ -61,7 +61,7 @@ def test_the_metric_itself_and_the_share_recovered():
 
 def test_what_was_restored_is_measured_from_the_corrupted_run():
     result = dataclasses.replace(
-        hand_made.patch_grid(), direction="denoising", corrupted=torch.tensor([3.0]), source="corrupted"
+        hand_made.patch_grid(), direction="denoising", corrupted=torch.tensor([3.0]), source="the clean run"
     )
     figure = plot_patch_grid(result)
     np.testing.assert_array_equal(figure.data[0].z, hand_made.PATCHED - 3)

@@ -38,6 +38,7 @@ def ablate_mlps_from_first_half(
     Source: the article "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
     Cost: as `patch_grid`.
     """
+    _check_length(seq_len)
     random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
     second = range(int(random.starts[0, 1]), random.tokens.shape[1])
     return patch_grid(
@@ -66,7 +67,7 @@ def ablate_heads(
     """Remove each attention head's output, at all positions, and measure the loss on the second copy.
 
     Args:
-        how: `zero`; `mean`, the head's mean over other random sequences, position by position; `resample`,
+        how: `zero`; `mean`, the head's mean over 32 other random sequences, position by position; `resample`,
             its output on another random sequence.
         seq_len: random tokens in one copy; the model reads BOS, the copy and the same again.
         batch: sequences.
@@ -83,6 +84,7 @@ def ablate_heads(
     """
     if how not in ("zero", "mean", "resample"):
         raise ValueError(f"how must be zero, mean or resample, but is {how!r}")
+    _check_length(seq_len)
     random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
     draw = partial(repeated_tokens, model, seq_len=seq_len, prepend_bos=prepend_bos)
     source: Source = "zero"
@@ -102,3 +104,10 @@ def ablate_heads(
         token_budget=token_budget,
         progress=progress,
     )
+
+
+def _check_length(seq_len: int) -> None:
+    if seq_len < 2:
+        raise ValueError(
+            f"seq_len must be at least 2, so that a token of the copy predicts another; it is {seq_len}"
+        )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 from mechlens.analyses.patching.judge import Judge, Metric, read_positions
 from mechlens.analyses.patching.sources import (
     ATTENTION,
+    Edges,
     Made,
     Mean,
     Resampled,
     Source,
     Values,
     check_source,
+    defined,
     named,
     other_tokens,
     seed_of,
@@ -56,7 +60,7 @@ class Asked:
     def of(
         cls,
         model: LensModel,
-        prompt: str | Int[Tensor, "*prompt pos"],
+        prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
         *,
         site: str,
         source: Source,
@@ -76,17 +80,27 @@ class Asked:
         tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
         check_tokens(model, tokens)
         n_pos = tokens.shape[1]
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"weight must be a finite number, but is {weight!r}")
         grid = Grid.of(model, site, layers, heads, positions, n_pos)
         read_at = read_positions(metric, read, n_pos)
-        check_source(model, source, site, tokens, direction)
+        check_source(model, source, site, tokens, direction, prepend_bos)
+        if site == "attn_scores" and weight != 1 and (source == "zero" or isinstance(source, Edges)):
+            raise ValueError(
+                f"an edge is knocked out by a score of minus infinity, which cannot be mixed in with weight "
+                f"{weight:g}: use site pattern"
+            )
+        grid = grid.within(defined(source, n_pos), given=not isinstance(positions, str))
         judge = Judge.of(model, metric, tokens, read_at, targets, against)
         if not reads_as_streamed(model, tokens[:1, :8]):
             raise ValueError(
                 "this model's logits are more than its last norm, W_U, b_U and a soft-cap: patched runs "
                 "would be judged by something else"
             )
-        other = other_tokens(model, source, tokens)
-        return cls(info, model, tokens, other, site, source, grid, weight, metric, read_at, judge, direction)
+        other = other_tokens(model, source, tokens, prepend_bos)
+        return cls(
+            info, model, tokens, other, site, source, grid, float(weight), metric, read_at, judge, direction
+        )
 
     def runs(self, index: int) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"]]:
         """Of a prompt: the run that is patched, and the one that values are taken from."""
@@ -103,7 +117,8 @@ class Asked:
             "model": self.info,
             "tokens": self.tokens,
             "site": self.site,
-            "source": named(self.source),
+            "source": "the clean run" if self.direction == "denoising" else named(self.source),
+            "given": self.given(),
             "weight": self.weight,
             "direction": self.direction,
             "axes": self.grid.axes,
@@ -115,35 +130,48 @@ class Asked:
                 if isinstance(self.metric, str)
                 else getattr(self.metric, "__name__", type(self.metric).__name__)
             ),
+            "about": self.judge.about(),
             "read": self.read,
             "strings": token_strings(self.model, self.tokens[0]),
             "seed": seed_of(self.source),
             "prepend_bos": bos is not None and bool((self.tokens[:, 0] == bos).all()),
         }
 
+    def given(self) -> dict[str, Tensor]:
+        """Every other token id that was given."""
+        source = self.source.of if isinstance(self.source, Made) else self.source
+        ids = {
+            "corrupted": self.other,
+            "reference": source.tokens.cpu().clone() if isinstance(source, (Mean, Resampled)) else None,
+            "targets": self.judge.targets,
+            "against": self.judge.against,
+        }
+        return {name: value for name, value in ids.items() if value is not None}
+
     def fingerprint(self) -> dict[str, Any]:
         """What a state must have been begun with, to be gone on with."""
-        known = {name: value for name, value in self.fields().items() if name not in ("strings", "model")}
-        known |= {
-            name: value if not isinstance(value, tuple) else list(value) for name, value in known.items()
+        known = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self.fields().items()
+            if name not in ("strings", "model", "given", "about")
         }
-        source = self.source.of if isinstance(self.source, Made) else self.source
-        reference = source.tokens if isinstance(source, (Mean, Resampled)) else self.other
         return known | {
             "model": dataclasses.asdict(self.info),
             "tokens": _hash(self.tokens),
-            "source's tokens": _hash(reference),
-            "targets": _hash(self.judge.targets),
-            "against": _hash(self.judge.against),
+            **{f"ids of {name}": _hash(value) for name, value in self.given().items()},
         }
 
 
-def _hash(ids: Tensor | None) -> str | None:
+def _hash(ids: Tensor) -> str:
     """Of shape and numbers; short, for it stands in messages."""
-    if ids is None:
-        return None
     whole = ids.cpu().long().contiguous()
     return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]
+
+
+def _each(what: str, given: Sequence[int] | str) -> Sequence[int] | None:
+    if isinstance(given, str) and given != "each":
+        raise ValueError(f"{what} must be 'each', numbers, or None for all together, but is {given!r}")
+    return None if isinstance(given, str) else given
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,7 +190,7 @@ class Grid:
         positions: Sequence[int] | str | None,
         n_pos: int,
     ) -> Grid:
-        if site not in SITES:
+        if not isinstance(site, str) or site not in SITES:
             raise ValueError(f"site must be one of {', '.join(SITES)}, but is {site!r}")
         if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
             raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
@@ -177,14 +205,26 @@ class Grid:
             raise ValueError(f"heads are for {', '.join(PER_HEAD)}, but site is {site!r}")
         n_heads = model.cfg.n_heads
         if site in _KEY_VALUE:
-            n_heads = getattr(model.cfg, "n_key_value_heads", None) or n_heads
+            apart = getattr(model.cfg, "ungroup_grouped_query_attention", False)
+            n_heads = (None if apart else getattr(model.cfg, "n_key_value_heads", None)) or n_heads
         return cls(
             chosen("layer", layers, model.cfg.n_layers),
-            None if heads is None else chosen("head", None if isinstance(heads, str) else heads, n_heads),
-            None
-            if positions is None
-            else chosen("position", None if isinstance(positions, str) else positions, n_pos),
+            None if heads is None else chosen("head", _each("heads", heads), n_heads),
+            None if positions is None else chosen("position", _each("positions", positions), n_pos),
         )
+
+    def within(self, positions: range, *, given: bool) -> Grid:
+        """Without the positions that have nothing to be patched with; they are refused where they were
+        `given`."""
+        if self.positions is None:
+            return self
+        some = tuple(at for at in self.positions if at in positions)
+        if (given and some != self.positions) or not some:
+            raise ValueError(
+                f"the source has something for positions {positions.start} to {positions.stop - 1} only, but "
+                f"asked for are {', '.join(map(str, self.positions))}"
+            )
+        return dataclasses.replace(self, positions=some)
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.patching.asked import Asked, Grid
-from mechlens.analyses.patching.judge import Metric, final_of
+from mechlens.analyses.patching.judge import Metric, Targets, final_of
 from mechlens.analyses.patching.sources import ATTENTION, Source, values_of
 from mechlens.models.gradients import gradients
 from mechlens.models.protocol import LensModel
@@ -19,7 +19,7 @@ from mechlens.results import AttributionPatchResult, PatchGridResult
 
 def attribution_patching(
     model: LensModel,
-    prompt: str | Int[Tensor, "*prompt pos"],
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
     *,
     site: str,
     source: Source,
@@ -29,8 +29,8 @@ def attribution_patching(
     weight: float = 1.0,
     metric: Metric = "loss",
     read: Sequence[int] | None = None,
-    targets: str | int | Int[Tensor, "*prompt pos"] | None = None,
-    against: str | int | Int[Tensor, "*prompt pos"] | None = None,
+    targets: Targets | None = None,
+    against: Targets | None = None,
     direction: str = "noising",
     prepend_bos: bool | None = None,
     exact: PatchGridResult | None = None,
@@ -149,10 +149,14 @@ def _check_exact(exact: PatchGridResult, asked: Asked) -> None:
     differ = [
         f"{name} {getattr(exact, name)!r}, not {value!r}"
         for name, value in ours.items()
-        if name not in ("tokens", "strings") and getattr(exact, name) != value
+        if name not in ("tokens", "strings", "given") and getattr(exact, name) != value
     ]
-    if not torch.equal(exact.tokens, asked.tokens):
-        differ.insert(0, "other tokens")
+    ids, own = ({"tokens": each["tokens"]} | each["given"] for each in (vars(exact), ours))
+    differ += [
+        f"other {name}"
+        for name in sorted({*ids, *own})
+        if name not in ids or name not in own or not torch.equal(ids[name], own[name])
+    ]
     if differ:
         raise ValueError(
             f"the exact grid was made with {', '.join(differ)}: give the result of patch_grid with the same "
@@ -166,11 +170,11 @@ def _correlation(
     estimate: Float[Tensor, "prompt *grid"],
     clean: Float[Tensor, " prompt"],
 ) -> float:
-    # what a result does not hold, such as targets, shows in the clean run's metric
+    # what a result does not hold, such as a function's code, may show in the clean run's metric
     if not torch.allclose(exact.clean, clean, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"the exact grid's clean run has {exact.metric} {exact.clean.tolist()}, but here it is "
-            f"{clean.tolist()}: give the result of patch_grid with the same targets"
+            f"{clean.tolist()}: give the result of patch_grid with the same metric"
         )
     pair = torch.stack([estimate.mean(0).flatten(), exact.effect.flatten()]).double()
     pair = pair[:, pair.isfinite().all(0)]

@@ -9,25 +9,25 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.judge import Metric
+from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import Made
-from mechlens.models.protocol import LensModel, describe
+from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.runs import watch, watch_from
-from mechlens.models.sweeps import SITES
+from mechlens.models.sweeps import SITES, start_sweeps
 from mechlens.prompts import chosen
 from mechlens.results import PatchGridResult
 
 
 def patch_blocks(
     model: LensModel,
-    prompt: str | Int[Tensor, "*prompt pos"],
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
     how: str | LensModel,
     *,
     layers: Sequence[int] | None = None,
     metric: Metric = "loss",
     read: Sequence[int] | None = None,
-    targets: str | int | Int[Tensor, "*prompt pos"] | None = None,
-    against: str | int | Int[Tensor, "*prompt pos"] | None = None,
+    targets: Targets | None = None,
+    against: Targets | None = None,
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
     progress: bool = False,
@@ -69,6 +69,12 @@ def patch_blocks(
         given: dict[int, Tensor] = {}
         watch(model, tokens, {begin.format(at): partial(given.__setitem__, at) for at in wanted})
         if how != "skip":
+            # the blocks are called alone, without what the model may give them beside the stream
+            alone = engine_of(other) != "HookedTransformer" or tokens.shape[1] < 2
+            if not alone and start_sweeps(other, tokens, "resid_post").clean is None:
+                raise ValueError(
+                    f"prompt {index} cannot be run from the middle of the model on: is it padded on the left?"
+                )
             for at in wanted:
                 end = SITES["resid_post"].format(at)
                 read_from = given[at].to(other.W_U)

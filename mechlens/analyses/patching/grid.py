@@ -14,21 +14,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.analyses.patching.asked import Asked
-from mechlens.analyses.patching.judge import Metric, final_of
-from mechlens.analyses.patching.sources import Made, Source, values_of
+from mechlens.analyses.patching.judge import Metric, Targets, final_of
+from mechlens.analyses.patching.sources import Made, Mean, Source, values_of
 from mechlens.models.protocol import LensModel
-from mechlens.models.sweeps import is_safe, sweep
+from mechlens.models.sweeps import start_sweeps, sweep
 from mechlens.results import PatchGridResult
 from mechlens.results.state import load_state, save_state, state_file
 
 SAVE_SECONDS = 30.0
 """Between two saves of the state."""
-_PLAIN = "every patch was a whole run: this model cannot be resumed in the middle of a prompt"
+_PLAIN = "patches were whole runs: this model cannot be resumed in the middle of such a prompt"
 
 
 def patch_grid(
     model: LensModel,
-    prompt: str | Int[Tensor, "*prompt pos"],
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
     *,
     site: str,
     source: Source,
@@ -38,8 +38,8 @@ def patch_grid(
     weight: float = 1.0,
     metric: Metric = "loss",
     read: Sequence[int] | None = None,
-    targets: str | int | Int[Tensor, "*prompt pos"] | None = None,
-    against: str | int | Int[Tensor, "*prompt pos"] | None = None,
+    targets: Targets | None = None,
+    against: Targets | None = None,
     direction: str = "noising",
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
@@ -49,25 +49,29 @@ def patch_grid(
     """Patch one activation at a time, in a run of its own each, and measure what becomes of the prediction.
 
     Args:
-        prompt: a text, or token ids, one sequence or several of one length.
+        prompt: text, or token ids, one sequence or several of one length. BOS is put before texts where the
+            tokenizer has one (see `text_tokens`); ids are taken as they are.
         site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or by head `q`, `k`, `v` (the
             key/value heads, where there are fewer), `z`, `pattern` or `attn_scores` (by position `dest`).
         source: what is put there: `"zero"` (for `attn_scores`: minus infinity, which knocks edges out),
             `Earlier(shift)`, `Corrupted(tokens)`, `Mean(tokens)`, `Resampled(tokens, seed)`,
             `NextEmbedding()` (residual streams only), `Edges([(dest, src)])` (`pattern` or `attn_scores`:
-            these edges alone are knocked out), or a function `(activation [pos, ...], layer) ->` the same
-            shape, of each prompt's own activation.
+            these edges alone are knocked out), or a function `(activation, layer) ->` the same shape,
+            of each prompt's own activation `[pos, ...]`; of scores and patterns `[dest, head, src]`. It is
+            called once for each prompt and layer.
         layers: None patches each layer.
         heads: `"each"` or some of them patches head by head; None patches all heads together.
-        positions: `"each"` or some of them patches position by position; None patches all together.
+        positions: `"each"` or some of them patches position by position; None patches all together. `"each"`
+            leaves out those where the source has nothing: the first `shift` of `Earlier`, the last of
+            `NextEmbedding`.
         weight: how much of the source is mixed in; 1 replaces.
         metric: `loss` (the next token's, nats), `log_prob` and `logit_diff` (of `targets`, less that of
             `against`), `kl`, KL(clean || patched) in nats, each a mean over `read`; or a function of logits
             `[read, d_vocab]` that gives one number.
-        read: the positions whose predictions count; None is all for `loss` and `kl` that have a next token,
-            and the last for the others.
-        targets: for `log_prob` and `logit_diff`: one token, or one for each position; None is the next token
-            for `log_prob`.
+        read: the positions whose predictions count, in increasing order; None is all for `loss` and `kl` that
+            have a next token, and the last for the others.
+        targets: for `log_prob` and `logit_diff`: one token (an id or a text), one for each prompt, or ids of
+            the prompts' shape; None is the next token for `log_prob`.
         against: for `logit_diff`.
         direction: `noising` patches the run on `prompt` with the source; `denoising` patches the `Corrupted`
             run with what the run on `prompt` has. The metric is about `prompt`'s tokens in both.
@@ -76,7 +80,8 @@ def patch_grid(
             halved when memory runs out.
         state: a `.safetensors` file to which finished cells are saved every half minute, when the sweep ends
             and when it is interrupted. If it is there, the sweep goes on where it stopped, with the same
-            values to rounding. It is kept when the sweep is done. Of functions it knows the name only.
+            values to rounding. It is kept when the sweep is done. Of functions it knows the name only, so
+            they must have one.
         progress: show a bar.
 
     Returns:
@@ -93,6 +98,11 @@ def patch_grid(
     behind it in positions, through all layers. Three runs for each prompt, and what the source needs.
     """
     file = state_file(state)
+    for what, function in (("source", source), ("metric", metric)):
+        if file is not None and getattr(function, "__name__", "") == "<lambda>":
+            raise ValueError(f"a state cannot tell one lambda from another: make the {what} by def")
+    if token_budget is not None and token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, but is {token_budget}")
     asked = Asked.of(
         model,
         prompt,
@@ -111,8 +121,12 @@ def patch_grid(
     )
     tokens, grid, judge = asked.tokens, asked.grid, asked.judge
     done = _Done.begin(asked) if file is None or not file.exists() else _Done.load(file, asked)
-    fast = is_safe(model, tokens[:1])
+    note = ""
     saved = time.monotonic()
+    # the same for every prompt
+    averages = (
+        values_of(model, source, site, tokens[:1], 0, grid.layers) if isinstance(source, Mean) else None
+    )
     bar = tqdm(
         total=done.values.numel(),
         initial=done.count,
@@ -125,20 +139,23 @@ def patch_grid(
             if bool(done.cells[index].all()):
                 continue
             base, given = asked.runs(index)
-            finals = final_of(model, tokens[index : index + 1])
+            begun = start_sweeps(model, base, site)
+            finals = begun.final if direction == "noising" else final_of(model, tokens[index : index + 1])
             judge.begin(index, finals)
-            done.clean[index] = judge.of_run(finals)
+            done.judged("clean", index, judge.of_run(finals), file)
             if asked.other is not None:
-                others = final_of(model, asked.other[index : index + 1])
-                done.corrupted[index] = judge.of_run(others)
+                others = begun.final if direction == "denoising" else final_of(model, given)
+                done.judged("corrupted", index, judge.of_run(others), file)
                 finals = finals if direction == "noising" else others
+            if begun.clean is None and base.shape[1] > 1:
+                note = _PLAIN
             # what another analysis makes is made for the run that is patched
             given = base if isinstance(source, Made) else given
-            replacement = values_of(model, source, site, given, index, grid.layers)
+            replacement = averages or values_of(model, source, site, given, index, grid.layers)
             left = (~done.cells[index].view(-1)).nonzero()[:, 0]
             patches = grid.patches(site, replacement, weight, left)
             for part in sweep(
-                model, base, patches, token_budget=token_budget, last_read=max(asked.read), fast=fast
+                model, base, patches, token_budget=token_budget, last_read=max(asked.read), begun=begun
             ):
                 done.note(index, left[part.which], judge.of_rows(part.final, part.start, finals).cpu())
                 bar.update(len(part.which))
@@ -154,7 +171,7 @@ def patch_grid(
         values=done.values,
         clean=done.clean,
         corrupted=done.corrupted,
-        note="" if fast else _PLAIN,
+        note=note,
     )
 
 
@@ -184,6 +201,17 @@ class _Done:
     def save(self, file: Path, asked: Asked) -> None:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         save_state(file, "sweep", tensors, asked.fingerprint(), step=self.count)
+
+    def judged(self, run: str, index: int, value: float, file: Path | None) -> None:
+        """Note what a run without a patch has; a state of other weights shows here."""
+        known = float(getattr(self, run)[index])
+        # float32, on another machine perhaps
+        if known == known and abs(known - value) > 1e-3 * max(1.0, abs(known)):
+            raise ValueError(
+                f"the sweep in {file} was begun with a model whose {run} run has {known:.6g}, but here it "
+                f"has {value:.6g}: these are other weights; delete the file to begin anew"
+            )
+        getattr(self, run)[index] = value
 
     @property
     def count(self) -> int:

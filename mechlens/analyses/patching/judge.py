@@ -14,11 +14,12 @@ from mechlens.measures.metrics import Unembedding
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import final_norm, soft_cap, watch
 from mechlens.models.sweeps import SITES
-from mechlens.prompts import chosen, target_id
+from mechlens.prompts import chosen, target_id, token_strings
 
 METRICS = ("loss", "log_prob", "logit_diff", "kl")
 
 Metric = str | Callable[[Float[Tensor, "read d_vocab"]], Tensor]
+Targets = str | int | Sequence[str | int] | Int[Tensor, "..."]
 
 
 def read_positions(metric: Metric, read: Sequence[int] | None, n_pos: int) -> tuple[int, ...]:
@@ -62,9 +63,13 @@ class Judge:
         if targets is not None and metric not in ("log_prob", "logit_diff"):
             raise ValueError(f"targets are for log_prob and logit_diff, but metric is {metric!r}")
         if (against is not None) != (metric == "logit_diff"):
-            raise ValueError("logit_diff needs targets and against; no other metric has an against")
+            raise ValueError(
+                "logit_diff is the logit of targets less that of against: it needs both"
+                if metric == "logit_diff"
+                else f"against is for logit_diff, but metric is {metric!r}"
+            )
         if metric == "logit_diff" and targets is None:
-            raise ValueError("logit_diff needs targets and against")
+            raise ValueError("logit_diff is the logit of targets less that of against: it needs both")
         ids = _ids(model, targets, tokens, "targets")
         if ids is None and metric in ("loss", "log_prob"):
             if int(at.max()) == tokens.shape[1] - 1:
@@ -92,6 +97,15 @@ class Judge:
             None if ids is None else ids[:, at],
             None if other is None else other[:, at],
         )
+
+    def about(self) -> str:
+        """The tokens that the metric is of, where they are the same everywhere."""
+        said = []
+        for ids in (self.targets, self.against):
+            if self.metric == "loss" or ids is None or len(ids.unique()) != 1:
+                continue
+            said.append(repr(token_strings(self.model, ids.flatten()[:1])[0]))
+        return " less ".join(said) if len(said) == 1 + (self.against is not None) else ""
 
     def begin(self, prompt: int, final: Float[Tensor, "1 pos d_model"]) -> None:
         """Judge runs on this prompt from now on, against its clean run."""
@@ -168,13 +182,26 @@ def _ids(
     """A target as one id per position."""
     if target is None:
         return None
+    if isinstance(target, (list, tuple)):
+        target = torch.tensor([target_id(model, each) for each in target])
     if not isinstance(target, Tensor):
         return torch.full_like(tokens, target_id(model, target))
-    ids = (target[None] if target.ndim == 1 else target).cpu().long()
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"{name} are token ids, which are integers, but these are {target.dtype}")
+    ids = target.cpu().long()
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
+        raise ValueError(
+            f"{name} must be in the vocabulary of {model.cfg.d_vocab}, but lie between {int(ids.min())} and "
+            f"{int(ids.max())}"
+        )
+    if ids.shape in ((len(tokens),), (len(tokens), 1)):
+        ids = ids.reshape(-1, 1).expand_as(tokens)
+    elif ids.ndim == 1:
+        ids = ids[None]
     if ids.shape != tokens.shape:
         raise ValueError(
-            f"{name} must be one id for every position of the prompt, {tuple(tokens.shape)}, but are "
-            f"{tuple(target.shape)}"
+            f"{name} must be one token, one for each of {len(tokens)} prompts, or ids of the prompts' shape "
+            f"{tuple(tokens.shape)}, but are {tuple(target.shape)}"
         )
     return ids
 

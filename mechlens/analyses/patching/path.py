@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.judge import Metric
+from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import Made, Source, check_source, named, other_tokens, values_of
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import Enough, check_tokens, run, running, watch
 from mechlens.models.sweeps import SITES
 from mechlens.prompts import chosen, prompt_tokens
-from mechlens.results import PatchGridResult, head_label
+from mechlens.results import PatchGridResult, head_label, parse_head
 
 
 def patch_path(
     model: LensModel,
-    prompt: str | Int[Tensor, "*prompt pos"],
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
     *,
-    sender: tuple[int, int],
-    receiver: tuple[int, int] | int,
+    sender: str | tuple[int, int],
+    receiver: str | tuple[int, int] | int,
     input: str,
     source: Source,
     positions: Sequence[int] | None = None,
     metric: Metric = "loss",
     read: Sequence[int] | None = None,
-    targets: str | int | Int[Tensor, "*prompt pos"] | None = None,
-    against: str | int | Int[Tensor, "*prompt pos"] | None = None,
+    targets: Targets | None = None,
+    against: Targets | None = None,
     direction: str = "noising",
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
@@ -41,8 +42,8 @@ def patch_path(
     inputs, read the clean run. What the receiver then does passes on to all that follows.
 
     Args:
-        sender: (layer, head) whose `z` is patched.
-        receiver: (layer, head), or for an MLP its layer.
+        sender: (layer, head) or `L5H5`, whose `z` is patched.
+        receiver: a head, or for an MLP its layer.
         input: `q`, `k`, `v`, or `mlp`. Where several query heads share a key/value head, `k` and `v`
             patch that of all of them, and the receiver is the key/value head's number.
         source: what `z` becomes; see `patch_grid`.
@@ -68,22 +69,30 @@ def patch_path(
             f"the input mlp has a layer for its receiver, and q, k and v a (layer, head), but receiver is "
             f"{receiver!r} and input {input!r}"
         )
-    from_layer, from_head = sender
-    layer, heads = (receiver, None) if isinstance(receiver, int) else (receiver[0], [receiver[1]])
-    chosen("layer", [from_layer], model.cfg.n_layers)
-    chosen("layer", [layer], model.cfg.n_layers)
-    chosen("head", [from_head], model.cfg.n_heads)
+    sender = parse_head(sender)
+    if not isinstance(receiver, int):
+        receiver = int(receiver) if isinstance(receiver, Integral) else parse_head(receiver)
+    (from_layer,) = chosen("layer", [sender[0]], model.cfg.n_layers)
+    (from_head,) = chosen("head", [sender[1]], model.cfg.n_heads)
+    sender = from_layer, from_head
+    (layer,) = chosen("layer", [receiver if isinstance(receiver, int) else receiver[0]], model.cfg.n_layers)
+    heads = None if isinstance(receiver, int) else [receiver[1]]
     # blocks that are not parallel have their MLP read what their own heads wrote
     within = input == "mlp" and SITES["resid_mid"].format(0) in model.hook_dict
     if layer < from_layer + (not within):
         raise ValueError(
             f"the {input} of layer {layer} does not read what {head_label(*sender)} writes: the receiver "
             "must come behind the sender"
+            + (
+                ", and this model's attention and MLP read the same stream"
+                if input == "mlp" and layer == from_layer and not within
+                else ""
+            )
         )
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     check_tokens(model, tokens)
-    check_source(model, source, "z", tokens, direction)
-    other = other_tokens(model, source, tokens)
+    check_source(model, source, "z", tokens, direction, prepend_bos)
+    other = other_tokens(model, source, tokens, prepend_bos)
     at = slice(None) if positions is None else list(chosen("position", positions, tokens.shape[1]))
     site = "mlp_out" if input == "mlp" else input
     enter = SITES["resid_mid" if within else "resid_pre"].format(layer)
@@ -113,6 +122,7 @@ def patch_path(
         targets=targets,
         against=against,
         direction=direction,
+        prepend_bos=prepend_bos,
         token_budget=token_budget,
     )
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens, watch
-from mechlens.models.sweeps import SITES
+from mechlens.models.sweeps import SITES, TOKEN_BUDGET
 from mechlens.prompts import prompt_tokens
 
 ATTENTION = ("pattern", "attn_scores")
@@ -29,19 +31,22 @@ class Earlier:
 class Corrupted:
     """Patch with a run on other tokens."""
 
-    tokens: Int[Tensor, "*prompt pos"] | str
+    tokens: Int[Tensor, "*prompt pos"] | str | Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean:
-    """Patch with the mean over a reference set of sequences, position by position."""
+    """Patch with the mean over a reference set of sequences, as long as the prompt, position by position."""
 
     tokens: Int[Tensor, "reference pos"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resampled:
-    """Patch each prompt with a sequence drawn from a reference set."""
+    """Patch each prompt with one sequence of a reference set, as long as the prompt.
+
+    The set is shuffled by `seed`, and each prompt takes the next of it; after the last comes the first again.
+    """
 
     tokens: Int[Tensor, "reference pos"]
     seed: int = 0
@@ -90,18 +95,26 @@ Values = Callable[[int], Tensor]
 
 
 def check_source(
-    model: LensModel, source: Source, site: str, tokens: Int[Tensor, "prompt pos"], direction: str
+    model: LensModel,
+    source: Source,
+    site: str,
+    tokens: Int[Tensor, "prompt pos"],
+    direction: str,
+    prepend_bos: bool | None = None,
 ) -> None:
     if direction not in ("noising", "denoising"):
         raise ValueError(f"direction must be noising or denoising, but is {direction!r}")
     made_of = source.of if isinstance(source, Made) else source
     if direction == "denoising" and not isinstance(made_of, Corrupted):
         raise ValueError("denoising restores a corrupted run: give source=Corrupted(tokens)")
-    if isinstance(source, str) and source != "zero":
+    known = (Earlier, Corrupted, Mean, Resampled, NextEmbedding, Edges, Made)
+    if source != "zero" and not isinstance(source, known) and (not callable(source) or source in known):
         raise ValueError(
-            "source must be 'zero', Earlier, Corrupted, Mean, Resampled, NextEmbedding, Edges or a function, but is "
-            f"{source!r}"
+            "source must be 'zero', Earlier, Corrupted, Mean, Resampled, NextEmbedding, Edges or a function, "
+            f"but is {_shown(source)}"
         )
+    if isinstance(source, Earlier) and not isinstance(source.shift, Integral):
+        raise TypeError(f"Earlier(shift) is a number of positions, but is {source.shift!r}")
     if isinstance(source, Earlier) and not 0 < source.shift < tokens.shape[1]:
         raise ValueError(
             f"Earlier(shift) must lie between 1 and {tokens.shape[1] - 1} for {tokens.shape[1]} tokens, but "
@@ -112,6 +125,11 @@ def check_source(
     if isinstance(source, NextEmbedding) and not site.startswith("resid"):
         raise ValueError(f"an embedding belongs into the residual stream, but site is {site!r}")
     if isinstance(source, (Mean, Resampled)):
+        if not isinstance(source.tokens, Tensor) or source.tokens.ndim != 2:
+            raise TypeError(
+                f"{type(source).__name__} takes token ids [reference, pos] of sequences as long as the "
+                f"prompt, but has {_shown(source.tokens)}: text_tokens makes ids of a text"
+            )
         check_tokens(model, source.tokens)
         if source.tokens.shape[1] != tokens.shape[1]:
             raise ValueError(
@@ -119,7 +137,14 @@ def check_source(
                 f"{tokens.shape[1]}: they must be equally long"
             )
     if isinstance(source, Corrupted):
-        other_tokens(model, source, tokens)
+        other_tokens(model, source, tokens, prepend_bos)
+
+
+def defined(source: Source, n_pos: int) -> range:
+    """The positions for which a source has something."""
+    if isinstance(source, Earlier):
+        return range(int(source.shift), n_pos)
+    return range(n_pos - 1) if isinstance(source, NextEmbedding) else range(n_pos)
 
 
 def _check_edges(source: Edges, site: str, n_pos: int) -> None:
@@ -141,19 +166,20 @@ def _check_edges(source: Edges, site: str, n_pos: int) -> None:
 
 
 def other_tokens(
-    model: LensModel, source: Source, tokens: Int[Tensor, "prompt pos"]
+    model: LensModel, source: Source, tokens: Int[Tensor, "prompt pos"], prepend_bos: bool | None = None
 ) -> Int[Tensor, "prompt pos"] | None:
     """The corrupted prompts, one for each prompt."""
     if isinstance(source, Made):
         source = source.of
     if not isinstance(source, Corrupted):
         return None
-    other = prompt_tokens(model, source.tokens)
+    other = prompt_tokens(model, source.tokens, prepend_bos=prepend_bos)
     check_tokens(model, other)
     if other.shape[1] != tokens.shape[1] or len(other) not in (1, len(tokens)):
         raise ValueError(
             f"the corrupted tokens are {tuple(other.shape)}, but the prompt's are {tuple(tokens.shape)}: "
-            "give one sequence of the same length, or one for each prompt"
+            "give one sequence of the same length, or one for each prompt (BOS is put before texts, not "
+            "before ids)"
         )
     return other.expand(len(tokens), -1)
 
@@ -177,7 +203,7 @@ def seed_of(source: Source) -> int | None:
     """Of what is drawn to patch with; None where nothing is."""
     if isinstance(source, Made):
         source = source.of
-    return source.seed if isinstance(source, Resampled) else None
+    return int(source.seed) if isinstance(source, Resampled) else None
 
 
 def values_of(
@@ -201,15 +227,19 @@ def values_of(
         return lambda layer: made[layer]
     at = by_layer(model, site, layers)
     if isinstance(source, Mean):
-        means = {layer: activation.mean(0) for layer, activation in at(source.tokens).items()}
+        means = _means(at, source.tokens)
         return lambda layer: means[layer]
     if isinstance(source, Resampled):
-        order = torch.randperm(len(source.tokens), generator=torch.Generator().manual_seed(source.seed))
+        order = torch.randperm(len(source.tokens), generator=torch.Generator().manual_seed(int(source.seed)))
         drawn = int(order[index % len(order)])
         given, kept = source.tokens[drawn : drawn + 1], None
     if isinstance(source, NextEmbedding):
-        following = model.W_E[given[0].roll(-1).to(model.W_E.device)].detach()
-        return lambda layer: following
+        # as it enters the stream: some models scale it first
+        embedded: list[Tensor] = []
+        watch(model, given, {"hook_embed": embedded.append})
+        following = embedded.pop()[0]
+        # the last position has no next token, and keeps what it has
+        return lambda layer: torch.cat([following[1:], at(given)[layer][0, -1:].to(following)])
     run = at(given) if kept is None else kept
     if isinstance(source, (Corrupted, Resampled)):
         return lambda layer: run[layer][0]
@@ -226,11 +256,40 @@ def values_of(
     if source == "zero":
         return lambda layer: torch.full_like(run[layer][0], void)
     if isinstance(source, Earlier):
-        shift = source.shift
+        shift = int(source.shift)
         # the first positions have nothing so far before them: they stay as they are
         return lambda layer: torch.cat([run[layer][0, :shift], run[layer][0, :-shift]])
     assert callable(source)
-    return lambda layer: source(run[layer][0].clone(), layer)
+
+    # once for each layer, so that what a function draws does not depend on which patches run together
+    @functools.cache
+    def made_by(layer: int) -> Tensor:
+        own = run[layer][0].clone()
+        shape, value = own.shape, source(own, layer)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise ValueError(
+                f"a source function gives what it is given, {tuple(shape)} at {site}, but this gives "
+                f"{_shown(value)}"
+            )
+        return value
+
+    return made_by
+
+
+def _shown(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _means(
+    at: Callable[[Tensor], dict[int, Tensor]], tokens: Int[Tensor, "reference pos"]
+) -> dict[int, Float[Tensor, "pos *rest"]]:
+    """Some sequences at a time."""
+    sums: dict[int, Tensor] = {}
+    for some in tokens.split(max(1, TOKEN_BUDGET // tokens.shape[1])):
+        for layer, activation in at(some).items():
+            total = activation.float().sum(0)
+            sums[layer] = sums[layer] + total if layer in sums else total
+    return {layer: total / len(tokens) for layer, total in sums.items()}
 
 
 def by_layer(
