@@ -167,7 +167,7 @@ def largest_entries(circuit: Factored, n: int) -> Entries:
     Raises:
         ValueError: n that the circuit does not have, or a circuit that is not finite.
 
-    Cost: the whole product and one pass over each tile of it, and a few over the rows where one of the n may be.
+    Cost: the whole product and one pass over each tile of it; a few more over rows that may hold one of the n.
     """
     A, B = _factors(circuit)
     n_columns = B.shape[1]
