@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mechlens.analyses.patching import Corrupted, Mean, grid, patch_grid
+from mechlens.models.load import load_model
 
 LENGTH = 6
 

@@ -15,7 +15,7 @@ LENGTH = 11
 
 
 def is_safe(model, tokens):
-    return start_sweeps(model, tokens, "mlp_out").clean is not None
+    return start_sweeps(model, tokens, "resid_pre").clean is not None
 
 
 def tokens_for(seed=0, length=LENGTH):
@@ -167,12 +167,12 @@ def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
         return forward(self, resid_pre, *args, **options)
 
     monkeypatch.setattr(sweeps, "ENOUGH", 1)
+    begun = start_sweeps(tiny_bos_model, tokens, "mlp_out")
     with monkeypatch.context() as patch:
         patch.setattr(block, "forward", counted)
-        list(sweep(tiny_bos_model, tokens, patches))
-    # the clean run, whose first block is entered once more for its input, and the rows of layer 0 through
-    # layer 1, each from its position on
-    assert run == 3 * LENGTH + sum(LENGTH - pos for pos in (0, 3, 4, LENGTH - 1))
+        list(sweep(tiny_bos_model, tokens, patches, begun=begun))
+    # the rows of layer 0 through layer 1, each from its position on
+    assert run == sum(LENGTH - pos for pos in (0, 3, 4, LENGTH - 1))
 
 
 def test_what_lies_behind_the_last_reader_is_not_run(sweep_model):

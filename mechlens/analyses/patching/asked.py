@@ -143,7 +143,8 @@ class Asked:
         ids = {
             "corrupted": self.other,
             "reference": source.tokens.cpu().clone() if isinstance(source, (Mean, Resampled)) else None,
-            "targets": self.judge.targets,
+            # those of the loss are the prompts' own
+            "targets": None if self.metric == "loss" else self.judge.targets,
             "against": self.judge.against,
         }
         return {name: value for name, value in ids.items() if value is not None}
