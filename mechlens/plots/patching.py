@@ -313,9 +313,9 @@ def _axis_title(result: Patches, value: str) -> str:
 
 def _title(result: Patches, value: str, head: int | None, position: int | None, more: str = "") -> str:
     what = {
-        "effect": f"Change of {metric_words(result)}",
-        "mean": metric_words(result)[:1].upper() + metric_words(result)[1:],
-        "recovered": f"{metric_words(result)}: {_share(result)}",
+        "effect": f"Change of {result.metric}",
+        "mean": result.metric.capitalize() if result.metric == "loss" else result.metric,
+        "recovered": _share(result).capitalize(),
     }[value]
     unit = "" if value == "recovered" else metric_unit(result.metric)
     site = result.site if head is None else f"{result.site} of head {head}"
@@ -326,6 +326,7 @@ def _title(result: Patches, value: str, head: int | None, position: int | None, 
         f"{what}{f' ({unit})' if unit else ''}, {site} patched",
         result.model.name,
         f"with: {put_there(result)}; into {patched}; {n_prompts} prompt{'s' if n_prompts != 1 else ''}",
+        *([metric_words(result)] if result.about or value == "recovered" else []),
         *([more] if more else []),
         *(["an estimate to first order"] if isinstance(result, AttributionPatchResult) else []),
     )
