@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         patch_blocks,
         patch_grid,
         patch_path,
+        path_attention,
     )
     from mechlens.analyses.tuned_lens import train_tuned_lens
     from mechlens.corpus import read_texts, token_windows
@@ -109,6 +110,7 @@ _HOMES = {
         "patch_blocks",
         "patch_grid",
         "patch_path",
+        "path_attention",
     ),
     "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
     "mechlens.corpus": ("read_texts", "token_windows"),

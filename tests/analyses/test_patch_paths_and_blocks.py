@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechlens.analyses.patching import Corrupted, patch_blocks, patch_path
+from mechlens.analyses.patching import Corrupted, patch_blocks, patch_path, path_attention
 from mechlens.models.load import load_model
 from mechlens.models.sweeps import SITES
 from tests.reference import patching as reference
@@ -122,6 +122,57 @@ def test_a_path_is_restored_in_the_corrupted_run(path_model):
     assert torch.allclose(found.values, exchanged.values, atol=1e-6)
     assert torch.allclose(found.corrupted, exchanged.clean, atol=1e-6)
     assert torch.allclose(found.effect, exchanged.effect, atol=1e-6)
+
+
+@pytest.mark.parametrize("input", ["q", "k", None])
+def test_what_a_head_attends_to_when_it_sees_another_patched(path_model, input):
+    """Against a run in which the stream that makes q or k, or the sender, is changed by hand."""
+    tokens, other = tokens_for(), tokens_for(1)
+    found = path_attention(
+        path_model, tokens, sender="L0H2", receiver="L1H1", input=input, source=Corrupted(other)
+    )
+    _, cache = reference.cache_of(path_model, tokens)
+    _, there = reference.cache_of(path_model, other)
+    sender = "blocks.0.attn.hook_z"
+
+    def change(z, hook):
+        z = z.clone()
+        z[:, :, 2] = there[sender][:, :, 2]
+        return z
+
+    seen = {}
+    with torch.no_grad():
+        if input is None:
+            hooks = [(sender, change)]
+        else:
+            path_model.run_with_hooks(
+                tokens,
+                fwd_hooks=[
+                    (sender, change),
+                    ("blocks.0.hook_attn_out", lambda a, hook: seen.__setitem__("out", a.clone())),
+                ],
+            )
+            added = seen["out"] - cache["blocks.0.hook_attn_out"]
+            name = f"blocks.1.attn.hook_{input}"
+            path_model.run_with_hooks(
+                tokens,
+                fwd_hooks=[
+                    ("blocks.1.hook_resid_pre", lambda a, hook: a + added),
+                    (name, lambda a, hook: seen.__setitem__("input", a.clone())),
+                ],
+            )
+            hooks = [(name, lambda a, hook: seen["input"])]
+        path_model.run_with_hooks(
+            tokens,
+            fwd_hooks=[
+                *hooks,
+                ("blocks.1.attn.hook_pattern", lambda a, hook: seen.__setitem__("p", a.clone())),
+            ],
+        )
+    # float32 through two layers
+    assert torch.allclose(found[0], seen["p"][0, 1].float(), atol=1e-5)
+    clean = cache["blocks.1.attn.hook_pattern"][0, 1]
+    assert (found[0] - clean).abs().max() > 1e-3, "something is measured"
 
 
 def test_the_mlp_of_the_senders_own_layer_reads_it_unless_they_are_parallel(patch_model):

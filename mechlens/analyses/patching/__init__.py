@@ -6,7 +6,7 @@ from mechlens.analyses.patching.ablations import ablate_heads, ablate_mlps_from_
 from mechlens.analyses.patching.attribution import attribution_patching
 from mechlens.analyses.patching.blocks import patch_blocks
 from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.path import patch_path
+from mechlens.analyses.patching.path import patch_path, path_attention
 from mechlens.analyses.patching.sources import Corrupted, Earlier, Edges, Mean, NextEmbedding, Resampled
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "patch_blocks",
     "patch_grid",
     "patch_path",
+    "path_attention",
 ]

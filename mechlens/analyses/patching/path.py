@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from functools import partial
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.judge import Metric, Targets
-from mechlens.analyses.patching.sources import Made, Source, check_source, named, other_tokens, values_of
+from mechlens.analyses.patching.sources import (
+    Made,
+    Mean,
+    Source,
+    check_source,
+    named,
+    other_tokens,
+    values_of,
+)
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import Enough, check_tokens, run, running, watch
 from mechlens.models.sweeps import SITES
@@ -62,60 +72,22 @@ def patch_path(
     "Localizing Model Behavior with Path Patching", arXiv:2304.05969.
     Cost: as one cell of `patch_grid`, and up to four runs more for each prompt.
     """
-    if input not in ("q", "k", "v", "mlp"):
-        raise ValueError(f"input must be q, k, v or mlp, but is {input!r}")
-    if isinstance(receiver, int) != (input == "mlp"):
-        raise ValueError(
-            f"the input mlp has a layer for its receiver, and q, k and v a (layer, head), but receiver is "
-            f"{receiver!r} and input {input!r}"
-        )
-    sender = parse_head(sender)
-    if not isinstance(receiver, int):
-        receiver = int(receiver) if isinstance(receiver, Integral) else parse_head(receiver)
-    (from_layer,) = chosen("layer", [sender[0]], model.cfg.n_layers)
-    (from_head,) = chosen("head", [sender[1]], model.cfg.n_heads)
-    sender = from_layer, from_head
-    (layer,) = chosen("layer", [receiver if isinstance(receiver, int) else receiver[0]], model.cfg.n_layers)
-    heads = None if isinstance(receiver, int) else [receiver[1]]
-    # blocks that are not parallel have their MLP read what their own heads wrote
-    within = input == "mlp" and SITES["resid_mid"].format(0) in model.hook_dict
-    if layer < from_layer + (not within):
-        raise ValueError(
-            f"the {input} of layer {layer} does not read what {head_label(*sender)} writes: the receiver "
-            "must come behind the sender"
-            + (
-                ", and this model's attention and MLP read the same stream"
-                if input == "mlp" and layer == from_layer and not within
-                else ""
-            )
-        )
-    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
-    check_tokens(model, tokens)
-    check_source(model, source, "z", tokens, direction, prepend_bos)
-    other = other_tokens(model, source, tokens, prepend_bos)
-    at = slice(None) if positions is None else list(chosen("position", positions, tokens.shape[1]))
-    site = "mlp_out" if input == "mlp" else input
-    enter = SITES["resid_mid" if within else "resid_pre"].format(layer)
+    path = _Path.of(model, sender, receiver, input)
+    tokens, other = _prompts(model, prompt, source, direction, prepend_bos)
+    at, there_of = _at(positions, tokens), _senders(model, source, path.sender[0])
 
     def make(own: Int[Tensor, "1 pos"], index: int) -> dict[int, Tensor]:
         from_tokens = other if direction == "noising" else tokens
         given = own if from_tokens is None else from_tokens[index : index + 1]
-        there = values_of(model, source, "z", given, index, [from_layer])(from_layer)
-        change = _change(model, own, sender, there, at)
-        kept: list[Tensor] = []
-        hooks = [(enter, lambda a, hook: a + change), (SITES[site].format(layer), _keeper(kept))]
-        with running(model, hooks):
-            run(model, own)
-        return {layer: kept.pop()[0]}
+        return {path.layer: path.seen(own, there_of(given, index), at)}
 
-    seen = f"layer {layer}'s MLP" if heads is None else f"the {input} of {head_label(layer, heads[0])}"
     return patch_grid(
         model,
         tokens,
-        site=site,
-        source=Made(f"{named(source)} {head_label(*sender)} as {seen} sees it", make, of=source),
-        layers=[layer],
-        heads=heads,
+        site=path.site,
+        source=Made(f"{named(source)} {head_label(*path.sender)} as {path.name} sees it", make, of=source),
+        layers=[path.layer],
+        heads=None if path.head is None else [path.head],
         positions=None,
         metric=metric,
         read=read,
@@ -125,6 +97,166 @@ def patch_path(
         prepend_bos=prepend_bos,
         token_budget=token_budget,
     )
+
+
+def path_attention(
+    model: LensModel,
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    *,
+    sender: str | tuple[int, int],
+    receiver: str | tuple[int, int],
+    input: str | None,
+    source: Source,
+    positions: Sequence[int] | None = None,
+    prepend_bos: bool | None = None,
+) -> Float[Tensor, "prompt dest src"]:
+    """The attention of one head when another one's output is patched: only as it sees it, or altogether.
+
+    Args:
+        receiver: the head whose attention is wanted; its own number also where several share a key.
+        input: `q` or `k`, through which alone it sees the patch; None patches the sender for all that follows.
+
+    The other arguments are those of `patch_path`.
+
+    Returns:
+        Attention after softmax, in float32 on the CPU.
+
+    Raises:
+        ValueError: as `patch_path`.
+
+    Cost: up to five runs for each prompt.
+    """
+    if input not in ("q", "k", None):
+        raise ValueError(f"attention is made from q and k, so input must be one of them, but is {input!r}")
+    layer, head = parse_head(receiver)
+    n_heads = model.cfg.n_heads
+    chosen("head", [head], n_heads)
+    shared = n_heads // (getattr(model.cfg, "n_key_value_heads", None) or n_heads) if input == "k" else 1
+    path = _Path.of(model, sender, (layer, head % n_heads // shared), input or "q")
+    tokens, other = _prompts(model, prompt, source, "noising", prepend_bos)
+    at, there_of = _at(positions, tokens), _senders(model, source, path.sender[0])
+    found = []
+    for index in range(len(tokens)):
+        own = tokens[index : index + 1]
+        given = own if other is None else other[index : index + 1]
+        there = there_of(given, index)
+        if input is None:
+            hook = (SITES["z"].format(path.sender[0]), partial(_put, at=at, head=path.sender[1], there=there))
+        else:
+            seen = path.seen(own, there, at)
+            hook = (SITES[path.site].format(path.layer), partial(_put, at=at, head=path.head, there=seen))
+        kept: list[Tensor] = []
+        with running(model, [hook, (SITES["pattern"].format(path.layer), _keeper(kept))]):
+            run(model, own)
+        found.append(kept.pop()[0, head].float().cpu())
+    return torch.stack(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """From one head to what another component reads."""
+
+    model: LensModel
+    sender: tuple[int, int]
+    layer: int
+    head: int | None
+    """Of the receiver; None for an MLP."""
+    site: str
+    enter: str
+    """Where what the sender writes comes in."""
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        sender: str | tuple[int, int],
+        receiver: str | tuple[int, int] | int,
+        input: str,
+    ) -> _Path:
+        if input not in ("q", "k", "v", "mlp"):
+            raise ValueError(f"input must be q, k, v or mlp, but is {input!r}")
+        if isinstance(receiver, int) != (input == "mlp"):
+            raise ValueError(
+                f"the input mlp has a layer for its receiver, and q, k and v a (layer, head), but receiver is "
+                f"{receiver!r} and input {input!r}"
+            )
+        sender = parse_head(sender)
+        (from_layer,) = chosen("layer", [sender[0]], model.cfg.n_layers)
+        (from_head,) = chosen("head", [sender[1]], model.cfg.n_heads)
+        to, head = (receiver, None) if isinstance(receiver, int) else parse_head(receiver)
+        (layer,) = chosen("layer", [to], model.cfg.n_layers)
+        # blocks that are not parallel have their MLP read what their own heads wrote
+        within = input == "mlp" and SITES["resid_mid"].format(0) in model.hook_dict
+        if layer < from_layer + (not within):
+            raise ValueError(
+                f"the {input} of layer {layer} does not read what {head_label(from_layer, from_head)} writes: "
+                "the receiver must come behind the sender"
+                + (
+                    ", and this model's attention and MLP read the same stream"
+                    if input == "mlp" and layer == from_layer
+                    else ""
+                )
+            )
+        return cls(
+            model,
+            (from_layer, from_head),
+            layer,
+            head,
+            "mlp_out" if input == "mlp" else input,
+            SITES["resid_mid" if within else "resid_pre"].format(layer),
+        )
+
+    @property
+    def name(self) -> str:
+        if self.head is None:
+            return f"layer {self.layer}'s MLP"
+        return f"the {self.site} of {head_label(self.layer, self.head)}"
+
+    def seen(
+        self, own: Int[Tensor, "1 pos"], there: Tensor, at: slice | list[int]
+    ) -> Float[Tensor, "pos *rest"]:
+        """The receiver's layer at `site` when it reads the sender's `z` from there."""
+        change = _change(self.model, own, self.sender, there, at)
+        kept: list[Tensor] = []
+        hooks = [
+            (self.enter, lambda a, hook: a + change),
+            (SITES[self.site].format(self.layer), _keeper(kept)),
+        ]
+        with running(self.model, hooks):
+            run(self.model, own)
+        return kept.pop()[0]
+
+
+def _prompts(
+    model: LensModel,
+    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    source: Source,
+    direction: str,
+    prepend_bos: bool | None,
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"] | None]:
+    """The prompts and, where there are any, the corrupted ones."""
+    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
+    check_tokens(model, tokens)
+    check_source(model, source, "z", tokens, direction, prepend_bos)
+    return tokens, other_tokens(model, source, tokens, prepend_bos)
+
+
+def _senders(
+    model: LensModel, source: Source, layer: int
+) -> Callable[[Int[Tensor, "1 pos"], int], Float[Tensor, "pos head d_head"]]:
+    """What `z` becomes, by the run that it is taken from and its number; a mean is taken once."""
+    last: list[Tensor] = []
+
+    def there(given: Int[Tensor, "1 pos"], index: int) -> Tensor:
+        if not last or not isinstance(source, Mean):
+            last[:] = [values_of(model, source, "z", given, index, [layer])(layer)]
+        return last[0]
+
+    return there
+
+
+def _at(positions: Sequence[int] | None, tokens: Int[Tensor, "prompt pos"]) -> slice | list[int]:
+    return slice(None) if positions is None else list(chosen("position", positions, tokens.shape[1]))
 
 
 def _change(
@@ -144,14 +276,22 @@ def _change(
     watch(model, tokens, {out: clean.append})
     patched: list[Tensor] = []
 
-    def patch(z: Tensor, hook: object) -> Tensor:
-        z = z.clone()
-        z[0, at, head] = there[at, head].to(z)
-        return z
-
+    patch = partial(_put, at=at, head=head, there=there)
     with running(model, [(SITES["z"].format(layer), patch), (out, _keeper(patched))]):
         run(model, tokens)
         return patched.pop() - clean.pop()
+
+
+def _put(
+    activation: Float[Tensor, "1 pos head d_head"],
+    hook: object,
+    at: slice | list[int],
+    head: int,
+    there: Float[Tensor, "pos head d_head"],
+) -> Float[Tensor, "1 pos head d_head"]:
+    changed = activation.clone()
+    changed[0, at, head] = there[at, head].to(changed)
+    return changed
 
 
 def _keeper(kept: list[Tensor]) -> Callable[[Tensor, object], None]:
