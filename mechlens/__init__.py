@@ -54,6 +54,13 @@ if TYPE_CHECKING:
     from mechlens.models.sampling import sample_tokens
     from mechlens.models.tuned_lens import load_tuned_lens
     from mechlens.plots.attribution import plot_attribution
+    from mechlens.plots.circuits import (
+        plot_circuit_corner,
+        plot_composition_scores,
+        plot_eigenvalues,
+        plot_head_graph,
+        plot_positional_attention,
+    )
     from mechlens.plots.heads import (
         plot_attention,
         plot_attention_heatmap,
@@ -119,6 +126,13 @@ _HOMES = {
     "mechlens.models.sampling": ("sample_tokens",),
     "mechlens.models.tuned_lens": ("load_tuned_lens",),
     "mechlens.plots.attribution": ("plot_attribution",),
+    "mechlens.plots.circuits": (
+        "plot_circuit_corner",
+        "plot_composition_scores",
+        "plot_eigenvalues",
+        "plot_head_graph",
+        "plot_positional_attention",
+    ),
     "mechlens.plots.heads": (
         "plot_attention",
         "plot_attention_heatmap",

@@ -1,0 +1,270 @@
+"""Pictures of circuits hold the result's numbers, each with the names it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mechlens.plots.circuits import (
+    plot_circuit_corner,
+    plot_composition_scores,
+    plot_eigenvalues,
+    plot_head_graph,
+    plot_positional_attention,
+    rotation_words,
+)
+from mechlens.plots.style import ABSENT, DIVERGING, MINUS, figure_text
+from mechlens.results import Circuit, CompositionScores, PositionalAttention
+from tests import hand_made
+
+
+def composition(n_layers: int = 3, n_heads: int = 2) -> CompositionScores:
+    """From LiHj to LkHl the score is 0.01 i + 0.02 j + 0.1 k + 0.2 l; the baseline is 0.25, spread 0.1."""
+    i, j, k, later = torch.meshgrid(*[torch.arange(n) for n in (n_layers, n_heads) * 2], indexing="ij")
+    scores = (0.01 * i + 0.02 * j + 0.1 * k + 0.2 * later).masked_fill(i >= k, math.nan)
+    return CompositionScores(
+        model=hand_made.model(n_layers=n_layers, n_heads=n_heads),
+        kind="k",
+        scores=scores,
+        baseline_mean=0.25,
+        baseline_std=0.1,
+        baseline_draws=16,
+        seed=0,
+        rotary="none",
+        relative_position=None,
+    )
+
+
+def circuit(**changes) -> Circuit:
+    """Eigenvalues 2 and -1, and a rest of zeros; of 3 tokens."""
+    plain = Circuit(
+        model=hand_made.model(),
+        A=torch.tensor([[2.0, 0.0], [0.0, -1.0], [0.0, 0.0]]),
+        B=torch.eye(2, 3),
+        axes=("query", "key"),
+        spaces=("tokens", "tokens"),
+        name="K-composition of L0H1 with L1H2",
+        heads=((0, 1), (1, 2)),
+        embedding="W_E",
+        rotary="none",
+        relative_position=None,
+        normalized_positions=False,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def corner() -> pd.DataFrame:
+    return pd.DataFrame(
+        [[1.5, -3.0, 0.0], [0.25, 2.0, 1.0]],
+        index=pd.Index([" a", "<b>$x$"], name="query"),
+        columns=pd.Index([" a", " a", "\n"], name="key"),
+    )
+
+
+def test_composition_is_drawn_less_its_baseline_with_earlier_heads_upward():
+    figure = plot_composition_scores(composition())
+    (cells,) = figure.data
+    assert list(cells.y) == ["L0H0", "L0H1", "L1H0", "L1H1"], "no head reads the last layer"
+    assert list(cells.x) == ["L1H0", "L1H1", "L2H0", "L2H1"], "the first layer reads no head"
+    expected = [
+        [0.1 - 0.25, 0.3 - 0.25, 0.2 - 0.25, 0.4 - 0.25],
+        [0.12 - 0.25, 0.32 - 0.25, 0.22 - 0.25, 0.42 - 0.25],
+        [math.nan, math.nan, 0.21 - 0.25, 0.41 - 0.25],
+        [math.nan, math.nan, 0.23 - 0.25, 0.43 - 0.25],
+    ]
+    # float32 figures of about 0.1
+    np.testing.assert_allclose(cells.z, expected, atol=1e-7)
+    np.testing.assert_allclose(cells.customdata[..., 0], np.array(expected) + 0.25, atol=1e-7)
+    # a tenth is one standard deviation
+    np.testing.assert_allclose(cells.customdata[..., 1], np.array(expected) * 10, atol=1e-6)
+    assert cells.zmin == -cells.zmax
+    assert cells.zmax == pytest.approx(0.18)
+    assert [colour for _, colour in cells.colorscale] == DIVERGING
+    assert figure.layout.plot_bgcolor == ABSENT
+    for part in ("<b>%{y} → %{x}</b>", "customdata[0]", "customdata[1]"):
+        assert part in cells.hovertemplate
+
+
+def test_layers_are_divided_and_named_where_heads_have_no_room():
+    figure = plot_composition_scores(composition())
+    assert [(line.x0, line.y0) for line in figure.layout.shapes] == [(1.5, 0), (0, 1.5)]
+    assert figure.layout.xaxis.ticktext == ("L1H0", "L1H1", "L2H0", "L2H1")
+    assert figure.layout.xaxis.type == "category"
+    large = plot_composition_scores(composition(n_layers=4, n_heads=14))
+    assert large.layout.xaxis.ticktext == ("layer 1", "layer 2", "layer 3")
+    assert large.layout.xaxis.tickvals == ("L1H7", "L2H7", "L3H7")
+    assert large.layout.yaxis.ticktext == ("layer 0", "layer 1", "layer 2")
+    assert [line.x0 for line in large.layout.shapes][::2] == [13.5, 27.5]
+
+
+def test_titles_say_what_was_measured_and_what_became_of_the_rotation():
+    result = dataclasses.replace(composition(), rotary="ignored")
+    title = plot_composition_scores(result).layout.title.text
+    assert "K-composition of heads" in title
+    assert "the baseline's mean, 0.250; it spreads by 0.100" in title
+    assert "highest scores: L1H1 → L2H1 0.43, L0H1 → L2H1 0.42, L1H0 → L2H1 0.41" in title
+    assert "queries and keys without their rotation" in title
+    assert "without their rotation" in plot_head_graph(result).layout.title.text
+    assert "rotat" not in plot_composition_scores(composition()).layout.title.text
+    low = dataclasses.replace(composition(), baseline_mean=0.9)
+    assert "no score is above the baseline" in plot_composition_scores(low).layout.title.text
+
+
+def test_a_model_of_one_layer_has_nothing_to_compose():
+    with pytest.raises(ValueError, match="has only one"):
+        plot_composition_scores(composition(n_layers=1))
+
+
+def edges(figure) -> list:
+    return [trace for trace in figure.data if "→" in (trace.name or "")]
+
+
+def test_the_graph_has_the_strongest_pairs_from_head_to_head():
+    figure = plot_head_graph(composition(), top=3)
+    drawn = edges(figure)
+    # the strongest comes last, over the others
+    assert [edge.name for edge in drawn] == ["L1H0 → L2H1", "L0H1 → L2H1", "L1H1 → L2H1"]
+    for edge, (start, end) in zip(drawn, [((0, 1), (1, 2)), ((1, 0), (1, 2)), ((1, 1), (1, 2))], strict=True):
+        # x is the head, y the layer; a bow ends where it should up to rounding
+        np.testing.assert_allclose([edge.x[0], edge.y[0], edge.x[-1], edge.y[-1]], start + end, atol=1e-12)
+    widths = [edge.line.width for edge in drawn]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+    assert len({edge.line.color for edge in drawn}) == 3
+    assert {note.text: (note.x, note.y) for note in figure.layout.annotations} == {
+        "L0H1": (1, 0),
+        "L1H0": (0, 1),
+        "L1H1": (1, 1),
+        "L2H1": (1, 2),
+    }
+    assert figure.layout.yaxis.range == (-0.5, 2.5), "layer 0 is at the bottom"
+
+
+def test_edges_and_heads_say_their_scores_under_the_cursor():
+    figure = plot_head_graph(composition(), top=3)
+    (points,) = [trace for trace in figure.data if trace.name == "scores"]
+    text = next(each for each in points.hovertext if "L1H1 → L2H1" in each)
+    assert text == (
+        "<b>L1H1 → L2H1</b><br>score 0.430<br>over baseline +0.180<br>that is +1.8 of its standard deviations"
+    )
+    assert max(points.marker.color) == points.marker.cmax == pytest.approx(0.18)
+    (heads,) = [trace for trace in figure.data if trace.name == "heads"]
+    texts = dict(zip(zip(heads.y, heads.x, strict=True), heads.hovertext, strict=True))
+    assert len(texts) == 6, "every head is there"
+    assert texts[1, 0] == "<b>L1H0</b><br>is read by L2H1 +0.160"
+    assert texts[2, 1].startswith("<b>L2H1</b><br>reads L1H1 +0.180<br>   L0H1 +0.170")
+    assert "none of these" in texts[0, 0]
+
+
+def test_an_edge_past_a_layer_goes_around_the_head_in_between():
+    figure = plot_head_graph(composition())
+    (straight,) = [edge for edge in edges(figure) if edge.name == "L1H1 → L2H1"]
+    (past,) = [edge for edge in edges(figure) if edge.name == "L0H1 → L2H1"]
+    assert set(straight.x) == {1.0}
+    middle = past.x[len(past.x) // 2]
+    assert past.y[len(past.y) // 2] == 1
+    assert abs(middle - 1) > 0.3, "a third of the way to the next head"
+
+
+def test_what_is_not_above_the_baseline_is_no_edge():
+    # above 0.25 lie the pairs whose later head is H1
+    assert len(edges(plot_head_graph(composition(), top=99))) == 6
+    low = dataclasses.replace(composition(), baseline_mean=0.9)
+    figure = plot_head_graph(low)
+    assert not edges(figure)
+    assert "the 0 strongest" in figure.layout.title.text
+    with pytest.raises(ValueError, match="at least 1 pair"):
+        plot_head_graph(composition(), top=0)
+
+
+def test_a_corner_has_tokens_on_the_axes_of_its_circuit():
+    figure = plot_circuit_corner(corner(), circuit())
+    (cells,) = figure.data
+    np.testing.assert_array_equal(cells.z, corner().to_numpy())
+    assert (cells.zmin, cells.zmax) == (-3, 3)
+    assert (figure.layout.yaxis.title.text, figure.layout.xaxis.title.text) == ("query", "key")
+    assert figure.layout.yaxis.ticktext == ("·a", figure_text("<b>$x$"))
+    # the same token may come twice
+    assert figure.layout.xaxis.ticktext == ("·a", "·a", "⏎")
+    assert figure.layout.yaxis.autorange == "reversed", "rows go down as in a table"
+    assert cells.hovertext[1][0] == f"query <b>{figure_text('<b>$x$')}</b><br>key <b>·a</b><br>0.250"
+    title = figure.layout.title.text
+    assert "<b>K-composition of L0H1 with L1H2</b>" in title
+    assert "attention score before the model's scale" in title
+
+
+def test_a_corner_of_another_circuit_or_of_nothing_is_refused():
+    of_values = circuit(axes=("source", "destination"), name="full OV of L0H1")
+    with pytest.raises(ValueError, match="axes are query and key, but those of the full OV of L0H1"):
+        plot_circuit_corner(corner(), of_values)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_circuit_corner(corner().iloc[:0])
+    assert "Part of a circuit" in plot_circuit_corner(corner()).layout.title.text
+    table = corner().rename_axis(index="source", columns="destination")
+    assert "adds to the destination's logit" in plot_circuit_corner(table, of_values).layout.title.text
+    in_stream = dataclasses.replace(of_values, spaces=("d_model", "d_model"))
+    assert "writes to the destination" in plot_circuit_corner(table, in_stream).layout.title.text
+
+
+def test_numbers_are_written_where_there_is_room():
+    assert plot_circuit_corner(corner()).data[0].texttemplate == "%{z:.1f}"
+    wide = pd.concat([corner()] * 5, axis=1).rename_axis(columns="key")
+    assert not plot_circuit_corner(wide).data[0].texttemplate
+
+
+def test_eigenvalues_stand_at_their_angle_with_the_score_above():
+    values = torch.tensor([4.0 + 0j, 0 + 2j, 0 - 2j, -1e-9 + 0j, 0j])
+    figure = plot_eigenvalues(values)
+    positive, negative = figure.data
+    assert positive.theta == pytest.approx((0, 90, -90, 0), abs=1e-5)  # float32 angles in degrees
+    # what is smaller than 4 / 10^4 stands at the centre
+    assert positive.r == pytest.approx((4, 2, 2, 4e-4))
+    assert negative.theta == pytest.approx((180,))
+    assert negative.r == pytest.approx((4e-4,))
+    assert negative.hovertext[0].endswith("magnitude 1e-09"), "and says its own size"
+    assert positive.hovertext[2] == f"0 {MINUS} 2i<br>magnitude 2"
+    assert positive.marker.symbol != negative.marker.symbol
+    assert figure.layout.polar.radialaxis.range == pytest.approx((math.log10(4e-4), math.log10(4)))
+    # 4 of 4 + 2 + 2
+    assert f"copying score 0.500 ({MINUS}1 to 1); real part positive in 4 of 5" in figure.layout.title.text
+
+
+def test_eigenvalues_of_a_circuit_are_found():
+    figure = plot_eigenvalues(circuit(rotary="unrotated"))
+    assert (figure.data[0].r, figure.data[1].r) == ((2.0,), (1.0,))
+    title = figure.layout.title.text
+    assert "Eigenvalues of the K-composition of L0H1 with L1H2" in title
+    assert "copying score 0.333" in title
+    assert "only the dimensions that are not rotated" in title
+    nothing = plot_eigenvalues(circuit(A=torch.zeros(3, 2)))
+    assert "copying score not measured" in nothing.layout.title.text
+    assert "copying score not measured" in plot_eigenvalues(torch.zeros(2) * 1j).layout.title.text
+    with pytest.raises(ValueError, match="3 x 4"):
+        plot_eigenvalues(circuit(B=torch.ones(2, 4)))
+
+
+def test_positions_attend_from_the_top():
+    result = PositionalAttention(
+        model=hand_made.model(),
+        head=(0, 1),
+        pattern=torch.tensor([[1.0, 0.0], [0.25, 0.75]]),
+        scale=0.5,
+        normalized_positions=True,
+    )
+    figure = plot_positional_attention(result)
+    np.testing.assert_array_equal(figure.data[0].z, [[1.0, math.nan], [0.25, 0.75]])
+    assert figure.layout.yaxis.autorange == "reversed"
+    assert "Attention of L0H1 by positions alone" in figure.layout.title.text
+    assert "divided by its own scale" in figure.layout.title.text
+    shorter = plot_positional_attention(dataclasses.replace(result, normalized_positions=False))
+    assert "divided" not in shorter.layout.title.text
+
+
+def test_what_became_of_the_rotation_in_words():
+    assert rotation_words(circuit(rotary="relative", relative_position=3)) == "each key 3 before its query"
+    assert rotation_words(circuit(rotary="none")) == ""
