@@ -76,6 +76,10 @@ if TYPE_CHECKING:
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
+    from mechlens.studies.induction_circuits import (
+        find_induction_circuits,
+        reproduce_composition_circuit,
+    )
     from mechlens.studies.logit_lens import reproduce_logit_lens
     from mechlens.studies.mlp_patching import reproduce_mlp_patching
     from mechlens.studies.reproduce import reproduce
@@ -148,6 +152,7 @@ _HOMES = {
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),
+    "mechlens.studies.induction_circuits": ("find_induction_circuits", "reproduce_composition_circuit"),
     "mechlens.studies.logit_lens": ("reproduce_logit_lens",),
     "mechlens.studies.mlp_patching": ("reproduce_mlp_patching",),
     "mechlens.studies.reproduce": ("reproduce",),

@@ -71,6 +71,13 @@ LOGIT_LENS = (
 )
 """What the post saw in GPT-2 in words; `studies.logit_lens` says how each is measured and what would do."""
 
+COMPOSITION_GPT2 = (
+    Published("k_top1_keys", 0.2283, ARTICLE),
+    Published("k_top1_queries", 0.2283, ARTICLE),
+)
+"""The K-composition circuit of 4.11 and 5.5 of GPT-2 small, over its vocabulary; the article does not say
+over which axis the maximum is taken, so both are held against its one figure."""
+
 MLP_PATCHING = (
     Published("mlps_small_elsewhere", "no large loss difference", ARTICLE, threshold=0.1),
     Published("mlps_first_stands_out", "except at the first token", ARTICLE, threshold=2.0),

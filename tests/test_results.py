@@ -25,6 +25,7 @@ from mechlens.results import (
     Circuit,
     CompositionScores,
     HeadScores,
+    InductionCircuits,
     LogitAttribution,
     LogitLensResult,
     LogitVariance,
@@ -190,6 +191,26 @@ def attribution_patch() -> AttributionPatchResult:
     )
 
 
+def induction_circuits() -> InductionCircuits:
+    """One pair, with two kinds of evidence."""
+    return InductionCircuits(
+        model=MODEL,
+        pairs=((0, 1, 2, 3),),
+        evidence={"induction_score": torch.tensor([0.9]), "k_z": torch.tensor([math.nan])},
+        verdicts=("in part",),
+        reasons=("attends as a circuit does",),
+        clean_loss=0.5,
+        chance=0.01,
+        tokens=torch.tensor([[0, 5, 6, 5, 6]]),
+        seq_len=2,
+        seed=0,
+        how="mean",
+        prepend_bos=True,
+        relative_position=None,
+        note="",
+    )
+
+
 def vector_lens() -> VectorLens:
     return VectorLens(
         model=MODEL,
@@ -310,6 +331,7 @@ def positional() -> PositionalAttention:
 
 RESULTS = {
     "circuit": circuit,
+    "induction_circuits": induction_circuits,
     "composition": composition,
     "positional": positional,
     "attribution": attribution,

@@ -22,6 +22,7 @@ from mechlens.results.heads import (
     head_label,
     parse_head,
 )
+from mechlens.results.induction_circuits import InductionCircuits
 from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
@@ -37,6 +38,7 @@ __all__ = [
     "Comparison",
     "CompositionScores",
     "HeadScores",
+    "InductionCircuits",
     "InputProbe",
     "LogitAttribution",
     "LogitLensResult",

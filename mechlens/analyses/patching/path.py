@@ -114,7 +114,7 @@ def path_attention(
 
     Args:
         receiver: the head whose attention is wanted; its own number also where several share a key.
-        input: `q` or `k`, through which alone it sees the patch; None patches the sender for all that follows.
+        input: `q` or `k`, through which alone it sees the patch; None patches the sender altogether.
 
     The other arguments are those of `patch_path`.
 
@@ -143,6 +143,7 @@ def path_attention(
         if input is None:
             hook = (SITES["z"].format(path.sender[0]), partial(_put, at=at, head=path.sender[1], there=there))
         else:
+            assert path.head is not None
             seen = path.seen(own, there, at)
             hook = (SITES[path.site].format(path.layer), partial(_put, at=at, head=path.head, there=seen))
         kept: list[Tensor] = []
@@ -177,8 +178,8 @@ class _Path:
             raise ValueError(f"input must be q, k, v or mlp, but is {input!r}")
         if isinstance(receiver, int) != (input == "mlp"):
             raise ValueError(
-                f"the input mlp has a layer for its receiver, and q, k and v a (layer, head), but receiver is "
-                f"{receiver!r} and input {input!r}"
+                "the input mlp has a layer for its receiver, and q, k and v a (layer, head), but receiver "
+                f"is {receiver!r} and input {input!r}"
             )
         sender = parse_head(sender)
         (from_layer,) = chosen("layer", [sender[0]], model.cfg.n_layers)
@@ -189,8 +190,8 @@ class _Path:
         within = input == "mlp" and SITES["resid_mid"].format(0) in model.hook_dict
         if layer < from_layer + (not within):
             raise ValueError(
-                f"the {input} of layer {layer} does not read what {head_label(from_layer, from_head)} writes: "
-                "the receiver must come behind the sender"
+                f"the {input} of layer {layer} does not read what {head_label(from_layer, from_head)} "
+                "writes: the receiver must come behind the sender"
                 + (
                     ", and this model's attention and MLP read the same stream"
                     if input == "mlp" and layer == from_layer

@@ -1,0 +1,74 @@
+"""The table of evidence for induction circuits: behaviour, weights and cause, pair by pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.results.base import Result
+from mechlens.results.heads import head_label
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class InductionCircuits(Result):
+    """Pairs of a previous-token head and an induction head, with what speaks for and against each."""
+
+    pairs: tuple[tuple[int, int, int, int], ...]
+    """(layer, head) of the previous-token head, (layer, head) of the induction head."""
+    evidence: dict[str, Float[Tensor, " pair"]]
+    """By name, one number for each pair:
+
+    - behaviour, on repeated tokens: `induction_score`, `induction_null`, `previous_token_score`,
+      `previous_token_null`;
+    - weights: `k_score` (K-composition), `k_z` (over the baseline, in its standard deviations), `k_rank`
+      (among all earlier heads, 1 is the highest), `n_earlier`; `k_top1_keys` and `k_top1_queries`, how often
+      a token's entry with itself is the largest for its query and for its key in the K-composition circuit;
+      `ov_top1`, the same of the induction head's full OV circuit for its source, and `ov_copying`, its
+      eigenvalue copying score;
+    - cause: `score_path` and `score_removed`, the induction score when the previous-token head is ablated as
+      seen through the induction head's keys alone, and altogether; `loss_path` and `loss_removed`, by how
+      much the second copy's loss rises then, nats, with `loss_path_error` and `loss_removed_error`, standard
+      errors over sequences.
+    """
+    verdicts: tuple[str, ...]
+    """Of each pair: `circuit`, `in part` or `no circuit`."""
+    reasons: tuple[str, ...]
+    """Of each verdict, in words."""
+    clean_loss: float
+    """Of the second copy's tokens, nats."""
+    chance: float
+    """Of a top-1 accuracy: one in the vocabulary."""
+    tokens: Int[Tensor, "sequence pos"]
+    """What the model read: BOS, random tokens and the same again."""
+    seq_len: int
+    seed: int
+    how: str
+    """What is put in the place of an ablated head: `mean`, `zero` or `resample`."""
+    prepend_bos: bool
+    relative_position: int | None
+    """Of a rotary model: how far before its query the key of K-composition stands; that of a perfect
+    induction head on these tokens."""
+    note: str
+    """Why there is no pair, where there is none; else empty."""
+
+    @property
+    def labels(self) -> tuple[tuple[str, str], ...]:
+        """(previous-token head, induction head) of each pair, as `L4H11`."""
+        return tuple((head_label(*pair[:2]), head_label(*pair[2:])) for pair in self.pairs)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per pair: previous, induction, verdict, all the evidence, reasons."""
+        import pandas as pd
+
+        table = pd.DataFrame(self.labels, columns=["previous", "induction"])
+        table["verdict"] = list(self.verdicts)
+        for name, values in self.evidence.items():
+            table[name] = values.tolist()
+        table["reasons"] = list(self.reasons)
+        return table
