@@ -1,6 +1,6 @@
 """Circuits of GPT-2 small's shape: accuracy over the whole vocabulary, and composition of all heads.
 
-    python benchmarks/circuits.py [--runs 3] [--pairs 40]
+    python benchmarks/circuits.py [--runs 5] [--pairs 40]
 
 Random weights: speed does not depend on their values. Exact top-1 accuracy is measured against the bare
 product in the same tiles, composition against the loop over pairs of heads, some of which are timed and
@@ -33,7 +33,7 @@ N_LAYERS, N_HEADS = 12, 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="of each, in turn; the fastest counts")
+    parser.add_argument("--runs", type=int, default=5, help="of each, in turn; the fastest counts")
     parser.add_argument("--pairs", type=int, default=40, help="of heads that are timed in the loop")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)

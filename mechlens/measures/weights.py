@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
-TILE_ROWS = 256
-TILE_COLUMNS = 4096
-"""Of a tile, 4 MiB in float32: the shape at which product and reduction together are fastest. A multiple of
-`TILE_ROWS`, so that the diagonal of a block of rows lies in one tile."""
+TILE_ROWS = 1024
+TILE_COLUMNS = 1024
+"""Of a tile, 4 MiB in float32: a shape at which product and reduction are fast. A multiple of `TILE_ROWS`, so
+that the diagonal of a block of rows lies in one tile."""
 AXES = ("query", "key")
 """What rows and columns are called where a circuit does not say."""
 
@@ -79,8 +79,8 @@ def diagonal_ranks(
         ValueError: a circuit that is not square or not finite, an axis that it does not have, a token out of
             range, or another word for `ties`.
 
-    Cost: the product of the asked rows with all columns, and two passes over each tile of it. Memory for two
-    tiles (8 MiB), and for a copy of the factors where they are narrower than float32 or tokens are asked for.
+    Cost: the product of the asked rows with all columns, and two passes over each tile of it. Memory for a
+    tile (4 MiB), and for a copy of the factors where they are narrower than float32 or tokens are asked for.
     """
     rows, columns = _square(circuit, over)
     compare = {"for": torch.gt, "against": torch.ge}.get(ties)
@@ -94,7 +94,7 @@ def diagonal_ranks(
         others[ids] = False
         rows, columns = rows[ids], columns[:, torch.cat([ids, others.nonzero()[:, 0]])]
     ranks = torch.empty(len(rows), dtype=torch.long, device=rows.device)
-    room, scratch = _room(rows), _room(rows)
+    room = _room(rows)
     for block in _slices(len(rows), TILE_ROWS):
         some = rows[block]
         tiles = _slices(columns.shape[1], TILE_COLUMNS)
@@ -106,10 +106,8 @@ def diagonal_ranks(
             entries = _product(some, columns[:, tile], room)
             if own is None:
                 own = entries.diagonal(block.start - home.start)[:, None].clone()
-            larger = scratch[: entries.numel()].view_as(entries)
             # counted in floats, which is faster than summing booleans, and exact within a tile
-            compare(entries, own, out=larger)
-            rank += larger.sum(1).long()
+            rank += compare(entries, own, out=entries).sum(1).long()
         ranks[block] = rank
     return ranks if place is None else ranks[place]
 
@@ -167,7 +165,7 @@ def largest_entries(circuit: Factored, n: int) -> Entries:
     Raises:
         ValueError: n that the circuit does not have, or a circuit that is not finite.
 
-    Cost: the whole product and one pass over each tile of it; a few more over rows that may hold one of the n.
+    Cost: the whole product and one pass over each tile of it, and a few over rows that may hold one of the n.
     """
     A, B = _factors(circuit)
     n_columns = B.shape[1]

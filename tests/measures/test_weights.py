@@ -28,7 +28,7 @@ from mechlens.measures.weights import (
 )
 from tests.reference import weights as reference
 
-TILES = ((256, 4096), (3, 6), (1, 1), (4, 4))
+TILES = ((1024, 1024), (3, 6), (1, 1), (4, 4))
 SIDES = {"key": "columns", "query": "rows"}
 
 
@@ -97,12 +97,12 @@ def test_ranks_equal_those_of_the_whole_matrix_with_ties(tiles, size, inner, ove
 @pytest.mark.parametrize("over", ["key", "query"])
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_of_random_factors_in_tiles_of_their_own_size(over, seed):
-    size = 600
+    size = weights.TILE_COLUMNS + 76
     circuit = drawn(size, size, 16, seed)
     matrix = reference.dense(circuit.A, circuit.B)
     expected = reference.diagonal_ranks(matrix, SIDES[over], "for")
     found = diagonal_ranks(circuit, over)
-    # rounding in float32 may change places with a neighbour, but for few of 360,000 entries
+    # rounding in float32 may change places with a neighbour, but for few of a million entries
     assert (found - torch.tensor(expected)).abs().max() <= 1
     assert (found != torch.tensor(expected)).sum() <= 3
 
@@ -470,5 +470,5 @@ def test_nothing_is_as_large_as_the_matrix():
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         ordered = sorted(events, key=lambda event: event.start_ns())
         held = list(itertools.accumulate(event.nbytes() for event in ordered))
-        # two tiles of 4 MiB, and once the places of all entries of the first tile with the order among them
+        # a tile of 4 MiB, and once the places of all entries of the first tile with the order among them
         assert max(held, default=0) < 48 * 2**20
