@@ -14,7 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mechlens import terminal
-from mechlens.cli import options, patching
+from mechlens.cli import circuits, options, patching
+from mechlens.cli.induction_circuits import induction_circuits
 from mechlens.cli.lens import lens
 from mechlens.cli.options import (
     BUNDLED,
@@ -242,6 +243,25 @@ app.add_typer(
     epilog="Example: mechlens ablate heads --how mean",
     short_help="Take heads or MLPs away.",
 )
+
+
+app.command(
+    epilog="Example: mechlens circuit 1.2 3.5 --out circuit.html",
+    short_help="Multiply heads' weights into a circuit.",
+)(circuits.circuit)
+
+
+app.command(
+    epilog="Example: mechlens composition --kind k --out composition.html",
+    short_help="Score which heads compose with which.",
+)(circuits.composition)
+
+
+app.command(
+    "induction-circuits",
+    epilog="Example: mechlens induction-circuits --pair 1.2,3.5 --out circuits.html",
+    short_help="Find pairs of heads that continue repeats.",
+)(induction_circuits)
 
 
 @app.command(

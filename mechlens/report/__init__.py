@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from mechlens.report.circuits import circuit_section, composition_section
 from mechlens.report.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.report.induction_circuits import induction_circuits_section
 from mechlens.report.lens import lens_section, sub_blocks_section
 from mechlens.report.page import (
     Interactive,
@@ -21,7 +23,10 @@ __all__ = [
     "Section",
     "Table",
     "attention_section",
+    "circuit_section",
+    "composition_section",
     "head_scores_section",
+    "induction_circuits_section",
     "lens_section",
     "patching_section",
     "render_report",

@@ -1,0 +1,127 @@
+"""`mechlens induction-circuits`: pairs of heads with the evidence for them, on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mechlens import terminal
+from mechlens.cli import options
+from mechlens.cli.options import (
+    BUNDLED,
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    RevisionOption,
+)
+
+_ENDINGS = (".html", ".csv", ".safetensors")
+
+
+def induction_circuits(
+    model: ModelOption = BUNDLED,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pair",
+            help="Judge this pair, such as 4.11,5.5 (previous, induction); repeatable. [default: find]",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="What both scores of a pair must reach.")
+    ] = 0.4,
+    per_head: Annotated[
+        int, typer.Option(min=1, help="Previous-token heads to try for each induction head.")
+    ] = 3,
+    how: Annotated[
+        str, typer.Option(help="What is in an ablated head's place: mean, resample or zero.")
+    ] = "mean",
+    seq_len: Annotated[int, typer.Option(min=2, help="Random tokens in one copy.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of random tokens.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the random tokens.")] = 0,
+    bos: BosOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the previous-token heads that induction heads work with, and print what speaks for each pair: how
+    the two attend, what their weights say, and what is lost without the one in the other's keys."""
+    given = dict(locals())
+    if out is not None:
+        options.check_file(out, _ENDINGS)
+    if how not in ("mean", "resample", "zero"):
+        raise ValueError(f"--how must be mean, resample or zero, but is {how!r}")
+    pairs = [_pair(each) for each in pair or []]
+    loaded = options.load(model, device, dtype, revision, quiet)
+    from mechlens.studies.induction_circuits import find_induction_circuits
+
+    found = find_induction_circuits(
+        loaded,
+        pairs=pairs or None,
+        threshold=threshold,
+        per_head=per_head,
+        seq_len=seq_len,
+        batch=batch,
+        seed=seed,
+        how=how,
+        prepend_bos=bos,
+        progress=options.progress(quiet),
+    )
+    if out is not None and out.suffix == ".csv":
+        from mechlens.results import write_table
+
+        write_table(found.to_dataframe(), out)
+    elif out is not None and out.suffix == ".safetensors":
+        found.save(out)
+    elif out is not None:
+        from mechlens.report import induction_circuits_section, write_report
+
+        defaults = {
+            "--model": (model, BUNDLED),
+            "--pair": (pair or None, None),
+            "--threshold": (threshold, 0.4),
+            "--per-head": (per_head, 3),
+            "--how": (how, "mean"),
+            "--seq-len": (seq_len, 50),
+            "--batch": (batch, 8),
+            "--seed": (seed, 0),
+            "--bos": (given["bos"] is True, False),
+            "--no-bos": (given["bos"] is False, False),
+            "--out": (out, None),
+            "--device": (device, None),
+            "--dtype": (dtype, "float32"),
+            "--revision": (revision, None),
+        }
+        write_report(
+            out,
+            title="Induction circuits",
+            model=found.model,
+            comparisons=None,
+            sections=[induction_circuits_section(found)],
+            command=options.command("induction-circuits", defaults),
+        )
+    if as_json:
+        terminal.print_json(terminal.induction_circuits_json(found))
+    elif not quiet:
+        terminal.print_induction_circuits(found)
+
+
+def _pair(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Two heads that are written with a comma between them."""
+    from mechlens.results import parse_head
+
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise ValueError(f"--pair is two heads with a comma between, such as 4.11,5.5, but is {text!r}")
+    previous, induction = (parse_head(part.strip()) for part in parts)
+    return previous, induction

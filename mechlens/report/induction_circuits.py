@@ -1,0 +1,74 @@
+"""A report's section on induction circuits: a table of evidence in, a `Section` out."""
+
+from __future__ import annotations
+
+from mechlens.report.page import Section, Table
+from mechlens.results import InductionCircuits
+
+COLUMNS = {
+    "previous": "previous-token head",
+    "induction": "induction head",
+    "verdict": "verdict",
+    "induction_score": "induction score",
+    "previous_token_score": "previous-token score",
+    "k_score": "K-composition",
+    "k_z": "over chance (sd)",
+    "k_rank": "rank among earlier heads",
+    "k_top1_keys": "top-1 over keys",
+    "k_top1_queries": "top-1 over queries",
+    "ov_top1": "OV top-1",
+    "ov_copying": "OV copying",
+    "score_path": "induction score without it in the keys",
+    "score_removed": "... without it at all",
+    "loss_path": "loss without it in the keys (nats)",
+    "loss_removed": "... without it at all (nats)",
+}
+"""The evidence as a reader sees it, by column of `InductionCircuits.to_dataframe`."""
+
+_TERMS = {
+    "Previous-token head": "A head whose attention goes to the token before.",
+    "Induction head": (
+        "A head that attends to the token after an earlier copy of the present one, and so foretells it."
+    ),
+    "K-composition": (
+        "How much of what the later head compares its queries with could come from the earlier head, by the "
+        "weights alone; over chance in standard deviations of the same score of random matrices."
+    ),
+    "Top-1 accuracy": (
+        "How often a token matches itself best in the circuit of the two heads, over the whole vocabulary: "
+        "for each query among keys, and for each key among queries."
+    ),
+    "OV copying": (
+        "Whether the induction head raises the token that it attends to: the sum of its OV circuit's "
+        "eigenvalues over the sum of their sizes, from -1 to 1."
+    ),
+    "Without it in the keys": (
+        "The previous-token head is ablated only as the induction head's keys see it; all else is left."
+    ),
+}
+
+
+def induction_circuits_section(
+    result: InductionCircuits, *, title: str = "Induction circuits", text: str = ""
+) -> Section:
+    """The pairs as a table of evidence, each with the reasons for its verdict.
+
+    Args:
+        text: what to look for.
+    """
+    table = result.to_dataframe()
+    rows = [tuple(row[name] for name in COLUMNS) for row in table.to_dict("records")]
+    parts = (
+        [Table(tuple(COLUMNS.values()), rows, "Behaviour, weights and cause of each pair")] if rows else []
+    )
+    reasons = [
+        f"{previous} and {induction}: {why}."
+        for (previous, induction), why in zip(result.labels, result.reasons, strict=True)
+    ]
+    said = (
+        f"{len(result.tokens)} sequences of {result.seq_len} random tokens that come twice; an ablated head "
+        f"is replaced by: {result.how}. A token matches itself by chance once in {1 / result.chance:.0f}."
+        + (f" Without any ablation the second copy's loss is {result.clean_loss:.3f} nats." if rows else "")
+        + (f" No pair: {result.note}." if result.note else "")
+    )
+    return Section(title, "\n\n".join([*([text] if text else []), said, *reasons]), parts, _TERMS)
