@@ -20,6 +20,7 @@ from pathlib import Path
 import mechlens
 from mechlens.models.errors import ModelLoadError
 from mechlens.report import Plot, Section, induction_circuits_section
+from mechlens.results import NOT_JUDGED
 from mechlens.studies.induction_circuits import strongest
 from mechlens.terminal import number, print_induction_circuits, tolerance
 
@@ -74,11 +75,13 @@ def main() -> None:
         "graph": "The strongest of them as a graph; layer 0 is at the bottom.",
         "eigenvalues": "Eigenvalues of the induction head's full OV circuit: positive ones copy.",
     }
+    judged = any(c.verdict != NOT_JUDGED for c in study.comparisons)
     page = mechlens.write_report(
         options.out / "report.html",
         title="The induction circuit from weights",
         model=study.circuits.model,
-        comparisons=study.comparisons,
+        # of another model nothing is published
+        comparisons=study.comparisons if judged else None,
         sections=[
             induction_circuits_section(study.circuits),
             Section(

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mechlens.published import LOGIT_LENS, MLP_PATCHING
-from mechlens.results import LogitLensResult, PatchGridResult, load
+from mechlens.published import COMPOSITION_GPT2, LOGIT_LENS, MLP_PATCHING
+from mechlens.results import InductionCircuits, LogitLensResult, PatchGridResult, load
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -55,6 +55,21 @@ def test_mlp_patching_prints_its_verdicts_and_draws_its_figures(tmp_path):
     assert figures == {"aligned", "as_written", "heads", "head_effects"}
     # and two kinds of scores, each with its nulls
     assert page.count('class="plot"') == len(figures) + 4
+
+
+def test_the_composition_circuit_prints_its_evidence_and_draws_its_figures(tmp_path):
+    ran = run("composition_circuit.py", "--seq-len", 20, "--batch", 2, "--out", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    claims = [line for line in ran.stdout.splitlines() if line.endswith("not judged")]
+    assert len(claims) == len(COMPOSITION_GPT2), "another model is held against nothing"
+    assert "L1H2 and L3H5: attends as a circuit does" in ran.stdout
+    found = load(tmp_path / "out" / "circuits.safetensors")
+    assert isinstance(found, InductionCircuits)
+    assert found.verdicts[0] == "circuit"
+    page = (tmp_path / "out" / "report.html").read_text()
+    figures = {path.stem for path in (tmp_path / "out").glob("*.html")} - {"report"}
+    assert figures == {"composition", "graph", "eigenvalues"}
+    assert page.count('class="plot"') == len(figures)
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):

@@ -5,23 +5,24 @@ from __future__ import annotations
 from mechlens.report.page import Section, Table
 from mechlens.results import InductionCircuits
 
-COLUMNS = {
-    "previous": "previous-token head",
-    "induction": "induction head",
-    "verdict": "verdict",
+_PAIR = {"previous": "previous-token head", "induction": "induction head"}
+BEHAVIOUR_AND_WEIGHTS = {
+    **_PAIR,
     "induction_score": "induction score",
-    "previous_token_score": "previous-token score",
     "k_score": "K-composition",
     "k_z": "over chance (sd)",
-    "k_rank": "rank among earlier heads",
+    "k_rank": "rank",
     "k_top1_keys": "top-1 over keys",
-    "k_top1_queries": "top-1 over queries",
-    "ov_top1": "OV top-1",
+    "k_top1_queries": "over queries",
     "ov_copying": "OV copying",
-    "score_path": "induction score without it in the keys",
-    "score_removed": "... without it at all",
-    "loss_path": "loss without it in the keys (nats)",
-    "loss_removed": "... without it at all (nats)",
+}
+CAUSE = {
+    **_PAIR,
+    "verdict": "verdict",
+    "score_path": "induction score, not in the keys",
+    "score_removed": "not at all",
+    "loss_path": "loss rises, not in the keys",
+    "loss_removed": "not at all (nats)",
 }
 """The evidence as a reader sees it, by column of `InductionCircuits.to_dataframe`."""
 
@@ -42,7 +43,7 @@ _TERMS = {
         "Whether the induction head raises the token that it attends to: the sum of its OV circuit's "
         "eigenvalues over the sum of their sizes, from -1 to 1."
     ),
-    "Without it in the keys": (
+    "Not in the keys": (
         "The previous-token head is ablated only as the induction head's keys see it; all else is left."
     ),
 }
@@ -56,11 +57,15 @@ def induction_circuits_section(
     Args:
         text: what to look for.
     """
-    table = result.to_dataframe()
-    rows = [tuple(row[name] for name in COLUMNS) for row in table.to_dict("records")]
-    parts = (
-        [Table(tuple(COLUMNS.values()), rows, "Behaviour, weights and cause of each pair")] if rows else []
-    )
+    pairs = result.to_dataframe().to_dict("records")
+    parts = [
+        Table(tuple(columns.values()), [tuple(row[name] for name in columns) for row in pairs], caption)
+        for columns, caption in (
+            (BEHAVIOUR_AND_WEIGHTS, "How each pair attends, and what its weights say"),
+            (CAUSE, "What is lost without the previous-token head: in the induction head's keys, and at all"),
+        )
+        if pairs
+    ]
     reasons = [
         f"{previous} and {induction}: {why}."
         for (previous, induction), why in zip(result.labels, result.reasons, strict=True)
@@ -68,7 +73,7 @@ def induction_circuits_section(
     said = (
         f"{len(result.tokens)} sequences of {result.seq_len} random tokens that come twice; an ablated head "
         f"is replaced by: {result.how}. A token matches itself by chance once in {1 / result.chance:.0f}."
-        + (f" Without any ablation the second copy's loss is {result.clean_loss:.3f} nats." if rows else "")
+        + (f" Without any ablation the second copy's loss is {result.clean_loss:.3f} nats." if pairs else "")
         + (f" No pair: {result.note}." if result.note else "")
     )
     return Section(title, "\n\n".join([*([text] if text else []), said, *reasons]), parts, _TERMS)
