@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         q_composition_circuit,
         v_composition_circuit,
     )
+    from mechlens.analyses.features import search_complete
     from mechlens.analyses.heads import (
         detect_heads,
         repeated_token_performance,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     )
     from mechlens.analyses.tuned_lens import train_tuned_lens
     from mechlens.corpus import read_texts, token_windows
+    from mechlens.measures.weights import diagonal_ranks, eigenvalue_copying_score, top_k_accuracy
     from mechlens.models.load import load_model
     from mechlens.models.sampling import sample_tokens
     from mechlens.models.tuned_lens import load_tuned_lens
@@ -100,6 +102,7 @@ _HOMES = {
         "q_composition_circuit",
         "v_composition_circuit",
     ),
+    "mechlens.analyses.features": ("search_complete",),
     "mechlens.analyses.heads": (
         "detect_heads",
         "repeated_token_performance",
@@ -126,6 +129,7 @@ _HOMES = {
     "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
     "mechlens.corpus": ("read_texts", "token_windows"),
     "mechlens.analyses.logit_variance": ("logit_variance",),
+    "mechlens.measures.weights": ("diagonal_ranks", "eigenvalue_copying_score", "top_k_accuracy"),
     "mechlens.models.load": ("load_model",),
     "mechlens.models.sampling": ("sample_tokens",),
     "mechlens.models.tuned_lens": ("load_tuned_lens",),

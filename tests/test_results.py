@@ -23,7 +23,9 @@ from mechlens.results import (
     AttentionPatterns,
     AttributionPatchResult,
     Circuit,
+    CompleteSearch,
     CompositionScores,
+    GreedySearch,
     HeadScores,
     InductionCircuits,
     LogitAttribution,
@@ -329,7 +331,44 @@ def positional() -> PositionalAttention:
     )
 
 
+def complete_search() -> CompleteSearch:
+    """Two neurons of one layer behind BOS, the best token at either end."""
+    return CompleteSearch(
+        model=dataclasses.replace(MODEL, processing=False),
+        site="post",
+        layers=(0,),
+        features=(3, 1),
+        directions=None,
+        prefix=torch.tensor([0]),
+        prepend_bos=True,
+        ids=torch.tensor([[[5], [6]]]),
+        activations=torch.tensor([[[2.0], [1.0]]]),
+        lowest_ids=torch.tensor([[[6], [5]]]),
+        lowest_activations=torch.tensor([[[-0.5], [0.25]]]),
+        strings={"0": "<s>", "5": " a", "6": "\n"},
+    )
+
+
+def greedy_search() -> GreedySearch:
+    """A direction in one layer, two inputs of two tokens without a prefix."""
+    return GreedySearch(
+        model=dataclasses.replace(MODEL, processing=False),
+        site="direction",
+        layer=0,
+        features=(0,),
+        directions=torch.tensor([[1.0, 0.0, -1.0, 0.5]]),
+        prefix=torch.tensor([], dtype=torch.long),
+        prepend_bos=False,
+        aggregate="sum",
+        ids=torch.tensor([[[5, 5], [5, 6]]]),
+        activations=torch.tensor([[[2.0, 3.0], [2.0, 1.5]]]),
+        strings={"5": " a", "6": "\n"},
+    )
+
+
 RESULTS = {
+    "complete_search": complete_search,
+    "greedy_search": greedy_search,
     "circuit": circuit,
     "induction_circuits": induction_circuits,
     "composition": composition,
@@ -729,6 +768,25 @@ def test_composition_is_ranked_by_score() -> None:
     table = dataclasses.replace(composition(), scores=scores).to_dataframe()
     # a head without weights has no score, and comes last
     assert list(table["earlier"] + table["later"]) == ["L0H1L1H0", "L0H1L1H1", "L0H0L1H0", "L0H0L1H1"]
+
+
+def test_tables_of_feature_searches() -> None:
+    rows = [tuple(row) for row in complete_search().to_dataframe().itertuples(index=False)]
+    assert rows == [
+        (0, 3, "highest", 1, 5, " a", 2.0),
+        (0, 3, "lowest", 1, 6, "\n", -0.5),
+        (0, 1, "highest", 1, 6, "\n", 1.0),
+        (0, 1, "lowest", 1, 5, " a", 0.25),
+    ]
+    rows = [tuple(row) for row in greedy_search().to_dataframe().itertuples(index=False)]
+    assert rows == [
+        (0, 0, 1, 0, 5, " a", 2.0),
+        (0, 0, 1, 1, 5, " a", 3.0),
+        (0, 0, 2, 0, 5, " a", 2.0),
+        (0, 0, 2, 1, 6, "\n", 1.5),
+    ]
+    assert greedy_search().scores.tolist() == [[5.0, 3.5]]
+    assert dataclasses.replace(greedy_search(), aggregate="last").scores.tolist() == [[3.0, 1.5]]
 
 
 def test_table_of_positional_attention() -> None:

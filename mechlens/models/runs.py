@@ -48,7 +48,7 @@ def watch(
     when a reader raises.
     """
     check_tokens(model, tokens)
-    _serve(model, tokens, readers)
+    serve(model, tokens, readers)
 
 
 def watch_from(
@@ -73,25 +73,26 @@ def watch_from(
             "this model gives each block its positions beside the stream (shortformer), so a run cannot "
             "begin in the middle"
         )
-    _serve(model, residual, readers, start_at_layer=layer)
+    serve(model, residual, readers, start_at_layer=layer)
 
 
-def _serve(
+def serve(
     model: LensModel, given: Tensor, readers: Mapping[str, Callable[[Tensor], None]], **options: Any
 ) -> None:
+    """`watch` of whatever the engine can be given, with the engine's own options."""
     unknown = sorted(set(readers) - set(model.hook_dict))
     if unknown:
         raise ValueError(f"this model has no hook point {unknown[0]!r}: see model.hook_dict")
     waiting = set(readers)
 
     # the engine names the hook point by its own alias, so each hook carries the name asked for
-    def serve(activation: Tensor, hook: Any, name: str) -> None:
+    def hand_out(activation: Tensor, hook: Any, name: str) -> None:
         readers[name](activation)
         waiting.discard(name)
         if not waiting:
             raise Enough
 
-    hooks = [(name, partial(serve, name=name)) for name in readers]
+    hooks = [(name, partial(hand_out, name=name)) for name in readers]
     with running(model, hooks):
         run(model, given, **options)
     if waiting:

@@ -14,6 +14,7 @@ from mechlens.results.base import (
     write_table,
 )
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
+from mechlens.results.features import CompleteSearch, GreedySearch
 from mechlens.results.heads import (
     AttentionPatterns,
     HeadScores,
@@ -36,7 +37,9 @@ __all__ = [
     "AttributionPatchResult",
     "Circuit",
     "Comparison",
+    "CompleteSearch",
     "CompositionScores",
+    "GreedySearch",
     "HeadScores",
     "InductionCircuits",
     "InputProbe",

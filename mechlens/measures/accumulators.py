@@ -1,0 +1,44 @@
+"""What is gathered batch by batch, without keeping the batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TopRows:
+    """The k largest values of each column so far, and the numbers of the rows that have them."""
+
+    values: Float[Tensor, "k column"]
+    """Largest first; minus infinity where fewer than k rows were seen."""
+    rows: Int[Tensor, "k column"]
+
+    @classmethod
+    def empty(cls, k: int, columns: int, device: torch.device | str = "cpu") -> TopRows:
+        return cls(
+            torch.full((k, columns), -torch.inf, device=device),
+            torch.zeros(k, columns, dtype=torch.long, device=device),
+        )
+
+    def joined(self, values: Float[Tensor, "row column"], numbers: Int[Tensor, " row"]) -> TopRows:
+        """With more rows. Of equal values that which came first is the larger one; nan is never kept.
+
+        Cost: one comparison per value, and k more in the columns that change: fewer and fewer.
+        """
+        changed = (values.amax(0) > self.values[-1]).nonzero()[:, 0]
+        if len(changed) == 0:
+            return self
+        pool = torch.cat([self.values[:, changed], values[:, changed]])
+        pool_rows = torch.cat([self.rows[:, changed], numbers[:, None].expand(-1, len(changed))])
+        best, best_rows = self.values.clone(), self.rows.clone()
+        for rank in range(len(best)):
+            # of several largest values, the first
+            top, at = pool.max(0)
+            best[rank, changed] = top
+            best_rows[rank, changed] = pool_rows.gather(0, at[None])[0]
+            pool.scatter_(0, at[None], -torch.inf)
+        return TopRows(best, best_rows)

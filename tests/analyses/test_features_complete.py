@@ -1,0 +1,335 @@
+"""Complete search against the seed's loop on Hugging Face's models, and against single runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechlens.analyses.features import complete, search_complete
+from mechlens.models import candidates as runs
+from mechlens.models.load import load_model
+from tests.reference import features as reference
+from tests.shared import STORIES, needs_shared
+from tests.tiny_models import VOCAB, tiny_hf_model, write_toy
+
+KINDS = ("gpt2", "gpt_neox", "llama", "gemma2")
+LAYERS, WIDTH = 2, 32
+# other sums in other orders: a few roundings of activations around 10
+CLOSE = {"atol": 2e-4, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directories):
+    models = {}
+
+    def load(kind, **options):
+        key = (kind, *options.items())
+        if key not in models:
+            models[key] = load_model(tiny_directories / kind, **({"processing": False} | options))
+        return models[key]
+
+    return load
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_feature_of_every_layer_is_the_seeds(kind, loaded):
+    result = search_complete(loaded(kind), batch_size=9)
+    hf_model = tiny_hf_model(kind)
+    for layer in range(LAYERS):
+        output = reference.hf_block_output(hf_model, layer)
+        tokens = [reference.search_maximal(output, VOCAB, 1, m, batch_size=20)[0] for m in range(WIDTH)]
+        assert result.ids[layer, :, 0].tolist() == tokens
+        own = output(torch.arange(VOCAB)[:, None])[:, 0]
+        torch.testing.assert_close(result.activations[layer, :, 0], own.amax(0), **CLOSE)
+        torch.testing.assert_close(result.lowest_activations[layer, :, 0], own.amin(0), **CLOSE)
+        assert result.lowest_ids[layer, :, 0].tolist() == own.argmin(0).tolist()
+    assert result.prepend_bos is False
+    assert len(result.prefix) == 0
+
+
+SITES = {
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "post": "blocks.{}.mlp.hook_post",
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("prefix", [(), (5, 9, 7)])
+def test_each_site_and_both_ends(kind, site, prefix, loaded):
+    model, features = loaded(kind), [3, 0, 17]
+    given = torch.tensor(prefix) if prefix else None
+    result = search_complete(
+        model, layers=[1], features=features, site=site, prefix=given, top_k=4, batch_size=10
+    )
+    name = SITES[site].format(1)
+    values = reference.by_hand(model, [name], prefix)[name][:, features].T
+    for end, ids, activations in (
+        (True, result.ids, result.activations),
+        (False, result.lowest_ids, result.lowest_activations),
+    ):
+        ordered, tokens = values.sort(-1, descending=end)
+        assert ids[0].tolist() == tokens[:, :4].tolist()
+        torch.testing.assert_close(activations[0], ordered[:, :4], **CLOSE)
+    assert result.prefix.tolist() == list(prefix)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_bos_stands_first(kind, loaded):
+    model = loaded(kind)
+    result = search_complete(model, layers=[0], features=[2], prefix="ab", prepend_bos=True)
+    tokens = model.tokenizer("ab")["input_ids"]
+    bos = model.tokenizer.bos_token_id
+    prefix = [bos, *(token for token in tokens if token != bos)]
+    assert result.prefix.tolist() == prefix
+    assert result.prepend_bos
+    name = "blocks.0.hook_resid_post"
+    values = reference.by_hand(model, [name], prefix)[name][:, 2]
+    assert int(result.ids) == int(values.argmax())
+    # it changes what is found
+    assert float(result.activations) != float(search_complete(model, layers=[0], features=[2]).activations)
+
+
+def test_directions_of_the_stream(loaded):
+    model = loaded("gpt2")
+    vectors = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
+    result = search_complete(model, directions=vectors, features=[2, 0])
+    for layer in range(LAYERS):
+        output = reference.hf_block_output(tiny_hf_model("gpt2"), layer)(torch.arange(VOCAB)[:, None])
+        products = output[:, 0] @ vectors[[2, 0]].T
+        assert result.ids[layer, :, 0].tolist() == products.argmax(0).tolist()
+        torch.testing.assert_close(result.activations[layer, :, 0], products.amax(0), **CLOSE)
+    assert result.site == "direction"
+    unit = search_complete(model, directions=torch.eye(WIDTH))
+    torch.testing.assert_close(unit.activations, search_complete(model).activations, **CLOSE)
+
+
+def test_some_layers_and_features_are_those_of_all(loaded):
+    model = loaded("llama")
+    whole = search_complete(model, top_k=2)
+    some = search_complete(model, layers=[-1, 0], features=[5, -1], top_k=2)
+    assert some.layers == (1, 0)
+    assert some.features == (5, WIDTH - 1)
+    assert torch.equal(some.ids, whole.ids[[1, 0]][:, [5, WIDTH - 1]])
+    # the same runs, read in other ways
+    assert torch.equal(some.activations, whole.activations[[1, 0]][:, [5, WIDTH - 1]])
+
+
+def test_of_equal_tokens_the_smaller_id_comes_first(loaded, tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        # one after the other, in different batches
+        model.W_E[20:] = model.W_E[19].clone()
+    result = search_complete(model, top_k=VOCAB, batch_size=8)
+    for ids in (*result.ids.flatten(0, 1), *result.lowest_ids.flatten(0, 1)):
+        equal = [token for token in ids.tolist() if token >= 19]
+        assert equal == list(range(19, VOCAB))
+
+
+# -- what is not computed --------------------------------------------------------------------------
+
+
+def counted(model, names, work):
+    seen = dict.fromkeys(names, 0)
+
+    def count(activation, hook, name):
+        seen[name] += activation.shape[0] * activation.shape[1]
+
+    hooks = [(name, lambda value, hook, name=name: count(value, hook, name)) for name in names]
+    with model.hooks(fwd_hooks=hooks):
+        work()
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_alone_needs_no_queries_and_later_layers_are_not_run(kind, loaded):
+    model = loaded(kind)
+    names = ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    seen = counted(model, names, lambda: search_complete(model, layers=[0]))
+    # 4 tokens are tried before, by whole runs and by the short way
+    assert seen == dict(zip(names, [4, 4 + 4 + VOCAB, 0], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_is_run_once(kind, loaded):
+    model, name = loaded(kind), "blocks.0.hook_resid_post"
+    prefix = torch.arange(5, 15)
+    seen = counted(model, [name], lambda: search_complete(model, layers=[0], prefix=prefix))
+    # the prefix, 4 tokens tried in whole runs and 4 against its keys and values, and the vocabulary
+    assert seen[name] <= 10 + 4 * 11 + 4 + VOCAB
+
+
+@pytest.mark.parametrize("prefix", [None, torch.tensor([5, 9])])
+def test_where_the_short_way_is_wrong_whole_runs_are_made(prefix, loaded, monkeypatch):
+    model = loaded("gpt2")
+    right = search_complete(model, prefix=prefix)
+
+    def wrong(model, layer):
+        return torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH)
+
+    def wrong_past(model, tokens):
+        return runs_of_old(model, tokens + 1)
+
+    runs_of_old = runs.clean_run
+    monkeypatch.setattr(runs, "_attention_of_one", wrong)
+    monkeypatch.setattr(runs, "clean_run", wrong_past)
+    found = search_complete(model, prefix=prefix)
+    assert torch.equal(found.ids, right.ids)
+    torch.testing.assert_close(found.activations, right.activations, **CLOSE)
+
+
+def test_the_model_is_left_as_it_was(loaded, monkeypatch):
+    model, tokens = loaded("gpt2"), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = model(tokens)
+
+    def broken(self, activation):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(complete.Sought, "read", broken)
+    with pytest.raises(ZeroDivisionError):
+        search_complete(model)
+    assert all("forward" not in vars(block.attn) for block in model.blocks)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), before)
+
+
+# -- memory, and interruptions ---------------------------------------------------------------------
+
+
+def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
+    model, sizes = loaded("gpt2"), []
+    right = search_complete(model, top_k=3)
+    read = complete.Sought.read
+
+    def short_of_memory(self, activation):
+        sizes.append(len(activation))
+        # in the second layer only, so that the first has been noted already
+        if len(activation) > 10 and len(sizes) % 2 == 0:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return read(self, activation)
+
+    monkeypatch.setattr(complete.Sought, "read", short_of_memory)
+    found = search_complete(model, top_k=3, batch_size=40)
+    assert sizes[:6] == [40, 40, 20, 20, 10, 10]
+    assert torch.equal(found.ids, right.ids)
+
+
+def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
+    model, state = loaded("gpt2"), tmp_path / "state.safetensors"
+    whole = search_complete(model, top_k=3, batch_size=10)
+    read, rows = complete.Sought.read, []
+
+    def interrupted(self, activation):
+        rows.append(len(activation))
+        if len(rows) == 6:
+            raise KeyboardInterrupt
+        return read(self, activation)
+
+    monkeypatch.setattr(complete.Sought, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search_complete(model, top_k=3, batch_size=10, state=state)
+    # two batches through both layers; the third had noted the first layer
+    assert sum(rows) == 60
+    rest = []
+
+    def counting(self, activation):
+        rest.append(len(activation))
+        return read(self, activation)
+
+    monkeypatch.setattr(complete.Sought, "read", counting)
+    found = search_complete(model, top_k=3, batch_size=10, state=state)
+    assert sum(rest) == 2 * (VOCAB - 20)
+    assert found == whole
+    rest.clear()
+    assert search_complete(model, top_k=3, state=state) == whole
+    assert rest == []
+
+
+def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
+    state = tmp_path / "state.safetensors"
+    search_complete(loaded("gpt2"), state=state)
+    for change, message in (
+        ({"top_k": 2}, "begun with top_k 1, not 2"),
+        ({"layers": [0]}, r"begun with layers \[0, 1\], not \[0\]"),
+        ({"features": [0]}, "begun with features"),
+        ({"prefix": torch.tensor([3])}, "begun with prefix"),
+        ({"site": "mlp_out"}, "begun with site 'resid_post'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_complete(loaded("gpt2"), state=state, **change)
+    other = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        other.W_E.mul_(1.5)
+    with pytest.raises(ValueError, match="begun with other weights"):
+        search_complete(other, state=state)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [2]}, "there is no layer 2: there are 2"),
+        ({"features": [WIDTH]}, f"there is no feature {WIDTH}: there are {WIDTH}"),
+        ({"features": []}, "no feature is asked for"),
+        (
+            {"site": "resid_pre"},
+            "site must be one of resid_post, attn_out, mlp_out, post, but",
+        ),
+        ({"directions": torch.ones(2, 5)}, r"directions must be \[direction, d_model\] with d_model 32"),
+        ({"directions": torch.ones(2, WIDTH), "site": "post"}, "directions are of resid_post"),
+        ({"top_k": 0}, "top_k must be from 1 to the vocabulary's 64, but is 0"),
+        ({"top_k": 65}, "but is 65"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"prefix": torch.zeros(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),
+        ({"prefix": torch.tensor([64])}, "token id 64 is not in the model's vocabulary of 64"),
+        ({"prefix": torch.zeros(2, 3, dtype=torch.long)}, "one sequence, but here are 2"),
+    ],
+)
+def test_bad_arguments(loaded, options, message):
+    with pytest.raises(ValueError, match=message):
+        search_complete(loaded("gpt2"), **options)
+
+
+def test_processed_weights_are_refused_with_the_reason(loaded):
+    with pytest.raises(ValueError, match=r"has processed weights, and processing changes the basis"):
+        search_complete(loaded("gpt2", processing=True))
+
+
+def test_a_model_without_tokenizer_or_mlps(tmp_path):
+    write_toy(tmp_path / "toy")
+    model = load_model(tmp_path / "toy", processing=False)
+    result = search_complete(model, layers=[1], features=[0, 1])
+    name = "blocks.1.hook_resid_post"
+    values = reference.by_hand(model, [name])[name][:, [0, 1]].T
+    assert result.ids[0, :, 0].tolist() == values.argmax(-1).tolist()
+    assert result.strings[str(int(result.ids[0, 0, 0]))] == str(int(result.ids[0, 0, 0]))
+    with pytest.raises(ValueError, match="no tokenizer, so it reads no text"):
+        search_complete(model, prefix="a")
+    with pytest.raises(ValueError, match="this model has no MLPs"):
+        search_complete(model, site="post")
+
+
+def test_broken_weights_are_refused(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        model.W_E[7] = torch.nan
+    with pytest.raises(ValueError, match=r"activations at blocks\.0\.hook_resid_post are nan"):
+        search_complete(model)
+
+
+# -- a trained model -------------------------------------------------------------------------------
+
+
+@needs_shared
+def test_a_trained_llama_agrees_with_running_each_token_by_hand():
+    model = load_model(STORIES, processing=False)
+    result = search_complete(model)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    for layer, rows in enumerate(reference.by_hand(model, names).values()):
+        assert result.ids[layer, :, 0].tolist() == rows.argmax(0).tolist()
+        torch.testing.assert_close(result.activations[layer, :, 0], rows.amax(0), **CLOSE)

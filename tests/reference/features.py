@@ -1,0 +1,64 @@
+"""The seed's loops over the vocabulary, one feature at a time, as they stand there."""
+
+from __future__ import annotations
+
+import torch
+
+
+def hf_block_output(hf_model, layer):
+    """`tokens -> [batch, pos, d_model]`: what a Hugging Face model's block gives."""
+    body = hf_model.base_model
+    block = (body.h if hasattr(body, "h") else body.layers)[layer]
+
+    @torch.no_grad()
+    def output(tokens):
+        kept = []
+
+        def keep(module, given, made):
+            kept.append(made[0] if isinstance(made, tuple) else made)
+
+        handle = block.register_forward_hook(keep)
+        try:
+            hf_model(tokens)
+        finally:
+            handle.remove()
+        return kept.pop()
+
+    return output
+
+
+@torch.no_grad()
+def by_hand(model, names, prefix=()):
+    """By hook name `[d_vocab, width]`: the activations at each token, one whole run after the other."""
+    rows = {name: [] for name in names}
+    for i in range(model.cfg.d_vocab):
+        _, cache = model.run_with_cache(torch.tensor([[*prefix, i]]), names_filter=lambda name: name in rows)
+        for name in names:
+            rows[name].append(cache[name][0, -1])
+    return {name: torch.stack(some) for name, some in rows.items()}
+
+
+@torch.no_grad()
+def search_maximal(a_model, vocab_size, n_tokens, feature, batch_size=1000, summed=False):
+    """The seed's function; `a_model` and `vocab_size` are globals there, and it decodes the tokens."""
+    maximal_tokens = []
+    for t in range(n_tokens):
+        activations = []
+        for i in range(0, vocab_size, batch_size):
+            token_batch = torch.tensor([j for j in range(i, min(i + batch_size, vocab_size))])  # noqa: C416
+            token_batch = token_batch.reshape((min(batch_size, vocab_size - i), 1))
+            maximal_tensor = torch.tensor(maximal_tokens).repeat(min(batch_size, vocab_size - i), 1)
+            if t > 0:  # noqa: SIM108
+                greedy_tokens = torch.cat((maximal_tensor, token_batch), dim=1).int()
+            else:
+                greedy_tokens = token_batch
+            output = a_model(greedy_tokens)
+            if summed:
+                activations += torch.sum(output[:, :, feature], dim=-1)
+            else:
+                activations += output[:, -1, feature].flatten()
+
+        activations = torch.tensor(activations)
+        token_int = torch.argmax(activations)
+        maximal_tokens.append(token_int)
+    return [int(token) for token in maximal_tokens]
