@@ -62,3 +62,18 @@ def search_maximal(a_model, vocab_size, n_tokens, feature, batch_size=1000, summ
         token_int = torch.argmax(activations)
         maximal_tokens.append(token_int)
     return [int(token) for token in maximal_tokens]
+
+
+@torch.no_grad()
+def beam_search(a_model, vocab_size, n_tokens, feature, beam, summed=False, prefix=()):
+    """`[(score, tokens)]`, the best first, from whole runs of every continuation of every input."""
+    inputs = [(0.0, [])]
+    for _ in range(n_tokens):
+        longer = []
+        for _, tokens in inputs:
+            rows = torch.tensor([[*prefix, *tokens, i] for i in range(vocab_size)])
+            values = a_model(rows)[:, len(prefix) :, feature]
+            scores = values.sum(-1) if summed else values[:, -1]
+            longer += [(float(scores[i]), [*tokens, i]) for i in range(vocab_size)]
+        inputs = sorted(longer, key=lambda pair: -pair[0])[:beam]
+    return inputs

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from mechlens.analyses.features.complete import search_complete
+from mechlens.analyses.features.greedy import search_greedy
 
-__all__ = ["search_complete"]
+__all__ = ["search_complete", "search_greedy"]

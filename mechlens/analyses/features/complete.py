@@ -13,15 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import Sought, check_numbers
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers, check_probe
 from mechlens.measures.accumulators import TopRows
-from mechlens.models.candidates import Candidates, candidates
+from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
 from mechlens.results import CompleteSearch
 from mechlens.results.state import load_state, save_state, state_file
 
-SAVE_SECONDS = 30.0
-"""Between two saves of the state."""
 _TENSORS = ("highest", "highest_ids", "lowest", "lowest_ids", "probe")
 
 
@@ -88,7 +86,7 @@ def search_complete(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
     runs = candidates(model, sought.prefix, sought.names)
-    done = _Done(sought, top_k, file, _probe(runs, sought) if file is not None else None)
+    done = _Done(sought, top_k, file, sought.probe(runs) if file is not None else None)
     found: dict[int, tuple[TopRows, TopRows]] = {}
 
     def note(activation: Tensor, layer: int, ids: Tensor) -> None:
@@ -127,17 +125,6 @@ def search_complete(
     )
 
 
-def _probe(runs: Candidates, sought: Sought) -> Float[Tensor, " layer"]:
-    """A number per layer by which other weights are told from these."""
-    sizes: dict[str, Tensor] = {}
-
-    def note(activation: Tensor, name: str) -> None:
-        sizes[name] = activation.float().square().mean().sqrt()
-
-    runs.watch(torch.tensor([0]), {name: functools.partial(note, name=name) for name in sought.names})
-    return torch.stack([sizes[name].cpu().clone() for name in sought.names])
-
-
 class _Done:
     """The best of the tokens so far, by layer; of the lowest, their negatives."""
 
@@ -165,11 +152,7 @@ class _Done:
     def _load(self, file: Path, probe: Float[Tensor, " layer"], device: torch.device) -> None:
         owner = "a complete search"
         tensors, count = load_state(file, "search", owner, _TENSORS, self._arguments())
-        # float32, on another machine perhaps
-        if not torch.allclose(tensors["probe"], probe, rtol=1e-3, atol=0):
-            raise ValueError(
-                f"the search in {file} was begun with other weights: delete the file to begin anew"
-            )
+        check_probe(file, tensors["probe"], probe)
 
         def rows(end: str, index: int) -> TopRows:
             return TopRows(tensors[end][index].T.to(device), tensors[f"{end}_ids"][index].T.to(device))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models import sweeps
+from mechlens.models.candidates import Candidates
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import check_tokens
 from mechlens.prompts import bos_to_prepend, chosen, own_bos_token_id, prompt_tokens, token_strings
@@ -19,6 +22,8 @@ from mechlens.results import ModelInfo
 
 SITES = {name: sweeps.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
 SITES |= {"post": "blocks.{}.mlp.hook_post"}
+SAVE_SECONDS = 30.0
+"""Between two saves of a state."""
 _OF_MLPS = ("mlp_out", "post")
 
 
@@ -114,6 +119,16 @@ class Sought:
             "prefix": hashed(self.prefix),
         }
 
+    def probe(self, runs: Candidates) -> Float[Tensor, " layer"]:
+        """A number per layer by which other weights are told from these."""
+        sizes: dict[str, Tensor] = {}
+
+        def note(activation: Tensor, name: str) -> None:
+            sizes[name] = activation.float().square().mean().sqrt()
+
+        runs.watch(torch.tensor([0]), {name: functools.partial(note, name=name) for name in self.names})
+        return torch.stack([sizes[name].cpu().clone() for name in self.names])
+
     def strings(self, *ids: Int[Tensor, "..."]) -> dict[str, str]:
         """The tokens that occur, by their id."""
         seen = torch.cat([each.flatten() for each in (self.prefix, *ids)]).unique()
@@ -140,6 +155,13 @@ def check_numbers(rows: Float[Tensor, "row feature"], name: str) -> None:
     """Refuse activations that are no numbers."""
     if bool(rows.isnan().any()):
         raise ValueError(f"some of the model's activations at {name} are nan, so that none is the largest")
+
+
+def check_probe(file: Path, known: Float[Tensor, " layer"], found: Float[Tensor, " layer"]) -> None:
+    """Refuse to go on with a state of other weights."""
+    # float32, on another machine perhaps
+    if not torch.allclose(known, found, rtol=1e-3, atol=0):
+        raise ValueError(f"the search in {file} was begun with other weights: delete the file to begin anew")
 
 
 def hashed(values: Tensor) -> str:

@@ -1,0 +1,181 @@
+"""Greedy search against the seed's loop on Hugging Face's models, and beams against whole runs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mechlens.analyses.features import greedy, search_complete, search_greedy
+from mechlens.models.load import load_model
+from tests.reference import features as reference
+from tests.tiny_models import VOCAB, tiny_hf_model
+
+KINDS = ("gpt2", "gpt_neox", "llama")
+# other sums in other orders: a few roundings of activations around 10
+CLOSE = {"atol": 2e-4, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directories):
+    models = {kind: load_model(tiny_directories / kind, processing=False) for kind in KINDS}
+    return models.__getitem__
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aggregate", ["last", "sum"])
+def test_it_is_the_seeds_for_one_to_four_tokens(kind, aggregate, loaded):
+    features, layer = [0, 7, 30], 1
+    output = reference.hf_block_output(tiny_hf_model(kind), layer)
+    found = {
+        n: search_greedy(
+            loaded(kind), layer=layer, features=features, n_tokens=n, aggregate=aggregate, batch_size=25
+        )
+        for n in range(1, 5)
+    }
+    for i, feature in enumerate(features):
+        tokens = reference.search_maximal(output, VOCAB, 4, feature, summed=aggregate == "sum")
+        # one token more changes none before
+        for n, result in found.items():
+            assert result.ids[i, 0].tolist() == tokens[:n]
+        own = output(torch.tensor([tokens]))[0, :, feature]
+        torch.testing.assert_close(found[4].activations[i, 0], own, **CLOSE)
+        score = own.sum() if aggregate == "sum" else own[-1]
+        torch.testing.assert_close(found[4].scores[i, 0], score, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aggregate", ["last", "sum"])
+def test_a_beam_behind_a_prefix(kind, aggregate, loaded):
+    output = reference.hf_block_output(tiny_hf_model(kind), 1)
+    options = {"n_tokens": 3, "beam": 3, "aggregate": aggregate}
+    result = search_greedy(loaded(kind), layer=1, features=[4, 9], prefix=torch.tensor([8, 3]), **options)
+    for i, feature in enumerate([4, 9]):
+        inputs = reference.beam_search(output, VOCAB, 3, feature, 3, aggregate == "sum", [8, 3])
+        assert result.ids[i].tolist() == [tokens for _, tokens in inputs]
+        assert result.scores[i].tolist() == pytest.approx([score for score, _ in inputs], abs=2e-4)
+
+
+def test_aggregates_differ_in_a_beam(loaded):
+    last, total = (
+        search_greedy(loaded("gpt2"), layer=1, features=range(8), n_tokens=3, beam=3, aggregate=aggregate)
+        for aggregate in ("last", "sum")
+    )
+    assert not torch.equal(last.ids, total.ids)
+
+
+def test_a_beam_of_the_whole_vocabulary_is_exhaustive(loaded):
+    output, feature = reference.hf_block_output(tiny_hf_model("llama"), 0), 11
+    pairs = torch.tensor(list(itertools.product(range(VOCAB), repeat=2)))
+    own = output(pairs)[:, 1, feature]
+    result = search_greedy(loaded("llama"), layer=0, features=[feature], n_tokens=2, beam=VOCAB)
+    best = own.sort(descending=True)
+    assert result.ids[0, 0].tolist() == pairs[best.indices[0]].tolist()
+    torch.testing.assert_close(result.scores[0], best.values[:VOCAB], **CLOSE)
+
+
+def test_one_token_is_complete_search(loaded):
+    model, vectors = loaded("gpt2"), torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    for options in (
+        {"features": [3, 1], "site": "post"},
+        {"features": [2], "site": "attn_out"},
+        {"features": None, "directions": vectors},
+    ):
+        one = search_greedy(model, layer=1, n_tokens=1, beam=2, prefix="ab", **options)
+        complete = search_complete(model, layers=[1], top_k=2, prefix="ab", **options)
+        assert torch.equal(one.ids[:, :, 0], complete.ids[0])
+        # the same runs
+        assert torch.equal(one.activations[:, :, 0], complete.activations[0])
+        assert (one.features, one.site) == (complete.features, complete.site)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_step_costs_one_token_per_candidate(kind, loaded):
+    model, seen = loaded(kind), []
+
+    def count(activation, hook):
+        seen.append(activation.shape[0] * activation.shape[1])
+
+    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", count)]):
+        search_greedy(model, layer=0, features=[5], n_tokens=4)
+    # before each step 4 tokens are tried in whole runs and 4 against the prefix, which is run once
+    tried = sum(4 * (n + 1) + 4 + n for n in range(4))
+    assert sum(seen) == 4 * VOCAB + tried
+
+
+def test_features_with_the_same_input_share_a_pass(loaded):
+    model, passes = loaded("gpt2"), []
+    vectors = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
+    # the same direction in two lengths, and its opposite
+    three = torch.cat([vectors, 2 * vectors, -vectors])
+    run = greedy._best_behind
+
+    def counting(sought, before, columns, *others):
+        passes.append((before.tolist(), columns.tolist()))
+        return run(sought, before, columns, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "_best_behind", counting)
+        result = search_greedy(model, layer=1, features=None, directions=three, n_tokens=2)
+    assert passes[0] == ([], [0, 1, 2])
+    assert [columns for _, columns in passes[1:]] == [[0, 1], [2]]
+    assert torch.equal(result.ids[0], result.ids[1])
+    # a power of two rounds nothing
+    assert torch.equal(result.activations[1], 2 * result.activations[0])
+
+
+def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
+    model, state = loaded("gpt2"), tmp_path / "state.safetensors"
+    options = {"layer": 1, "features": [1, 2, 3], "n_tokens": 3, "beam": 2}
+    whole, run, passes = search_greedy(model, **options), greedy._best_behind, []
+
+    def interrupted(*given):
+        if len(passes) == stop:
+            raise KeyboardInterrupt
+        passes.append(given[1].tolist())
+        return run(*given)
+
+    monkeypatch.setattr(greedy, "_best_behind", interrupted)
+    stop = 4
+    with pytest.raises(KeyboardInterrupt):
+        search_greedy(model, state=state, **options)
+    stop = None
+    assert search_greedy(model, state=state, **options) == whole
+    assert len({tuple(each) for each in passes}) == len(passes), "no pass is made twice"
+    before = len(passes)
+    assert search_greedy(model, state=state, **options) == whole
+    assert len(passes) == before
+    for change, message in (
+        ({"beam": 1}, "begun with beam 2, not 1"),
+        ({"aggregate": "sum"}, "begun with aggregate 'last'"),
+        ({"layer": 0}, r"begun with layers \[1\], not \[0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_greedy(model, state=state, **(options | change))
+    with pytest.raises(ValueError, match="is not the state of a complete search"):
+        search_complete(model, layers=[1], features=[1, 2, 3], state=state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": 2}, "there is no layer 2"),
+        ({"features": []}, "no feature is asked for"),
+        ({"n_tokens": 0}, "n_tokens must be at least 1, but is 0"),
+        ({"n_tokens": 33}, "33 tokens behind a prefix of 0 do not fit into the model's context of 32"),
+        ({"n_tokens": 3, "prefix": torch.zeros(30, dtype=torch.long)}, "3 tokens behind a prefix of 30"),
+        ({"beam": 0}, "beam must be at least 1"),
+        ({"beam": VOCAB + 1}, f"beam must be at most the vocabulary's {VOCAB}"),
+        ({"aggregate": "mean"}, "aggregate must be one of last, sum, but is 'mean'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_bad_arguments(loaded, options, message):
+    with pytest.raises(ValueError, match=message):
+        search_greedy(loaded("gpt2"), **({"layer": 0, "features": [0], "n_tokens": 1} | options))
+
+
+def test_processed_weights_are_refused(tiny_bos_model):
+    with pytest.raises(ValueError, match="processing changes the basis"):
+        search_greedy(tiny_bos_model, layer=0, features=[0], n_tokens=1)
