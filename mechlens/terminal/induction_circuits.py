@@ -10,39 +10,46 @@ import typer
 from mechlens.results import InductionCircuits
 from mechlens.terminal.tables import print_table
 
-_SHOWN = {
+_ATTENDS_AND_WEIGHS = {
     "previous": "previous",
     "induction": "induction",
-    "verdict": "verdict",
     "induction_score": "score",
     "k_score": "K-comp.",
     "k_rank": "rank",
     "k_top1_keys": "top-1 keys",
     "k_top1_queries": "queries",
     "ov_copying": "copying",
+}
+_LOSES = {
+    "previous": "previous",
+    "induction": "induction",
     "score_path": "score -keys",
     "score_removed": "-head",
     "loss_path": "loss -keys",
     "loss_removed": "-head",
+    "verdict": "verdict",
 }
 
 
 def print_induction_circuits(found: InductionCircuits) -> None:
-    """Print one line of evidence for each pair, and its reasons below."""
+    """Print the evidence for each pair, and its reasons below."""
     if found.note:
         typer.echo(f"No induction circuit in {found.model.name}: {found.note}.")
         return
-    rows = []
-    for row in found.to_dataframe().to_dict("records"):
-        cells = [row[name] for name in _SHOWN]
-        rows.append([_cell(name, cell) for name, cell in zip(_SHOWN, cells, strict=True)])
-    print_table(
-        f"Induction circuits of {found.model.name}, {len(found.tokens)} x {found.seq_len} random tokens "
-        "twice; -keys: without the previous-token head in the keys, -head: without it at all; loss "
-        f"{found.clean_loss:.3f} and what it rises by, nats",
-        tuple(_SHOWN.values()),
-        rows,
-    )
+    pairs = found.to_dataframe().to_dict("records")
+    for title, shown in (
+        (
+            f"Induction circuits of {found.model.name}, {len(found.tokens)} x {found.seq_len} random tokens twice",
+            _ATTENDS_AND_WEIGHS,
+        ),
+        (
+            "Without the previous-token head in the keys alone (-keys), and without it at all (-head): the "
+            f"induction score, and what the loss of {found.clean_loss:.3f} nats rises by",
+            _LOSES,
+        ),
+    ):
+        rows = [[_cell(name, pair[name]) for name in shown] for pair in pairs]
+        print_table(title, tuple(shown.values()), rows)
     for (previous, induction), why in zip(found.labels, found.reasons, strict=True):
         typer.echo(f"{previous} and {induction}: {why}.")
 
