@@ -39,7 +39,8 @@ def print_induction_circuits(found: InductionCircuits) -> None:
     pairs = found.to_dataframe().to_dict("records")
     for title, shown in (
         (
-            f"Induction circuits of {found.model.name}, {len(found.tokens)} x {found.seq_len} random tokens twice",
+            f"Induction circuits of {found.model.name}, {len(found.tokens)} x {found.seq_len} random tokens "
+            "that come twice",
             _ATTENDS_AND_WEIGHS,
         ),
         (
