@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         q_composition_circuit,
         v_composition_circuit,
     )
-    from mechlens.analyses.features import search_complete, search_greedy
+    from mechlens.analyses.features import search_complete, search_gradient, search_greedy
     from mechlens.analyses.heads import (
         detect_heads,
         repeated_token_performance,
@@ -102,7 +102,7 @@ _HOMES = {
         "q_composition_circuit",
         "v_composition_circuit",
     ),
-    "mechlens.analyses.features": ("search_complete", "search_greedy"),
+    "mechlens.analyses.features": ("search_complete", "search_gradient", "search_greedy"),
     "mechlens.analyses.heads": (
         "detect_heads",
         "repeated_token_performance",

@@ -25,6 +25,7 @@ from mechlens.results import (
     Circuit,
     CompleteSearch,
     CompositionScores,
+    GradientSearch,
     GreedySearch,
     HeadScores,
     InductionCircuits,
@@ -366,7 +367,40 @@ def greedy_search() -> GreedySearch:
     )
 
 
+def gradient_search() -> GradientSearch:
+    """Two restarts of one token and two steps; the optimum is not known."""
+    return GradientSearch(
+        model=dataclasses.replace(MODEL, processing=False),
+        site="resid_post",
+        layer=0,
+        directions=None,
+        selected=torch.tensor([[0, 3]]),
+        prefix=torch.tensor([0]),
+        prepend_bos=True,
+        objective="maximise",
+        target_ids=None,
+        constant=None,
+        prior="norm",
+        prior_weight=0.5,
+        optimiser="Adam",
+        learning_rate=0.125,
+        isolated=False,
+        seed=1,
+        objectives=torch.tensor([[1.0, -2.0], [0.5, -4.0]]),
+        activations=torch.tensor([[-1.0, 2.0], [-0.5, 4.0]]),
+        embeddings=torch.ones(2, 1, 4),
+        nearest_cosine=torch.tensor([[0.5], [0.75]]),
+        token_cosine=0.25,
+        ids={"pinv": torch.tensor([[5], [6]]), "nearest": torch.tensor([[6], [5]])},
+        true_objectives={"pinv": torch.tensor([-1.0, -0.5]), "nearest": torch.tensor([-1.5, -0.25])},
+        true_activations={"pinv": torch.tensor([1.0, 0.5]), "nearest": torch.tensor([1.5, 0.25])},
+        optimum=None,
+        strings={"0": "<s>", "5": " a", "6": "\n"},
+    )
+
+
 RESULTS = {
+    "gradient_search": gradient_search,
     "complete_search": complete_search,
     "greedy_search": greedy_search,
     "circuit": circuit,
@@ -787,6 +821,24 @@ def test_tables_of_feature_searches() -> None:
     ]
     assert greedy_search().scores.tolist() == [[5.0, 3.5]]
     assert dataclasses.replace(greedy_search(), aggregate="last").scores.tolist() == [[3.0, 1.5]]
+
+
+def test_table_of_a_gradient_search() -> None:
+    result = gradient_search()
+    rows = [tuple(row) for row in result.to_dataframe().itertuples(index=False)]
+    assert rows == [
+        ("nearest", 0, (6,), "\n", -1.5, 1.5, 0.5),
+        ("pinv", 0, (5,), " a", -1.0, 1.0, 0.5),
+        ("pinv", 1, (6,), "\n", -0.5, 0.5, 0.75),
+        ("nearest", 1, (5,), " a", -0.25, 0.25, 0.75),
+    ]
+    assert result.best_ids().tolist() == [6]
+    assert result.best_ids("pinv").tolist() == [5]
+    assert result.best_activation("pinv") == 1.0
+    assert result.below_optimum is None
+    assert dataclasses.replace(result, optimum=2.0).below_optimum == 0.5
+    with pytest.raises(ValueError, match="no decoding 'closest': there are pinv, nearest"):
+        result.best_ids("closest")
 
 
 def test_table_of_positional_attention() -> None:

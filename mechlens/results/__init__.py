@@ -14,7 +14,7 @@ from mechlens.results.base import (
     write_table,
 )
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
-from mechlens.results.features import CompleteSearch, GreedySearch
+from mechlens.results.features import CompleteSearch, GradientSearch, GreedySearch
 from mechlens.results.heads import (
     AttentionPatterns,
     HeadScores,
@@ -39,6 +39,7 @@ __all__ = [
     "Comparison",
     "CompleteSearch",
     "CompositionScores",
+    "GradientSearch",
     "GreedySearch",
     "HeadScores",
     "InductionCircuits",

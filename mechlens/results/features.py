@@ -97,3 +97,95 @@ class GreedySearch(Result):
             for pos, (token, activation) in enumerate(zip(ids, numbers, strict=True))
         ]
         return pd.DataFrame(rows, columns=["layer", "feature", "rank", "pos", "id", "token", "activation"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class GradientSearch(Result):
+    """Embeddings that gradients made excite features, and the tokens that they are nearest to."""
+
+    site: str
+    """As in `CompleteSearch`."""
+    layer: int
+    directions: Float[Tensor, "direction d_model"] | None
+    selected: Int[Tensor, "selected 2"]
+    """(pos, feature) of every element that counts; `pos` counts the searched tokens. None for a
+    continuation."""
+    prefix: Int[Tensor, " prefix"]
+    """As in `CompleteSearch`."""
+    prepend_bos: bool
+    objective: str
+    """What was made small: `constant`, `maximise`, `l1`, `cosine` or `continuation`."""
+    target_ids: Int[Tensor, " target"] | None
+    constant: float | None
+    prior: str
+    """`none`, `softmax`, `norm` or `nearest`."""
+    prior_weight: float | None
+    """Of a penalty."""
+    optimiser: str
+    learning_rate: float
+    isolated: bool
+    """Whether the block was run without those before it."""
+    seed: int
+    objectives: Float[Tensor, "restart step"]
+    """Of the embeddings, before each step and at the end; without the penalty."""
+    activations: Float[Tensor, "restart step"]
+    """Mean of the selected activations; nan for a continuation."""
+    embeddings: Float[Tensor, "restart pos d_model"]
+    """Those with the lowest sum of objective and penalty."""
+    nearest_cosine: Float[Tensor, "restart pos"]
+    """Of each of these to the real embedding with the largest one."""
+    token_cosine: float
+    """For comparison: the mean cosine of a real embedding to the nearest other one."""
+    ids: dict[str, Int[Tensor, "restart pos"]]
+    """By decoding, `pinv` and `nearest`: the best tokens that the embeddings stood for on their way."""
+    true_objectives: dict[str, Float[Tensor, " restart"]]
+    """Of running these tokens."""
+    true_activations: dict[str, Float[Tensor, " restart"]]
+    """Mean of the selected activations when these tokens are run; nan for a continuation."""
+    optimum: float | None
+    """The largest activation of all tokens, where a complete search told it."""
+    strings: dict[str, str]
+
+    def _best(self, decoding: str | None) -> tuple[str, int]:
+        ways = tuple(self.ids) if decoding is None else (decoding,)
+        if not set(ways) <= set(self.ids):
+            raise ValueError(f"there is no decoding {decoding!r}: there are {', '.join(self.ids)}")
+        way = min(ways, key=lambda each: float(self.true_objectives[each].min()))
+        return way, int(self.true_objectives[way].argmin())
+
+    def best_ids(self, decoding: str | None = None) -> Int[Tensor, " pos"]:
+        """The tokens with the lowest true objective, of one decoding or of both."""
+        way, restart = self._best(decoding)
+        return self.ids[way][restart]
+
+    def best_activation(self, decoding: str | None = None) -> float:
+        """Mean of the selected activations when the best tokens are run."""
+        way, restart = self._best(decoding)
+        return float(self.true_activations[way][restart])
+
+    @property
+    def below_optimum(self) -> float | None:
+        """By how much the best tokens miss the complete search's optimum; None where that is not known."""
+        return None if self.optimum is None else self.optimum - self.best_activation()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per decoding and restart, the best first: decoding, restart, ids, tokens, objective,
+        activation (both true), nearest_cosine (mean over positions)."""
+        import pandas as pd
+
+        rows = [
+            (
+                way,
+                restart,
+                tuple(tokens),
+                "".join(self.strings[str(token)] for token in tokens),
+                float(self.true_objectives[way][restart]),
+                float(self.true_activations[way][restart]),
+                float(self.nearest_cosine[restart].mean()),
+            )
+            for way in self.ids
+            for restart, tokens in enumerate(self.ids[way].tolist())
+        ]
+        columns = ["decoding", "restart", "ids", "tokens", "objective", "activation", "nearest_cosine"]
+        table = pd.DataFrame(rows, columns=columns)
+        return table.sort_values("objective", kind="stable", ignore_index=True)

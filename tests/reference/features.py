@@ -77,3 +77,39 @@ def beam_search(a_model, vocab_size, n_tokens, feature, beam, summed=False, pref
             longer += [(float(scores[i]), [*tokens, i]) for i in range(vocab_size)]
         inputs = sorted(longer, key=lambda pair: -pair[0])[:beam]
     return inputs
+
+
+def only_block(hf_model, layer):
+    """The Hugging Face model with one block left, changed in place."""
+    body = hf_model.base_model
+    name = "h" if hasattr(body, "h") else "layers"
+    setattr(body, name, torch.nn.ModuleList([getattr(body, name)[layer]]))
+    return hf_model
+
+
+def embedded_output(hf_model, layer, embedded, prefix=()):
+    """`[row, pos, d_model]` on the graph of `embedded`: a block's output behind a prefix."""
+    body = hf_model.base_model
+    block = (body.h if hasattr(body, "h") else body.layers)[layer]
+    kept = []
+    handle = block.register_forward_hook(
+        lambda module, given, made: kept.append(made[0] if isinstance(made, tuple) else made)
+    )
+    before = hf_model.get_input_embeddings()(torch.tensor(prefix, dtype=torch.long)).detach()
+    try:
+        hf_model(inputs_embeds=torch.cat([before.expand(len(embedded), -1, -1), embedded], dim=1))
+    finally:
+        handle.remove()
+    return kept.pop()[:, len(prefix) :]
+
+
+def descend(loss_of, start, learning_rate, steps, after=lambda value: value):
+    """The seed's gradient descent: the losses before each step, and where it ends."""
+    value, losses = start.clone(), []
+    for _ in range(steps):
+        value = value.detach().requires_grad_()
+        loss = loss_of(value)
+        losses.append(loss.detach())
+        (gradient,) = torch.autograd.grad(loss.sum(), [value])
+        value = after((value - learning_rate * gradient).detach())
+    return torch.stack(losses, dim=1), value

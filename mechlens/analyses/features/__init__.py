@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechlens.analyses.features.complete import search_complete
+from mechlens.analyses.features.gradient import search_gradient
 from mechlens.analyses.features.greedy import search_greedy
 
-__all__ = ["search_complete", "search_greedy"]
+__all__ = ["search_complete", "search_gradient", "search_greedy"]

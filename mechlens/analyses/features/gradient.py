@@ -1,0 +1,230 @@
+"""Gradient search: embeddings that excite a feature, and the tokens that they are nearest to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.analyses.features.objectives import OBJECTIVES, Judge
+from mechlens.analyses.features.sought import Sought
+from mechlens.analyses.features.walk import PRIORS, Space, Walk
+from mechlens.models.embedded import token_embeddings
+from mechlens.models.protocol import LensModel
+from mechlens.prompts import drawable_tokens
+from mechlens.results import CompleteSearch, GradientSearch
+
+OPTIMISERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+DECODE_EVERY = 5
+"""Steps between two looks at the tokens that the embeddings stand for."""
+
+
+def search_gradient(
+    model: LensModel,
+    *,
+    layer: int,
+    selection: Any = None,
+    n_tokens: int,
+    objective: str = "constant",
+    target: str | Int[Tensor, "*one target"] | None = None,
+    constant: float = 1000.0,
+    prior: str = "none",
+    prior_weight: float = 1.0,
+    optimiser: str = "Adam",
+    learning_rate: float = 0.1,
+    steps: int = 40,
+    patience: int = 10,
+    restarts: int = 64,
+    seed: int = 0,
+    isolated: bool = False,
+    site: str = "resid_post",
+    directions: Float[Tensor, "direction d_model"] | None = None,
+    prefix: str | Int[Tensor, "*one prefix"] | None = None,
+    prepend_bos: bool = False,
+    complete: CompleteSearch | None = None,
+    progress: bool = False,
+) -> GradientSearch:
+    """Change embeddings by gradients until they excite features, and read them as tokens.
+
+    The embeddings begin as those of random tokens; special tokens, which lie apart from the others and often
+    excite features most, begin a restart each (half of them at most). At first and every few steps they are
+    decoded in two ways, by the pseudo-inverse of the embedding and by the largest cosine, and the tokens are
+    run: of all that a restart passes, the tokens with the best objective are kept.
+
+    Args:
+        layer: whose features they are.
+        selection: any index of `[pos, feature]`, such as `np.s_[:, 7]`, `np.s_[2, 7]` or `np.s_[:, 0:4]`,
+            where `pos` counts the searched tokens only; None selects all.
+        n_tokens: how many tokens are searched together.
+        objective: what is made small. `constant`: the L1 distance of the selected activations to a large
+            constant, as in the source; `maximise`: minus the activations; `l1` and `cosine`: the distance to
+            those of the target, another input; `continuation`: minus the log-probability (nats) of the
+            target behind the searched tokens, which reads no feature. The first three are means over what is
+            selected.
+        target: a text or ids: as many tokens as are searched, or the continuation.
+        constant: of the objective `constant`.
+        prior: `none`; `softmax`: what is changed is a distribution over tokens, made one by a softmax after
+            each step (the source's); `norm` and `nearest` add a penalty for embeddings of another norm than
+            the mean of real ones (square of the relative difference), or far from the nearest real one (1
+            minus the cosine).
+        prior_weight: what the penalty is multiplied by.
+        optimiser: one of torch's: Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD.
+        learning_rate: in units of the root mean square of a real embedding's elements; for `softmax` as it
+            is.
+        steps: at most.
+        patience: stop when no restart has got better for so many steps.
+        restarts: independent starts, run as one batch (in parts where memory runs out).
+        seed: of the `torch.Generator` that draws the starts.
+        isolated: the layer's block alone, on what the first block would get, without the blocks before.
+        site: as in `search_complete`; so are `directions`, `prefix` and `prepend_bos`.
+        complete: a complete search of the same features, to compare with; for one token and one feature.
+        progress: show a bar.
+
+    Raises:
+        ValueError: as `search_complete`; an index that selects nothing or is out of range, an unknown
+            objective, prior or optimiser, a target that is missing, too many or of another length, a complete
+            search of something else, or (`continuation`) logits that are more than norm, `W_U` and `b_U`.
+
+    Source: Badger, "Language Model Features"; it has one start, plain gradient descent, and the decoding by
+    the pseudo-inverse at the end.
+    Cost: per step one forward and one backward pass of the restarts up to the layer, and every fifth step two
+    forward passes and two products with `W_E` more.
+    """
+    sought = Sought.of(
+        model,
+        site=site,
+        layers=[layer],
+        features=None,
+        directions=directions,
+        prefix=prefix,
+        prepend_bos=prepend_bos,
+    )
+    _check(objective, prior, optimiser, n_tokens, steps, patience, restarts, learning_rate)
+    with torch.inference_mode(False), torch.enable_grad():
+        E = token_embeddings(model).float()
+        judge = Judge.of(
+            sought, selection, n_tokens, objective, target, constant, isolated, E.to(model.W_E.dtype)
+        )
+        space = Space.of(E)
+        optimum = None if complete is None else _optimum(complete, sought, judge, n_tokens)
+        draw = torch.Generator().manual_seed(seed)
+        walk = Walk(judge, space, prior, prior_weight, restarts)
+        if prior == "softmax":
+            drawn = torch.randn(restarts, n_tokens, len(E), generator=draw).to(E.device)
+            free, rate = drawn.softmax(-1).requires_grad_(), learning_rate
+        else:
+            ids = _first_tokens(model, restarts, n_tokens, draw).to(E.device)
+            free, rate = E[ids].clone().requires_grad_(), learning_rate * float(E.square().mean().sqrt())
+        walk.decode(free.detach())
+        torch_optimiser = getattr(torch.optim, optimiser)([free], lr=rate)
+        for _ in tqdm(range(steps), desc="searching", unit="step", disable=not progress):
+            free.grad = walk.gradient(free)
+            torch_optimiser.step()
+            if prior == "softmax":
+                free.data = free.data.softmax(-1)
+            if len(walk.objectives) % DECODE_EVERY == 0:
+                walk.decode(free.detach())
+            if walk.stalled >= patience:
+                break
+        walk.gradient(free)
+        assert walk.best is not None
+        for last in (free.detach(), walk.best):
+            walk.decode(last)
+        found = walk.embedded(walk.best)
+    return GradientSearch(
+        **{name: value for name, value in sought.fields().items() if name != "features"},
+        layer=sought.layers[0],
+        selected=judge.selected,
+        objective=objective,
+        target_ids=judge.target,
+        constant=constant if objective == "constant" else None,
+        prior=prior,
+        prior_weight=prior_weight if prior in ("norm", "nearest") else None,
+        optimiser=optimiser,
+        learning_rate=learning_rate,
+        isolated=isolated,
+        seed=seed,
+        objectives=torch.stack(walk.objectives, dim=1),
+        activations=torch.stack(walk.activations, dim=1),
+        embeddings=found.cpu().clone(),
+        nearest_cosine=space.cosines(found).amax(-1).cpu(),
+        token_cosine=space.between_tokens(),
+        ids={way: each.ids for way, each in walk.decoded.items()},
+        true_objectives={way: each.objective for way, each in walk.decoded.items()},
+        true_activations={way: each.activation for way, each in walk.decoded.items()},
+        optimum=optimum,
+        strings=sought.strings(*(each.ids for each in walk.decoded.values())),
+    )
+
+
+def _first_tokens(
+    model: LensModel, restarts: int, n_tokens: int, draw: torch.Generator
+) -> Int[Tensor, "restart pos"]:
+    """Random tokens, but for the first restarts, which are of one special token each."""
+    drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
+    ids = drawable[torch.randint(len(drawable), (restarts, n_tokens), generator=draw)]
+    n_named = model.cfg.d_vocab if model.tokenizer is None else min(len(model.tokenizer), model.cfg.d_vocab)
+    named = torch.arange(n_named)
+    special = named[~torch.isin(named, drawable)][: restarts // 2]
+    ids[: len(special)] = special[:, None]
+    return ids
+
+
+def _check(
+    objective: str,
+    prior: str,
+    optimiser: str,
+    n_tokens: int,
+    steps: int,
+    patience: int,
+    restarts: int,
+    learning_rate: float,
+) -> None:
+    for name, given, known in (
+        ("objective", objective, OBJECTIVES),
+        ("prior", prior, PRIORS),
+        ("optimiser", optimiser, OPTIMISERS),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, but is {given!r}")
+    for name, value in (
+        ("n_tokens", n_tokens),
+        ("steps", steps),
+        ("patience", patience),
+        ("restarts", restarts),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+    if not learning_rate > 0 or not math.isfinite(learning_rate):
+        raise ValueError(f"learning_rate must be a finite number above 0, but is {learning_rate}")
+
+
+def _optimum(complete: CompleteSearch, sought: Sought, judge: Judge, n_tokens: int) -> float:
+    """The activation that the complete search found."""
+    if n_tokens != 1 or len(judge.selected) != 1:
+        raise ValueError(
+            "a complete search is of one token and one feature, but here are "
+            f"{n_tokens} tokens and {len(judge.selected)} selected elements: leave it out"
+        )
+    if judge.alone is not None:
+        raise ValueError("a complete search is of the whole model: leave it out, or use isolated=False")
+    feature, layer = int(judge.selected[0, 1]), sought.layers[0]
+    same_directions = complete.directions is None or (
+        sought.directions is not None and torch.equal(complete.directions, sought.directions)
+    )
+    for what, same in (
+        ("model", complete.model == sought.info),
+        ("site", complete.site == sought.site),
+        ("directions", same_directions),
+        ("prefix", torch.equal(complete.prefix, sought.prefix)),
+        ("layer", layer in complete.layers),
+        ("feature", feature in complete.features),
+    ):
+        if not same:
+            raise ValueError(f"the complete search is not of the same {what}: leave it out, or repeat it")
+    at = complete.layers.index(layer), complete.features.index(feature)
+    return float(complete.activations[at][0])

@@ -1,0 +1,72 @@
+"""Runs whose embeddings are given instead of looked up, so that they can be changed by gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.models.protocol import LensModel
+from mechlens.models.runs import Enough, run, running, watch
+
+EMBED = "hook_embed"
+_FIRST = "blocks.0.hook_resid_pre"
+
+
+def token_embeddings(model: LensModel) -> Float[Tensor, "d_vocab d_model"]:
+    """What every token's embedding is, before anything is made of its position.
+
+    That is `W_E`, scaled where the engine scales it (Gemma-2).
+    """
+    rows: list[Tensor] = []
+    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(1024):
+        watch(model, ids, {EMBED: lambda activation: rows.append(activation[:, 0])})
+    # a copy: what leaves inference mode can be computed with
+    return torch.cat(rows).clone()
+
+
+def run_embedded(
+    model: LensModel,
+    tokens: Int[Tensor, " pos"],
+    embedded: Float[Tensor, "row some d_model"],
+    start: int,
+    name: str,
+    *,
+    alone: int | None = None,
+) -> Float[Tensor, "row pos ..."]:
+    """An activation of runs in which some tokens' embeddings are replaced, on the graph of these.
+
+    Args:
+        tokens: what every run reads, but for the positions from `start` on that are replaced.
+        embedded: what comes there.
+        name: of the hook point; the run ends there.
+        alone: a layer that gets the first block's input, as if no blocks came before it.
+
+    Cost: one forward pass up to `name`; on a bridge, `alone` runs the earlier blocks, too, and throws their
+    work away.
+    """
+
+    def replace(activation: Tensor, hook: Any) -> Tensor:
+        end = start + embedded.shape[1]
+        return torch.cat([activation[:, :start], embedded, activation[:, end:]], dim=1)
+
+    rows = tokens.expand(len(embedded), -1).clone()
+    if alone is None:
+        return _end_at(model, rows, name, [(EMBED, replace)])
+    return _end_at(model, _end_at(model, rows, _FIRST, [(EMBED, replace)]), name, [], start_at_layer=alone)
+
+
+def _end_at(model: LensModel, given: Tensor, name: str, hooks: list[Any], **options: Any) -> Tensor:
+    kept: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        kept.append(activation)
+        raise Enough
+
+    with running(model, [*hooks, (name, keep)], gradients=True):
+        run(model, given, **options)
+    if not kept:
+        raise ValueError(f"this model makes nothing at the hook point {name!r}")
+    return kept.pop()

@@ -1,0 +1,340 @@
+"""Gradient search against the seed's descent on Hugging Face's models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mechlens.analyses.features import objectives, search_complete, search_gradient, walk
+from mechlens.models.embedded import run_embedded, token_embeddings
+from mechlens.models.load import load_model
+from mechlens.prompts import drawable_tokens
+from tests.reference import features as reference
+from tests.tiny_models import VOCAB, tiny_hf_model
+
+KINDS = ("gpt2", "gpt_neox", "llama")
+WIDTH = 32
+# other sums in other orders: a few roundings of activations around 10
+CLOSE = {"atol": 2e-4, "rtol": 1e-5}
+FEW = {"steps": 5, "restarts": 3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second one gains nothing on such small tensors, and waits for its core where others use it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directories):
+    models = {kind: load_model(tiny_directories / kind, processing=False) for kind in KINDS}
+    return models.__getitem__
+
+
+def first_tokens(model, restarts, n_tokens, seed):
+    """What each restart begins with."""
+    ids = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
+    draw = torch.Generator().manual_seed(seed)
+    first = ids[torch.randint(len(ids), (restarts, n_tokens), generator=draw)]
+    special = sorted(set(model.tokenizer.all_special_ids))
+    for row, token in enumerate(special[: restarts // 2]):
+        first[row] = token
+    return first
+
+
+def hf_embeddings(hf_model):
+    return hf_model.get_input_embeddings().weight.detach()
+
+
+# -- running embeddings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
+@pytest.mark.parametrize("alone", [None, 1])
+def test_real_embeddings_run_as_their_tokens(kind, alone, loaded, tiny_directories):
+    model = load_model(tiny_directories / kind, processing=False) if kind == "gemma2" else loaded(kind)
+    tokens = torch.tensor([[7, 8, 9, 10], [7, 30, 40, 11]])
+    E = token_embeddings(model)
+    name = "blocks.1.hook_resid_post"
+    # the last token is read, those before it and the prefix are not replaced
+    found = run_embedded(model, torch.tensor([7, 0, 0, 10]), E[tokens[:1, 1:3]], 1, name, alone=alone)
+    hf_model = tiny_hf_model(kind)
+    if alone is not None:
+        hf_model = reference.only_block(hf_model, alone)
+    expected = reference.hf_block_output(hf_model, 1 if alone is None else 0)(tokens[:1])
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# -- the descent -----------------------------------------------------------------------------------
+
+SELECTIONS = {
+    "one": (np.s_[2, 7], [(2, 7)]),
+    "all_positions": (np.s_[:, 7], [(0, 7), (1, 7), (2, 7)]),
+    "some_features": (np.s_[1, 0:3], [(1, 0), (1, 1), (1, 2)]),
+    "a_list": (([0, 2], [5, 6]), [(0, 5), (2, 6)]),
+    "from_the_end": (np.s_[..., -1], [(0, 31), (1, 31), (2, 31)]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_three_steps_are_the_seeds(kind, selection, loaded):
+    model, hf_model = loaded(kind), tiny_hf_model(kind)
+    index, pairs = SELECTIONS[selection]
+    E, rate = hf_embeddings(hf_model), 0.05
+    pos, feature = torch.tensor(pairs).T
+
+    def loss_of(embedded):
+        own = reference.embedded_output(hf_model, 1, embedded, (4, 9))[:, pos, feature]
+        return (1000.0 - own).abs().mean(-1)
+
+    start = E[first_tokens(model, 3, 3, seed=5)]
+    losses, _ = reference.descend(loss_of, start, rate * float(E.square().mean().sqrt()), 4)
+    result = search_gradient(
+        model,
+        layer=1,
+        selection=index,
+        n_tokens=3,
+        prefix=torch.tensor([4, 9]),
+        optimiser="SGD",
+        learning_rate=rate,
+        steps=3,
+        restarts=3,
+        seed=5,
+    )
+    assert result.selected.tolist() == [list(pair) for pair in pairs]
+    torch.testing.assert_close(result.objectives, losses, **CLOSE)
+    torch.testing.assert_close(result.activations, 1000 - losses, **CLOSE)
+    assert not torch.allclose(losses[:, 0], losses[:, 3], atol=0.1), "the steps must move something"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_softmax_after_each_step_is_the_seeds(kind, loaded):
+    model, hf_model = loaded(kind), tiny_hf_model(kind)
+    E = hf_embeddings(hf_model)
+
+    def loss_of(chances):
+        return -reference.embedded_output(hf_model, 0, chances @ E)[:, 1, 3]
+
+    draw = torch.Generator().manual_seed(2)
+    start = torch.randn(2, 2, VOCAB, generator=draw).softmax(-1)
+    losses, end = reference.descend(loss_of, start, 3.0, 5, lambda value: value.softmax(-1))
+    result = search_gradient(
+        model,
+        layer=0,
+        selection=np.s_[1, 3],
+        n_tokens=2,
+        objective="maximise",
+        prior="softmax",
+        optimiser="SGD",
+        learning_rate=3.0,
+        steps=4,
+        restarts=2,
+        seed=2,
+    )
+    torch.testing.assert_close(result.objectives, losses, **CLOSE)
+    assert end.shape == start.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_objective_is_what_it_says(kind, loaded):
+    model, hf_model = loaded(kind), tiny_hf_model(kind)
+    first, target, layer = first_tokens(model, 3, 2, seed=0), torch.tensor([20, 33]), 1
+    output = reference.hf_block_output(hf_model, layer)
+    own, wanted = output(first)[:, :, 4:9].flatten(1), output(target[None])[:, :, 4:9].flatten(1)
+    with torch.no_grad():
+        longer = torch.cat([first, target.expand(3, -1)], dim=1)
+        log_probs = hf_model(longer).logits.log_softmax(-1)[:, 1:3]
+    follows = log_probs.gather(-1, target.expand(3, -1)[..., None])[..., 0].sum(-1)
+    expected = {
+        "constant": (50.0 - own).abs().mean(-1),
+        "maximise": -own.mean(-1),
+        "l1": (own - wanted).abs().mean(-1),
+        "cosine": 1 - (own * wanted).sum(-1) / own.norm(dim=-1) / wanted.norm(),
+        "continuation": -follows,
+    }
+    assert set(expected) == set(objectives.OBJECTIVES)
+    for objective, values in expected.items():
+        result = search_gradient(
+            model,
+            layer=layer,
+            selection=np.s_[:, 4:9],
+            n_tokens=2,
+            objective=objective,
+            target=target if objective in ("l1", "cosine", "continuation") else None,
+            constant=50.0,
+            steps=4,
+            restarts=3,
+        )
+        torch.testing.assert_close(result.objectives[:, 0], values, **CLOSE)
+        # each restart gets better by it
+        assert bool((result.objectives.amin(1) < result.objectives[:, 0]).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("isolated", [False, True])
+def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
+    model, hf_model = loaded(kind), tiny_hf_model(kind)
+    E = hf_embeddings(hf_model)
+    result = search_gradient(
+        model,
+        layer=1,
+        selection=np.s_[-1, 9],
+        n_tokens=3,
+        objective="maximise",
+        isolated=isolated,
+        prefix=torch.tensor([6]),
+        **FEW,
+    )
+    if isolated:
+        hf_model = reference.only_block(hf_model, 1)
+    output = reference.hf_block_output(hf_model, 0 if isolated else 1)
+    for way in ("pinv", "nearest"):
+        rows = torch.cat([torch.full((3, 1), 6), result.ids[way]], dim=1)
+        own = output(rows)[:, -1, 9]
+        torch.testing.assert_close(result.true_activations[way], own, **CLOSE)
+        torch.testing.assert_close(result.true_objectives[way], -own, **CLOSE)
+    unit = torch.nn.functional.normalize
+    cosines = unit(result.embeddings, dim=-1) @ unit(E, dim=-1).T
+    # products of 32 numbers up to 1
+    torch.testing.assert_close(result.nearest_cosine, cosines.amax(-1), atol=1e-5, rtol=0)
+    assert result.isolated is isolated
+
+
+def test_decoding(loaded):
+    model = loaded("llama")
+    E = token_embeddings(model)
+    space = walk.Space.of(E)
+    some = torch.randn(4, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+    # float64's pseudo-inverse, rounded once
+    expected = (some.double() @ torch.linalg.pinv(E.double())).float()
+    torch.testing.assert_close(space.coefficients(some), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(space.cosines(E).argmax(-1), torch.arange(VOCAB))
+    cosines = torch.nn.functional.cosine_similarity(E[:, None], E[None], dim=-1) - 3 * torch.eye(VOCAB)
+    assert space.between_tokens() == pytest.approx(float(cosines.amax(-1).mean()), abs=1e-5)
+
+
+def test_priors_hold_embeddings_near_real_ones(loaded):
+    model = loaded("gpt2")
+    options = {"layer": 1, "selection": np.s_[0, 3], "n_tokens": 1, "objective": "maximise"}
+    options |= {"steps": 15, "restarts": 4, "learning_rate": 0.3}
+    free = search_gradient(model, **options)
+    norm = search_gradient(model, prior="norm", prior_weight=1000.0, **options)
+    near = search_gradient(model, prior="nearest", prior_weight=1000.0, **options)
+    mean = float(token_embeddings(model).norm(dim=-1).mean())
+    # a thousandth of the objective's own scale is left to gain
+    assert float((norm.embeddings.norm(dim=-1) / mean - 1).abs().max()) < 0.1
+    assert float((free.embeddings.norm(dim=-1) / mean - 1).abs().max()) > 0.3
+    assert float(near.nearest_cosine.min()) > 0.95 > float(free.nearest_cosine.min())
+
+
+def test_default_settings_reach_the_optimum_on_the_bundled_model():
+    model = load_model(processing=False)
+    complete = search_complete(model, layers=[0, 1])
+    reached = 0
+    for feature in range(0, 192, 6):
+        layer = int(feature % 24 == 18)
+        result = search_gradient(
+            model, layer=layer, selection=np.s_[0, feature], n_tokens=1, complete=complete
+        )
+        best = float(complete.activations[layer, feature, 0])
+        assert result.optimum == best
+        assert result.below_optimum == best - result.best_activation()
+        # no token is above the optimum, up to the rounding of other sums
+        assert result.below_optimum > -1e-3
+        reached += result.best_activation() >= 0.95 * best
+    assert reached >= 29, "90% of 32 features"
+
+
+# -- how it goes -----------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_a_search(loaded):
+    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 2} | FEW
+    with torch.inference_mode():
+        one = search_gradient(loaded("gpt2"), **options)
+    assert one == search_gradient(loaded("gpt2"), **options)
+    other = search_gradient(loaded("gpt2"), seed=1, **options)
+    assert not torch.equal(one.embeddings, other.embeddings)
+
+
+def test_it_stops_when_it_stalls(loaded):
+    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimiser": "SGD", "restarts": 2}
+    # steps too small to change a float32
+    result = search_gradient(loaded("gpt2"), learning_rate=1e-12, steps=50, patience=4, **options)
+    # the first place, four without progress, and the end
+    assert result.objectives.shape[1] == 1 + 4 + 1
+
+
+def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
+    options = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "steps": 2, "restarts": 5}
+    right, sizes, call = search_gradient(loaded("llama"), **options), [], objectives.Judge.__call__
+
+    def short_of_memory(self, embedded):
+        sizes.append(len(embedded))
+        if len(embedded) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return call(self, embedded)
+
+    monkeypatch.setattr(objectives.Judge, "__call__", short_of_memory)
+    found = search_gradient(loaded("llama"), **options)
+    assert sizes[:5] == [5, 3, 2, 2, 1]
+    torch.testing.assert_close(found.objectives, right.objectives, **CLOSE)
+
+
+GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": np.s_[0, WIDTH]}, r"is no index of \[1 positions, 32 features\]"),
+        ({"selection": np.s_[1:, 0]}, "is empty: there are 1 positions and 32 features"),
+        ({"selection": "all"}, "is no index of"),
+        ({"layer": 2}, "there is no layer 2"),
+        ({"objective": "largest"}, "objective must be one of constant, maximise, l1"),
+        ({"prior": "bayes"}, "prior must be one of none, softmax, norm, nearest, but is 'bayes'"),
+        ({"optimiser": "LBFGS"}, "optimiser must be one of"),
+        ({"restarts": 0}, "restarts must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
+        ({"objective": "l1"}, "the objective 'l1' needs a target"),
+        ({"objective": "l1", "target": torch.tensor([3, 4])}, "the 1 tokens that are searched, but has 2"),
+        ({"target": torch.tensor([3])}, "the objective 'constant' has no target"),
+        ({"objective": "continuation", "target": torch.tensor([64])}, "token id 64 is not in"),
+        (
+            {"objective": "continuation", "target": torch.tensor([3]), "isolated": True},
+            "a block alone predicts no continuation",
+        ),
+        ({"n_tokens": 33}, "33 tokens, of which 33 are searched, do not fit"),
+    ],
+)
+def test_bad_arguments(loaded, options, message):
+    with pytest.raises(ValueError, match=message):
+        search_gradient(loaded("gpt2"), **(GOOD | options))
+
+
+def test_another_complete_search_is_refused(loaded):
+    model = loaded("gpt2")
+    complete = search_complete(model, layers=[1], features=[3])
+    for options, message in (
+        ({"layer": 0, "selection": np.s_[0, 3]}, "not of the same layer"),
+        ({"layer": 1, "selection": np.s_[0, 4]}, "not of the same feature"),
+        ({"layer": 1, "selection": np.s_[0, 3], "prefix": torch.tensor([3])}, "not of the same prefix"),
+        ({"layer": 1, "selection": np.s_[0, 3], "site": "mlp_out"}, "not of the same site"),
+        ({"layer": 1, "selection": np.s_[:, 3], "n_tokens": 2}, "of one token and one feature, but here"),
+        ({"layer": 1, "selection": np.s_[0, 3], "isolated": True}, "use isolated=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_gradient(model, complete=complete, **(GOOD | options))
+    with pytest.raises(ValueError, match="not of the same model"):
+        search_gradient(loaded("llama"), complete=complete, **(GOOD | {"layer": 1}))
+
+
+def test_processed_weights_are_refused(tiny_bos_model):
+    with pytest.raises(ValueError, match="processing changes the basis"):
+        search_gradient(tiny_bos_model, **GOOD)
