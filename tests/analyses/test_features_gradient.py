@@ -189,7 +189,9 @@ def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
         objective="maximise",
         isolated=isolated,
         prefix=torch.tensor([6]),
-        **FEW,
+        steps=15,
+        restarts=3,
+        learning_rate=0.3,
     )
     if isolated:
         hf_model = reference.only_block(hf_model, 1)
@@ -199,6 +201,8 @@ def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
         own = output(rows)[:, -1, 9]
         torch.testing.assert_close(result.true_activations[way], own, **CLOSE)
         torch.testing.assert_close(result.true_objectives[way], -own, **CLOSE)
+        # better tokens than at first were found, and kept
+        assert not torch.equal(result.ids[way], first_tokens(model, 3, 3, seed=0))
     unit = torch.nn.functional.normalize
     cosines = unit(result.embeddings, dim=-1) @ unit(E, dim=-1).T
     # products of 32 numbers up to 1
