@@ -36,8 +36,8 @@ def test_a_circuit_has_its_part_its_eigenvalues_and_its_tables():
     assert largest.rows == [("·<b>$x$", "⏎", 1.5)]
     assert section.title == "K-composition of L0H1 with L1H2"
     assert section.text == (
-        "What to look for.\n\n3 x 3, query by key. Tokens come in by the effective embedding. In it: each key "
-        "2 before its query. Copying score 0.333."
+        "What to look for.\n\n3 x 3, query by key. Tokens come in by the effective embedding. In it: each "
+        "key 2 before its query. Copying score 0.333."
     )
     assert "QK circuit" in section.terms
     page = render_report(title="A circuit", model=found.model, comparisons=None, sections=[section])
