@@ -237,9 +237,9 @@ def values_of(
         # as it enters the stream: some models scale it first
         embedded: list[Tensor] = []
         watch(model, given, {"hook_embed": embedded.append})
-        following = embedded.pop()[0]
+        following, own = embedded.pop()[0], at(given)
         # the last position has no next token, and keeps what it has
-        return lambda layer: torch.cat([following[1:], at(given)[layer][0, -1:].to(following)])
+        return lambda layer: torch.cat([following[1:], own[layer][0, -1:].to(following)])
     run = at(given) if kept is None else kept
     if isinstance(source, (Corrupted, Resampled)):
         return lambda layer: run[layer][0]
