@@ -137,7 +137,7 @@ def test_a_circuit_is_printed_in_both_orientations(capsys, bundled):
         (line,) = [line for line in out.splitlines() if name in line]
         shown = re.findall(r"\d\.\d+", line)
         assert shown == [f"{top_k_accuracy(found, k, axis):.4f}" for k in (1, 5)]
-    assert re.search(r"by chance *│ 0\.0005 │ 0\.0024", out), "1 and 5 of 2,048"
+    assert re.search(r"by chance *│ 1 in 2,048 │ 5 in 2,048", out)
     assert f"(-1 to 1): {eigenvalue_copying_score(found):.3f}" in out
     # what was chosen for the user is said
     assert "Note: " in out

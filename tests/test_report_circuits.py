@@ -27,11 +27,10 @@ def test_a_circuit_has_its_part_its_eigenvalues_and_its_tables():
     assert "Eigenvalues" in eigenvalues.figure.layout.title.text
     assert isinstance(accuracies, Table)
     assert accuracies.columns == ("the token itself is among the largest", "top 1", "top 2")
-    # 1 and 2 of 3 tokens
     assert accuracies.rows == [
         ("key of each query", 0.75, 1.0),
         ("query of each key", 0.25, 0.5),
-        ("by chance", 1 / 3, 2 / 3),
+        ("by chance", "1 in 3", "2 in 3"),
     ]
     assert largest.rows == [("·<b>$x$", "⏎", 1.5)]
     assert section.title == "K-composition of L0H1 with L1H2"

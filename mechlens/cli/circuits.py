@@ -281,7 +281,7 @@ def _circuit(
     if chosen or rotary is None:
         return found, ""
     return found, (
-        "this model rotates queries and keys by their positions. Taken were only the "
+        "This model rotates queries and keys by their positions. Taken were only the "
         f"{found.A.shape[1]} of {model.cfg.d_head} dimensions that it does not rotate, which match alike at "
         "every distance; --relative-position N takes all of them, N tokens apart."
     )

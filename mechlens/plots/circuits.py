@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Complex
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from mechlens.measures import weights as measures
@@ -40,6 +40,8 @@ _LABEL = 14
 _NO_TICKS = {"ticks": "", "showgrid": False}
 _WRITTEN = 12
 """Rows and columns up to which each cell of a corner holds its number."""
+_CLEAR = 0.45
+"""How far an edge stays from heads that it passes, where it can: their names have half this width."""
 _ROTARY = {
     "ignored": "queries and keys without their rotation",
     "unrotated": "only the dimensions that are not rotated",
@@ -166,7 +168,7 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     # the strongest is drawn last, over the others
     for pair in reversed(pairs):
         share = pair["over_baseline"] / high
-        x, y = _edge(pair)
+        x, y = _edge(pair, linked)
         text = (
             f"<b>{pair['earlier']} → {pair['later']}</b><br>score {number(pair['score'])}"
             f"<br>over baseline +{number(pair['over_baseline'])}"
@@ -453,12 +455,27 @@ def _ends(pair: dict[Any, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     return (pair["earlier_layer"], pair["earlier_head"]), (pair["later_layer"], pair["later_head"])
 
 
-def _edge(pair: dict[Any, Any], points: int = 25) -> tuple[list[float], list[float]]:
-    """A line that leaves and arrives upright; past other layers in a bow, beside the heads in between."""
+def _edge(
+    pair: dict[Any, Any], linked: set[tuple[int, int]], points: int = 25
+) -> tuple[list[float], list[float]]:
+    """A line that leaves and arrives upright, past other layers in a bow that keeps clear of their heads."""
     (y0, x0), (y1, x1) = _ends(pair)
+
+    def across(t: Float[Tensor, " point"], bow: float) -> Float[Tensor, " point"]:
+        return x0 + (x1 - x0) * (3 - 2 * t) * t.square() + bow * (torch.pi * t).sin()
+
+    def clearance(bow: float) -> float:
+        """Distance to the nearest head behind which the line would seem to end, up to what is enough."""
+        between = [(layer, head) for layer, head in linked if y0 < layer < y1]
+        layers, heads = torch.tensor(between, dtype=torch.double).T
+        return min(float((across((layers - y0) / (y1 - y0), bow) - heads).abs().min()), _CLEAR)
+
+    bow = 0.0
+    if any(y0 < layer < y1 for layer, _ in linked):
+        # of bows that are wide enough the first, which is the smallest
+        bow = max((sign * size / 4 for size in range(7) for sign in (1, -1)), key=clearance)
     t = torch.linspace(0, 1, points, dtype=torch.double)
-    bow = min(0.45 * (y1 - y0 - 1), 1.35) * (torch.pi * t).sin()
-    return (x0 + (x1 - x0) * (3 - 2 * t) * t.square() + bow).tolist(), (y0 + (y1 - y0) * t).tolist()
+    return across(t, bow).tolist(), (y0 + (y1 - y0) * t).tolist()
 
 
 def _edge_colours() -> list[str]:

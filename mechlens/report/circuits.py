@@ -87,7 +87,8 @@ def circuit_section(
                 f"A part of the circuit, {one} down and {other} across. Where a token meets itself in blue, "
                 "it looks for itself or copies itself.",
                 f"Entries of {len(corner)} x {len(corner.columns)} tokens of the {circuit.name}.",
-                keeps_width=True,
+                # a small one shares a row with the eigenvalues
+                keeps_width=len(corner.columns) > 12,
                 wide=len(corner.columns) > 12,
             )
         )
@@ -100,7 +101,6 @@ def circuit_section(
                 "The eigenvalues in the complex plane; the radius is the logarithm of their magnitude. "
                 "Those to the right copy.",
                 f"Eigenvalues of the {circuit.name}: copying score {score}.",
-                keeps_width=True,
                 wide=False,
             )
         )
@@ -111,7 +111,8 @@ def circuit_section(
         shown: list[tuple[str | float, ...]] = [
             (searched[axis], *(shares[k] for k in ks)) for axis, shares in accuracy.items()
         ]
-        chance: tuple[str | float, ...] = ("by chance", *(k / circuit.shape[1] for k in ks))
+        # a share of a large vocabulary is 0.000
+        chance = ("by chance", *(f"{k} in {circuit.shape[1]:,}" for k in ks))
         parts.append(
             Table(
                 ("the token itself is among the largest", *(f"top {k}" for k in ks)),

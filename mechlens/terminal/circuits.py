@@ -47,7 +47,7 @@ def print_circuit(
         f"{circuit.name[0].upper()}{circuit.name[1:]} of {circuit.model.name}, {n_rows:,} x {n_columns:,} "
         f"tokens{embedding}{f'; {rotation}' if rotation else ''}",
         ("the token itself is among the largest", *(f"top {k}" for k in ks)),
-        [*rows, ("by chance", *(f"{k / n_columns:.4f}" for k in ks))],
+        [*rows, ("by chance", *(f"{k} in {n_columns:,}" for k in ks))],
     )
     score = f"{copying_score:.3f}" if copying_score == copying_score else "undefined"
     typer.echo(f"Copying score of its eigenvalues (-1 to 1): {score}")

@@ -161,14 +161,30 @@ def test_edges_and_heads_say_their_scores_under_the_cursor():
     assert "none of these" in texts[0, 0]
 
 
-def test_an_edge_past_a_layer_goes_around_the_head_in_between():
-    figure = plot_head_graph(composition())
-    (straight,) = [edge for edge in edges(figure) if edge.name == "L1H1 → L2H1"]
-    (past,) = [edge for edge in edges(figure) if edge.name == "L0H1 → L2H1"]
-    assert set(straight.x) == {1.0}
-    middle = past.x[len(past.x) // 2]
-    assert past.y[len(past.y) // 2] == 1
-    assert abs(middle - 1) > 0.3, "a third of the way to the next head"
+@pytest.mark.parametrize(
+    ("past", "between"),
+    [
+        (((0, 1), (2, 1)), ((0, 0), (1, 1))),  # straight up
+        (((0, 0), (2, 2)), ((1, 1), (2, 0))),  # across
+        (((0, 1), (2, 2)), ((0, 0), (1, 2))),  # where a bow to the right would meet the other head
+    ],
+)
+def test_an_edge_past_a_layer_goes_around_the_head_in_between(past, between):
+    scores = composition(n_heads=3).scores * 0
+    for (one, head), (other, later) in (past, between):
+        scores[one, head, other, later] = 0.5
+    drawn = edges(plot_head_graph(dataclasses.replace(composition(n_heads=3), scores=scores)))
+    assert len(drawn) == 2
+    (long,) = [edge for edge in drawn if edge.y[0] == 0 and edge.y[-1] == 2]
+    # a bow ends where it should up to rounding
+    np.testing.assert_allclose((long.x[0], long.x[-1]), (past[0][1], past[1][1]), atol=1e-12)
+    middle = len(long.x) // 2
+    assert long.y[middle] == 1
+    (head,) = [head for layer, head in between if layer == 1]
+    assert abs(long.x[middle] - head) > 0.4, "as wide as half of a head's name"
+    (short,) = [edge for edge in drawn if edge is not long]
+    low, high = sorted((short.x[0], short.x[-1]))
+    assert all(low <= x <= high for x in short.x), "nothing is in the way of a step to the next layer"
 
 
 def test_what_is_not_above_the_baseline_is_no_edge():
