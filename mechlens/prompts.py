@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 import operator
 import warnings
 from collections.abc import Sequence
@@ -234,6 +236,14 @@ def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
             text = model.tokenizer.convert_ids_to_tokens(token)
         texts.append(text or f"[{token}]")
     return tuple(texts)
+
+
+def vocabulary_hash(tokenizer: Any) -> str | None:
+    """What tells one tokenizer's ids from another's: a hash of its tokens by id; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:12]
 
 
 def target_id(model: Any, target: Any) -> int:

@@ -25,6 +25,8 @@ from mechlens.results import (
     Circuit,
     CompleteSearch,
     CompositionScores,
+    FeatureAlignment,
+    FeatureExamples,
     GradientSearch,
     GreedySearch,
     HeadScores,
@@ -347,6 +349,49 @@ def complete_search() -> CompleteSearch:
         lowest_ids=torch.tensor([[[6], [5]]]),
         lowest_activations=torch.tensor([[[-0.5], [0.25]]]),
         strings={"0": "<s>", "5": " a", "6": "\n"},
+        vocabulary="0f1e2d3c4b5a",
+    )
+
+
+def feature_alignment() -> FeatureAlignment:
+    """Two layers of one search, three features; no token is its feature's number."""
+    return FeatureAlignment(
+        model=dataclasses.replace(MODEL, processing=False),
+        other=dataclasses.replace(MODEL, processing=False, name="other"),
+        within=True,
+        site="resid_post",
+        other_site="resid_post",
+        layers=(0, 2),
+        other_layers=(0, 2),
+        features=(0, 1, 3),
+        top_k=2,
+        prefix=torch.tensor([0]),
+        other_prefix=torch.tensor([], dtype=torch.long),
+        same=torch.tensor([[[True, True, True], [True, False, True]], [[True, False, True], [True] * 3]]),
+        overlap=torch.tensor([[[1.0, 1.0, 1.0], [0.5, 0.0, 1.0]], [[0.5, 0.0, 1.0], [1.0, 1.0, 1.0]]]),
+        chance_same=torch.tensor([[0.125, 0.25], [0.25, 0.0]]),
+        chance_overlap=torch.tensor([[0.25, 0.125], [0.125, 0.25]]),
+        is_index=torch.zeros(2, 3, dtype=torch.bool),
+        other_is_index=torch.zeros(2, 3, dtype=torch.bool),
+    )
+
+
+def feature_examples() -> FeatureExamples:
+    """One feature in one layer, two places for windows and one window, behind BOS."""
+    return FeatureExamples(
+        model=dataclasses.replace(MODEL, processing=False),
+        site="mlp_out",
+        layers=(0,),
+        features=(2,),
+        directions=None,
+        prepend_bos=True,
+        read=1,
+        numbers=torch.tensor([0]),
+        tokens=torch.tensor([[0, 5, 6]]),
+        windows=torch.tensor([[[0, -1]]]),
+        positions=torch.tensor([[[1, -1]]]),
+        activations=torch.tensor([[[[torch.nan, 2.0, -1.0], [torch.nan] * 3]]]),
+        strings={"0": "<s>", "5": " a", "6": "\n"},
     )
 
 
@@ -391,6 +436,7 @@ def gradient_search() -> GradientSearch:
         embeddings=torch.ones(2, 1, 4),
         nearest_cosine=torch.tensor([[0.5], [0.75]]),
         token_cosine=0.25,
+        decoded_ids={"pinv": torch.tensor([[6], [6]]), "nearest": torch.tensor([[5], [5]])},
         ids={"pinv": torch.tensor([[5], [6]]), "nearest": torch.tensor([[6], [5]])},
         true_objectives={"pinv": torch.tensor([-1.0, -0.5]), "nearest": torch.tensor([-1.5, -0.25])},
         true_activations={"pinv": torch.tensor([1.0, 0.5]), "nearest": torch.tensor([1.5, 0.25])},
@@ -402,6 +448,8 @@ def gradient_search() -> GradientSearch:
 RESULTS = {
     "gradient_search": gradient_search,
     "complete_search": complete_search,
+    "feature_alignment": feature_alignment,
+    "feature_examples": feature_examples,
     "greedy_search": greedy_search,
     "circuit": circuit,
     "induction_circuits": induction_circuits,

@@ -1,6 +1,9 @@
-"""Bootstrap intervals."""
+"""Intervals."""
 
 from __future__ import annotations
+
+import math
+from statistics import NormalDist
 
 import torch
 from jaxtyping import Float
@@ -62,3 +65,32 @@ def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> 
     tail = (1 - share) / 2
     low, high = samples.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
     return low, high
+
+
+def wilson_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, which is not empty where the share is 0 or 1.
+
+    It also covers the mean of values within [0, 1], whose variance is at most that of zeros and ones.
+
+    Args:
+        share: in [0, 1]; nan gives nan.
+        n: independent observations.
+        confidence: coverage of the interval, in (0, 1).
+
+    Raises:
+        ValueError: a share outside [0, 1], no observation, or a confidence outside (0, 1).
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if n < 1:
+        raise ValueError(f"an interval needs at least 1 observation, but n is {n}")
+    if share < 0 or share > 1:
+        raise ValueError(f"a share lies between 0 and 1, but is {share}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, but it is {confidence}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # rounding must not put an end beyond the share itself
+    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return min(share, max(0.0, low)), max(share, min(1.0, high))

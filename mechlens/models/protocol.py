@@ -182,7 +182,10 @@ def _is_processed(model: Any) -> bool | None:
     if (getattr(model.cfg, "output_logits_soft_cap", None) or -1.0) > 0:
         return None  # such a model is never centred, so there is no second sign
     norm = getattr(model, "ln_final", None)
-    # HookedTransformer drops the weights of a folded norm; a bridge keeps them at 1.
+    # HookedTransformer drops the weights of a folded norm; a bridge keeps them at 1, as untrained ones are.
     weight = getattr(norm, "w", getattr(norm, "weight", None))
-    folded = weight is None or bool(torch.all(weight == 1))
+    if engine_of(model) == "HookedTransformer":
+        folded = weight is None
+    else:
+        folded = weight is None or bool(torch.all(weight == 1))
     return folded if folded == centred else None

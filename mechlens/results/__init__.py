@@ -14,7 +14,8 @@ from mechlens.results.base import (
     write_table,
 )
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
-from mechlens.results.features import CompleteSearch, GradientSearch, GreedySearch
+from mechlens.results.feature_alignment import FeatureAlignment, Share
+from mechlens.results.features import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
 from mechlens.results.heads import (
     AttentionPatterns,
     HeadScores,
@@ -39,6 +40,8 @@ __all__ = [
     "Comparison",
     "CompleteSearch",
     "CompositionScores",
+    "FeatureAlignment",
+    "FeatureExamples",
     "GradientSearch",
     "GreedySearch",
     "HeadScores",
@@ -52,6 +55,7 @@ __all__ = [
     "PositionalAttention",
     "RepeatedTokenPerformance",
     "Result",
+    "Share",
     "TunedLens",
     "VectorLens",
     "component_place",

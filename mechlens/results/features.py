@@ -37,6 +37,8 @@ class CompleteSearch(Result):
     lowest_activations: Float[Tensor, "layer feature k"]
     strings: dict[str, str]
     """The tokens that occur, by their id."""
+    vocabulary: str | None
+    """What tells one tokenizer's ids from another's: a hash of its tokens; None without a tokenizer."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer, feature, end and rank: layer, feature, end (`highest`, `lowest`), rank (from
@@ -136,8 +138,10 @@ class GradientSearch(Result):
     """Of each of these to the real embedding with the largest one."""
     token_cosine: float
     """For comparison: the mean cosine of a real embedding to the nearest other one."""
+    decoded_ids: dict[str, Int[Tensor, "restart pos"]]
+    """By decoding, `pinv` and `nearest`: the tokens that these embeddings stand for, however good."""
     ids: dict[str, Int[Tensor, "restart pos"]]
-    """By decoding, `pinv` and `nearest`: the best tokens that the embeddings stood for on their way."""
+    """By decoding: the best tokens that the embeddings stood for on their way."""
     true_objectives: dict[str, Float[Tensor, " restart"]]
     """Of running these tokens."""
     true_activations: dict[str, Float[Tensor, " restart"]]
@@ -189,3 +193,68 @@ class GradientSearch(Result):
         columns = ["decoding", "restart", "ids", "tokens", "objective", "activation", "nearest_cosine"]
         table = pd.DataFrame(rows, columns=columns)
         return table.sort_values("objective", kind="stable", ignore_index=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FeatureExamples(Result):
+    """The windows of a corpus that excite each feature most."""
+
+    site: str
+    """As in `CompleteSearch`."""
+    layers: tuple[int, ...]
+    features: tuple[int, ...]
+    directions: Float[Tensor, "direction d_model"] | None
+    prepend_bos: bool
+    """Whether windows begin with BOS, whose own activations do not count."""
+    read: int
+    """Windows that were read."""
+    numbers: Int[Tensor, " window"]
+    """Which windows of the corpus are kept, counted from 0; the others excite no feature most."""
+    tokens: Int[Tensor, "window pos"]
+    """Of the kept windows."""
+    windows: Int[Tensor, "layer feature k"]
+    """Rows of `tokens`, most exciting first; -1 where fewer windows were read."""
+    positions: Int[Tensor, "layer feature k"]
+    """Where in the window the feature is largest; -1 as before."""
+    activations: Float[Tensor, "layer feature k pos"]
+    """At every position of the window; nan at BOS, and where there is no window."""
+    strings: dict[str, str]
+    """The tokens that occur, by their id."""
+
+    @property
+    def peaks(self) -> Float[Tensor, "layer feature k"]:
+        """The largest activation in each window; nan where there is none."""
+        return self.activations.gather(-1, self.positions.clamp(min=0)[..., None])[..., 0]
+
+    def at(self, layer: int, feature: int) -> tuple[int, int]:
+        """Where a feature stands in the tensors.
+
+        Raises:
+            ValueError: it was not searched.
+        """
+        for name, given, known in (("layer", layer, self.layers), ("feature", feature, self.features)):
+            if given not in known:
+                raise ValueError(
+                    f"{name} {given} was not searched: there are {', '.join(map(str, known[:20]))}"
+                    + (", ..." if len(known) > 20 else "")
+                )
+        return self.layers.index(layer), self.features.index(feature)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per layer, feature and window: layer, feature, rank (from 1), window (of the corpus), pos,
+        id, token (where the feature is largest), activation, text (of the window)."""
+        import pandas as pd
+
+        texts = ["".join(self.strings[str(token)] for token in ids) for ids in self.tokens.tolist()]
+        peaks, rows = self.peaks.tolist(), []
+        for i, layer in enumerate(self.layers):
+            for j, feature in enumerate(self.features):
+                found = zip(self.windows[i, j].tolist(), self.positions[i, j].tolist(), strict=True)
+                for rank, (window, pos) in enumerate(found):
+                    if window < 0:
+                        continue
+                    token = int(self.tokens[window, pos])
+                    about = (token, self.strings[str(token)], peaks[i][j][rank], texts[window])
+                    rows.append((layer, feature, rank + 1, int(self.numbers[window]), pos, *about))
+        columns = ["layer", "feature", "rank", "window", "pos", "id", "token", "activation", "text"]
+        return pd.DataFrame(rows, columns=columns)

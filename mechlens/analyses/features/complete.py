@@ -17,6 +17,7 @@ from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_number
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
+from mechlens.prompts import vocabulary_hash
 from mechlens.results import CompleteSearch
 from mechlens.results.state import load_state, save_state, state_file
 
@@ -122,6 +123,7 @@ def search_complete(
         lowest_ids=tensors["lowest_ids"],
         lowest_activations=-tensors["lowest"],
         strings=sought.strings(tensors["highest_ids"], tensors["lowest_ids"]),
+        vocabulary=vocabulary_hash(model.tokenizer),
     )
 
 

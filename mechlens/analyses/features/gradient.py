@@ -132,8 +132,8 @@ def search_gradient(
                 break
         walk.gradient(free)
         assert walk.best is not None
-        for last in (free.detach(), walk.best):
-            walk.decode(last)
+        walk.decode(free.detach())
+        decoded = walk.decode(walk.best)
         found = walk.embedded(walk.best)
     return GradientSearch(
         **{name: value for name, value in sought.fields().items() if name != "features"},
@@ -153,6 +153,7 @@ def search_gradient(
         embeddings=found.cpu().clone(),
         nearest_cosine=space.cosines(found).amax(-1).cpu(),
         token_cosine=space.between_tokens(),
+        decoded_ids=decoded,
         ids={way: each.ids for way, each in walk.decoded.items()},
         true_objectives={way: each.objective for way, each in walk.decoded.items()},
         true_activations={way: each.activation for way, each in walk.decoded.items()},

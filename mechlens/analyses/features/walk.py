@@ -99,25 +99,30 @@ class Walk:
         (gradient,) = torch.autograd.grad(total.sum(), [free])
         return gradient, total.detach(), objective.detach(), activation.detach()
 
-    def decode(self, free: Tensor) -> None:
-        """Read the embeddings as tokens, run these, and keep what is better than before."""
+    def decode(self, free: Tensor) -> dict[str, Int[Tensor, "restart pos"]]:
+        """Read the embeddings as tokens, run these, and keep what is better than before.
+
+        Returns:
+            The tokens, by decoding.
+        """
         embedded = self.embedded(free)
         ways = {
             # a distribution over tokens tells by itself
             "pinv": free if self.prior == "softmax" else self.space.coefficients(embedded),
             "nearest": self.space.cosines(embedded),
         }
-        for way, likeness in ways.items():
-            ids = likeness.argmax(-1)
+        read = {way: likeness.argmax(-1) for way, likeness in ways.items()}
+        for way, ids in read.items():
             parts = self._in_parts(self._run, ids)
             objective, activation = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
-            ids, old = ids.cpu(), self.decoded.get(way)
+            read[way], old = ids.cpu(), self.decoded.get(way)
             if old is None:
-                self.decoded[way] = Decoded(ids, objective, activation)
+                self.decoded[way] = Decoded(read[way].clone(), objective, activation)
                 continue
             better = objective < old.objective
-            old.ids[better], old.objective[better] = ids[better], objective[better]
+            old.ids[better], old.objective[better] = read[way][better], objective[better]
             old.activation[better] = activation[better]
+        return read
 
     def _run(self, ids: Int[Tensor, "row pos"]) -> tuple[Tensor, Tensor]:
         objective, activation = self.judge(self.judge.embeddings[ids])

@@ -1,0 +1,157 @@
+"""What excites a feature, of GPT-2 small's shape: complete and greedy search against the seed's loop.
+
+    python benchmarks/features.py [--tokens 4 8] [--batches 2]
+
+Random weights: speed does not depend on their values. The source's loop runs every token of the vocabulary
+behind what was found so far, from its first token on, for one feature of one layer. The engine, the batch
+size, the threads and inference mode are the same for both. For one token both are run whole; for more, the
+loop is timed on some of its equal batches at each step and multiplied. All figures come from one run on one
+machine; only their ratios mean anything on another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+# The profiler tells of its start and stop, and of blocks that are older than it.
+os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+import torch
+from common import Row, check_peak_bytes, peak_bytes, print_table, random_gpt2_small, seconds
+from torch import Tensor
+
+import mechlens
+from mechlens.models.protocol import Source, remember
+from mechlens.models.runs import watch
+from mechlens.results import CompleteSearch, GreedySearch
+
+THREADS = 2
+BATCH = 1000
+"""The source's."""
+LAST, FEATURE = 11, 0
+COMPLETE_GOAL = 0.9
+GREEDY_GOALS = {4: 0.45, 8: 0.3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4, 8], help="lengths of greedy searches")
+    parser.add_argument("--batches", type=int, default=2, help="of each step of the loop that are timed")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    check_peak_bytes()
+    model = random_gpt2_small()
+    # of the engine's own random weights, nothing is told by looking
+    remember(model, Source("random", None, "GPT2LMHeadModel", processing=False, tied=False))
+    with torch.inference_mode():
+        one_token(model)
+        for n_tokens in options.tokens:
+            greedy(model, n_tokens, options.batches)
+
+
+def one_token(model: Any) -> None:
+    d_vocab = model.cfg.d_vocab
+    theirs: list[int] = []
+    ours: list[CompleteSearch] = []
+    # warm, on the first batch
+    batch_activations(model, [], 0)
+    loop = seconds(lambda: theirs.append(loop_step(model, [])))
+    whole = seconds(lambda: ours.append(mechlens.search_complete(model, batch_size=BATCH)))
+    one = seconds(lambda: mechlens.search_complete(model, layers=[LAST], features=[FEATURE], batch_size=BATCH))
+    peaks = {
+        "all": peak_bytes(lambda: mechlens.search_complete(model, batch_size=BATCH)),
+        "one": peak_bytes(
+            lambda: mechlens.search_complete(model, layers=[LAST], features=[FEATURE], batch_size=BATCH)
+        ),
+        "loop": peak_bytes(lambda: batch_activations(model, [], 0)),
+    }
+    layers, features = ours[0].ids.shape[:2]
+    same = theirs[0] == int(ours[0].ids[LAST, FEATURE, 0])
+    counted, needed = block_flop(model), block_flop(model, queries_and_keys=False)
+    rows = [
+        Row("arithmetic of the loop", d_vocab * counted / 1e12, "TFLOP"),
+        Row("arithmetic without queries and keys", d_vocab * needed / 1e12, "TFLOP"),
+        Row("  their ratio", needed / counted, ""),
+        Row("the loop, one feature of the last layer", loop, "s"),
+        Row("  its rate", d_vocab * counted / 1e9 / loop, "GFLOP/s"),
+        Row(f"complete search, {layers} x {features} features", whole, "s"),
+        Row("  its rate", d_vocab * needed / 1e9 / whole, "GFLOP/s"),
+        Row("complete search / the loop", whole / loop, "", COMPLETE_GOAL),
+        Row("complete search of one feature / the loop", one / loop, ""),
+        Row("another token found than by the loop", float(not same), "", 0),
+        Row("peak memory, all features", peaks["all"] / 2**20, "MiB"),
+        Row("peak memory, one feature", peaks["one"] / 2**20, "MiB"),
+        Row("  their ratio", peaks["all"] / peaks["one"], "", 1.1),
+        Row("peak memory of the loop's batch", peaks["loop"] / 2**20, "MiB"),
+    ]
+    print_table(f"one token of {d_vocab}, {BATCH} in a batch, {THREADS} threads", rows)
+
+
+def greedy(model: Any, n_tokens: int, batches: int) -> None:
+    d_vocab = model.cfg.d_vocab
+    found: list[GreedySearch] = []
+    ours = seconds(
+        lambda: found.append(
+            mechlens.search_greedy(
+                model, layer=LAST, features=[FEATURE], n_tokens=n_tokens, batch_size=BATCH
+            )
+        )
+    )
+    ids = found[0].ids[0, 0].tolist()
+    steps, worst = [], 0.0
+    for step in range(n_tokens):
+        some = [d_vocab * number // batches // BATCH * BATCH for number in range(batches)]
+        taken = sum(seconds(lambda: batch_activations(model, ids[:step], begin)) for begin in some)  # noqa: B023
+        steps.append(taken * math.ceil(d_vocab / BATCH) / batches)
+        # exact: what the search says of its token is what the loop's batch has there
+        begin = ids[step] // BATCH * BATCH
+        row = batch_activations(model, ids[:step], begin)
+        worst = max(worst, abs(float(row[ids[step] - begin] - found[0].activations[0, 0, step])))
+    loop = sum(steps)
+    counted = d_vocab * block_flop(model) * n_tokens * (n_tokens + 1) / 2
+    needed = d_vocab * (block_flop(model, queries_and_keys=False) + block_flop(model) * (n_tokens - 1))
+    rows = [
+        Row("arithmetic of the loop", counted / 1e12, "TFLOP"),
+        Row("arithmetic of one position per candidate", needed / 1e12, "TFLOP"),
+        Row("  their ratio", needed / counted, ""),
+        Row(f"the loop, from {batches} of {math.ceil(d_vocab / BATCH)} batches a step", loop, "s"),
+        Row("  its rate", counted / 1e9 / loop, "GFLOP/s"),
+        Row("greedy search", ours, "s"),
+        Row("  its rate", needed / 1e9 / ours, "GFLOP/s"),
+        Row("greedy search / the loop", ours / loop, "", GREEDY_GOALS.get(n_tokens)),
+        Row("largest difference in an activation", worst, "", 1e-3),
+    ]
+    print_table(f"{n_tokens} tokens of {d_vocab}, {BATCH} in a batch, {THREADS} threads", rows)
+
+
+def block_flop(model: Any, *, queries_and_keys: bool = True) -> float:
+    """Of the products with weights, for one position through all blocks."""
+    cfg = model.cfg
+    attention = cfg.d_model**2 * (4 if queries_and_keys else 1)
+    return 2.0 * cfg.n_layers * (attention + 2 * cfg.d_model * cfg.d_mlp)
+
+
+def batch_activations(model: Any, before: list[int], begin: int) -> Tensor:
+    """One batch of the loop: `[row]` activations at the last token, whole inputs from their first token on."""
+    batch = torch.arange(begin, min(begin + BATCH, model.cfg.d_vocab))[:, None]
+    tokens = torch.cat([torch.tensor(before, dtype=torch.long).repeat(len(batch), 1), batch], dim=1)
+    kept: list[Tensor] = []
+    reader: Callable[[Tensor], None] = lambda output: kept.append(output[:, -1, FEATURE].clone())  # noqa: E731
+    watch(model, tokens, {f"blocks.{LAST}.hook_resid_post": reader})
+    return kept.pop()
+
+
+def loop_step(model: Any, before: list[int]) -> int:
+    """One step of the loop: the token with the largest activation."""
+    activations: list[Tensor] = []
+    for begin in range(0, model.cfg.d_vocab, BATCH):
+        activations += batch_activations(model, before, begin)
+    return int(torch.tensor(activations).argmax())
+
+
+if __name__ == "__main__":
+    main()
