@@ -63,6 +63,12 @@ if TYPE_CHECKING:
         plot_head_graph,
         plot_positional_attention,
     )
+    from mechlens.plots.feature_alignment import plot_feature_alignment
+    from mechlens.plots.features import (
+        plot_feature_examples,
+        plot_feature_tokens,
+        plot_gradient_search,
+    )
     from mechlens.plots.heads import (
         plot_attention,
         plot_attention_heatmap,
@@ -140,6 +146,12 @@ _HOMES = {
         "plot_eigenvalues",
         "plot_head_graph",
         "plot_positional_attention",
+    ),
+    "mechlens.plots.feature_alignment": ("plot_feature_alignment",),
+    "mechlens.plots.features": (
+        "plot_feature_examples",
+        "plot_feature_tokens",
+        "plot_gradient_search",
     ),
     "mechlens.plots.heads": (
         "plot_attention",

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from mechlens.report.circuits import circuit_section, composition_section
+from mechlens.report.features import (
+    complete_search_section,
+    feature_alignment_section,
+    feature_examples_section,
+    gradient_search_section,
+    greedy_search_section,
+)
 from mechlens.report.heads import attention_section, head_scores_section, repeated_token_section
 from mechlens.report.induction_circuits import induction_circuits_section
 from mechlens.report.lens import lens_section, sub_blocks_section
@@ -24,7 +31,12 @@ __all__ = [
     "Table",
     "attention_section",
     "circuit_section",
+    "complete_search_section",
     "composition_section",
+    "feature_alignment_section",
+    "feature_examples_section",
+    "gradient_search_section",
+    "greedy_search_section",
     "head_scores_section",
     "induction_circuits_section",
     "lens_section",

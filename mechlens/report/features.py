@@ -1,0 +1,501 @@
+"""A report's sections on features: results in, `Section`s out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mechlens.plots.feature_alignment import (
+    plot_feature_alignment,
+    result_names,
+    share_lines,
+)
+from mechlens.plots.features import (
+    drawn_places,
+    feature_noun,
+    place_words,
+    plot_feature_examples,
+    plot_feature_tokens,
+    plot_gradient_search,
+    prefix_words,
+    searched_words,
+    shown_tokens,
+    visible_cut,
+)
+from mechlens.plots.style import number
+from mechlens.report.page import Interactive, Plot, Section, Table
+from mechlens.results import (
+    CompleteSearch,
+    FeatureAlignment,
+    FeatureExamples,
+    GradientSearch,
+    GreedySearch,
+    Share,
+)
+from mechlens.results.feature_alignment import CHANCE
+
+Search = TypeVar("Search", GreedySearch, GradientSearch)
+NAMED = 8
+"""Cells of a figure that its description names."""
+CONTEXT = 12
+"""Tokens on either side of the one that excites a feature most, in a table."""
+
+_FEATURES = {
+    "feature": (
+        "One element of an activation, in the model's own basis: a number at every position of a text."
+    ),
+    "neuron": "One element of an MLP's hidden layer, after its nonlinearity.",
+    "direction": "A vector whose product with the residual stream is the feature's activation.",
+}
+_COMPLETE = {
+    "Complete search": "Every token of the vocabulary is run; the best is the feature's optimum of one token."
+}
+_GREEDY = {
+    "Greedy search": (
+        "The input is built from left to right: of all tokens the one that excites the feature most behind "
+        "those before it. Tokens chosen otherwise may reach more together."
+    ),
+    "Ranked by": "`last`: the activation at the last token. `sum`: the sum over all tokens that were found.",
+}
+_GRADIENT = {
+    "Gradient search": (
+        "Embeddings of tokens are changed by gradients until they excite the feature; what they are nearest "
+        "to is read as tokens, and these are run."
+    ),
+    "True activation": "What the tokens reach when they are run; embeddings of no token may reach more.",
+    "Nearest cosine": (
+        "Cosine of the embedding found to the nearest real one, mean over positions; 1 is a real one."
+    ),
+    "True objective": (
+        "What the search made small, of the tokens: the distance from the target, or minus the "
+        "log-probability of the continuation in nats."
+    ),
+    "Prior": (
+        "What keeps the embeddings close to real ones. `softmax`: they are mixtures of real ones. `norm`, "
+        "`nearest`: a penalty for another norm, or for the distance to the nearest real one."
+    ),
+}
+_ALIGNMENT = {
+    "Aligned features": (
+        "The same feature, counted by its number, has the same best token in two layers, more often than "
+        "chance has it."
+    ),
+    "Chance": "How often two features of unlike numbers have the same best tokens in these layers.",
+    "Interval": "Where the share lies with 95% confidence, features being a sample (Wilson's).",
+    "Token of the same number": (
+        "The best token's id is the feature's number, as an artefact of decoding would have it; chance is "
+        "one in the vocabulary."
+    ),
+}
+_EXAMPLES = {"Window": "A piece of the corpus, as long as all the others; counted from 0."}
+
+
+def complete_search_section(
+    result: CompleteSearch,
+    *,
+    layers: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
+    title: str = "Tokens that excite features most",
+    text: str = "",
+) -> Section:
+    """The best tokens by layer and feature as a picture, and the best and the worst as a table.
+
+    Args:
+        layers: which; None shows all.
+        features: which; None shows the first 8.
+        text: what to look for.
+
+    Raises:
+        ValueError: a layer or feature that was not searched.
+    """
+    noun = feature_noun(result.site)
+    layers, features = drawn_places(result, layers, features)
+    ends = ((result.ids, result.activations), (result.lowest_ids, result.lowest_activations))
+    rows: list[tuple[str | float, ...]] = []
+    for layer in layers:
+        for feature in features:
+            at = result.layers.index(layer), result.features.index(feature), 0
+            row: list[str | float] = [layer, feature]
+            for ids, activations in ends:
+                row += [shown_tokens([int(ids[at])], result.strings), float(activations[at])]
+            rows.append(tuple(row))
+    named = "; ".join(f"{noun} {row[1]} of layer {row[0]}: {row[2]}" for row in rows[:NAMED])
+    said = (
+        f"The activation of every {noun} ({place_words(result.site)}) was computed for each of the "
+        f"{result.model.d_vocab:,} tokens, {prefix_words(result)}: {len(result.features):,} "
+        f"{noun}s in {len(result.layers)} layer{'s' if len(result.layers) > 1 else ''}."
+    )
+    return Section(
+        title,
+        _joined(text, said),
+        [
+            Plot(
+                plot_feature_tokens(result, layers=layers, features=features),
+                f"The token that excites each {noun} most, layer 0 at the bottom"
+                + (
+                    f"; darker where the {noun} has the same token in more of these layers"
+                    if len(layers) > 1
+                    else ""
+                )
+                + ". Point at a cell for the next best tokens and their activations.",
+                f"Best tokens by layer and {noun}. {named}.",
+                keeps_width=True,
+            ),
+            Table(
+                ("layer", noun, "highest", "activation", "lowest", "activation"),
+                rows,
+                "The tokens with the highest and the lowest activation as a table",
+                folded=True,
+            ),
+        ],
+        _terms(noun) | _COMPLETE,
+    )
+
+
+def greedy_search_section(
+    results: Sequence[GreedySearch], *, title: str = "Greedy search", text: str = ""
+) -> Section:
+    """The best input of each feature, a row for each search, and the activations at their tokens.
+
+    Args:
+        results: one for each layer, as in the source's table, or such as differ otherwise.
+        text: what to look for.
+
+    Raises:
+        ValueError: no result.
+    """
+    results = _some(results, "search_greedy")
+    noun = feature_noun(results[0].site)
+    about = _differing(
+        results,
+        {
+            "model": lambda each: each.model.name,
+            "site": lambda each: each.site,
+            "begins": prefix_words,
+            "tokens": lambda each: each.ids.shape[-1],
+            "ranked by": lambda each: each.aggregate,
+        },
+    )
+    features = list(dict.fromkeys(feature for each in results for feature in each.features))
+    inputs: list[tuple[str | float | None, ...]] = []
+    activations: list[tuple[str | float, ...]] = []
+    for at, result in enumerate(results):
+        begins: tuple[str | int, ...] = (result.layer, *(values[at] for values in about.values()))
+        best = dict(zip(result.features, result.ids[:, 0].tolist(), strict=True))
+        inputs.append(
+            (
+                *begins,
+                *(
+                    shown_tokens(best[feature], result.strings) if feature in best else None
+                    for feature in features
+                ),
+            )
+        )
+        for j, feature in enumerate(result.features):
+            each = " ".join(number(value, 2) for value in result.activations[j, 0].tolist())
+            score = float(result.scores[j, 0])
+            activations.append((*begins, feature, shown_tokens(best[feature], result.strings), each, score))
+    first = results[0]
+    said = (
+        f"Inputs of {_every(results, lambda each: each.ids.shape[-1])} tokens, "
+        f"{' or '.join(dict.fromkeys(map(prefix_words, results)))}, each token the one of "
+        f"{first.model.d_vocab:,} that excites the {noun} ({place_words(first.site)}) most behind those "
+        f"before it; ranked by the {_every(results, lambda each: each.aggregate)}"
+        + (f", {first.ids.shape[1]} inputs kept in each step" if first.ids.shape[1] > 1 else "")
+        + "."
+    )
+    heads = ("layer", *about)
+    return Section(
+        title,
+        _joined(text, said),
+        [
+            Table(
+                (*heads, *(f"{noun} {feature}" for feature in features)),
+                inputs,
+                f"The best input of each {noun}",
+            ),
+            Table(
+                (*heads, noun, "input", "activation at each token", "score"),
+                activations,
+                "Their activations as a table",
+                folded=True,
+            ),
+        ],
+        _terms(noun) | _GREEDY,
+    )
+
+
+def gradient_search_section(
+    results: Sequence[GradientSearch], *, title: str = "Gradient search", text: str = ""
+) -> Section:
+    """What each search found and how far it is from the optimum, and the way of the first as a picture.
+
+    Args:
+        text: what to look for.
+
+    Raises:
+        ValueError: no result.
+    """
+    results = _some(results, "search_gradient")
+    about = _differing(
+        results,
+        {
+            "model": lambda each: each.model.name,
+            "begins": prefix_words,
+            "objective": lambda each: each.objective,
+            "prior": lambda each: each.prior,
+            "optimiser": lambda each: each.optimiser,
+            "block alone": lambda each: "yes" if each.isolated else "no",
+        },
+    )
+    rows, has_optimum = [], any(result.optimum is not None for result in results)
+    # else it says the same as the activation
+    has_goal = any(result.objective not in ("constant", "maximise") for result in results)
+    for at, result in enumerate(results):
+        best = result.to_dataframe().iloc[0]
+        activation = float(best["activation"])
+        rows.append(
+            (
+                result.layer,
+                searched_words(result),
+                *(values[at] for values in about.values()),
+                shown_tokens(best["ids"], result.strings),
+                best["decoding"],
+                None if activation != activation else activation,
+                *([result.optimum] if has_optimum else []),
+                *([float(best["objective"])] if has_goal else []),
+                float(best["nearest_cosine"]),
+            )
+        )
+    first = results[0]
+    found = rows[0][2 + len(about)]
+    said = (
+        f"{first.embeddings.shape[0]} restarts of {first.embeddings.shape[1]} "
+        f"token{'s' if first.embeddings.shape[1] > 1 else ''}, at most {first.objectives.shape[1] - 1} steps "
+        f"of {first.optimiser}. For comparison: the cosine of a real embedding to the nearest other one is "
+        f"{number(first.token_cosine)} on average."
+    )
+    return Section(
+        title,
+        _joined(text, said),
+        [
+            Table(
+                (
+                    "layer",
+                    "searched",
+                    *about,
+                    "best tokens",
+                    "decoded by",
+                    "true activation",
+                    *(["optimum"] if has_optimum else []),
+                    *(["true objective"] if has_goal else []),
+                    "nearest cosine",
+                ),
+                rows,
+                "The best tokens of each search" if len(rows) > 1 else "The best tokens",
+            ),
+            Plot(
+                plot_gradient_search(first),
+                "Each line is a restart, the strong one that of the best tokens; marks to the right are what "
+                "the tokens reach that were found, run as tokens."
+                + (" Dashed: the largest activation of all tokens." if first.optimum is not None else ""),
+                f"Values along the steps of the gradient search for {searched_words(first)}. Best tokens: "
+                f"{visible_cut(str(found))}.",
+            ),
+        ],
+        _terms(feature_noun(first.site)) | _GRADIENT,
+    )
+
+
+def feature_alignment_section(
+    results: Sequence[FeatureAlignment],
+    *,
+    names: Sequence[str] | None = None,
+    title: str = "Feature alignment",
+    text: str = "",
+) -> Section:
+    """How often features have the same best tokens in two layers: the shares beside chance, and heatmaps.
+
+    Args:
+        results: such as of a trained model and an untrained one.
+        names: what they are called; None takes the models' names.
+        text: what to look for.
+
+    Raises:
+        ValueError: no result, or not as many names.
+    """
+    results = list(results)
+    called = result_names(results, names)
+    rows: list[tuple[str | float, ...]] = []
+    for result, name in zip(results, called, strict=True):
+        shares = {"the same best token": result.share("same")}
+        if result.top_k > 1:
+            shares[f"of the {result.top_k} best tokens"] = result.share("overlap")
+        rows += [(name, what, *_share_cells(share), share.verdict) for what, share in shares.items()]
+        own = {"token of the same number": result.index_share()}
+        if not result.within:
+            own[f"token of the same number, {result.other.name}"] = result.index_share(other=True)
+        # more of them than chance has would not make features aligned
+        rows += [
+            (name, what, *_share_cells(share), "more than chance" if share.low > share.chance else CHANCE)
+            for what, share in own.items()
+        ]
+    summaries = "; ".join(
+        f"{name} {', '.join(share_lines(result.share()))}"
+        for result, name in zip(results, called, strict=True)
+    )
+    overlaps = [result for result in results if result.top_k > 1]
+    parts: list[Plot | Table] = [
+        Table(
+            ("compared", "share of features", "measured", "95% interval", "chance", "verdict"),
+            rows,
+            "Shares, mean over pairs of layers",
+        ),
+        Plot(
+            plot_feature_alignment(*results, names=called),
+            "Share of features with the same best token in two layers, from 0 (light) to 1 (dark); layer 0 "
+            "is at the bottom left. Point at a cell for its interval and chance.",
+            f"Heatmaps of the share of features with the same best token, by two layers. Mean: {summaries}.",
+            keeps_width=len(results) > 1,
+        ),
+    ]
+    if overlaps:
+        kept = [name for result, name in zip(results, called, strict=True) if result.top_k > 1]
+        tops = " or ".join(str(top) for top in sorted({result.top_k for result in overlaps}))
+        parts.append(
+            Plot(
+                plot_feature_alignment(*overlaps, names=kept, value="overlap"),
+                f"The same of the {tops} best tokens, in any order.",
+                f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",
+                keeps_width=len(overlaps) > 1,
+            )
+        )
+    pairs = [
+        (name, one, other, result.share("same", [(one, other)]))
+        for result, name in zip(results, called, strict=True)
+        for one, other in result.pairs()
+    ]
+    parts.append(
+        Table(
+            ("compared", "layer", "with layer", "the same best token", "95% interval", "chance", "verdict"),
+            [(name, one, other, *_share_cells(share), share.verdict) for name, one, other, share in pairs],
+            "The pairs of layers as a table",
+            folded=True,
+        )
+    )
+    compared = " ".join(
+        f"{name}: {_pairs_words(result)}, {len(result.features):,} {feature_noun(result.site)}s of "
+        f"{place_words(result.site)}."
+        for result, name in zip(results, called, strict=True)
+    )
+    return Section(
+        title,
+        _joined(text, compared),
+        parts,
+        _terms(*{feature_noun(each.site) for each in results}) | _ALIGNMENT,
+    )
+
+
+def feature_examples_section(
+    result: FeatureExamples,
+    places: Sequence[tuple[int, int]],
+    *,
+    title: str = "Texts that excite features most",
+    text: str = "",
+) -> Section:
+    """The windows of a corpus that excite each of some features most, shaded, and their peaks as a table.
+
+    Args:
+        places: layer and feature of each.
+        text: what to look for.
+
+    Raises:
+        ValueError: no place, or one that was not searched.
+    """
+    if not len(places):
+        raise ValueError("there is nothing to show: give at least one (layer, feature)")
+    noun = feature_noun(result.site)
+    parts: list[Interactive | Table] = []
+    rows: list[tuple[str | float, ...]] = []
+    for layer, feature in places:
+        parts.append(
+            Interactive(
+                plot_feature_examples(result, layer, feature),
+                f"{noun.capitalize()} {feature} of {place_words(result.site, layer)}: windows with the "
+                "largest activation first, each token shaded by its own (blue above 0, red below). Point at "
+                "a token for its number.",
+            )
+        )
+        i, j = result.at(layer, feature)
+        peaks = result.peaks[i, j].tolist()
+        found = zip(result.windows[i, j].tolist(), result.positions[i, j].tolist(), strict=True)
+        for rank, (window, pos) in enumerate(found):
+            if window < 0:
+                continue
+            ids = result.tokens[window].tolist()
+            begin, end = max(0, pos - CONTEXT), pos + CONTEXT + 1
+            context = (
+                ("…" if begin else "")
+                + shown_tokens(ids[begin:pos], result.strings)
+                + f"[{shown_tokens(ids[pos : pos + 1], result.strings)}]"
+                + shown_tokens(ids[pos + 1 : end], result.strings)
+                + ("…" if end < len(ids) else "")
+            )
+            rows.append((layer, feature, rank + 1, int(result.numbers[window]), pos, peaks[rank], context))
+    parts.append(
+        Table(
+            ("layer", noun, "rank", "window", "position", "activation", "around the [largest]"),
+            rows,
+            "Where the activation is largest as a table",
+            folded=True,
+        )
+    )
+    said = (
+        f"Of {result.read:,} windows of {result.tokens.shape[1]} tokens"
+        f"{', which begin with BOS,' if result.prepend_bos else ''} those in which the {noun} is largest."
+    )
+    return Section(title, _joined(text, said), parts, _terms(noun) | _EXAMPLES)
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def _terms(*nouns: str) -> dict[str, str]:
+    return {noun.capitalize(): _FEATURES[noun] for noun in sorted(nouns)}
+
+
+def _joined(text: str, said: str) -> str:
+    return f"{text}\n\n{said}" if text else said
+
+
+def _some(results: Sequence[Search], maker: str) -> list[Search]:
+    if not results:
+        raise ValueError(f"there is nothing to show: give at least one result of {maker}")
+    return list(results)
+
+
+def _differing(
+    results: Sequence[Search], about: dict[str, Callable[[Search], str | int]]
+) -> dict[str, list[str | int]]:
+    """Of what could be said about each result only that in which they differ."""
+    every = {name: [read(each) for each in results] for name, read in about.items()}
+    return {name: values for name, values in every.items() if len(set(values)) > 1}
+
+
+def _every(results: Sequence[Search], read: Callable[[Search], str | int]) -> str:
+    return " or ".join(dict.fromkeys(str(read(each)) for each in results))
+
+
+def _share_cells(share: Share) -> tuple[str | float, ...]:
+    interval = "—" if share.low != share.low else f"{number(share.low)} to {number(share.high)}"
+    # a share of a large vocabulary would be 0.000
+    chance = f"{share.chance:.2g}" if 0 < share.chance < 0.001 else number(share.chance)
+    return share.value, interval, chance
+
+
+def _pairs_words(result: FeatureAlignment) -> str:
+    if result.within:
+        return "each layer with each later one"
+    if any(one == other for one, other in result.pairs()):
+        return f"each layer with the same layer of {result.other.name}"
+    return f"each layer with each layer of {result.other.name}"

@@ -1,0 +1,525 @@
+"""Pictures of features hold the results' numbers, and tokens stay texts in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mechlens.plots.feature_alignment import plot_feature_alignment
+from mechlens.plots.features import (
+    plot_feature_examples,
+    plot_feature_tokens,
+    plot_gradient_search,
+    searched_words,
+)
+from mechlens.plots.style import MINUS, SEQUENTIAL, figure_text
+from mechlens.results import (
+    CompleteSearch,
+    FeatureAlignment,
+    FeatureExamples,
+    GradientSearch,
+    GreedySearch,
+    ModelInfo,
+)
+from tests import hand_made
+
+MARKUP = "</script><b>&lt;$x$"
+STRINGS = {"0": "<s>", "5": " a", "6": "\n", "7": MARKUP, "8": "b"}
+
+
+def own(name: str = "tiny") -> ModelInfo:
+    return dataclasses.replace(hand_made.model(name, n_layers=4), processing=False)
+
+
+def complete(**changes) -> CompleteSearch:
+    """Layers 0, 2, 3, features 4, 1; feature 4 has ` a` first in two layers, feature 1 has none twice."""
+    plain = CompleteSearch(
+        model=own(),
+        site="resid_post",
+        layers=(0, 2, 3),
+        features=(4, 1),
+        directions=None,
+        prefix=torch.tensor([0]),
+        prepend_bos=True,
+        ids=torch.tensor([[[5, 6], [5, 8]], [[5, 8], [6, 5]], [[8, 5], [7, 5]]]),
+        activations=torch.tensor(
+            [[[2.0, 1.0], [3.0, 0.5]], [[4.0, 1.5], [5.0, 2.5]], [[6.0, 3.5], [-7.0, -8.0]]]
+        ),
+        lowest_ids=torch.tensor([[[8, 7], [8, 7]], [[8, 7], [8, 7]], [[8, 7], [6, 8]]]),
+        lowest_activations=torch.full((3, 2, 2), -9.0),
+        strings=STRINGS,
+        vocabulary="0f1e2d3c4b5a",
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def greedy(**changes) -> GreedySearch:
+    """Two features of layer 2, two inputs of two tokens each."""
+    plain = GreedySearch(
+        model=own(),
+        site="resid_post",
+        layer=2,
+        features=(4, 1),
+        directions=None,
+        prefix=torch.tensor([0]),
+        prepend_bos=True,
+        aggregate="sum",
+        ids=torch.tensor([[[5, 6], [5, 8]], [[7, 8], [8, 8]]]),
+        activations=torch.tensor([[[2.0, 3.0], [2.0, 1.5]], [[0.5, -0.25], [0.25, -0.5]]]),
+        strings=STRINGS,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def gradient(**changes) -> GradientSearch:
+    """Feature 3 at both of two tokens; three restarts, two steps; restart 1 decoded by `nearest` is best."""
+    pinv, nearest = torch.tensor([[5, 5], [6, 5], [8, 8]]), torch.tensor([[6, 8], [5, 7], [8, 5]])
+    plain = GradientSearch(
+        model=own(),
+        site="resid_post",
+        layer=2,
+        directions=None,
+        selected=torch.tensor([[0, 3], [1, 3]]),
+        prefix=torch.tensor([0]),
+        prepend_bos=True,
+        objective="maximise",
+        target_ids=None,
+        constant=None,
+        prior="norm",
+        prior_weight=0.5,
+        optimiser="Adam",
+        learning_rate=0.125,
+        isolated=False,
+        seed=1,
+        objectives=torch.tensor([[1.0, -2.0, -3.0], [0.5, -4.0, -4.5], [0.25, 0.0, -0.5]]),
+        activations=torch.tensor([[-1.0, 2.0, 3.0], [-0.5, 4.0, 4.5], [-0.25, 0.0, 0.5]]),
+        embeddings=torch.ones(3, 2, 8),
+        nearest_cosine=torch.tensor([[0.5, 0.25], [0.75, 0.5], [0.125, 0.125]]),
+        token_cosine=0.25,
+        decoded_ids={"pinv": pinv, "nearest": nearest},
+        ids={"pinv": pinv, "nearest": nearest},
+        true_objectives={
+            "pinv": torch.tensor([-1.0, -0.5, -0.25]),
+            "nearest": torch.tensor([-0.5, -1.5, 0.0]),
+        },
+        true_activations={"pinv": torch.tensor([1.0, 0.5, 0.25]), "nearest": torch.tensor([0.5, 1.5, 0.0])},
+        optimum=None,
+        strings=STRINGS,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def continuation() -> GradientSearch:
+    """The same, searching for what the token `b` follows."""
+    nan = {way: torch.full((3,), torch.nan) for way in ("pinv", "nearest")}
+    return gradient(
+        objective="continuation",
+        selected=torch.zeros(0, 2, dtype=torch.long),
+        target_ids=torch.tensor([8]),
+        activations=torch.full((3, 3), torch.nan),
+        true_activations=nan,
+        true_objectives={"pinv": torch.tensor([3.0, 2.0, 1.0]), "nearest": torch.tensor([4.0, 0.5, 6.0])},
+        objectives=torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 0.25], [7.0, 8.0, 9.0]]),
+    )
+
+
+def alignment(**changes) -> FeatureAlignment:
+    """Layers 0 and 2 of one search, four features: 3 of them the same, by chance 1 in 8."""
+    same = torch.tensor([True, True, True, False])
+    plain = FeatureAlignment(
+        model=own(),
+        other=own(),
+        within=True,
+        site="resid_post",
+        other_site="resid_post",
+        layers=(0, 2),
+        other_layers=(0, 2),
+        features=(0, 1, 3, 4),
+        top_k=2,
+        prefix=torch.tensor([0]),
+        other_prefix=torch.tensor([0]),
+        same=torch.stack([torch.stack([same | True, same]), torch.stack([same, same | True])]),
+        overlap=torch.tensor([[[1.0] * 4, [0.5, 0.5, 1.0, 0.5]], [[0.5, 0.5, 1.0, 0.5], [1.0] * 4]]),
+        chance_same=torch.tensor([[0.0625, 0.125], [0.125, 0.25]]),
+        chance_overlap=torch.tensor([[0.0625, 0.375], [0.375, 0.25]]),
+        is_index=torch.tensor([[True, False, False, False]] * 2),
+        other_is_index=torch.zeros(2, 4, dtype=torch.bool),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def untrained(**changes) -> FeatureAlignment:
+    """Layers 0, 1, 2 of the model with layer 2 of another, where nothing is the same."""
+    plain = alignment(
+        other=own("<b>$other$"),
+        within=False,
+        layers=(0, 1, 2),
+        other_layers=(2,),
+        same=torch.zeros(3, 1, 4, dtype=torch.bool),
+        overlap=torch.zeros(3, 1, 4),
+        chance_same=torch.full((3, 1), 0.125),
+        chance_overlap=torch.full((3, 1), 0.25),
+        is_index=torch.zeros(3, 4, dtype=torch.bool),
+        other_is_index=torch.ones(1, 4, dtype=torch.bool),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def examples(**changes) -> FeatureExamples:
+    """Feature 2 of layer 1 in windows 7 and 3 of a corpus, behind BOS; there was no third."""
+    nan = torch.nan
+    plain = FeatureExamples(
+        model=own(),
+        site="mlp_out",
+        layers=(0, 1),
+        features=(6, 2),
+        directions=None,
+        prepend_bos=True,
+        read=9,
+        numbers=torch.tensor([3, 7]),
+        tokens=torch.tensor([[0, 5, 6], [0, 7, 8]]),
+        windows=torch.tensor([[[-1] * 3, [-1] * 3], [[0, 1, -1], [1, 0, -1]]]),
+        positions=torch.tensor([[[-1] * 3, [-1] * 3], [[1, 2, -1], [2, 1, -1]]]),
+        activations=torch.tensor(
+            [
+                [[[nan] * 3] * 3] * 2,
+                [
+                    [[nan, 9.0, 8.0], [nan, 6.0, 7.0], [nan] * 3],
+                    [[nan, -1.0, 2.123456], [nan, 1.5, 0.25], [nan] * 3],
+                ],
+            ]
+        ),
+        strings=STRINGS,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+# -- best tokens -----------------------------------------------------------------------------------
+
+
+def test_cells_hold_the_best_token_and_how_many_layers_have_it():
+    figure = plot_feature_tokens(complete())
+    (cells,) = figure.data
+    assert [list(row) for row in cells.text] == [
+        ["·a", "·a"],
+        ["·a", "⏎"],
+        ["b", figure_text(MARKUP[:14] + "…")],
+    ]
+    np.testing.assert_array_equal(cells.z, [[2, 1], [2, 1], [1, 1]])
+    assert (cells.zmin, cells.zmax) == (1, 3)
+    assert [colour for _, colour in cells.colorscale] == SEQUENTIAL
+    assert figure.layout.xaxis.ticktext == ("4", "1")
+    assert figure.layout.yaxis.ticktext == ("0", "2", "3")
+    assert figure.layout.yaxis.autorange is None, "layers go upwards"
+
+
+def test_under_the_cursor_stand_the_best_tokens_with_their_activations():
+    hovers = plot_feature_tokens(complete()).data[0].hovertext
+    assert hovers[1][0] == "<b>layer 2, feature 4</b><br>1. ·a 4.000<br>2. b 1.500<br>first in 2 of 3 layers"
+    assert hovers[2][1] == (
+        f"<b>layer 3, feature 1</b><br>1. {figure_text(MARKUP)} {MINUS}7.000<br>2. ·a {MINUS}8.000"
+        "<br>first in 1 of 3 layers"
+    )
+
+
+def test_chosen_layers_and_features_are_drawn_in_their_order():
+    figure = plot_feature_tokens(complete(), layers=[3, 0], features=[1], end="lowest")
+    (cells,) = figure.data
+    assert [list(row) for row in cells.text] == [["⏎"], ["b"]]
+    assert figure.layout.yaxis.ticktext == ("3", "0")
+    assert cells.hovertext[1][0].startswith(
+        f"<b>layer 0, feature 1</b><br>1. b {MINUS}9.000<br>2. {figure_text(MARKUP)} {MINUS}9.000"
+    )
+    # only layers that are drawn count, and each once
+    np.testing.assert_array_equal(
+        plot_feature_tokens(complete(), layers=[2, 3, 3]).data[0].z, [[1, 1], [1, 1]]
+    )
+    assert "resid_post least" in figure.layout.title.text
+
+
+def test_one_layer_has_nothing_to_agree_with():
+    figure = plot_feature_tokens(complete(), layers=[2])
+    assert not figure.data[0].showscale
+    assert "first in" not in figure.data[0].hovertext[0][0]
+    assert "darker" not in figure.layout.title.text
+
+
+def test_the_first_eight_features_are_drawn_unasked():
+    ids = torch.arange(10).reshape(1, 10, 1)
+    many = complete(
+        layers=(0,),
+        features=tuple(range(10, 20)),
+        ids=ids,
+        activations=ids.float(),
+        lowest_ids=ids,
+        lowest_activations=ids.float(),
+        strings={str(token): f"t{token}" for token in range(10)},
+    )
+    (cells,) = plot_feature_tokens(many).data
+    assert list(cells.text[0]) == [f"t{token}" for token in range(8)]
+    (cells,) = plot_feature_tokens(many, features=range(10, 20)).data
+    assert len(cells.text[0]) == 10
+
+
+def test_titles_say_what_was_searched():
+    title = plot_feature_tokens(complete()).layout.title.text
+    assert "Tokens that excite each feature of resid_post most" in title
+    assert f"of all 64 tokens, each behind {figure_text('<s>')}" in title
+    nothing = torch.tensor([], dtype=torch.long)
+    neurons = plot_feature_tokens(complete(site="post", prefix=nothing, prepend_bos=False))
+    assert "each neuron of post most" in neurons.layout.title.text
+    assert "each without BOS" in neurons.layout.title.text
+    assert neurons.layout.xaxis.title.text == "neuron"
+    assert "<b>layer 0, neuron 4</b>" in neurons.data[0].hovertext[0][0]
+
+
+def test_what_was_not_searched_is_refused():
+    with pytest.raises(ValueError, match=r"layer 1 was not searched: there are 0, 2, 3$"):
+        plot_feature_tokens(complete(), layers=[0, 1])
+    with pytest.raises(ValueError, match=r"feature 2 was not searched: there are 4, 1$"):
+        plot_feature_tokens(complete(), features=[2])
+    with pytest.raises(ValueError, match="no layer is chosen"):
+        plot_feature_tokens(complete(), layers=[])
+    with pytest.raises(ValueError, match="end must be one of highest, lowest, but is 'best'"):
+        plot_feature_tokens(complete(), end="best")
+
+
+# -- alignment -------------------------------------------------------------------------------------
+
+
+def test_alignment_is_drawn_side_by_side_on_one_scale():
+    figure = plot_feature_alignment(alignment(), untrained(), names=["trained", "<i>new</i>"])
+    trained, new = figure.data
+    np.testing.assert_array_equal(trained.z, [[1, 0.75], [0.75, 1]])
+    np.testing.assert_array_equal(new.z, [[0], [0], [0]])
+    for cells in (trained, new):
+        assert (cells.zmin, cells.zmax) == (0, 1)
+        assert cells.texttemplate == "%{z:.2f}"
+    assert [cells.showscale for cells in figure.data] == [False, True]
+    assert (figure.layout.xaxis.ticktext, figure.layout.yaxis.ticktext) == (("0", "2"), ("0", "2"))
+    assert (figure.layout.xaxis2.ticktext, figure.layout.yaxis2.ticktext) == (("2",), ("0", "1", "2"))
+    assert figure.layout.xaxis.title.text == figure.layout.yaxis2.title.text == "layer"
+    assert figure.layout.xaxis2.title.text == f"layer of {figure_text('<b>$other$')}"
+    assert figure.layout.xaxis.domain[1] < figure.layout.xaxis2.domain[0]
+
+
+def test_each_alignment_says_its_share_with_interval_and_chance():
+    figure = plot_feature_alignment(alignment(), untrained(), names=["trained", "<i>new</i>"])
+    one, other = (note.text for note in figure.layout.annotations)
+    share = alignment().share()
+    assert one.startswith("<b>trained</b><br>")
+    assert f"0.750 ({share.low:.3f} to {share.high:.3f})<br>chance 0.125: aligned" in one
+    assert other.startswith(f"<b>{figure_text('<i>new</i>')}</b>")
+    assert "0.000 (0.000 to 0.490)<br>chance 0.125: no more than chance" in other
+    (note,) = plot_feature_alignment(alignment(), value="overlap").layout.annotations
+    assert "<b>tiny</b>" in note.text
+    # 0.625 with an interval whose lower end, 0.23, is below chance
+    assert "0.625 (" in note.text
+    assert "chance 0.375: no more than chance" in note.text
+    (unnamed,) = plot_feature_alignment(untrained()).layout.annotations
+    assert figure_text("tiny with <b>$other$") in unnamed.text
+
+
+def test_under_the_cursor_stand_interval_chance_and_verdict():
+    (cells,) = plot_feature_alignment(alignment()).data
+    share = alignment().share("same", [(0, 2)])
+    assert cells.hovertext[0][1] == (
+        "<b>layer 0 with layer 2</b><br>the same best token: 0.750"
+        f"<br>95% interval {share.low:.3f} to {share.high:.3f}<br>by chance 0.125<br>aligned"
+    )
+    assert cells.hovertext[1][1] == "<b>layer 2</b> with itself"
+    (cells,) = plot_feature_alignment(alignment(), value="overlap").data
+    np.testing.assert_array_equal(cells.z, [[1, 0.625], [0.625, 1]])
+    assert "the same best tokens of 2: 0.625" in cells.hovertext[0][1]
+    assert "by chance 0.375" in cells.hovertext[0][1]
+    (cells,) = plot_feature_alignment(untrained()).data
+    assert cells.hovertext[2][0].startswith(
+        f"<b>layer 2 with layer 2 of {figure_text('<b>$other$')}</b><br>the same best token: 0.000<br>"
+    )
+
+
+def test_what_cannot_be_compared_says_so():
+    alone = alignment(
+        layers=(2,),
+        other_layers=(2,),
+        same=torch.ones(1, 1, 4, dtype=torch.bool),
+        overlap=torch.ones(1, 1, 4),
+        chance_same=torch.full((1, 1), torch.nan),
+        chance_overlap=torch.full((1, 1), torch.nan),
+        is_index=torch.zeros(1, 4, dtype=torch.bool),
+        other_is_index=torch.zeros(1, 4, dtype=torch.bool),
+    )
+    (note,) = plot_feature_alignment(alone).layout.annotations
+    assert "no two layers to compare" in note.text
+    with pytest.raises(ValueError, match="at least one result"):
+        plot_feature_alignment()
+    with pytest.raises(ValueError, match="names must be 2, one for each result, but is 1"):
+        plot_feature_alignment(alignment(), alignment(), names=["one"])
+    with pytest.raises(ValueError, match="but is the text 'ab'"):
+        plot_feature_alignment(alignment(), alignment(), names="ab")
+    with pytest.raises(ValueError, match="value must be one of same, overlap, but is 'x'"):
+        plot_feature_alignment(alignment(), value="x")
+
+
+def test_large_models_have_no_numbers_in_their_cells():
+    size = 13
+    large = alignment(
+        layers=tuple(range(size)),
+        other_layers=tuple(range(size)),
+        same=torch.ones(size, size, 4, dtype=torch.bool),
+        overlap=torch.ones(size, size, 4),
+        chance_same=torch.zeros(size, size),
+        chance_overlap=torch.zeros(size, size),
+        is_index=torch.zeros(size, 4, dtype=torch.bool),
+        other_is_index=torch.zeros(size, 4, dtype=torch.bool),
+    )
+    assert not plot_feature_alignment(large).data[0].texttemplate
+
+
+# -- gradient search -------------------------------------------------------------------------------
+
+
+def traces(result: GradientSearch) -> dict:
+    return {trace.name: trace for trace in plot_gradient_search(result).data}
+
+
+def test_each_restart_is_a_line_and_that_of_the_best_tokens_the_strong_one():
+    drawn = traces(gradient())
+    best, others = drawn["best restart"], drawn["restarts"]
+    assert (list(best.x), list(best.y)) == ([0, 1, 2], [-0.5, 4.0, 4.5])
+    # a gap parts the lines of restarts 0 and 2
+    assert list(others.x) == [0, 1, 2, None, 0, 1, 2, None]
+    assert list(others.y) == [-1.0, 2.0, 3.0, None, -0.25, 0.0, 0.5, None]
+    assert list(others.customdata[:3]) == [0, 0, 0]
+    assert list(others.customdata[4:7]) == [2, 2, 2]
+    assert best.line.width > others.line.width
+
+
+def test_true_activations_stand_behind_the_last_step():
+    figure = plot_gradient_search(gradient())
+    drawn = traces(gradient())
+    pinv, nearest = (drawn[f"tokens by {way}"] for way in ("pinv", "nearest"))
+    assert list(pinv.y) == [1.0, 0.5, 0.25]
+    assert list(nearest.y) == [0.5, 1.5, 0.0]
+    assert 2 < pinv.x[0] < nearest.x[0] <= figure.layout.xaxis.range[1]
+    assert nearest.hovertext[1] == (
+        f"<b>·a{figure_text(MARKUP)}</b><br>restart 1, nearest<br>1.500"
+        "<br>its embedding's cosine to the nearest real one 0.625"
+    )
+    sizes = [*pinv.marker.size, *nearest.marker.size]
+    assert max(sizes) == nearest.marker.size[1]
+    assert sizes.count(max(sizes)) == 1, "only the best is large"
+    assert pinv.marker.symbol != nearest.marker.symbol
+    assert max(figure.layout.xaxis.tickvals) == 2
+
+
+def test_the_optimum_is_a_line_where_it_is_known():
+    assert "optimum" not in traces(gradient())
+    optimum = traces(gradient(optimum=2.5))["optimum"]
+    assert list(optimum.y) == [2.5, 2.5]
+    assert optimum.line.dash == "dash"
+    title = plot_gradient_search(gradient(optimum=2.5)).layout.title.text
+    assert f"best tokens: ·a{figure_text(MARKUP)}, 1.500; optimum 2.500" in title
+    assert "feature 3 at every position" in title
+    assert "resid_post of layer 2, behind" in title
+    assert "objective maximise, prior norm, Adam, 3 restarts" in title
+    assert "this block alone" not in title
+    assert "this block alone" in plot_gradient_search(gradient(isolated=True)).layout.title.text
+
+
+def test_a_continuation_is_drawn_by_its_log_probability():
+    figure, drawn = plot_gradient_search(continuation()), traces(continuation())
+    assert list(drawn["best restart"].y) == [-5.0, -4.0, -0.25]
+    assert list(drawn["tokens by nearest"].y) == [-4.0, -0.5, -6.0]
+    assert figure.layout.yaxis.title.text == "log-probability (nats)"
+    assert "Gradient search for a continuation" in figure.layout.title.text
+    assert f", {MINUS}0.500" in figure.layout.title.text
+    assert not any(value is not None and math.isnan(value) for trace in figure.data for value in trace.y)
+
+
+def test_a_target_is_drawn_by_the_distance_from_it():
+    figure = plot_gradient_search(gradient(objective="l1", target_ids=torch.tensor([5, 6]), optimum=2.5))
+    drawn = {trace.name: trace for trace in figure.data}
+    assert list(drawn["best restart"].y) == [0.5, -4.0, -4.5], "the objective"
+    assert figure.layout.yaxis.title.text == "L1 distance to the target's activations"
+    assert "optimum" not in drawn, "which is an activation"
+    assert plot_gradient_search(gradient()).layout.yaxis.title.text == "activation (mean)"
+
+
+def test_one_restart_is_the_best():
+    one = gradient(
+        objectives=torch.zeros(1, 3),
+        activations=torch.zeros(1, 3),
+        embeddings=torch.ones(1, 2, 8),
+        nearest_cosine=torch.ones(1, 2),
+        decoded_ids={"pinv": torch.tensor([[5, 5]])},
+        ids={"pinv": torch.tensor([[5, 5]])},
+        true_objectives={"pinv": torch.zeros(1)},
+        true_activations={"pinv": torch.zeros(1)},
+    )
+    assert list(traces(one)) == ["best restart", "tokens by pinv"]
+
+
+@pytest.mark.parametrize(
+    ("selected", "words"),
+    [
+        ([(0, 3)], "feature 3 at position 0"),
+        ([(0, 3), (0, 5)], "features 3, 5 at position 0"),
+        ([(0, 3), (1, 5)], "features 3, 5 at chosen positions"),
+        ([(pos, feature) for pos in (0, 1) for feature in range(6)], "6 features at every position"),
+    ],
+)
+def test_a_selection_in_words(selected, words):
+    assert searched_words(gradient(selected=torch.tensor(selected))) == words
+
+
+def test_a_selection_of_one_token_needs_no_position():
+    ids = {"pinv": torch.tensor([[5], [5], [8]])}
+    one = gradient(
+        site="post",
+        selected=torch.tensor([[0, 3]]),
+        embeddings=torch.ones(3, 1, 8),
+        nearest_cosine=torch.ones(3, 1),
+        decoded_ids=ids,
+        ids=ids,
+    )
+    assert searched_words(one) == "neuron 3"
+
+
+# -- real contexts ---------------------------------------------------------------------------------
+
+
+def test_windows_are_shaded_by_their_activations_most_exciting_first():
+    view = plot_feature_examples(examples(), 1, 2)
+    assert view.component == "TopkSamples"
+    ((activations,),) = view.props["activations"]
+    # BOS has none, four digits are kept
+    assert activations == [[0, -1.0, 2.123], [0, 1.5, 0.25]]
+    ((tokens,),) = view.props["tokens"]
+    assert [len(window) for window in tokens] == [3, 3]
+    assert tokens[1][1:] == ["·a", "⏎"]
+    assert view.props["zerothDimensionLabels"] == ["1"]
+    assert view.props["firstDimensionLabels"] == ["2"]
+    assert view.props["firstDimensionName"] == "Feature"
+
+
+def test_a_token_cannot_begin_markup_in_the_view():
+    ((tokens,),) = plot_feature_examples(examples(), 1, 2).props["tokens"]
+    evil = tokens[0][1]
+    # circuitsvis puts tokens into the page as markup, where `<` and a letter or a sign begin an element
+    assert "</" not in evil
+    assert "<b" not in evil
+    assert "&l" not in evil
+    assert evil.replace("\N{WORD JOINER}", "") == MARKUP, "and nothing is lost"
+    assert plot_feature_examples(examples(), 1, 2)._repr_html_().count("</script") == 1
+
+
+def test_examples_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="layer 2 was not searched"):
+        plot_feature_examples(examples(), 2, 2)
+    with pytest.raises(ValueError, match="no window was read"):
+        plot_feature_examples(examples(), 0, 2)
