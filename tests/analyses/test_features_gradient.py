@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechlens.analyses.features import objectives, search_complete, search_gradient, walk
+from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, walk
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
 from mechlens.prompts import drawable_tokens
@@ -48,6 +48,10 @@ def first_tokens(model, restarts, n_tokens, seed):
 
 def hf_embeddings(hf_model):
     return hf_model.get_input_embeddings().weight.detach()
+
+
+def nearest_token(embedded, E):
+    return torch.nn.functional.cosine_similarity(embedded[..., None, :], E, dim=-1).argmax(-1)
 
 
 # -- running embeddings ----------------------------------------------------------------------------
@@ -123,7 +127,13 @@ def test_softmax_after_each_step_is_the_seeds(kind, loaded):
 
     draw = torch.Generator().manual_seed(2)
     start = torch.randn(2, 2, VOCAB, generator=draw).softmax(-1)
-    losses, end = reference.descend(loss_of, start, 3.0, 5, lambda value: value.softmax(-1))
+    passed = [start]
+
+    def after(value):
+        passed.append(value.softmax(-1))
+        return passed[-1]
+
+    losses, _ = reference.descend(loss_of, start, 3.0, 5, after)
     result = search_gradient(
         model,
         layer=0,
@@ -138,7 +148,11 @@ def test_softmax_after_each_step_is_the_seeds(kind, loaded):
         seed=2,
     )
     torch.testing.assert_close(result.objectives, losses, **CLOSE)
-    assert end.shape == start.shape
+    # a distribution tells its token by itself
+    best = torch.stack([passed[step][row] for row, step in enumerate(losses.argmin(1).tolist())])
+    torch.testing.assert_close(result.embeddings, best @ E, **CLOSE)
+    assert torch.equal(result.decoded_ids["pinv"], best.argmax(-1))
+    assert torch.equal(result.decoded_ids["nearest"], nearest_token(best @ E, E))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,6 +222,26 @@ def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
     # products of 32 numbers up to 1
     torch.testing.assert_close(result.nearest_cosine, cosines.amax(-1), atol=1e-5, rtol=0)
     assert result.isolated is isolated
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prior", ["none", "norm"])
+def test_what_is_found_is_decoded_at_the_end(kind, prior, loaded):
+    model, hf_model = loaded(kind), tiny_hf_model(kind)
+    E = hf_embeddings(hf_model)
+    options = {"layer": 1, "selection": np.s_[:, 9], "n_tokens": 3, "objective": "maximise", "prior": prior}
+    # far enough for embeddings that are no token's any more
+    result = search_gradient(model, steps=12, restarts=6, learning_rate=0.3, **options)
+    coefficients = result.embeddings.double() @ torch.linalg.pinv(E.double())
+    decoded = {"pinv": coefficients.argmax(-1), "nearest": nearest_token(result.embeddings, E)}
+    assert not torch.equal(decoded["pinv"], decoded["nearest"])
+    output = reference.hf_block_output(hf_model, 1)
+    for way, ids in decoded.items():
+        assert torch.equal(result.decoded_ids[way], ids)
+        assert not torch.equal(ids, result.ids[way]), "better tokens were passed on the way"
+        # up to the rounding of other sums
+        assert bool((-output(ids)[..., 9].mean(-1) > result.true_objectives[way] - 2e-4).all())
+        assert set(map(str, ids.flatten().tolist())) <= set(result.strings)
 
 
 def test_decoding(loaded):
@@ -289,6 +323,128 @@ def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
     found = search_gradient(loaded("llama"), **options)
     assert sizes[:5] == [5, 3, 2, 2, 1]
     torch.testing.assert_close(found.objectives, right.objectives, **CLOSE)
+
+
+# more than two looks at the tokens, and a better place than the last is passed
+WHOLE = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "objective": "maximise"}
+WHOLE |= {"steps": 11, "restarts": 3, "learning_rate": 2.0}
+WAYS = {optimiser: {"optimiser": optimiser} for optimiser in gradient.OPTIMISERS}
+WAYS |= {prior: {"prior": prior} for prior in walk.PRIORS if prior != "none"}
+WAYS["continuation"] = {"objective": "continuation", "target": torch.tensor([20, 33]), "selection": None}
+# two at the start, one in every step, two more after each fifth
+CALLS_TO_THE_10TH_STEP = 2 + 9 + 2 + 1
+
+
+def counted_judge(monkeypatch, interrupt_at=None):
+    """The sizes of the batches that are judged from now on."""
+    sizes, call = [], objectives.Judge.__call__
+
+    def counting(self, embedded):
+        sizes.append(len(embedded))
+        if len(sizes) == interrupt_at:
+            raise KeyboardInterrupt
+        return call(self, embedded)
+
+    monkeypatch.setattr(objectives.Judge, "__call__", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_search_goes_on_where_it_was_interrupted(way, loaded, tmp_path, monkeypatch):
+    model, state, options = loaded("gpt2"), tmp_path / "state.safetensors", WHOLE | WAYS[way]
+    whole = search_gradient(model, **options)
+    with monkeypatch.context() as patched:
+        # the 10th step is made, and its tokens are decoded in the first of two ways
+        counted_judge(patched, CALLS_TO_THE_10TH_STEP + 2)
+        with pytest.raises(KeyboardInterrupt):
+            search_gradient(model, state=state, **options)
+    with monkeypatch.context() as patched:
+        rest = counted_judge(patched)
+        assert search_gradient(model, state=state, **options) == whole
+        # the 10th step again with its tokens, the 11th, and the end: the last place and two times two rows
+        assert len(rest) == 3 + 1 + 5
+        rest.clear()
+        assert search_gradient(model, state=state, **options) == whole
+        assert len(rest) == 5
+
+
+def test_a_search_is_saved_now_and_then(loaded, tmp_path, monkeypatch):
+    steps, save = [], gradient.save_state
+
+    def noting(*args, step):
+        steps.append(step)
+        save(*args, step=step)
+
+    monkeypatch.setattr(gradient, "save_state", noting)
+    search_gradient(loaded("gpt2"), state=tmp_path / "state.safetensors", **GOOD)
+    assert steps == [5]
+    monkeypatch.setattr(gradient, "SAVE_SECONDS", 0.0)
+    search_gradient(loaded("gpt2"), state=tmp_path / "other.safetensors", **GOOD)
+    assert steps == [5, 1, 2, 3, 4, 5, 5]
+
+
+def test_a_stalled_search_goes_on_stalling(loaded, tmp_path, monkeypatch):
+    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimiser": "SGD", "restarts": 2}
+    # steps too small to change a float32
+    options |= {"learning_rate": 1e-12, "steps": 50, "patience": 7, "state": tmp_path / "state.safetensors"}
+    with monkeypatch.context() as patched:
+        counted_judge(patched, CALLS_TO_THE_10TH_STEP - 5)
+        with pytest.raises(KeyboardInterrupt):
+            search_gradient(loaded("gpt2"), **options)
+    result = search_gradient(loaded("gpt2"), **options)
+    assert result.objectives.shape[1] == 1 + 7 + 1
+
+
+def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
+    state = tmp_path / "state.safetensors"
+    asked = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 2, "state": state} | FEW
+    search_gradient(loaded("gpt2"), **asked)
+    for change, message in (
+        ({"layer": 1}, r"begun with layers \[0\], not \[1\]"),
+        ({"selection": np.s_[:, 3]}, "begun with selection"),
+        ({"n_tokens": 3}, "n_tokens 2, not 3"),
+        ({"objective": "maximise"}, "begun with objective 'constant', not 'maximise'"),
+        ({"objective": "l1", "target": torch.tensor([3, 4])}, "target None, not '"),
+        ({"constant": 10.0}, "begun with constant 1000.0, not 10.0"),
+        ({"prior": "norm"}, "begun with prior 'none', not 'norm', prior_weight None, not 1.0"),
+        ({"prior": "softmax"}, "begun with prior 'none', not 'softmax':"),
+        ({"optimiser": "SGD"}, "begun with optimiser 'Adam', not 'SGD'"),
+        ({"learning_rate": 0.2}, "begun with learning_rate 0.1, not 0.2"),
+        ({"steps": 6}, "begun with steps 5, not 6"),
+        ({"patience": 9}, "begun with patience 10, not 9"),
+        ({"restarts": 4}, "begun with restarts 3, not 4"),
+        ({"seed": 1}, "begun with seed 0, not 1"),
+        ({"isolated": True}, "begun with isolated False, not True"),
+        ({"prefix": torch.tensor([3])}, "begun with prefix"),
+        ({"site": "mlp_out"}, "begun with site 'resid_post', not 'mlp_out'"),
+        ({"directions": torch.eye(WIDTH)}, "begun with site 'resid_post', not 'direction', directions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search_gradient(loaded("gpt2"), **(asked | change))
+    with pytest.raises(ValueError, match="begun with model's "):
+        search_gradient(loaded("llama"), **asked)
+    with torch.no_grad():
+        # neither the embeddings nor the layer tell of the other's weights
+        embeds, deeper = (load_model(tiny_directories / "gpt2", processing=False) for _ in range(2))
+        embeds.W_E.mul_(1.5)
+        deeper.blocks[1].mlp.W_out.mul_(1.5)
+    with pytest.raises(ValueError, match="begun with other weights"):
+        search_gradient(embeds, **asked)
+    assert search_gradient(deeper, **asked) == search_gradient(loaded("gpt2"), **asked)
+    with pytest.raises(ValueError, match="is not the state of a gradient search"):
+        search_complete(loaded("gpt2"), state=tmp_path / "complete.safetensors")
+        search_gradient(loaded("gpt2"), **(asked | {"state": tmp_path / "complete.safetensors"}))
+
+
+def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_directories):
+    state = tmp_path / "state.safetensors"
+    asked = {"layer": 0, "n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
+    search_gradient(loaded("gpt2"), state=state, **asked)
+    other = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        other.blocks[1].mlp.W_out.mul_(1.5)
+    with pytest.raises(ValueError, match="begun with other weights"):
+        search_gradient(other, state=state, **asked)
 
 
 GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW

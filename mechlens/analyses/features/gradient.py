@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +14,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
-from mechlens.analyses.features.sought import Sought
-from mechlens.analyses.features.walk import PRIORS, Space, Walk
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_probe, hashed
+from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
 from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
 from mechlens.prompts import drawable_tokens
 from mechlens.results import CompleteSearch, GradientSearch
+from mechlens.results.state import load_state, save_state, state_file
 
 OPTIMISERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
-DECODE_EVERY = 5
-"""Steps between two looks at the tokens that the embeddings stand for."""
 
 
 def search_gradient(
@@ -46,6 +48,7 @@ def search_gradient(
     prefix: str | Int[Tensor, "*one prefix"] | None = None,
     prepend_bos: bool = False,
     complete: CompleteSearch | None = None,
+    state: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> GradientSearch:
     """Change embeddings by gradients until they excite features, and read them as tokens.
@@ -82,12 +85,15 @@ def search_gradient(
         isolated: the layer's block alone, on what the first block would get, without the blocks before.
         site: as in `search_complete`; so are `directions`, `prefix` and `prepend_bos`.
         complete: a complete search of the same features, to compare with; for one token and one feature.
+        state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
+            interrupted; a search that finds the file goes on from there.
         progress: show a bar.
 
     Raises:
         ValueError: as `search_complete`; an index that selects nothing or is out of range, an unknown
             objective, prior or optimiser, a target that is missing, too many or of another length, a complete
-            search of something else, or (`continuation`) logits that are more than norm, `W_U` and `b_U`.
+            search of something else, a state of another search, or (`continuation`) logits that are more
+            than norm, `W_U` and `b_U`.
 
     Source: Badger, "Language Model Features"; it has one start, plain gradient descent, and the decoding by
     the pseudo-inverse at the end.
@@ -104,6 +110,7 @@ def search_gradient(
         prepend_bos=prepend_bos,
     )
     _check(objective, prior, optimiser, n_tokens, steps, patience, restarts, learning_rate)
+    file = state_file(state)
     with torch.inference_mode(False), torch.enable_grad():
         E = token_embeddings(model).float()
         judge = Judge.of(
@@ -112,28 +119,32 @@ def search_gradient(
         space = Space.of(E)
         optimum = None if complete is None else _optimum(complete, sought, judge, n_tokens)
         draw = torch.Generator().manual_seed(seed)
-        walk = Walk(judge, space, prior, prior_weight, restarts)
         if prior == "softmax":
             drawn = torch.randn(restarts, n_tokens, len(E), generator=draw).to(E.device)
             free, rate = drawn.softmax(-1).requires_grad_(), learning_rate
         else:
             ids = _first_tokens(model, restarts, n_tokens, draw).to(E.device)
             free, rate = E[ids].clone().requires_grad_(), learning_rate * float(E.square().mean().sqrt())
-        walk.decode(free.detach())
         torch_optimiser = getattr(torch.optim, optimiser)([free], lr=rate)
-        for _ in tqdm(range(steps), desc="searching", unit="step", disable=not progress):
-            free.grad = walk.gradient(free)
-            torch_optimiser.step()
-            if prior == "softmax":
-                free.data = free.data.softmax(-1)
-            if len(walk.objectives) % DECODE_EVERY == 0:
-                walk.decode(free.detach())
-            if walk.stalled >= patience:
-                break
-        walk.gradient(free)
-        assert walk.best is not None
-        walk.decode(free.detach())
-        decoded = walk.decode(walk.best)
+        walk = Walk(judge, space, prior, prior_weight, free, torch_optimiser)
+        arguments = sought.fingerprint() | {
+            "selection": hashed(judge.selected),
+            "n_tokens": n_tokens,
+            "objective": objective,
+            "target": None if judge.target is None else hashed(judge.target),
+            "constant": constant if objective == "constant" else None,
+            "prior": prior,
+            "prior_weight": prior_weight if prior in PENALTIES else None,
+            "optimiser": optimiser,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "patience": patience,
+            "restarts": restarts,
+            "seed": seed,
+            "isolated": isolated,
+        }
+        _run(walk, file, arguments, steps, patience, progress)
+        decoded = walk.end()
         found = walk.embedded(walk.best)
     return GradientSearch(
         **{name: value for name, value in sought.fields().items() if name != "features"},
@@ -143,7 +154,7 @@ def search_gradient(
         target_ids=judge.target,
         constant=constant if objective == "constant" else None,
         prior=prior,
-        prior_weight=prior_weight if prior in ("norm", "nearest") else None,
+        prior_weight=prior_weight if prior in PENALTIES else None,
         optimiser=optimiser,
         learning_rate=learning_rate,
         isolated=isolated,
@@ -158,8 +169,39 @@ def search_gradient(
         true_objectives={way: each.objective for way, each in walk.decoded.items()},
         true_activations={way: each.activation for way, each in walk.decoded.items()},
         optimum=optimum,
-        strings=sought.strings(*(each.ids for each in walk.decoded.values())),
+        strings=sought.strings(*decoded.values(), *(each.ids for each in walk.decoded.values())),
     )
+
+
+def _run(
+    walk: Walk, file: Path | None, arguments: dict[str, Any], steps: int, patience: int, progress: bool
+) -> None:
+    """Make the steps that a state has not made yet."""
+    # of the tokens' embeddings, and of what the blocks make of one
+    probe = None if file is None else torch.tensor([walk.space.norm, walk.judge.probe()])
+    done: dict[str, Tensor] | None = None
+    if file is not None and probe is not None and file.exists():
+        done, _ = load_state(file, "search", "a gradient search", [*TENSORS, "probe"], arguments)
+        check_probe(file, done["probe"], probe)
+        walk.go_on(done)
+    else:
+        walk.begin()
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=walk.steps, desc="searching", unit="step", disable=not progress)
+    try:
+        while walk.steps < steps and walk.stalled < patience:
+            walk.step()
+            bar.update()
+            if file is not None and probe is not None:
+                # at once, so that whatever interrupts the next step leaves nothing of it
+                done = walk.tensors() | {"probe": probe}
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save_state(file, "search", done, arguments, step=walk.steps)
+                    saved = time.monotonic()
+    finally:
+        bar.close()
+        if file is not None and done is not None:
+            save_state(file, "search", done, arguments, step=done["objectives"].shape[1])
 
 
 def _first_tokens(

@@ -100,6 +100,15 @@ class Judge:
                 objective = 1 - torch.nn.functional.cosine_similarity(own, self.wanted[None], dim=-1)
         return objective, own.mean(-1)
 
+    @torch.no_grad()
+    def probe(self) -> float:
+        """A number by which other weights are told from these."""
+        first = self.embeddings[torch.zeros(1, self.n_tokens, dtype=torch.long)]
+        if self.objective == "continuation":
+            return float(self._log_prob(first))
+        (name,) = self.sought.names
+        return float(self._run(first, name).float().square().mean().sqrt())
+
     def _run(self, embedded: Float[Tensor, "row pos d_model"], name: str) -> Tensor:
         given = embedded.to(self.embeddings.dtype)
         start = len(self.sought.prefix)

@@ -12,7 +12,10 @@ from torch import Tensor
 from mechlens.analyses.features.objectives import Judge
 from mechlens.measures.memory import is_out_of_memory
 
-PRIORS = ("none", "softmax", "norm", "nearest")
+PENALTIES = ("norm", "nearest")
+PRIORS = ("none", "softmax", *PENALTIES)
+DECODE_EVERY = 5
+"""Steps between two looks at the tokens that the embeddings stand for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +50,7 @@ class Space:
         return float(cosines.amax(-1).mean())
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
     """The best tokens that each restart has passed, by the objective of running them."""
 
@@ -56,33 +59,118 @@ class Decoded:
     activation: Float[Tensor, " restart"]
 
 
+WAYS = ("pinv", "nearest")
+_DECODED = dataclasses.fields(Decoded)
+TENSORS = (
+    *("free", "optimiser", "objectives", "activations", "lowest", "best", "stalled"),
+    *(f"{way}_{field.name}" for way in WAYS for field in _DECODED),
+)
+"""What goes into a state."""
+
+
 class Walk:
     """All restarts on their way."""
 
-    def __init__(self, judge: Judge, space: Space, prior: str, weight: float, restarts: int) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        space: Space,
+        prior: str,
+        weight: float,
+        free: Float[Tensor, "restart pos width"],
+        optimiser: torch.optim.Optimizer,
+    ) -> None:
+        """`free` is what the optimiser changes: embeddings, or distributions over tokens."""
         self.judge, self.space, self.prior, self.weight = judge, space, prior, weight
-        self.rows = restarts
+        self.free, self.optimiser = free, optimiser
+        self.rows = len(free)
         self.objectives: list[Float[Tensor, " restart"]] = []
         self.activations: list[Float[Tensor, " restart"]] = []
-        self.lowest = torch.full((restarts,), torch.inf)
-        self.best: Tensor | None = None
+        self.lowest = torch.full((len(free),), torch.inf)
+        self.best = free.detach().clone()
         self.stalled = 0
         self.decoded: dict[str, Decoded] = {}
+
+    @property
+    def steps(self) -> int:
+        return len(self.objectives)
+
+    def begin(self) -> None:
+        self._decode(self.free.detach())
+
+    def step(self) -> None:
+        self.free.grad = self._gradient()
+        self.optimiser.step()
+        if self.prior == "softmax":
+            self.free.data = self.free.data.softmax(-1)
+        if self.steps % DECODE_EVERY == 0:
+            self._decode(self.free.detach())
+
+    def end(self) -> dict[str, Int[Tensor, "restart pos"]]:
+        """Look at the last and at the best embeddings.
+
+        Returns:
+            The tokens that the best ones stand for, by decoding.
+        """
+        self._gradient()
+        self._decode(self.free.detach())
+        return self._decode(self.best)
 
     def embedded(self, free: Tensor) -> Float[Tensor, "restart pos d_model"]:
         return free @ self.space.E if self.prior == "softmax" else free
 
-    def gradient(self, free: Tensor) -> Tensor:
+    # -- to go on later ----------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next steps depend on, by the names in `TENSORS`; no step changes it."""
+        kept = _kept(self.optimiser, self.free)
+        decoded = {
+            f"{way}_{field.name}": getattr(each, field.name)
+            for way, each in self.decoded.items()
+            for field in _DECODED
+        }
+        return decoded | {
+            # the optimiser changes its own and these in place
+            "free": self.free.detach().clone(),
+            "optimiser": torch.cat([torch.zeros(0), *(each.cpu().flatten() for each in kept)]),
+            "objectives": torch.stack(self.objectives, dim=1),
+            "activations": torch.stack(self.activations, dim=1),
+            "lowest": self.lowest,
+            "best": self.best,
+            "stalled": torch.tensor(self.stalled),
+        }
+
+    def go_on(self, tensors: dict[str, Tensor]) -> None:
+        """Stand where another walk stood."""
+        # after a step, wherever it leads, the optimiser has tensors to copy into
+        self.free.grad = torch.zeros_like(self.free)
+        self.optimiser.step()
+        kept = _kept(self.optimiser, self.free)
+        parts = tensors["optimiser"].split([each.numel() for each in kept])
+        for each, part in zip(kept, parts, strict=True):
+            each.copy_(part.view_as(each))
+        # a copy, since the optimiser changes it in place
+        self.free.data = tensors["free"].to(self.free.device, copy=True)
+        self.objectives = list(tensors["objectives"].unbind(1))
+        self.activations = list(tensors["activations"].unbind(1))
+        self.lowest = tensors["lowest"]
+        self.best = tensors["best"].to(self.free.device)
+        self.stalled = int(tensors["stalled"])
+        for way in WAYS:
+            self.decoded[way] = Decoded(*(tensors[f"{way}_{field.name}"] for field in _DECODED))
+
+    # -- one step ----------------------------------------------------------------------------------
+
+    def _gradient(self) -> Tensor:
         """The gradient of objective and penalty, and a note of where the restarts are."""
-        parts = self._in_parts(self._one_gradient, free.detach())
+        free = self.free.detach()
+        parts = self._in_parts(self._one_gradient, free)
         gradient, total, objective, activation = (torch.cat(each) for each in zip(*parts, strict=True))
         self.objectives.append(objective.cpu())
         self.activations.append(activation.cpu())
         total = total.cpu()
         better = total < self.lowest
-        if self.best is None:
-            self.best = free.detach().clone()
-        self.best = torch.where(better.to(free.device)[:, None, None], free.detach(), self.best)
+        self.best = torch.where(better.to(free.device)[:, None, None], free, self.best)
         self.lowest = torch.minimum(self.lowest, total)
         self.stalled = 0 if bool(better.any()) else self.stalled + 1
         return gradient
@@ -99,7 +187,7 @@ class Walk:
         (gradient,) = torch.autograd.grad(total.sum(), [free])
         return gradient, total.detach(), objective.detach(), activation.detach()
 
-    def decode(self, free: Tensor) -> dict[str, Int[Tensor, "restart pos"]]:
+    def _decode(self, free: Tensor) -> dict[str, Int[Tensor, "restart pos"]]:
         """Read the embeddings as tokens, run these, and keep what is better than before.
 
         Returns:
@@ -116,12 +204,15 @@ class Walk:
             parts = self._in_parts(self._run, ids)
             objective, activation = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
             read[way], old = ids.cpu(), self.decoded.get(way)
-            if old is None:
-                self.decoded[way] = Decoded(read[way].clone(), objective, activation)
-                continue
-            better = objective < old.objective
-            old.ids[better], old.objective[better] = read[way][better], objective[better]
-            old.activation[better] = activation[better]
+            if old is not None:
+                better = objective < old.objective
+                self.decoded[way] = Decoded(
+                    torch.where(better[:, None], read[way], old.ids),
+                    torch.where(better, objective, old.objective),
+                    torch.where(better, activation, old.activation),
+                )
+            else:
+                self.decoded[way] = Decoded(read[way], objective, activation)
         return read
 
     def _run(self, ids: Int[Tensor, "row pos"]) -> tuple[Tensor, Tensor]:
@@ -139,3 +230,8 @@ class Walk:
                 if not is_out_of_memory(error) or self.rows == 1:
                     raise
                 self.rows = (self.rows + 1) // 2
+
+
+def _kept(optimiser: torch.optim.Optimizer, free: Tensor) -> list[Tensor]:
+    """What an optimiser carries from step to step, always in the same order."""
+    return [tensor for _, tensor in sorted(optimiser.state.get(free, {}).items())]
