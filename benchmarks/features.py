@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # The profiler tells of its start and stop, and of blocks that are older than it.
@@ -61,7 +62,9 @@ def one_token(model: Any) -> None:
     batch_activations(model, [], 0)
     loop = seconds(lambda: theirs.append(loop_step(model, [])))
     whole = seconds(lambda: ours.append(mechlens.search_complete(model, batch_size=BATCH)))
-    one = seconds(lambda: mechlens.search_complete(model, layers=[LAST], features=[FEATURE], batch_size=BATCH))
+    one = seconds(
+        lambda: mechlens.search_complete(model, layers=[LAST], features=[FEATURE], batch_size=BATCH)
+    )
     peaks = {
         "all": peak_bytes(lambda: mechlens.search_complete(model, batch_size=BATCH)),
         "one": peak_bytes(
@@ -96,16 +99,15 @@ def greedy(model: Any, n_tokens: int, batches: int) -> None:
     found: list[GreedySearch] = []
     ours = seconds(
         lambda: found.append(
-            mechlens.search_greedy(
-                model, layer=LAST, features=[FEATURE], n_tokens=n_tokens, batch_size=BATCH
-            )
+            mechlens.search_greedy(model, layer=LAST, features=[FEATURE], n_tokens=n_tokens, batch_size=BATCH)
         )
     )
     ids = found[0].ids[0, 0].tolist()
     steps, worst = [], 0.0
     for step in range(n_tokens):
         some = [d_vocab * number // batches // BATCH * BATCH for number in range(batches)]
-        taken = sum(seconds(lambda: batch_activations(model, ids[:step], begin)) for begin in some)  # noqa: B023
+        before = ids[:step]
+        taken = sum(seconds(partial(batch_activations, model, before, begin)) for begin in some)
         steps.append(taken * math.ceil(d_vocab / BATCH) / batches)
         # exact: what the search says of its token is what the loop's batch has there
         begin = ids[step] // BATCH * BATCH

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
         q_composition_circuit,
         v_composition_circuit,
     )
-    from mechlens.analyses.features import search_complete, search_gradient, search_greedy
+    from mechlens.analyses.features import (
+        feature_alignment,
+        feature_examples,
+        search_complete,
+        search_gradient,
+        search_greedy,
+    )
     from mechlens.analyses.heads import (
         detect_heads,
         repeated_token_performance,
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from mechlens.models.load import load_model
     from mechlens.models.sampling import sample_tokens
     from mechlens.models.tuned_lens import load_tuned_lens
+    from mechlens.models.untrained import random_like
     from mechlens.plots.attribution import plot_attribution
     from mechlens.plots.circuits import (
         plot_circuit_corner,
@@ -108,7 +115,13 @@ _HOMES = {
         "q_composition_circuit",
         "v_composition_circuit",
     ),
-    "mechlens.analyses.features": ("search_complete", "search_gradient", "search_greedy"),
+    "mechlens.analyses.features": (
+        "feature_alignment",
+        "feature_examples",
+        "search_complete",
+        "search_gradient",
+        "search_greedy",
+    ),
     "mechlens.analyses.heads": (
         "detect_heads",
         "repeated_token_performance",
@@ -139,6 +152,7 @@ _HOMES = {
     "mechlens.models.load": ("load_model",),
     "mechlens.models.sampling": ("sample_tokens",),
     "mechlens.models.tuned_lens": ("load_tuned_lens",),
+    "mechlens.models.untrained": ("random_like",),
     "mechlens.plots.attribution": ("plot_attribution",),
     "mechlens.plots.circuits": (
         "plot_circuit_corner",

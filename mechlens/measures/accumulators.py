@@ -24,21 +24,35 @@ class TopRows:
             torch.zeros(k, columns, dtype=torch.long, device=device),
         )
 
-    def joined(self, values: Float[Tensor, "row column"], numbers: Int[Tensor, " row"]) -> TopRows:
+    def changed_by(self, largest: Float[Tensor, " column"]) -> Int[Tensor, " some"]:
+        """The columns that change when rows are joined whose largest values are these."""
+        return (largest > self.values[-1]).nonzero()[:, 0]
+
+    def joined(
+        self,
+        values: Float[Tensor, "row some"],
+        numbers: Int[Tensor, " row"],
+        columns: Int[Tensor, " some"] | None = None,
+    ) -> TopRows:
         """With more rows. Of equal values that which came first is the larger one; nan is never kept.
+
+        Args:
+            columns: which columns the values are of, where these are not all: those of `changed_by`.
 
         Cost: one comparison per value, and k more in the columns that change: fewer and fewer.
         """
-        changed = (values.amax(0) > self.values[-1]).nonzero()[:, 0]
-        if len(changed) == 0:
+        if columns is None:
+            columns = self.changed_by(values.amax(0))
+            values = values[:, columns]
+        if len(columns) == 0:
             return self
-        pool = torch.cat([self.values[:, changed], values[:, changed]])
-        pool_rows = torch.cat([self.rows[:, changed], numbers[:, None].expand(-1, len(changed))])
+        pool = torch.cat([self.values[:, columns], values])
+        pool_rows = torch.cat([self.rows[:, columns], numbers[:, None].expand(-1, len(columns))])
         best, best_rows = self.values.clone(), self.rows.clone()
         for rank in range(len(best)):
             # of several largest values, the first
             top, at = pool.max(0)
-            best[rank, changed] = top
-            best_rows[rank, changed] = pool_rows.gather(0, at[None])[0]
+            best[rank, columns] = top
+            best_rows[rank, columns] = pool_rows.gather(0, at[None])[0]
             pool.scatter_(0, at[None], -torch.inf)
         return TopRows(best, best_rows)

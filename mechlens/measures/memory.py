@@ -1,9 +1,14 @@
-"""What running out of memory looks like."""
+"""What running out of memory looks like, and what is done about it."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -15,3 +20,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def in_parts(work: Callable[[Tensor], T], rows: Tensor, size: int) -> Iterator[tuple[Tensor, T]]:
+    """Do some work on rows, so many at a time, and on half as many from where memory runs out.
+
+    Args:
+        work: what is done with some of the rows; it is done anew, with fewer, where memory ran out.
+        size: rows at a time, at least 1.
+
+    Yields:
+        Rows that are done, and what came of them.
+
+    Raises:
+        RuntimeError, MemoryError: memory ran out for a single row, or something else went wrong.
+    """
+    begin = 0
+    while begin < len(rows):
+        part = rows[begin : begin + size]
+        try:
+            made = work(part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(part) == 1:
+                raise
+            size = len(part) // 2
+            continue
+        begin += len(part)
+        yield part, made

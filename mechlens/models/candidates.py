@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.measures.memory import is_out_of_memory
+from mechlens.measures.memory import in_parts, is_out_of_memory
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.runs import check_tokens, serve, watch
 from mechlens.models.sweeps import TOKEN_BUDGET, clean_run, row_charge
@@ -64,18 +64,9 @@ class Candidates:
         Yields:
             Ids that are done.
         """
+        every = torch.arange(begin, self.model.cfg.d_vocab)
         rows = self.rows if batch_size is None else batch_size
-        d_vocab = self.model.cfg.d_vocab
-        while begin < d_vocab:
-            ids = torch.arange(begin, min(begin + rows, d_vocab))
-            try:
-                self.watch(ids, readers(ids))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or rows == 1:
-                    raise
-                rows = max(1, min(rows, len(ids)) // 2)
-                continue
-            begin += len(ids)
+        for ids, _ in in_parts(lambda ids: self.watch(ids, readers(ids)), every, rows):
             yield ids
 
 

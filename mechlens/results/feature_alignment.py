@@ -74,9 +74,7 @@ class FeatureAlignment(Result):
         common = [(layer, layer) for layer in self.layers if layer in self.other_layers]
         return common or [(one, other) for one in self.layers for other in self.other_layers]
 
-    def share(
-        self, what: str = "same", pairs: list[tuple[int, int]] | None = None
-    ) -> Share:
+    def share(self, what: str = "same", pairs: list[tuple[int, int]] | None = None) -> Share:
         """A share over all features, mean over pairs of layers.
 
         The interval is Wilson's with one observation per feature, whose spread a mean over pairs can only
@@ -137,5 +135,7 @@ class FeatureAlignment(Result):
                 ]
                 rows.append((one, other, len(self.features), *numbers, same.verdict))
         columns = ["layer", "other_layer", "features"]
-        columns += [f"{what}{end}" for what in ("same", "overlap") for end in ("", "_low", "_high", "_chance")]
+        columns += [
+            f"{what}{end}" for what in ("same", "overlap") for end in ("", "_low", "_high", "_chance")
+        ]
         return pd.DataFrame(rows, columns=[*columns, "verdict"])

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against theory and a literal loop."""
+"""Intervals against theory, a literal loop and another library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from mechlens.measures.statistics import bootstrap_interval, central_interval
+from mechlens.measures.statistics import bootstrap_interval, central_interval, wilson_interval
 
 
 def test_interval_of_many_samples_is_the_normal_one():
@@ -67,3 +67,34 @@ def test_central_interval_of_a_known_set():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("n", [1, 4, 32, 768])
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_wilsons_interval_is_that_of_scipy(n, confidence):
+    from scipy.stats import binomtest
+
+    for hits in {0, 1, n // 3, n - 1, n}:
+        expected = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="wilson")
+        found = wilson_interval(hits / n, n, confidence=confidence)
+        # scipy rounds nothing; the ends are formulas in float64
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_a_share_that_is_not_there_has_no_interval():
+    low, high = wilson_interval(math.nan, 5)
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "confidence", "message"),
+    [
+        (0.5, 0, 0.95, "at least 1 observation, but n is 0"),
+        (1.5, 4, 0.95, "a share lies between 0 and 1, but is 1.5"),
+        (0.5, 4, 1.0, "confidence must lie between 0 and 1"),
+    ],
+)
+def test_wilsons_interval_of_bad_input(share, n, confidence, message):
+    with pytest.raises(ValueError, match=message):
+        wilson_interval(share, n, confidence=confidence)

@@ -113,3 +113,32 @@ def descend(loss_of, start, learning_rate, steps, after=lambda value: value):
         (gradient,) = torch.autograd.grad(loss.sum(), [value])
         value = after((value - learning_rate * gradient).detach())
     return torch.stack(losses, dim=1), value
+
+
+def alignment(mine, theirs, top_k):
+    """`[feature, other feature]`: whether the best tokens are the same, and the share of the best that is."""
+    same = torch.zeros(len(mine), len(theirs))
+    overlap = torch.zeros(len(mine), len(theirs))
+    for m, own in enumerate(mine):
+        for n, other in enumerate(theirs):
+            same[m, n] = float(own[0] == other[0])
+            overlap[m, n] = len(set(own[:top_k]) & set(other[:top_k])) / top_k
+    return same, overlap
+
+
+@torch.no_grad()
+def real_contexts(model, windows, name, features, special=()):
+    """`{feature: [(activation, window, position)]}`, largest first, from one whole run per window."""
+    found = {feature: [] for feature in features}
+    for number, window in enumerate(windows):
+        _, cache = model.run_with_cache(window[None], names_filter=lambda each: each == name)
+        for feature in features:
+            values = [
+                (float(cache[name][0, pos, feature]), pos)
+                for pos in range(len(window))
+                if int(window[pos]) not in special
+            ]
+            if values:
+                value, pos = max(values, key=lambda pair: pair[0])
+                found[feature].append((value, number, pos))
+    return {feature: sorted(each, key=lambda triple: -triple[0]) for feature, each in found.items()}

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from mechlens.analyses.features.alignment import feature_alignment
 from mechlens.analyses.features.complete import search_complete
+from mechlens.analyses.features.examples import feature_examples
 from mechlens.analyses.features.gradient import search_gradient
 from mechlens.analyses.features.greedy import search_greedy
 
-__all__ = ["search_complete", "search_gradient", "search_greedy"]
+__all__ = [
+    "feature_alignment",
+    "feature_examples",
+    "search_complete",
+    "search_gradient",
+    "search_greedy",
+]

@@ -92,10 +92,16 @@ def search_complete(
 
     def note(activation: Tensor, layer: int, ids: Tensor) -> None:
         rows = sought.read(activation)
-        check_numbers(rows, sought.name(layer))
+        # few columns have anything new after the first tokens: the rest of the work is done on those alone
+        # (aminmax takes ten times as long along this axis)
+        low, high = rows.amin(0), rows.amax(0)
+        check_numbers(torch.stack([low, high]), sought.name(layer))
         highest, lowest = done.best[layer]
-        numbers = ids.to(rows.device)
-        found[layer] = (highest.joined(rows, numbers), lowest.joined(-rows, numbers))
+        numbers, above, below = ids.to(rows.device), highest.changed_by(high), lowest.changed_by(-low)
+        found[layer] = (
+            highest.joined(rows[:, above], numbers, above),
+            lowest.joined(-rows[:, below], numbers, below),
+        )
 
     def readers(ids: Int[Tensor, " row"]) -> dict[str, functools.partial[None]]:
         return {sought.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in sought.layers}

@@ -1,0 +1,289 @@
+"""Real contexts: the windows of a corpus that excite each feature most."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers, check_probe
+from mechlens.corpus import LENGTH, Source, token_windows
+from mechlens.measures.accumulators import TopRows
+from mechlens.measures.memory import in_parts
+from mechlens.models.candidates import candidates
+from mechlens.models.protocol import LensModel
+from mechlens.models.runs import watch
+from mechlens.models.sweeps import TOKEN_BUDGET, row_charge
+from mechlens.prompts import own_bos_token_id
+from mechlens.results import FeatureExamples
+from mechlens.results.state import load_state, save_state, state_file
+
+_TENSORS = ("values", "numbers", "kept", "tokens", "corpus", "probe")
+
+
+def feature_examples(
+    model: LensModel,
+    corpus: Source | Int[Tensor, "window pos"],
+    *,
+    layers: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
+    site: str = "resid_post",
+    directions: Float[Tensor, "direction d_model"] | None = None,
+    top_k: int = 5,
+    length: int | None = None,
+    prepend_bos: bool | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> FeatureExamples:
+    """Find the windows of a corpus in which each feature gets largest: real contexts, to hold a searched
+    token against.
+
+    A window counts by its largest activation. Special tokens (BOS, the ends of documents) are read but do not
+    count: they are no text, and often excite features most.
+
+    Args:
+        corpus: text or token ids, as for `token_windows`; it is read once, as a stream.
+        layers: as in `search_complete`; so are `features`, `site` and `directions`.
+        top_k: windows to keep for each feature.
+        length: tokens in a window with its BOS; None is 128, or the model's context if that is shorter.
+        prepend_bos: None begins each window with BOS where the tokenizer has one. Without it the first token
+            of a window stands in its place, which moves many features of GPT-2.
+        limit: how many windows to read at most; None reads to the end.
+        batch_size: windows that run together; None takes what memory allows. It is halved when memory runs
+            out.
+        state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
+            interrupted; a search of the same corpus that finds the file goes on from there.
+        progress: show a bar.
+
+    Returns:
+        The windows, with each feature's activations in the model's own units, float32.
+
+    Raises:
+        ValueError: as `search_complete` and `token_windows`; a corpus without one whole window, or a state
+            that was begun on another one.
+
+    Source: for the comparison with searched tokens, Badger, "Language Model Features"; maximal contexts are
+    common practice.
+    Cost: one forward pass of the corpus up to the deepest layer, and one of the windows that are kept. Held
+    are a batch and at most `top_k` windows for each feature of each layer.
+    """
+    sought = Sought.of(
+        model,
+        site=site,
+        layers=layers,
+        features=features,
+        directions=directions,
+        prefix=None,
+        prepend_bos=False,
+    )
+    file = state_file(state)
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
+    if isinstance(corpus, Tensor) and corpus.ndim == 2:
+        length = corpus.shape[1] if length is None else length
+    length = min(LENGTH, model.cfg.n_ctx) if length is None else length
+    windows = token_windows(model, corpus, length=length, prepend_bos=prepend_bos, limit=limit)
+    heap = _Heap(sought, top_k, length)
+    probe = None
+    if file is not None:
+        probe = sought.probe(candidates(model, sought.prefix, sought.names))
+        if file.exists():
+            heap.load(file, probe, windows)
+    rows = batch_size or _rows(model, length)
+    saved = time.monotonic()
+    bar = tqdm(total=limit, initial=heap.read, desc="reading", unit="window", disable=not progress)
+    try:
+        for batch in _batches(windows, rows):
+            for tokens, _ in in_parts(heap.add, batch, len(batch)):
+                bar.update(len(tokens))
+            if file is not None and probe is not None and time.monotonic() - saved > SAVE_SECONDS:
+                heap.save(file, probe)
+                saved = time.monotonic()
+    finally:
+        bar.close()
+        if file is not None and probe is not None:
+            heap.save(file, probe)
+    if not heap.read:
+        raise ValueError(
+            f"the corpus is shorter than one window of {length} tokens: give more, or less length"
+        )
+    return heap.result()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is known after some windows."""
+
+    read: int
+    best: dict[int, TopRows]
+    """By layer, of each feature: the largest activations, and the numbers of the windows they are in."""
+    kept: dict[int, Int[Tensor, " pos"]]
+    """The windows that are among the best, by number."""
+    corpus: Any
+    """A hash of all windows so far."""
+
+
+class _Heap:
+    """The best windows so far."""
+
+    def __init__(self, sought: Sought, top_k: int, length: int) -> None:
+        self.sought, self.top_k, self.length = sought, top_k, length
+        model = sought.model
+        self.special = torch.tensor(
+            sorted(set(getattr(model.tokenizer, "all_special_ids", None) or [])), dtype=torch.long
+        )
+        empty = TopRows.empty(top_k, len(sought.features), model.W_E.device)
+        # one object, so that whatever interrupts finds no part of it ahead of the rest
+        self.seen = _Seen(0, dict.fromkeys(sought.layers, empty), {}, hashlib.sha256())
+
+    @property
+    def read(self) -> int:
+        return self.seen.read
+
+    def counts(self, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+        """Where activations count."""
+        return ~torch.isin(tokens, self.special)
+
+    def add(self, tokens: Int[Tensor, "row pos"]) -> None:
+        """Run windows and keep what is better than before."""
+        seen, found = self.seen, dict[int, TopRows]()
+        silent = ~self.counts(tokens)
+        numbers = torch.arange(seen.read, seen.read + len(tokens))
+
+        def note(activation: Tensor, layer: int) -> None:
+            values = self.sought.read(activation)
+            check_numbers(values.flatten(0, 1), self.sought.name(layer))
+            values = values.masked_fill(silent.to(values.device)[..., None], -torch.inf).amax(1)
+            found[layer] = seen.best[layer].joined(values, numbers.to(values.device))
+
+        self._watch(tokens, note)
+        used = torch.cat([best.rows[best.values > -torch.inf] for best in found.values()]).unique().tolist()
+        own = dict(zip(numbers.tolist(), tokens, strict=True))
+        # a copy of each, since a view would keep its whole batch
+        kept = {number: seen.kept[number] if number in seen.kept else own[number].clone() for number in used}
+        corpus = seen.corpus.copy()
+        corpus.update(tokens.numpy().tobytes())
+        self.seen = _Seen(seen.read + len(tokens), found, kept, corpus)
+
+    def _watch(self, tokens: Int[Tensor, "row pos"], note: Any) -> None:
+        readers = {
+            self.sought.name(layer): functools.partial(note, layer=layer) for layer in self.sought.layers
+        }
+        watch(self.sought.model, tokens, readers)
+
+    def result(self) -> FeatureExamples:
+        numbers = torch.tensor(sorted(self.seen.kept), dtype=torch.long)
+        tokens = (
+            torch.stack([self.seen.kept[number] for number in numbers.tolist()])
+            if len(numbers)
+            else (torch.zeros(0, self.length, dtype=torch.long))
+        )
+        bests = [self.seen.best[layer] for layer in self.sought.layers]
+        wanted = torch.stack([best.rows.T for best in bests]).cpu().clone()
+        absent = torch.stack([best.values.T for best in bests]).cpu() == -torch.inf
+        windows = torch.searchsorted(numbers, wanted).masked_fill(absent, -1)
+        activations = self._activations(tokens, windows)
+        peaks = activations.nan_to_num(nan=-torch.inf).amax(-1)
+        # run in other company, two windows may have changed places by a rounding
+        order = peaks.sort(dim=-1, descending=True, stable=True).indices
+        windows = windows.gather(-1, order)
+        activations = activations.gather(2, order[..., None].expand_as(activations))
+        positions = activations.nan_to_num(nan=-torch.inf).argmax(-1).masked_fill(windows < 0, -1)
+        bos = own_bos_token_id(self.sought.model.tokenizer)
+        fields = self.sought.fields()
+        del fields["prefix"]
+        return FeatureExamples(
+            **fields | {"prepend_bos": bos is not None and bool((tokens[:, 0] == bos).all())},
+            layers=self.sought.layers,
+            read=self.read,
+            numbers=numbers,
+            tokens=tokens,
+            windows=windows,
+            positions=positions,
+            activations=activations,
+            strings=self.sought.strings(tokens),
+        )
+
+    def _activations(
+        self, tokens: Int[Tensor, "window pos"], windows: Int[Tensor, "layer feature k"]
+    ) -> Float[Tensor, "layer feature k pos"]:
+        """Of the kept windows, at every position that counts."""
+        found = torch.full((*windows.shape, self.length), torch.nan)
+        begin = 0
+
+        def note(activation: Tensor, layer: int, begin: int, silent: Tensor) -> None:
+            values = self.sought.read(activation).cpu().masked_fill(silent[..., None], torch.nan)
+            at = self.sought.layers.index(layer)
+            own = windows[at]
+            feature, k = ((own >= begin) & (own < begin + len(values))).nonzero(as_tuple=True)
+            found[at, feature, k] = values[own[feature, k] - begin, :, feature]
+
+        def run(part: Tensor) -> None:
+            self._watch(part, functools.partial(note, begin=begin, silent=~self.counts(part)))
+
+        for part, _ in in_parts(run, tokens, _rows(self.sought.model, self.length)):
+            begin += len(part)
+        return found
+
+    # -- the state ---------------------------------------------------------------------------------
+
+    def _arguments(self) -> dict[str, object]:
+        return self.sought.fingerprint() | {"top_k": self.top_k, "length": self.length}
+
+    def save(self, file: Path, probe: Float[Tensor, " layer"]) -> None:
+        seen = self.seen
+        best = [seen.best[layer] for layer in self.sought.layers]
+        kept = list(seen.kept.values())
+        tensors = {
+            "values": torch.stack([each.values for each in best]).clone(),
+            "numbers": torch.stack([each.rows for each in best]).clone(),
+            "kept": torch.tensor(list(seen.kept), dtype=torch.long),
+            "tokens": torch.stack(kept) if kept else torch.zeros(0, self.length, dtype=torch.long),
+            "corpus": torch.tensor(list(seen.corpus.digest()), dtype=torch.uint8),
+            "probe": probe,
+        }
+        save_state(file, "search", tensors, self._arguments(), step=seen.read)
+
+    def load(self, file: Path, probe: Float[Tensor, " layer"], windows: Iterator[Tensor]) -> None:
+        """Take up a state, and pass over the windows that it has read."""
+        tensors, read = load_state(file, "search", "a search for real contexts", _TENSORS, self._arguments())
+        check_probe(file, tensors["probe"], probe)
+        corpus = hashlib.sha256()
+        for window in itertools.islice(windows, read):
+            corpus.update(window.numpy().tobytes())
+        if list(corpus.digest()) != tensors["corpus"].tolist():
+            raise ValueError(
+                f"the search in {file} was begun on another corpus: use the same one to go on with it, or "
+                "another state"
+            )
+        device = self.sought.model.W_E.device
+        best = {
+            layer: TopRows(tensors["values"][at].to(device), tensors["numbers"][at].to(device))
+            for at, layer in enumerate(self.sought.layers)
+        }
+        kept = dict(zip(tensors["kept"].tolist(), tensors["tokens"], strict=True))
+        self.seen = _Seen(read, best, kept, corpus)
+
+
+def _rows(model: LensModel, length: int) -> int:
+    """How many windows run together."""
+    return max(1, int(TOKEN_BUDGET / row_charge(model, length, length)))
+
+
+def _batches(windows: Iterator[Int[Tensor, " pos"]], rows: int) -> Iterator[Int[Tensor, "row pos"]]:
+    while some := list(itertools.islice(windows, rows)):
+        yield torch.stack(some)

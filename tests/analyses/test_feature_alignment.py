@@ -1,0 +1,172 @@
+"""Feature alignment against literal loops, and on models whose features are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from mechlens.analyses.features import feature_alignment, search_complete
+from mechlens.models.load import load_model
+from mechlens.models.untrained import random_like
+from mechlens.results import CompleteSearch
+from tests import hand_made
+from tests.reference import features as reference
+
+D_VOCAB = 9
+
+
+def complete(ids, **changes):
+    """A complete search that found these tokens, `[layer][feature][k]`."""
+    ids = torch.tensor(ids) if not isinstance(ids, torch.Tensor) else ids
+    zeros = torch.zeros(ids.shape)
+    fields = {
+        "model": dataclasses.replace(hand_made.model(), d_vocab=D_VOCAB, processing=False),
+        "site": "resid_post",
+        "layers": tuple(range(ids.shape[0])),
+        "features": tuple(range(ids.shape[1])),
+        "directions": None,
+        "prefix": torch.tensor([], dtype=torch.long),
+        "prepend_bos": False,
+        "ids": ids,
+        "activations": zeros,
+        "lowest_ids": ids,
+        "lowest_activations": zeros,
+        "strings": {str(i): str(i) for i in range(D_VOCAB)},
+        "vocabulary": "a",
+    }
+    return CompleteSearch(**fields | changes)
+
+
+def test_a_known_case():
+    # the two layers agree on features 0 and 1 of three; token 5 is the best of two features
+    found = feature_alignment(complete([[[5], [6], [7]], [[5], [6], [5]]]))
+    assert found.same[0, 1].tolist() == [True, True, False]
+    assert found.same[0, 0].tolist() == [True] * 3
+    # of the six pairs of unlike features, only (0, 2) has 5 on both sides
+    assert found.chance_same[0, 1] == pytest.approx(1 / 6)
+    assert found.share().value == pytest.approx(2 / 3)
+    assert found.pairs() == [(0, 1)]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_every_number_is_that_of_literal_loops(top_k):
+    draw = torch.Generator().manual_seed(3)
+    mine, theirs = (
+        torch.stack([torch.randperm(D_VOCAB, generator=draw)[:4] for _ in range(layers * 6)]).view(
+            layers, 6, 4
+        )
+        for layers in (3, 2)
+    )
+    found = feature_alignment(complete(mine), complete(theirs, vocabulary="a"), top_k=top_k)
+    for i in range(3):
+        for j in range(2):
+            same, overlap = reference.alignment(mine[i].tolist(), theirs[j].tolist(), top_k)
+            assert found.same[i, j].tolist() == same.diagonal().bool().tolist()
+            torch.testing.assert_close(found.overlap[i, j], overlap.diagonal().float())
+            apart = ~torch.eye(6, dtype=torch.bool)
+            # float32 of the same ratio
+            assert float(found.chance_same[i, j]) == pytest.approx(float(same[apart].mean()), rel=1e-6)
+            assert float(found.chance_overlap[i, j]) == pytest.approx(float(overlap[apart].mean()), rel=1e-6)
+    assert found.is_index.tolist() == [[row[m][0] == m for m in range(6)] for row in mine.tolist()]
+    assert found.other_is_index.tolist() == [[row[m][0] == m for m in range(6)] for row in theirs.tolist()]
+
+
+def test_features_are_matched_by_number_not_by_place():
+    a = complete([[[1], [2], [3]]], features=(4, 7, 2))
+    b = complete([[[3], [1]]], features=(2, 4))
+    found = feature_alignment(a, b)
+    assert found.features == (4, 2)
+    assert found.same.tolist() == [[[True, True]]]
+    assert found.is_index.tolist() == [[False, False]]
+
+
+def test_random_tokens_agree_as_often_as_chance_says():
+    # many features, so that share and chance are close: 3 standard deviations of 4000 draws
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(D_VOCAB, (2, 4000, 1), generator=draw)
+    share = feature_alignment(complete(ids, features=tuple(range(4000)))).share()
+    assert share.chance == pytest.approx(1 / D_VOCAB, abs=0.002)
+    assert share.value == pytest.approx(share.chance, abs=3 * math.sqrt(share.chance / 4000))
+    assert share.low < share.chance < share.high
+    assert share.verdict == "no more than chance"
+
+
+def test_tokens_that_excite_everything_are_no_alignment():
+    # one token is the best of every feature: it is so for unlike ones, too
+    share = feature_alignment(complete(torch.full((2, 50, 1), 4))).share()
+    assert share.value == share.chance == 1
+    assert share.verdict == "no more than chance"
+
+
+def test_the_summary_is_over_pairs_of_layers():
+    a = complete([[[1], [2]], [[1], [3]], [[4], [3]]])
+    within = feature_alignment(a)
+    assert within.pairs() == [(0, 1), (0, 2), (1, 2)]
+    # 1 of 2, 0 of 2 and 1 of 2
+    assert within.share().value == pytest.approx(1 / 3)
+    across = feature_alignment(a, complete([[[1], [2]], [[1], [4]]]))
+    assert across.pairs() == [(0, 0), (1, 1)]
+    assert across.share().value == pytest.approx(3 / 4)
+    apart = feature_alignment(complete([[[1], [2]]], layers=(5,)), complete([[[1], [4]]], layers=(0,)))
+    assert apart.pairs() == [(5, 0)]
+    one = feature_alignment(complete([[[1], [2]]]))
+    assert one.pairs() == []
+    assert math.isnan(one.share().value)
+    assert one.share().verdict == ""
+
+
+def test_the_table_has_each_pair():
+    table = feature_alignment(complete([[[1], [2]], [[1], [3]]])).to_dataframe()
+    assert table[["layer", "other_layer", "same"]].to_numpy().tolist() == [
+        [0, 0, 1.0],
+        [0, 1, 0.5],
+        [1, 0, 0.5],
+        [1, 1, 1.0],
+    ]
+    assert table["same_chance"].notna().all()
+
+
+def test_one_feature_has_no_chance():
+    share = feature_alignment(complete([[[1]], [[1]]])).share()
+    assert share.value == 1
+    assert math.isnan(share.chance)
+    assert share.verdict == ""
+
+
+def test_what_does_not_compare():
+    a = complete([[[1, 2], [2, 3]]])
+    with pytest.raises(ValueError, match="different vocabularies"):
+        feature_alignment(a, complete([[[1], [2]]], vocabulary="b"))
+    without = dataclasses.replace(a, vocabulary=None)
+    other = dataclasses.replace(without, model=dataclasses.replace(a.model, d_vocab=D_VOCAB + 1))
+    with pytest.raises(ValueError, match="different vocabularies"):
+        feature_alignment(without, other)
+    with pytest.raises(ValueError, match="no feature in common"):
+        feature_alignment(a, complete([[[1], [2]]], features=(5, 6)))
+    with pytest.raises(ValueError, match="nothing but their numbers in common"):
+        feature_alignment(a, complete([[[1], [2]]], site="post"))
+    with pytest.raises(ValueError, match="top_k must be from 1 to the 1 tokens that both"):
+        feature_alignment(a, complete([[[1], [2]]]), top_k=2)
+    with pytest.raises(ValueError, match="layers 0 and 3 were not compared"):
+        feature_alignment(a).share(pairs=[(0, 3)])
+    with pytest.raises(ValueError, match="`same` or `overlap`"):
+        feature_alignment(a).share("both")
+
+
+def test_of_the_stream_sites_may_differ():
+    found = feature_alignment(complete([[[1], [2]]]), complete([[[1], [3]]], site="mlp_out"))
+    assert (found.site, found.other_site) == ("resid_post", "mlp_out")
+    assert found.same.tolist() == [[[True, False]]]
+
+
+def test_a_model_agrees_with_itself_and_not_with_random_weights(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    own = search_complete(model, top_k=2)
+    assert feature_alignment(own, search_complete(model, top_k=2)).share().value == 1
+    random = search_complete(random_like(model, 0), top_k=2)
+    share = feature_alignment(own, random).share()
+    assert share.low <= share.chance
+    assert share.value < 0.3

@@ -1,0 +1,180 @@
+"""Real contexts against one run per window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mechlens.analyses.features import examples, feature_examples
+from mechlens.corpus import token_windows
+from mechlens.models.load import load_model
+from tests.reference import features as reference
+from tests.tiny_models import VOCAB
+
+LAYERS, WIDTH = 2, 32
+# other sums in other orders: a few roundings of activations around 10
+CLOSE = {"atol": 2e-4, "rtol": 1e-5}
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def windows():
+    draw = torch.Generator().manual_seed(5)
+    return torch.randint(VOCAB, (23, LENGTH), generator=draw)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt_neox", "llama"])
+def model(request, tiny_directories):
+    return load_model(tiny_directories / request.param, processing=False)
+
+
+def special_of(model):
+    return set(model.tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [("resid_post", "blocks.{}.hook_resid_post"), ("post", "blocks.{}.mlp.hook_post")],
+)
+def test_the_windows_are_those_of_single_runs(model, windows, site, name):
+    result = feature_examples(model, windows, site=site, features=[0, 5, 31], top_k=4, batch_size=5)
+    assert result.read == len(windows)
+    for layer in range(LAYERS):
+        expected = reference.real_contexts(model, windows, name.format(layer), (0, 5, 31), special_of(model))
+        for at, feature in enumerate((0, 5, 31)):
+            best = torch.tensor([value for value, _, _ in expected[feature][:4]])
+            torch.testing.assert_close(result.peaks[layer, at], best, **CLOSE)
+            # by window and position, since two windows may be equally good but for a rounding
+            known = {(window, pos): value for value, window, pos in expected[feature]}
+            rows = result.windows[layer, at]
+            found = zip(result.numbers[rows].tolist(), result.positions[layer, at].tolist(), strict=True)
+            values = torch.tensor([known[place] for place in found])
+            torch.testing.assert_close(values, best, **CLOSE)
+            assert len(set(rows.tolist())) == 4
+    assert torch.equal(result.tokens, windows[result.numbers])
+
+
+def test_the_shading_is_every_position_but_special_tokens(model, windows):
+    result = feature_examples(model, windows, layers=[1], features=[7], top_k=3)
+    for rank in range(3):
+        window = result.tokens[result.windows[0, 0, rank]]
+        _, cache = model.run_with_cache(
+            window[None], names_filter=lambda each: each == "blocks.1.hook_resid_post"
+        )
+        own = cache["blocks.1.hook_resid_post"][0, :, 7].detach().clone()
+        silent = torch.isin(window, torch.tensor(sorted(special_of(model))))
+        torch.testing.assert_close(
+            result.activations[0, 0, rank], own.masked_fill(silent, torch.nan), equal_nan=True, **CLOSE
+        )
+
+
+def test_text_is_cut_into_windows_behind_bos(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    texts = ["a b c d e f g h i j k l m n o p", "the cat sat on the mat and the dog sat on the log"]
+    result = feature_examples(model, texts, layers=[0], features=[3], top_k=2, length=8)
+    expected = torch.stack(list(token_windows(model, texts, length=8)))
+    assert result.read == len(expected)
+    assert torch.equal(result.tokens, expected[result.numbers])
+    assert result.prepend_bos is True
+    assert result.activations[0, 0, :, 0].isnan().all()
+    assert (result.positions > 0).all()
+    assert (
+        feature_examples(model, texts, layers=[0], features=[3], length=8, prepend_bos=False).prepend_bos
+        is False
+    )
+
+
+def test_a_direction(tiny_directories, windows):
+    model = load_model(tiny_directories / "llama", processing=False)
+    direction = torch.linspace(-1, 1, WIDTH)[None]
+    result = feature_examples(model, windows, layers=[1], directions=direction, top_k=2)
+    window = result.tokens[result.windows[0, 0, 0]]
+    _, cache = model.run_with_cache(
+        window[None], names_filter=lambda name: name == "blocks.1.hook_resid_post"
+    )
+    own = (cache["blocks.1.hook_resid_post"][0] @ direction[0])[result.positions[0, 0, 0]]
+    # a sum of 32 products
+    assert float(result.peaks[0, 0, 0]) == pytest.approx(float(own), rel=1e-4, abs=1e-4)
+
+
+def test_fewer_windows_than_places(tiny_directories, windows):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    result = feature_examples(model, windows, layers=[0], features=[1], top_k=3, limit=2)
+    assert result.read == 2
+    assert (result.windows[0, 0] >= 0).tolist() == [True, True, False]
+    assert result.peaks[0, 0].isnan().tolist() == [False, False, True]
+    assert len(result.to_dataframe()) == 2
+
+
+def test_half_as_many_run_together_where_memory_runs_out(tiny_directories, windows, monkeypatch):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    whole = feature_examples(model, windows, features=[1, 2], top_k=3)
+    sizes, watch = [], examples.watch
+
+    def small(model, tokens, readers):
+        sizes.append(len(tokens))
+        watch(model, tokens, readers)
+        if len(tokens) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(examples, "watch", small)
+    found = feature_examples(model, windows, features=[1, 2], top_k=3)
+    assert max(sizes) > 4
+    assert found.read == whole.read
+    assert torch.equal(found.numbers, whole.numbers)
+    torch.testing.assert_close(found.activations, whole.activations, equal_nan=True, **CLOSE)
+
+
+class TestState:
+    def interrupted(self, model, windows, file, monkeypatch, after=2):
+        calls, watch = [], examples.watch
+
+        def breaks(model, tokens, readers):
+            calls.append(len(tokens))
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            watch(model, tokens, readers)
+
+        monkeypatch.setattr(examples, "watch", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, state=file)
+        monkeypatch.setattr(examples, "watch", watch)
+
+    def test_it_goes_on_where_it_was_interrupted(self, tiny_directories, windows, tmp_path, monkeypatch):
+        model = load_model(tiny_directories / "gpt_neox", processing=False)
+        file = tmp_path / "state.safetensors"
+        self.interrupted(model, windows, file, monkeypatch)
+        runs, watch = [], examples.watch
+
+        def counted(model, tokens, readers):
+            runs.append(len(tokens))
+            watch(model, tokens, readers)
+
+        monkeypatch.setattr(examples, "watch", counted)
+        found = feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, state=file)
+        # three batches are left, and one run of what was kept
+        assert runs[:3] == [5, 5, 3]
+        assert found == feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5)
+
+    def test_another_corpus_or_question_is_refused(self, tiny_directories, windows, tmp_path, monkeypatch):
+        model = load_model(tiny_directories / "gpt_neox", processing=False)
+        file = tmp_path / "state.safetensors"
+        self.interrupted(model, windows, file, monkeypatch)
+        with pytest.raises(ValueError, match="another corpus"):
+            feature_examples(model, windows.flip(0), features=[1, 2], top_k=3, state=file)
+        with pytest.raises(ValueError, match="top_k 3, not 4"):
+            feature_examples(model, windows, features=[1, 2], top_k=4, state=file)
+
+
+def test_bad_input(tiny_directories, windows, tmp_path):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with pytest.raises(ValueError, match="top_k must be at least 1, but is 0"):
+        feature_examples(model, windows, top_k=0)
+    with pytest.raises(ValueError, match="shorter than one window of 16 tokens"):
+        feature_examples(model, ["a b"], length=16)
+    with pytest.raises(ValueError, match=r"processing=False"):
+        feature_examples(load_model(tiny_directories / "gpt2"), windows)
+    result = feature_examples(model, windows, layers=[0], features=[1])
+    with pytest.raises(ValueError, match="feature 2 was not searched: there are 1"):
+        result.at(0, 2)
+    assert result.at(0, 1) == (0, 0)
