@@ -331,22 +331,23 @@ WHOLE |= {"steps": 11, "restarts": 3, "learning_rate": 2.0}
 WAYS = {optimiser: {"optimiser": optimiser} for optimiser in gradient.OPTIMISERS}
 WAYS |= {prior: {"prior": prior} for prior in walk.PRIORS if prior != "none"}
 WAYS["continuation"] = {"objective": "continuation", "target": torch.tensor([20, 33]), "selection": None}
-# two at the start, one in every step, two more after each fifth
-CALLS_TO_THE_10TH_STEP = 2 + 9 + 2 + 1
 
 
-def counted_judge(monkeypatch, interrupt_at=None):
-    """The sizes of the batches that are judged from now on."""
-    sizes, call = [], objectives.Judge.__call__
+def noted_judge(monkeypatch, interrupt_at=None):
+    """By a batch that is judged from now on: whether a step is made of it, or tokens are looked at.
 
-    def counting(self, embedded):
-        sizes.append(len(embedded))
-        if len(sizes) == interrupt_at:
+    After the step that is named the tokens' batch is an interruption.
+    """
+    steps, call = [], objectives.Judge.__call__
+
+    def noting(self, embedded):
+        steps.append(embedded.requires_grad)
+        if sum(steps) == interrupt_at and not steps[-1]:
             raise KeyboardInterrupt
         return call(self, embedded)
 
-    monkeypatch.setattr(objectives.Judge, "__call__", counting)
-    return sizes
+    monkeypatch.setattr(objectives.Judge, "__call__", noting)
+    return steps
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -354,18 +355,18 @@ def test_a_search_goes_on_where_it_was_interrupted(way, loaded, tmp_path, monkey
     model, state, options = loaded("gpt2"), tmp_path / "state.safetensors", WHOLE | WAYS[way]
     whole = search_gradient(model, **options)
     with monkeypatch.context() as patched:
-        # the 10th step is made, and its tokens are decoded in the first of two ways
-        counted_judge(patched, CALLS_TO_THE_10TH_STEP + 2)
+        # the optimiser has made the 10th step, and the walk has noted it
+        noted_judge(patched, interrupt_at=10)
         with pytest.raises(KeyboardInterrupt):
             search_gradient(model, state=state, **options)
     with monkeypatch.context() as patched:
-        rest = counted_judge(patched)
+        rest = noted_judge(patched)
         assert search_gradient(model, state=state, **options) == whole
-        # the 10th step again with its tokens, the 11th, and the end: the last place and two times two rows
-        assert len(rest) == 3 + 1 + 5
+        # the 10th step again, the 11th, and the end
+        assert sum(rest) == 3
         rest.clear()
         assert search_gradient(model, state=state, **options) == whole
-        assert len(rest) == 5
+        assert sum(rest) == 1
 
 
 def test_a_search_is_saved_now_and_then(loaded, tmp_path, monkeypatch):
@@ -388,7 +389,7 @@ def test_a_stalled_search_goes_on_stalling(loaded, tmp_path, monkeypatch):
     # steps too small to change a float32
     options |= {"learning_rate": 1e-12, "steps": 50, "patience": 7, "state": tmp_path / "state.safetensors"}
     with monkeypatch.context() as patched:
-        counted_judge(patched, CALLS_TO_THE_10TH_STEP - 5)
+        noted_judge(patched, interrupt_at=5)
         with pytest.raises(KeyboardInterrupt):
             search_gradient(loaded("gpt2"), **options)
     result = search_gradient(loaded("gpt2"), **options)
@@ -431,9 +432,10 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
     with pytest.raises(ValueError, match="begun with other weights"):
         search_gradient(embeds, **asked)
     assert search_gradient(deeper, **asked) == search_gradient(loaded("gpt2"), **asked)
+    asked["state"] = tmp_path / "complete.safetensors"
+    search_complete(loaded("gpt2"), state=asked["state"])
     with pytest.raises(ValueError, match="is not the state of a gradient search"):
-        search_complete(loaded("gpt2"), state=tmp_path / "complete.safetensors")
-        search_gradient(loaded("gpt2"), **(asked | {"state": tmp_path / "complete.safetensors"}))
+        search_gradient(loaded("gpt2"), **asked)
 
 
 def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_directories):

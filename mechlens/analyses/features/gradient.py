@@ -98,7 +98,7 @@ def search_gradient(
     Source: Badger, "Language Model Features"; it has one start, plain gradient descent, and the decoding by
     the pseudo-inverse at the end.
     Cost: per step one forward and one backward pass of the restarts up to the layer, and every fifth step two
-    forward passes and two products with `W_E` more.
+    products with `W_E` and a forward pass of the different tokens that they stand for.
     """
     sought = Sought.of(
         model,

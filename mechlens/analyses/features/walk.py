@@ -200,10 +200,13 @@ class Walk:
             "nearest": self.space.cosines(embedded),
         }
         read = {way: likeness.argmax(-1) for way, likeness in ways.items()}
-        for way, ids in read.items():
-            parts = self._in_parts(self._run, ids)
-            objective, activation = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
-            read[way], old = ids.cpu(), self.decoded.get(way)
+        # more and more restarts stand for the same tokens
+        rows, where = torch.cat([read[way] for way in WAYS]).unique(dim=0, return_inverse=True)
+        parts = self._in_parts(self._run, rows)
+        objective, activation = (torch.cat(each)[where].cpu() for each in zip(*parts, strict=True))
+        found = zip(WAYS, objective.chunk(len(WAYS)), activation.chunk(len(WAYS)), strict=True)
+        for way, objective, activation in found:
+            read[way], old = read[way].cpu(), self.decoded.get(way)
             if old is not None:
                 better = objective < old.objective
                 self.decoded[way] = Decoded(
