@@ -69,10 +69,10 @@ def test_greedy_searches_are_a_table_of_layers_and_features():
     assert inputs.columns == ("layer", "feature 4", "feature 1", "feature 9")
     assert inputs.rows == [(2, "·a⏎", MARKUP + "b", None), (3, "·a⏎", None, MARKUP + "b")]
     assert activations.columns == ("layer", "feature", "input", "activation at each token", "score")
-    assert activations.rows[1] == (2, 1, MARKUP + "b", f"0.50 {MINUS}0.25", 0.25)
-    assert activations.rows[2] == (3, 4, "·a⏎", "3.00 4.00", 7.0)
+    assert activations.rows[1] == (2, 1, MARKUP + "b", f"{MARKUP} 0.50, b {MINUS}0.25", 0.25)
+    assert activations.rows[2] == (3, 4, "·a⏎", "·a 3.00, ⏎ 4.00", 7.0)
     assert "Inputs of 2 tokens, behind <s>, each token the one of 64" in section.text
-    assert "ranked by the sum, 2 inputs kept in each step." in section.text
+    assert "ranked by the sum of the activations, 2 inputs kept in each step." in section.text
     assert {"Greedy search", "Ranked by", "Feature"} <= set(section.terms)
     assert "<b>&lt;$x$" not in page(section)
 
@@ -86,7 +86,7 @@ def test_greedy_searches_say_in_what_they_differ():
         (2, "other", "without BOS", "last"),
     ]
     assert "behind <s> or without BOS" in section.text
-    assert "ranked by the sum or last" in section.text
+    assert "ranked by the sum of the activations or activation at the last token" in section.text
     with pytest.raises(ValueError, match="at least one result of search_greedy"):
         greedy_search_section([])
 
@@ -116,8 +116,8 @@ def test_gradient_searches_stand_beside_their_optimum():
 
 def test_a_continuation_has_an_objective_in_the_place_of_an_activation():
     table, picture = gradient_search_section([continuation()]).parts
-    assert table.columns[-4:] == ("decoded by", "true activation", "true objective", "nearest cosine")
-    assert table.rows[0][-4:] == ("nearest", None, 0.5, 0.625)
+    assert table.columns[-4:] == ("best tokens", "decoded by", "true objective", "nearest cosine")
+    assert table.rows == [(None, "the continuation b", "·a" + MARKUP, "nearest", 0.5, 0.625)]
     assert "Dashed" not in picture.caption
     with pytest.raises(ValueError, match="at least one result of search_gradient"):
         gradient_search_section([])
@@ -148,7 +148,7 @@ def test_alignment_stands_beside_chance():
     assert "trained 0.750" in same.description
     assert [row[:4] for row in pairs.rows] == [("trained", 0, 2, 0.75), ("<i>new</i>", 2, 2, 0.0)]
     assert "trained: each layer with each later one, 4 features of resid_post." in section.text
-    assert "<i>new</i>: each layer with the same layer of <b>$other$, 4 features" in section.text
+    assert "<i>new</i>: each layer with the same layer of the other, 4 features" in section.text
     assert {"Aligned features", "Chance", "Interval", "Token of the same number"} <= set(section.terms)
     text = page(section)
     assert "<i>new</i>" not in text

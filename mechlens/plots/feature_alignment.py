@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -14,15 +15,26 @@ from mechlens.results import FeatureAlignment, Share
 WORDS = {"same": "the same best token", "overlap": "the same best tokens"}
 _WRITTEN = 12
 """Layers up to which each cell holds its number."""
+_LETTERS = 36
+"""In a line above or below one heatmap."""
 _NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
 
 
 def compared_names(result: FeatureAlignment) -> str:
-    """Whose features are compared: `gpt2`, or `gpt2 with gpt2-medium`."""
+    """Whose features are compared: `gpt2`, `gpt2 with gpt2-medium`, or `gpt2, attn_out with mlp_out`."""
     here, there = result.model.name, result.other.name
     if result.within:
         return here
-    return f"{here} with {there if there != here else 'another of its name'}"
+    if here != there:
+        return f"{here} with {there}"
+    if result.site != result.other_site:
+        return f"{here}, {result.site} with {result.other_site}"
+    return f"{here} with another of its name"
+
+
+def chance_words(share: Share) -> str:
+    """Chance with enough digits, which in a large vocabulary is next to nothing."""
+    return f"{share.chance:.2g}" if 0 < share.chance < 0.001 else number(share.chance)
 
 
 def share_lines(share: Share) -> tuple[str, ...]:
@@ -31,7 +43,7 @@ def share_lines(share: Share) -> tuple[str, ...]:
         return ("no two layers to compare",)
     return (
         f"{number(share.value)} ({number(share.low)} to {number(share.high)})",
-        f"chance {number(share.chance)}" + (f": {share.verdict}" if share.verdict else ""),
+        f"chance {chance_words(share)}" + (f": {share.verdict}" if share.verdict else ""),
     )
 
 
@@ -75,7 +87,7 @@ def plot_feature_alignment(
     figure = make_subplots(
         cols=len(results), horizontal_spacing=0.3 / len(results) if len(results) > 1 else 0
     )
-    widest = 0
+    widest = lines = 0
     for at, (result, name) in enumerate(zip(results, called, strict=True), start=1):
         n_rows, n_columns = result.same.shape[:2]
         widest = max(widest, n_rows, n_columns)
@@ -96,7 +108,7 @@ def plot_feature_alignment(
         for axis, layers, own in sides:
             step = max(1, math.ceil(len(layers) / 16))
             getattr(figure, f"update_{axis}axes")(
-                title={"text": "layer" if own else f"layer of {figure_text(result.other.name)}"},
+                title={"text": "layer" if own else _wrapped(f"layer of {result.other.name}")[0]},
                 tickvals=list(range(0, len(layers), step)),
                 ticktext=[str(layer) for layer in layers[::step]],
                 **_NO_TICKS,
@@ -104,6 +116,8 @@ def plot_feature_alignment(
                 col=at,
             )
         axes = figure.layout[f"xaxis{at if at > 1 else ''}"]
+        heading, n_lines = _wrapped(name)
+        lines = max(lines, n_lines)
         summary = "<br>".join(share_lines(result.share(value)))
         figure.add_annotation(
             x=axes.domain[0],
@@ -114,7 +128,7 @@ def plot_feature_alignment(
             yanchor="bottom",
             align="left",
             showarrow=False,
-            text=f'<b>{figure_text(name)}</b><br><span style="color:{MUTED}">{summary}</span>',
+            text=f'<b>{heading}</b><br><span style="color:{MUTED}">{summary}</span>',
         )
     side = max(230, min(460, (34 if widest <= _WRITTEN else 18) * widest))
     features = sorted({len(result.features) for result in results})
@@ -129,10 +143,16 @@ def plot_feature_alignment(
             "layers (95% interval)",
         ),
         width=max(480, 150 + round(side * 1.35 * len(results))),
-        height=side + 220,
-        margin={"t": 150},
+        height=side + 202 + 17 * lines,
+        margin={"t": 132 + 17 * lines},
     )
     return figure
+
+
+def _wrapped(text: str) -> tuple[str, int]:
+    """A text made safe, in lines that do not reach the next heatmap, and how many they are."""
+    lines = textwrap.wrap(text, _LETTERS) or [text]
+    return "<br>".join(map(figure_text, lines)), len(lines)
 
 
 def _hovers(result: FeatureAlignment, value: str) -> list[list[str]]:
@@ -150,7 +170,7 @@ def _hovers(result: FeatureAlignment, value: str) -> list[list[str]]:
         texts.append(
             f"<b>layer {one} with layer {other}{there}</b><br>{what}: {number(share.value)}"
             f"<br>95% interval {number(share.low)} to {number(share.high)}"
-            f"<br>by chance {number(share.chance)}" + (f"<br>{share.verdict}" if share.verdict else "")
+            f"<br>by chance {chance_words(share)}" + (f"<br>{share.verdict}" if share.verdict else "")
         )
     n_columns = len(result.other_layers)
     return [texts[at : at + n_columns] for at in range(0, len(texts), n_columns)]

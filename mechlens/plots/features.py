@@ -147,7 +147,8 @@ def plot_feature_tokens(
         xgap=2,
         ygap=2,
     )
-    cells.colorbar.update(dtick=max(1, (len(layers) - 1) // 4), title={"text": "layers", "side": "top"})
+    counts = list(range(1, len(layers) + 1, max(1, len(layers) // 4)))
+    cells.colorbar.update(tickvals=counts, ticktext=[f"{count} of {len(layers)}" for count in counts])
     figure = go.Figure(cells)
     widest = max(len(result.strings[str(token)]) for token in best.flatten().tolist())
     row_height = 34 if len(layers) <= 16 else 24
@@ -180,10 +181,9 @@ def plot_feature_tokens(
 
 
 def searched_words(result: GradientSearch) -> str:
-    """What a gradient search made large, for a title: `feature 7 at every position`, `a continuation`."""
+    """What a gradient search was for, for a title: `feature 7 at every position`, `the continuation ·a`."""
     if result.objective == "continuation":
-        assert result.target_ids is not None
-        return "a continuation"
+        return f"the continuation {_target(result)}"
     noun, n_tokens = feature_noun(result.site), result.embeddings.shape[1]
     positions, features = (sorted(set(column)) for column in result.selected.T.tolist())
     if len(features) == 1:
@@ -301,7 +301,8 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
             + ("" if result.objective == "continuation" else f", {place_words(result.site, result.layer)}")
             + (", this block alone" if result.isolated else "")
             + f", {prefix_words(result)}",
-            f"objective {result.objective}, prior {result.prior}, {result.optimiser}, {n_restarts} restarts",
+            f"objective {result.objective}{_towards(result)}, prior {result.prior}, {result.optimiser}, "
+            f"{n_restarts} restarts",
             f"best tokens: {found}, {number(best_value)}{known}",
         ),
         width=760,
@@ -368,6 +369,18 @@ def _listed(values: Iterable[int]) -> str:
 
 def _label(token: str) -> str:
     return figure_text(visible_token(token, longest=_LABEL))
+
+
+def _towards(result: GradientSearch) -> str:
+    return f" towards {visible_cut(_target(result))}" if result.objective in _DISTANCES else ""
+
+
+def _target(result: GradientSearch) -> str:
+    """The target as tokens; by its ids where the result does not know their texts."""
+    assert result.target_ids is not None
+    ids = result.target_ids.tolist()
+    known = all(str(token) in result.strings for token in ids)
+    return shown_tokens(ids, result.strings) if known else f"of the ids {_listed(ids)}"
 
 
 def _best_tokens(ids: list[int], activations: list[float], strings: dict[str, str]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mechlens.report.circuits import circuit_section, composition_section
+from mechlens.report.feature_alignment import feature_alignment_section
 from mechlens.report.features import (
     complete_search_section,
-    feature_alignment_section,
     feature_examples_section,
     gradient_search_section,
     greedy_search_section,

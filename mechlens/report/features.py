@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mechlens.plots.feature_alignment import (
-    plot_feature_alignment,
-    result_names,
-    share_lines,
-)
 from mechlens.plots.features import (
     drawn_places,
     feature_noun,
@@ -26,13 +21,10 @@ from mechlens.plots.style import number
 from mechlens.report.page import Interactive, Plot, Section, Table
 from mechlens.results import (
     CompleteSearch,
-    FeatureAlignment,
     FeatureExamples,
     GradientSearch,
     GreedySearch,
-    Share,
 )
-from mechlens.results.feature_alignment import CHANCE
 
 Search = TypeVar("Search", GreedySearch, GradientSearch)
 NAMED = 8
@@ -55,8 +47,9 @@ _GREEDY = {
         "The input is built from left to right: of all tokens the one that excites the feature most behind "
         "those before it. Tokens chosen otherwise may reach more together."
     ),
-    "Ranked by": "`last`: the activation at the last token. `sum`: the sum over all tokens that were found.",
+    "Ranked by": "What decides between inputs: the activation at the last token, or the sum over all.",
 }
+_AGGREGATES = {"last": "activation at the last token", "sum": "sum of the activations"}
 _GRADIENT = {
     "Gradient search": (
         "Embeddings of tokens are changed by gradients until they excite the feature; what they are nearest "
@@ -71,23 +64,16 @@ _GRADIENT = {
         "log-probability of the continuation in nats."
     ),
     "Prior": (
-        "What keeps the embeddings close to real ones. `softmax`: they are mixtures of real ones. `norm`, "
-        "`nearest`: a penalty for another norm, or for the distance to the nearest real one."
-    ),
-}
-_ALIGNMENT = {
-    "Aligned features": (
-        "The same feature, counted by its number, has the same best token in two layers, more often than "
-        "chance has it."
-    ),
-    "Chance": "How often two features of unlike numbers have the same best tokens in these layers.",
-    "Interval": "Where the share lies with 95% confidence, features being a sample (Wilson's).",
-    "Token of the same number": (
-        "The best token's id is the feature's number, as an artefact of decoding would have it; chance is "
-        "one in the vocabulary."
+        "What keeps the embeddings close to real ones. Softmax: they are mixtures of real ones. Norm and "
+        "nearest: a penalty for another norm than theirs, or for the distance to the nearest one."
     ),
 }
 _EXAMPLES = {"Window": "A piece of the corpus, as long as all the others; counted from 0."}
+
+
+def feature_terms(*nouns: str) -> dict[str, str]:
+    """What features, neurons and directions are, for a section's definitions."""
+    return {noun.capitalize(): _FEATURES[noun] for noun in sorted(nouns)}
 
 
 def complete_search_section(
@@ -148,7 +134,7 @@ def complete_search_section(
                 folded=True,
             ),
         ],
-        _terms(noun) | _COMPLETE,
+        feature_terms(noun) | _COMPLETE,
     )
 
 
@@ -192,7 +178,10 @@ def greedy_search_section(
             )
         )
         for j, feature in enumerate(result.features):
-            each = " ".join(number(value, 2) for value in result.activations[j, 0].tolist())
+            each = ", ".join(
+                f"{shown_tokens([token], result.strings)} {number(value, 2)}"
+                for token, value in zip(best[feature], result.activations[j, 0].tolist(), strict=True)
+            )
             score = float(result.scores[j, 0])
             activations.append((*begins, feature, shown_tokens(best[feature], result.strings), each, score))
     first = results[0]
@@ -200,7 +189,7 @@ def greedy_search_section(
         f"Inputs of {_every(results, lambda each: each.ids.shape[-1])} tokens, "
         f"{' or '.join(dict.fromkeys(map(prefix_words, results)))}, each token the one of "
         f"{first.model.d_vocab:,} that excites the {noun} ({place_words(first.site)}) most behind those "
-        f"before it; ranked by the {_every(results, lambda each: each.aggregate)}"
+        f"before it; ranked by the {_every(results, lambda each: _AGGREGATES[each.aggregate])}"
         + (f", {first.ids.shape[1]} inputs kept in each step" if first.ids.shape[1] > 1 else "")
         + "."
     )
@@ -221,7 +210,7 @@ def greedy_search_section(
                 folded=True,
             ),
         ],
-        _terms(noun) | _GREEDY,
+        feature_terms(noun) | _GREEDY,
     )
 
 
@@ -249,6 +238,7 @@ def gradient_search_section(
         },
     )
     rows, has_optimum = [], any(result.optimum is not None for result in results)
+    has_activation = any(result.objective != "continuation" for result in results)
     # else it says the same as the activation
     has_goal = any(result.objective not in ("constant", "maximise") for result in results)
     for at, result in enumerate(results):
@@ -256,12 +246,13 @@ def gradient_search_section(
         activation = float(best["activation"])
         rows.append(
             (
-                result.layer,
+                # a continuation is of no layer
+                None if result.objective == "continuation" else result.layer,
                 searched_words(result),
                 *(values[at] for values in about.values()),
                 shown_tokens(best["ids"], result.strings),
                 best["decoding"],
-                None if activation != activation else activation,
+                *([None if activation != activation else activation] if has_activation else []),
                 *([result.optimum] if has_optimum else []),
                 *([float(best["objective"])] if has_goal else []),
                 float(best["nearest_cosine"]),
@@ -286,7 +277,7 @@ def gradient_search_section(
                     *about,
                     "best tokens",
                     "decoded by",
-                    "true activation",
+                    *(["true activation"] if has_activation else []),
                     *(["optimum"] if has_optimum else []),
                     *(["true objective"] if has_goal else []),
                     "nearest cosine",
@@ -303,96 +294,7 @@ def gradient_search_section(
                 f"{visible_cut(str(found))}.",
             ),
         ],
-        _terms(feature_noun(first.site)) | _GRADIENT,
-    )
-
-
-def feature_alignment_section(
-    results: Sequence[FeatureAlignment],
-    *,
-    names: Sequence[str] | None = None,
-    title: str = "Feature alignment",
-    text: str = "",
-) -> Section:
-    """How often features have the same best tokens in two layers: the shares beside chance, and heatmaps.
-
-    Args:
-        results: such as of a trained model and an untrained one.
-        names: what they are called; None takes the models' names.
-        text: what to look for.
-
-    Raises:
-        ValueError: no result, or not as many names.
-    """
-    results = list(results)
-    called = result_names(results, names)
-    rows: list[tuple[str | float, ...]] = []
-    for result, name in zip(results, called, strict=True):
-        shares = {"the same best token": result.share("same")}
-        if result.top_k > 1:
-            shares[f"of the {result.top_k} best tokens"] = result.share("overlap")
-        rows += [(name, what, *_share_cells(share), share.verdict) for what, share in shares.items()]
-        own = {"token of the same number": result.index_share()}
-        if not result.within:
-            own[f"token of the same number, {result.other.name}"] = result.index_share(other=True)
-        # more of them than chance has would not make features aligned
-        rows += [
-            (name, what, *_share_cells(share), "more than chance" if share.low > share.chance else CHANCE)
-            for what, share in own.items()
-        ]
-    summaries = "; ".join(
-        f"{name} {', '.join(share_lines(result.share()))}"
-        for result, name in zip(results, called, strict=True)
-    )
-    overlaps = [result for result in results if result.top_k > 1]
-    parts: list[Plot | Table] = [
-        Table(
-            ("compared", "share of features", "measured", "95% interval", "chance", "verdict"),
-            rows,
-            "Shares, mean over pairs of layers",
-        ),
-        Plot(
-            plot_feature_alignment(*results, names=called),
-            "Share of features with the same best token in two layers, from 0 (light) to 1 (dark); layer 0 "
-            "is at the bottom left. Point at a cell for its interval and chance.",
-            f"Heatmaps of the share of features with the same best token, by two layers. Mean: {summaries}.",
-            keeps_width=len(results) > 1,
-        ),
-    ]
-    if overlaps:
-        kept = [name for result, name in zip(results, called, strict=True) if result.top_k > 1]
-        tops = " or ".join(str(top) for top in sorted({result.top_k for result in overlaps}))
-        parts.append(
-            Plot(
-                plot_feature_alignment(*overlaps, names=kept, value="overlap"),
-                f"The same of the {tops} best tokens, in any order.",
-                f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",
-                keeps_width=len(overlaps) > 1,
-            )
-        )
-    pairs = [
-        (name, one, other, result.share("same", [(one, other)]))
-        for result, name in zip(results, called, strict=True)
-        for one, other in result.pairs()
-    ]
-    parts.append(
-        Table(
-            ("compared", "layer", "with layer", "the same best token", "95% interval", "chance", "verdict"),
-            [(name, one, other, *_share_cells(share), share.verdict) for name, one, other, share in pairs],
-            "The pairs of layers as a table",
-            folded=True,
-        )
-    )
-    compared = " ".join(
-        f"{name}: {_pairs_words(result)}, {len(result.features):,} {feature_noun(result.site)}s of "
-        f"{place_words(result.site)}."
-        for result, name in zip(results, called, strict=True)
-    )
-    return Section(
-        title,
-        _joined(text, compared),
-        parts,
-        _terms(*{feature_noun(each.site) for each in results}) | _ALIGNMENT,
+        feature_terms(feature_noun(first.site)) | _GRADIENT,
     )
 
 
@@ -454,14 +356,10 @@ def feature_examples_section(
         f"Of {result.read:,} windows of {result.tokens.shape[1]} tokens"
         f"{', which begin with BOS,' if result.prepend_bos else ''} those in which the {noun} is largest."
     )
-    return Section(title, _joined(text, said), parts, _terms(noun) | _EXAMPLES)
+    return Section(title, _joined(text, said), parts, feature_terms(noun) | _EXAMPLES)
 
 
 # -- parts -----------------------------------------------------------------------------------------
-
-
-def _terms(*nouns: str) -> dict[str, str]:
-    return {noun.capitalize(): _FEATURES[noun] for noun in sorted(nouns)}
 
 
 def _joined(text: str, said: str) -> str:
@@ -484,18 +382,3 @@ def _differing(
 
 def _every(results: Sequence[Search], read: Callable[[Search], str | int]) -> str:
     return " or ".join(dict.fromkeys(str(read(each)) for each in results))
-
-
-def _share_cells(share: Share) -> tuple[str | float, ...]:
-    interval = "—" if share.low != share.low else f"{number(share.low)} to {number(share.high)}"
-    # a share of a large vocabulary would be 0.000
-    chance = f"{share.chance:.2g}" if 0 < share.chance < 0.001 else number(share.chance)
-    return share.value, interval, chance
-
-
-def _pairs_words(result: FeatureAlignment) -> str:
-    if result.within:
-        return "each layer with each later one"
-    if any(one == other for one, other in result.pairs()):
-        return f"each layer with the same layer of {result.other.name}"
-    return f"each layer with each layer of {result.other.name}"

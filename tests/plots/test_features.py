@@ -211,6 +211,7 @@ def test_cells_hold_the_best_token_and_how_many_layers_have_it():
     ]
     np.testing.assert_array_equal(cells.z, [[2, 1], [2, 1], [1, 1]])
     assert (cells.zmin, cells.zmax) == (1, 3)
+    assert cells.colorbar.ticktext == ("1 of 3", "2 of 3", "3 of 3")
     assert [colour for _, colour in cells.colorscale] == SEQUENTIAL
     assert figure.layout.xaxis.ticktext == ("4", "1")
     assert figure.layout.yaxis.ticktext == ("0", "2", "3")
@@ -322,6 +323,16 @@ def test_each_alignment_says_its_share_with_interval_and_chance():
     assert "chance 0.375: no more than chance" in note.text
     (unnamed,) = plot_feature_alignment(untrained()).layout.annotations
     assert figure_text("tiny with <b>$other$") in unnamed.text
+
+
+def test_long_names_keep_clear_of_the_next_heatmap():
+    name = "mechlens-books (random weights, seed 0, trained embeddings)"
+    short, long = (plot_feature_alignment(untrained(other=own(each))) for each in ("x", name))
+    assert "<b>tiny with mechlens-books (random<br>weights, seed 0, trained embeddings)</b>" in (
+        long.layout.annotations[0].text
+    )
+    assert long.layout.xaxis.title.text.startswith("layer of mechlens-books (random<br>")
+    assert long.layout.height > short.layout.height
 
 
 def test_under_the_cursor_stand_interval_chance_and_verdict():
@@ -436,8 +447,10 @@ def test_a_continuation_is_drawn_by_its_log_probability():
     assert list(drawn["best restart"].y) == [-5.0, -4.0, -0.25]
     assert list(drawn["tokens by nearest"].y) == [-4.0, -0.5, -6.0]
     assert figure.layout.yaxis.title.text == "log-probability (nats)"
-    assert "Gradient search for a continuation" in figure.layout.title.text
+    assert "Gradient search for the continuation b" in figure.layout.title.text
     assert f", {MINUS}0.500" in figure.layout.title.text
+    unknown = dataclasses.replace(continuation(), target_ids=torch.tensor([8, 9]))
+    assert "the continuation of the ids 8, 9" in plot_gradient_search(unknown).layout.title.text
     assert not any(value is not None and math.isnan(value) for trace in figure.data for value in trace.y)
 
 
@@ -447,6 +460,7 @@ def test_a_target_is_drawn_by_the_distance_from_it():
     assert list(drawn["best restart"].y) == [0.5, -4.0, -4.5], "the objective"
     assert figure.layout.yaxis.title.text == "L1 distance to the target's activations"
     assert "optimum" not in drawn, "which is an activation"
+    assert "objective l1 towards ·a⏎, prior" in figure.layout.title.text
     assert plot_gradient_search(gradient()).layout.yaxis.title.text == "activation (mean)"
 
 
