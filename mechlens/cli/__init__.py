@@ -15,6 +15,7 @@ import typer
 
 from mechlens import terminal
 from mechlens.cli import circuits, options, patching
+from mechlens.cli.features import features
 from mechlens.cli.induction_circuits import induction_circuits
 from mechlens.cli.lens import lens
 from mechlens.cli.options import (
@@ -262,6 +263,14 @@ app.command(
     epilog="Example: mechlens induction-circuits --pair 1.2,3.5 --out circuits.html",
     short_help="Find pairs of heads that continue repeats.",
 )(induction_circuits)
+
+
+app.add_typer(
+    features,
+    name="features",
+    epilog="Example: mechlens features complete --layer 0:4 --feature 0:8",
+    short_help="Find what excites a model's features.",
+)
 
 
 @app.command(

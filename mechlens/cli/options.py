@@ -55,6 +55,24 @@ def load(
     )
 
 
+def numbers(option: str, given: Sequence[str]) -> list[int]:
+    """Single numbers, and ranges without their end; a range from -20 without an end is the last 20."""
+    found: list[int] = []
+    for each in given:
+        first, colon, end = each.partition(":")
+        try:
+            start = int(first or 0)
+            some = range(start, int(end or 0) if colon else start + 1)
+        except ValueError:
+            some = range(0)
+        if not some:
+            raise ValueError(
+                f"{option} is a number, or a range such as 10:40 or -20: that has some, but is {each!r}"
+            )
+        found += some
+    return found
+
+
 def command(name: str, options: Mapping[str, tuple[Any, Any]], *, argument: str | None = None) -> str:
     """The command line that does the same: every option that is not at its default, quoted for a shell.
 

@@ -8,6 +8,18 @@ from mechlens.terminal.circuits import (
     print_circuit,
     print_composition,
 )
+from mechlens.terminal.features import (
+    complete_search_json,
+    feature_alignment_json,
+    feature_examples_json,
+    gradient_search_json,
+    greedy_search_json,
+    print_complete_search,
+    print_feature_alignment,
+    print_feature_examples,
+    print_gradient_search,
+    print_greedy_search,
+)
 from mechlens.terminal.induction_circuits import induction_circuits_json, print_induction_circuits
 from mechlens.terminal.lens import lens_json, print_lens
 from mechlens.terminal.patching import effects_json, print_effects
@@ -25,16 +37,26 @@ from mechlens.terminal.tables import (
 __all__ = [
     "best_heads",
     "circuit_json",
+    "complete_search_json",
     "composition_json",
     "effects_json",
+    "feature_alignment_json",
+    "feature_examples_json",
+    "gradient_search_json",
+    "greedy_search_json",
     "induction_circuits_json",
     "lens_json",
     "number",
     "plain",
     "print_circuit",
+    "print_complete_search",
     "print_composition",
     "print_effects",
     "print_estimates",
+    "print_feature_alignment",
+    "print_feature_examples",
+    "print_gradient_search",
+    "print_greedy_search",
     "print_heads",
     "print_induction_circuits",
     "print_json",

@@ -1,0 +1,655 @@
+"""`mechlens features`: what excites a model's features, on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mechlens import terminal
+from mechlens.cli import options
+from mechlens.cli.options import (
+    BUNDLED,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    RevisionOption,
+)
+
+if TYPE_CHECKING:
+    from mechlens.models.protocol import LensModel
+    from mechlens.report import Section
+    from mechlens.results import CompleteSearch, FeatureAlignment, Result
+
+_ENDINGS = (".html", ".csv", ".safetensors")
+_MOST_PLACES = 64
+"""Features, each in each layer, whose contexts a page shows."""
+
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option("--layer", "--layers", "-l", help="A layer, or a range such as 0:4; repeatable."),
+]
+FeaturesOption = Annotated[
+    list[str] | None,
+    typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
+]
+SiteOption = Annotated[
+    str, typer.Option(help="Of what: resid_post, attn_out, mlp_out, or post (the MLP's neurons).")
+]
+PrefixOption = Annotated[str | None, typer.Option(help="A text that stands before the searched tokens.")]
+BosOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS, which these searches leave out.")]
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Save progress to this .safetensors file; if it is there, go on where the search stopped."
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
+]
+NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
+
+features = typer.Typer(rich_markup_mode=None)
+
+
+@features.callback()
+def features_help() -> None:
+    """Find what excites a feature, one element of a block's output: single tokens, whole inputs, and real
+    contexts. Models are loaded with their weights as they were trained, since features live in these."""
+
+
+@features.command(
+    epilog="Example: mechlens features complete --layer 0:4 --feature 0:8 --out tokens.html",
+    short_help="Find the tokens that excite each feature most.",
+)
+def complete(
+    layer: LayersOption = None,
+    feature: FeaturesOption = None,
+    site: SiteOption = "resid_post",
+    prefix: PrefixOption = None,
+    bos: BosOption = False,
+    top: Annotated[int, typer.Option(min=1, help="How many tokens of each feature to keep.")] = 1,
+    model: ModelOption = BUNDLED,
+    state: StateOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    seed: NoSeedOption = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the tokens of the whole vocabulary that excite each feature most, in one pass for all of them.
+    Without --layer of every layer, without --feature of features 0 to 7. The least exciting ones are in
+    --json and --out."""
+    given = dict(locals())
+    layers, wanted = _numbers("--layer", layer), _numbers("--feature", feature)
+    _check_common(given)
+    loaded = _load(given)
+    from mechlens.analyses.features import search_complete
+
+    with _as_typed():
+        found = search_complete(
+            loaded,
+            layers=layers,
+            features=wanted or range(min(8, _width(loaded, site))),
+            site=site,
+            prefix=prefix,
+            prepend_bos=bos,
+            top_k=top,
+            state=state,
+            progress=options.progress(quiet),
+        )
+
+    def sections() -> list[Section]:
+        from mechlens.report import complete_search_section
+
+        return [complete_search_section(found)]
+
+    _save(out, "Tokens that excite features", [found], sections, _command("complete", complete, given))
+    if as_json:
+        terminal.print_json(terminal.complete_search_json(found))
+    elif not quiet:
+        terminal.print_complete_search(found)
+
+
+@features.command(
+    epilog="Example: mechlens features greedy --layer 3 --feature 0:4 --tokens 4",
+    short_help="Build inputs that excite a feature, token by token.",
+)
+def greedy(
+    layer: LayersOption = None,
+    feature: FeaturesOption = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to find.")] = 4,
+    aggregate: Annotated[
+        str,
+        typer.Option(
+            help="What ranks the inputs of a beam: the activation at the last token, or the sum over all."
+        ),
+    ] = "last",
+    beam: Annotated[int, typer.Option(min=1, help="Inputs to go on with at each step.")] = 1,
+    site: SiteOption = "resid_post",
+    prefix: PrefixOption = None,
+    bos: BosOption = False,
+    model: ModelOption = BUNDLED,
+    state: StateOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    seed: NoSeedOption = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build inputs from left to right, each token the one of the whole vocabulary that excites a feature most
+    behind those before it. Without --layer of the last layer, without --feature of features 0 to 3."""
+    given = dict(locals())
+    layers, wanted = _numbers("--layer", layer) or [-1], _numbers("--feature", feature)
+    _check_common(given)
+    if len(layers) > 1:
+        if state is not None:
+            raise ValueError(f"--state is of one search, but {len(layers)} layers are asked for: give one")
+        if out is not None and out.suffix == ".safetensors":
+            raise ValueError(
+                f"a .safetensors file holds one search, but {len(layers)} layers are asked for: give one, or "
+                "save to .html or .csv"
+            )
+    from mechlens.analyses.features.greedy import AGGREGATES, search_greedy
+
+    _check_known("--aggregate", aggregate, AGGREGATES)
+    loaded = _load(given)
+    found = []
+    with _as_typed():
+        for each in _chosen("layer", layers, loaded.cfg.n_layers):
+            found.append(
+                search_greedy(
+                    loaded,
+                    layer=each,
+                    features=wanted or range(min(4, _width(loaded, site))),
+                    n_tokens=tokens,
+                    aggregate=aggregate,
+                    site=site,
+                    prefix=prefix,
+                    prepend_bos=bos,
+                    beam=beam,
+                    state=state,
+                    progress=options.progress(quiet),
+                )
+            )
+
+    def sections() -> list[Section]:
+        from mechlens.report import greedy_search_section
+
+        return [greedy_search_section(found)]
+
+    _save(out, "Inputs that excite features", found, sections, _command("greedy", greedy, given))
+    if as_json:
+        terminal.print_json(terminal.greedy_search_json(found))
+    elif not quiet:
+        terminal.print_greedy_search(found)
+
+
+@features.command(
+    epilog="Example: mechlens features gradient --layer 3 --feature 7 --out gradient.html",
+    short_help="Search embeddings by gradients, and read them as tokens.",
+)
+def gradient(
+    layer: Annotated[int, typer.Option("--layer", "-l", help="Whose features; -1 is the last layer.")] = -1,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--feature",
+            "--features",
+            "-f",
+            help="A feature, or a range such as 0:4; several are searched together. [default: 0, for a "
+            "target all]",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens are searched together.")] = 1,
+    position: Annotated[
+        int | None,
+        typer.Option(help="The searched token at which the feature counts, from 0. [default: every one]"),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="constant (the distance to a large one is made small, as in the source), maximise, l1 or "
+            "cosine (the distance to the activations of --target), or continuation (--target follows)."
+        ),
+    ] = "constant",
+    target: Annotated[
+        str | None, typer.Option(help="A text: of as many tokens as --tokens, or the continuation.")
+    ] = None,
+    prior: Annotated[str, typer.Option(help="none, softmax, norm or nearest.")] = "none",
+    prior_weight: Annotated[
+        float | None, typer.Option(help="Of the prior norm or nearest. [default: 1]")
+    ] = None,
+    optimiser: Annotated[
+        str, typer.Option(help="Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop or SGD.")
+    ] = "Adam",
+    learning_rate: Annotated[
+        float, typer.Option(help="In units of an embedding element's root mean square.")
+    ] = 0.1,
+    steps: Annotated[int, typer.Option(min=1, help="At most.")] = 40,
+    restarts: Annotated[int, typer.Option(min=1, help="Independent starts, run together.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the starts.")] = 0,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="The layer's block alone, without the blocks before it.")
+    ] = False,
+    site: SiteOption = "resid_post",
+    prefix: PrefixOption = None,
+    bos: BosOption = False,
+    model: ModelOption = BUNDLED,
+    state: StateOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Change embeddings by gradients until they excite a feature, and read them as tokens in two ways. Of one
+    token and one feature the best of all tokens is searched, too, and stands beside."""
+    given = dict(locals())
+    wanted = _numbers("--feature", feature)
+    _check_common(given)
+    _check_gradient(given)
+    loaded = _load(given)
+    from mechlens.analyses.features import search_complete, search_gradient
+
+    progress = options.progress(quiet)
+    picked = None
+    if objective != "continuation" and (wanted or target is None):
+        picked = _chosen("feature", wanted or [0], _width(loaded, site))
+    selection: Any = None
+    if objective != "continuation":
+        each = slice(None)
+        selection = (each if position is None else position, each if picked is None else picked)
+    same: dict[str, Any] = {"site": site, "prefix": prefix, "prepend_bos": bos, "progress": progress}
+    known = None
+    with _as_typed():
+        (place,) = _chosen("layer", [layer], loaded.cfg.n_layers)
+        if picked is not None and len(picked) == tokens == 1 and target is None and not isolated:
+            known = search_complete(loaded, layers=[place], features=picked, **same)
+        found = search_gradient(
+            loaded,
+            layer=place,
+            selection=selection,
+            n_tokens=tokens,
+            objective=objective,
+            target=target,
+            prior=prior,
+            prior_weight=1.0 if prior_weight is None else prior_weight,
+            optimiser=optimiser,
+            learning_rate=learning_rate,
+            steps=steps,
+            restarts=restarts,
+            seed=seed,
+            isolated=isolated,
+            complete=known,
+            state=state,
+            **same,
+        )
+
+    def sections() -> list[Section]:
+        from mechlens.report import gradient_search_section
+
+        return [gradient_search_section([found])]
+
+    _save(out, "Embeddings that excite features", [found], sections, _command("gradient", gradient, given))
+    if as_json:
+        terminal.print_json(terminal.gradient_search_json(found))
+    elif not quiet:
+        terminal.print_gradient_search(found, known)
+
+
+@features.command(
+    epilog="Example: mechlens features align --layer 0:4 --top 5 --out alignment.html",
+    short_help="Compare features' best tokens across layers and models.",
+)
+def align(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As --model, which it stands for.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model with the same tokenizer: its layer n with layer n.")
+    ] = None,
+    layer: LayersOption = None,
+    feature: FeaturesOption = None,
+    site: SiteOption = "resid_post",
+    prefix: PrefixOption = None,
+    bos: BosOption = False,
+    top: Annotated[int, typer.Option(min=1, help="How many of the best tokens the overlap is of.")] = 5,
+    random: Annotated[
+        bool,
+        typer.Option(
+            "--random/--no-random", help="Compare with random weights, once all, once all but embeddings."
+        ),
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the random weights.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help=f"Bundled name, Hugging Face name or local directory. [default: {BUNDLED}]"
+        ),
+    ] = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print how often features of the same number have the same best token: in two layers of a model, in the
+    model and in random weights, in two models; each beside chance. Without --layer of all layers, without
+    --feature of all features."""
+    given = dict(locals())
+    layers, wanted = _numbers("--layer", layer), _numbers("--feature", feature)
+    if name is not None and model is not None:
+        raise ValueError(f"the model is given twice, as {name} and as --model {model}: leave one out")
+    given["model"] = name or model or BUNDLED
+    _check_common(given)
+    alone = not random and against is None
+    if out is not None and out.suffix == ".safetensors" and not alone:
+        raise ValueError(
+            "a .safetensors file holds one comparison: leave out --against and add --no-random, or save to "
+            ".html or .csv"
+        )
+    if alone and layers is not None and len(layers) == 1:
+        raise ValueError("one layer has no other to be compared with: give several, --random or --against")
+    loaded = _load(given)
+    other = None if against is None else _load(given | {"model": against, "revision": None})
+    from mechlens.analyses.features import feature_alignment, search_complete
+
+    if layers is not None:
+        layers = _chosen("layer", layers, loaded.cfg.n_layers)
+    if wanted is not None:
+        wanted = _chosen("feature", wanted, _width(loaded, site))
+    several = len(layers or range(loaded.cfg.n_layers)) > 1
+    if alone and not several:
+        raise ValueError("this model has one layer, which has no other to be compared with: add --against")
+
+    def search(one: LensModel) -> CompleteSearch:
+        return search_complete(
+            one,
+            layers=layers,
+            features=wanted,
+            site=site,
+            prefix=prefix,
+            prepend_bos=bos,
+            top_k=top,
+            progress=options.progress(quiet),
+        )
+
+    found: dict[str, FeatureAlignment] = {}
+    with _as_typed():
+        trained = search(loaded)
+        if several:
+            found["layers, trained"] = feature_alignment(trained)
+        untrained = {}
+        if random:
+            from mechlens.models.untrained import random_like
+
+            untrained["random weights"] = search(random_like(loaded, seed))
+            untrained["random blocks"] = search(random_like(loaded, seed, keep_embeddings=True))
+        if several:
+            for kind, each in untrained.items():
+                found[f"layers, {kind}"] = feature_alignment(each)
+        for kind, each in untrained.items():
+            found[f"trained with {kind}"] = feature_alignment(trained, each)
+        if other is not None:
+            compared = feature_alignment(trained, search(other))
+            found[f"trained with {compared.other.name}"] = compared
+
+    def sections() -> list[Section]:
+        from mechlens.report import feature_alignment_section
+
+        return [feature_alignment_section(list(found.values()), names=list(found))]
+
+    command = _command("align", align, given | {"model": model}, argument="name")
+    _save(out, "Alignment of features", list(found.values()), sections, command, names=list(found))
+    if as_json:
+        terminal.print_json(terminal.feature_alignment_json(found))
+    elif not quiet:
+        terminal.print_feature_alignment(found)
+
+
+@features.command(
+    epilog="Example: mechlens features examples texts.jsonl --layer 3 --feature 7 --limit 1000",
+    short_help="Find the contexts of a corpus that excite each feature most.",
+)
+def examples(
+    corpus: Annotated[
+        str, typer.Argument(help="A .txt, .jsonl or .jsonl.gz file (field text), or a folder of those.")
+    ],
+    layer: LayersOption = None,
+    feature: FeaturesOption = None,
+    top: Annotated[int, typer.Option(min=1, help="How many contexts of each feature to keep.")] = 5,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a context. [default: 128, or what the model holds]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Contexts to read at most. [default: the whole corpus]")
+    ] = None,
+    bos: options.BosOption = None,
+    site: SiteOption = "resid_post",
+    model: ModelOption = BUNDLED,
+    state: StateOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    revision: RevisionOption = None,
+    seed: NoSeedOption = 0,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the contexts of a corpus that excite each feature most, and mark the token that does. Without
+    --layer of the last layer, without --feature of features 0 to 3."""
+    given = dict(locals())
+    layers, wanted = _numbers("--layer", layer) or [-1], _numbers("--feature", feature)
+    _check_common(given)
+    if not Path(corpus).exists():
+        raise ValueError(f"there is no corpus {corpus}: it is a file or a folder")
+    places = len(layers) * len(wanted or range(4))
+    if out is not None and out.suffix == ".html" and places > _MOST_PLACES:
+        raise ValueError(
+            f"a page holds the contexts of at most {_MOST_PLACES} features, but {places} are asked for: give "
+            "fewer, or save to .csv or .safetensors"
+        )
+    loaded = _load(given)
+    from mechlens.analyses.features import feature_examples
+
+    with _as_typed():
+        found = feature_examples(
+            loaded,
+            corpus,
+            layers=layers,
+            features=wanted or range(min(4, _width(loaded, site))),
+            site=site,
+            top_k=top,
+            length=length,
+            prepend_bos=bos,
+            limit=limit,
+            state=state,
+            progress=options.progress(quiet),
+        )
+
+    def sections() -> list[Section]:
+        from mechlens.report import feature_examples_section
+
+        places = [(one, other) for one in found.layers for other in found.features]
+        return [feature_examples_section(found, places)]
+
+    command = _command("examples", examples, given, argument="corpus")
+    _save(out, "Contexts that excite features", [found], sections, command)
+    if as_json:
+        terminal.print_json(terminal.feature_examples_json(found))
+    elif not quiet:
+        terminal.print_feature_examples(found)
+
+
+# -- steps -----------------------------------------------------------------------------------------
+
+_NOT_WRITTEN = ("state", "quiet", "as_json")
+"""What a page does not depend on."""
+_WORDS = {
+    "top_k must": "--top must",
+    "beam must": "--beam must",
+    "use prepend_bos=False": "leave out --bos",
+    "use isolated=False": "leave out --isolated",
+}
+
+
+def _numbers(option: str, given: list[str] | None) -> list[int] | None:
+    return options.numbers(option, given) if given else None
+
+
+def _check_common(given: dict[str, Any]) -> None:
+    """Say so before the model is loaded, which takes seconds."""
+    if given["out"] is not None:
+        options.check_file(given["out"], _ENDINGS)
+    from mechlens.analyses.features.sought import SITES
+    from mechlens.results.state import state_file
+
+    _check_known("--site", given["site"], tuple(SITES))
+    state_file(given.get("state"))
+
+
+def _check_known(option: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)}, but is {given!r}")
+
+
+def _check_gradient(given: dict[str, Any]) -> None:
+    from math import isfinite
+
+    from mechlens.analyses.features.gradient import OPTIMISERS
+    from mechlens.analyses.features.objectives import OBJECTIVES
+    from mechlens.analyses.features.walk import PENALTIES, PRIORS
+
+    for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
+        _check_known(f"--{name}", given[name], known)
+    objective, target = given["objective"], given["target"]
+    if objective in ("constant", "maximise"):
+        if target is not None:
+            raise ValueError(f"--target is for --objective l1, cosine or continuation, but it is {objective}")
+    elif target is None:
+        raise ValueError(f"--objective {objective} needs --target TEXT")
+    if objective == "continuation":
+        for name in ("feature", "position"):
+            if given[name] not in (None, []):
+                raise ValueError(f"--objective continuation reads no feature: leave out --{name}")
+        if given["isolated"]:
+            raise ValueError("a block alone predicts no continuation: leave out --isolated")
+    if given["prior_weight"] is not None:
+        if given["prior"] not in PENALTIES:
+            raise ValueError(
+                f"--prior-weight is for --prior {' and '.join(PENALTIES)}, but it is {given['prior']}"
+            )
+        if not (isfinite(given["prior_weight"]) and given["prior_weight"] >= 0):
+            raise ValueError(
+                f"--prior-weight must be a finite number from 0 on, but is {given['prior_weight']}"
+            )
+    if not (isfinite(given["learning_rate"]) and given["learning_rate"] > 0):
+        raise ValueError(f"--learning-rate must be a finite number above 0, but is {given['learning_rate']}")
+    if given["position"] is not None:
+        _chosen("position", [given["position"]], given["tokens"])
+
+
+def _load(given: dict[str, Any]) -> LensModel:
+    names = ("model", "device", "dtype", "revision", "quiet")
+    return options.load(*(given[name] for name in names), processing=False)
+
+
+def _width(model: LensModel, site: str) -> int:
+    if site == "post" and getattr(model.cfg, "attn_only", False):
+        raise ValueError("this model has no MLPs, so there is no post to search")
+    return int(model.cfg.d_mlp if site == "post" else model.cfg.d_model)
+
+
+def _chosen(what: str, given: Sequence[int], count: int) -> list[int]:
+    from mechlens.prompts import chosen
+
+    return list(chosen(what, given, count))
+
+
+@contextlib.contextmanager
+def _as_typed() -> Iterator[None]:
+    """Errors of the analyses with the names that arguments have on the command line."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, option in _WORDS.items():
+            message = message.replace(name, option)
+        raise ValueError(message) from error
+
+
+def _save(
+    out: Path | None,
+    title: str,
+    results: Sequence[Result],
+    sections: Callable[[], list[Section]],
+    command: str,
+    *,
+    names: Sequence[str] = (),
+) -> None:
+    """Save results of the same model: a table of all, one result, or a page.
+
+    Args:
+        sections: makes what the page shows.
+        names: what tells the results from each other in the table.
+    """
+    if out is None:
+        return
+    if out.suffix == ".csv":
+        import pandas as pd
+
+        from mechlens.results import write_table
+
+        tables = [each.to_dataframe() for each in results]
+        for table, name in zip(tables, names, strict=False):
+            table.insert(0, "compared", name)
+        write_table(pd.concat(tables, ignore_index=True), out)
+    elif out.suffix == ".safetensors":
+        (result,) = results
+        result.save(out)
+    else:
+        from mechlens.report import write_report
+
+        # no published figure is about these features
+        write_report(
+            out,
+            title=title,
+            model=results[0].model,
+            comparisons=None,
+            sections=sections(),
+            command=command,
+        )
+
+
+def _command(
+    name: str, function: Callable[..., None], given: dict[str, Any], *, argument: str | None = None
+) -> str:
+    """The command line that writes the same file.
+
+    Args:
+        argument: the parameter that has no option's name.
+    """
+    written: dict[str, tuple[Any, Any]] = {}
+    for each, parameter in inspect.signature(function).parameters.items():
+        value, option = given[each], each.replace("_", "-")
+        if each in (*_NOT_WRITTEN, argument):
+            continue
+        if isinstance(value, bool):
+            # a flag, or one of two
+            written[f"--{option}" if value else f"--no-{option}"] = (True, value == parameter.default)
+        else:
+            written[f"--{option}"] = (value or None if isinstance(value, list) else value, parameter.default)
+    return options.command(f"features {name}", written, argument=argument and given[argument])
