@@ -274,7 +274,7 @@ def test_priors_hold_embeddings_near_real_ones(loaded):
 def test_default_settings_reach_the_optimum_on_the_bundled_model():
     model = load_model(processing=False)
     complete = search_complete(model, layers=[0, 1])
-    reached = 0
+    reached = missed = 0
     for feature in range(0, 192, 6):
         layer = int(feature % 24 == 18)
         result = search_gradient(
@@ -285,8 +285,14 @@ def test_default_settings_reach_the_optimum_on_the_bundled_model():
         assert result.below_optimum == best - result.best_activation()
         # no token is above the optimum, up to the rounding of other sums
         assert result.below_optimum > -1e-3
-        reached += result.best_activation() >= 0.95 * best
-    assert reached >= 29, "90% of 32 features"
+        if result.best_activation() >= 0.95 * best:
+            reached += 1
+        else:
+            missed += 1
+        # decided: each search costs a third of a second
+        if reached == 29 or missed == 4:
+            break
+    assert reached == 29, "90% of 32 features"
 
 
 # -- how it goes -----------------------------------------------------------------------------------
