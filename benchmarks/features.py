@@ -138,7 +138,7 @@ def block_flop(model: Any, *, queries_and_keys: bool = True) -> float:
 
 
 def batch_activations(model: Any, before: list[int], begin: int) -> Tensor:
-    """One batch of the loop: `[row]` activations at the last token, whole inputs from their first token on."""
+    """One batch of the loop: activations `[row]` at the last token of whole inputs."""
     batch = torch.arange(begin, min(begin + BATCH, model.cfg.d_vocab))[:, None]
     tokens = torch.cat([torch.tensor(before, dtype=torch.long).repeat(len(batch), 1), batch], dim=1)
     kept: list[Tensor] = []

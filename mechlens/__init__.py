@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
+    from mechlens.studies.feature_search import reproduce_feature_search
     from mechlens.studies.induction_circuits import (
         find_induction_circuits,
         reproduce_composition_circuit,
@@ -182,6 +183,7 @@ _HOMES = {
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),
+    "mechlens.studies.feature_search": ("reproduce_feature_search",),
     "mechlens.studies.induction_circuits": ("find_induction_circuits", "reproduce_composition_circuit"),
     "mechlens.studies.logit_lens": ("reproduce_logit_lens",),
     "mechlens.studies.mlp_patching": ("reproduce_mlp_patching",),

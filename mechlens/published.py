@@ -14,6 +14,7 @@ ARTICLE = 'the article "How one can Interpret GPT2-Small"'
 OLSSON = "Olsson et al. 2022, arXiv:2209.11895"
 OTHERS = "measured by others on GPT-2 small"
 LENS_POST = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
+FEATURES_POST = 'Badger, "Language Model Features"'
 GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 
 
@@ -86,6 +87,94 @@ MLP_PATCHING = (
 """What the article saw in GPT-2 small when it replaced MLP outputs of the second copy by those of the first,
 in words; `studies.mlp_patching` says how each is measured. Large is more than a tenth of the clean loss, and
 what stands out is at least twice the largest of the others."""
+
+FEATURES = (
+    Published("layers_agree", "4 of 4 in blocks 2, 4 and 8 of GPT-2", FEATURES_POST, threshold=0.5),
+    Published("layers_agree_beyond_chance", "yes", FEATURES_POST),
+    Published("untrained_layers_do_not", "0 of 4 in GPT-2", FEATURES_POST),
+    Published("agreement_is_learned", "yes, in GPT-2", FEATURES_POST),
+    Published("untrained_is_like_trained", "identical in Llama 7b", FEATURES_POST, threshold=0.5),
+    Published("embeddings_make_it_so", "not said", FEATURES_POST, threshold=0.5),
+    Published("id_is_number", "tokens 0, 1, 2 of features 0, 1, 2 in Llama 7b", FEATURES_POST),
+    Published("gradient_differs", "4 of 4 differ in GPT-2", FEATURES_POST, threshold=0.5),
+    Published("found_resemble_real", "more than related words, in Llama 7b", FEATURES_POST),
+    Published("last_is_sum", "the same inputs in GPT-2", FEATURES_POST, threshold=1.0),
+    Published("later_tokens_agree_less", "yes, in Llama 7b", FEATURES_POST),
+    Published("one_word_repeated", "5 times the same in Llama's block 1", FEATURES_POST, threshold=0.5),
+    Published("alone_as_the_first", "identical in Llama 13b's block 32", FEATURES_POST, threshold=0.5),
+)
+"""What the post says of features; `studies.feature_search` says how each is measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTokens:
+    """What the post's searches found for features 0 to 3 of one block."""
+
+    models: tuple[str, ...]
+    search: str
+    """`complete`, `greedy`, `softmax` (gradient descent with that prior), `l1` or `cosine`."""
+    block: int
+    """Counted from 1."""
+    inputs: tuple[str, ...]
+
+
+_MEDIUM = ("gpt2-medium", "openai-community/gpt2-medium")
+_LONG = "rawdownloadcloneembedreportprint"
+FEATURE_TOKENS = (
+    PublishedTokens(GPT2_SMALL, "complete", 1, ("Pwr", "Claud", "Peb", "View")),
+    *(
+        PublishedTokens(GPT2_SMALL, "complete", block, ("ItemTracker", "watched", "Peb", "(@"))
+        for block in (2, 4, 8)
+    ),
+    PublishedTokens(
+        GPT2_SMALL,
+        "greedy",
+        1,
+        ("Pwr Pwr ItemTracker ItemTracker", "Claud Lara Lara Lara", "Peb Peb Peb Peb", "View tnc tnc tnc"),
+    ),
+    PublishedTokens(
+        GPT2_SMALL,
+        "greedy",
+        4,
+        (
+            "ItemTracker interf interf ItemTracker",
+            "watched watched watched watched",
+            "Peb Peb Peb Peb",
+            '(@ "></ guiName "></',
+        ),
+    ),
+    PublishedTokens(
+        GPT2_SMALL,
+        "greedy",
+        8,
+        (
+            "ItemTracker interf interf interf",
+            "watched watched watched watched",
+            "Peb Peb Peb Peb",
+            '(@ guiName "></ guiName',
+        ),
+    ),
+    PublishedTokens(
+        GPT2_SMALL,
+        "greedy",
+        12,
+        (
+            "ItemTracker interf interf interf",
+            "hostages herpes herpes herpes",
+            "Kenn Peb Peb Peb",
+            f"(@ {_LONG} {_LONG} {_LONG}",
+        ),
+    ),
+    PublishedTokens(GPT2_SMALL, "softmax", 1, ("cris", "Cola", "Cass", "Holt")),
+    PublishedTokens(GPT2_SMALL, "softmax", 8, ("Geh", "20439", "expend", "assetsadobe")),
+    PublishedTokens(GPT2_SMALL, "l1", 1, ("for", "im", "G", "$")),
+    PublishedTokens(GPT2_SMALL, "cosine", 1, ("!", '"', "qu", "$")),
+    PublishedTokens(_MEDIUM, "complete", 1, ("Ender", "pmwiki", "Cass", "catentry")),
+    *(
+        PublishedTokens(_MEDIUM, "complete", block, ("refres", "Flavoring", "carbohyd", "assetsadobe"))
+        for block in (4, 8, 12)
+    ),
+)
 
 
 def read_card(path: Path) -> tuple[Published, ...]:

@@ -99,15 +99,13 @@ class FeatureAlignment(Result):
         if not pairs:
             return Share(*[float("nan")] * 4)
         values, chance = (
-            (self.same.double(), self.chance_same)
-            if what == "same"
-            else (self.overlap.double(), self.chance_overlap)
+            (self.same, self.chance_same) if what == "same" else (self.overlap, self.chance_overlap)
         )
         rows = [self.layers.index(one) for one, _ in pairs]
         columns = [self.other_layers.index(other) for _, other in pairs]
-        value = float(values[rows, columns].mean())
+        value = float(values[rows, columns].double().mean())
         low, high = wilson_interval(value, len(self.features))
-        return Share(value, low, high, float(chance.double()[rows, columns].mean()))
+        return Share(value, low, high, float(chance[rows, columns].double().mean()))
 
     def index_share(self, other: bool = False) -> Share:
         """How often the best token's id is the feature's number, mean over layers.

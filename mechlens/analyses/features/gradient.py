@@ -169,7 +169,11 @@ def search_gradient(
         true_objectives={way: each.objective for way, each in walk.decoded.items()},
         true_activations={way: each.activation for way, each in walk.decoded.items()},
         optimum=optimum,
-        strings=sought.strings(*decoded.values(), *(each.ids for each in walk.decoded.values())),
+        strings=sought.strings(
+            *decoded.values(),
+            *(each.ids for each in walk.decoded.values()),
+            *([] if judge.target is None else [judge.target]),
+        ),
     )
 
 

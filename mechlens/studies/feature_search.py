@@ -1,0 +1,430 @@
+"""What excites features: the post's searches and claims on one model, each with a number and a verdict.
+
+The post looks at four features by eye. Here a share over many stands beside what chance gives, the model
+beside the same one with random weights, and these beside one that keeps the trained embeddings, so that it
+can be told what training, the residual stream and the embedding each have to do with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from mechlens.analyses.features import (
+    feature_alignment,
+    feature_examples,
+    search_complete,
+    search_gradient,
+    search_greedy,
+)
+from mechlens.corpus import Source
+from mechlens.measures.statistics import wilson_interval
+from mechlens.models.protocol import LensModel
+from mechlens.models.untrained import random_like
+from mechlens.published import FEATURE_TOKENS, FEATURES, FEATURES_POST, Published, PublishedTokens
+from mechlens.results import (
+    NOT_JUDGED,
+    Comparison,
+    CompleteSearch,
+    FeatureAlignment,
+    FeatureExamples,
+    GradientSearch,
+    GreedySearch,
+    Result,
+    Share,
+)
+from mechlens.studies.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FOUR = (0, 1, 2, 3)
+"""The features that the post shows."""
+REPEATED = 5
+"""Tokens of the inputs in which every position is excited, as in the post."""
+NEAR = 0.95
+"""Share of the exhaustive optimum that gradient search should reach."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStudy(Study):
+    """The searches on one model, on random weights, and how they agree."""
+
+    complete: Mapping[str, CompleteSearch]
+    """Of the `trained` model, with `random` weights, and with random weights but trained `embeddings`."""
+    alignments: Mapping[str, FeatureAlignment]
+    """`trained`, `random` and `embeddings`: layers with layers; `trained_random` and `trained_embeddings`:
+    the trained model with the others, layer by layer."""
+    greedy: tuple[GreedySearch, ...]
+    """Of some layers, features 0 to 3."""
+    summed: tuple[GreedySearch, ...]
+    """The same by the sum over all tokens."""
+    gradient: tuple[GradientSearch, ...]
+    """One token for each of some features of the first layer, with the default settings."""
+    descents: tuple[GradientSearch, ...]
+    """The same from a single random start, as the post does it."""
+    repeated: tuple[GradientSearch, ...]
+    """Several tokens, the feature summed over all positions."""
+    alone: tuple[GradientSearch, ...]
+    """One token for each of some features of the last layer's block, without the blocks before it."""
+    softmax: Mapping[int, tuple[GradientSearch, ...]]
+    """With the post's prior, by layer, where it is published for the model."""
+    examples: FeatureExamples | None
+    """Real contexts, where a corpus was given."""
+
+    @property
+    def results(self) -> Mapping[str, Result]:
+        found: dict[str, Result] = {f"complete_{name}": each for name, each in self.complete.items()}
+        found |= {f"alignment_{name}": each for name, each in self.alignments.items()}
+        found |= {f"greedy_layer_{each.layer}": each for each in self.greedy}
+        # of many alike, the first; all are in `to_features`
+        found["gradient"] = self.gradient[0]
+        return found if self.examples is None else found | {"examples": self.examples}
+
+    def to_features(self) -> pd.DataFrame:
+        """One row per feature of the first layer that was searched by gradients: feature, best_token,
+        optimum (of all tokens), gradient_token, gradient_activation, share_of_optimum, descent_token (from
+        one start, decoded at its end), cosine (of that embedding to the nearest real one)."""
+        import pandas as pd
+
+        whole, rows = self.complete["trained"], []
+        for search, descent in zip(self.gradient, self.descents, strict=True):
+            feature = int(search.selected[0, 1])
+            at = whole.layers.index(search.layer), whole.features.index(feature)
+            best, optimum = int(whole.ids[at][0]), float(whole.activations[at][0])
+            activation = search.best_activation()
+            rows.append(
+                (
+                    feature,
+                    whole.strings[str(best)],
+                    optimum,
+                    search.strings[str(int(search.best_ids()[0]))],
+                    activation,
+                    share_of(activation, optimum),
+                    descent.strings[str(decoded(descent))],
+                    float(descent.nearest_cosine[0].mean()),
+                )
+            )
+        columns = ["feature", "best_token", "optimum", "gradient_token", "gradient_activation"]
+        columns += ["share_of_optimum", "descent_token", "cosine"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def reproduce_feature_search(
+    model: LensModel,
+    *,
+    n_features: int = 32,
+    n_tokens: int = 4,
+    top_k: int = 5,
+    corpus: Source | None = None,
+    limit: int | None = 500,
+    seed: int = 0,
+    progress: bool = False,
+) -> FeatureStudy:
+    """Search for what excites a model's features as the post does, and hold its claims against that.
+
+    Args:
+        model: with unprocessed weights.
+        n_features: how many are searched by gradients, from feature 0 on.
+        n_tokens: of greedy searches.
+        top_k: best tokens to keep, for the overlap.
+        corpus: text to find real contexts in, as for `feature_examples`; None finds none.
+        limit: windows of it.
+        seed: of random weights and of starts.
+        progress: show bars.
+
+    Raises:
+        ValueError: as the searches; a size below 1.
+
+    Source: Badger, "Language Model Features". Tokens are compared with its tables on GPT-2 small and medium,
+    without spaces, for those are lost in print.
+    Cost: three complete searches; greedy searches of four features in at most four layers, twice; about three
+    gradient searches for each feature.
+    """
+    if n_features < 1:
+        raise ValueError(f"n_features must be at least 1, but is {n_features}")
+    search = functools.partial(search_complete, top_k=top_k, progress=progress)
+    trained = search(model)
+    complete = {"trained": trained}
+    # one after the other, since each is a whole model
+    complete["random"] = search(random_like(model, seed))
+    complete["embeddings"] = search(random_like(model, seed, keep_embeddings=True))
+    alignments = {name: feature_alignment(each) for name, each in complete.items()}
+    for name in ("random", "embeddings"):
+        alignments[f"trained_{name}"] = feature_alignment(trained, complete[name])
+    features, last = trained.features[:n_features], trained.layers[-1]
+    four = [feature for feature in FOUR if feature in trained.features]
+    few = features[: len(FOUR)]
+    greedy = functools.partial(search_greedy, model, features=four, n_tokens=n_tokens, progress=progress)
+    layers = some_layers(trained)
+    own = {each for each in FEATURE_TOKENS if trained.model.name in each.models}
+    softmax = sorted({each.block - 1 for each in own if each.search == "softmax"} & set(trained.layers))
+    steps = tqdm(
+        total=2 * len(layers) + 2 * len(features) + (len(softmax) + 2) * len(few),
+        desc="features",
+        unit="search",
+        disable=not progress,
+    )
+
+    def for_each(work: Callable[..., Any], values: Sequence[int], **options: Any) -> tuple[Any, ...]:
+        found = []
+        for value in values:
+            found.append(work(value, **options))
+            steps.update()
+        return tuple(found)
+
+    def gradient(feature: int, *, layer: int, n_tokens: int = 1, **options: Any) -> GradientSearch:
+        at = (slice(None), feature)
+        return search_gradient(model, layer=layer, selection=at, n_tokens=n_tokens, seed=seed, **options)
+
+    first = trained.layers[0]
+    study = FeatureStudy(
+        comparisons=(),
+        complete=complete,
+        alignments=alignments,
+        greedy=for_each(lambda layer: greedy(layer=layer), layers),
+        summed=for_each(lambda layer: greedy(layer=layer, aggregate="sum"), layers),
+        gradient=for_each(gradient, features, layer=first, complete=trained),
+        descents=for_each(gradient, features, layer=first, restarts=1, complete=trained),
+        repeated=for_each(gradient, few, layer=first, n_tokens=REPEATED),
+        alone=for_each(gradient, few, layer=last, isolated=True),
+        softmax={layer: for_each(gradient, few, layer=layer, prior="softmax") for layer in softmax},
+        examples=None
+        if corpus is None
+        else feature_examples(
+            model, corpus, layers=[first, last], features=four, limit=limit, progress=progress
+        ),
+    )
+    steps.close()
+    comparisons = [compare(claim, study) for claim in FEATURES]
+    comparisons += [compare_tokens(claim, study) for claim in FEATURE_TOKENS if claim in own]
+    return dataclasses.replace(study, comparisons=tuple(comparisons))
+
+
+def some_layers(search: CompleteSearch) -> list[int]:
+    """All layers of a shallow model; of a deeper one the first, a third and two thirds of the way, and the
+    last, as in the post."""
+    n = len(search.layers)
+    if n <= 4:
+        return list(search.layers)
+    return [search.layers[max(0, round(n * share) - 1)] for share in (0, 1 / 3, 2 / 3, 1)]
+
+
+def decoded(search: GradientSearch) -> int:
+    """The token that the first restart's embedding stands for by the pseudo-inverse, as in the post."""
+    return int(search.decoded_ids["pinv"][0, 0])
+
+
+def share_of(activation: float, optimum: float) -> float:
+    """How much of an optimum was reached; nan where that is not above 0, since a share would say nothing."""
+    return activation / optimum if optimum > 0 else float("nan")
+
+
+# -- claims ----------------------------------------------------------------------------------------
+
+
+def compare(claim: Published, study: FeatureStudy) -> Comparison:
+    """One claim of the post beside its number."""
+    text, measure = CLAIMS[claim.what]
+    measured, holds = measure(study, claim.threshold or 0.0)
+    return Comparison(
+        claim=text,
+        published=claim.value,
+        measured=measured,
+        low=claim.threshold,
+        high=None,
+        verdict=NOT_JUDGED if holds is None else "reproduced" if holds else "not reproduced",
+        source=claim.source,
+    )
+
+
+def compare_tokens(claim: PublishedTokens, study: FeatureStudy) -> Comparison:
+    """One line of the post's tables beside what was found."""
+    layer, found, judged = claim.block - 1, list[str](), claim.search in ("complete", "greedy", "softmax")
+    trained = study.complete["trained"]
+    if claim.search == "complete" and layer in trained.layers:
+        row = trained.ids[trained.layers.index(layer), : len(FOUR), 0].tolist()
+        found = [trained.strings[str(token)] for token in row]
+    elif claim.search == "greedy":
+        searches = [each for each in study.greedy if each.layer == layer]
+        found = [
+            " ".join(each.strings[str(token)].strip() for token in ids)
+            for each in searches
+            for ids in each.ids[:, 0].tolist()
+        ]
+    elif claim.search == "softmax":
+        found = [each.strings[str(int(each.best_ids()[0]))] for each in study.softmax.get(layer, ())]
+    elif claim.search == "l1":
+        found = [each.strings[str(decoded(each))] for each in study.descents[: len(FOUR)]]
+    same = sum(map(_alike, found, claim.inputs))
+    reason = {"l1": ": from another start", "cosine": "the post does not say with which target"}
+    tokens = " | ".join(each.strip() for each in found)
+    return Comparison(
+        claim=f"{claim.search} search, block {claim.block}, features 0 to 3",
+        published=" | ".join(claim.inputs),
+        measured=f"{tokens}{reason.get(claim.search, '')}" if found else reason.get(claim.search, "nothing"),
+        low=None,
+        high=None,
+        verdict=NOT_JUDGED
+        if not (judged and found)
+        else "reproduced"
+        if same == len(claim.inputs)
+        else "not reproduced",
+        source=FEATURES_POST,
+    )
+
+
+def _alike(one: str, other: str) -> bool:
+    return "".join(one.split()) == "".join(other.split())
+
+
+def _said(share: Share) -> str:
+    return f"{share.value:.3f} ({share.low:.3f} to {share.high:.3f}); chance {share.chance:.4f}"
+
+
+def _counted(hits: Sequence[bool], words: str = "") -> tuple[float, str]:
+    """A share of so many, in words with its interval."""
+    value = sum(hits) / len(hits)
+    low, high = wilson_interval(value, len(hits))
+    return value, f"{sum(hits)} of {len(hits)}{words} ({low:.2f} to {high:.2f})"
+
+
+Measured = tuple[str, bool | None]
+
+
+def _aligned(name: str, study: FeatureStudy, threshold: float) -> Measured:
+    """Whether most features agree."""
+    share = study.alignments[name].share()
+    return _said(share), None if share.value != share.value else share.value >= threshold
+
+
+def _beyond_chance(name: str, wanted: bool, study: FeatureStudy, threshold: float) -> Measured:
+    share = study.alignments[name].share()
+    return _said(share), (share.verdict == "aligned") == wanted if share.verdict else None
+
+
+def _learned(study: FeatureStudy, threshold: float) -> Measured:
+    """Whether the trained layers agree more than those of random weights, their intervals apart."""
+    trained, random = (study.alignments[name].share() for name in ("trained", "random"))
+    if not (trained.verdict and random.verdict):
+        return "one layer alone agrees with none", None
+    return (
+        f"trained {trained.value:.3f} ({trained.low:.3f} to {trained.high:.3f}), random weights "
+        f"{random.value:.3f} ({random.low:.3f} to {random.high:.3f})",
+        trained.low > random.high,
+    )
+
+
+def _is_number(study: FeatureStudy, threshold: float) -> Measured:
+    """Whether ids are features' numbers more often than by chance: by complete search, and decoded."""
+    trained = study.alignments["trained"].index_share()
+    random = study.alignments["random"].index_share()
+    hits = [decoded(each) == int(each.selected[0, 1]) for each in study.descents]
+    value, words = _counted(hits, " decoded")
+    low, _ = wilson_interval(value, len(hits))
+    return (
+        f"{words}; complete search {trained.value:.4f}, with random weights {random.value:.4f}; chance "
+        f"{trained.chance:.4f}",
+        low > trained.chance or "aligned" in (trained.verdict, random.verdict),
+    )
+
+
+def _gradient_differs(study: FeatureStudy, threshold: float) -> Measured:
+    """From one start, decoded at the end, as in the post; and with the default settings, run as tokens."""
+    table = study.to_features()
+    value, words = _counted((table.descent_token != table.best_token).tolist())
+    shares = table.share_of_optimum.tolist()
+    near, known = sum(share >= NEAR for share in shares), sum(share == share for share in shares)
+    return f"{words} from one start; by default {near} of {known} reach {NEAR:.0%} of the optimum", (
+        value >= threshold
+    )
+
+
+def _resemble(study: FeatureStudy, threshold: float) -> Measured:
+    """Whether found embeddings are nearer to a real one than real ones are to each other."""
+    found = statistics.mean(float(each.nearest_cosine[0].mean()) for each in study.descents)
+    real = study.descents[0].token_cosine
+    return f"cosine to the nearest real one {found:.3f}; between neighbours {real:.3f}", found > real
+
+
+def _last_is_sum(study: FeatureStudy, threshold: float) -> Measured:
+    same = [
+        torch.equal(mine, theirs)
+        for one, other in zip(study.greedy, study.summed, strict=True)
+        for mine, theirs in zip(one.ids[:, 0], other.ids[:, 0], strict=True)
+    ]
+    value, words = _counted(same)
+    return words, value >= threshold
+
+
+def _later_agree_less(study: FeatureStudy, threshold: float) -> Measured:
+    """Of greedy inputs, in how many of the pairs of layers the first token agrees, and the later ones."""
+    inputs = torch.stack([each.ids[:, 0] for each in study.greedy])
+    pairs = [(i, j) for i in range(len(inputs)) for j in range(i)]
+    if not pairs or inputs.shape[-1] < 2:
+        return "one layer or one token alone", None
+    same = torch.stack([inputs[i] == inputs[j] for i, j in pairs]).double().mean((0, 1))
+    first, later = float(same[0]), float(same[1:].mean())
+    return f"first token {first:.3f}, later ones {later:.3f}", later < first
+
+
+def _one_word(study: FeatureStudy, threshold: float) -> Measured:
+    value, words = _counted([len(each.best_ids().unique()) == 1 for each in study.repeated])
+    return words, value >= threshold
+
+
+def _alone(study: FeatureStudy, threshold: float) -> Measured:
+    """Whether the last block by itself has the same best tokens as the first."""
+    four = study.gradient[: len(study.alone)]
+    same = [
+        torch.equal(one.best_ids(), other.best_ids()) for one, other in zip(study.alone, four, strict=False)
+    ]
+    value, words = _counted(same)
+    return words, value >= threshold
+
+
+CLAIMS: Mapping[str, tuple[str, Callable[[FeatureStudy, float], Measured]]] = {
+    "layers_agree": (
+        "most features have the same best token in two layers",
+        functools.partial(_aligned, "trained"),
+    ),
+    "layers_agree_beyond_chance": (
+        "layers agree more often than by chance",
+        functools.partial(_beyond_chance, "trained", True),
+    ),
+    "untrained_layers_do_not": (
+        "with random weights, layers agree by chance only",
+        functools.partial(_beyond_chance, "random", False),
+    ),
+    "agreement_is_learned": ("layers agree more than with random weights", _learned),
+    "untrained_is_like_trained": (
+        "most features have the same best token with random weights",
+        functools.partial(_aligned, "trained_random"),
+    ),
+    "embeddings_make_it_so": (
+        "... with random blocks on the trained embeddings",
+        functools.partial(_aligned, "trained_embeddings"),
+    ),
+    "id_is_number": ("a best token's id is the feature's number", _is_number),
+    "gradient_differs": ("gradient search finds other tokens than complete search", _gradient_differs),
+    "found_resemble_real": ("embeddings that gradients find resemble real ones", _resemble),
+    "last_is_sum": ("greedy search by the last token or by the sum is the same", _last_is_sum),
+    "later_tokens_agree_less": (
+        "greedy search: layers agree less on later tokens than on the first",
+        _later_agree_less,
+    ),
+    "one_word_repeated": (
+        f"exciting {REPEATED} positions of the first layer gives one token {REPEATED} times",
+        _one_word,
+    ),
+    "alone_as_the_first": (
+        "the last layer's block alone has the first layer's best tokens",
+        _alone,
+    ),
+}
