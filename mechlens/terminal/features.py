@@ -223,7 +223,7 @@ def print_feature_alignment(results: Mapping[str, FeatureAlignment]) -> None:
     print_table(
         f"The best token's id is the feature's own number (by chance 1 in {first.model.d_vocab:,})",
         ("features of", "share", "95% interval", "verdict"),
-        [(name, *(_share(share)[at] for at in (0, 1, 3))) for name, share in _index_shares(results).items()],
+        [(name, *_share(share)[:2], _index_verdict(share)) for name, share in _index_shares(results).items()],
     )
     counts = sorted({len(found.features) for found in results.values()})
     typer.echo(
@@ -250,7 +250,10 @@ def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str,
             }
             for name, found in results.items()
         ],
-        "is_index": {name: _share_json(share) for name, share in _index_shares(results).items()},
+        "is_index": {
+            name: {**asdict(share), "verdict": _index_verdict(share)}
+            for name, share in _index_shares(results).items()
+        },
     }
 
 
@@ -342,6 +345,13 @@ def _share(share: Share) -> tuple[str, str, str, str]:
     value = "undefined" if share.value != share.value else f"{share.value:.3f}"
     chance = "" if share.chance != share.chance else f"{share.chance:.4f}"
     return value, tolerance(share.low, share.high, 3), chance, share.verdict
+
+
+def _index_verdict(share: Share) -> str:
+    """Features are not aligned where their best tokens have their numbers."""
+    from mechlens.results.feature_alignment import CHANCE
+
+    return "more than chance" if share.low > share.chance else CHANCE
 
 
 def _share_json(share: Share) -> dict[str, Any]:
