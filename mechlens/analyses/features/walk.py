@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.features.objectives import Judge
-from mechlens.measures.memory import is_out_of_memory
+from mechlens.measures.memory import in_parts
 
 PENALTIES = ("norm", "nearest")
 PRIORS = ("none", "softmax", *PENALTIES)
@@ -225,14 +225,11 @@ class Walk:
     def _in_parts(
         self, make: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor
     ) -> list[tuple[Tensor, ...]]:
-        """All restarts together, or in halves of halves when memory runs out."""
-        while True:
-            try:
-                return [make(part) for part in rows.split(self.rows)]
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.rows == 1:
-                    raise
-                self.rows = (self.rows + 1) // 2
+        """All restarts together, or as many as memory holds, which is remembered."""
+        done = list(in_parts(make, rows, self.rows))
+        if len(done) > 1:
+            self.rows = len(done[0][0])
+        return [made for _, made in done]
 
 
 def _kept(optimiser: torch.optim.Optimizer, free: Tensor) -> list[Tensor]:
