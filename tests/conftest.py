@@ -11,6 +11,6 @@ install_import_hook("mechlens", "tests.checked.checked")
 
 import torch  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 pytest_plugins = ["tests.model_fixtures"]

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mechlens.published import COMPOSITION_GPT2, LOGIT_LENS, MLP_PATCHING
-from mechlens.results import InductionCircuits, LogitLensResult, PatchGridResult, load
+from mechlens.published import COMPOSITION_GPT2, FEATURES, LOGIT_LENS, MLP_PATCHING
+from mechlens.results import CompleteSearch, InductionCircuits, LogitLensResult, PatchGridResult, load
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -70,6 +70,26 @@ def test_the_composition_circuit_prints_its_evidence_and_draws_its_figures(tmp_p
     figures = {path.stem for path in (tmp_path / "out").glob("*.html")} - {"report"}
     assert figures == {"composition", "graph", "eigenvalues"}
     assert page.count('class="plot"') == len(figures)
+
+
+def test_feature_search_prints_its_verdicts_and_draws_its_figures(tmp_path):
+    options = ("--features", 2, "--tokens", 2, "--windows", 3)
+    ran = run("feature_search.py", *options, "--out", tmp_path / "out")
+    assert ran.returncode == 0, ran.stderr
+    claims = [line for line in ran.stdout.splitlines() if line.endswith(("reproduced", "not judged"))]
+    assert len(claims) == len(FEATURES), "the post's tables are of other models"
+    assert "layers, random blocks, trained embeddings" in ran.stdout
+    assert "strongest of 3 real contexts" in ran.stdout
+    found = load(tmp_path / "out" / "complete_trained.safetensors")
+    assert isinstance(found, CompleteSearch)
+    assert found.ids.shape == (4, 192, 5)
+    assert len((tmp_path / "out" / "features.csv").read_text().splitlines()) == 3
+    page = (tmp_path / "out" / "report.html").read_text()
+    figures = {path.stem for path in (tmp_path / "out").glob("*.html")} - {"report"}
+    assert figures == {"tokens", "alignment", "gradient"}
+    # best tokens; two alignments, each with its overlap; two gradient searches
+    assert page.count('class="plot"') == 7
+    assert page.count('class="view"') == 8
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):

@@ -213,6 +213,9 @@ def test_what_did_not_come_out_is_said_plainly() -> None:
     assert verdict_statement([GOOD, open_]) == (
         "1 of 1 figures came out as claimed (an article). 1 could not be judged: too little was measured."
     )
+    assert verdict_statement([GOOD, *[MISSED] * 5]) == (
+        "1 of 6 figures came out as claimed (an article). 5 did not: the table has their figures."
+    )
     assert verdict_statement([]) == "There is no published figure to compare with."
 
 

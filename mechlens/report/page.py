@@ -19,6 +19,8 @@ from mechlens.plots.views import SHOW_VIEW, View, circuitsvis_bundle, script_jso
 from mechlens.report.look import CSS, POLICY, SHOW_PLOTS, SHOW_VIEWS
 from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, replacing
 
+MOST_NAMED = 4
+"""Figures that are named in a sentence; more are found more easily in the table."""
 _COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
 
 
@@ -170,7 +172,7 @@ def render_report(
 
 
 def verdict_statement(comparisons: Sequence[Comparison]) -> str:
-    """Say in plain words how many published figures came out, and name each one that did not."""
+    """Say in plain words how many published figures came out, and name those that did not, where few."""
     if not comparisons:
         return "There is no published figure to compare with."
     judged = [each for each in comparisons if each.verdict != NOT_JUDGED]
@@ -179,7 +181,9 @@ def verdict_statement(comparisons: Sequence[Comparison]) -> str:
     statement = f"{len(judged) - len(missed)} of {len(judged)} figures came out as claimed ({sources})."
     if len(judged) < len(comparisons):
         statement += f" {len(comparisons) - len(judged)} could not be judged: too little was measured."
-    if missed:
+    if len(missed) > MOST_NAMED:
+        statement += f" {len(missed)} did not: the table has their figures."
+    elif missed:
         named = "; ".join(
             f"{each.claim} (claimed {_value(each.published)}, measured {_value(each.measured)})"
             for each in missed

@@ -299,9 +299,9 @@ Measured = tuple[str, bool | None]
 
 
 def _aligned(name: str, study: FeatureStudy, threshold: float) -> Measured:
-    """Whether most features agree."""
+    """Whether most features agree; without a threshold nothing is claimed."""
     share = study.alignments[name].share()
-    return _said(share), None if share.value != share.value else share.value >= threshold
+    return _said(share), share.value >= threshold if threshold and share.value == share.value else None
 
 
 def _beyond_chance(name: str, wanted: bool, study: FeatureStudy, threshold: float) -> Measured:
