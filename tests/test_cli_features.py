@@ -107,8 +107,9 @@ BEFORE_LOADING = [
         "--prior-weight must be a finite number",
     ),
     (["gradient", "--optimiser", "LBFGS"], "--optimiser must be one of Adadelta"),
-    (["gradient", "--learning-rate", "0"], "--learning-rate must be a finite number above 0, but is 0.0"),
-    (["gradient", "--learning-rate", "nan"], "--learning-rate must be a finite number above 0"),
+    (["gradient", "--learning-rate", "0"], "--learning-rate must be above 0 and at most 1e+06, but is 0.0"),
+    (["gradient", "--learning-rate", "nan"], "--learning-rate must be above 0"),
+    (["gradient", "--learning-rate", "1e38"], "--learning-rate must be above 0 and at most 1e+06"),
     (["gradient", "--steps", "0"], "Invalid value for '--steps'"),
     (["gradient", "--restarts", "0"], "Invalid value for '--restarts'"),
     (["gradient", "--tokens", "2", "--position", "2"], "there is no position 2: there are 2"),
@@ -377,6 +378,23 @@ def test_align_with_another_model_compares_layer_with_layer(capsys, tmp_path, di
     assert code == 0
     table = pd.read_csv(path)
     assert table["compared"].value_counts().to_dict() == {"trained with deeper": 6, "layers, trained": 4}
+
+
+def test_a_model_that_does_not_compare_is_refused(
+    capsys, monkeypatch, tmp_path, tmp_path_factory, directory, tiny_directories
+):
+    from tests.tiny_models import write_tiny_model
+
+    small = tmp_path_factory.mktemp("models") / "small"
+    write_tiny_model(small, "gpt2", n_layer=1, n_inner=16)
+    capsys.readouterr()
+    for against, arguments, message in (
+        (tiny_directories / "llama", [], "llama has another tokenizer"),
+        (small, ["--layer", "1"], "small has no layer 1: it has 1"),
+        (small, ["--feature", "17", "--site", "post"], "small has no feature 17: it has 16"),
+    ):
+        given = ["align", "--model", directory, "--against", against, *arguments]
+        refused(capsys, given, message, monkeypatch, tmp_path)
 
 
 def test_align_alone_is_saved(capsys, tmp_path, directory, model):

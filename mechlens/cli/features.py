@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _ENDINGS = (".html", ".csv", ".safetensors")
 _MOST_PLACES = 64
 """Features, each in each layer, whose contexts a page shows."""
+_FASTEST = 1e6
+"""A learning rate; at 1 a step is as long as an embedding."""
 
 LayersOption = Annotated[
     list[str] | None,
@@ -236,7 +238,7 @@ def gradient(
     learning_rate: Annotated[
         float, typer.Option(help="In units of an embedding element's root mean square.")
     ] = 0.1,
-    steps: Annotated[int, typer.Option(min=1, help="At most.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="At most; it stops when nothing gets better.")] = 40,
     restarts: Annotated[int, typer.Option(min=1, help="Independent starts, run together.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the starts.")] = 0,
     isolated: Annotated[
@@ -371,6 +373,8 @@ def align(
         layers = _chosen("layer", layers, loaded.cfg.n_layers)
     if wanted is not None:
         wanted = _chosen("feature", wanted, _width(loaded, site))
+    if other is not None:
+        _check_other(loaded, other, against, layers, wanted, site)
     several = len(layers or range(loaded.cfg.n_layers)) > 1
     if alone and not several:
         raise ValueError("this model has one layer, which has no other to be compared with: add --against")
@@ -556,8 +560,11 @@ def _check_gradient(given: dict[str, Any]) -> None:
             raise ValueError(
                 f"--prior-weight must be a finite number from 0 on, but is {given['prior_weight']}"
             )
-    if not (isfinite(given["learning_rate"]) and given["learning_rate"] > 0):
-        raise ValueError(f"--learning-rate must be a finite number above 0, but is {given['learning_rate']}")
+    # what is beyond float32 ends within torch's optimisers
+    if not 0 < given["learning_rate"] <= _FASTEST:
+        raise ValueError(
+            f"--learning-rate must be above 0 and at most {_FASTEST:g}, but is {given['learning_rate']}"
+        )
     if given["position"] is not None:
         _chosen("position", [given["position"]], given["tokens"])
 
@@ -577,6 +584,30 @@ def _chosen(what: str, given: Sequence[int], count: int) -> list[int]:
     from mechlens.prompts import chosen
 
     return list(chosen(what, given, count))
+
+
+def _check_other(
+    model: LensModel,
+    other: LensModel,
+    name: str | None,
+    layers: Sequence[int] | None,
+    wanted: Sequence[int] | None,
+    site: str,
+) -> None:
+    """Say so before either is searched that the two do not compare, which takes long for a large one."""
+    from mechlens.prompts import vocabulary_hash
+
+    if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
+        raise ValueError(
+            f"--against {name} has another tokenizer, so that its ids are other tokens: compare models with "
+            "the same one"
+        )
+    for what, given, count in (
+        ("layer", layers, other.cfg.n_layers),
+        ("feature", wanted, _width(other, site)),
+    ):
+        if given is not None and max(given) >= count:
+            raise ValueError(f"--against {name} has no {what} {max(given)}: it has {count}")
 
 
 @contextlib.contextmanager

@@ -166,6 +166,14 @@ def test_the_miss_is_printed(capsys, optimum, said):
     assert f"The best of all tokens (·a) has {optimum:.3f}: {said}" in capsys.readouterr().out
 
 
+def test_the_best_token_was_found_whatever_the_weights_precision(capsys):
+    # in bfloat16 the same token has 1.5 in one batch and 1.6 in another
+    found = dataclasses.replace(gradient_search(), optimum=1.6)
+    complete = dataclasses.replace(complete_search(), ids=torch.tensor([[[6], [5]]]))
+    terminal.print_gradient_search(found, complete)
+    assert "The best of all tokens (⏎) has 1.600: it was found." in capsys.readouterr().out
+
+
 def test_a_continuation_is_told_by_its_log_probability(capsys):
     found = dataclasses.replace(
         gradient_search(),
