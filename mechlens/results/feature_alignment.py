@@ -35,6 +35,10 @@ class Share:
             return ""
         return ALIGNED if self.low > self.chance else CHANCE
 
+    def __str__(self) -> str:
+        """In words: `0.166 (0.120 to 0.225); chance 0.0096`."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f}); chance {self.chance:.4f}"
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FeatureAlignment(Result):

@@ -37,7 +37,6 @@ from mechlens.results import (
     GradientSearch,
     GreedySearch,
     Result,
-    Share,
 )
 from mechlens.studies.study import Study
 
@@ -284,10 +283,6 @@ def _alike(one: str, other: str) -> bool:
     return "".join(one.split()) == "".join(other.split())
 
 
-def _said(share: Share) -> str:
-    return f"{share.value:.3f} ({share.low:.3f} to {share.high:.3f}); chance {share.chance:.4f}"
-
-
 def _counted(hits: Sequence[bool], words: str = "") -> tuple[float, str]:
     """A share of so many, in words with its interval."""
     value = sum(hits) / len(hits)
@@ -301,12 +296,12 @@ Measured = tuple[str, bool | None]
 def _aligned(name: str, study: FeatureStudy, threshold: float) -> Measured:
     """Whether most features agree; without a threshold nothing is claimed."""
     share = study.alignments[name].share()
-    return _said(share), share.value >= threshold if threshold and share.value == share.value else None
+    return str(share), share.value >= threshold if threshold and share.value == share.value else None
 
 
 def _beyond_chance(name: str, wanted: bool, study: FeatureStudy, threshold: float) -> Measured:
     share = study.alignments[name].share()
-    return _said(share), (share.verdict == "aligned") == wanted if share.verdict else None
+    return str(share), (share.verdict == "aligned") == wanted if share.verdict else None
 
 
 def _learned(study: FeatureStudy, threshold: float) -> Measured:
