@@ -79,6 +79,7 @@ BEFORE_LOADING = [
     (["complete", "--top", "0"], "Invalid value for '--top'"),
     (["complete", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
     (["complete", "--out", "no/such/x.csv"], "there is no folder"),
+    (["complete", "-f", "0:65", "--out", "x.html"], "the tokens of at most 64 features, but 65 are"),
     (["complete", "--state", "x.json"], "the state is saved as a .safetensors file"),
     (["greedy", "--aggregate", "mean"], "--aggregate must be one of last, sum, but is 'mean'"),
     (["greedy", "--tokens", "0"], "Invalid value for '--tokens'"),
@@ -505,6 +506,16 @@ def test_a_page_has_the_command_that_wrote_it(capsys, tmp_path, directory, corpu
     # an argument without an option's name comes last
     if arguments[-1] in ("MODEL", "CORPUS") and arguments[-2] != "--model":
         assert shlex.split(command)[-1] == given[-1]
+
+
+def test_a_page_shows_all_features_that_were_asked_for(capsys, tmp_path, directory):
+    path = tmp_path / "x.html"
+    arguments = ["--feature", "0:20", "--model", directory, "--out", path, "--quiet"]
+    code, _, _ = run(capsys, "features", "complete", *arguments)
+    assert code == 0
+    # of layer, feature, and tokens: the table below the picture
+    rows = re.findall(r"<tr><td[^>]*>(\d+)</td><td[^>]*>(\d+)</td>", path.read_text())
+    assert rows == [(str(layer), str(feature)) for layer in range(2) for feature in range(20)]
 
 
 @pytest.mark.parametrize(

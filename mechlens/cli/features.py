@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 _MOST_PLACES = 64
-"""Features, each in each layer, whose contexts a page shows."""
+"""Features that a page shows."""
 _FASTEST = 1e6
 """A learning rate; at 1 a step is as long as an embedding."""
 
@@ -93,6 +93,7 @@ def complete(
     given = dict(locals())
     layers, wanted = _numbers("--layer", layer), _numbers("--feature", feature)
     _check_common(given)
+    _check_page(out, len(wanted or []), "tokens")
     loaded = _load(given)
     from mechlens.analyses.features import search_complete
 
@@ -112,7 +113,8 @@ def complete(
     def sections() -> list[Section]:
         from mechlens.report import complete_search_section
 
-        return [complete_search_section(found)]
+        # without it the section chooses some
+        return [complete_search_section(found, features=found.features)]
 
     _save(out, "Tokens that excite features", [found], sections, _command("complete", complete, given))
     if as_json:
@@ -414,7 +416,9 @@ def align(
     def sections() -> list[Section]:
         from mechlens.report import feature_alignment_section
 
-        return [feature_alignment_section(list(found.values()), names=list(found))]
+        # they begin sentences there
+        names = [name[0].upper() + name[1:] for name in found]
+        return [feature_alignment_section(list(found.values()), names=names)]
 
     command = _command("align", align, given | {"model": model}, argument="name")
     _save(out, "Alignment of features", list(found.values()), sections, command, names=list(found))
@@ -460,12 +464,8 @@ def examples(
     _check_common(given)
     if not Path(corpus).exists():
         raise ValueError(f"there is no corpus {corpus}: it is a file or a folder")
-    places = len(layers) * len(wanted or range(4))
-    if out is not None and out.suffix == ".html" and places > _MOST_PLACES:
-        raise ValueError(
-            f"a page holds the contexts of at most {_MOST_PLACES} features, but {places} are asked for: give "
-            "fewer, or save to .csv or .safetensors"
-        )
+    # each in each layer
+    _check_page(out, len(layers) * len(wanted or range(4)), "contexts")
     loaded = _load(given)
     from mechlens.analyses.features import feature_examples
 
@@ -523,6 +523,14 @@ def _check_common(given: dict[str, Any]) -> None:
 
     _check_known("--site", given["site"], tuple(SITES))
     state_file(given.get("state"))
+
+
+def _check_page(out: Path | None, places: int, what: str) -> None:
+    if out is not None and out.suffix == ".html" and places > _MOST_PLACES:
+        raise ValueError(
+            f"a page shows the {what} of at most {_MOST_PLACES} features, but {places} are asked for: give "
+            "fewer, or save to .csv or .safetensors"
+        )
 
 
 def _check_known(option: str, given: str, known: Sequence[str]) -> None:
