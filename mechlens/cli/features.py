@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _ENDINGS = (".html", ".csv", ".safetensors")
 _MOST_PLACES = 64
 """Features that a page shows."""
-_FASTEST = 1e6
-"""A learning rate; at 1 a step is as long as an embedding."""
 
 LayersOption = Annotated[
     list[str] | None,
@@ -541,7 +539,7 @@ def _check_known(option: str, given: str, known: Sequence[str]) -> None:
 def _check_gradient(given: dict[str, Any]) -> None:
     from math import isfinite
 
-    from mechlens.analyses.features.gradient import OPTIMISERS
+    from mechlens.analyses.features.gradient import FASTEST, OPTIMISERS
     from mechlens.analyses.features.objectives import OBJECTIVES
     from mechlens.analyses.features.walk import PENALTIES, PRIORS
 
@@ -568,10 +566,9 @@ def _check_gradient(given: dict[str, Any]) -> None:
             raise ValueError(
                 f"--prior-weight must be a finite number from 0 on, but is {given['prior_weight']}"
             )
-    # what is beyond float32 ends within torch's optimisers
-    if not 0 < given["learning_rate"] <= _FASTEST:
+    if not 0 < given["learning_rate"] <= FASTEST:
         raise ValueError(
-            f"--learning-rate must be above 0 and at most {_FASTEST:g}, but is {given['learning_rate']}"
+            f"--learning-rate must be above 0 and at most {FASTEST:g}, but is {given['learning_rate']}"
         )
     if given["position"] is not None:
         _chosen("position", [given["position"]], given["tokens"])

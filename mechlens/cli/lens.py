@@ -132,7 +132,7 @@ def lens(
         raise ValueError(f"--head is for --component result, but --component is {component}")
     if head and layer:
         raise ValueError("--head says which layers are read: leave out --layer")
-    positions = _positions(position) if position else None
+    positions = options.numbers("--position", position) if position else None
     _check_colour(stat, of, target or [])
     saved = _saved_tuned_lens(tuned_lens, raw)
     loaded = options.load(model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw)
@@ -184,24 +184,6 @@ def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
     known = ("final", "input", "next", *targets)
     if of is not None and of not in known:
         raise ValueError(f"--of must be one of {', '.join(map(repr, known))} (add --target), but is {of!r}")
-
-
-def _positions(given: list[str]) -> list[int]:
-    """Single positions, and ranges without their end; a range from -20 without an end is the last 20."""
-    found: list[int] = []
-    for each in given:
-        first, colon, end = each.partition(":")
-        try:
-            start = int(first or 0)
-            some = range(start, int(end or 0) if colon else start + 1)
-        except ValueError:
-            some = range(0)
-        if not some:
-            raise ValueError(
-                f"--position is a number, or a range such as 10:40 or -20: that has some, but is {each!r}"
-            )
-        found += some
-    return found
 
 
 def _as_typed(message: str) -> str:

@@ -481,9 +481,10 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"prior": "bayes"}, "prior must be one of none, softmax, norm, nearest, but is 'bayes'"),
         ({"optimiser": "LBFGS"}, "optimiser must be one of"),
         ({"restarts": 0}, "restarts must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and at most 1e.06, but is 0.0"),
+        ({"learning_rate": 1e300}, "learning_rate must be above 0"),
         ({"objective": "l1"}, "the objective 'l1' needs a target"),
-        ({"objective": "l1", "target": torch.tensor([3, 4])}, "the 1 tokens that are searched, but has 2"),
+        ({"objective": "l1", "target": torch.tensor([3, 4])}, "as many tokens as are searched, 1, but has 2"),
         ({"target": torch.tensor([3])}, "the objective 'constant' has no target"),
         ({"objective": "continuation", "target": torch.tensor([64])}, "token id 64 is not in"),
         (

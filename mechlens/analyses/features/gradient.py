@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
@@ -22,6 +21,8 @@ from mechlens.prompts import drawable_tokens
 from mechlens.results import CompleteSearch, GradientSearch
 from mechlens.results.state import load_state, save_state, state_file
 
+FASTEST = 1e6
+"""A learning rate beyond all sense; what is beyond float32 ends within torch's optimisers."""
 OPTIMISERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 
 
@@ -246,8 +247,8 @@ def _check(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but is {value}")
-    if not learning_rate > 0 or not math.isfinite(learning_rate):
-        raise ValueError(f"learning_rate must be a finite number above 0, but is {learning_rate}")
+    if not 0 < learning_rate <= FASTEST:
+        raise ValueError(f"learning_rate must be above 0 and at most {FASTEST:g}, but is {learning_rate}")
 
 
 def _optimum(complete: CompleteSearch, sought: Sought, judge: Judge, n_tokens: int) -> float:

@@ -149,7 +149,7 @@ def _target(
         raise ValueError(f"a target is one sequence, but here are {len(ids)}")
     if objective != "continuation" and ids.shape[1] != n_tokens:
         raise ValueError(
-            f"the target must have the {n_tokens} tokens that are searched, but has {ids.shape[1]}"
+            f"the target must have as many tokens as are searched, {n_tokens}, but has {ids.shape[1]}"
         )
     return ids[0]
 
