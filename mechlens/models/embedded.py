@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -48,10 +49,7 @@ def run_embedded(
     work away.
     """
 
-    def replace(activation: Tensor, hook: Any) -> Tensor:
-        end = start + embedded.shape[1]
-        return torch.cat([activation[:, :start], embedded, activation[:, end:]], dim=1)
-
+    replace = functools.partial(_replace, embedded=embedded, start=start)
     rows = tokens.expand(len(embedded), -1).clone()
     if alone is None:
         return _end_at(model, rows, name, [(EMBED, replace)])
@@ -60,13 +58,18 @@ def run_embedded(
 
 def _end_at(model: LensModel, given: Tensor, name: str, hooks: list[Any], **options: Any) -> Tensor:
     kept: list[Tensor] = []
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        kept.append(activation)
-        raise Enough
-
-    with running(model, [*hooks, (name, keep)], gradients=True):
+    with running(model, [*hooks, (name, functools.partial(_keep, kept=kept))], gradients=True):
         run(model, given, **options)
     if not kept:
         raise ValueError(f"this model makes nothing at the hook point {name!r}")
     return kept.pop()
+
+
+def _replace(activation: Tensor, hook: Any, *, embedded: Tensor, start: int) -> Tensor:
+    end = start + embedded.shape[1]
+    return torch.cat([activation[:, :start], embedded, activation[:, end:]], dim=1)
+
+
+def _keep(activation: Tensor, hook: Any, *, kept: list[Tensor]) -> None:
+    kept.append(activation)
+    raise Enough

@@ -109,9 +109,23 @@ def running(
         torch.inference_mode(not gradients),
         torch.set_grad_enabled(gradients),
         _evaluating(model),
+        _without_graphs(model) if gradients else contextlib.nullcontext(),
         model.hooks(fwd_hooks=hooks),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _without_graphs(model: LensModel) -> Iterator[None]:
+    """Afterwards, no module keeps an activation with all that it was made of: a bridge's attention keeps its
+    last pattern."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    vars(module)[name] = value.detach()
 
 
 @contextlib.contextmanager

@@ -51,7 +51,14 @@ def random_like(
         raise ValueError(f"std must be a finite number above 0, but is {std}")
     # processing unties the two on one of the engines
     tied = source.tied if source else torch.equal(model.W_U, model.W_E.T)
-    other: Any = copy.deepcopy(model)
+    # an activation with its graph, which a bridge keeps of a run with gradients, is not copied as it is
+    kept = {
+        id(value): value.detach()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+    other: Any = copy.deepcopy(model, kept)
     draw = torch.Generator().manual_seed(seed)
     # HookedTransformer keeps Gemma's embedding multiplied by what others multiply it by on the way
     wide = math.sqrt(info.d_model) if info.architecture.startswith("Gemma") else 1.0
@@ -74,8 +81,8 @@ def random_like(
                 parameter.copy_((torch.randn(parameter.shape, generator=draw) * scale).to(parameter))
         if tied and not keep_embeddings:
             other.W_U.copy_(other.W_E.T / wide)
-    kept = ", trained embeddings" if keep_embeddings else ""
-    name = f"{info.name} (random weights, seed {seed}{kept})"
+    words = ", trained embeddings" if keep_embeddings else ""
+    name = f"{info.name} (random weights, seed {seed}{words})"
     remember(other, Source(name, None, info.architecture, processing=False, tied=tied))
     return other.eval()
 

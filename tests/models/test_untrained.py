@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mechlens.models.embedded import run_embedded
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
 from mechlens.models.untrained import random_like
@@ -173,3 +174,26 @@ def test_attention_only(tmp_path):
 def test_bad_input(trained):
     with pytest.raises(ValueError, match="std must be a finite number above 0, but is 0"):
         random_like(trained("gpt2"), 0, std=0.0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_that_was_run_with_gradients(kind, trained):
+    model = trained(kind)
+    model(TOKENS)
+    # a bridge's attention keeps its last pattern, with its graph
+    assert not torch.equal(random_like(model, 0).W_Q, model.W_Q)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_our_own_runs_with_gradients_leave_no_graph(kind, trained):
+    model = trained(kind)
+    given = model.W_E[TOKENS[0]].detach().clone()[None].requires_grad_()
+    made = run_embedded(model, TOKENS[0], given, 0, "blocks.1.hook_resid_post")
+    assert made.grad_fn is not None
+    left = [
+        name
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    ]
+    assert left == []
