@@ -125,13 +125,13 @@ def print_contexts(study: FeatureStudy) -> None:
     assert found is not None
     print(f"\nSearched tokens beside the strongest of {found.read} real contexts:")
     table = found.to_dataframe().query("rank == 1")
-    for row in table.itertuples():
-        at = search.layers.index(row.layer), search.features.index(row.feature)
+    for row in table.to_dict("records"):
+        at = search.layers.index(row["layer"]), search.features.index(row["feature"])
         token = search.strings[str(int(search.ids[at][0]))]
         print(
-            f"  layer {row.layer} feature {row.feature}: {visible_token(token)} "
-            f"{float(search.activations[at][0]):.2f} alone; in text {visible_token(row.token)} "
-            f"{row.activation:.2f}"
+            f"  layer {row['layer']} feature {row['feature']}: {visible_token(token)} "
+            f"{float(search.activations[at][0]):.2f} alone; in text {visible_token(str(row['token']))} "
+            f"{row['activation']:.2f}"
         )
 
 
