@@ -50,7 +50,7 @@ def test_a_complete_search_has_its_picture_and_its_table():
         (3, 1, MARKUP, -7.0, "⏎", -9.0),
     ]
     assert section.text == (
-        "What to look for.\n\nThe activation of every feature (resid_post) was computed for each of the 64 "
+        "What to look for.\n\nThe activation of every feature of resid_post was computed for each of the 64 "
         "tokens, behind <s>: 2 features in 3 layers."
     )
     assert {"Feature", "Complete search"} <= set(section.terms)
@@ -58,6 +58,20 @@ def test_a_complete_search_has_its_picture_and_its_table():
     neurons = complete_search_section(complete(site="post"))
     assert neurons.parts[1].columns[1] == "neuron"
     assert "Neuron" in neurons.terms
+    assert "The activation of every neuron of the MLP was computed" in neurons.text
+    assert (
+        "behind <s>: 1 feature in 1 layer."
+        in complete_search_section(
+            complete(
+                layers=(0,),
+                features=(4,),
+                **{
+                    name: getattr(complete(), name)[:1, :1]
+                    for name in ("ids", "activations", "lowest_ids", "lowest_activations")
+                },
+            )
+        ).text
+    )
     with pytest.raises(ValueError, match="feature 7 was not searched"):
         complete_search_section(complete(), features=[7])
 
@@ -67,11 +81,12 @@ def test_greedy_searches_are_a_table_of_layers_and_features():
     section = greedy_search_section([greedy(), deeper])
     inputs, activations = section.parts
     assert inputs.columns == ("layer", "feature 4", "feature 1", "feature 9")
-    assert inputs.rows == [(2, "·a⏎", MARKUP + "b", None), (3, "·a⏎", None, MARKUP + "b")]
+    # a blank parts two tokens, since a blank of theirs is a dot
+    assert inputs.rows == [(2, "·a ⏎", MARKUP + " b", None), (3, "·a ⏎", None, MARKUP + " b")]
     assert activations.columns == ("layer", "feature", "input", "activation at each token", "score")
-    assert activations.rows[1] == (2, 1, MARKUP + "b", f"{MARKUP} 0.50, b {MINUS}0.25", 0.25)
-    assert activations.rows[2] == (3, 4, "·a⏎", "·a 3.00, ⏎ 4.00", 7.0)
-    assert "Inputs of 2 tokens, behind <s>, each token the one of 64" in section.text
+    assert activations.rows[1] == (2, 1, MARKUP + " b", f"{MARKUP} 0.50, b {MINUS}0.25", 0.25)
+    assert activations.rows[2] == (3, 4, "·a ⏎", "·a 3.00, ⏎ 4.00", 7.0)
+    assert "Inputs of 2 tokens, which blanks part, behind <s>, each token the one of 64" in section.text
     assert "ranked by the sum of the activations, 2 inputs kept in each step." in section.text
     assert {"Greedy search", "Ranked by", "Feature"} <= set(section.terms)
     assert "<b>&lt;$x$" not in page(section)
@@ -101,8 +116,8 @@ def test_gradient_searches_stand_beside_their_optimum():
         "nearest cosine",
     )
     assert table.rows == [
-        (2, "feature 3 at every position", "norm", "·a" + MARKUP, "nearest", 1.5, 2.5, 0.625),
-        (2, "feature 3 at every position", "none", "·a" + MARKUP, "nearest", 1.5, None, 0.625),
+        (2, "feature 3 at every position", "norm", "·a " + MARKUP, "nearest", 1.5, 2.5, 0.625),
+        (2, "feature 3 at every position", "none", "·a " + MARKUP, "nearest", 1.5, None, 0.625),
     ]
     assert "optimum" in {trace.name for trace in picture.figure.data}, "the first is drawn"
     assert "Dashed" in picture.caption
@@ -117,7 +132,7 @@ def test_gradient_searches_stand_beside_their_optimum():
 def test_a_continuation_has_an_objective_in_the_place_of_an_activation():
     table, picture = gradient_search_section([continuation()]).parts
     assert table.columns[-4:] == ("best tokens", "decoded by", "true objective", "nearest cosine")
-    assert table.rows == [(None, "the continuation b", "·a" + MARKUP, "nearest", 0.5, 0.625)]
+    assert table.rows == [(None, "the continuation b", "·a " + MARKUP, "nearest", 0.5, 0.625)]
     assert "Dashed" not in picture.caption
     with pytest.raises(ValueError, match="at least one result of search_gradient"):
         gradient_search_section([])
@@ -170,8 +185,8 @@ def test_examples_have_their_windows_and_where_the_peaks_are():
     section = feature_examples_section(examples(), [(1, 2), (1, 6)], text="What to look for.")
     one, other, table = section.parts
     assert isinstance(one, Interactive)
-    assert one.view.props["activations"][0][0][0] == [0, -1.0, 2.123]
-    assert other.view.props["activations"][0][0][0] == [0, 9.0, 8.0]
+    assert one.view.props["activations"][0][0][0][:3] == [0, -1.0, 2.123]
+    assert other.view.props["activations"][0][0][0][:3] == [0, 9.0, 8.0]
     assert "Feature 2 of mlp_out of layer 1" in one.caption
     assert table.rows == [
         (1, 2, 1, 7, 2, pytest.approx(2.123456), f"<s>{MARKUP}[b]"),

@@ -35,7 +35,11 @@ _LONGEST_LIST = 4
 _NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
 _NOUNS = {"post": "neuron", "direction": "direction"}
 _MARKS = {"pinv": ("diamond", VERMILION), "nearest": ("square", INK)}
-_DISTANCES = {"l1": "L1 distance to the target's activations", "cosine": "cosine distance to the target's"}
+_PLACES = {"direction": "resid_post", "post": "the MLP"}
+_DISTANCES = {
+    "l1": "L1 distance to the target's activations",
+    "cosine": "cosine distance to the target's activations",
+}
 # A letter or a sign after them would begin markup or an entity; this one, which is not seen, does not.
 _APART = "\N{WORD JOINER}"
 
@@ -46,8 +50,9 @@ def feature_noun(site: str) -> str:
 
 
 def place_words(site: str, layer: int | None = None) -> str:
-    """Where features are read, for a title; a direction is one of `resid_post`."""
-    name = "resid_post" if site == "direction" else site
+    """Where features are read, behind their noun: a direction is one of `resid_post`, a neuron one of the
+    MLP."""
+    name = _PLACES.get(site, site)
     return name if layer is None else f"{name} of layer {layer}"
 
 
@@ -60,8 +65,13 @@ def prefix_words(result: CompleteSearch | GreedySearch | GradientSearch) -> str:
 
 def shown_tokens(ids: Int[Tensor, " pos"] | Sequence[int], strings: dict[str, str]) -> str:
     """Tokens as one text in which nothing is invisible."""
-    every = ids.tolist() if isinstance(ids, Tensor) else ids
-    return "".join(visible_token(strings[str(token)]) for token in every)
+    return "".join(_visible(ids, strings))
+
+
+def parted_tokens(ids: Int[Tensor, " pos"] | Sequence[int], strings: dict[str, str]) -> str:
+    """Tokens that a search put together, with a blank between them, which is no part of any: theirs are
+    made visible."""
+    return " ".join(_visible(ids, strings))
 
 
 def drawn_places(
@@ -152,6 +162,8 @@ def plot_feature_tokens(
     figure = go.Figure(cells)
     widest = max(len(result.strings[str(token)]) for token in best.flatten().tolist())
     row_height = 34 if len(layers) <= 16 else 24
+    # a colour bar keeps plotly's buttons off the last column; without one they have a margin of their own
+    buttons = 0 if len(layers) > 1 else 40
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
@@ -161,9 +173,9 @@ def plot_feature_tokens(
             *(["darker where more layers have the same token"] if len(layers) > 1 else []),
         ),
         # letters are somewhat wider than half their height
-        width=max(560, 170 + round(len(features) * (24 + 7.2 * min(max(widest, 4), _LABEL + 1)))),
+        width=max(560, 170 + buttons + round(len(features) * (24 + 7.2 * min(max(widest, 4), _LABEL + 1)))),
         height=190 + row_height * len(layers),
-        margin={"t": 124 if len(layers) > 1 else 104},
+        margin={"t": 104, "r": 16 + buttons} if buttons else {"t": 124},
         xaxis={
             "title": {"text": noun},
             "tickvals": list(range(len(features))),
@@ -291,7 +303,7 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
             )
         )
     best_value = float(true[way][restart])
-    found = visible_cut(shown_tokens(result.best_ids(), result.strings))
+    found = visible_cut(parted_tokens(result.best_ids(), result.strings))
     known = f"; optimum {number(result.optimum)}" if result.optimum is not None and is_activation else ""
     figure.update_layout(
         template=TEMPLATE,
@@ -324,8 +336,8 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
 def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> View:
     """Show the windows of a corpus that excite a feature most, each token shaded by its activation.
 
-    Blue is above 0, red below, the darkest tokens those of the largest activation in all windows; BOS, which
-    has none that counts, is white. Works in Jupyter without a network.
+    Blue is above 0, red below, on one scale: the darkest tokens are those whose activation is furthest from 0
+    in all windows. BOS, which has none that counts, is white. Works in Jupyter without a network.
 
     Raises:
         ValueError: the layer or feature was not searched, or no window was read.
@@ -341,6 +353,10 @@ def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> 
         [float(f"{value:.4g}") for value in result.activations[i, j, rank].double().nan_to_num(0).tolist()]
         for rank in kept
     ]
+    # The component shades blue up to the largest and red down to the smallest of all numbers, however near 0
+    # that is. Two more in each window, which stand behind its last token and are not drawn, make them one scale.
+    largest = max(abs(value) for window in activations for value in window) or 1.0
+    activations = [[*window, largest, -largest] for window in activations]
     return View(
         "TopkSamples",
         {
@@ -360,6 +376,11 @@ def visible_cut(text: str, longest: int = 60) -> str:
 
 
 # -- parts -----------------------------------------------------------------------------------------
+
+
+def _visible(ids: Int[Tensor, " pos"] | Sequence[int], strings: dict[str, str]) -> list[str]:
+    every = ids.tolist() if isinstance(ids, Tensor) else ids
+    return [visible_token(strings[str(token)]) for token in every]
 
 
 def _listed(values: Iterable[int]) -> str:
@@ -396,7 +417,7 @@ def _found(result: GradientSearch, way: str, reached: Tensor) -> list[str]:
     """What each restart's tokens of one decoding are and reach."""
     cosines = result.nearest_cosine.double().mean(-1).tolist()
     return [
-        f"<b>{figure_text(visible_cut(shown_tokens(ids, result.strings)))}</b><br>restart {restart}, {way}"
+        f"<b>{figure_text(visible_cut(parted_tokens(ids, result.strings)))}</b><br>restart {restart}, {way}"
         f"<br>{number(float(reached[restart]))}"
         f"<br>its embedding's cosine to the nearest real one {number(cosines[restart])}"
         for restart, ids in enumerate(result.ids[way].tolist())

@@ -8,6 +8,7 @@ from typing import TypeVar
 from mechlens.plots.features import (
     drawn_places,
     feature_noun,
+    parted_tokens,
     place_words,
     plot_feature_examples,
     plot_feature_tokens,
@@ -107,9 +108,9 @@ def complete_search_section(
             rows.append(tuple(row))
     named = "; ".join(f"{noun} {row[1]} of layer {row[0]}: {row[2]}" for row in rows[:NAMED])
     said = (
-        f"The activation of every {noun} ({place_words(result.site)}) was computed for each of the "
+        f"The activation of every {noun} of {place_words(result.site)} was computed for each of the "
         f"{result.model.d_vocab:,} tokens, {prefix_words(result)}: {len(result.features):,} "
-        f"{noun}s in {len(result.layers)} layer{'s' if len(result.layers) > 1 else ''}."
+        f"{noun}{_s(len(result.features))} in {len(result.layers)} layer{_s(len(result.layers))}."
     )
     return Section(
         title,
@@ -172,7 +173,7 @@ def greedy_search_section(
             (
                 *begins,
                 *(
-                    shown_tokens(best[feature], result.strings) if feature in best else None
+                    parted_tokens(best[feature], result.strings) if feature in best else None
                     for feature in features
                 ),
             )
@@ -183,12 +184,12 @@ def greedy_search_section(
                 for token, value in zip(best[feature], result.activations[j, 0].tolist(), strict=True)
             )
             score = float(result.scores[j, 0])
-            activations.append((*begins, feature, shown_tokens(best[feature], result.strings), each, score))
+            activations.append((*begins, feature, parted_tokens(best[feature], result.strings), each, score))
     first = results[0]
     said = (
-        f"Inputs of {_every(results, lambda each: each.ids.shape[-1])} tokens, "
+        f"Inputs of {_every(results, lambda each: each.ids.shape[-1])} tokens, which blanks part, "
         f"{' or '.join(dict.fromkeys(map(prefix_words, results)))}, each token the one of "
-        f"{first.model.d_vocab:,} that excites the {noun} ({place_words(first.site)}) most behind those "
+        f"{first.model.d_vocab:,} that excites the {noun} of {place_words(first.site)} most behind those "
         f"before it; ranked by the {_every(results, lambda each: _AGGREGATES[each.aggregate])}"
         + (f", {first.ids.shape[1]} inputs kept in each step" if first.ids.shape[1] > 1 else "")
         + "."
@@ -250,7 +251,7 @@ def gradient_search_section(
                 None if result.objective == "continuation" else result.layer,
                 searched_words(result),
                 *(values[at] for values in about.values()),
-                shown_tokens(best["ids"], result.strings),
+                parted_tokens(best["ids"], result.strings),
                 best["decoding"],
                 *([None if activation != activation else activation] if has_activation else []),
                 *([result.optimum] if has_optimum else []),
@@ -261,8 +262,8 @@ def gradient_search_section(
     first = results[0]
     found = rows[0][2 + len(about)]
     said = (
-        f"{first.embeddings.shape[0]} restarts of {first.embeddings.shape[1]} "
-        f"token{'s' if first.embeddings.shape[1] > 1 else ''}, at most {first.objectives.shape[1] - 1} steps "
+        f"{first.embeddings.shape[0]} restart{_s(first.embeddings.shape[0])} of {first.embeddings.shape[1]} "
+        f"token{_s(first.embeddings.shape[1])}, at most {first.objectives.shape[1] - 1} steps "
         f"of {first.optimiser}. For comparison: the cosine of a real embedding to the nearest other one is "
         f"{number(first.token_cosine)} on average."
     )
@@ -324,8 +325,8 @@ def feature_examples_section(
             Interactive(
                 plot_feature_examples(result, layer, feature),
                 f"{noun.capitalize()} {feature} of {place_words(result.site, layer)}: windows with the "
-                "largest activation first, each token shaded by its own (blue above 0, red below). Point at "
-                "a token for its number.",
+                "largest activation first, each token shaded by its own (blue above 0, red below, on one "
+                "scale). Point at a token for its number.",
             )
         )
         i, j = result.at(layer, feature)
@@ -364,6 +365,11 @@ def feature_examples_section(
 
 def _joined(text: str, said: str) -> str:
     return f"{text}\n\n{said}" if text else said
+
+
+def _s(count: int) -> str:
+    """The plural's."""
+    return "" if count == 1 else "s"
 
 
 def _some(results: Sequence[Search], maker: str) -> list[Search]:

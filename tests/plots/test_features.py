@@ -247,6 +247,8 @@ def test_one_layer_has_nothing_to_agree_with():
     assert not figure.data[0].showscale
     assert "first in" not in figure.data[0].hovertext[0][0]
     assert "darker" not in figure.layout.title.text
+    # plotly's buttons stand in the right margin, where otherwise the colour bar is
+    assert figure.layout.margin.r >= 40
 
 
 def test_the_first_eight_features_are_drawn_unasked():
@@ -272,7 +274,7 @@ def test_titles_say_what_was_searched():
     assert f"of all 64 tokens, each behind {figure_text('<s>')}" in title
     nothing = torch.tensor([], dtype=torch.long)
     neurons = plot_feature_tokens(complete(site="post", prefix=nothing, prepend_bos=False))
-    assert "each neuron of post most" in neurons.layout.title.text
+    assert "each neuron of the MLP most" in neurons.layout.title.text
     assert "each without BOS" in neurons.layout.title.text
     assert neurons.layout.xaxis.title.text == "neuron"
     assert "<b>layer 0, neuron 4</b>" in neurons.data[0].hovertext[0][0]
@@ -418,7 +420,7 @@ def test_true_activations_stand_behind_the_last_step():
     assert list(nearest.y) == [0.5, 1.5, 0.0]
     assert 2 < pinv.x[0] < nearest.x[0] <= figure.layout.xaxis.range[1]
     assert nearest.hovertext[1] == (
-        f"<b>·a{figure_text(MARKUP)}</b><br>restart 1, nearest<br>1.500"
+        f"<b>·a {figure_text(MARKUP)}</b><br>restart 1, nearest<br>1.500"
         "<br>its embedding's cosine to the nearest real one 0.625"
     )
     sizes = [*pinv.marker.size, *nearest.marker.size]
@@ -434,7 +436,7 @@ def test_the_optimum_is_a_line_where_it_is_known():
     assert list(optimum.y) == [2.5, 2.5]
     assert optimum.line.dash == "dash"
     title = plot_gradient_search(gradient(optimum=2.5)).layout.title.text
-    assert f"best tokens: ·a{figure_text(MARKUP)}, 1.500; optimum 2.500" in title
+    assert f"best tokens: ·a {figure_text(MARKUP)}, 1.500; optimum 2.500" in title
     assert "feature 3 at every position" in title
     assert "resid_post of layer 2, behind" in title
     assert "objective maximise, prior norm, Adam, 3 restarts" in title
@@ -460,6 +462,8 @@ def test_a_target_is_drawn_by_the_distance_from_it():
     assert list(drawn["best restart"].y) == [0.5, -4.0, -4.5], "the objective"
     assert figure.layout.yaxis.title.text == "L1 distance to the target's activations"
     assert "optimum" not in drawn, "which is an activation"
+    cosine = plot_gradient_search(gradient(objective="cosine", target_ids=torch.tensor([5, 6])))
+    assert cosine.layout.yaxis.title.text == "cosine distance to the target's activations"
     assert "objective l1 towards ·a⏎, prior" in figure.layout.title.text
     assert plot_gradient_search(gradient()).layout.yaxis.title.text == "activation (mean)"
 
@@ -512,13 +516,34 @@ def test_windows_are_shaded_by_their_activations_most_exciting_first():
     assert view.component == "TopkSamples"
     ((activations,),) = view.props["activations"]
     # BOS has none, four digits are kept
-    assert activations == [[0, -1.0, 2.123], [0, 1.5, 0.25]]
+    assert [window[:3] for window in activations] == [[0, -1.0, 2.123], [0, 1.5, 0.25]]
     ((tokens,),) = view.props["tokens"]
     assert [len(window) for window in tokens] == [3, 3]
     assert tokens[1][1:] == ["·a", "⏎"]
     assert view.props["zerothDimensionLabels"] == ["1"]
     assert view.props["firstDimensionLabels"] == ["2"]
     assert view.props["firstDimensionName"] == "Feature"
+
+
+def test_blue_and_red_are_shaded_on_one_scale():
+    # the component's own rule: blue up to the largest of all numbers, red down to the smallest, and where a
+    # window is shown alone, of its own; a number behind the last token counts and is not drawn
+    def scale(activations):
+        return min(map(min, activations)), max(map(max, activations))
+
+    ((shown,),) = plot_feature_examples(examples(), 1, 2).props["activations"]
+    for several in (shown, shown[:1], shown[1:]):
+        assert scale(several) == (-2.123, 2.123)
+    assert [len(window) for window in shown] == [3 + 2] * 2
+    # of a feature that is never above 0 the red is as dark
+    ((below,),) = plot_feature_examples(examples(activations=-examples().activations.abs()), 1, 6).props[
+        "activations"
+    ]
+    assert scale(below) == (-9, 9)
+    ((nothing,),) = plot_feature_examples(examples(activations=0 * examples().activations), 1, 2).props[
+        "activations"
+    ]
+    assert scale(nothing) == (-1, 1), "0 of 0 has no colour"
 
 
 def test_a_token_cannot_begin_markup_in_the_view():
