@@ -80,12 +80,13 @@ def main() -> None:
         bound = "" if c.low is None else f"at least {c.low}"
         print(f"{c.claim} | {c.published} | {c.measured} | {bound} | {c.verdict}")
     print_alignments(study)
-    print_contexts(study)
+    written = options.corpus is None
+    print_contexts(study, "contexts that the model wrote" if written else "real contexts")
 
-    written = study.save(options.out)
+    saved = study.save(options.out)
     path = options.out / "features.csv"
     study.to_features().to_csv(path, index=False)
-    written.append(path)
+    saved.append(path)
     figures = {
         "tokens": mechlens.plot_feature_tokens(study.complete["trained"]),
         "alignment": mechlens.plot_feature_alignment(
@@ -96,16 +97,16 @@ def main() -> None:
     for name, figure in figures.items():
         path = options.out / f"{name}.html"
         figure.write_html(path, include_plotlyjs="directory")
-        written.append(path)
+        saved.append(path)
     page = mechlens.write_report(
         options.out / "report.html",
         title="What excites a model's features",
         model=study.complete["trained"].model,
         comparisons=study.comparisons,
-        sections=sections(study, "text that the model wrote" if options.corpus is None else "the corpus"),
+        sections=sections(study, "text that the model wrote" if written else "the corpus"),
         command=shlex.join(["python", *sys.argv]),
     )
-    print(f"\nwrote {len(written) + 1} files to {options.out}; all figures are on {page}")
+    print(f"\nwrote {len(saved) + 1} files to {options.out}; all figures are on {page}")
 
 
 def print_alignments(study: FeatureStudy) -> None:
@@ -119,11 +120,11 @@ def print_alignments(study: FeatureStudy) -> None:
         )
 
 
-def print_contexts(study: FeatureStudy) -> None:
-    """Each searched token beside what excites its feature most in real text."""
+def print_contexts(study: FeatureStudy, contexts: str) -> None:
+    """Each searched token beside what excites its feature most in a text."""
     found, search = study.examples, study.complete["trained"]
     assert found is not None
-    print(f"\nSearched tokens beside the strongest of {found.read} real contexts:")
+    print(f"\nSearched tokens beside the strongest of {found.read} {contexts}:")
     table = found.to_dataframe().query("rank == 1")
     for row in table.to_dict("records"):
         at = search.layers.index(row["layer"]), search.features.index(row["feature"])

@@ -102,6 +102,10 @@ def token_windows(
 
 
 def _checked(model: Any, rows: Int[Tensor, "window pos"], length: int | None) -> Int[Tensor, "window pos"]:
+    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise ValueError(
+            f"a corpus of ids is integers [window, pos], but is {rows.dtype} of the shape {tuple(rows.shape)}"
+        )
     if rows.numel() == 0:
         raise ValueError(f"a corpus of ids needs at least one token, but is {tuple(rows.shape)}")
     if length not in (None, rows.shape[1]):

@@ -44,14 +44,21 @@ def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
     """
     if tokenizer is None:
         return torch.arange(d_vocab)
-    special = {token for token in tokenizer.all_special_ids if token is not None}
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_ids(tokenizer)
     ids = torch.tensor([i for i in range(min(len(tokenizer), d_vocab)) if i not in special])
     if len(ids) == 0:
         raise ValueError(
             f"a tokenizer of {len(tokenizer)} tokens, {len(special)} of them special, leaves none to draw"
         )
     return ids
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of a tokenizer's special tokens; none without a tokenizer."""
+    if tokenizer is None:
+        return set()
+    special = {token for token in tokenizer.all_special_ids if token is not None}
+    return special | {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

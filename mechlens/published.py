@@ -111,6 +111,7 @@ class PublishedTokens:
     """What the post's searches found for features 0 to 3 of one block."""
 
     models: tuple[str, ...]
+    n_layers: int
     search: str
     """`complete`, `greedy`, `softmax` (gradient descent with that prior), `l1` or `cosine`."""
     block: int
@@ -121,19 +122,21 @@ class PublishedTokens:
 _MEDIUM = ("gpt2-medium", "openai-community/gpt2-medium")
 _LONG = "rawdownloadcloneembedreportprint"
 FEATURE_TOKENS = (
-    PublishedTokens(GPT2_SMALL, "complete", 1, ("Pwr", "Claud", "Peb", "View")),
+    PublishedTokens(GPT2_SMALL, 12, "complete", 1, ("Pwr", "Claud", "Peb", "View")),
     *(
-        PublishedTokens(GPT2_SMALL, "complete", block, ("ItemTracker", "watched", "Peb", "(@"))
+        PublishedTokens(GPT2_SMALL, 12, "complete", block, ("ItemTracker", "watched", "Peb", "(@"))
         for block in (2, 4, 8)
     ),
     PublishedTokens(
         GPT2_SMALL,
+        12,
         "greedy",
         1,
         ("Pwr Pwr ItemTracker ItemTracker", "Claud Lara Lara Lara", "Peb Peb Peb Peb", "View tnc tnc tnc"),
     ),
     PublishedTokens(
         GPT2_SMALL,
+        12,
         "greedy",
         4,
         (
@@ -145,6 +148,7 @@ FEATURE_TOKENS = (
     ),
     PublishedTokens(
         GPT2_SMALL,
+        12,
         "greedy",
         8,
         (
@@ -156,6 +160,7 @@ FEATURE_TOKENS = (
     ),
     PublishedTokens(
         GPT2_SMALL,
+        12,
         "greedy",
         12,
         (
@@ -165,13 +170,13 @@ FEATURE_TOKENS = (
             f"(@ {_LONG} {_LONG} {_LONG}",
         ),
     ),
-    PublishedTokens(GPT2_SMALL, "softmax", 1, ("cris", "Cola", "Cass", "Holt")),
-    PublishedTokens(GPT2_SMALL, "softmax", 8, ("Geh", "20439", "expend", "assetsadobe")),
-    PublishedTokens(GPT2_SMALL, "l1", 1, ("for", "im", "G", "$")),
-    PublishedTokens(GPT2_SMALL, "cosine", 1, ("!", '"', "qu", "$")),
-    PublishedTokens(_MEDIUM, "complete", 1, ("Ender", "pmwiki", "Cass", "catentry")),
+    PublishedTokens(GPT2_SMALL, 12, "softmax", 1, ("cris", "Cola", "Cass", "Holt")),
+    PublishedTokens(GPT2_SMALL, 12, "softmax", 8, ("Geh", "20439", "expend", "assetsadobe")),
+    PublishedTokens(GPT2_SMALL, 12, "l1", 1, ("for", "im", "G", "$")),
+    PublishedTokens(GPT2_SMALL, 12, "cosine", 1, ("!", '"', "qu", "$")),
+    PublishedTokens(_MEDIUM, 24, "complete", 1, ("Ender", "pmwiki", "Cass", "catentry")),
     *(
-        PublishedTokens(_MEDIUM, "complete", block, ("refres", "Flavoring", "carbohyd", "assetsadobe"))
+        PublishedTokens(_MEDIUM, 24, "complete", block, ("refres", "Flavoring", "carbohyd", "assetsadobe"))
         for block in (4, 8, 12)
     ),
 )

@@ -79,7 +79,7 @@ def test_feature_search_prints_its_verdicts_and_draws_its_figures(tmp_path):
     claims = [line for line in ran.stdout.splitlines() if line.endswith(("reproduced", "not judged"))]
     assert len(claims) == len(FEATURES), "the post's tables are of other models"
     assert "layers, random blocks, trained embeddings" in ran.stdout
-    assert "strongest of 3 real contexts" in ran.stdout
+    assert "strongest of 3 contexts that the model wrote" in ran.stdout
     found = load(tmp_path / "out" / "complete_trained.safetensors")
     assert isinstance(found, CompleteSearch)
     assert found.ids.shape == (4, 192, 5)

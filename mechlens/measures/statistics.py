@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import torch
 from jaxtyping import Float
@@ -67,20 +66,22 @@ def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> 
     return low, high
 
 
-def wilson_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share, which is not empty where the share is 0 or 1.
+def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share: a single hit by chance is within it as rarely as is said.
 
-    It also covers the mean of values within [0, 1], whose variance is at most that of zeros and ones.
+    It also holds for means of values within [0, 1] that are no whole number of hits: its ends are then those
+    of the next smaller and the next larger number.
 
     Args:
         share: in [0, 1]; nan gives nan.
         n: independent observations.
-        confidence: coverage of the interval, in (0, 1).
+        confidence: coverage of the interval, in (0, 1); it misses at either end by half of the rest at most.
 
     Raises:
         ValueError: a share outside [0, 1], no observation, or a confidence outside (0, 1).
 
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    Source: Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of the
+    binomial".
     """
     if n < 1:
         raise ValueError(f"an interval needs at least 1 observation, but n is {n}")
@@ -88,9 +89,14 @@ def wilson_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[
         raise ValueError(f"a share lies between 0 and 1, but is {share}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, but it is {confidence}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    middle = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # rounding must not put an end beyond the share itself
-    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return min(share, max(0.0, low)), max(share, min(1.0, high))
+    if share != share:
+        return math.nan, math.nan
+    # here, because it takes a while to import
+    from scipy.special import betaincinv
+
+    tail = (1 - confidence) / 2
+    # a share of n hits times n may miss the whole number by a rounding
+    fewer, more = math.floor(share * n + 1e-6), math.ceil(share * n - 1e-6)
+    low = 0.0 if fewer == 0 else float(betaincinv(fewer, n - fewer + 1, tail))
+    high = 1.0 if more == n else float(betaincinv(more + 1, n - more, 1 - tail))
+    return low, high

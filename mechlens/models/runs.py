@@ -144,6 +144,12 @@ def _evaluating(model: LensModel) -> Iterator[None]:
             module.training = True
 
 
+def plain_token(model: LensModel) -> int:
+    """A token that an engine reads as any other, for runs whose tokens do not matter: HookedTransformer hides
+    the padding token where its tokenizer pads on the left."""
+    return 1 if getattr(model.tokenizer, "pad_token_id", None) == 0 else 0
+
+
 def check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     """Refuse tokens that the model cannot be run on.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, Source, describe, recall, remember
+from mechlens.models.weights import all_parameters
 
 _EMBEDDINGS = ("embed", "pos_embed")
 _WRITERS = {"W_O", "W_out", "o", "c_proj"}
@@ -40,7 +40,7 @@ def random_like(
 
     Raises:
         TypeError: neither a HookedTransformer nor a TransformerBridge.
-        ValueError: `std` is not above 0.
+        ValueError: `std` is not above 0, or the embeddings of processed weights are to be kept.
 
     Source: Radford et al. 2019 (GPT-2) for the initialisation; Badger, "Language Model Features", for what it
     is compared with.
@@ -49,6 +49,11 @@ def random_like(
     info, source = describe(model), recall(model)
     if not std > 0 or not math.isfinite(std):
         raise ValueError(f"std must be a finite number above 0, but is {std}")
+    if keep_embeddings and info.processing is not False:
+        raise ValueError(
+            f"{info.name}'s embeddings are processed, or may be, and the random blocks would not be: load it "
+            "with load_model(..., processing=False)"
+        )
     # processing unties the two on one of the engines
     tied = source.tied if source else torch.equal(model.W_U, model.W_E.T)
     # an activation with its graph, which a bridge keeps of a run with gradients, is not copied as it is
@@ -65,7 +70,7 @@ def random_like(
     wide = wide if info.engine == "HookedTransformer" else 1.0
     smaller = math.sqrt(2 * info.n_layers) if info.architecture == "GPT2LMHeadModel" else 1.0
     with torch.no_grad():
-        for path, owner, name, parameter in _parameters(other):
+        for path, owner, name, parameter in all_parameters(other):
             place = path.split(".")
             if keep_embeddings and (place[0] in _EMBEDDINGS or (tied and place[0] == "unembed")):
                 continue
@@ -85,13 +90,3 @@ def random_like(
     name = f"{info.name} (random weights, seed {seed}{words})"
     remember(other, Source(name, None, info.architecture, processing=False, tied=tied))
     return other.eval()
-
-
-def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
-    """(path of the module, module, name, parameter), each parameter once."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield path, module, name, parameter

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.measures.statistics import wilson_interval
+from mechlens.measures.statistics import exact_interval
 from mechlens.results.base import ModelInfo, Result
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class FeatureAlignment(Result):
     def share(self, what: str = "same", pairs: list[tuple[int, int]] | None = None) -> Share:
         """A share over all features, mean over pairs of layers.
 
-        The interval is Wilson's with one observation per feature, whose spread a mean over pairs can only
-        make smaller.
+        The interval is Clopper and Pearson's with one observation per feature, whose spread a mean over pairs
+        can only make smaller.
 
         Args:
             what: `same` (the best token) or `overlap` (of the `top_k` best).
@@ -108,7 +108,7 @@ class FeatureAlignment(Result):
         rows = [self.layers.index(one) for one, _ in pairs]
         columns = [self.other_layers.index(other) for _, other in pairs]
         value = float(values[rows, columns].double().mean())
-        low, high = wilson_interval(value, len(self.features))
+        low, high = exact_interval(value, len(self.features))
         return Share(value, low, high, float(chance[rows, columns].double().mean()))
 
     def index_share(self, other: bool = False) -> Share:
@@ -116,10 +116,15 @@ class FeatureAlignment(Result):
 
         Args:
             other: of the features that are compared with.
+
+        Returns:
+            The share; nan for directions, whose numbers mean nothing.
         """
+        if self.site == "direction":
+            return Share(*[float("nan")] * 4)
         found, model = (self.other_is_index, self.other) if other else (self.is_index, self.model)
         value = float(found.double().mean())
-        return Share(value, *wilson_interval(value, len(self.features)), 1 / model.d_vocab)
+        return Share(value, *exact_interval(value, len(self.features)), 1 / model.d_vocab)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair of layers: layer, other_layer, features, same, same_low, same_high, same_chance,

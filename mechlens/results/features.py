@@ -162,6 +162,11 @@ class GradientSearch(Result):
         way, restart = self._best(decoding)
         return self.ids[way][restart]
 
+    def best_objective(self, decoding: str | None = None) -> float:
+        """The objective of running the best tokens; of a continuation, minus its log-probability (nats)."""
+        way, restart = self._best(decoding)
+        return float(self.true_objectives[way][restart])
+
     def best_activation(self, decoding: str | None = None) -> float:
         """Mean of the selected activations when the best tokens are run."""
         way, restart = self._best(decoding)
@@ -169,7 +174,10 @@ class GradientSearch(Result):
 
     @property
     def below_optimum(self) -> float | None:
-        """By how much the best tokens miss the complete search's optimum; None where that is not known."""
+        """By how much the best tokens miss the complete search's optimum; None where that is not known.
+
+        The same token run in other company differs by a rounding, also to below 0.
+        """
         return None if self.optimum is None else self.optimum - self.best_activation()
 
     def to_dataframe(self) -> pd.DataFrame:

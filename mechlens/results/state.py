@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mechlens.results.base import replacing
 
+_HASHES = {"corpus": "another corpus", "weights": "other weights"}
+
 
 def state_file(state: str | os.PathLike[str] | None) -> Path | None:
     """The file of a state.
@@ -57,8 +59,8 @@ def load_state(
     Args:
         owner: whose work it is, in words.
         names: of its tensors.
-        arguments: as in `save_state`. What `corpus` is of depends on the others, so it is named only where
-            nothing else differs.
+        arguments: as in `save_state`. What `corpus` and `weights` are hashes of depends on the others, so
+            they are named only where nothing else differs.
 
     Returns:
         The tensors, and how far the work is.
@@ -81,10 +83,10 @@ def load_state(
     differ = [
         f"{name} {theirs.get(name)!r}, not {ours[name]!r}"
         for name in ours
-        if name != "corpus" and theirs.get(name) != ours[name]
+        if name not in _HASHES and theirs.get(name) != ours[name]
     ]
-    if not differ and theirs.get("corpus") != ours.get("corpus"):
-        differ = ["another corpus"]
+    if not differ:
+        differ = [words for name, words in _HASHES.items() if theirs.get(name) != ours.get(name)]
     if differ:
         raise ValueError(
             f"the {kind} in {file} was begun with {', '.join(differ)}: use the same arguments to go on "

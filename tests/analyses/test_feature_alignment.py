@@ -156,6 +156,27 @@ def test_what_does_not_compare():
         feature_alignment(a).share("both")
 
 
+def test_directions_are_compared_with_the_same_ones_only():
+    some = {"site": "direction", "directions": torch.eye(2, 4)}
+    a = complete([[[1], [2]], [[1], [3]]], **some)
+    assert feature_alignment(a).share().value == 0.5
+    assert feature_alignment(a, complete([[[1], [2]]], **some)).share().value == 1
+    # a direction's number means nothing
+    assert math.isnan(feature_alignment(a).index_share().value)
+    with pytest.raises(ValueError, match="of different directions"):
+        feature_alignment(a, complete([[[1], [2]]], **(some | {"directions": torch.ones(2, 4)})))
+
+
+def test_one_coincidence_is_no_alignment():
+    # one of 50 features agrees, where one in 500 would by chance
+    ids = torch.arange(100).view(2, 50, 1) % 97
+    ids[1, 7] = ids[0, 7]
+    search = complete(ids, model=dataclasses.replace(hand_made.model(), d_vocab=100))
+    share = feature_alignment(search).share()
+    assert share.value == pytest.approx(1 / 50)
+    assert share.verdict == "no more than chance"
+
+
 def test_of_the_stream_sites_may_differ():
     found = feature_alignment(complete([[[1], [2]]]), complete([[[1], [3]]], site="mlp_out"))
     assert (found.site, found.other_site) == ("resid_post", "mlp_out")

@@ -162,8 +162,30 @@ class TestState:
         self.interrupted(model, windows, file, monkeypatch)
         with pytest.raises(ValueError, match="another corpus"):
             feature_examples(model, windows.flip(0), features=[1, 2], top_k=3, state=file)
+        with pytest.raises(ValueError, match="has read 10 windows already, more than the limit of 4"):
+            feature_examples(model, windows, features=[1, 2], top_k=3, state=file, limit=4)
+        other = load_model(tiny_directories / "gpt_neox", processing=False)
+        with torch.no_grad():
+            other.W_E[1:] = other.W_E[1:].flip(0)
+        with pytest.raises(ValueError, match="other weights"):
+            feature_examples(other, windows, features=[1, 2], top_k=3, state=file)
         with pytest.raises(ValueError, match="top_k 3, not 4"):
             feature_examples(model, windows, features=[1, 2], top_k=4, state=file)
+
+
+def test_a_state_knows_whether_windows_began_with_bos(tiny_directories, tmp_path):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    texts, file = ["the cat sat on the mat and the dog sat on the log"] * 3, tmp_path / "s.safetensors"
+    feature_examples(model, texts, layers=[0], features=[3], length=8, state=file)
+    with pytest.raises(ValueError, match="begun with BOS 0, not None"):
+        feature_examples(model, texts, layers=[0], features=[3], length=8, state=file, prepend_bos=False)
+
+
+def test_ids_that_begin_with_bos(tiny_directories, windows):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    bos = torch.cat([torch.zeros(len(windows), 1, dtype=torch.long), windows], dim=1)
+    assert feature_examples(model, bos, layers=[0], features=[1]).prepend_bos is True
+    assert feature_examples(model, windows, layers=[0], features=[1]).prepend_bos is False
 
 
 def test_bad_input(tiny_directories, windows, tmp_path):

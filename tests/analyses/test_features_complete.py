@@ -262,9 +262,19 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
             search_complete(loaded("gpt2"), state=state, **change)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
-        other.W_E.mul_(1.5)
+        # the same numbers for other tokens
+        other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
         search_complete(other, state=state)
+
+
+def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
+    state = tmp_path / "state.safetensors"
+    search_complete(loaded("gpt2"), features=[4], state=state)
+    with pytest.raises(ValueError, match=r"begun with features \[4\], not \[5\]"):
+        search_complete(loaded("gpt2"), features=[5], state=state)
+    with pytest.raises(ValueError, match=r"begun with features \[4\], not '32 of them \("):
+        search_complete(loaded("gpt2"), state=state)
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -282,7 +292,8 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         ),
         ({"directions": torch.ones(2, 5)}, r"directions must be \[direction, d_model\] with d_model 32"),
         ({"directions": torch.ones(2, WIDTH), "site": "post"}, "directions are of resid_post"),
-        ({"top_k": 0}, "top_k must be from 1 to the vocabulary's 64, but is 0"),
+        ({"directions": torch.full((1, WIDTH), torch.nan)}, "some of the directions' numbers are not finite"),
+        ({"top_k": 0}, "top_k must be at least 1, but is 0"),
         ({"top_k": 65}, "but is 65"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prefix": torch.zeros(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),
@@ -293,6 +304,10 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
 def test_bad_arguments(loaded, options, message):
     with pytest.raises(ValueError, match=message):
         search_complete(loaded("gpt2"), **options)
+
+
+def test_an_empty_prefix_is_none(loaded):
+    assert search_complete(loaded("gpt2"), prefix="") == search_complete(loaded("gpt2"))
 
 
 def test_processed_weights_are_refused_with_the_reason(loaded):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -177,7 +179,7 @@ def test_each_objective_is_what_it_says(kind, loaded):
         result = search_gradient(
             model,
             layer=layer,
-            selection=np.s_[:, 4:9],
+            selection=None if objective == "continuation" else np.s_[:, 4:9],
             n_tokens=2,
             objective=objective,
             target=target if objective in ("l1", "cosine", "continuation") else None,
@@ -442,14 +444,12 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
             search_gradient(loaded("gpt2"), **(asked | change))
     with pytest.raises(ValueError, match="begun with model's "):
         search_gradient(loaded("llama"), **asked)
+    other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
-        # neither the embeddings nor the layer tell of the other's weights
-        embeds, deeper = (load_model(tiny_directories / "gpt2", processing=False) for _ in range(2))
-        embeds.W_E.mul_(1.5)
-        deeper.blocks[1].mlp.W_out.mul_(1.5)
+        # the same numbers for other tokens
+        other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
-        search_gradient(embeds, **asked)
-    assert search_gradient(deeper, **asked) == search_gradient(loaded("gpt2"), **asked)
+        search_gradient(other, **asked)
     asked["state"] = tmp_path / "complete.safetensors"
     search_complete(loaded("gpt2"), state=asked["state"])
     with pytest.raises(ValueError, match="is not the state of a gradient search"):
@@ -465,6 +465,38 @@ def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_d
         other.blocks[1].mlp.W_out.mul_(1.5)
     with pytest.raises(ValueError, match="begun with other weights"):
         search_gradient(other, state=state, **asked)
+
+
+def test_the_constant_lies_beyond_what_is_there(tiny_directories):
+    # as of GPT-2, some of whose features are in the thousands at the first position
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        b_out = model.blocks[1].mlp.b_out
+        b_out[3] += 3000
+    complete = search_complete(model, layers=[1], features=[3])
+    found = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, complete=complete)
+    assert found.constant is not None
+    assert found.constant > 10 * 2990
+    # float32 at 3000, run in other company
+    assert found.best_activation() == pytest.approx(found.optimum, abs=2e-3)
+    # asked for, it is taken as it is: what is larger gets smaller
+    low = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, constant=1000.0)
+    assert low.best_activation() == pytest.approx(float(complete.lowest_activations[0, 0, 0]), abs=2e-3)
+
+
+def test_a_continuation_needs_no_layer(loaded):
+    asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
+    found = search_gradient(loaded("gpt2"), **asked)
+    assert found == search_gradient(loaded("gpt2"), layer=-1, **asked)
+    assert found.best_objective() == min(float(each.min()) for each in found.true_objectives.values())
+
+
+def test_broken_weights_are_refused(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        model.blocks[0].mlp.W_out[:] = torch.nan
+    with pytest.raises(ValueError, match="the model's activations are nan"):
+        search_gradient(model, **GOOD)
 
 
 GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
@@ -486,10 +518,26 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"objective": "l1"}, "the objective 'l1' needs a target"),
         ({"objective": "l1", "target": torch.tensor([3, 4])}, "as many tokens as are searched, 1, but has 2"),
         ({"target": torch.tensor([3])}, "the objective 'constant' has no target"),
-        ({"objective": "continuation", "target": torch.tensor([64])}, "token id 64 is not in"),
         (
-            {"objective": "continuation", "target": torch.tensor([3]), "isolated": True},
+            {"objective": "continuation", "target": torch.tensor([64]), "selection": None},
+            "token id 64 is not in",
+        ),
+        (
+            {
+                "objective": "continuation",
+                "target": torch.tensor([3]),
+                "selection": None,
+                "isolated": True,
+            },
             "a block alone predicts no continuation",
+        ),
+        ({"objective": "continuation", "target": torch.tensor([3])}, "reads no feature: leave selection out"),
+        ({"layer": None}, "the objective 'constant' reads features of a layer"),
+        ({"objective": "cosine", "target": torch.tensor([3])}, "a cosine of one number is 1 or -1"),
+        ({"constant": math.nan}, "constant must be a finite number, but is nan"),
+        (
+            {"prior": "norm", "prior_weight": -1.0},
+            "prior_weight must be a finite number from 0 on, but is -1",
         ),
         ({"n_tokens": 33}, "33 tokens, of which 33 are searched, do not fit"),
     ],
@@ -509,6 +557,10 @@ def test_another_complete_search_is_refused(loaded):
         ({"layer": 1, "selection": np.s_[0, 3], "site": "mlp_out"}, "not of the same site"),
         ({"layer": 1, "selection": np.s_[:, 3], "n_tokens": 2}, "of one token and one feature, but here"),
         ({"layer": 1, "selection": np.s_[0, 3], "isolated": True}, "use isolated=False"),
+        (
+            {"layer": 1, "selection": np.s_[0, 3], "objective": "l1", "target": torch.tensor([3])},
+            "which the objective 'l1' does not look for",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             search_gradient(model, complete=complete, **(GOOD | options))

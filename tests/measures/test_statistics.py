@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from mechlens.measures.statistics import bootstrap_interval, central_interval, wilson_interval
+from mechlens.measures.statistics import bootstrap_interval, central_interval, exact_interval
 
 
 def test_interval_of_many_samples_is_the_normal_one():
@@ -71,18 +71,18 @@ def test_errors(call, message):
 
 @pytest.mark.parametrize("n", [1, 4, 32, 768])
 @pytest.mark.parametrize("confidence", [0.5, 0.95])
-def test_wilsons_interval_is_that_of_scipy(n, confidence):
+def test_the_interval_of_a_share_is_that_of_scipy(n, confidence):
     from scipy.stats import binomtest
 
     for hits in {0, 1, n // 3, n - 1, n}:
-        expected = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="wilson")
-        found = wilson_interval(hits / n, n, confidence=confidence)
-        # scipy rounds nothing; the ends are formulas in float64
-        assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+        expected = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="exact")
+        found = exact_interval(hits / n, n, confidence=confidence)
+        # scipy looks for the ends by bisection
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_a_share_that_is_not_there_has_no_interval():
-    low, high = wilson_interval(math.nan, 5)
+    low, high = exact_interval(math.nan, 5)
     assert math.isnan(low)
     assert math.isnan(high)
 
@@ -95,6 +95,25 @@ def test_a_share_that_is_not_there_has_no_interval():
         (0.5, 4, 1.0, "confidence must lie between 0 and 1"),
     ],
 )
-def test_wilsons_interval_of_bad_input(share, n, confidence, message):
+def test_the_interval_of_a_bad_share(share, n, confidence, message):
     with pytest.raises(ValueError, match=message):
-        wilson_interval(share, n, confidence=confidence)
+        exact_interval(share, n, confidence=confidence)
+
+
+@pytest.mark.parametrize(("n", "chance"), [(8, 1 / 64), (64, 1 / 512), (768, 1 / 8000), (100, 0.3)])
+def test_chance_is_outside_as_rarely_as_is_said(n, chance):
+    # the probability of so many hits that the whole interval lies above chance
+    from scipy.stats import binom
+
+    above = sum(
+        binom.pmf(hits, n, chance) for hits in range(n + 1) if exact_interval(hits / n, n)[0] > chance
+    )
+    assert above <= 0.025
+
+
+def test_what_is_no_whole_number_of_hits_gets_the_wider_interval():
+    low, high = exact_interval(2.5 / 10, 10)
+    assert low == exact_interval(0.2, 10)[0]
+    assert high == exact_interval(0.3, 10)[1]
+    # in float64 7 / 49 * 49 is not 7
+    assert exact_interval(7 / 49, 49) == (pytest.approx(0.0594, abs=1e-3), pytest.approx(0.2718, abs=1e-3))

@@ -171,7 +171,9 @@ def test_attention_only(tmp_path):
         assert other(torch.arange(4)[None] % VOCAB).isfinite().all()
 
 
-def test_bad_input(trained):
+def test_bad_input(trained, tiny_directories):
+    with pytest.raises(ValueError, match="gpt2's embeddings are processed, or may be"):
+        random_like(load_model(tiny_directories / "gpt2"), 0, keep_embeddings=True)
     with pytest.raises(ValueError, match="std must be a finite number above 0, but is 0"):
         random_like(trained("gpt2"), 0, std=0.0)
 

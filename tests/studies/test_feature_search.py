@@ -12,6 +12,7 @@ from mechlens.analyses.features import feature_alignment
 from mechlens.models.load import load_model
 from mechlens.published import FEATURE_TOKENS, FEATURES
 from mechlens.results import load
+from mechlens.studies import feature_search
 from mechlens.studies.feature_search import (
     CLAIMS,
     compare,
@@ -37,14 +38,22 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def study(tiny_directories, one_thread):
-    # of the name that the post's tables are of
+    # of the name that the post's tables are of, and for once of the right depth
     model = load_model(tiny_directories / "gpt2", processing=False)
-    return reproduce_feature_search(model, n_features=4, n_tokens=2, top_k=3)
+    tables = tuple(dataclasses.replace(each, n_layers=2) for each in FEATURE_TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_search, "FEATURE_TOKENS", tables)
+        return reproduce_feature_search(model, n_features=4, n_tokens=2, top_k=3)
 
 
 def measured(what, study):
     found = compare(BY_NAME[what], study)
     return found.measured, found.verdict
+
+
+def decoding(search, token):
+    """The search, had its embedding stood for another token."""
+    return dataclasses.replace(search, decoded_ids={"pinv": torch.tensor([[token]])})
 
 
 def test_every_claim_is_measured(study):
@@ -110,9 +119,14 @@ def test_alignment_claims_follow_the_shares(study):
     none = dataclasses.replace(study, alignments={**study.alignments, "trained": alone, "random": alone})
     assert measured("layers_agree_beyond_chance", none)[1] == "not reproduced"
     assert measured("untrained_layers_do_not", none)[1] == "reproduced"
-    # in the first layer each id is its feature's number
-    assert measured("id_is_number", none)[1] == "reproduced"
+    # in the first layer each id is its feature's number; what gradients decode is judged
     assert "complete search 0.5000" in measured("id_is_number", none)[0]
+    numbers = dataclasses.replace(
+        study, descents=tuple(decoding(each, int(each.selected[0, 1])) for each in study.descents)
+    )
+    assert measured("id_is_number", numbers)[1] == "reproduced"
+    others = dataclasses.replace(study, descents=tuple(decoding(each, 63) for each in study.descents))
+    assert measured("id_is_number", others)[1] == "not reproduced"
 
 
 def test_one_layer_agrees_with_none(study):
@@ -130,7 +144,9 @@ def test_one_layer_agrees_with_none(study):
         study,
         alignments={**study.alignments, **{name: feature_alignment(one) for name in names}},
         greedy=study.greedy[:1],
+        complete={**study.complete, "trained": one},
     )
+    assert measured("alone_as_the_first", alone)[1] == "not judged"
     for what in ("layers_agree", "layers_agree_beyond_chance", "agreement_is_learned"):
         assert measured(what, alone)[1] == "not judged"
     assert measured("later_tokens_agree_less", alone)[1] == "not judged"
@@ -149,7 +165,7 @@ def test_gradient_claims_count(study):
     assert text.startswith(f"{differ} of 4 ")
     assert f"by default {near} of 4 reach 95%" in text
     assert verdict == ("reproduced" if differ >= 2 else "not reproduced")
-    assert measured("last_is_sum", study) == ("8 of 8 (0.68 to 1.00)", "reproduced")
+    assert measured("last_is_sum", study) == ("8 of 8 (0.63 to 1.00)", "reproduced")
     other = dataclasses.replace(study.summed[0], ids=study.summed[0].ids + 1)
     wrong = dataclasses.replace(study, summed=(other, *study.summed[1:]))
     assert measured("last_is_sum", wrong)[1] == "not reproduced"
@@ -192,6 +208,23 @@ def test_real_contexts_are_searched_in_a_corpus(tiny_directories):
     assert "examples" in found.results
     # nothing of the post's tables is of this model
     assert len(found.comparisons) == len(FEATURES)
+
+
+def test_another_model_of_the_same_name_is_not_judged_by_the_tables(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    found = reproduce_feature_search(model, n_features=1, n_tokens=1)
+    assert len(found.comparisons) == len(FEATURES)
+
+
+def test_what_cannot_be_is_said_before_the_work(tiny_directories, monkeypatch):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    monkeypatch.setattr(feature_search, "search_complete", None)
+    with pytest.raises(ValueError, match="40 tokens do not fit into the model's context of 32"):
+        reproduce_feature_search(model, n_tokens=40)
+    with pytest.raises(ValueError, match="is no file or folder"):
+        reproduce_feature_search(model, corpus="nope")
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        reproduce_feature_search(model, corpus=["a b c"], limit=0)
 
 
 def test_it_is_saved_whole(study, tmp_path):

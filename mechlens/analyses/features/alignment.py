@@ -31,13 +31,19 @@ def feature_alignment(
         Compared are the features that both searches have.
 
     Raises:
-        ValueError: searches of different vocabularies or of sites that do not compare, no feature in common,
-            or a `top_k` that is not there.
+        TypeError: anything but complete searches.
+        ValueError: searches of different vocabularies, of sites that do not compare or of other directions,
+            no feature in common, or a `top_k` that is not there.
 
     Source: Badger, "Language Model Features"; there by eye, on four features.
     Cost: for each pair of layers a comparison of `top_k` squared ids per feature; no model is run.
     """
     within, b = b is None, a if b is None else b
+    for each in (a, b):
+        if not isinstance(each, CompleteSearch):
+            raise TypeError(
+                f"what is compared are results of search_complete, but here is a {type(each).__name__}"
+            )
     _check(a, b)
     features = tuple(feature for feature in a.features if feature in set(b.features))
     if not features:
@@ -90,6 +96,11 @@ def _check(a: CompleteSearch, b: CompleteSearch) -> None:
                 f"features of {a.site} and {b.site} have nothing but their numbers in common: compare "
                 f"searches of one of them, or of {', '.join(_STREAM)}"
             )
+    if a.directions is not None and b.directions is not None and not torch.equal(a.directions, b.directions):
+        raise ValueError(
+            "the searches are of different directions, whose numbers have nothing in common: search both "
+            "with the same ones"
+        )
 
 
 def _ids(search: CompleteSearch, features: tuple[int, ...], top_k: int) -> Int[Tensor, "layer feature k"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers, check_probe
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_numbers
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
@@ -21,7 +21,7 @@ from mechlens.prompts import vocabulary_hash
 from mechlens.results import CompleteSearch
 from mechlens.results.state import load_state, save_state, state_file
 
-_TENSORS = ("highest", "highest_ids", "lowest", "lowest_ids", "probe")
+_TENSORS = ("highest", "highest_ids", "lowest", "lowest_ids")
 
 
 def search_complete(
@@ -48,7 +48,8 @@ def search_complete(
         features: elements of the activation; None is all.
         site: `resid_post` (a block's output), `attn_out`, `mlp_out` or `post` (the MLP's neurons).
         directions: vectors whose product with `resid_post` is the feature, instead of its elements; then
-            `features` chooses among them.
+            `features` chooses among them. A column of `W_U` is what the last norm's output is read by: here,
+            where the norm is not folded into it, its elements want multiplying by the norm's weights.
         prefix: a text or token ids to stand before every token.
         prepend_bos: begin with BOS; the source does not.
         top_k: how many tokens to keep at either end.
@@ -82,12 +83,11 @@ def search_complete(
         prepend_bos=prepend_bos,
     )
     d_vocab, file = model.cfg.d_vocab, state_file(state)
-    if not 1 <= top_k <= d_vocab:
-        raise ValueError(f"top_k must be from 1 to the vocabulary's {d_vocab}, but is {top_k}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+    check_counts(top_k=top_k, batch_size=batch_size)
+    if top_k > d_vocab:
+        raise ValueError(f"top_k must be at most the vocabulary's {d_vocab}, but is {top_k}")
     runs = candidates(model, sought.prefix, sought.names)
-    done = _Done(sought, top_k, file, sought.probe(runs) if file is not None else None)
+    done = _Done(sought, top_k, file)
     found: dict[int, tuple[TopRows, TopRows]] = {}
 
     def note(activation: Tensor, layer: int, ids: Tensor) -> None:
@@ -136,15 +136,13 @@ def search_complete(
 class _Done:
     """The best of the tokens so far, by layer; of the lowest, their negatives."""
 
-    def __init__(
-        self, sought: Sought, top_k: int, file: Path | None, probe: Float[Tensor, " layer"] | None
-    ) -> None:
-        self.sought, self.top_k, self.probe = sought, top_k, probe
+    def __init__(self, sought: Sought, top_k: int, file: Path | None) -> None:
+        self.sought, self.top_k = sought, top_k
         device, columns = sought.model.W_E.device, len(sought.features)
         empty = TopRows.empty(top_k, columns, device)
         self.so_far = (0, dict.fromkeys(sought.layers, (empty, empty)))
-        if file is not None and probe is not None and file.exists():
-            self._load(file, probe, device)
+        if file is not None and file.exists():
+            self._load(file, device)
 
     @property
     def count(self) -> int:
@@ -155,12 +153,11 @@ class _Done:
         return self.so_far[1]
 
     def _arguments(self) -> dict[str, object]:
-        return self.sought.fingerprint() | {"top_k": self.top_k}
+        return self.sought.fingerprint | {"top_k": self.top_k}
 
-    def _load(self, file: Path, probe: Float[Tensor, " layer"], device: torch.device) -> None:
+    def _load(self, file: Path, device: torch.device) -> None:
         owner = "a complete search"
         tensors, count = load_state(file, "search", owner, _TENSORS, self._arguments())
-        check_probe(file, tensors["probe"], probe)
 
         def rows(end: str, index: int) -> TopRows:
             return TopRows(tensors[end][index].T.to(device), tensors[f"{end}_ids"][index].T.to(device))
@@ -172,8 +169,7 @@ class _Done:
         self.so_far = (count, best)
 
     def save(self, file: Path) -> None:
-        assert self.probe is not None
-        save_state(file, "search", self.tensors() | {"probe": self.probe}, self._arguments(), step=self.count)
+        save_state(file, "search", self.tensors(), self._arguments(), step=self.count)
 
     def tensors(self) -> dict[str, Tensor]:
         """`[layer, feature, k]`, by name."""

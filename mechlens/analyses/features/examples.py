@@ -17,19 +17,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers, check_probe
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_numbers
 from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.accumulators import TopRows
 from mechlens.measures.memory import in_parts
-from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 from mechlens.models.sweeps import TOKEN_BUDGET, row_charge
-from mechlens.prompts import own_bos_token_id
+from mechlens.prompts import bos_to_prepend, own_bos_token_id, special_ids
 from mechlens.results import FeatureExamples
 from mechlens.results.state import load_state, save_state, state_file
 
-_TENSORS = ("values", "numbers", "kept", "tokens", "corpus", "probe")
+_TENSORS = ("values", "numbers", "kept", "tokens", "corpus")
 
 
 def feature_examples(
@@ -90,19 +89,15 @@ def feature_examples(
         prepend_bos=False,
     )
     file = state_file(state)
-    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
+    check_counts(top_k=top_k, batch_size=batch_size, length=length, limit=limit)
     if isinstance(corpus, Tensor) and corpus.ndim == 2:
         length = corpus.shape[1] if length is None else length
     length = min(LENGTH, model.cfg.n_ctx) if length is None else length
     windows = token_windows(model, corpus, length=length, prepend_bos=prepend_bos, limit=limit)
-    heap = _Heap(sought, top_k, length)
-    probe = None
-    if file is not None:
-        probe = sought.probe(candidates(model, sought.prefix, sought.names))
-        if file.exists():
-            heap.load(file, probe, windows)
+    bos = None if isinstance(corpus, Tensor) else bos_to_prepend(model, prepend_bos)
+    heap = _Heap(sought, top_k, length, bos)
+    if file is not None and file.exists():
+        heap.load(file, windows, limit)
     rows = batch_size or _rows(model, length)
     saved = time.monotonic()
     bar = tqdm(total=limit, initial=heap.read, desc="reading", unit="window", disable=not progress)
@@ -110,18 +105,20 @@ def feature_examples(
         for batch in _batches(windows, rows):
             for tokens, _ in in_parts(heap.add, batch, len(batch)):
                 bar.update(len(tokens))
-            if file is not None and probe is not None and time.monotonic() - saved > SAVE_SECONDS:
-                heap.save(file, probe)
+            if file is not None and time.monotonic() - saved > SAVE_SECONDS:
+                heap.save(file)
                 saved = time.monotonic()
     finally:
         bar.close()
-        if file is not None and probe is not None:
-            heap.save(file, probe)
+        if file is not None:
+            heap.save(file)
     if not heap.read:
         raise ValueError(
             f"the corpus is shorter than one window of {length} tokens: give more, or less length"
         )
-    return heap.result()
+    own = own_bos_token_id(model.tokenizer)
+    given = isinstance(corpus, Tensor) and own is not None and bool((corpus[:, 0] == own).all())
+    return heap.result(bos is not None or given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,12 +137,10 @@ class _Seen:
 class _Heap:
     """The best windows so far."""
 
-    def __init__(self, sought: Sought, top_k: int, length: int) -> None:
-        self.sought, self.top_k, self.length = sought, top_k, length
+    def __init__(self, sought: Sought, top_k: int, length: int, bos: int | None) -> None:
+        self.sought, self.top_k, self.length, self.bos = sought, top_k, length, bos
         model = sought.model
-        self.special = torch.tensor(
-            sorted(set(getattr(model.tokenizer, "all_special_ids", None) or [])), dtype=torch.long
-        )
+        self.special = torch.tensor(sorted(special_ids(model.tokenizer)), dtype=torch.long)
         empty = TopRows.empty(top_k, len(sought.features), model.W_E.device)
         # one object, so that whatever interrupts finds no part of it ahead of the rest
         self.seen = _Seen(0, dict.fromkeys(sought.layers, empty), {}, hashlib.sha256())
@@ -185,7 +180,7 @@ class _Heap:
         }
         watch(self.sought.model, tokens, readers)
 
-    def result(self) -> FeatureExamples:
+    def result(self, prepend_bos: bool) -> FeatureExamples:
         numbers = torch.tensor(sorted(self.seen.kept), dtype=torch.long)
         tokens = (
             torch.stack([self.seen.kept[number] for number in numbers.tolist()])
@@ -203,11 +198,10 @@ class _Heap:
         windows = windows.gather(-1, order)
         activations = activations.gather(2, order[..., None].expand_as(activations))
         positions = activations.nan_to_num(nan=-torch.inf).argmax(-1).masked_fill(windows < 0, -1)
-        bos = own_bos_token_id(self.sought.model.tokenizer)
         fields = self.sought.fields()
         del fields["prefix"]
         return FeatureExamples(
-            **fields | {"prepend_bos": bos is not None and bool((tokens[:, 0] == bos).all())},
+            **fields | {"prepend_bos": prepend_bos},
             layers=self.sought.layers,
             read=self.read,
             numbers=numbers,
@@ -242,9 +236,9 @@ class _Heap:
     # -- the state ---------------------------------------------------------------------------------
 
     def _arguments(self) -> dict[str, object]:
-        return self.sought.fingerprint() | {"top_k": self.top_k, "length": self.length}
+        return self.sought.fingerprint | {"top_k": self.top_k, "length": self.length, "BOS": self.bos}
 
-    def save(self, file: Path, probe: Float[Tensor, " layer"]) -> None:
+    def save(self, file: Path) -> None:
         seen = self.seen
         best = [seen.best[layer] for layer in self.sought.layers]
         kept = list(seen.kept.values())
@@ -254,14 +248,17 @@ class _Heap:
             "kept": torch.tensor(list(seen.kept), dtype=torch.long),
             "tokens": torch.stack(kept) if kept else torch.zeros(0, self.length, dtype=torch.long),
             "corpus": torch.tensor(list(seen.corpus.digest()), dtype=torch.uint8),
-            "probe": probe,
         }
         save_state(file, "search", tensors, self._arguments(), step=seen.read)
 
-    def load(self, file: Path, probe: Float[Tensor, " layer"], windows: Iterator[Tensor]) -> None:
+    def load(self, file: Path, windows: Iterator[Tensor], limit: int | None) -> None:
         """Take up a state, and pass over the windows that it has read."""
         tensors, read = load_state(file, "search", "a search for real contexts", _TENSORS, self._arguments())
-        check_probe(file, tensors["probe"], probe)
+        if limit is not None and read > limit:
+            raise ValueError(
+                f"the search in {file} has read {read} windows already, more than the limit of {limit}: give "
+                "a larger limit, or another state"
+            )
         corpus = hashlib.sha256()
         for window in itertools.islice(windows, read):
             corpus.update(window.numpy().tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_probe, hashed
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, hashed
 from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
 from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
@@ -23,18 +24,20 @@ from mechlens.results.state import load_state, save_state, state_file
 
 FASTEST = 1e6
 """A learning rate beyond all sense; what is beyond float32 ends within torch's optimisers."""
+LARGE = 1000.0
+"""The constant, where no activation comes near."""
 OPTIMISERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 
 
 def search_gradient(
     model: LensModel,
     *,
-    layer: int,
+    layer: int | None = None,
     selection: Any = None,
     n_tokens: int,
     objective: str = "constant",
     target: str | Int[Tensor, "*one target"] | None = None,
-    constant: float = 1000.0,
+    constant: float | None = None,
     prior: str = "none",
     prior_weight: float = 1.0,
     optimiser: str = "Adam",
@@ -60,7 +63,7 @@ def search_gradient(
     run: of all that a restart passes, the tokens with the best objective are kept.
 
     Args:
-        layer: whose features they are.
+        layer: whose features they are; a continuation needs none.
         selection: any index of `[pos, feature]`, such as `np.s_[:, 7]`, `np.s_[2, 7]` or `np.s_[:, 0:4]`,
             where `pos` counts the searched tokens only; None selects all.
         n_tokens: how many tokens are searched together.
@@ -68,13 +71,15 @@ def search_gradient(
             constant, as in the source; `maximise`: minus the activations; `l1` and `cosine`: the distance to
             those of the target, another input; `continuation`: minus the log-probability (nats) of the
             target behind the searched tokens, which reads no feature. The first three are means over what is
-            selected.
+            selected: to excite several features alike, look at each.
         target: a text or ids: as many tokens as are searched, or the continuation.
-        constant: of the objective `constant`.
+        constant: of the objective `constant`. What is larger is made smaller, so it must lie beyond all that
+            is to be found; None takes 1000, or ten times the largest activation of the starts.
         prior: `none`; `softmax`: what is changed is a distribution over tokens, made one by a softmax after
-            each step (the source's); `norm` and `nearest` add a penalty for embeddings of another norm than
-            the mean of real ones (square of the relative difference), or far from the nearest real one (1
-            minus the cosine).
+            each step (the source's; slow at the default learning rate: try SGD with one of 100); `norm` and
+            `nearest` add a penalty, summed over the searched tokens, for embeddings of another norm than the
+            mean of real ones (square of the relative difference), or far from the nearest real one (1 minus
+            the cosine).
         prior_weight: what the penalty is multiplied by.
         optimiser: one of torch's: Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD.
         learning_rate: in units of the root mean square of a real embedding's elements; for `softmax` as it
@@ -85,7 +90,8 @@ def search_gradient(
         seed: of the `torch.Generator` that draws the starts.
         isolated: the layer's block alone, on what the first block would get, without the blocks before.
         site: as in `search_complete`; so are `directions`, `prefix` and `prepend_bos`.
-        complete: a complete search of the same features, to compare with; for one token and one feature.
+        complete: a complete search of the same features, to compare with; for one token and one feature that
+            is to get large.
         state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
             interrupted; a search that finds the file goes on from there.
         progress: show a bar.
@@ -101,21 +107,45 @@ def search_gradient(
     Cost: per step one forward and one backward pass of the restarts up to the layer, and every fifth step two
     products with `W_E` and a forward pass of the different tokens that they stand for.
     """
+    if layer is None and objective != "continuation":
+        raise ValueError(f"the objective {objective!r} reads features of a layer: say which by layer=")
+    if selection is not None and objective == "continuation":
+        raise ValueError("a continuation reads no feature: leave selection out")
     sought = Sought.of(
         model,
         site=site,
-        layers=[layer],
+        layers=[-1 if layer is None else layer],
         features=None,
         directions=directions,
         prefix=prefix,
         prepend_bos=prepend_bos,
     )
-    _check(objective, prior, optimiser, n_tokens, steps, patience, restarts, learning_rate)
+    for name, given, known in (
+        ("objective", objective, OBJECTIVES),
+        ("prior", prior, PRIORS),
+        ("optimiser", optimiser, OPTIMISERS),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, but is {given!r}")
+    check_counts(n_tokens=n_tokens, steps=steps, patience=patience, restarts=restarts)
+    if not 0 < learning_rate <= FASTEST:
+        raise ValueError(f"learning_rate must be above 0 and at most {FASTEST:g}, but is {learning_rate}")
+    if not (math.isfinite(prior_weight) and prior_weight >= 0):
+        raise ValueError(f"prior_weight must be a finite number from 0 on, but is {prior_weight}")
+    if constant is not None and not math.isfinite(constant):
+        raise ValueError(f"constant must be a finite number, but is {constant}")
     file = state_file(state)
     with torch.inference_mode(False), torch.enable_grad():
         E = token_embeddings(model).float()
         judge = Judge.of(
-            sought, selection, n_tokens, objective, target, constant, isolated, E.to(model.W_E.dtype)
+            sought,
+            selection,
+            n_tokens,
+            objective,
+            target,
+            LARGE if constant is None else constant,
+            isolated,
+            E.to(model.W_E.dtype),
         )
         space = Space.of(E)
         optimum = None if complete is None else _optimum(complete, sought, judge, n_tokens)
@@ -127,13 +157,15 @@ def search_gradient(
             ids = _first_tokens(model, restarts, n_tokens, draw).to(E.device)
             free, rate = E[ids].clone().requires_grad_(), learning_rate * float(E.square().mean().sqrt())
         torch_optimiser = getattr(torch.optim, optimiser)([free], lr=rate)
+        if constant is None and objective == "constant":
+            judge = judge.beyond(free.detach() @ E if prior == "softmax" else free.detach())
         walk = Walk(judge, space, prior, prior_weight, free, torch_optimiser)
-        arguments = sought.fingerprint() | {
+        arguments: dict[str, Any] = {
             "selection": hashed(judge.selected),
             "n_tokens": n_tokens,
             "objective": objective,
             "target": None if judge.target is None else hashed(judge.target),
-            "constant": constant if objective == "constant" else None,
+            "constant": judge.constant if objective == "constant" else None,
             "prior": prior,
             "prior_weight": prior_weight if prior in PENALTIES else None,
             "optimiser": optimiser,
@@ -144,6 +176,9 @@ def search_gradient(
             "seed": seed,
             "isolated": isolated,
         }
+        if file is not None:
+            # which reads all weights
+            arguments = sought.fingerprint | arguments
         _run(walk, file, arguments, steps, patience, progress)
         decoded = walk.end()
         found = walk.embedded(walk.best)
@@ -153,7 +188,7 @@ def search_gradient(
         selected=judge.selected,
         objective=objective,
         target_ids=judge.target,
-        constant=constant if objective == "constant" else None,
+        constant=judge.constant if objective == "constant" else None,
         prior=prior,
         prior_weight=prior_weight if prior in PENALTIES else None,
         optimiser=optimiser,
@@ -182,12 +217,9 @@ def _run(
     walk: Walk, file: Path | None, arguments: dict[str, Any], steps: int, patience: int, progress: bool
 ) -> None:
     """Make the steps that a state has not made yet."""
-    # of the tokens' embeddings, and of what the blocks make of one
-    probe = None if file is None else torch.tensor([walk.space.norm, walk.judge.probe()])
     done: dict[str, Tensor] | None = None
-    if file is not None and probe is not None and file.exists():
-        done, _ = load_state(file, "search", "a gradient search", [*TENSORS, "probe"], arguments)
-        check_probe(file, done["probe"], probe)
+    if file is not None and file.exists():
+        done, _ = load_state(file, "search", "a gradient search", TENSORS, arguments)
         walk.go_on(done)
     else:
         walk.begin()
@@ -197,9 +229,9 @@ def _run(
         while walk.steps < steps and walk.stalled < patience:
             walk.step()
             bar.update()
-            if file is not None and probe is not None:
+            if file is not None:
                 # at once, so that whatever interrupts the next step leaves nothing of it
-                done = walk.tensors() | {"probe": probe}
+                done = walk.tensors()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save_state(file, "search", done, arguments, step=walk.steps)
                     saved = time.monotonic()
@@ -222,37 +254,13 @@ def _first_tokens(
     return ids
 
 
-def _check(
-    objective: str,
-    prior: str,
-    optimiser: str,
-    n_tokens: int,
-    steps: int,
-    patience: int,
-    restarts: int,
-    learning_rate: float,
-) -> None:
-    for name, given, known in (
-        ("objective", objective, OBJECTIVES),
-        ("prior", prior, PRIORS),
-        ("optimiser", optimiser, OPTIMISERS),
-    ):
-        if given not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, but is {given!r}")
-    for name, value in (
-        ("n_tokens", n_tokens),
-        ("steps", steps),
-        ("patience", patience),
-        ("restarts", restarts),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
-    if not 0 < learning_rate <= FASTEST:
-        raise ValueError(f"learning_rate must be above 0 and at most {FASTEST:g}, but is {learning_rate}")
-
-
 def _optimum(complete: CompleteSearch, sought: Sought, judge: Judge, n_tokens: int) -> float:
     """The activation that the complete search found."""
+    if judge.objective not in ("constant", "maximise"):
+        raise ValueError(
+            f"a complete search has the largest activation, which the objective {judge.objective!r} does not "
+            "look for: leave it out"
+        )
     if n_tokens != 1 or len(judge.selected) != 1:
         raise ValueError(
             "a complete search is of one token and one feature, but here are "

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers, check_probe
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_numbers
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
@@ -80,11 +80,7 @@ def search_greedy(
     d_vocab, n_ctx, file = model.cfg.d_vocab, model.cfg.n_ctx, state_file(state)
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, but is {aggregate!r}")
-    for name, value in (("n_tokens", n_tokens), ("beam", beam)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, but is {batch_size}")
+    check_counts(n_tokens=n_tokens, beam=beam, batch_size=batch_size)
     if beam > d_vocab:
         raise ValueError(f"beam must be at most the vocabulary's {d_vocab}, but is {beam}")
     if len(sought.prefix) + n_tokens > n_ctx:
@@ -92,13 +88,11 @@ def search_greedy(
             f"{n_tokens} tokens behind a prefix of {len(sought.prefix)} do not fit into the model's context "
             f"of {n_ctx}: search fewer"
         )
-    arguments = sought.fingerprint() | {"n_tokens": n_tokens, "aggregate": aggregate, "beam": beam}
-    beams = _Beams.begin(len(sought.features), beam)
-    probe = None
+    beams, arguments = _Beams.begin(len(sought.features), beam), dict[str, object]()
     if file is not None:
-        probe = sought.probe(candidates(model, sought.prefix, sought.names))
+        arguments = sought.fingerprint | {"n_tokens": n_tokens, "aggregate": aggregate, "beam": beam}
         if file.exists():
-            beams = _Beams.load(file, arguments, probe)
+            beams = _Beams.load(file, arguments)
     saved = time.monotonic()
     bar = tqdm(total=0, desc="searching", unit="token", disable=not progress)
     try:
@@ -108,14 +102,14 @@ def search_greedy(
             for before, users in groups:
                 top = _best_behind(sought, before, users[:, 0].unique(), beam, batch_size, bar)
                 beams.note(users, top)
-                if file is not None and probe is not None and time.monotonic() - saved > SAVE_SECONDS:
-                    beams.save(file, arguments, probe)
+                if file is not None and time.monotonic() - saved > SAVE_SECONDS:
+                    beams.save(file, arguments)
                     saved = time.monotonic()
             beams = beams.extended(aggregate)
     finally:
         bar.close()
-        if file is not None and probe is not None:
-            beams.save(file, arguments, probe)
+        if file is not None:
+            beams.save(file, arguments)
     return GreedySearch(
         **sought.fields(),
         layer=sought.layers[0],
@@ -180,15 +174,14 @@ class _Beams:
         return cls(ids, activations, unknown.long(), unknown, unknown[..., 0].bool())
 
     @classmethod
-    def load(cls, file: Path, arguments: dict[str, object], probe: Float[Tensor, " layer"]) -> _Beams:
+    def load(cls, file: Path, arguments: dict[str, object]) -> _Beams:
         names = [field.name for field in dataclasses.fields(cls)]
-        tensors, _ = load_state(file, "search", "a greedy search", [*names, "probe"], arguments)
-        check_probe(file, tensors.pop("probe"), probe)
+        tensors, _ = load_state(file, "search", "a greedy search", names, arguments)
         return cls(**tensors)
 
-    def save(self, file: Path, arguments: dict[str, object], probe: Float[Tensor, " layer"]) -> None:
+    def save(self, file: Path, arguments: dict[str, object]) -> None:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        save_state(file, "search", tensors | {"probe": probe}, arguments, step=self.ids.shape[-1])
+        save_state(file, "search", tensors, arguments, step=self.ids.shape[-1])
 
     def unread(self) -> list[tuple[Int[Tensor, " pos"], Int[Tensor, "user 2"]]]:
         """Inputs behind which nothing is known, and the (feature, beam) pairs that have each."""

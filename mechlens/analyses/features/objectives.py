@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.features.sought import Sought
+from mechlens.measures.memory import in_parts
 from mechlens.models.embedded import run_embedded
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens, final_norm, reads_as_streamed, soft_cap
@@ -73,12 +74,23 @@ class Judge:
             else _selected(selection, n_tokens, len(sought.features))
         )
         alone = sought.layers[0] if isolated else None
+        if objective == "cosine" and len(selected) < 2:
+            raise ValueError(
+                "a cosine of one number is 1 or -1: select at least two elements, or use the objective 'l1'"
+            )
         judge = cls(sought, embeddings, tokens, n_tokens, selected, objective, constant, ids, None, alone)
         if objective in ("l1", "cosine"):
             assert ids is not None
             wanted = judge._read(embeddings[ids.to(embeddings.device)][None])[0].detach()
             judge = dataclasses.replace(judge, wanted=wanted)
         return judge
+
+    @torch.no_grad()
+    def beyond(self, starts: Float[Tensor, "row pos d_model"]) -> Judge:
+        """With a constant that the starts' activations do not come near."""
+        parts = in_parts(lambda some: float(self._read(some).abs().max()), starts, len(starts))
+        largest = max(found for _, found in parts)
+        return dataclasses.replace(self, constant=max(self.constant, 10 * largest))
 
     def __call__(
         self, embedded: Float[Tensor, "row pos d_model"]
@@ -99,15 +111,6 @@ class Judge:
             else:
                 objective = 1 - torch.nn.functional.cosine_similarity(own, self.wanted[None], dim=-1)
         return objective, own.mean(-1)
-
-    @torch.no_grad()
-    def probe(self) -> float:
-        """A number by which other weights are told from these."""
-        first = self.embeddings[torch.zeros(1, self.n_tokens, dtype=torch.long)]
-        if self.objective == "continuation":
-            return float(self._log_prob(first))
-        (name,) = self.sought.names
-        return float(self._run(first, name).float().square().mean().sqrt())
 
     def _run(self, embedded: Float[Tensor, "row pos d_model"], name: str) -> Tensor:
         given = embedded.to(self.embeddings.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import operator
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models import sweeps
-from mechlens.models.candidates import Candidates
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import check_tokens
+from mechlens.models.weights import weights_hash
 from mechlens.prompts import bos_to_prepend, chosen, own_bos_token_id, prompt_tokens, token_strings
 from mechlens.results import ModelInfo
 
@@ -24,6 +24,8 @@ SITES = {name: sweeps.SITES[name] for name in ("resid_post", "attn_out", "mlp_ou
 SITES |= {"post": "blocks.{}.mlp.hook_post"}
 SAVE_SECONDS = 30.0
 """Between two saves of a state."""
+MOST_NAMED = 16
+"""Features or tokens that a message lists."""
 _OF_MLPS = ("mlp_out", "post")
 
 
@@ -65,7 +67,8 @@ class Sought:
             raise ValueError(f"this model has no MLPs, so there is no {site} to search")
         width = model.cfg.d_mlp if site == "post" else info.d_model
         if directions is not None:
-            width, directions = len(directions), _directions(model, site, directions)
+            directions = _directions(model, site, directions)
+            width = len(directions)
         return cls(
             model,
             info,
@@ -107,27 +110,18 @@ class Sought:
             "prepend_bos": bos is not None and bool((self.prefix[:1] == bos).any()),
         }
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What a state must have been begun with, to be gone on with."""
+        """What a state must have been begun with, to be gone on with; reads all weights."""
         return {
             "model": dataclasses.asdict(self.info),
             "site": self.site,
             "layers": list(self.layers),
-            # hashed, for they stand in messages
-            "features": hashed(torch.tensor(self.features)),
+            "features": _short(self.features),
             "directions": None if self.directions is None else hashed(self.directions),
-            "prefix": hashed(self.prefix),
+            "prefix": _short(self.prefix.tolist()),
+            "weights": weights_hash(self.model),
         }
-
-    def probe(self, runs: Candidates) -> Float[Tensor, " layer"]:
-        """A number per layer by which other weights are told from these."""
-        sizes: dict[str, Tensor] = {}
-
-        def note(activation: Tensor, name: str) -> None:
-            sizes[name] = activation.float().square().mean().sqrt()
-
-        runs.watch(torch.tensor([0]), {name: functools.partial(note, name=name) for name in self.names})
-        return torch.stack([sizes[name].cpu().clone() for name in self.names])
 
     def strings(self, *ids: Int[Tensor, "..."]) -> dict[str, str]:
         """The tokens that occur, by their id."""
@@ -157,11 +151,17 @@ def check_numbers(rows: Float[Tensor, "row feature"], name: str) -> None:
         raise ValueError(f"some of the model's activations at {name} are nan, so that none is the largest")
 
 
-def check_probe(file: Path, known: Float[Tensor, " layer"], found: Float[Tensor, " layer"]) -> None:
-    """Refuse to go on with a state of other weights."""
-    # float32, on another machine perhaps
-    if not torch.allclose(known, found, rtol=1e-3, atol=0):
-        raise ValueError(f"the search in {file} was begun with other weights: delete the file to begin anew")
+def check_counts(**counts: Any) -> None:
+    """Refuse what is no whole number of at least 1; None stands for no choice."""
+    for name, value in counts.items():
+        if value is None:
+            continue
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number, but is {value!r}") from None
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, but is {value}")
 
 
 def hashed(values: Tensor) -> str:
@@ -170,17 +170,30 @@ def hashed(values: Tensor) -> str:
     return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]
 
 
+def _short(numbers: Sequence[int]) -> list[int] | str:
+    """As they stand in messages: many of them by their count and a hash."""
+    if len(numbers) <= MOST_NAMED:
+        return list(numbers)
+    return f"{len(numbers)} of them ({hashed(torch.tensor(numbers))})"
+
+
 def _directions(
     model: LensModel, site: str, directions: Float[Tensor, "direction d_model"]
 ) -> Float[Tensor, "direction d_model"]:
     d_model = model.cfg.d_model
+    if not isinstance(directions, Tensor):
+        raise TypeError(
+            f"directions are a tensor [direction, d_model], but here is a {type(directions).__name__}"
+        )
     if site != "resid_post":
         raise ValueError(f"directions are of resid_post, but site is {site!r}")
     if directions.ndim != 2 or directions.shape[1] != d_model or len(directions) == 0:
         raise ValueError(
             f"directions must be [direction, d_model] with d_model {d_model}, but are "
-            f"{tuple(directions.shape)}"
+            f"{tuple(directions.shape)}" + (": give directions[None]" if directions.ndim == 1 else "")
         )
+    if not bool(directions.isfinite().all()):
+        raise ValueError("some of the directions' numbers are not finite")
     # a copy, so that a result does not change with what its maker does to them afterwards
     return directions.detach().to("cpu", torch.float32, copy=True)
 
@@ -190,7 +203,7 @@ def _prefix(
 ) -> Int[Tensor, " prefix"]:
     bos = bos_to_prepend(model, prepend_bos)
     begin = torch.tensor([] if bos is None else [bos], dtype=torch.long)
-    if prefix is None:
+    if prefix is None or (isinstance(prefix, str) and not prefix):
         return begin
     tokens = prompt_tokens(model, prefix, prepend_bos=False)
     if len(tokens) != 1:

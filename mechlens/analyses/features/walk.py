@@ -96,7 +96,14 @@ class Walk:
         return len(self.objectives)
 
     def begin(self) -> None:
+        """Look at the starts.
+
+        Raises:
+            ValueError: what they do to the model is nan.
+        """
         self._decode(self.free.detach())
+        if any(bool(each.objective.isnan().any()) for each in self.decoded.values()):
+            raise ValueError("some of the model's activations are nan, so that no token is the best")
 
     def step(self) -> None:
         self.free.grad = self._gradient()
