@@ -10,12 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, engine_of
-from mechlens.models.runs import running, watch
+from mechlens.models.runs import plain_token, running, watch
 
 _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3}
 _TOLERANCE_REDUCED = 0.1
-"""Of scores of vectors of length 1, against what they should be: a soft-cap bends them a little, and a wrong
-pairing of dimensions is off by their whole size."""
+"""Of measured scores, against what they should be, as a share of their size: a soft-cap bends them a little,
+and a narrow dtype rounds them."""
+_BETTER = 4.0
+"""How many times nearer to the model's scores one pairing of dimensions must be than the others."""
+_PAIRINGS = ("halves", "adjacent", "adjacent, tables by halves")
+_FARTHEST = 4
+"""Distance up to which pairings are told apart: a rotation that is slowed down turns by little at 1."""
+_SCORE = 0.5
+"""Of what pairings are told apart by: far above what bfloat16 rounds, far below where soft-caps bend."""
 
 
 def is_rotary(model: LensModel) -> bool:
@@ -36,7 +43,7 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
     Raises:
         ValueError: a distance that the context does not hold, or a rotation that cannot be found out.
 
-    Cost: on a bridge one run of `distance + 1` tokens and two of 2 up to the layer.
+    Cost: on a bridge one run of `distance + 1` tokens and two of a few up to the layer.
     """
     n_ctx = model.cfg.n_ctx
     if not 0 <= distance < n_ctx:
@@ -66,14 +73,16 @@ def attention_scale(model: LensModel, layer: int) -> float:
     Raises:
         ValueError: the model's attention is no softmax of such products.
 
-    Cost: two runs of two tokens up to the layer.
+    Cost: one run of two sequences of two tokens up to the layer.
     """
     d_head = model.cfg.d_head
     vector = torch.full((d_head,), d_head**-0.5, device=model.W_U.device)
     zero = torch.zeros_like(vector)
-    before = _preference(model, layer, vector, vector, zero)
-    same = _preference(model, layer, vector, zero, vector)
-    if abs(before + same) > _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * abs(before):
+    given = torch.stack([vector, zero])
+    queries = torch.stack([vector, vector])
+    before, same = _preferences(model, layer, queries, given, given.flip(0))[:, 0].tolist()
+    # a comparison with nan is false
+    if not abs(before + same) <= _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * abs(before):
         raise ValueError(
             f"attention in layer {layer} depends on more than its queries and keys (windows, positions), so "
             "its scale cannot be read off"
@@ -98,27 +107,77 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
         return lambda table: tables.update({name: table[0].float()})
 
     lost = f"how this model rotates queries and keys in layer {layer} cannot be found out"
+    farthest = max(1, min(_FARTHEST, model.cfg.n_ctx - 1))
     try:
-        tokens = torch.zeros(1, max(distance, 1) + 1, dtype=torch.long)
+        tokens = torch.full((1, max(distance, farthest) + 1), plain_token(model))
         watch(model, tokens, {hook: keep(name) for hook, name in names.items()})
     except ValueError as error:
         raise ValueError(f"{lost} ({error}): the circuit without rotation would be wrong") from error
+
+    def turns(pairing: str) -> Callable[[int], Tensor]:
+        return lambda at: _turned(tables["cos"][at], tables["sin"][at], model.cfg.d_head, pairing)
+
+    # by pairing: what the score of a query with a key 1, 2, ... before it is made with
+    rotations: dict[str, Tensor] = {}
+    for pairing in _PAIRINGS:
+        turn = turns(pairing)
+        R = torch.stack([turn(at) @ turn(0).T for at in range(1, farthest + 1)])
+        # of two dimensions all pairings are one
+        if not any(torch.equal(R, other) for other in rotations.values()):
+            rotations[pairing] = R
+    q, k = _probes(list(rotations.values()))
+    measured = _scores(model, layer, q, k, farthest)
+    off = {
+        pairing: _misfit(torch.einsum("ri,pij,rj->rp", q, R, k), measured) for pairing, R in rotations.items()
+    }
+    best, *others = sorted(off, key=lambda pairing: off[pairing])
+    # a comparison with nan is false
+    fits = off[best] <= _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED)
+    if not (fits and all(off[other] >= _BETTER * off[best] for other in others)):
+        raise ValueError(f"{lost}: its scores are none that a rotation of pairs of dimensions gives")
+    return turns(best)
+
+
+def _probes(
+    rotations: list[Float[Tensor, "distance d_head d_head"]],
+) -> tuple[Float[Tensor, "probe d_head"], Float[Tensor, "probe d_head"]]:
+    """Queries and keys of length 1 whose scores tell rotations apart, and some that see all dimensions."""
+    first = rotations[0]
     draw = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(model.cfg.d_head, generator=draw).to(model.W_U.device) for _ in range(2))
-    q, k = q / q.norm(), k / k.norm()
-    zero = torch.zeros_like(k)
-    before, same = _preference(model, layer, q, k, zero), -_preference(model, layer, q, zero, k)
-    allowed = _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * max(abs(same), abs(before))
-    for pairing in ("halves", "adjacent", "adjacent, tables by halves"):
+    anywhere = torch.randn(8, first.shape[-1], generator=draw).to(first)
+    anywhere = anywhere / anywhere.norm(dim=1, keepdim=True)
+    pairs = []
+    for index, R in enumerate(rotations):
+        turned = anywhere @ R[0]
+        pairs.append((anywhere, turned / turned.norm(dim=1, keepdim=True)))
+        for other in rotations[:index]:
+            # the directions in which two rotations differ most
+            U, _, Vh = torch.linalg.svd(R[-1] - other[-1])
+            pairs.append((U[:, :4].T, Vh[:4]))
+    q, k = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return q, k
 
-        def turn(position: int, pairing: str = pairing) -> Tensor:
-            return _turned(tables["cos"][position], tables["sin"][position], model.cfg.d_head, pairing)
 
-        # the attention scale is the same in both
-        apart, together = (float(q @ turn(at) @ turn(0).T @ k) for at in (1, 0))
-        if abs(before * together - same * apart) <= allowed:
-            return turn
-    raise ValueError(f"{lost}: its scores are none that a rotation of pairs of dimensions gives")
+def _scores(
+    model: LensModel,
+    layer: int,
+    q: Float[Tensor, "probe d_head"],
+    k: Float[Tensor, "probe d_head"],
+    farthest: int,
+) -> Float[Tensor, "probe distance"]:
+    """What the model makes of each query with each key at distance 1, 2, ..., up to a factor."""
+    zero = torch.zeros_like(q)
+    # the size of a score at its own position, made what it should be by the length of both
+    length = (model.cfg.d_head**0.5 * _SCORE) ** 0.5
+    one = -_preferences(model, layer, length * q[:1], zero[:1], length * q[:1])
+    length = length * (_SCORE / one.abs()) ** 0.5
+    return _preferences(model, layer, length * q, length * k, zero, farthest)
+
+
+def _misfit(expected: Float[Tensor, "probe distance"], measured: Float[Tensor, "probe distance"]) -> float:
+    """How far what was measured is from a multiple of what was expected, as a share of its size."""
+    factor = (expected * measured).sum() / expected.square().sum()
+    return float((measured - factor * expected).norm() / measured.norm())
 
 
 def _turned(
@@ -138,27 +197,29 @@ def _turned(
     return R
 
 
-def _preference(
+def _preferences(
     model: LensModel,
     layer: int,
-    q: Float[Tensor, " d_head"],
-    before: Float[Tensor, " d_head"],
-    same: Float[Tensor, " d_head"],
-) -> float:
-    """How much higher a query at position 1 scores with one key at position 0 than with another at its own
-    position, by the model's own attention in its first head.
+    q: Float[Tensor, "probe d_head"],
+    before: Float[Tensor, "probe d_head"],
+    same: Float[Tensor, "probe d_head"],
+    farthest: int = 1,
+) -> Float[Tensor, "probe distance"]:
+    """How much higher each query, 1, 2, ... `farthest` positions after one key, scores with it than with
+    another key at its own position, by the model's own attention in its first head.
 
     Taken from the pattern, because a bridge that leaves attention to the model it wraps (OPT) has the
     pattern in place of the scores.
     """
 
-    def instead(values: Tensor) -> Callable[..., Tensor]:
-        return lambda activation, hook: values.to(activation)[None, :, None].expand_as(activation).clone()
+    def instead(values: Float[Tensor, "probe pos d_head"]) -> Callable[..., Tensor]:
+        return lambda activation, hook: values.to(activation)[:, :, None].expand_as(activation).clone()
 
+    keys = torch.stack([before, *[same] * farthest], dim=1)
     at = f"blocks.{layer}.attn.hook_"
     kept: list[Tensor] = []
-    hooks = [(f"{at}q", instead(torch.stack([q, q]))), (f"{at}k", instead(torch.stack([before, same])))]
+    hooks = [(f"{at}q", instead(q[:, None].expand_as(keys))), (f"{at}k", instead(keys))]
     with running(model, hooks):
-        watch(model, torch.zeros(1, 2, dtype=torch.long), {f"{at}pattern": kept.append})
-    attention = kept[0][0, 0, 1].float().log()
-    return float(attention[0] - attention[1])
+        watch(model, torch.full(keys.shape[:2], plain_token(model)), {f"{at}pattern": kept.append})
+    attention = kept[0][:, 0].float().log()
+    return (attention[:, :, 0] - attention.diagonal(dim1=1, dim2=2))[:, 1:]

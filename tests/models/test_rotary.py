@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import CohereConfig, GlmConfig, GPTJConfig, LlamaConfig
+from transformers import CohereConfig, Ernie4_5Config, GlmConfig, GPTJConfig, LlamaConfig
 
 from mechlens.models.engines import choose_backend
 from mechlens.models.load import load_model
@@ -82,6 +82,52 @@ def test_the_pairing_is_found_by_the_models_own_attention(tmp_path, config, rota
     model = load_model(tmp_path / "model", processing=False)
     for distance in (0, 1, 5):
         assert close(rotation(model, 1, distance), adjacent(distance, rotary_dim, 500.0))
+
+
+WIDE = SIZES | {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CohereConfig(**WIDE),
+        GlmConfig(**WIDE, head_dim=128),
+        Ernie4_5Config(**WIDE, head_dim=128),
+        LlamaConfig(**WIDE),
+        # turns by a sixteenth of a radian at most from one position to the next
+        CohereConfig(**WIDE, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 16.0}),
+        LlamaConfig(**WIDE, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 16.0}),
+    ],
+    ids=["cohere", "glm", "ernie", "llama", "slow cohere", "slow llama"],
+)
+def test_the_pairing_is_found_in_few_bits(tmp_path, config, dtype):
+    if choose_backend("auto") == "hooked":
+        pytest.skip("HookedTransformer has no such models, or its own rotation")
+    write_model_of(tmp_path / "model", config)
+    wide = load_model(tmp_path / "model", processing=False)
+    model = load_model(tmp_path / "model", processing=False, dtype=dtype)
+    for distance in (0, 1, 5, 40):
+        found, expected = rotation(model, 1, distance), rotation(wide, 1, distance)
+        # sines and cosines rounded to 8 bits, twice where one turns by both
+        assert torch.allclose(found, expected, atol=0.01)
+        assert distance == 0 or not torch.allclose(expected, torch.eye(128), atol=0.01)
+
+
+def test_a_rotation_that_no_pairing_gives_is_refused(tmp_path):
+    """One that turns the other way in the short runs that find out, but not in that for the tables."""
+    if choose_backend("auto") == "hooked":
+        pytest.skip("HookedTransformer has its own rotation")
+    write_model_of(tmp_path / "model", LlamaConfig(**WIDE))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(tmp_path / "model", processing=False, dtype=dtype)
+        back = [("blocks.1.attn.hook_sin", lambda sin, hook: -sin if sin.shape[1] < 10 else sin)]
+        with (
+            model.hooks(fwd_hooks=back),
+            pytest.raises(ValueError, match="its scores are none that a rotation of pairs"),
+        ):
+            rotation(model, 1, 9)
+        assert len(rotation(model, 1, 9)) == 128
 
 
 def test_a_scaled_rotation(tmp_path):
