@@ -16,6 +16,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 
+_AS_THEY_ARE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {chr(byte): byte for byte in _AS_THEY_ARE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_AS_THEY_ARE)))
+}
+"""What byte-level vocabularies, GPT-2's and those like it, write for each byte."""
+
+
 def own_bos_token_id(tokenizer: Any) -> int | None:
     """A tokenizer's BOS, unless it only has one since TransformerLens set it to the EOS."""
     if tokenizer is None or tokenizer.bos_token is None:
@@ -230,7 +237,7 @@ def prompt_tokens(
 
 
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
-    """Each token as text; in the vocabulary's own form where it is only a part of a character.
+    """Each token as text; bytes that are only a part of a character as `\\xfc`.
 
     Without a tokenizer they are the ids; an id past the tokenizer's length is `[id]`.
     """
@@ -240,9 +247,16 @@ def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     for token in tokens.tolist():
         text = model.tokenizer.decode([token])
         if not text or "\ufffd" in text:
-            text = model.tokenizer.convert_ids_to_tokens(token)
+            text = _bytes_shown(model.tokenizer.convert_ids_to_tokens(token))
         texts.append(text or f"[{token}]")
     return tuple(texts)
+
+
+def _bytes_shown(token: str | None) -> str | None:
+    """A token of a byte-level vocabulary with its lone bytes as such: there they look like letters."""
+    if token is None or not set(token) <= _BYTES.keys():
+        return token
+    return bytes(_BYTES[each] for each in token).decode("utf-8", "backslashreplace")
 
 
 def vocabulary_hash(tokenizer: Any) -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechlens.prompts import chosen, drawable_tokens, repeated_tokens, text_tokens
+from mechlens.prompts import chosen, drawable_tokens, repeated_tokens, text_tokens, token_strings
 
 
 class Letters:
@@ -137,3 +137,19 @@ def test_chosen_indices_are_plain_numbers():
     assert found == (2, 0)
     with pytest.raises(TypeError):
         inspect.unwrap(chosen)("position", [0.5], 3)
+
+
+def test_lone_bytes_are_told_from_letters(bundled):
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    of_letter = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    ids = torch.arange(len(bundled.tokenizer))
+    strings = token_strings(bundled, ids)
+    parts = [i for i in ids.tolist() if "\ufffd" in bundled.tokenizer.decode([i])]
+    assert len(parts) > 100
+    for i in parts:
+        own = bytes(of_letter[letter] for letter in bundled.tokenizer.convert_ids_to_tokens(i))
+        assert strings[i] == own.decode("utf-8", errors="backslashreplace")
+        assert "\\x" in strings[i]
+    # the letter itself is two bytes
+    assert "ü" not in strings
