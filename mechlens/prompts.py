@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-
 _AS_THEY_ARE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTES = {chr(byte): byte for byte in _AS_THEY_ARE} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_AS_THEY_ARE)))
@@ -312,7 +311,7 @@ def chosen(what: str, given: Sequence[SupportsIndex] | None, count: int) -> tupl
         raise TypeError(f"{what}s are given as numbers, such as [0, 1], but here is {given!r}") from None
     for index in indices:
         if not -count <= index < count:
-            raise ValueError(f"there is no {what} {index}: there are {count}")
+            raise ValueError(f"there is no {what} {index}: there are {count}, 0 to {count - 1}")
     if not indices:
         raise ValueError(f"no {what} is asked for; there are {count}")
     found = tuple(index % count for index in indices)
