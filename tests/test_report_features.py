@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mechlens.plots.feature_alignment import index_verdict
 from mechlens.plots.style import MINUS
 from mechlens.report import (
     Interactive,
@@ -27,6 +28,7 @@ from tests.plots.test_features import (
     gradient,
     greedy,
     own,
+    sites,
     untrained,
 )
 
@@ -140,30 +142,47 @@ def test_a_continuation_has_an_objective_in_the_place_of_an_activation():
 
 def test_alignment_stands_beside_chance():
     section = feature_alignment_section([alignment(), untrained()], names=["trained", "<i>new</i>"])
-    shares, same, overlap, pairs = section.parts
-    share = alignment().share()
-    assert shares.rows[0] == (
-        *("trained", "the same best token", 0.75, f"{share.low:.3f} to {share.high:.3f}", "0.125"),
-        "aligned",
+    shares, same, overlap, numbers, pairs = section.parts
+    assert shares.columns == (
+        *("compared", "the same best token", "chance", "verdict"),
+        *("of the 2 best tokens", "chance", "verdict"),
     )
-    assert shares.rows[1][1:3] == ("of the 2 best tokens", 0.625)
-    # 1 of 4 features in both layers, of a vocabulary of 64
-    assert shares.rows[2][1:3] == ("token of the same number", 0.25)
-    assert shares.rows[2][4:] == ("0.016", "more than chance")
-    assert [row[:3] for row in shares.rows[3:]] == [
-        ("<i>new</i>", "the same best token", 0.0),
-        ("<i>new</i>", "of the 2 best tokens", 0.0),
-        ("<i>new</i>", "token of the same number", 0.0),
-        ("<i>new</i>", "token of the same number, <b>$other$", 1.0),
+
+    def cell(share):
+        return f"{share.value:.3f} ({share.low:.3f} to {share.high:.3f})"
+
+    one, two = alignment(), untrained()
+    assert shares.rows == [
+        [
+            *("trained", cell(one.share()), "0.125", one.share().verdict),
+            *(cell(one.share("overlap")), "0.375", one.share("overlap").verdict),
+        ],
+        [
+            *("<i>new</i>", cell(two.share()), "0.125", "no more than chance"),
+            *(cell(two.share("overlap")), "0.250", "no more than chance"),
+        ],
     ]
-    assert shares.rows[3][-1] == "no more than chance"
+    # 1 of 4 features in both layers, of a vocabulary of 64; the same model's once
+    assert numbers.rows == [
+        ("tiny", cell(one.index_share()), "0.016", index_verdict(one.index_share())),
+        ("<b>$other$", cell(two.index_share(other=True)), "0.016", "more than chance"),
+    ]
+    assert numbers.rows[0][1].startswith("0.250")
+    assert numbers.rows[1][1].startswith("1.000")
     assert len(same.figure.data) == len(overlap.figure.data) == 2
     assert same.figure.data[0].z[0][1] == 0.75
     assert overlap.figure.data[0].z[0][1] == 0.625
     assert "trained 0.750" in same.description
-    assert [row[:4] for row in pairs.rows] == [("trained", 0, 2, 0.75), ("<i>new</i>", 2, 2, 0.0)]
-    assert "trained: each layer with each later one, 4 features of resid_post." in section.text
-    assert "<i>new</i>: each layer with the same layer of the other, 4 features" in section.text
+    assert "a layer with itself, which says nothing, is grey" in same.caption
+    # no layer with itself
+    assert [row[:4] for row in pairs.rows] == [
+        ("trained", 0, 2, cell(one.share("same", [(0, 2)]))),
+        ("<i>new</i>", 2, 2, cell(two.share("same", [(2, 2)]))),
+    ]
+    assert section.text == (
+        "Compared are 4 features of resid_post. Each layer with each later one: trained. Each layer with the "
+        "same layer of the other: <i>new</i>."
+    )
     assert {"Aligned features", "Chance", "Interval", "Token of the same number"} <= set(section.terms)
     text = page(section)
     assert "<i>new</i>" not in text
@@ -172,13 +191,43 @@ def test_alignment_stands_beside_chance():
 
 def test_one_best_token_has_no_overlap():
     section = feature_alignment_section([alignment(top_k=1)])
-    assert [type(part) for part in section.parts] == [Table, Plot, Table]
-    assert [row[1] for row in section.parts[0].rows] == ["the same best token", "token of the same number"]
+    assert [type(part) for part in section.parts] == [Table, Plot, Table, Table]
+    assert section.parts[0].columns == ("compared", "the same best token", "chance", "verdict")
     assert section.parts[0].rows[0][0] == "tiny"
+    assert section.text == "Compared are 4 features of resid_post, each layer with each later one."
+    several = feature_alignment_section([alignment(top_k=1), alignment()])
+    assert several.parts[0].columns[4] == "of the 2 best tokens"
+    assert several.parts[0].rows[0][4:] == ["—", "—", "—"]
     with pytest.raises(ValueError, match="at least one result"):
         feature_alignment_section([])
     with pytest.raises(ValueError, match="names must be 1"):
         feature_alignment_section([alignment()], names=[])
+
+
+def test_what_is_compared_is_named_where_it_differs():
+    section = feature_alignment_section([alignment(site="post", other_site="post"), sites(), sites()])
+    assert [row[0] for row in section.parts[0].rows] == ["tiny, post", *["tiny, attn_out with mlp_out"] * 2]
+    assert section.text == (
+        "4 neurons of the MLP, each layer with each later one: tiny, post. 4 features of attn_out with those "
+        "of mlp_out, each layer with the same layer of the other: tiny, attn_out with mlp_out; tiny, attn_out "
+        "with mlp_out."
+    )
+    *_, numbers, _ = section.parts
+    assert [row[0] for row in numbers.rows] == ["tiny, post", "tiny, attn_out", "tiny, mlp_out"]
+
+
+def test_directions_have_no_numbers_and_one_feature_no_chance():
+    section = feature_alignment_section([alignment(site="direction", other_site="direction")])
+    # only the pairs' table is left
+    assert [type(part) for part in section.parts] == [Table, Plot, Plot, Table]
+    alone = {
+        name: getattr(alignment(), name)[..., :1]
+        for name in ("same", "overlap", "is_index", "other_is_index")
+    }
+    nothing = {name: torch.full((2, 2), torch.nan) for name in ("chance_same", "chance_overlap")}
+    section = feature_alignment_section([alignment(features=(0,), **alone, **nothing)])
+    assert section.parts[0].rows[0][2:4] == ["—", "—"]
+    assert section.text == "Compared are 1 feature of resid_post, each layer with each later one."
 
 
 def test_examples_have_their_windows_and_where_the_peaks_are():

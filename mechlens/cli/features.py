@@ -414,9 +414,7 @@ def align(
     def sections() -> list[Section]:
         from mechlens.report import feature_alignment_section
 
-        # they begin sentences there
-        names = [name[0].upper() + name[1:] for name in found]
-        return [feature_alignment_section(list(found.values()), names=names)]
+        return [feature_alignment_section(list(found.values()), names=list(found))]
 
     command = _command("align", align, given | {"model": model}, argument="name")
     _save(out, "Alignment of features", list(found.values()), sections, command, names=list(found))

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mechlens.plots.style import MUTED, TEMPLATE, figure_text, heatmap, number, titles
+from mechlens.plots.style import GRID, MUTED, TEMPLATE, figure_text, heatmap, number, titles
 from mechlens.results import FeatureAlignment, Share
+from mechlens.results.feature_alignment import CHANCE
 
 WORDS = {"same": "the same best token", "overlap": "the same best tokens"}
 _WRITTEN = 12
 """Layers up to which each cell holds its number."""
 _LETTERS = 36
 """In a line above or below one heatmap."""
+_SIDES = {1: 460, 2: 340, 3: 230}
+"""The longest side of a heatmap by how many stand in a row, with which the row fits a page; in pixels."""
+_LINE = 17
+"""Height of a line of text, in pixels."""
 _NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
 
 
-def compared_names(result: FeatureAlignment) -> str:
-    """Whose features are compared: `gpt2`, `gpt2 with gpt2-medium`, or `gpt2, attn_out with mlp_out`."""
-    here, there = result.model.name, result.other.name
-    if result.within:
-        return here
-    if here != there:
-        return f"{here} with {there}"
-    if result.site != result.other_site:
-        return f"{here}, {result.site} with {result.other_site}"
-    return f"{here} with another of its name"
+def site_words(result: FeatureAlignment) -> str:
+    """Where features are read: `mlp_out`, or `attn_out with mlp_out`."""
+    same = result.site == result.other_site
+    return result.site if same else f"{result.site} with {result.other_site}"
+
+
+def index_shares(results: Iterable[FeatureAlignment]) -> dict[str, Share]:
+    """How often a best token's id is the feature's number, by whose features they are, each once.
+
+    Directions, whose numbers mean nothing, are not among them.
+    """
+    results = list(results)
+    several = len({site for each in results for site in (each.site, each.other_site)}) > 1
+    shares: dict[str, Share] = {}
+    for result in results:
+        sides = [(result.model.name, result.site, result.index_share())]
+        if not result.within:
+            # of another directory, perhaps, with the same last part
+            alike = (result.other, result.other_site) == (result.model, result.site)
+            name = f"the other {result.other.name}" if alike else result.other.name
+            sides.append((name, result.other_site, result.index_share(other=True)))
+        for name, site, share in sides:
+            if share.value == share.value:
+                shares.setdefault(f"{name}, {site}" if several else name, share)
+    return shares
+
+
+def index_verdict(share: Share) -> str:
+    """More of them than chance has would not make features aligned."""
+    return "more than chance" if share.low > share.chance else CHANCE
 
 
 def chance_words(share: Share) -> str:
@@ -48,7 +75,7 @@ def share_lines(share: Share) -> tuple[str, ...]:
 
 
 def result_names(results: Sequence[FeatureAlignment], names: Sequence[str] | None) -> list[str]:
-    """What each comparison is called.
+    """What each comparison is called: as given or by its models, and with its sites where these differ.
 
     Raises:
         ValueError: no result, or not as many names.
@@ -56,21 +83,29 @@ def result_names(results: Sequence[FeatureAlignment], names: Sequence[str] | Non
     if not results:
         raise ValueError("there is nothing to show: give at least one result of feature_alignment")
     if names is None:
-        return [compared_names(result) for result in results]
+        names = [_models(result) for result in results]
     if isinstance(names, str) or len(names) != len(results):
         given = f"the text {names!r}" if isinstance(names, str) else f"{len(names)}"
         raise ValueError(f"names must be {len(results)}, one for each result, but is {given}")
-    return list(names)
+    sites = [site_words(result) for result in results]
+    several = len(set(sites)) > 1
+    return [
+        f"{name}, {words}"
+        if (several or " with " in words) and not re.search(rf"\b{words}\b", name)
+        else name
+        for name, words in zip(names, sites, strict=True)
+    ]
 
 
 def plot_feature_alignment(
     *results: FeatureAlignment, names: Sequence[str] | None = None, value: str = "same"
 ) -> go.Figure:
-    """Draw how often features agree, layer by layer, one heatmap for each result beside the others.
+    """Draw how often features agree, layer by layer, one heatmap for each result, up to three in a row.
 
-    Colours span [0, 1] in all of them; layers go upwards and to the right. Above each stands the mean over
-    pairs of layers, each with each later one or with itself in the other model, with its 95% interval, chance
-    and verdict. Under the cursor stand these of the cell.
+    Colours span [0, 1] in all of them; layers go upwards and to the right. A layer with itself, within one
+    search, says nothing and is left grey. Above each heatmap stands the mean over pairs of layers, each with
+    each later one or with itself in the other model, with its 95% interval, chance and verdict. Under the
+    cursor stand these of the cell.
 
     Args:
         results: such as of a trained model and an untrained one.
@@ -84,44 +119,62 @@ def plot_feature_alignment(
     called = result_names(results, names)
     if value not in WORDS:
         raise ValueError(f"value must be one of {', '.join(WORDS)}, but is {value!r}")
+    widest = max(max(result.same.shape[:2]) for result in results)
+    wanted = max(230, (34 if widest <= _WRITTEN else 18) * widest)
+    # three in a row where their numbers fit into the cells; as many in each row as can be
+    most = 3 if wanted <= _SIDES[3] + 8 else 2
+    n_rows = math.ceil(len(results) / most)
+    n_columns = math.ceil(len(results) / n_rows)
+    side = min(wanted, _SIDES[n_columns])
+    headings = [_wrapped(name) for name in called]
+    # the name, the share with its interval, chance with the verdict
+    above = 12 + _LINE * (max(lines for _, lines in headings) + 2)
+    # between two rows: the axis below the one and what stands above the other
+    apart = 56 + _LINE + above
+    inner = n_rows * side + (n_rows - 1) * apart
     figure = make_subplots(
-        cols=len(results), horizontal_spacing=0.3 / len(results) if len(results) > 1 else 0
+        rows=n_rows,
+        cols=n_columns,
+        horizontal_spacing=0.3 / n_columns if n_columns > 1 else 0,
+        vertical_spacing=apart / inner if n_rows > 1 else 0,
     )
-    widest = lines = 0
-    for at, (result, name) in enumerate(zip(results, called, strict=True), start=1):
-        n_rows, n_columns = result.same.shape[:2]
-        widest = max(widest, n_rows, n_columns)
+    for at, (result, (heading, _)) in enumerate(zip(results, headings, strict=True)):
+        place = {"row": at // n_columns + 1, "col": at % n_columns + 1}
+        size = max(result.same.shape[:2])
         cells = heatmap(
-            (result.same.double() if value == "same" else result.overlap.double()).mean(-1).cpu().numpy(),
+            _means(result, value),
             low=0.0,
             high=1.0,
             hovers=_hovers(result, value),
-            name=figure_text(name),
-            texttemplate="%{z:.2f}" if max(n_rows, n_columns) <= _WRITTEN else "",
-            textfont={"size": 11 if max(n_rows, n_columns) <= 8 else 9},
-            showscale=at == len(results),
+            name=figure_text(called[at]),
+            texttemplate="%{z:.2f}" if size <= _WRITTEN else "",
+            textfont={"size": 11 if size <= 8 else 9},
+            showscale=at == 0,
             xgap=1,
             ygap=1,
         )
-        figure.add_trace(cells, row=1, col=at)
-        sides = (("x", result.other_layers, result.within), ("y", result.layers, True))
-        for axis, layers, own in sides:
+        # beside the first row, however many there are
+        cells.colorbar.update(lenmode="pixels", len=side, y=1, yanchor="top")
+        figure.add_trace(cells, **place)
+        differ = result.site != result.other_site
+        sides = (
+            ("x", result.other_layers, result.other_site, _of_other(result)),
+            ("y", result.layers, result.site, ""),
+        )
+        for axis, layers, site, whose in sides:
             step = max(1, math.ceil(len(layers) / 16))
             getattr(figure, f"update_{axis}axes")(
-                title={"text": "layer" if own else _wrapped(f"layer of {result.other.name}")[0]},
+                title={"text": _wrapped(f"layer{whose}" + (f" ({site})" if differ else ""))[0]},
                 tickvals=list(range(0, len(layers), step)),
                 ticktext=[str(layer) for layer in layers[::step]],
                 **_NO_TICKS,
-                row=1,
-                col=at,
+                **place,
             )
-        axes = figure.layout[f"xaxis{at if at > 1 else ''}"]
-        heading, n_lines = _wrapped(name)
-        lines = max(lines, n_lines)
+        axis_x, axis_y = (figure.layout[f"{axis}axis{at + 1 if at else ''}"] for axis in "xy")
         summary = "<br>".join(share_lines(result.share(value)))
         figure.add_annotation(
-            x=axes.domain[0],
-            y=1,
+            x=axis_x.domain[0],
+            y=axis_y.domain[1],
             xref="paper",
             yref="paper",
             xanchor="left",
@@ -130,7 +183,6 @@ def plot_feature_alignment(
             showarrow=False,
             text=f'<b>{heading}</b><br><span style="color:{MUTED}">{summary}</span>',
         )
-    side = max(230, min(460, (34 if widest <= _WRITTEN else 18) * widest))
     features = sorted({len(result.features) for result in results})
     tops = sorted({result.top_k for result in results})
     figure.update_layout(
@@ -139,14 +191,42 @@ def plot_feature_alignment(
             "Share of features with the same best token in two layers"
             if value == "same"
             else f"Share of the {' or '.join(map(str, tops))} best tokens that two layers share",
-            f"0 to 1, of {' or '.join(f'{n:,}' for n in features)} features; above: mean over pairs of "
-            "layers (95% interval)",
+            f"0 to 1, of {' or '.join(f'{n:,}' for n in features)} feature{'' if features == [1] else 's'}; "
+            "above: mean over pairs of layers (95% interval)",
         ),
-        width=max(480, 150 + round(side * 1.35 * len(results))),
-        height=side + 202 + 17 * lines,
-        margin={"t": 132 + 17 * lines},
+        # the title is no narrower
+        width=max(600, 150 + round(side * 1.35 * n_columns)),
+        height=inner + 122 + _LINE + above,
+        margin={"t": 52 + above, "b": 70 + _LINE},
+        # of a layer with itself
+        plot_bgcolor=GRID,
     )
     return figure
+
+
+def _of_other(result: FeatureAlignment) -> str:
+    """Whose the other layers are, where it is another model."""
+    here, there = result.model.name, result.other.name
+    if result.within or (here == there and result.site != result.other_site):
+        return ""
+    return f" of {there}" if here != there else f" of the other {there}"
+
+
+def _models(result: FeatureAlignment) -> str:
+    """Whose features are compared: `gpt2`, or `gpt2 with gpt2-medium`."""
+    here, there = result.model.name, result.other.name
+    if result.within or (here == there and result.site != result.other_site):
+        return here
+    return f"{here} with {there}" if here != there else f"{here} with another of its name"
+
+
+def _means(result: FeatureAlignment, value: str) -> np.ndarray:
+    """Mean over features, by layer and other layer; nan for a layer with itself within one search."""
+    means = (result.same if value == "same" else result.overlap).double().mean(-1).cpu().numpy()
+    if result.within:
+        own = np.array(result.layers)[:, None] == np.array(result.other_layers)
+        means = np.where(own, np.nan, means)
+    return means
 
 
 def _wrapped(text: str) -> tuple[str, int]:
@@ -159,16 +239,17 @@ def _hovers(result: FeatureAlignment, value: str) -> list[list[str]]:
     """What stands under the cursor, by layer and other layer."""
     table = result.to_dataframe()
     what = WORDS[value] if value == "same" else f"{WORDS[value]} of {result.top_k}"
-    there = "" if result.within else f" of {figure_text(result.other.name)}"
+    here = f" ({result.site})" if result.site != result.other_site else ""
+    there = figure_text(_of_other(result)) + (f" ({result.other_site})" if here else "")
     texts = []
     for row in table.to_dict("records"):
         one, other = row["layer"], row["other_layer"]
         share = Share(*(row[f"{value}{end}"] for end in ("", "_low", "_high", "_chance")))
         if result.within and one == other:
-            texts.append(f"<b>layer {one}</b> with itself")
+            texts.append("")
             continue
         texts.append(
-            f"<b>layer {one} with layer {other}{there}</b><br>{what}: {number(share.value)}"
+            f"<b>layer {one}{here} with layer {other}{there}</b><br>{what}: {number(share.value)}"
             f"<br>95% interval {number(share.low)} to {number(share.high)}"
             f"<br>by chance {chance_words(share)}" + (f"<br>{share.verdict}" if share.verdict else "")
         )

@@ -354,7 +354,7 @@ def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> 
         for rank in kept
     ]
     # The component shades blue up to the largest and red down to the smallest of all numbers, however near 0
-    # that is. Two more in each window, which stand behind its last token and are not drawn, make them one scale.
+    # that is. Two more in each window, behind its last token and so not drawn, make them one scale.
     largest = max(abs(value) for window in activations for value in window) or 1.0
     activations = [[*window, largest, -largest] for window in activations]
     return View(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from mechlens.plots.feature_alignment import (
     chance_words,
+    index_shares,
+    index_verdict,
     plot_feature_alignment,
     result_names,
     share_lines,
@@ -15,7 +17,6 @@ from mechlens.plots.style import number
 from mechlens.report.features import feature_terms
 from mechlens.report.page import Plot, Section, Table
 from mechlens.results import FeatureAlignment, Share
-from mechlens.results.feature_alignment import CHANCE
 
 _TERMS = {
     "Aligned features": (
@@ -23,7 +24,7 @@ _TERMS = {
         "chance has it."
     ),
     "Chance": "How often two features of unlike numbers have the same best tokens in these layers.",
-    "Interval": "Where the share lies with 95% confidence, features being a sample (Wilson's).",
+    "Interval": "Where the share lies with 95% confidence, features being a sample (Clopper and Pearson's).",
     "Token of the same number": (
         "The best token's id is the feature's number, as an artefact of decoding would have it; chance is "
         "one in the vocabulary."
@@ -50,48 +51,55 @@ def feature_alignment_section(
     """
     results = list(results)
     called = result_names(results, names)
-    rows: list[tuple[str | float, ...]] = []
+    tops = " or ".join(str(top) for top in sorted({each.top_k for each in results if each.top_k > 1}))
+    shown = {"same": "the same best token", **({"overlap": f"of the {tops} best tokens"} if tops else {})}
+    rows = []
     for result, name in zip(results, called, strict=True):
-        shares = {"the same best token": result.share("same")}
-        if result.top_k > 1:
-            shares[f"of the {result.top_k} best tokens"] = result.share("overlap")
-        rows += [(name, what, *_share_cells(share), share.verdict) for what, share in shares.items()]
-        own = {"token of the same number": result.index_share()}
-        if not result.within:
-            own[f"token of the same number, {result.other.name}"] = result.index_share(other=True)
-        # more of them than chance has would not make features aligned
-        rows += [
-            (name, what, *_share_cells(share), "more than chance" if share.low > share.chance else CHANCE)
-            for what, share in own.items()
-        ]
+        row: list[str] = [name]
+        for what in shown:
+            share = result.share(what)
+            known = what == "same" or result.top_k > 1
+            row += [*_share_cells(share), share.verdict or "—"] if known else ["—"] * 3
+        rows.append(row)
     summaries = "; ".join(
         f"{name} {', '.join(share_lines(result.share()))}"
         for result, name in zip(results, called, strict=True)
     )
+    any_within = any(result.within for result in results)
     overlaps = [result for result in results if result.top_k > 1]
     parts: list[Plot | Table] = [
         Table(
-            ("compared", "share of features", "measured", "95% interval", "chance", "verdict"),
+            ("compared", *(head for words in shown.values() for head in (words, "chance", "verdict"))),
             rows,
-            "Shares, mean over pairs of layers",
+            "Share of features (95% interval), mean over pairs of layers",
         ),
         Plot(
             plot_feature_alignment(*results, names=called),
             "Share of features with the same best token in two layers, from 0 (light) to 1 (dark); layer 0 "
-            "is at the bottom left. Point at a cell for its interval and chance.",
+            "is at the bottom left"
+            + ("; a layer with itself, which says nothing, is grey" if any_within else "")
+            + ". Point at a cell for its interval and chance.",
             f"Heatmaps of the share of features with the same best token, by two layers. Mean: {summaries}.",
             keeps_width=len(results) > 1,
         ),
     ]
     if overlaps:
         kept = [name for result, name in zip(results, called, strict=True) if result.top_k > 1]
-        tops = " or ".join(str(top) for top in sorted({result.top_k for result in overlaps}))
         parts.append(
             Plot(
                 plot_feature_alignment(*overlaps, names=kept, value="overlap"),
                 f"The same of the {tops} best tokens, in any order.",
                 f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",
                 keeps_width=len(overlaps) > 1,
+            )
+        )
+    own = index_shares(results)
+    if own:
+        parts.append(
+            Table(
+                ("features of", "token of the same number", "chance", "verdict"),
+                [(name, *_share_cells(share), index_verdict(share)) for name, share in own.items()],
+                "Share of features whose best token's id is their number (95% interval), mean over layers",
             )
         )
     pairs = [
@@ -101,18 +109,16 @@ def feature_alignment_section(
     ]
     parts.append(
         Table(
-            ("compared", "layer", "with layer", "the same best token", "95% interval", "chance", "verdict"),
-            [(name, one, other, *_share_cells(share), share.verdict) for name, one, other, share in pairs],
+            ("compared", "layer", "with layer", "the same best token", "chance", "verdict"),
+            [
+                (name, one, other, *_share_cells(share), share.verdict or "—")
+                for name, one, other, share in pairs
+            ],
             "The pairs of layers as a table",
             folded=True,
         )
     )
-    compared = " ".join(
-        f"{name}: {_pairs_words(result)}, {len(result.features):,} {feature_noun(result.site)}s of "
-        f"{place_words(result.site)}"
-        + (f" with {place_words(result.other_site)}." if result.other_site != result.site else ".")
-        for result, name in zip(results, called, strict=True)
-    )
+    compared = _compared_words(results, called)
     return Section(
         title,
         f"{text}\n\n{compared}" if text else compared,
@@ -121,9 +127,34 @@ def feature_alignment_section(
     )
 
 
-def _share_cells(share: Share) -> tuple[str | float, ...]:
-    interval = "—" if share.low != share.low else f"{number(share.low)} to {number(share.high)}"
-    return share.value, interval, chance_words(share)
+def _share_cells(share: Share) -> tuple[str, str]:
+    """A share with its interval, and chance."""
+    if share.value != share.value:
+        return "—", "—"
+    chance = "—" if share.chance != share.chance else chance_words(share)
+    return f"{number(share.value)} ({number(share.low)} to {number(share.high)})", chance
+
+
+def _compared_words(results: Sequence[FeatureAlignment], called: Sequence[str]) -> str:
+    """What is compared: said once where it is the same of all, else with the names of those it is said of."""
+    features = [_features_words(result) for result in results]
+    same = len(set(features)) == 1
+    groups: dict[str, list[str]] = {}
+    for result, words, name in zip(results, features, called, strict=True):
+        pairs = _pairs_words(result)
+        groups.setdefault(pairs if same else f"{words}, {pairs}", []).append(name)
+    if same and len(groups) == 1:
+        return f"Compared are {features[0]}, {next(iter(groups))}."
+    sentences = [f"{words[0].upper()}{words[1:]}: {'; '.join(names)}." for words, names in groups.items()]
+    return " ".join([f"Compared are {features[0]}."] * same + sentences)
+
+
+def _features_words(result: FeatureAlignment) -> str:
+    count = len(result.features)
+    return (
+        f"{count:,} {feature_noun(result.site)}{'' if count == 1 else 's'} of {place_words(result.site)}"
+        + (f" with those of {place_words(result.other_site)}" if result.other_site != result.site else "")
+    )
 
 
 def _pairs_words(result: FeatureAlignment) -> str:

@@ -56,7 +56,10 @@ def print_complete_search(found: CompleteSearch) -> None:
     left = 10 + 7 * several
     cell = max(wide + 1 + long, len(f"{noun} {shown[-1]}")) + 3
     at_once = max(1, (Console().width - left) // cell)
-    title = f"Tokens that excite {place_words(found.site)} of {found.model.name} most, {prefix_words(found)}"
+    title = (
+        f"Tokens that excite {noun}s of {place_words(found.site)} in {found.model.name} most, "
+        f"{prefix_words(found)}"
+    )
     for at in range(0, len(shown), at_once):
         columns = range(at, min(at + at_once, len(shown)))
         rows = [
@@ -107,7 +110,8 @@ def print_greedy_search(results: Sequence[GreedySearch]) -> None:
                 rows.append([*cells, _number(scores[i][rank])] if summed else cells)
     print_table(
         f"Greedy search of {first.ids.shape[-1]} {_plural(first.ids.shape[-1], 'token')} that excite "
-        f"{place_words(first.site)} of {first.model.name}, {prefix_words(first)}",
+        f"{feature_noun(first.site)}s of {place_words(first.site)} in {first.model.name}, "
+        f"{prefix_words(first)}",
         (
             "layer",
             feature_noun(first.site),
@@ -210,32 +214,41 @@ def gradient_search_json(found: GradientSearch) -> dict[str, Any]:
 def print_feature_alignment(results: Mapping[str, FeatureAlignment]) -> None:
     """Print how often features have the same best token, and share their best ones, by what is compared; then
     how often a best token's id is the feature's own number."""
-    from mechlens.plots.features import place_words
+    from mechlens.plots.feature_alignment import index_shares, index_verdict, result_names
 
-    first = next(iter(results.values()))
-    titles = {"same": f"The same best token, {place_words(first.site)} of {first.model.name}"}
+    found = list(results.values())
+    first, names = found[0], result_names(found, list(results))
+    # in the title where they are the same of all, else in the rows
+    sites = {site for each in found for site in (each.site, each.other_site)}
+    where = f"{sites.pop()} of " if len(sites) == 1 else ""
+    titles = {"same": f"The same best token, {where}{first.model.name}"}
     if first.top_k > 1:
         titles["overlap"] = f"The same tokens among the best {first.top_k}"
     for what, title in titles.items():
         print_table(
             title,
             ("compared", "share", "95% interval", "chance", "verdict"),
-            [(name, *_share(found.share(what))) for name, found in results.items()],
+            [(name, *_share(each.share(what))) for name, each in zip(names, found, strict=True)],
         )
-    print_table(
-        f"The best token's id is the feature's own number (by chance 1 in {first.model.d_vocab:,})",
-        ("features of", "share", "95% interval", "verdict"),
-        [(name, *_share(share)[:2], _index_verdict(share)) for name, share in _index_shares(results).items()],
-    )
-    counts = sorted({len(found.features) for found in results.values()})
-    typer.echo(
-        f"Of {' or '.join(map(str, counts))} features; chance is the same share of features with unlike "
-        "numbers."
-    )
+    own = index_shares(found)
+    if own:
+        print_table(
+            f"The best token's id is the feature's own number (by chance 1 in {first.model.d_vocab:,})",
+            ("features of", "share", "95% interval", "verdict"),
+            [(name, *_share(share)[:2], index_verdict(share)) for name, share in own.items()],
+        )
+    counts = sorted({len(each.features) for each in found})
+    nouns = f"Of {' or '.join(map(str, counts))} {_plural(counts[-1], 'feature')}"
+    if counts == [1]:
+        typer.echo(f"{nouns}: chance takes a second one, with another number.")
+    else:
+        typer.echo(f"{nouns}; chance is the same share of features with unlike numbers.")
 
 
 def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str, Any]:
     """Every share by what is compared, with its pairs of layers, and how often an id is the feature's own."""
+    from mechlens.plots.feature_alignment import index_shares, index_verdict
+
     first = next(iter(results.values()))
     return {
         "model": asdict(first.model),
@@ -246,6 +259,8 @@ def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str,
                 "compared": name,
                 "model": found.model.name,
                 "other": found.other.name,
+                "site": found.site,
+                "other_site": found.other_site,
                 "features": len(found.features),
                 **{what: _share_json(found.share(what)) for what in ("same", "overlap")},
                 "pairs": found.to_dataframe().to_dict("records"),
@@ -253,8 +268,8 @@ def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str,
             for name, found in results.items()
         ],
         "is_index": {
-            name: {**asdict(share), "verdict": _index_verdict(share)}
-            for name, share in _index_shares(results).items()
+            name: {**asdict(share), "verdict": index_verdict(share)}
+            for name, share in index_shares(results.values()).items()
         },
     }
 
@@ -349,27 +364,8 @@ def _share(share: Share) -> tuple[str, str, str, str]:
     return value, tolerance(share.low, share.high, 3), chance, share.verdict
 
 
-def _index_verdict(share: Share) -> str:
-    """Features are not aligned where their best tokens have their numbers."""
-    from mechlens.results.feature_alignment import CHANCE
-
-    return "more than chance" if share.low > share.chance else CHANCE
-
-
 def _share_json(share: Share) -> dict[str, Any]:
     return {**asdict(share), "verdict": share.verdict}
-
-
-def _index_shares(results: Mapping[str, FeatureAlignment]) -> dict[str, Share]:
-    """By whose features they are."""
-    shares: dict[str, Share] = {}
-    for found in results.values():
-        shares.setdefault(found.model.name, found.index_share())
-        if not found.within:
-            # of another directory, perhaps, with the same last part
-            name = found.other.name if found.other != found.model else f"the other {found.other.name}"
-            shares.setdefault(name, found.index_share(other=True))
-    return shares
 
 
 def _context(found: FeatureExamples, window: int, pos: int) -> str:

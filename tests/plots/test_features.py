@@ -297,12 +297,14 @@ def test_what_was_not_searched_is_refused():
 def test_alignment_is_drawn_side_by_side_on_one_scale():
     figure = plot_feature_alignment(alignment(), untrained(), names=["trained", "<i>new</i>"])
     trained, new = figure.data
-    np.testing.assert_array_equal(trained.z, [[1, 0.75], [0.75, 1]])
+    # a layer with itself says nothing within one search
+    np.testing.assert_array_equal(trained.z, [[np.nan, 0.75], [0.75, np.nan]])
+    assert figure.layout.plot_bgcolor not in (None, "white")
     np.testing.assert_array_equal(new.z, [[0], [0], [0]])
     for cells in (trained, new):
         assert (cells.zmin, cells.zmax) == (0, 1)
         assert cells.texttemplate == "%{z:.2f}"
-    assert [cells.showscale for cells in figure.data] == [False, True]
+    assert [cells.showscale for cells in figure.data] == [True, False]
     assert (figure.layout.xaxis.ticktext, figure.layout.yaxis.ticktext) == (("0", "2"), ("0", "2"))
     assert (figure.layout.xaxis2.ticktext, figure.layout.yaxis2.ticktext) == (("2",), ("0", "1", "2"))
     assert figure.layout.xaxis.title.text == figure.layout.yaxis2.title.text == "layer"
@@ -317,7 +319,8 @@ def test_each_alignment_says_its_share_with_interval_and_chance():
     assert one.startswith("<b>trained</b><br>")
     assert f"0.750 ({share.low:.3f} to {share.high:.3f})<br>chance 0.125: aligned" in one
     assert other.startswith(f"<b>{figure_text('<i>new</i>')}</b>")
-    assert "0.000 (0.000 to 0.490)<br>chance 0.125: no more than chance" in other
+    share = untrained().share()
+    assert f"0.000 (0.000 to {share.high:.3f})<br>chance 0.125: no more than chance" in other
     (note,) = plot_feature_alignment(alignment(), value="overlap").layout.annotations
     assert "<b>tiny</b>" in note.text
     # 0.625 with an interval whose lower end, 0.23, is below chance
@@ -344,15 +347,69 @@ def test_under_the_cursor_stand_interval_chance_and_verdict():
         "<b>layer 0 with layer 2</b><br>the same best token: 0.750"
         f"<br>95% interval {share.low:.3f} to {share.high:.3f}<br>by chance 0.125<br>aligned"
     )
-    assert cells.hovertext[1][1] == "<b>layer 2</b> with itself"
+    assert not cells.hovertext[1][1]
     (cells,) = plot_feature_alignment(alignment(), value="overlap").data
-    np.testing.assert_array_equal(cells.z, [[1, 0.625], [0.625, 1]])
+    np.testing.assert_array_equal(cells.z, [[np.nan, 0.625], [0.625, np.nan]])
     assert "the same best tokens of 2: 0.625" in cells.hovertext[0][1]
     assert "by chance 0.375" in cells.hovertext[0][1]
     (cells,) = plot_feature_alignment(untrained()).data
     assert cells.hovertext[2][0].startswith(
         f"<b>layer 2 with layer 2 of {figure_text('<b>$other$')}</b><br>the same best token: 0.000<br>"
     )
+
+
+def sites(**changes) -> FeatureAlignment:
+    """The same model's two layers at one site with these at another."""
+    return alignment(within=False, site="attn_out", other_site="mlp_out", **changes)
+
+
+def test_two_sites_are_named_by_axes_titles_and_cursor():
+    figure = plot_feature_alignment(sites())
+    assert figure.layout.yaxis.title.text == "layer (attn_out)"
+    assert figure.layout.xaxis.title.text == "layer (mlp_out)"
+    assert "<b>tiny, attn_out with mlp_out</b>" in figure.layout.annotations[0].text
+    (cells,) = figure.data
+    # these are no layer with itself
+    np.testing.assert_array_equal(cells.z, [[1, 0.75], [0.75, 1]])
+    assert cells.hovertext[0][0].startswith("<b>layer 0 (attn_out) with layer 0 (mlp_out)</b><br>")
+    given = plot_feature_alignment(sites(), alignment(), names=["between", "attn_out with mlp_out"])
+    assert [note.text.split("</b>")[0] for note in given.layout.annotations] == [
+        "<b>between, attn_out with mlp_out",
+        "<b>attn_out with mlp_out, resid_post",
+    ]
+    other = plot_feature_alignment(untrained(other_site="post"))
+    assert other.layout.xaxis.title.text == f"layer of {figure_text('<b>$other$')} (post)"
+    assert (
+        f"<b>layer 0 (resid_post) with layer 2 of {figure_text('<b>$other$')} (post)</b>"
+        in (other.data[0].hovertext[0][0])
+    )
+    same = plot_feature_alignment(alignment(within=False))
+    assert same.layout.xaxis.title.text == "layer of the other tiny"
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2])])
+def test_heatmaps_stand_in_rows_that_fit_a_page(count, rows):
+    figure = plot_feature_alignment(*[alignment()] * count)
+    at = [""] + [str(each) for each in range(2, count + 1)]
+    heights = [figure.layout[f"yaxis{each}"].domain for each in at]
+    lefts = [figure.layout[f"xaxis{each}"].domain[0] for each in at]
+    expected = [row for row, length in enumerate(rows) for _ in range(length)]
+    tops = sorted({height[1] for height in heights}, reverse=True)
+    assert [tops.index(height[1]) for height in heights] == expected
+    assert [lefts[i] < lefts[i + 1] for i in range(count - 1)] == [
+        expected[i] == expected[i + 1] for i in range(count - 1)
+    ]
+    # above each stands its own name; below a page's 1120 pixels, and its title of 60 letters is not cut
+    assert [(note.x, note.y) for note in figure.layout.annotations] == [
+        (left, height[1]) for left, height in zip(lefts, heights, strict=True)
+    ]
+    assert 600 <= figure.layout.width <= 1120
+    margin = figure.layout.margin
+    inner = figure.layout.height - margin.t - margin.b
+    sizes = {round((high - low) * inner) for low, high in heights}
+    assert sizes == {230}, "they do not shrink"
+    colour_bars = [cells.colorbar for cells in figure.data if cells.showscale]
+    assert [(bar.lenmode, bar.len, bar.y) for bar in colour_bars] == [("pixels", 230, 1)]
 
 
 def test_what_cannot_be_compared_says_so():
@@ -378,9 +435,8 @@ def test_what_cannot_be_compared_says_so():
         plot_feature_alignment(alignment(), value="x")
 
 
-def test_large_models_have_no_numbers_in_their_cells():
-    size = 13
-    large = alignment(
+def of_layers(size: int) -> FeatureAlignment:
+    return alignment(
         layers=tuple(range(size)),
         other_layers=tuple(range(size)),
         same=torch.ones(size, size, 4, dtype=torch.bool),
@@ -390,7 +446,20 @@ def test_large_models_have_no_numbers_in_their_cells():
         is_index=torch.zeros(size, 4, dtype=torch.bool),
         other_is_index=torch.zeros(size, 4, dtype=torch.bool),
     )
-    assert not plot_feature_alignment(large).data[0].texttemplate
+
+
+def test_large_models_have_no_numbers_in_their_cells():
+    assert plot_feature_alignment(of_layers(12)).data[0].texttemplate
+    assert not plot_feature_alignment(of_layers(13)).data[0].texttemplate
+
+
+@pytest.mark.parametrize("size", [12, 32])
+def test_cells_that_are_too_small_in_rows_of_three_stand_in_rows_of_two(size):
+    figure = plot_feature_alignment(*[of_layers(size)] * 3)
+    assert figure.layout.xaxis2.domain[0] > 0
+    assert figure.layout.xaxis3.domain[0] == 0
+    assert figure.layout.yaxis3.domain[1] < figure.layout.yaxis.domain[0]
+    assert figure.layout.width <= 1120
 
 
 # -- gradient search -------------------------------------------------------------------------------

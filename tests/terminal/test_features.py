@@ -90,7 +90,7 @@ def test_more_features_than_anyone_reads_are_left_to_files(capsys):
 def test_tokens_are_made_visible_and_their_site_is_named(capsys):
     terminal.print_complete_search(complete_search())
     out = capsys.readouterr().out
-    assert "Tokens that excite post of tiny most, behind <s>" in out
+    assert "Tokens that excite neurons of the MLP in tiny most, behind <s>" in out
     assert "neuron 3" in out
     assert cells(out) == [["0", "·a 2.00", "⏎  1.00"]]
 
@@ -110,7 +110,7 @@ def test_the_json_of_a_complete_search_has_both_ends():
 def test_greedy_inputs_have_their_ranks_and_sums(capsys):
     terminal.print_greedy_search([greedy_search()])
     out = capsys.readouterr().out
-    assert "Greedy search of 2 tokens that excite resid_post of tiny, without BOS" in out
+    assert "Greedy search of 2 tokens that excite directions of resid_post in tiny, without BOS" in out
     assert cells(out) == [
         ["0", "0", "1", "·a ·a", "2.00 3.00", "5.00"],
         ["", "", "2", "·a ⏎", "2.00 1.50", "3.50"],
@@ -223,7 +223,39 @@ def test_alignment_stands_beside_chance_with_its_verdict(capsys):
     # of whose ids: `other` is only looked at where it is another model
     assert [row[:2] for row in rows[4:]] == [["tiny", "0.000"], ["other", "0.000"]]
     assert "by chance 1 in 9" in out
-    assert "Of 3 features" in out
+    assert "Of 3 features; chance is" in out
+
+
+def test_sites_are_named_in_the_title_or_where_they_differ_in_the_rows(capsys):
+    found = feature_alignment()
+    terminal.print_feature_alignment({"layers": found})
+    out = capsys.readouterr().out
+    assert f"The same best token, {found.site} of tiny" in out
+    assert cells(out)[0][0] == "layers"
+    across = dataclasses.replace(found, within=False, site="attn_out", other_site="mlp_out")
+    terminal.print_feature_alignment({"layers": found, "sites": across})
+    out = capsys.readouterr().out
+    assert "The same best token, tiny" in out
+    assert [row[0] for row in cells(out)[:2]] == [f"layers, {found.site}", "sites, attn_out with mlp_out"]
+    (_, told) = terminal.feature_alignment_json({"layers": found, "sites": across})["comparisons"]
+    assert (told["site"], told["other_site"]) == ("attn_out", "mlp_out")
+
+
+def test_of_one_feature_there_is_no_chance_to_explain(capsys):
+    found = feature_alignment()
+    alone = {
+        name: getattr(found, name)[..., :1] for name in ("same", "overlap", "is_index", "other_is_index")
+    }
+    nothing = {
+        name: torch.full_like(getattr(found, name), torch.nan) for name in ("chance_same", "chance_overlap")
+    }
+    terminal.print_feature_alignment(
+        {"layers": dataclasses.replace(found, features=(0,), **alone, **nothing)}
+    )
+    out = capsys.readouterr().out
+    assert cells(out)[0][3:] == ["", ""]
+    assert "Of 1 feature: chance takes a second one, with another number." in out
+    assert "the same share" not in out
 
 
 def test_two_models_of_the_same_name_are_told_apart():
