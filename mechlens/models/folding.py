@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import running, soft_cap, watch
+from mechlens.models.runs import plain_token, running, soft_cap, watch
 from mechlens.models.weights import attention_out_affine, final_norm_scale, norm_affine, output_weights
 
 TOKENS_AT_ONCE = 1024
@@ -161,7 +161,8 @@ def position_vectors(model: LensModel) -> Float[Tensor, "pos d_model"]:
             f"{kind!r}" + (": take QK at a relative_position" if kind == "rotary" else "")
         )
     kept: list[Tensor] = []
-    watch(model, torch.zeros(1, model.cfg.n_ctx, dtype=torch.long), {"hook_pos_embed": kept.append})
+    tokens = torch.full((1, model.cfg.n_ctx), plain_token(model))
+    watch(model, tokens, {"hook_pos_embed": kept.append})
     return kept[0][0].float()
 
 

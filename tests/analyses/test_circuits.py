@@ -347,6 +347,27 @@ def test_a_scale_that_is_no_square_root(tiny_directories):
     assert positional_attention(model, EARLIER).scale == pytest.approx(1, rel=1e-5)
 
 
+def test_padding_on_the_left_hides_no_position(tiny_directories):
+    """HookedTransformer hides the padding token then, which is the tokenizer's first here."""
+    model = load_model(tiny_directories / "gpt2")
+    circuit, attention = positional_QK(model, LATER), positional_attention(model, LATER)
+    assert model.tokenizer.pad_token_id in (None, 0)
+    model.tokenizer.pad_token_id, model.tokenizer.padding_side = 0, "left"
+    assert positional_QK(model, LATER) == circuit
+    assert positional_attention(model, LATER) == attention
+    assert not attention.pattern.isnan().any()
+
+
+def test_attention_that_is_no_number_has_no_scale(tiny_directories):
+    model = load_model(tiny_directories / "gpt2")
+    nowhere = [("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * math.nan)]
+    with (
+        model.hooks(fwd_hooks=nowhere),
+        pytest.raises(ValueError, match="attention in layer 1 .* so its scale cannot be read off"),
+    ):
+        positional_attention(model, LATER)
+
+
 # -- states of a model -----------------------------------------------------------------------------
 
 
