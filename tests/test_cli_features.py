@@ -71,7 +71,14 @@ BEFORE_LOADING = [
     (["bogus"], "No such command 'bogus'"),
     (["complete", "--layer", "first"], "--layer is a number, or a range such as 10:40 or -20: that has some"),
     (["complete", "--layer", "4:4"], "that has some, but is '4:4'"),
-    (["greedy", "--feature", "1,2"], "--feature is a number, or a range"),
+    (
+        ["greedy", "--feature", "1,2"],
+        "such as 10:40 or -20: that has some, but is '1,2': repeat the option for several",
+    ),
+    (
+        ["complete", "--state", "x.safetensors", "--out", "./x.safetensors"],
+        "--out and --state are the same file x.safetensors: give two",
+    ),
     (
         ["complete", "--site", "resid_pre"],
         "--site must be one of resid_post, attn_out, mlp_out",
@@ -129,8 +136,7 @@ AFTER_LOADING = [
     (["complete", "--layer", "2"], "there is no layer 2: there are 2"),
     (["complete", "--layer", "1", "--layer", "-1"], "the same layer is asked for twice"),
     (["complete", "--feature", "0:40"], "there is no feature 32: there are 32"),
-    (["complete", "--top", "65"], "--top must be from 1 to the vocabulary's 64, but is 65"),
-    (["complete", "--prefix", ""], "the text is empty"),
+    (["complete", "--top", "65"], "--top must be at most the vocabulary's 64, but is 65"),
     (["complete", "--prefix", "a" * 32], "context"),
     (["greedy", "--layer", "-3"], "there is no layer -3: there are 2"),
     (["greedy", "--beam", "65"], "beam must be at most the vocabulary's 64"),
@@ -139,7 +145,7 @@ AFTER_LOADING = [
     (["gradient", "--feature", "32"], "there is no feature 32: there are 32"),
     (
         ["gradient", "--objective", "l1", "--target", "ab"],
-        "the target must have the 1 token",
+        "as many tokens as are searched, 1, but has 2",
     ),
     (["align", "--layer", "0:3"], "there is no layer 2: there are 2"),
     (["align", "--feature", "32"], "there is no feature 32: there are 32"),
@@ -214,6 +220,7 @@ def saved(capsys, tmp_path, directory, *arguments):
             {"site": "post", "features": range(8), "prepend_bos": True},
         ),
         (["--prefix", "ab", "-f", 3], {"features": [3], "prefix": "ab"}),
+        (["--prefix", "", "-f", 3], {"features": [3]}),
     ],
 )
 def test_every_option_of_complete_reaches_the_analysis(
@@ -458,6 +465,48 @@ def test_a_search_goes_on_from_its_state_and_says_if_it_cannot(
     assert code == 2
     assert "was begun with" in err or "features" in err
     assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (["complete"], "complete"),
+        (["greedy", "--tokens", "3"], "greedy"),
+        (["gradient", "--tokens", "2", "--restarts", "4", "--steps", "9"], "gradient"),
+        (["examples", "CORPUS", "--length", "2"], "examples"),
+    ],
+)
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    capsys, monkeypatch, tmp_path, directory, corpus, command, module
+):
+    import importlib
+
+    state, never = tmp_path / "state.safetensors", tmp_path / "whole.safetensors"
+    arguments = ["features", *[corpus if each == "CORPUS" else each for each in command], "-f", 3, "--json"]
+    arguments += ["--model", directory, "--state"]
+    whole = run(capsys, *arguments, never)
+    analyses = importlib.import_module(f"mechlens.analyses.features.{module}")
+    save = analyses.save_state
+
+    def interrupted(file, *args, **options):
+        save(file, *args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(analyses, "save_state", interrupted)
+        code, out, err = run(capsys, *arguments, state)
+    assert (code, out) == (130, "")
+    assert err.strip() == f"mechlens: progress is saved in {state}: the same command goes on from there"
+    assert run(capsys, *arguments, state) == whole
+    # without anything saved, and without --state
+    never.unlink()
+
+    def at_once(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyses, "save_state", at_once)
+    code, _, err = run(capsys, *arguments, never)
+    assert (code, err.strip()) == (130, f"mechlens: stopped before there was progress to save in {never}")
 
 
 def test_several_layers_are_searched_greedily_one_by_one(capsys, tmp_path, directory, model):
