@@ -209,8 +209,8 @@ def test_what_is_compared_is_named_where_it_differs():
     assert [row[0] for row in section.parts[0].rows] == ["tiny, post", *["tiny, attn_out with mlp_out"] * 2]
     assert section.text == (
         "4 neurons of the MLP, each layer with each later one: tiny, post. 4 features of attn_out with those "
-        "of mlp_out, each layer with the same layer of the other: tiny, attn_out with mlp_out; tiny, attn_out "
-        "with mlp_out."
+        "of mlp_out, each layer with the same layer of the other: tiny, attn_out with mlp_out; tiny, "
+        "attn_out with mlp_out."
     )
     *_, numbers, _ = section.parts
     assert [row[0] for row in numbers.rows] == ["tiny, post", "tiny, attn_out", "tiny, mlp_out"]

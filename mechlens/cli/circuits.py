@@ -39,13 +39,17 @@ RelativeOption = Annotated[
 
 def circuit(
     heads: Annotated[
-        list[str], typer.Argument(help="One head, such as 5.5 or L5H5, or an earlier and a later one.")
+        list[str],
+        typer.Argument(
+            help="One head, such as 5.5 or L5H5, or an earlier and a later one. The OV of three or more are "
+            "summed."
+        ),
     ],
     kind: Annotated[
         str | None,
         typer.Option(
             help="Of one head ov (of several: their sum) or qk; of two k, q or v, the later one's key, query "
-            "or value as the earlier one writes it. [default: ov of one head, k of two]"
+            "or value as the earlier one writes it. [default: k of two heads, else ov]"
         ),
     ] = None,
     model: ModelOption = BUNDLED,

@@ -42,7 +42,9 @@ FeaturesOption = Annotated[
 SiteOption = Annotated[
     str, typer.Option(help="Of what: resid_post, attn_out, mlp_out, or post (the MLP's neurons).")
 ]
-PrefixOption = Annotated[str | None, typer.Option(help="A text that stands before the searched tokens.")]
+PrefixOption = Annotated[
+    str | None, typer.Option(help="A text that stands before the searched tokens. [default: none]")
+]
 BosOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS, which these searches leave out.")]
 StateOption = Annotated[
     Path | None,
@@ -95,7 +97,7 @@ def complete(
     loaded = _load(given)
     from mechlens.analyses.features import search_complete
 
-    with _as_typed():
+    with _as_typed(), options.saving_progress(state):
         found = search_complete(
             loaded,
             layers=layers,
@@ -167,7 +169,7 @@ def greedy(
     _check_known("--aggregate", aggregate, AGGREGATES)
     loaded = _load(given)
     found = []
-    with _as_typed():
+    with _as_typed(), options.saving_progress(state):
         for each in _chosen("layer", layers, loaded.cfg.n_layers):
             found.append(
                 search_greedy(
@@ -275,7 +277,7 @@ def gradient(
         selection = (each if position is None else position, each if picked is None else picked)
     same: dict[str, Any] = {"site": site, "prefix": prefix, "prepend_bos": bos, "progress": progress}
     known = None
-    with _as_typed():
+    with _as_typed(), options.saving_progress(state):
         (place,) = _chosen("layer", [layer], loaded.cfg.n_layers)
         if picked is not None and len(picked) == tokens == 1 and target is None and not isolated:
             known = search_complete(loaded, layers=[place], features=picked, **same)
@@ -465,7 +467,7 @@ def examples(
     loaded = _load(given)
     from mechlens.analyses.features import feature_examples
 
-    with _as_typed():
+    with _as_typed(), options.saving_progress(state):
         found = feature_examples(
             loaded,
             corpus,
@@ -514,6 +516,7 @@ def _check_common(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
     if given["out"] is not None:
         options.check_file(given["out"], _ENDINGS)
+    options.check_state(given.get("state"), given["out"])
     from mechlens.analyses.features.sought import SITES
     from mechlens.results.state import state_file
 

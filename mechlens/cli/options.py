@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +69,7 @@ def numbers(option: str, given: Sequence[str]) -> list[int]:
         if not some:
             raise ValueError(
                 f"{option} is a number, or a range such as 10:40 or -20: that has some, but is {each!r}"
+                + (": repeat the option for several" if "," in each else "")
             )
         found += some
     return found
@@ -102,6 +104,29 @@ def check_file(out: Path, endings: Sequence[str]) -> None:
     if out.is_dir() or not out.parent.is_dir():
         what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise ValueError(f"cannot save to {out}: {what}")
+
+
+def check_state(state: Path | None, out: Path | None) -> None:
+    """Progress is not saved where the result is to be."""
+    if state is not None and out is not None and state.resolve() == out.resolve():
+        raise ValueError(f"--out and --state are the same file {out}: give two")
+
+
+@contextlib.contextmanager
+def saving_progress(state: Path | None) -> Iterator[None]:
+    """Say what Ctrl-C leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if state is not None:
+            # what a terminal writes for the keys stands in the same line
+            typer.echo(
+                f"\nmechlens: progress is saved in {state}: the same command goes on from there"
+                if state.is_file()
+                else f"\nmechlens: stopped before there was progress to save in {state}",
+                err=True,
+            )
+        raise
 
 
 def check_folder(folder: Path) -> None:
