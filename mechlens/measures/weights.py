@@ -103,11 +103,14 @@ def diagonal_ranks(
         home = tiles.pop(block.start // TILE_COLUMNS)
         own, rank = None, torch.full_like(ranks[block], 1 if ties == "for" else 0)
         for tile in (home, *tiles):
-            entries = _product(some, columns[:, tile], room)
+            # a narrow product may round otherwise as well: the last one takes columns of the one before along
+            start = max(0, min(tile.start, columns.shape[1] - TILE_COLUMNS))
+            entries = _product(some, columns[:, start : tile.stop], room)
             if own is None:
-                own = entries.diagonal(block.start - home.start)[:, None].clone()
+                own = entries.diagonal(block.start - start)[:, None].clone()
+            counted = entries[:, tile.start - start :]
             # counted in floats, which is faster than summing booleans, and exact within a tile
-            rank += compare(entries, own, out=entries).sum(1).long()
+            rank += compare(counted, own, out=counted).sum(1).long()
         ranks[block] = rank
     return ranks if place is None else ranks[place]
 

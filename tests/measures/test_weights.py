@@ -119,6 +119,22 @@ def test_what_equals_the_diagonal_bit_for_bit_ties_in_every_tile():
         assert torch.equal(own[:2600], own[2600:])
 
 
+@pytest.mark.parametrize("size", [weights.TILE_COLUMNS + extra for extra in (1, 2, 81)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_copy_in_a_narrow_last_tile_ties(size, seed):
+    """Products of one column, or of a few, are rounded in another order than those of many."""
+    circuit = drawn(size, size, 64, seed)
+    circuit.B[:, 5] = 10 * circuit.A[5]
+    circuit.A[-1], circuit.B[:, -1] = circuit.A[5], circuit.B[:, 5]
+    twins = [5, size - 1]
+    for over in ("key", "query"):
+        for tokens in (None, twins, [5], [size - 1]):
+            asked = twins if tokens is None else range(len(tokens))
+            assert diagonal_ranks(circuit, over, tokens=tokens)[asked].tolist() == [1] * len(asked)
+            against = diagonal_ranks(circuit, over, tokens=tokens, ties="against")
+            assert against[asked].tolist() == [2] * len(asked)
+
+
 def test_rows_are_queries_and_columns_are_keys():
     # query 0 prefers key 1 to itself, every other query itself; as a key, 0 has no better query
     matrix = torch.tensor([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0], [0.5, 0.0, 1.0]])
