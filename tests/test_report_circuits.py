@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pandas as pd
 import pytest
+import torch
 
+from mechlens.measures.weights import top_k_accuracy
 from mechlens.plots.style import MINUS
 from mechlens.report import Plot, Table, circuit_section, composition_section, render_report
+from mechlens.terminal import circuit_json, print_circuit
 from tests.plots.test_circuits import circuit, composition, corner
 
 
@@ -42,6 +46,21 @@ def test_a_circuit_has_its_part_its_eigenvalues_and_its_tables():
     page = render_report(title="A circuit", model=found.model, comparisons=None, sections=[section])
     assert "<b>$x$" not in page
     assert "positive" in page
+
+
+def test_of_a_circuit_of_zeros_nothing_is_perfect(capsys):
+    """Every entry ties, so that none is larger than a token's own."""
+    found = circuit(A=torch.zeros(3, 2))
+    accuracy = {axis: {1: top_k_accuracy(found, 1, axis)} for axis in found.axes}
+    assert accuracy == {"query": {1: 1.0}, "key": {1: 1.0}}
+    section = circuit_section(found, accuracy=accuracy)
+    assert [row[1] for row in section.parts[-1].rows[:2]] == ["undefined"] * 2
+    assert "Copying score undefined." in section.text
+    print_circuit(found, accuracy, math.nan, pd.DataFrame(), corner())
+    assert capsys.readouterr().out.count("undefined") == 3
+    shown = circuit_json(found, accuracy, math.nan, pd.DataFrame(), corner())
+    assert all(math.isnan(share["top_1"]) for share in shown["accuracy"].values())
+    assert not circuit().is_zero
 
 
 def test_a_circuit_alone_is_its_eigenvalues_if_it_is_square():

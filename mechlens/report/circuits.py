@@ -65,7 +65,7 @@ def circuit_section(
 
     Args:
         circuit: eigenvalues are drawn of a square one.
-        accuracy: `top_k_accuracy` by k, for each axis that is searched.
+        accuracy: `top_k_accuracy` by k, for each axis that is searched; undefined of a circuit that is zero.
         pairs: of `largest_pairs`.
         corner: of `circuit_corner`.
         title: None is the circuit's name.
@@ -93,7 +93,7 @@ def circuit_section(
             )
         )
     if circuit.shape[0] == circuit.shape[1]:
-        score = number(eigenvalue_copying_score(circuit))
+        score = "undefined" if circuit.is_zero else number(eigenvalue_copying_score(circuit))
         said.append(f"Copying score {score}.")
         parts.append(
             Plot(
@@ -109,7 +109,8 @@ def circuit_section(
         one, other = circuit.axes
         searched = {one: f"{one} of each {other}", other: f"{other} of each {one}"}
         shown: list[tuple[str | float, ...]] = [
-            (searched[axis], *(shares[k] for k in ks)) for axis, shares in accuracy.items()
+            (searched[axis], *("undefined" if circuit.is_zero else shares[k] for k in ks))
+            for axis, shares in accuracy.items()
         ]
         # a share of a large vocabulary is 0.000
         chance = ("by chance", *(f"{k} in {circuit.shape[1]:,}" for k in ks))

@@ -59,7 +59,12 @@ def induction_circuits_section(
     """
     pairs = result.to_dataframe().to_dict("records")
     parts = [
-        Table(tuple(columns.values()), [tuple(row[name] for name in columns) for row in pairs], caption)
+        Table(
+            tuple(columns.values()),
+            # nan is what has no value: a rank of a head that writes nothing
+            [[row[name] if row[name] == row[name] else "undefined" for name in columns] for row in pairs],
+            caption,
+        )
         for columns, caption in (
             (BEHAVIOUR_AND_WEIGHTS, "How each pair attends, and what its weights say"),
             (CAUSE, "What is lost without the previous-token head: in the induction head's keys, and at all"),

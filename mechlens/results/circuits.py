@@ -52,6 +52,12 @@ class Circuit(Result):
         return self.A.shape[0], self.B.shape[1]
 
     @property
+    def is_zero(self) -> bool:
+        """Whether a factor is all zeros, as that of a head that was cut out of its model: all entries tie
+        then, and how often a token finds itself is undefined."""
+        return not bool(self.A.any() and self.B.any())
+
+    @property
     def matrix(self) -> Any:
         """The same as TransformerLens's `FactoredMatrix`; its `.AB` builds the whole matrix."""
         from transformer_lens import FactoredMatrix

@@ -27,10 +27,10 @@ class InductionCircuits(Result):
     - behaviour, on repeated tokens: `induction_score`, `induction_null`, `previous_token_score`,
       `previous_token_null`;
     - weights: `k_score` (K-composition), `k_z` (over the baseline, in its standard deviations), `k_rank`
-      (among all earlier heads, 1 is the highest), `n_earlier`; `k_top1_keys` and `k_top1_queries`, how often
-      a token's entry with itself is the largest for its query and for its key in the K-composition circuit;
-      `ov_top1`, the same of the induction head's full OV circuit for its source, and `ov_copying`, its
-      eigenvalue copying score;
+      (among all earlier heads, 1 is the highest), all three nan where a head's weights are zero, and
+      `n_earlier`; `k_top1_keys` and `k_top1_queries`, how often a token's entry with itself is larger than
+      all others for its query and for its key in the K-composition circuit; `ov_top1`, the same of the
+      induction head's full OV circuit for its source, and `ov_copying`, its eigenvalue copying score;
     - cause: `score_path` and `score_removed`, the induction score when the previous-token head is ablated as
       seen through the induction head's keys alone, and altogether; `loss_path` and `loss_removed`, by how
       much the second copy's loss rises then, nats, with `loss_path_error` and `loss_removed_error`, standard

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from mechlens.analyses.circuits import composition_scores, full_OV, k_composition_circuit
+from mechlens.analyses.circuits import OV, QK, composition_scores, full_OV, k_composition_circuit
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Mean, Resampled, patch_grid, patch_path, path_attention
 from mechlens.measures.attention import copies_stripe, stripe_score
@@ -116,7 +116,10 @@ def find_induction_circuits(
         for pair in tqdm(found, desc="induction circuits", unit="pair", disable=not progress)
     ]
     chance = 1 / model.cfg.d_vocab
-    verdicts = [_verdict(each, threshold, chance) for each in judged]
+    verdicts = [
+        _verdict(each, threshold, chance, _idle(model, pair, relative))
+        for pair, each in zip(found, judged, strict=True)
+    ]
     return InductionCircuits(
         model=info,
         pairs=tuple((*one, *other) for one, other in found),
@@ -210,13 +213,24 @@ def _weights(
         "previous_token_null": float(scores.null(PREVIOUS)[previous]),
         "k_score": float(k_score),
         "k_z": float((k_score - composition.baseline_mean) / composition.baseline_std),
-        "k_rank": float((earlier > k_score).sum() + 1),
+        # nan where either head's weights are zero
+        "k_rank": math.nan if k_score.isnan() else float((earlier > k_score).sum() + 1),
         "n_earlier": float((~earlier.isnan()).sum()),
-        "k_top1_keys": top_k_accuracy(circuit, 1, over="key"),
-        "k_top1_queries": top_k_accuracy(circuit, 1, over="query"),
-        "ov_top1": top_k_accuracy(writes, 1, over="destination"),
+        "k_top1_keys": top_k_accuracy(circuit, 1, over="key", ties="against"),
+        "k_top1_queries": top_k_accuracy(circuit, 1, over="query", ties="against"),
+        "ov_top1": top_k_accuracy(writes, 1, over="destination", ties="against"),
         "ov_copying": eigenvalue_copying_score(writes),
     }
+
+
+def _idle(model: LensModel, pair: tuple[tuple[int, int], tuple[int, int]], relative: int | None) -> str:
+    """Why a pair cannot compose, where a head's weights are zero; else empty."""
+    previous, induction = pair
+    if OV(model, previous).is_zero:
+        return f"{head_label(*previous)} writes nothing, its weights are zero"
+    if QK(model, induction, relative_position=relative).is_zero:
+        return f"{head_label(*induction)} compares nothing, its weights are zero"
+    return ""
 
 
 def _source(model: LensModel, random: RandomTokens, how: str) -> str | Mean | Resampled:
@@ -296,8 +310,12 @@ def _cause(
     }
 
 
-def _verdict(evidence: Mapping[str, float], threshold: float, chance: float) -> tuple[str, str]:
-    """A pair's verdict, and the reasons for it."""
+def _verdict(evidence: Mapping[str, float], threshold: float, chance: float, idle: str) -> tuple[str, str]:
+    """A pair's verdict, and the reasons for it.
+
+    Args:
+        idle: why the pair cannot compose, where it cannot; else empty.
+    """
     said = evidence
     behaves = (
         min(said["induction_score"], said["previous_token_score"]) >= threshold
@@ -310,7 +328,8 @@ def _verdict(evidence: Mapping[str, float], threshold: float, chance: float) -> 
     reasons = [
         f"{'attends' if behaves else 'does not attend'} as a circuit does (induction "
         f"{said['induction_score']:.2f}, previous token {said['previous_token_score']:.2f})",
-        f"K-composition {said['k_z']:+.1f} standard deviations over chance, rank {said['k_rank']:.0f} of "
+        idle
+        or f"K-composition {said['k_z']:+.1f} standard deviations over chance, rank {said['k_rank']:.0f} of "
         f"{said['n_earlier']:.0f}; matches {said['k_top1_keys']:.3f} of the tokens with themselves (chance "
         f"{chance:.2g})",
         f"without it in the keys the induction score falls to {said['score_path']:.2f}, without it at all to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ def print_circuit(
     """Print how often a token finds itself in a circuit, its largest pairs of tokens, and a part of it.
 
     Args:
-        accuracy: for each axis that is searched, the top-k accuracy by k.
+        accuracy: for each axis that is searched, the top-k accuracy by k; undefined of a zero circuit.
         pairs: of `largest_pairs`.
         corner: of `circuit_corner`.
     """
@@ -42,7 +43,10 @@ def print_circuit(
     ks = list(next(iter(accuracy.values()), {}))
     one, other = circuit.axes
     searched = {one: f"{one} of each {other}", other: f"{other} of each {one}"}
-    rows = [(searched[axis], *(f"{shares[k]:.4f}" for k in ks)) for axis, shares in accuracy.items()]
+    rows = [
+        (searched[axis], *("undefined" if circuit.is_zero else f"{shares[k]:.4f}" for k in ks))
+        for axis, shares in accuracy.items()
+    ]
     print_table(
         f"{circuit.name[0].upper()}{circuit.name[1:]} of {circuit.model.name}, {n_rows:,} x {n_columns:,} "
         f"tokens{embedding}{f'; {rotation}' if rotation else ''}",
@@ -79,7 +83,8 @@ def circuit_json(
     corner: pd.DataFrame,
     note: str = "",
 ) -> dict[str, Any]:
-    """The same as `print_circuit` shows. An accuracy is by the axis that is searched and by k."""
+    """The same as `print_circuit` shows. An accuracy is by the axis that is searched and by k; nan of a zero
+    circuit."""
     return {
         "model": asdict(circuit.model),
         "name": circuit.name,
@@ -90,7 +95,8 @@ def circuit_json(
         "rotary": circuit.rotary,
         "relative_position": circuit.relative_position,
         "accuracy": {
-            axis: {f"top_{k}": share for k, share in shares.items()} for axis, shares in accuracy.items()
+            axis: {f"top_{k}": math.nan if circuit.is_zero else share for k, share in shares.items()}
+            for axis, shares in accuracy.items()
         },
         "copying_score": copying_score,
         "pairs": pairs.to_dict("records"),

@@ -58,6 +58,8 @@ def print_induction_circuits(found: InductionCircuits) -> None:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if value != value:
+        return "undefined"
     return f"{value:.0f}" if name == "k_rank" else f"{value:.3f}"
 
 

@@ -363,7 +363,7 @@ def test_attention_that_is_no_number_has_no_scale(tiny_directories):
     nowhere = [("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * math.nan)]
     with (
         model.hooks(fwd_hooks=nowhere),
-        pytest.raises(ValueError, match="attention in layer 1 .* so its scale cannot be read off"),
+        pytest.raises(ValueError, match=r"attention in layer 1 .* so its scale cannot be read off"),
     ):
         positional_attention(model, LATER)
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
 from mechlens.measures.attention import induction_score
 from mechlens.models.load import load_model
+from mechlens.report import induction_circuits_section
 from mechlens.results import InductionCircuits, load
 from mechlens.studies.induction_circuits import (
     find_induction_circuits,
     reproduce_composition_circuit,
     strongest,
 )
+from mechlens.terminal import print_induction_circuits
 
 V, SEQ_LEN = 48, 12
 P, D_HEAD = 2 * SEQ_LEN, 48
 OPTIONS = {"seq_len": SEQ_LEN, "batch": 4}
 
 
-def write_circuit(directory, *, shuffled=False):
+def write_circuit(directory, *, shuffled=False, cut=""):
     """Two layers of attention alone: L0H0 attends to the token before and writes it beside the token, L1H0
     attends where that is its own token, and copies the token there. The other heads are faint noise.
 
     The stream holds the token, the position, the token before, and what is said of the next.
+
+    Args:
+        cut: `writes` or `compares`: what L0H0 or L1H0 does not, because its weights for it are zeros.
     """
     from safetensors.torch import save_file
 
@@ -77,6 +83,8 @@ def write_circuit(directory, *, shuffled=False):
     weights[f"{second}W_K"][0, before] = torch.eye(V)
     weights[f"{second}W_V"][0, token] = torch.eye(V)
     weights[f"{second}W_O"][0, :, out] = torch.eye(V)
+    if cut:
+        weights[f"{first}W_O" if cut == "writes" else f"{second}W_K"][0] = 0
     if shuffled:
         weights = {
             name: value.flatten()[torch.randperm(value.numel(), generator=draw)].view(value.shape)
@@ -137,6 +145,24 @@ def test_a_shuffled_copy_has_none(shuffled):
     assert judged.verdicts == ("no circuit",)
     assert float(judged.evidence["k_top1_keys"][0]) < 0.2
     assert "does not attend" in judged.reasons[0]
+
+
+@pytest.mark.parametrize("cut", ["writes", "compares"])
+def test_a_head_of_zeros_is_no_evidence(tmp_path, cut, capsys):
+    """All entries of its circuits tie."""
+    model = load_model(write_circuit(tmp_path, cut=cut))
+    found = find_induction_circuits(model, pairs=[("0.0", "1.0")], **OPTIONS)
+    said = {name: float(values[0]) for name, values in found.evidence.items()}
+    assert math.isnan(said["k_score"])
+    assert math.isnan(said["k_rank"])
+    assert said["k_top1_keys"] == said["k_top1_queries"] == 0
+    assert found.verdicts == ("no circuit",)
+    head = "L0H0" if cut == "writes" else "L1H0"
+    assert f"; {head} {cut} nothing, its weights are zero; " in found.reasons[0]
+    table = induction_circuits_section(found).parts[0]
+    assert table.rows[0][3:6] == ["undefined"] * 3
+    print_induction_circuits(found)
+    assert "undefined" in capsys.readouterr().out
 
 
 def test_the_scores_of_a_pair_are_those_of_its_own_runs(by_hand):
