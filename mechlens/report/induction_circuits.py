@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mechlens.report.page import Section, Table
 from mechlens.results import InductionCircuits
+from mechlens.results.induction_circuits import VERDICT_RULE
 
 _PAIR = {"previous": "previous-token head", "induction": "induction head"}
 BEHAVIOUR_AND_WEIGHTS = {
@@ -46,6 +47,7 @@ _TERMS = {
     "Not in the keys": (
         "The previous-token head is ablated only as the induction head's keys see it; all else is left."
     ),
+    "Verdict": VERDICT_RULE,
 }
 
 

@@ -15,6 +15,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+LEAST_Z = 3.0
+"""Standard deviations over the baseline from which a K-composition score speaks for a pair. In a trained
+model many scores are, so this alone selects little."""
+UPPER_SHARE = 0.25
+"""Share of the earlier heads, those that compose most, to which the previous-token head must belong; one head
+always does."""
+LEAST_FALL = 0.1
+"""Share of the induction score that must be lost through the keys alone, to speak for a pair."""
+VERDICT_RULE = (
+    "A pair is a circuit where both heads attend as in one (both scores reach the threshold and twice their "
+    f"null), their K-composition is at least {LEAST_Z:g} standard deviations over chance and among the "
+    f"highest {UPPER_SHARE:.0%} of all earlier heads', and at least {LEAST_FALL:.0%} of the induction score is lost "
+    "without the previous-token head in the keys; in part, where they attend so and one of the others holds."
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class InductionCircuits(Result):
     """Pairs of a previous-token head and an induction head, with what speaks for and against each."""
@@ -37,7 +53,7 @@ class InductionCircuits(Result):
       errors over sequences.
     """
     verdicts: tuple[str, ...]
-    """Of each pair: `circuit`, `in part` or `no circuit`."""
+    """Of each pair: `circuit`, `in part` or `no circuit`, by `VERDICT_RULE`."""
     reasons: tuple[str, ...]
     """Of each verdict, in words."""
     clean_loss: float

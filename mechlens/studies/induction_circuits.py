@@ -31,15 +31,12 @@ from mechlens.results import (
     head_label,
     parse_head,
 )
+from mechlens.results.induction_circuits import LEAST_FALL, LEAST_Z, UPPER_SHARE
 from mechlens.studies.study import Study
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 REFERENCE = 32
 """Sequences whose mean takes an ablated head's place."""
-LEAST_Z = 3.0
-"""Standard deviations over the baseline from which a K-composition score speaks for a pair."""
-LEAST_FALL = 0.1
-"""Share of the induction score that must be lost through the keys alone, to speak for a pair."""
 
 Pair = tuple[str | tuple[int, int], str | tuple[int, int]]
 
@@ -62,7 +59,10 @@ def find_induction_circuits(
     Induction heads are those whose induction score reaches the threshold and twice their null; for each of
     them the previous-token heads of earlier layers (by the same rule) that K-compose with it most strongly
     are tried. A pair is a `circuit` where behaviour, weights and cause all speak for it, `in part` where
-    behaviour and one of the others do, and `no circuit` otherwise.
+    behaviour and one of the others do, and `no circuit` otherwise. Behaviour: both scores by that rule.
+    Weights: a K-composition at least 3 standard deviations over chance that is in the upper quarter of those
+    of all earlier heads (the highest, where these are fewer than 8). Cause: at least a tenth of the induction
+    score is lost when the previous-token head is ablated as the induction head's keys see it.
 
     Args:
         pairs: (previous-token head, induction head) to be judged whatever they score; None looks for them.
@@ -322,7 +322,8 @@ def _verdict(evidence: Mapping[str, float], threshold: float, chance: float, idl
         and said["induction_score"] >= 2 * said["induction_null"]
         and said["previous_token_score"] >= 2 * said["previous_token_null"]
     )
-    composes = said["k_z"] >= LEAST_Z
+    # of one that is nan, both are false
+    composes = said["k_z"] >= LEAST_Z and said["k_rank"] <= max(1, UPPER_SHARE * said["n_earlier"])
     lost = 1 - said["score_path"] / said["induction_score"] if said["induction_score"] > 0 else 0.0
     causes = lost >= LEAST_FALL
     reasons = [

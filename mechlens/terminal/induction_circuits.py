@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from mechlens.results import InductionCircuits
+from mechlens.results.induction_circuits import VERDICT_RULE
 from mechlens.terminal.tables import print_table
 
 _ATTENDS_AND_WEIGHS = {
@@ -53,6 +54,7 @@ def print_induction_circuits(found: InductionCircuits) -> None:
         print_table(title, tuple(shown.values()), rows)
     for (previous, induction), why in zip(found.labels, found.reasons, strict=True):
         typer.echo(f"{previous} and {induction}: {why}.")
+    typer.echo(f"\n{VERDICT_RULE}")
 
 
 def _cell(name: str, value: Any) -> str:

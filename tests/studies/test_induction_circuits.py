@@ -24,7 +24,7 @@ P, D_HEAD = 2 * SEQ_LEN, 48
 OPTIONS = {"seq_len": SEQ_LEN, "batch": 4}
 
 
-def write_circuit(directory, *, shuffled=False, cut=""):
+def write_circuit(directory, *, shuffled=False, cut="", n_heads=2):
     """Two layers of attention alone: L0H0 attends to the token before and writes it beside the token, L1H0
     attends where that is its own token, and copies the token there. The other heads are faint noise.
 
@@ -32,6 +32,8 @@ def write_circuit(directory, *, shuffled=False, cut=""):
 
     Args:
         cut: `writes` or `compares`: what L0H0 or L1H0 does not, because its weights for it are zeros.
+        n_heads: in each layer. Of more than 2, L0H1 does for the last third of the tokens what L0H0 else
+            does, and writes what nobody reads besides.
     """
     from safetensors.torch import save_file
 
@@ -48,7 +50,7 @@ def write_circuit(directory, *, shuffled=False, cut=""):
         "d_model": d_model,
         "n_ctx": P,
         "d_head": D_HEAD,
-        "n_heads": 2,
+        "n_heads": n_heads,
         "d_vocab": V,
         "attn_only": True,
         "act_fn": None,
@@ -66,10 +68,10 @@ def write_circuit(directory, *, shuffled=False, cut=""):
     for layer in range(2):
         name = f"blocks.{layer}.attn."
         for part, shape in (("Q", (d_model, D_HEAD)), ("K", (d_model, D_HEAD)), ("V", (d_model, D_HEAD))):
-            weights[f"{name}W_{part}"] = 1e-3 * torch.randn(2, *shape, generator=draw)
+            weights[f"{name}W_{part}"] = 1e-3 * torch.randn(n_heads, *shape, generator=draw)
             weights[f"{name}W_{part}"][0] = 0
-            weights[f"{name}b_{part}"] = torch.zeros(2, D_HEAD)
-        weights[f"{name}W_O"] = 1e-3 * torch.randn(2, D_HEAD, d_model, generator=draw)
+            weights[f"{name}b_{part}"] = torch.zeros(n_heads, D_HEAD)
+        weights[f"{name}W_O"] = 1e-3 * torch.randn(n_heads, D_HEAD, d_model, generator=draw)
         weights[f"{name}W_O"][0] = 0
         weights[f"{name}b_O"] = torch.zeros(d_model)
     strong = 30.0 * D_HEAD**0.5  # 30 after the division by sqrt(d_head)
@@ -83,6 +85,13 @@ def write_circuit(directory, *, shuffled=False, cut=""):
     weights[f"{second}W_K"][0, before] = torch.eye(V)
     weights[f"{second}W_V"][0, token] = torch.eye(V)
     weights[f"{second}W_O"][0, :, out] = torch.eye(V)
+    if n_heads > 2:
+        for part in "QKVO":
+            weights[f"{first}W_{part}"][1] = weights[f"{first}W_{part}"][0]
+        some = slice(V - V // 3, V)
+        weights[f"{first}W_O"][0, some] = 0
+        weights[f"{first}W_O"][1, : some.start] = 0
+        weights[f"{first}W_O"][1, some, place] = torch.eye(P)[: V // 3]
     if cut:
         weights[f"{first}W_O" if cut == "writes" else f"{second}W_K"][0] = 0
     if shuffled:
@@ -145,6 +154,21 @@ def test_a_shuffled_copy_has_none(shuffled):
     assert judged.verdicts == ("no circuit",)
     assert float(judged.evidence["k_top1_keys"][0]) < 0.2
     assert "does not attend" in judged.reasons[0]
+
+
+@pytest.mark.parametrize(("n_heads", "verdict"), [(4, "in part"), (8, "circuit")])
+def test_a_pair_composes_only_above_most_earlier_heads(tmp_path, n_heads, verdict, capsys):
+    """The second of two heads that compose far over chance: of 8 it is in the upper quarter, of 4 not."""
+    model = load_model(write_circuit(tmp_path, n_heads=n_heads))
+    found = find_induction_circuits(model, pairs=[("0.0", "1.0"), ("0.1", "1.0")], **OPTIONS)
+    assert found.evidence["k_rank"].tolist() == [1, 2]
+    assert found.evidence["n_earlier"].tolist() == [n_heads] * 2
+    assert float(found.evidence["k_z"].min()) > 3
+    assert found.verdicts == ("circuit", verdict)
+    rule = "at least 3 standard deviations over chance and among the highest 25% of all earlier heads'"
+    assert rule in induction_circuits_section(found).terms["Verdict"]
+    print_induction_circuits(found)
+    assert rule in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("cut", ["writes", "compares"])
