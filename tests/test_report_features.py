@@ -88,7 +88,7 @@ def test_greedy_searches_are_a_table_of_layers_and_features():
     assert activations.columns == ("layer", "feature", "input", "activation at each token", "score")
     assert activations.rows[1] == (2, 1, MARKUP + " b", f"{MARKUP} 0.50, b {MINUS}0.25", 0.25)
     assert activations.rows[2] == (3, 4, "·a ⏎", "·a 3.00, ⏎ 4.00", 7.0)
-    assert "Inputs of 2 tokens, which blanks part, behind <s>, each token the one of 64" in section.text
+    assert "Inputs of 2 tokens (a blank parts two), behind <s>, each token the one of 64" in section.text
     assert "ranked by the sum of the activations, 2 inputs kept in each step." in section.text
     assert {"Greedy search", "Ranked by", "Feature"} <= set(section.terms)
     assert "<b>&lt;$x$" not in page(section)

@@ -162,7 +162,7 @@ def plot_feature_tokens(
     figure = go.Figure(cells)
     widest = max(len(result.strings[str(token)]) for token in best.flatten().tolist())
     row_height = 34 if len(layers) <= 16 else 24
-    # a colour bar keeps plotly's buttons off the last column; without one they have a margin of their own
+    # a colour bar keeps plotly's buttons off the last column; without one its place is left to them
     buttons = 0 if len(layers) > 1 else 40
     figure.update_layout(
         template=TEMPLATE,
@@ -173,7 +173,7 @@ def plot_feature_tokens(
             *(["darker where more layers have the same token"] if len(layers) > 1 else []),
         ),
         # letters are somewhat wider than half their height
-        width=max(560, 170 + buttons + round(len(features) * (24 + 7.2 * min(max(widest, 4), _LABEL + 1)))),
+        width=max(560, 170 + round(len(features) * (24 + 7.2 * min(max(widest, 4), _LABEL + 1)))),
         height=190 + row_height * len(layers),
         margin={"t": 104, "r": 16 + buttons} if buttons else {"t": 124},
         xaxis={

@@ -118,9 +118,9 @@ def complete_search_section(
         [
             Plot(
                 plot_feature_tokens(result, layers=layers, features=features),
-                f"The token that excites each {noun} most, layer 0 at the bottom"
+                f"The token that excites each {noun} most"
                 + (
-                    f"; darker where the {noun} has the same token in more of these layers"
+                    f", the first layer at the bottom; darker where the {noun} has the same token in more of these layers"
                     if len(layers) > 1
                     else ""
                 )
@@ -187,7 +187,7 @@ def greedy_search_section(
             activations.append((*begins, feature, parted_tokens(best[feature], result.strings), each, score))
     first = results[0]
     said = (
-        f"Inputs of {_every(results, lambda each: each.ids.shape[-1])} tokens, which blanks part, "
+        f"Inputs of {_every(results, lambda each: each.ids.shape[-1])} tokens (a blank parts two), "
         f"{' or '.join(dict.fromkeys(map(prefix_words, results)))}, each token the one of "
         f"{first.model.d_vocab:,} that excites the {noun} of {place_words(first.site)} most behind those "
         f"before it; ranked by the {_every(results, lambda each: _AGGREGATES[each.aggregate])}"
