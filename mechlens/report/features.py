@@ -120,7 +120,8 @@ def complete_search_section(
                 plot_feature_tokens(result, layers=layers, features=features),
                 f"The token that excites each {noun} most"
                 + (
-                    f", the first layer at the bottom; darker where the {noun} has the same token in more of these layers"
+                    f", the first layer at the bottom; darker where the {noun} has the same token in more of "
+                    "these layers"
                     if len(layers) > 1
                     else ""
                 )
