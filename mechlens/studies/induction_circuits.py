@@ -71,9 +71,9 @@ def find_induction_circuits(
         seq_len: random tokens in one copy; the model reads BOS, the copy and the same again.
         batch: sequences.
         seed: of the sequences; those that heads are ablated with have the next one.
-        how: `mean`, `zero` or `resample`: what takes an ablated head's place, as for `ablate_heads`. With `zero`
-            the figures depend on `load_model`'s `processing`, which moves `b_V` into `b_O`: a processed model
-            keeps it when `z` is zero, and a raw one loses it.
+        how: `mean`, `zero` or `resample`: what takes an ablated head's place, as for `ablate_heads`. With
+            `zero` the figures depend on `load_model`'s `processing`, which moves `b_V` into `b_O`: a
+            processed model keeps it when `z` is zero, and a raw one loses it.
         prepend_bos: None prepends BOS where the tokenizer has one.
         progress: show a bar.
 

@@ -54,7 +54,8 @@ def patch_grid(
         site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or by head `q`, `k`, `v` (the
             key/value heads, where there are fewer), `z`, `pattern` or `attn_scores` (by position `dest`).
         source: what is put there: `"zero"` (for `attn_scores`: minus infinity, which knocks edges out; of `z`
-            it takes `b_V` away from a raw model only, as processing moves that into `b_O`), `Earlier(shift)`, `Corrupted(tokens)`, `Mean(tokens)`, `Resampled(tokens, seed)`,
+            it takes `b_V` away from a raw model only, as processing moves that into `b_O`),
+            `Earlier(shift)`, `Corrupted(tokens)`, `Mean(tokens)`, `Resampled(tokens, seed)`,
             `NextEmbedding()` (residual streams only), `Edges([(dest, src)])` (`pattern` or `attn_scores`:
             these edges alone are knocked out), or a function `(activation, layer) ->` the same shape,
             of each prompt's own activation `[pos, ...]`; of scores and patterns `[dest, head, src]`. It is
