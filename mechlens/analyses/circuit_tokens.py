@@ -18,6 +18,10 @@ from mechlens.results import Circuit
 if TYPE_CHECKING:
     import pandas as pd
 
+_THE_SAME = ("name", "revision", "n_layers", "n_heads", "d_model", "d_vocab")
+"""What a circuit's model and the one it is looked at with share; a circuit is the same in every state of its
+model and on both engines, which may give it another context."""
+
 
 def largest_pairs(model: LensModel, circuit: Circuit, n: int = 20) -> pd.DataFrame:
     """The pairs of tokens (or positions) with the largest entries of a circuit.
@@ -149,10 +153,11 @@ def _read(
 
 def _check(model: LensModel, circuit: Circuit) -> None:
     info = describe(model)
-    if (info.name, info.d_vocab) != (circuit.model.name, circuit.model.d_vocab):
+    pairs = [(name, getattr(circuit.model, name), getattr(info, name)) for name in _THE_SAME]
+    others = ", ".join(f"its {name} is {own!r}, here {here!r}" for name, own, here in pairs if own != here)
+    if others:
         raise ValueError(
-            f"the {circuit.name} is of {circuit.model.name} with {circuit.model.d_vocab} tokens, but the "
-            f"model is {info.name} with {info.d_vocab}: give the model that the circuit was made of"
+            f"the {circuit.name} is of another model ({others}): give the model that the circuit was made of"
         )
 
 

@@ -506,10 +506,37 @@ def test_both_ends_of_a_direction_belong_together(gpt2):
 
 def test_a_circuit_of_another_model(gpt2, llama):
     for look in (largest_pairs, circuit_corner, singular_tokens):
-        with pytest.raises(ValueError, match="is of gpt2 with 64 tokens, but the model is llama"):
+        with pytest.raises(ValueError, match=r"of another model \(its name is 'gpt2', here 'llama'\): "):
             look(llama, full_OV(gpt2, EARLIER))
     with pytest.raises(ValueError, match="k must lie between 1 and 64, the circuit's tokens, but is 65"):
         singular_tokens(gpt2, full_OV(gpt2, EARLIER), k=65)
+
+
+@pytest.mark.parametrize(
+    ("changed", "size", "value"),
+    [({"n_embd": 48}, "d_model", 48), ({"n_layer": 3}, "n_layers", 3), ({"n_head": 2}, "n_heads", 2)],
+)
+def test_a_circuit_of_another_model_of_the_same_name(gpt2, tmp_path, changed, size, value):
+    write_tiny_model(tmp_path / "gpt2", "gpt2", **changed)
+    other = load_model(tmp_path / "gpt2")
+    for look in (largest_pairs, circuit_corner, singular_tokens):
+        with pytest.raises(ValueError, match=rf"of another model \(its {size} is \d+, here {value}\): "):
+            look(other, full_OV(gpt2, EARLIER))
+
+
+def test_a_circuit_of_another_revision(gpt2):
+    circuit = full_OV(gpt2, EARLIER)
+    earlier = dataclasses.replace(circuit, model=dataclasses.replace(circuit.model, revision="step1000"))
+    with pytest.raises(ValueError, match=r"\(its revision is 'step1000', here None\): "):
+        largest_pairs(gpt2, earlier)
+
+
+def test_a_circuit_of_the_same_model_in_another_state(gpt2, loaded):
+    circuit = full_OV(loaded("gpt2", False), LATER)
+    # float32
+    assert largest_pairs(gpt2, circuit, 3)["value"].tolist() == pytest.approx(
+        largest_pairs(gpt2, full_OV(gpt2, LATER), 3)["value"].tolist(), rel=1e-4
+    )
 
 
 # -- errors ----------------------------------------------------------------------------------------
