@@ -70,11 +70,21 @@ def circuit_corner(
         columns: of the second axis; None is those of `rows`.
 
     Raises:
-        ValueError: a circuit of another model; a text that is not one token, or one for an axis without.
+        TypeError: a text in place of a list.
+        ValueError: a circuit of another model; an empty list; a text that is not one token, or one for an
+            axis without.
     """
     import pandas as pd
 
     _check(model, circuit)
+    for side, asked in zip(circuit.axes, (rows, columns), strict=True):
+        if isinstance(asked, str):
+            raise TypeError(
+                f"the {side} tokens are a list of ids or of texts of one token each, but the text {asked!r} "
+                f"is given: put it in a list, [{asked!r}]"
+            )
+        if asked is not None and len(asked) == 0:
+            raise ValueError(f"a corner needs at least one {side}, but the list is empty")
     if rows is None:
         rows = range(min(10, *circuit.shape))
     sides = [

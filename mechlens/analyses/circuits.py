@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import cast
+from numbers import Number
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,7 @@ def OV(model: LensModel, heads: Head | Sequence[Head]) -> Circuit:
         `W_V @ W_O`, [source, destination], d_model x d_model.
 
     Raises:
+        TypeError: what is given is no head.
         ValueError: there is no such head.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; what is in a circuit and
@@ -108,6 +109,7 @@ def QK(
         `W_Q @ W_K.T`, [query, key], d_model x d_model, before the attention scale.
 
     Raises:
+        TypeError: several heads, or what is no head.
         ValueError: there is no such head; a rotary model without either option, or another with one; a model
             that normalises queries and keys.
 
@@ -196,7 +198,7 @@ def k_composition_circuit(
     Source: Elhage et al. 2021; `K_comp_full_circuit` of "How one can interpret GPT-2 small", which mixes
     two models.
     """
-    one, other = _pair(model, previous, induction)
+    one, other = head_pair(model, previous, induction)
     first, second = folded_heads(model, one[0]), folded_heads(model, other[0])
     turn = _turn(model, other[0], relative_position, rotary)
     queries, keys = turn.of(second.W_Q[other[1]], second.W_K[other[1]])
@@ -238,7 +240,7 @@ def q_composition_circuit(
 
     Source: Elhage et al. 2021.
     """
-    one, other = _pair(model, earlier, later)
+    one, other = head_pair(model, earlier, later)
     first, second = folded_heads(model, one[0]), folded_heads(model, other[0])
     turn = _turn(model, other[0], relative_position, rotary)
     queries, keys = turn.of(second.W_Q[other[1]], second.W_K[other[1]])
@@ -269,7 +271,7 @@ def v_composition_circuit(model: LensModel, earlier: Head, later: Head, *, embed
 
     Source: Elhage et al. 2021, "Virtual attention heads".
     """
-    one, other = _pair(model, earlier, later)
+    one, other = head_pair(model, earlier, later)
     first, second = folded_heads(model, one[0]), folded_heads(model, other[0])
     through = first.W_V[one[1]] @ (first.W_O[one[1]] @ second.W_V[other[1]])
     return _circuit(
@@ -425,6 +427,10 @@ def composition_scores(
 
 
 def _head(model: LensModel, head: Head) -> tuple[int, int]:
+    if isinstance(head, (list, tuple)) and any(isinstance(part, (str, list, tuple)) for part in head):
+        raise TypeError(
+            f"such a circuit is of one head, as 'L5H5' or (5, 5), but a list of heads is given: {head!r}"
+        )
     layer, index = parse_head(head)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     if not (0 <= layer < n_layers and 0 <= index < n_heads):
@@ -435,7 +441,12 @@ def _head(model: LensModel, head: Head) -> tuple[int, int]:
     return layer, index
 
 
-def _pair(model: LensModel, earlier: Head, later: Head) -> tuple[tuple[int, int], tuple[int, int]]:
+def head_pair(model: LensModel, earlier: Head, later: Head) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(layer, head) of two heads of which the later can read what the earlier writes.
+
+    Raises:
+        TypeError, ValueError: one is no head, or not there, or the first is not in an earlier layer.
+    """
     one, other = _head(model, earlier), _head(model, later)
     if one[0] >= other[0]:
         raise ValueError(
@@ -446,8 +457,15 @@ def _pair(model: LensModel, earlier: Head, later: Head) -> tuple[tuple[int, int]
 
 
 def _heads(model: LensModel, heads: Head | Sequence[Head]) -> list[tuple[int, int]]:
-    single = isinstance(heads, str) or (len(heads) == 2 and all(isinstance(part, Integral) for part in heads))
-    several = cast("Sequence[Head]", [heads] if single else heads)
+    try:
+        several: list[Any] = [heads] if isinstance(heads, str) else list(heads)
+    except TypeError:
+        raise TypeError(
+            f"heads are one or several, each as L5H5, 5.5 or (5, 5), but this is {heads!r}"
+        ) from None
+    # two numbers are one head
+    if several and all(isinstance(part, Number) or getattr(part, "ndim", None) == 0 for part in several):
+        several = [heads]
     asked = [_head(model, head) for head in several]
     if not asked or len(set(asked)) < len(asked):
         raise ValueError(f"heads must be one or several different ones, but are {heads!r}")

@@ -7,6 +7,7 @@ enough to stay near the processor while they are reduced.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -136,13 +137,18 @@ def top_k_accuracy(
         A share in [0, 1].
 
     Raises:
-        TypeError, ValueError: as `diagonal_ranks`; or k that the vocabulary does not have, no tokens, or
+        TypeError: as `diagonal_ranks`, or k that is no whole number.
+        ValueError: as `diagonal_ranks`; or k that the vocabulary does not have, no tokens, or
             weights that are negative, not finite, all zero or not one for each token.
 
     Source: the seed's "top 1 accuracy" is `over="key"`, which is here the default.
     Cost: that of `diagonal_ranks`.
     """
     d_vocab = len(_square(circuit, over)[0])
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k must be a whole number, but is {k!r}") from None
     if not 1 <= k <= d_vocab:
         raise ValueError(f"k must lie between 1 and the vocabulary of {d_vocab}, but is {k}")
     ids = torch.arange(d_vocab) if tokens is None else _ids("token", tokens, d_vocab)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,15 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
         distance: 0 or more, and less than the context.
 
     Raises:
+        TypeError: a distance that is no whole number.
         ValueError: a distance that the context does not hold, or a rotation that cannot be found out.
 
     Cost: on a bridge one run of `distance + 1` tokens and two of a few up to the layer.
     """
+    try:
+        distance = operator.index(distance)
+    except TypeError:
+        raise TypeError(f"relative_position must be a whole number, but is {distance!r}") from None
     n_ctx = model.cfg.n_ctx
     if not 0 <= distance < n_ctx:
         raise ValueError(

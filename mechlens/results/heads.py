@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -26,14 +27,22 @@ def parse_head(head: str | tuple[int, int]) -> tuple[int, int]:
     """(layer, head) of a head given as that, as `L5H5` or as `5.5`.
 
     Raises:
-        ValueError: it is none of these.
+        TypeError: no text and no pair of whole numbers.
+        ValueError: another text, or not two numbers.
     """
     if isinstance(head, str):
         found = re.fullmatch(r"L?(\d+)[H.](\d+)", head.strip(), re.IGNORECASE)
         if found:
             return int(found[1]), int(found[2])
-    elif len(head) == 2:
-        return int(head[0]), int(head[1])
+    else:
+        try:
+            numbers = [operator.index(number) for number in head]
+        except TypeError:
+            raise TypeError(
+                f"a head is written L5H5, 5.5 or (5, 5), with whole numbers, but this is {head!r}"
+            ) from None
+        if len(numbers) == 2:
+            return numbers[0], numbers[1]
     raise ValueError(f"a head is written L5H5, 5.5 or (5, 5), but this is {head!r}")
 
 

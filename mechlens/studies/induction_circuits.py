@@ -8,11 +8,12 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Number
 
 import torch
 from tqdm.auto import tqdm
 
-from mechlens.analyses.circuits import OV, QK, composition_scores, full_OV, k_composition_circuit
+from mechlens.analyses.circuits import OV, QK, composition_scores, full_OV, head_pair, k_composition_circuit
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Mean, Resampled, patch_grid, patch_path, path_attention
 from mechlens.measures.attention import copies_stripe, stripe_score
@@ -29,7 +30,6 @@ from mechlens.results import (
     InductionCircuits,
     Result,
     head_label,
-    parse_head,
 )
 from mechlens.results.induction_circuits import LEAST_FALL, LEAST_Z, UPPER_SHARE
 from mechlens.studies.study import Study
@@ -83,8 +83,9 @@ def find_induction_circuits(
         pair where nothing scores: `note` says what is missing.
 
     Raises:
-        ValueError: a pair whose first head is not in an earlier layer, an option out of range, or sizes that
-            do not fit the model.
+        TypeError: a head that is no text and no pair of whole numbers.
+        ValueError: pairs that are none, or come twice, or whose first head is not in an earlier layer; an
+            option out of range, or sizes that do not fit the model.
 
     Source: Elhage et al. 2021; Olsson et al. 2022, arXiv:2209.11895; "How one can Interpret GPT2-Small". Path
     ablation: Wang et al. 2022, arXiv:2211.00593.
@@ -101,7 +102,7 @@ def find_induction_circuits(
         raise ValueError(f"seq_len must be at least 2, so that a token predicts the next; it is {seq_len}")
     info = describe(model)
     bos = own_bos_token_id(model.tokenizer) is not None if prepend_bos is None else prepend_bos
-    given = None if pairs is None else [(parse_head(one), parse_head(other)) for one, other in pairs]
+    given = None if pairs is None else _given(model, pairs)
     random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos)
     relative = seq_len - 1 if is_rotary(model) else None
     scores = score_heads(
@@ -141,6 +142,23 @@ def find_induction_circuits(
 
 
 # -- which pairs -----------------------------------------------------------------------------------
+
+
+def _given(model: LensModel, pairs: Sequence[Pair]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The pairs that a user gave, checked."""
+    asked = []
+    for pair in pairs:
+        if isinstance(pair, (str, Number)) or len(pair) != 2 or any(isinstance(one, Number) for one in pair):
+            raise ValueError(
+                "pairs is a list of pairs (previous-token head, induction head), such as [('4.11', '5.5')], "
+                f"but there is {pair!r} in it"
+            )
+        asked.append(head_pair(model, *pair))
+    if not asked or len(set(asked)) < len(asked):
+        raise ValueError(
+            f"pairs must be one or several different ones, but are {list(pairs)!r}: None looks for them"
+        )
+    return asked
 
 
 def _pairs(

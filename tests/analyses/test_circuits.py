@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 
+import jaxtyping
+import numpy
 import pytest
 import torch
 from transformers import Olmo2Config, Qwen3Config
@@ -551,6 +553,66 @@ def test_heads_that_are_not_there(gpt2, head):
             circuit(gpt2, head)
     with pytest.raises(ValueError, match="there is no head"):
         full_OV(gpt2, [(0, 0), head])
+
+
+@pytest.fixture
+def unchecked():
+    """As users have it, without the tests' own check of types."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda m: OV(m, (0.7, 1.9)), r"with whole numbers, but this is \(0.7, 1.9\)"),
+        (lambda m: QK(m, (0.7, 1.9)), r"with whole numbers, but this is \(0.7, 1.9\)"),
+        (lambda m: OV(m, torch.tensor([0.7, 1.9])), "with whole numbers, but this is"),
+        (lambda m: OV(m, 5), "heads are one or several, each as L5H5, .* but this is 5"),
+        (lambda m: OV(m, None), "heads are one or several, each as L5H5, .* but this is None"),
+        (lambda m: OV(m, [(0, 1), None]), "with whole numbers, but this is None"),
+        (lambda m: QK(m, 5), "with whole numbers, but this is 5"),
+        (
+            lambda m: QK(m, [(0, 1), (0, 2)]),
+            r"of one head, .* given: \[\(0, 1\), \(0, 2\)\]",
+        ),
+        (lambda m: QK(m, ["0.1", "0.2"]), "such a circuit is of one head"),
+        (lambda m: k_composition_circuit(m, [(0, 1)], (1, 1)), "such a circuit is of one head"),
+        (
+            lambda m: circuit_corner(m, full_OV(m, EARLIER), "ab"),
+            r"the text 'ab' .* in a list, \['ab'\]",
+        ),
+        (
+            lambda m: circuit_corner(m, full_OV(m, EARLIER), ["a"], ""),
+            "the destination tokens are a list",
+        ),
+        (lambda m: top_k_accuracy(full_OV(m, EARLIER), 1.5), "k must be a whole number, but is 1.5"),
+        (lambda m: top_k_accuracy(full_OV(m, EARLIER), "1"), "k must be a whole number, but is '1'"),
+    ],
+)
+def test_arguments_of_another_type(gpt2, unchecked, ask, message):
+    with pytest.raises(TypeError, match=message):
+        ask(gpt2)
+
+
+def test_a_distance_is_a_whole_number(llama, unchecked):
+    for wrong in (2.5, "2"):
+        with pytest.raises(TypeError, match=f"relative_position must be a whole number, but is {wrong!r}"):
+            QK(llama, LATER, relative_position=wrong)
+
+
+def test_one_head_is_written_in_many_ways(gpt2, unchecked):
+    for head in ("0.1", "L0H1", (0, 1), [0, 1], numpy.array([0, 1]), torch.tensor([0, 1]), ["0.1"], [(0, 1)]):
+        assert OV(gpt2, head).heads == ((0, 1),)
+    assert OV(gpt2, torch.tensor([[0, 1], [1, 2]])).heads == ((0, 1), (1, 2))
+
+
+def test_an_empty_corner(gpt2):
+    with pytest.raises(ValueError, match="a corner needs at least one source, but the list is empty"):
+        circuit_corner(gpt2, full_OV(gpt2, EARLIER), [])
+    with pytest.raises(ValueError, match="at least one destination"):
+        circuit_corner(gpt2, full_OV(gpt2, EARLIER), [1], [])
 
 
 def test_heads_that_make_no_sum(gpt2):

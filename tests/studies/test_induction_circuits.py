@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import jaxtyping
 import pytest
 import torch
 
@@ -259,9 +260,37 @@ def test_the_article_is_held_against_gpt2_only(by_hand):
         ({"seq_len": 13}, "the largest seq_len that fits is 12"),
         ({"pairs": [("L1H0", "L0H0")]}, "earlier"),
         ({"pairs": [("L0H5", "L1H0")]}, "there is no head"),
+        ({"pairs": [("L0H0", "L2H0")]}, "there is no head"),
         ({"pairs": [("first", "L1H0")]}, "a head is written L5H5"),
+        ({"pairs": []}, r"pairs must be one or several different ones, but are \[\]"),
+        ({"pairs": [("0.0", "1.0"), ((0, 0), (1, 0))]}, "pairs must be one or several different ones"),
     ],
 )
 def test_what_cannot_be_is_refused(by_hand, options, message):
     with pytest.raises(ValueError, match=message):
         find_induction_circuits(by_hand, **(OPTIONS | options))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "shown"),
+    [
+        (("0.0", "1.0"), "'0.0'"),
+        (((0, 0), (1, 0)), r"\(0, 0\)"),
+        ([("0.0", "0.1", "1.0")], r"\('0.0', '0.1', '1.0'\)"),
+        (["0.0,1.0"], "'0.0,1.0'"),
+    ],
+)
+def test_what_is_no_list_of_pairs_is_refused_before_any_run(by_hand, pairs, shown):
+    runs = []
+    handle = by_hand.register_forward_pre_hook(lambda *_: runs.append(1))
+    # as users have it, without the tests' own check of types
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match=f"pairs is a list of pairs .* but there is {shown} in it"):
+            find_induction_circuits(by_hand, pairs=pairs, **OPTIONS)
+        with pytest.raises(ValueError, match="there is no head L9H0"):
+            find_induction_circuits(by_hand, pairs=[("0.0", "9.0")], **OPTIONS)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+        handle.remove()
+    assert not runs
