@@ -92,7 +92,9 @@ def test_what_the_model_does_not_have_is_refused(capsys, arguments, message, mon
 
 def test_a_wholly_rotated_model_has_no_default(capsys, monkeypatch, tmp_path, tiny_directories):
     model = ["--model", tiny_directories / "llama"]
-    message = "nothing is left 'unrotated': give relative_position"
+    message = "this model rotates all 8 dimensions of its heads"
+    refused(capsys, ["circuit", "0.0", "1.0", *model], message, monkeypatch, tmp_path)
+    message = "(relative_position, on the command line --relative-position)"
     refused(capsys, ["circuit", "0.0", "1.0", *model], message, monkeypatch, tmp_path)
     code, out, _ = run(capsys, "circuit", "0.0", "1.0", "--relative-position", 1, *model)
     assert code == 0

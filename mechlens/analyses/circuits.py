@@ -559,8 +559,9 @@ def _turn(
     kept = list(unrotated(model, layer))
     if not kept:
         raise ValueError(
-            f"this model rotates all {model.cfg.d_head} dimensions of its heads, so that nothing is left "
-            "'unrotated': give relative_position"
+            f"this model rotates all {model.cfg.d_head} dimensions of its heads, so that how queries and "
+            "keys match depends on how far apart they are: say how many tokens the key comes before the "
+            "query (relative_position, on the command line --relative-position)"
         )
     return _Turn("unrotated", None, lambda W_Q, W_K: (W_Q[..., kept], W_K[..., kept]))
 

@@ -22,7 +22,7 @@ CAUSE = {
     "verdict": "verdict",
     "score_path": "induction score, not in the keys",
     "score_removed": "not at all",
-    "loss_path": "loss rises, not in the keys",
+    "loss_path": "change of the loss, not in the keys",
     "loss_removed": "not at all (nats)",
 }
 """The evidence as a reader sees it, by column of `InductionCircuits.to_dataframe`."""
@@ -69,7 +69,7 @@ def induction_circuits_section(
         )
         for columns, caption in (
             (BEHAVIOUR_AND_WEIGHTS, "How each pair attends, and what its weights say"),
-            (CAUSE, "What is lost without the previous-token head: in the induction head's keys, and at all"),
+            (CAUSE, "What changes without the previous-token head: in the induction head's keys, and at all"),
         )
         if pairs
     ]

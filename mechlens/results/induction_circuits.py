@@ -49,9 +49,9 @@ class InductionCircuits(Result):
       all others for its query and for its key in the K-composition circuit; `ov_top1`, the same of the
       induction head's full OV circuit for its source, and `ov_copying`, its eigenvalue copying score;
     - cause: `score_path` and `score_removed`, the induction score when the previous-token head is ablated as
-      seen through the induction head's keys alone, and altogether; `loss_path` and `loss_removed`, by how
-      much the second copy's loss rises then, nats, with `loss_path_error` and `loss_removed_error`, standard
-      errors over sequences.
+      seen through the induction head's keys alone, and altogether; `loss_path` and `loss_removed`, what
+      the second copy's loss is then less `clean_loss`, nats, with `loss_path_error` and
+      `loss_removed_error`, standard errors over sequences.
     """
     verdicts: tuple[str, ...]
     """Of each pair: `circuit`, `in part` or `no circuit`, by `VERDICT_RULE`."""

@@ -167,8 +167,7 @@ def _pairs(
     """The pairs that are worth trying, or why there is none."""
     induction, previous = (_above(scores, kind, threshold) for kind in (INDUCTION, PREVIOUS))
     if not induction:
-        best = next(scores.ranked(INDUCTION), None)
-        most = "" if best is None else f"; the highest is {head_label(*best[0])} with {best[1]:.3f}"
+        most = _most(scores, INDUCTION, threshold)
         return [], f"no head has an induction score of {threshold:g} and of twice its null{most}"
     pairs = []
     for head in induction:
@@ -177,11 +176,23 @@ def _pairs(
         pairs += [(other, head) for other in earlier[:per_head]]
     if not pairs:
         names = ", ".join(head_label(*head) for head in induction)
+        most = _most(scores, PREVIOUS, threshold, before=max(layer for layer, _ in induction))
         return [], (
             f"no head before the induction heads {names} has a previous-token score of {threshold:g} and of "
-            "twice its null"
+            f"twice its null{most}"
         )
     return pairs, ""
+
+
+def _most(scores: HeadScores, kind: str, threshold: float, before: int | None = None) -> str:
+    """Which head has most of a score, and its null where that is what it fails by."""
+    ranked = (each for each in scores.ranked(kind) if before is None or each[0][0] < before)
+    best = next(ranked, None)
+    if best is None:
+        return ""
+    head, score = best
+    null = f", but its null is {float(scores.null(kind)[head]):.3f}" if score >= threshold else ""
+    return f"; the highest is {head_label(*head)} with {score:.3f}{null}"
 
 
 def _above(scores: HeadScores, kind: str, threshold: float) -> list[tuple[int, int]]:
@@ -346,16 +357,19 @@ def _verdict(evidence: Mapping[str, float], threshold: float, chance: float, idl
     composes = said["k_z"] >= LEAST_Z and said["k_rank"] <= max(1, UPPER_SHARE * said["n_earlier"])
     lost = 1 - said["score_path"] / said["induction_score"] if said["induction_score"] > 0 else 0.0
     causes = lost >= LEAST_FALL
+    clean = said["clean_loss"]
     reasons = [
         f"{'attends' if behaves else 'does not attend'} as a circuit does (induction "
-        f"{said['induction_score']:.2f}, previous token {said['previous_token_score']:.2f})",
+        f"{said['induction_score']:.2f}, null {said['induction_null']:.2f}; previous token "
+        f"{said['previous_token_score']:.2f}, null {said['previous_token_null']:.2f})",
         idle
         or f"K-composition {said['k_z']:+.1f} standard deviations over chance, rank {said['k_rank']:.0f} of "
         f"{said['n_earlier']:.0f}; matches {said['k_top1_keys']:.3f} of the tokens with themselves (chance "
         f"{chance:.2g})",
-        f"without it in the keys the induction score falls to {said['score_path']:.2f}, without it at all to "
-        f"{said['score_removed']:.2f}; the loss rises by {said['loss_path']:.2f} and "
-        f"{said['loss_removed']:.2f}",
+        f"without the previous-token head in the keys the induction score is {said['score_path']:.2f} "
+        f"instead of {said['induction_score']:.2f}, and the loss {clean + said['loss_path']:.2f} nats "
+        f"instead of {clean:.2f}; without it at all they are {said['score_removed']:.2f} and "
+        f"{clean + said['loss_removed']:.2f}",
     ]
     if behaves and composes and causes:
         verdict = "circuit"

@@ -46,7 +46,7 @@ def print_induction_circuits(found: InductionCircuits) -> None:
         ),
         (
             "Without the previous-token head in the keys alone (-keys), and without it at all (-head): the "
-            f"induction score, and what the loss of {found.clean_loss:.3f} nats rises by",
+            f"induction score, and how the loss of {found.clean_loss:.3f} nats changes",
             _LOSES,
         ),
     ):
@@ -62,6 +62,8 @@ def _cell(name: str, value: Any) -> str:
         return value
     if value != value:
         return "undefined"
+    if name.startswith("loss_"):
+        return f"{value:+.3f}"
     return f"{value:.0f}" if name == "k_rank" else f"{value:.3f}"
 
 

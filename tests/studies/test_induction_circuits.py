@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import jaxtyping
 import pytest
@@ -25,7 +26,7 @@ P, D_HEAD = 2 * SEQ_LEN, 48
 OPTIONS = {"seq_len": SEQ_LEN, "batch": 4}
 
 
-def write_circuit(directory, *, shuffled=False, cut="", n_heads=2):
+def write_circuit(directory, *, shuffled=False, cut="", n_heads=2, back=1, sharpness=30.0):
     """Two layers of attention alone: L0H0 attends to the token before and writes it beside the token, L1H0
     attends where that is its own token, and copies the token there. The other heads are faint noise.
 
@@ -33,6 +34,8 @@ def write_circuit(directory, *, shuffled=False, cut="", n_heads=2):
 
     Args:
         cut: `writes` or `compares`: what L0H0 or L1H0 does not, because its weights for it are zeros.
+        sharpness: of L0H0's attention, the score where it attends.
+        back: how many tokens before it L0H0 attends to.
         n_heads: in each layer. Of more than 2, L0H1 does for the last third of the tokens what L0H0 else
             does, and writes what nobody reads besides.
     """
@@ -77,9 +80,9 @@ def write_circuit(directory, *, shuffled=False, cut="", n_heads=2):
         weights[f"{name}b_O"] = torch.zeros(d_model)
     strong = 30.0 * D_HEAD**0.5  # 30 after the division by sqrt(d_head)
     first, second = ("blocks.0.attn.", "blocks.1.attn.")
-    weights[f"{first}W_Q"][0, place, :P] = strong * torch.eye(P)
+    weights[f"{first}W_Q"][0, place, :P] = sharpness * D_HEAD**0.5 * torch.eye(P)
     # position j is found by the query of j + 1
-    weights[f"{first}W_K"][0, place, :P] = torch.eye(P).roll(1, 1)
+    weights[f"{first}W_K"][0, place, :P] = torch.eye(P).roll(back, 1)
     weights[f"{first}W_V"][0, token] = torch.eye(V)
     weights[f"{first}W_O"][0, :, before] = torch.eye(V)
     weights[f"{second}W_Q"][0, token] = strong * torch.eye(V)
@@ -141,6 +144,14 @@ def test_a_circuit_that_was_written_is_found(by_hand, how, tmp_path):
     assert said["loss_path"] == pytest.approx(said["loss_removed"], abs=1e-3), "there is no other way"
     assert said["loss_path"] > 1
     assert "attends as a circuit does" in found.reasons[0]
+    # what is with the head stands beside what is without it, whichever is more
+    clean = found.clean_loss
+    assert found.reasons[0].endswith(
+        f"in the keys the induction score is {said['score_path']:.2f} instead of "
+        f"{said['induction_score']:.2f}, and the loss {clean + said['loss_path']:.2f} nats instead of "
+        f"{clean:.2f}; without it at all they are {said['score_removed']:.2f} and "
+        f"{clean + said['loss_removed']:.2f}"
+    )
     assert load(found.save(tmp_path / "found.safetensors")) == found
     table = found.to_dataframe()
     assert table.loc[0, ["previous", "induction", "verdict"]].tolist() == ["L0H0", "L1H0", "circuit"]
@@ -248,6 +259,20 @@ def test_the_article_is_held_against_gpt2_only(by_hand):
     assert strongest(study.circuits) == 0
     none = InductionCircuits(**{**vars(study.circuits), "pairs": (), "verdicts": (), "reasons": ()})
     assert strongest(none) is None
+
+
+def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
+    found = find_induction_circuits(by_hand, threshold=0.999, **OPTIONS)
+    assert re.search(r"the highest is L1H0 with 0\.\d{3}$", found.note), "the score alone is too low"
+    # a head that attends as far back whatever the tokens are, and so as much where nothing is repeated
+    fixed = load_model(write_circuit(tmp_path / "fixed", back=SEQ_LEN - 1))
+    found = find_induction_circuits(fixed, **OPTIONS)
+    assert re.search(r"the highest is L0H0 with 1\.000, but its null is (0\.[5-9]|1\.0)", found.note)
+    # one that attends to the token before, but not enough, although the induction head makes do with it
+    faint = load_model(write_circuit(tmp_path / "faint", sharpness=1.5))
+    found = find_induction_circuits(faint, **OPTIONS)
+    said = r"no head before the induction heads L1H0 .*; the highest is L0H0 with 0\.[23]\d{2}$"
+    assert re.search(said, found.note), found.note
 
 
 @pytest.mark.parametrize(
