@@ -108,6 +108,12 @@ BEFORE_LOADING = [
         "leave out --position",
     ),
     (["gradient", "--objective", "continuation", "--target", "a", "--isolated"], "leave out --isolated"),
+    (
+        ["gradient", "--objective", "maximise", "--constant", "5"],
+        "--constant is for --objective constant, but it is maximise",
+    ),
+    (["gradient", "--constant", "inf"], "--constant must be a finite number, but is inf"),
+    (["gradient", "--patience", "0"], "Invalid value for '--patience'"),
     (["gradient", "--prior", "l2"], "--prior must be one of none, softmax, norm, nearest, but is 'l2'"),
     (["gradient", "--prior-weight", "2"], "--prior-weight is for --prior norm and nearest, but it is none"),
     (
@@ -265,6 +271,18 @@ FEW_OPTIONS = {"restarts": 4, "steps": 3}
                 "selection": np.s_[1, [3, 4]],
                 "prior": "norm",
                 "prior_weight": 0.5,
+            },
+        ),
+        (
+            # steps so large that none gets better
+            ["--tokens", 2, "--constant", 0.5, "--patience", 1, "--learning-rate", 100],
+            {
+                "layer": 1,
+                "n_tokens": 2,
+                "selection": np.s_[:, [0]],
+                "constant": 0.5,
+                "patience": 1,
+                "learning_rate": 100,
             },
         ),
         (

@@ -69,6 +69,11 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["patch", "--text", "a b", "--target", " a"], "--target is for log_prob and logit_diff"),
         (["patch", "--text", "a b", "--against", " a"], "--against is for --metric logit_diff"),
         (["patch", "--seq-len", "300"], "the largest seq_len that fits is 255"),
+        (["patch", "--state", "x.json"], "the state is saved as a .safetensors file"),
+        (
+            ["patch", "--state", "x.safetensors", "--out", "x.safetensors"],
+            "--out and --state are the same file x.safetensors: give two",
+        ),
         (["patch", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
         (["ablate", "heads", "--how", "half"], "--how must be mean, resample or zero"),
         (["ablate", "heads", "--out", "no/such/x.csv"], "there is no folder"),
@@ -105,6 +110,28 @@ def test_the_articles_experiment_by_both_of_its_names(capsys, tmp_path, bundled)
     expected = ablate_mlps_from_first_half(bundled, seq_len=6, batch=2, seed=3)
     same(saved(capsys, tmp_path, "patch", *SMALL, "--seed", 3), expected)
     same(saved(capsys, tmp_path, "ablate", "mlps", *SMALL, "--seed", 3), expected)
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path):
+    from mechlens.analyses.patching import grid
+
+    state = tmp_path / "state.safetensors"
+    arguments = ["patch", *SMALL, "--json"]
+    whole = run(capsys, *arguments)
+    note = grid._Done.note
+    calls = []
+
+    def interrupted(self, *args):
+        note(self, *args)
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grid._Done, "note", interrupted)
+        code, out, err = run(capsys, *arguments, "--state", state)
+    assert (code, out, len(calls)) == (130, "", 1)
+    assert err.strip() == f"mechlens: progress is saved in {state}: the same command goes on from there"
+    assert run(capsys, *arguments, "--state", state) == whole
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mechlens import terminal
+from mechlens.cli import feature_options as shared
 from mechlens.cli import options
+from mechlens.cli.feature_options import (
+    BosOption,
+    FeaturesOption,
+    LayersOption,
+    NoSeedOption,
+    OutOption,
+    PrefixOption,
+    SiteOption,
+    StateOption,
+)
 from mechlens.cli.options import (
     BUNDLED,
     DeviceOption,
@@ -25,37 +33,7 @@ from mechlens.cli.options import (
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
     from mechlens.report import Section
-    from mechlens.results import CompleteSearch, FeatureAlignment, Result
-
-_ENDINGS = (".html", ".csv", ".safetensors")
-_MOST_PLACES = 64
-"""Features that a page shows."""
-
-LayersOption = Annotated[
-    list[str] | None,
-    typer.Option("--layer", "--layers", "-l", help="A layer, or a range such as 0:4; repeatable."),
-]
-FeaturesOption = Annotated[
-    list[str] | None,
-    typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
-]
-SiteOption = Annotated[
-    str, typer.Option(help="Of what: resid_post, attn_out, mlp_out, or post (the MLP's neurons).")
-]
-PrefixOption = Annotated[
-    str | None, typer.Option(help="A text that stands before the searched tokens. [default: none]")
-]
-BosOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS, which these searches leave out.")]
-StateOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Save progress to this .safetensors file; if it is there, go on where the search stopped."
-    ),
-]
-OutOption = Annotated[
-    Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
-]
-NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
+    from mechlens.results import CompleteSearch, FeatureAlignment
 
 features = typer.Typer(rich_markup_mode=None)
 
@@ -91,17 +69,17 @@ def complete(
     Without --layer of every layer, without --feature of features 0 to 7. The least exciting ones are in
     --json and --out."""
     given = dict(locals())
-    layers, wanted = _numbers("--layer", layer), _numbers("--feature", feature)
-    _check_common(given)
-    _check_page(out, len(wanted or []), "tokens")
-    loaded = _load(given)
+    layers, wanted = shared.numbers("--layer", layer), shared.numbers("--feature", feature)
+    shared.check_common(given)
+    shared.check_page(out, len(wanted or []), "tokens")
+    loaded = shared.load(given)
     from mechlens.analyses.features import search_complete
 
-    with _as_typed(), options.saving_progress(state):
+    with shared.as_typed(), options.saving_progress(state):
         found = search_complete(
             loaded,
             layers=layers,
-            features=wanted or range(min(8, _width(loaded, site))),
+            features=wanted or range(min(8, shared.n_features(loaded, site))),
             site=site,
             prefix=prefix,
             prepend_bos=bos,
@@ -116,7 +94,8 @@ def complete(
         # without it the section chooses some
         return [complete_search_section(found, features=found.features)]
 
-    _save(out, "Tokens that excite features", [found], sections, _command("complete", complete, given))
+    command = shared.command("complete", complete, given)
+    shared.save(out, "Tokens that excite features", [found], sections, command)
     if as_json:
         terminal.print_json(terminal.complete_search_json(found))
     elif not quiet:
@@ -154,8 +133,8 @@ def greedy(
     """Build inputs from left to right, each token the one of the whole vocabulary that excites a feature most
     behind those before it. Without --layer of the last layer, without --feature of features 0 to 3."""
     given = dict(locals())
-    layers, wanted = _numbers("--layer", layer) or [-1], _numbers("--feature", feature)
-    _check_common(given)
+    layers, wanted = shared.numbers("--layer", layer) or [-1], shared.numbers("--feature", feature)
+    shared.check_common(given)
     if len(layers) > 1:
         if state is not None:
             raise ValueError(f"--state is of one search, but {len(layers)} layers are asked for: give one")
@@ -166,16 +145,16 @@ def greedy(
             )
     from mechlens.analyses.features.greedy import AGGREGATES, search_greedy
 
-    _check_known("--aggregate", aggregate, AGGREGATES)
-    loaded = _load(given)
+    shared.check_known("--aggregate", aggregate, AGGREGATES)
+    loaded = shared.load(given)
     found = []
-    with _as_typed(), options.saving_progress(state):
-        for each in _chosen("layer", layers, loaded.cfg.n_layers):
+    with shared.as_typed(), options.saving_progress(state):
+        for each in shared.chosen("layer", layers, loaded.cfg.n_layers):
             found.append(
                 search_greedy(
                     loaded,
                     layer=each,
-                    features=wanted or range(min(4, _width(loaded, site))),
+                    features=wanted or range(min(4, shared.n_features(loaded, site))),
                     n_tokens=tokens,
                     aggregate=aggregate,
                     site=site,
@@ -192,7 +171,8 @@ def greedy(
 
         return [greedy_search_section(found)]
 
-    _save(out, "Inputs that excite features", found, sections, _command("greedy", greedy, given))
+    command = shared.command("greedy", greedy, given)
+    shared.save(out, "Inputs that excite features", found, sections, command)
     if as_json:
         terminal.print_json(terminal.greedy_search_json(found))
     elif not quiet:
@@ -230,6 +210,13 @@ def gradient(
     target: Annotated[
         str | None, typer.Option(help="A text: of as many tokens as --tokens, or the continuation.")
     ] = None,
+    constant: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the objective constant; what is larger is made smaller. [default: 1000, or ten times what "
+            "the starts reach]"
+        ),
+    ] = None,
     prior: Annotated[str, typer.Option(help="none, softmax, norm or nearest.")] = "none",
     prior_weight: Annotated[
         float | None, typer.Option(help="Of the prior norm or nearest. [default: 1]")
@@ -241,6 +228,9 @@ def gradient(
         float, typer.Option(help="In units of an embedding element's root mean square.")
     ] = 0.1,
     steps: Annotated[int, typer.Option(min=1, help="At most; it stops when nothing gets better.")] = 40,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Stop when no restart has got better for so many steps.")
+    ] = 10,
     restarts: Annotated[int, typer.Option(min=1, help="Independent starts, run together.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the starts.")] = 0,
     isolated: Annotated[
@@ -261,24 +251,24 @@ def gradient(
     """Change embeddings by gradients until they excite a feature, and read them as tokens in two ways. Of one
     token and one feature the best of all tokens is searched, too, and stands beside."""
     given = dict(locals())
-    wanted = _numbers("--feature", feature)
-    _check_common(given)
-    _check_gradient(given)
-    loaded = _load(given)
+    wanted = shared.numbers("--feature", feature)
+    shared.check_common(given)
+    shared.check_gradient(given)
+    loaded = shared.load(given)
     from mechlens.analyses.features import search_complete, search_gradient
 
     progress = options.progress(quiet)
     picked = None
     if objective != "continuation" and (wanted or target is None):
-        picked = _chosen("feature", wanted or [0], _width(loaded, site))
+        picked = shared.chosen("feature", wanted or [0], shared.n_features(loaded, site))
     selection: Any = None
     if objective != "continuation":
         each = slice(None)
         selection = (each if position is None else position, each if picked is None else picked)
     same: dict[str, Any] = {"site": site, "prefix": prefix, "prepend_bos": bos, "progress": progress}
     known = None
-    with _as_typed(), options.saving_progress(state):
-        (place,) = _chosen("layer", [layer], loaded.cfg.n_layers)
+    with shared.as_typed(), options.saving_progress(state):
+        (place,) = shared.chosen("layer", [layer], loaded.cfg.n_layers)
         if picked is not None and len(picked) == tokens == 1 and target is None and not isolated:
             known = search_complete(loaded, layers=[place], features=picked, **same)
         found = search_gradient(
@@ -288,11 +278,13 @@ def gradient(
             n_tokens=tokens,
             objective=objective,
             target=target,
+            constant=constant,
             prior=prior,
             prior_weight=1.0 if prior_weight is None else prior_weight,
             optimiser=optimiser,
             learning_rate=learning_rate,
             steps=steps,
+            patience=patience,
             restarts=restarts,
             seed=seed,
             isolated=isolated,
@@ -306,7 +298,8 @@ def gradient(
 
         return [gradient_search_section([found])]
 
-    _save(out, "Embeddings that excite features", [found], sections, _command("gradient", gradient, given))
+    command = shared.command("gradient", gradient, given)
+    shared.save(out, "Embeddings that excite features", [found], sections, command)
     if as_json:
         terminal.print_json(terminal.gradient_search_json(found))
     elif not quiet:
@@ -354,11 +347,11 @@ def align(
     model and in random weights, in two models; each beside chance. Without --layer of all layers, without
     --feature of all features."""
     given = dict(locals())
-    layers, wanted = _numbers("--layer", layer), _numbers("--feature", feature)
+    layers, wanted = shared.numbers("--layer", layer), shared.numbers("--feature", feature)
     if name is not None and model is not None:
         raise ValueError(f"the model is given twice, as {name} and as --model {model}: leave one out")
     given["model"] = name or model or BUNDLED
-    _check_common(given)
+    shared.check_common(given)
     alone = not random and against is None
     if out is not None and out.suffix == ".safetensors" and not alone:
         raise ValueError(
@@ -367,16 +360,16 @@ def align(
         )
     if alone and layers is not None and len(layers) == 1:
         raise ValueError("one layer has no other to be compared with: give several, --random or --against")
-    loaded = _load(given)
-    other = None if against is None else _load(given | {"model": against, "revision": None})
+    loaded = shared.load(given)
+    other = None if against is None else shared.load(given | {"model": against, "revision": None})
     from mechlens.analyses.features import feature_alignment, search_complete
 
     if layers is not None:
-        layers = _chosen("layer", layers, loaded.cfg.n_layers)
+        layers = shared.chosen("layer", layers, loaded.cfg.n_layers)
     if wanted is not None:
-        wanted = _chosen("feature", wanted, _width(loaded, site))
+        wanted = shared.chosen("feature", wanted, shared.n_features(loaded, site))
     if other is not None:
-        _check_other(loaded, other, against, layers, wanted, site)
+        shared.check_other(loaded, other, against, layers, wanted, site)
     several = len(layers or range(loaded.cfg.n_layers)) > 1
     if alone and not several:
         raise ValueError("this model has one layer, which has no other to be compared with: add --against")
@@ -394,7 +387,7 @@ def align(
         )
 
     found: dict[str, FeatureAlignment] = {}
-    with _as_typed():
+    with shared.as_typed():
         trained = search(loaded)
         if several:
             found["layers, trained"] = feature_alignment(trained)
@@ -418,8 +411,8 @@ def align(
 
         return [feature_alignment_section(list(found.values()), names=list(found))]
 
-    command = _command("align", align, given | {"model": model}, argument="name")
-    _save(out, "Alignment of features", list(found.values()), sections, command, names=list(found))
+    command = shared.command("align", align, given | {"model": model}, argument="name")
+    shared.save(out, "Alignment of features", list(found.values()), sections, command, names=list(found))
     if as_json:
         terminal.print_json(terminal.feature_alignment_json(found))
     elif not quiet:
@@ -458,21 +451,21 @@ def examples(
     """Find the contexts of a corpus that excite each feature most, and mark the token that does. Without
     --layer of the last layer, without --feature of features 0 to 3."""
     given = dict(locals())
-    layers, wanted = _numbers("--layer", layer) or [-1], _numbers("--feature", feature)
-    _check_common(given)
+    layers, wanted = shared.numbers("--layer", layer) or [-1], shared.numbers("--feature", feature)
+    shared.check_common(given)
     if not Path(corpus).exists():
         raise ValueError(f"there is no corpus {corpus}: it is a file or a folder")
     # each in each layer
-    _check_page(out, len(layers) * len(wanted or range(4)), "contexts")
-    loaded = _load(given)
+    shared.check_page(out, len(layers) * len(wanted or range(4)), "contexts")
+    loaded = shared.load(given)
     from mechlens.analyses.features import feature_examples
 
-    with _as_typed(), options.saving_progress(state):
+    with shared.as_typed(), options.saving_progress(state):
         found = feature_examples(
             loaded,
             corpus,
             layers=layers,
-            features=wanted or range(min(4, _width(loaded, site))),
+            features=wanted or range(min(4, shared.n_features(loaded, site))),
             site=site,
             top_k=top,
             length=length,
@@ -488,205 +481,9 @@ def examples(
         places = [(one, other) for one in found.layers for other in found.features]
         return [feature_examples_section(found, places)]
 
-    command = _command("examples", examples, given, argument="corpus")
-    _save(out, "Contexts that excite features", [found], sections, command)
+    command = shared.command("examples", examples, given, argument="corpus")
+    shared.save(out, "Contexts that excite features", [found], sections, command)
     if as_json:
         terminal.print_json(terminal.feature_examples_json(found))
     elif not quiet:
         terminal.print_feature_examples(found)
-
-
-# -- steps -----------------------------------------------------------------------------------------
-
-_NOT_WRITTEN = ("state", "quiet", "as_json")
-"""What a page does not depend on."""
-_WORDS = {
-    "top_k must": "--top must",
-    "beam must": "--beam must",
-    "use prepend_bos=False": "leave out --bos",
-    "use isolated=False": "leave out --isolated",
-}
-
-
-def _numbers(option: str, given: list[str] | None) -> list[int] | None:
-    return options.numbers(option, given) if given else None
-
-
-def _check_common(given: dict[str, Any]) -> None:
-    """Say so before the model is loaded, which takes seconds."""
-    if given["out"] is not None:
-        options.check_file(given["out"], _ENDINGS)
-    options.check_state(given.get("state"), given["out"])
-    from mechlens.analyses.features.sought import SITES
-    from mechlens.results.state import state_file
-
-    _check_known("--site", given["site"], tuple(SITES))
-    state_file(given.get("state"))
-
-
-def _check_page(out: Path | None, places: int, what: str) -> None:
-    if out is not None and out.suffix == ".html" and places > _MOST_PLACES:
-        raise ValueError(
-            f"a page shows the {what} of at most {_MOST_PLACES} features, but {places} are asked for: give "
-            "fewer, or save to .csv or .safetensors"
-        )
-
-
-def _check_known(option: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise ValueError(f"{option} must be one of {', '.join(known)}, but is {given!r}")
-
-
-def _check_gradient(given: dict[str, Any]) -> None:
-    from math import isfinite
-
-    from mechlens.analyses.features.gradient import FASTEST, OPTIMISERS
-    from mechlens.analyses.features.objectives import OBJECTIVES
-    from mechlens.analyses.features.walk import PENALTIES, PRIORS
-
-    for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
-        _check_known(f"--{name}", given[name], known)
-    objective, target = given["objective"], given["target"]
-    if objective in ("constant", "maximise"):
-        if target is not None:
-            raise ValueError(f"--target is for --objective l1, cosine or continuation, but it is {objective}")
-    elif target is None:
-        raise ValueError(f"--objective {objective} needs --target TEXT")
-    if objective == "continuation":
-        for name in ("feature", "position"):
-            if given[name] not in (None, []):
-                raise ValueError(f"--objective continuation reads no feature: leave out --{name}")
-        if given["isolated"]:
-            raise ValueError("a block alone predicts no continuation: leave out --isolated")
-    if given["prior_weight"] is not None:
-        if given["prior"] not in PENALTIES:
-            raise ValueError(
-                f"--prior-weight is for --prior {' and '.join(PENALTIES)}, but it is {given['prior']}"
-            )
-        if not (isfinite(given["prior_weight"]) and given["prior_weight"] >= 0):
-            raise ValueError(
-                f"--prior-weight must be a finite number from 0 on, but is {given['prior_weight']}"
-            )
-    if not 0 < given["learning_rate"] <= FASTEST:
-        raise ValueError(
-            f"--learning-rate must be above 0 and at most {FASTEST:g}, but is {given['learning_rate']}"
-        )
-    if given["position"] is not None:
-        _chosen("position", [given["position"]], given["tokens"])
-
-
-def _load(given: dict[str, Any]) -> LensModel:
-    names = ("model", "device", "dtype", "revision", "quiet")
-    return options.load(*(given[name] for name in names), processing=False)
-
-
-def _width(model: LensModel, site: str) -> int:
-    if site == "post" and getattr(model.cfg, "attn_only", False):
-        raise ValueError("this model has no MLPs, so there is no post to search")
-    return int(model.cfg.d_mlp if site == "post" else model.cfg.d_model)
-
-
-def _chosen(what: str, given: Sequence[int], count: int) -> list[int]:
-    from mechlens.prompts import chosen
-
-    return list(chosen(what, given, count))
-
-
-def _check_other(
-    model: LensModel,
-    other: LensModel,
-    name: str | None,
-    layers: Sequence[int] | None,
-    wanted: Sequence[int] | None,
-    site: str,
-) -> None:
-    """Say so before either is searched that the two do not compare, which takes long for a large one."""
-    from mechlens.prompts import vocabulary_hash
-
-    if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
-        raise ValueError(
-            f"--against {name} has another tokenizer, so that its ids are other tokens: compare models with "
-            "the same one"
-        )
-    for what, given, count in (
-        ("layer", layers, other.cfg.n_layers),
-        ("feature", wanted, _width(other, site)),
-    ):
-        if given is not None and max(given) >= count:
-            raise ValueError(f"--against {name} has no {what} {max(given)}: it has {count}")
-
-
-@contextlib.contextmanager
-def _as_typed() -> Iterator[None]:
-    """Errors of the analyses with the names that arguments have on the command line."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for name, option in _WORDS.items():
-            message = message.replace(name, option)
-        raise ValueError(message) from error
-
-
-def _save(
-    out: Path | None,
-    title: str,
-    results: Sequence[Result],
-    sections: Callable[[], list[Section]],
-    command: str,
-    *,
-    names: Sequence[str] = (),
-) -> None:
-    """Save results of the same model: a table of all, one result, or a page.
-
-    Args:
-        sections: makes what the page shows.
-        names: what tells the results from each other in the table.
-    """
-    if out is None:
-        return
-    if out.suffix == ".csv":
-        import pandas as pd
-
-        from mechlens.results import write_table
-
-        tables = [each.to_dataframe() for each in results]
-        for table, name in zip(tables, names, strict=False):
-            table.insert(0, "compared", name)
-        write_table(pd.concat(tables, ignore_index=True), out)
-    elif out.suffix == ".safetensors":
-        (result,) = results
-        result.save(out)
-    else:
-        from mechlens.report import write_report
-
-        # no published figure is about these features
-        write_report(
-            out,
-            title=title,
-            model=results[0].model,
-            comparisons=None,
-            sections=sections(),
-            command=command,
-        )
-
-
-def _command(
-    name: str, function: Callable[..., None], given: dict[str, Any], *, argument: str | None = None
-) -> str:
-    """The command line that writes the same file.
-
-    Args:
-        argument: the parameter that has no option's name.
-    """
-    written: dict[str, tuple[Any, Any]] = {}
-    for each, parameter in inspect.signature(function).parameters.items():
-        value, option = given[each], each.replace("_", "-")
-        if each in (*_NOT_WRITTEN, argument):
-            continue
-        if isinstance(value, bool):
-            # a flag, or one of two
-            written[f"--{option}" if value else f"--no-{option}"] = (True, value == parameter.default)
-        else:
-            written[f"--{option}"] = (value or None if isinstance(value, list) else value, parameter.default)
-    return options.command(f"features {name}", written, argument=argument and given[argument])

@@ -107,7 +107,10 @@ def check_file(out: Path, endings: Sequence[str]) -> None:
 
 
 def check_state(state: Path | None, out: Path | None) -> None:
-    """Progress is not saved where the result is to be."""
+    """Say so before the work is done; progress is not saved where the result is to be, either."""
+    from mechlens.results.state import state_file
+
+    state_file(state)
     if state is not None and out is not None and state.resolve() == out.resolve():
         raise ValueError(f"--out and --state are the same file {out}: give two")
 

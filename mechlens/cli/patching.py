@@ -125,6 +125,7 @@ def patch(
     given = dict(locals())
     if out is not None:
         options.check_file(out, _ENDINGS)
+    options.check_state(state, out)
     _check(given)
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
@@ -152,22 +153,23 @@ def patch(
             count = REFERENCE if source == "mean" else len(prompt)
             other = repeated_tokens(loaded, seq_len=n_tokens, batch=count, seed=seed + 1, prepend_bos=bos)
             put = Mean(other.tokens) if source == "mean" else Resampled(other.tokens, seed=seed)
-    found = patch_grid(
-        loaded,
-        prompt,
-        site=site,
-        source=put,
-        layers=layer or None,
-        heads=(head or "each") if by == "head" else None,
-        positions=positions,
-        metric=metric,
-        read=read,
-        targets=target,
-        against=against,
-        direction="denoising" if denoise else "noising",
-        state=state,
-        progress=options.progress(quiet),
-    )
+    with options.saving_progress(state):
+        found = patch_grid(
+            loaded,
+            prompt,
+            site=site,
+            source=put,
+            layers=layer or None,
+            heads=(head or "each") if by == "head" else None,
+            positions=positions,
+            metric=metric,
+            read=read,
+            targets=target,
+            against=against,
+            direction="denoising" if denoise else "noising",
+            state=state,
+            progress=options.progress(quiet),
+        )
     _show(found, "Patching", "patch", given, _OF_PATCH)
 
 

@@ -1,0 +1,244 @@
+"""What the commands of `mechlens features` share: their options, and the steps that each of them takes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mechlens.cli import options
+
+if TYPE_CHECKING:
+    from mechlens.models.protocol import LensModel
+    from mechlens.report import Section
+    from mechlens.results import Result
+
+_ENDINGS = (".html", ".csv", ".safetensors")
+_MOST_PLACES = 64
+"""Features that a page shows."""
+
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option("--layer", "--layers", "-l", help="A layer, or a range such as 0:4; repeatable."),
+]
+FeaturesOption = Annotated[
+    list[str] | None,
+    typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
+]
+SiteOption = Annotated[
+    str, typer.Option(help="Of what: resid_post, attn_out, mlp_out, or post (the MLP's neurons).")
+]
+PrefixOption = Annotated[
+    str | None, typer.Option(help="A text that stands before the searched tokens. [default: none]")
+]
+BosOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS, which these searches leave out.")]
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Save progress to this .safetensors file; if it is there, go on where the search stopped."
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
+]
+NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
+
+_NOT_WRITTEN = ("state", "quiet", "as_json")
+"""What a page does not depend on."""
+_WORDS = {
+    "top_k must": "--top must",
+    "beam must": "--beam must",
+    "use prepend_bos=False": "leave out --bos",
+    "use isolated=False": "leave out --isolated",
+}
+
+
+def numbers(option: str, given: list[str] | None) -> list[int] | None:
+    return options.numbers(option, given) if given else None
+
+
+def check_common(given: dict[str, Any]) -> None:
+    """Say so before the model is loaded, which takes seconds."""
+    if given["out"] is not None:
+        options.check_file(given["out"], _ENDINGS)
+    options.check_state(given.get("state"), given["out"])
+    from mechlens.analyses.features.sought import SITES
+
+    check_known("--site", given["site"], tuple(SITES))
+
+
+def check_page(out: Path | None, places: int, what: str) -> None:
+    if out is not None and out.suffix == ".html" and places > _MOST_PLACES:
+        raise ValueError(
+            f"a page shows the {what} of at most {_MOST_PLACES} features, but {places} are asked for: give "
+            "fewer, or save to .csv or .safetensors"
+        )
+
+
+def check_known(option: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)}, but is {given!r}")
+
+
+def check_gradient(given: dict[str, Any]) -> None:
+    from math import isfinite
+
+    from mechlens.analyses.features.gradient import FASTEST, OPTIMISERS
+    from mechlens.analyses.features.objectives import OBJECTIVES
+    from mechlens.analyses.features.walk import PENALTIES, PRIORS
+
+    for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
+        check_known(f"--{name}", given[name], known)
+    objective, target = given["objective"], given["target"]
+    if objective in ("constant", "maximise"):
+        if target is not None:
+            raise ValueError(f"--target is for --objective l1, cosine or continuation, but it is {objective}")
+    elif target is None:
+        raise ValueError(f"--objective {objective} needs --target TEXT")
+    if objective == "continuation":
+        for name in ("feature", "position"):
+            if given[name] not in (None, []):
+                raise ValueError(f"--objective continuation reads no feature: leave out --{name}")
+        if given["isolated"]:
+            raise ValueError("a block alone predicts no continuation: leave out --isolated")
+    if given["constant"] is not None:
+        if objective != "constant":
+            raise ValueError(f"--constant is for --objective constant, but it is {objective}")
+        if not isfinite(given["constant"]):
+            raise ValueError(f"--constant must be a finite number, but is {given['constant']}")
+    if given["prior_weight"] is not None:
+        if given["prior"] not in PENALTIES:
+            raise ValueError(
+                f"--prior-weight is for --prior {' and '.join(PENALTIES)}, but it is {given['prior']}"
+            )
+        if not (isfinite(given["prior_weight"]) and given["prior_weight"] >= 0):
+            raise ValueError(
+                f"--prior-weight must be a finite number from 0 on, but is {given['prior_weight']}"
+            )
+    if not 0 < given["learning_rate"] <= FASTEST:
+        raise ValueError(
+            f"--learning-rate must be above 0 and at most {FASTEST:g}, but is {given['learning_rate']}"
+        )
+    if given["position"] is not None:
+        chosen("position", [given["position"]], given["tokens"])
+
+
+def load(given: dict[str, Any]) -> LensModel:
+    names = ("model", "device", "dtype", "revision", "quiet")
+    return options.load(*(given[name] for name in names), processing=False)
+
+
+def n_features(model: LensModel, site: str) -> int:
+    if site == "post" and getattr(model.cfg, "attn_only", False):
+        raise ValueError("this model has no MLPs, so there is no post to search")
+    return int(model.cfg.d_mlp if site == "post" else model.cfg.d_model)
+
+
+def chosen(what: str, given: Sequence[int], count: int) -> list[int]:
+    from mechlens import prompts
+
+    return list(prompts.chosen(what, given, count))
+
+
+def check_other(
+    model: LensModel,
+    other: LensModel,
+    name: str | None,
+    layers: Sequence[int] | None,
+    wanted: Sequence[int] | None,
+    site: str,
+) -> None:
+    """Say so before either is searched that the two do not compare, which takes long for a large one."""
+    from mechlens.prompts import vocabulary_hash
+
+    if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
+        raise ValueError(
+            f"--against {name} has another tokenizer, so that its ids are other tokens: compare models with "
+            "the same one"
+        )
+    for what, given, count in (
+        ("layer", layers, other.cfg.n_layers),
+        ("feature", wanted, n_features(other, site)),
+    ):
+        if given is not None and max(given) >= count:
+            raise ValueError(f"--against {name} has no {what} {max(given)}: it has {count}")
+
+
+@contextlib.contextmanager
+def as_typed() -> Iterator[None]:
+    """Errors of the analyses with the names that arguments have on the command line."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, option in _WORDS.items():
+            message = message.replace(name, option)
+        raise ValueError(message) from error
+
+
+def save(
+    out: Path | None,
+    title: str,
+    results: Sequence[Result],
+    sections: Callable[[], list[Section]],
+    command: str,
+    *,
+    names: Sequence[str] = (),
+) -> None:
+    """Save results of the same model: a table of all, one result, or a page.
+
+    Args:
+        sections: makes what the page shows.
+        names: what tells the results from each other in the table.
+    """
+    if out is None:
+        return
+    if out.suffix == ".csv":
+        import pandas as pd
+
+        from mechlens.results import write_table
+
+        tables = [each.to_dataframe() for each in results]
+        for table, name in zip(tables, names, strict=False):
+            table.insert(0, "compared", name)
+        write_table(pd.concat(tables, ignore_index=True), out)
+    elif out.suffix == ".safetensors":
+        (result,) = results
+        result.save(out)
+    else:
+        from mechlens.report import write_report
+
+        # no published figure is about these features
+        write_report(
+            out,
+            title=title,
+            model=results[0].model,
+            comparisons=None,
+            sections=sections(),
+            command=command,
+        )
+
+
+def command(
+    name: str, function: Callable[..., None], given: dict[str, Any], *, argument: str | None = None
+) -> str:
+    """The command line that writes the same file.
+
+    Args:
+        argument: the parameter that has no option's name.
+    """
+    written: dict[str, tuple[Any, Any]] = {}
+    for each, parameter in inspect.signature(function).parameters.items():
+        value, option = given[each], each.replace("_", "-")
+        if each in (*_NOT_WRITTEN, argument):
+            continue
+        if isinstance(value, bool):
+            # a flag, or one of two
+            written[f"--{option}" if value else f"--no-{option}"] = (True, value == parameter.default)
+        else:
+            written[f"--{option}"] = (value or None if isinstance(value, list) else value, parameter.default)
+    return options.command(f"features {name}", written, argument=argument and given[argument])
