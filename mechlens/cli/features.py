@@ -213,8 +213,8 @@ def gradient(
     constant: Annotated[
         float | None,
         typer.Option(
-            help="Of the objective constant; what is larger is made smaller. [default: 1000, or ten times what "
-            "the starts reach]"
+            help="Of the objective constant; what is larger is made smaller. [default: 1000, or ten times "
+            "what the starts reach]"
         ),
     ] = None,
     prior: Annotated[str, typer.Option(help="none, softmax, norm or nearest.")] = "none",
