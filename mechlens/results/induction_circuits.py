@@ -26,9 +26,9 @@ LEAST_FALL = 0.1
 VERDICT_RULE = (
     "A pair is a circuit where both heads attend as in one (both scores reach the threshold and twice their "
     f"null), their K-composition is at least {LEAST_Z:g} standard deviations over chance and among the "
-    f"highest {UPPER_SHARE:.0%} of all earlier heads', and at least {LEAST_FALL:.0%} of the induction score "
-    "is lost without the previous-token head in the keys; in part, where they attend so and one of the "
-    "others holds."
+    f"highest {UPPER_SHARE:.0%} of all earlier heads' (the highest alone, of fewer than 8), and at least "
+    f"{LEAST_FALL:.0%} of the induction score is lost without the previous-token head in the keys; in part, "
+    "where they attend so and one of the others holds."
 )
 
 

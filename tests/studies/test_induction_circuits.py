@@ -177,7 +177,7 @@ def test_a_pair_composes_only_above_most_earlier_heads(tmp_path, n_heads, verdic
     assert found.evidence["n_earlier"].tolist() == [n_heads] * 2
     assert float(found.evidence["k_z"].min()) > 3
     assert found.verdicts == ("circuit", verdict)
-    rule = "at least 3 standard deviations over chance and among the highest 25% of all earlier heads'"
+    rule = "at least 3 standard deviations over chance and among the highest 25% of all earlier heads' (the"
     assert rule in induction_circuits_section(found).terms["Verdict"]
     print_induction_circuits(found)
     assert rule in " ".join(capsys.readouterr().out.split())
