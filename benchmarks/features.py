@@ -140,8 +140,12 @@ def one_token_on_gpu(model: Any) -> None:
     model.to("cuda")
 
     def timed(work: Callable[[], Any]) -> float:
+        def done() -> None:
+            work()
+            torch.cuda.synchronize()
+
         torch.cuda.synchronize()
-        return seconds(lambda: (work(), torch.cuda.synchronize()))
+        return seconds(done)
 
     def search(**options: Any) -> CompleteSearch:
         return mechlens.search_complete(model, batch_size=BATCH, **options)
