@@ -337,7 +337,8 @@ def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> 
     """Show the windows of a corpus that excite a feature most, each token shaded by its activation.
 
     Blue is above 0, red below, on one scale: the darkest tokens are those whose activation is furthest from 0
-    in all windows. BOS, which has none that counts, is white. Works in Jupyter without a network.
+    in all windows. BOS, which has none that counts, is white. Jupyter shows it without a network,
+    `.write_html("examples.html")` saves it as a page.
 
     Raises:
         ValueError: the layer or feature was not searched, or no window was read.

@@ -268,8 +268,9 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
 def plot_attention(patterns: AttentionPatterns) -> View:
     """Show heads' attention through circuitsvis: small maps to choose from, the chosen one large.
 
-    Works in Jupyter without a network. Attention is rounded to 3 decimals; invisible characters of tokens
-    are shown as `visible_token` does, long tokens shortened.
+    Jupyter shows it without a network, `.write_html("attention.html")` saves it as a page. Attention is
+    rounded to 3 decimals; invisible characters of tokens are shown as `visible_token` does, long tokens
+    shortened.
     """
     return View(
         "AttentionHeads",

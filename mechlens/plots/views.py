@@ -12,11 +12,21 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from mechlens.results import replacing
+
 _displays = itertools.count()
+
+# Inline code only: the page can fetch nothing, and send nothing anywhere.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
 
 # circuitsvis picks a head by mouse only; this makes the same choice possible by keyboard.
 SHOW_VIEW = """\
@@ -63,7 +73,10 @@ def script_json(value: object) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A circuitsvis component with its properties; Jupyter shows it as the last line of a cell."""
+    """A circuitsvis component with its properties; Jupyter shows it as the last line of a cell.
+
+    `write_html` saves it as a page, as it does plotly's figures.
+    """
 
     component: str
     """Such as `AttentionHeads`."""
@@ -71,12 +84,49 @@ class View:
     """As the component's documentation names them; JSON. Not in the repr, which notebooks store too."""
 
     def _repr_html_(self) -> str:
-        props = script_json(self.props)
         # Several notebooks can share a page, and one view can be shown twice in it.
-        digest = hashlib.sha256(props.encode()).hexdigest()[:8]
-        place = f"mechlens-{digest}-{next(_displays)}"
+        digest = hashlib.sha256(script_json(self.props).encode()).hexdigest()[:8]
+        return self._html(f"mechlens-{digest}-{next(_displays)}")
+
+    def write_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the view as one HTML page (about 1 MB) that fetches nothing, whole or not at all.
+
+        Args:
+            path: the file; its folder must exist. Of the same view it gets the same bytes.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: no such folder.
+        """
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise ValueError(f"cannot write {target}: there is no folder {target.parent}")
+        page = f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{self.component}</title>
+</head>
+<body>
+<noscript>The view needs JavaScript.</noscript>
+{self._html("view")}
+</body>
+</html>
+"""
+        with replacing(target) as part:
+            part.write_text(page, encoding="utf-8", newline="\n")
+        return target
+
+    def _html(self, place: str) -> str:
+        """The element of this id, with the script that fills it."""
         return (
             f'<div id="{place}" style="background:white;color:black;font-family:sans-serif"></div>\n'
             f"<script>(() => {{\n{circuitsvis_bundle()}\n{SHOW_VIEW}\n"
-            f"showView({json.dumps(place)}, {script_json(self.component)}, {props});\n}})();</script>"
+            f"showView({json.dumps(place)}, {script_json(self.component)}, {script_json(self.props)});\n"
+            "})();</script>"
         )

@@ -1,12 +1,6 @@
-"""How a report looks and what it may do: its style, its scripts, its policy."""
+"""How a report looks and what it does: its style, its scripts."""
 
 from __future__ import annotations
-
-# Inline code only: the page can fetch nothing, and send nothing anywhere.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "base-uri 'none'; form-action 'none'"
-)
 
 SHOW_PLOTS = """\
 for (const place of document.querySelectorAll(".plot")) {

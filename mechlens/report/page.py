@@ -15,8 +15,8 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from mechlens.plots.style import MINUS, number
-from mechlens.plots.views import SHOW_VIEW, View, circuitsvis_bundle, script_json
-from mechlens.report.look import CSS, POLICY, SHOW_PLOTS, SHOW_VIEWS
+from mechlens.plots.views import POLICY, SHOW_VIEW, View, circuitsvis_bundle, script_json
+from mechlens.report.look import CSS, SHOW_PLOTS, SHOW_VIEWS
 from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, replacing
 
 MOST_NAMED = 4
