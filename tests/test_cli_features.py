@@ -93,7 +93,7 @@ BEFORE_LOADING = [
     (["greedy", "--beam", "0"], "Invalid value for '--beam'"),
     (["greedy", "-l", "0:2", "--out", "x.safetensors"], "holds one search, but 2 layers are asked for"),
     (["greedy", "-l", "0", "-l", "1", "--state", "x.safetensors"], "--state is of one search, but 2 layers"),
-    (["gradient", "--objective", "l2"], "--objective must be one of constant, maximise, l1, cosine"),
+    (["gradient", "--objective", "l2"], "--objective must be one of constant, maximise, maximin, l1, cosine"),
     (["gradient", "--objective", "l1"], "--objective l1 needs --target TEXT"),
     (
         ["gradient", "--target", "a"],
@@ -106,6 +106,10 @@ BEFORE_LOADING = [
     (
         ["gradient", "--objective", "continuation", "--target", "a", "--position", "0"],
         "leave out --position",
+    ),
+    (
+        ["gradient", "--objective", "continuation", "--target", "a", "--layer", "0"],
+        "reads no feature: leave out --layer",
     ),
     (["gradient", "--objective", "continuation", "--target", "a", "--isolated"], "leave out --isolated"),
     (
@@ -321,9 +325,12 @@ FEW_OPTIONS = {"restarts": 4, "steps": 3}
             },
         ),
         (
+            ["-l", 0, "-f", "3:6", "--objective", "maximin"],
+            {"layer": 0, "n_tokens": 1, "selection": np.s_[:, 3:6], "objective": "maximin"},
+        ),
+        (
             ["--objective", "continuation", "--target", "ab", "--prior", "nearest"],
             {
-                "layer": 1,
                 "n_tokens": 1,
                 "objective": "continuation",
                 "target": "ab",
@@ -370,8 +377,8 @@ def test_align_compares_layers_and_random_weights(capsys, directory, model):
         "layers, trained": feature_alignment(trained),
         "layers, random weights": feature_alignment(drawn),
         "layers, random blocks": feature_alignment(blocks),
-        "trained with random weights": feature_alignment(trained, drawn),
-        "trained with random blocks": feature_alignment(trained, blocks),
+        "trained vs. random weights": feature_alignment(trained, drawn),
+        "trained vs. random blocks": feature_alignment(trained, blocks),
     }
     assert [each["compared"] for each in found["comparisons"]] == list(expected)
     for each, result in zip(found["comparisons"], expected.values(), strict=True):
@@ -380,7 +387,7 @@ def test_align_compares_layers_and_random_weights(capsys, directory, model):
             assert each[what]["value"] == share.value
             assert (each[what]["low"], each[what]["high"]) == (share.low, share.high)
             assert (each[what]["chance"], each[what]["verdict"]) == (share.chance, share.verdict)
-    index = expected["trained with random blocks"].index_share(other=True)
+    index = expected["trained vs. random blocks"].index_share(other=True)
     assert list(found["is_index"].values())[-1]["value"] == index.value
     assert len(found["is_index"]) == 3
 
@@ -393,7 +400,7 @@ def test_align_with_another_model_compares_layer_with_layer(capsys, tmp_path, di
     arguments = ["features", "align", "--model", directory, "--against", other, "--no-random"]
     _, out, _ = run(capsys, *arguments, "--json")
     found = json.loads(out)
-    assert [each["compared"] for each in found["comparisons"]] == ["layers, trained", "trained with deeper"]
+    assert [each["compared"] for each in found["comparisons"]] == ["layers", f"{model.cfg.model_name} vs. deeper"]
     options = {"top_k": 5}
     expected = feature_alignment(
         search_complete(model, **options), search_complete(load_model(other, processing=False), **options)
@@ -403,7 +410,7 @@ def test_align_with_another_model_compares_layer_with_layer(capsys, tmp_path, di
     code, _, _ = run(capsys, *arguments, "--out", path, "--quiet")
     assert code == 0
     table = pd.read_csv(path)
-    assert table["compared"].value_counts().to_dict() == {"trained with deeper": 6, "layers, trained": 4}
+    assert table["compared"].value_counts().to_dict() == {"NAME vs. deeper": 6, "layers": 1}
 
 
 def test_a_model_that_does_not_compare_is_refused(
@@ -433,7 +440,7 @@ def test_align_of_one_layer_is_with_random_weights_alone(capsys, directory):
     code, out, _ = run(capsys, "features", "align", directory, "--layer", 1, "--json")
     assert code == 0
     names = [each["compared"] for each in json.loads(out)["comparisons"]]
-    assert names == ["trained with random weights", "trained with random blocks"]
+    assert names == ["trained vs. random weights", "trained vs. random blocks"]
 
 
 def test_every_option_of_examples_reaches_the_analysis(capsys, tmp_path, directory, model, corpus):

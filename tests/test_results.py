@@ -367,6 +367,8 @@ def feature_alignment() -> FeatureAlignment:
         top_k=2,
         prefix=torch.tensor([0]),
         other_prefix=torch.tensor([], dtype=torch.long),
+        excited=torch.ones(2, 3, dtype=torch.bool),
+        other_excited=torch.ones(2, 3, dtype=torch.bool),
         same=torch.tensor([[[True, True, True], [True, False, True]], [[True, False, True], [True] * 3]]),
         overlap=torch.tensor([[[1.0, 1.0, 1.0], [0.5, 0.0, 1.0]], [[0.5, 0.0, 1.0], [1.0, 1.0, 1.0]]]),
         chance_same=torch.tensor([[0.125, 0.25], [0.25, 0.0]]),
@@ -440,6 +442,10 @@ def gradient_search() -> GradientSearch:
         ids={"pinv": torch.tensor([[5], [6]]), "nearest": torch.tensor([[6], [5]])},
         true_objectives={"pinv": torch.tensor([-1.0, -0.5]), "nearest": torch.tensor([-1.5, -0.25])},
         true_activations={"pinv": torch.tensor([1.0, 0.5]), "nearest": torch.tensor([1.5, 0.25])},
+        selected_activations={
+            "pinv": torch.tensor([[1.0], [0.5]]),
+            "nearest": torch.tensor([[1.5], [0.25]]),
+        },
         optimum=None,
         strings={"0": "<s>", "5": " a", "6": "\n"},
     )
@@ -875,10 +881,10 @@ def test_table_of_a_gradient_search() -> None:
     result = gradient_search()
     rows = [tuple(row) for row in result.to_dataframe().itertuples(index=False)]
     assert rows == [
-        ("nearest", 0, (6,), "\n", -1.5, 1.5, 0.5),
-        ("pinv", 0, (5,), " a", -1.0, 1.0, 0.5),
-        ("pinv", 1, (6,), "\n", -0.5, 0.5, 0.75),
-        ("nearest", 1, (5,), " a", -0.25, 0.25, 0.75),
+        ("nearest", 0, (6,), "\n", -1.5, 1.5, 1.5, 0.5),
+        ("pinv", 0, (5,), " a", -1.0, 1.0, 1.0, 0.5),
+        ("pinv", 1, (6,), "\n", -0.5, 0.5, 0.5, 0.75),
+        ("nearest", 1, (5,), " a", -0.25, 0.25, 0.25, 0.75),
     ]
     assert result.best_ids().tolist() == [6]
     assert result.best_ids("pinv").tolist() == [5]

@@ -94,13 +94,13 @@ def check_gradient(given: dict[str, Any]) -> None:
     for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
         check_known(f"--{name}", given[name], known)
     objective, target = given["objective"], given["target"]
-    if objective in ("constant", "maximise"):
+    if objective in ("constant", "maximise", "maximin"):
         if target is not None:
             raise ValueError(f"--target is for --objective l1, cosine or continuation, but it is {objective}")
     elif target is None:
         raise ValueError(f"--objective {objective} needs --target TEXT")
     if objective == "continuation":
-        for name in ("feature", "position"):
+        for name in ("layer", "feature", "position"):
             if given[name] not in (None, []):
                 raise ValueError(f"--objective continuation reads no feature: leave out --{name}")
         if given["isolated"]:

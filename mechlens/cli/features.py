@@ -184,7 +184,9 @@ def greedy(
     short_help="Search embeddings by gradients, and read them as tokens.",
 )
 def gradient(
-    layer: Annotated[int, typer.Option("--layer", "-l", help="Whose features; -1 is the last layer.")] = -1,
+    layer: Annotated[
+        int | None, typer.Option("--layer", "-l", help="Whose features. [default: the last layer's]")
+    ] = None,
     feature: Annotated[
         list[str] | None,
         typer.Option(
@@ -203,8 +205,9 @@ def gradient(
     objective: Annotated[
         str,
         typer.Option(
-            help="constant (the distance to a large one is made small, as in the source), maximise, l1 or "
-            "cosine (the distance to the activations of --target), or continuation (--target follows)."
+            help="constant (the distance to a large one is made small, as in the source), maximise, maximin "
+            "(the smallest of several is made large), l1 or cosine (the distance to the activations of "
+            "--target), or continuation (--target follows)."
         ),
     ] = "constant",
     target: Annotated[
@@ -268,8 +271,12 @@ def gradient(
     same: dict[str, Any] = {"site": site, "prefix": prefix, "prepend_bos": bos, "progress": progress}
     known = None
     with shared.as_typed(), options.saving_progress(state):
-        (place,) = shared.chosen("layer", [layer], loaded.cfg.n_layers)
-        if picked is not None and len(picked) == tokens == 1 and target is None and not isolated:
+        (deepest,) = shared.chosen("layer", [-1 if layer is None else layer], loaded.cfg.n_layers)
+        place = None if objective == "continuation" else deepest
+        one = picked is not None and len(picked) == tokens == 1 and not isolated
+        # a constant of one's own may be less than what there is, and then asks for something else
+        largest = objective == "maximise" or (objective == "constant" and constant is None)
+        if place is not None and one and largest:
             known = search_complete(loaded, layers=[place], features=picked, **same)
         found = search_gradient(
             loaded,
@@ -389,8 +396,10 @@ def align(
     found: dict[str, FeatureAlignment] = {}
     with shared.as_typed():
         trained = search(loaded)
+        # of layers and models that nothing is contrasted with, nobody asks whether they are trained
+        own = "trained" if random else trained.model.name
         if several:
-            found["layers, trained"] = feature_alignment(trained)
+            found["layers, trained" if random else "layers"] = feature_alignment(trained)
         untrained = {}
         if random:
             from mechlens.models.untrained import random_like
@@ -401,10 +410,10 @@ def align(
             for kind, each in untrained.items():
                 found[f"layers, {kind}"] = feature_alignment(each)
         for kind, each in untrained.items():
-            found[f"trained with {kind}"] = feature_alignment(trained, each)
+            found[f"trained vs. {kind}"] = feature_alignment(trained, each)
         if other is not None:
             compared = feature_alignment(trained, search(other))
-            found[f"trained with {compared.other.name}"] = compared
+            found[f"{own} vs. {compared.other.name}"] = compared
 
     def sections() -> list[Section]:
         from mechlens.report import feature_alignment_section

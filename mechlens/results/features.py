@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result
@@ -39,6 +39,16 @@ class CompleteSearch(Result):
     """The tokens that occur, by their id."""
     vocabulary: str | None
     """What tells one tokenizer's ids from another's: a hash of its tokens; None without a tokenizer."""
+
+    @property
+    def excites(self) -> Bool[Tensor, "layer feature k"]:
+        """Which of the highest tokens do excite the feature.
+
+        A neuron (`post`) that is at 0 or below for every token has no best one: behind most activation
+        functions all tokens have 0 alike there, and what comes first is the smallest id. Elsewhere nothing
+        but 0 itself, which is a direction or a block of zeros, excites nothing.
+        """
+        return self.activations > 0 if self.site == "post" else self.activations != 0
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer, feature, end and rank: layer, feature, end (`highest`, `lowest`), rank (from
@@ -108,6 +118,7 @@ class GradientSearch(Result):
     site: str
     """As in `CompleteSearch`."""
     layer: int
+    """Of a continuation the last, whose logits it reads."""
     directions: Float[Tensor, "direction d_model"] | None
     selected: Int[Tensor, "selected 2"]
     """(pos, feature) of every element that counts; `pos` counts the searched tokens. None for a
@@ -116,7 +127,7 @@ class GradientSearch(Result):
     """As in `CompleteSearch`."""
     prepend_bos: bool
     objective: str
-    """What was made small: `constant`, `maximise`, `l1`, `cosine` or `continuation`."""
+    """What was made small: `constant`, `maximise`, `maximin`, `l1`, `cosine` or `continuation`."""
     target_ids: Int[Tensor, " target"] | None
     constant: float | None
     prior: str
@@ -146,6 +157,8 @@ class GradientSearch(Result):
     """Of running these tokens."""
     true_activations: dict[str, Float[Tensor, " restart"]]
     """Mean of the selected activations when these tokens are run; nan for a continuation."""
+    selected_activations: dict[str, Float[Tensor, "restart selected"]]
+    """By decoding: each of the selected activations when these tokens are run."""
     optimum: float | None
     """The largest activation of all tokens, where a complete search told it."""
     strings: dict[str, str]
@@ -168,9 +181,15 @@ class GradientSearch(Result):
         return float(self.true_objectives[way][restart])
 
     def best_activation(self, decoding: str | None = None) -> float:
-        """Mean of the selected activations when the best tokens are run."""
+        """Mean of the selected activations when the best tokens are run; nan for a continuation, of which
+        `best_objective` tells."""
         way, restart = self._best(decoding)
         return float(self.true_activations[way][restart])
+
+    def best_activations(self, decoding: str | None = None) -> Float[Tensor, " selected"]:
+        """Each of the selected activations when the best tokens are run."""
+        way, restart = self._best(decoding)
+        return self.selected_activations[way][restart]
 
     @property
     def below_optimum(self) -> float | None:
@@ -182,7 +201,8 @@ class GradientSearch(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per decoding and restart, the best first: decoding, restart, ids, tokens, objective,
-        activation (both true), nearest_cosine (mean over positions)."""
+        activation (both true), smallest_activation (of the selected ones), nearest_cosine (mean over
+        positions)."""
         import pandas as pd
 
         rows = [
@@ -193,12 +213,14 @@ class GradientSearch(Result):
                 "".join(self.strings[str(token)] for token in tokens),
                 float(self.true_objectives[way][restart]),
                 float(self.true_activations[way][restart]),
+                min(self.selected_activations[way][restart].tolist(), default=float("nan")),
                 float(self.nearest_cosine[restart].mean()),
             )
             for way in self.ids
             for restart, tokens in enumerate(self.ids[way].tolist())
         ]
-        columns = ["decoding", "restart", "ids", "tokens", "objective", "activation", "nearest_cosine"]
+        columns = ["decoding", "restart", "ids", "tokens", "objective", "activation"]
+        columns += ["smallest_activation", "nearest_cosine"]
         table = pd.DataFrame(rows, columns=columns)
         return table.sort_values("objective", kind="stable", ignore_index=True)
 

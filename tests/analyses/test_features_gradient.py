@@ -170,6 +170,7 @@ def test_each_objective_is_what_it_says(kind, loaded):
     expected = {
         "constant": (50.0 - own).abs().mean(-1),
         "maximise": -own.mean(-1),
+        "maximin": -own.amin(-1),
         "l1": (own - wanted).abs().mean(-1),
         "cosine": 1 - (own * wanted).sum(-1) / own.norm(dim=-1) / wanted.norm(),
         "continuation": -follows,
@@ -178,7 +179,7 @@ def test_each_objective_is_what_it_says(kind, loaded):
     for objective, values in expected.items():
         result = search_gradient(
             model,
-            layer=layer,
+            layer=None if objective == "continuation" else layer,
             selection=None if objective == "continuation" else np.s_[:, 4:9],
             n_tokens=2,
             objective=objective,
@@ -350,7 +351,12 @@ WAYS = {optimiser: {"optimiser": optimiser} for optimiser in gradient.OPTIMISERS
 WAYS |= {prior: {"prior": prior} for prior in walk.PRIORS if prior != "none"}
 # the best place is not the last
 WAYS["passed"] = {"objective": "constant", "constant": 2.0, "learning_rate": 0.3}
-WAYS["continuation"] = {"objective": "continuation", "target": torch.tensor([20, 33]), "selection": None}
+WAYS["continuation"] = {
+    "objective": "continuation",
+    "target": torch.tensor([20, 33]),
+    "selection": None,
+    "layer": None,
+}
 
 
 def noted_judge(monkeypatch, interrupt_at=None):
@@ -458,7 +464,7 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
 
 def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_directories):
     state = tmp_path / "state.safetensors"
-    asked = {"layer": 0, "n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
+    asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
     search_gradient(loaded("gpt2"), state=state, **asked)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
@@ -484,10 +490,32 @@ def test_the_constant_lies_beyond_what_is_there(tiny_directories):
     assert low.best_activation() == pytest.approx(float(complete.lowest_activations[0, 0, 0]), abs=2e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_selected_activation_is_told(kind, loaded):
+    """Those that the best tokens have; what excites the weaker of two features most, and both on average."""
+    model, chosen = loaded(kind), np.s_[:, [3, 9]]
+    output = reference.hf_block_output(tiny_hf_model(kind), 1)
+    every = torch.arange(64)[:, None]
+    own = output(every)[:, 0][:, [3, 9]]
+    for objective, worth in (("maximise", own.mean(-1)), ("maximin", own.amin(-1))):
+        found = search_gradient(
+            model, layer=1, selection=chosen, n_tokens=1, objective=objective, restarts=64, seed=1
+        )
+        for way, ids in found.ids.items():
+            torch.testing.assert_close(found.selected_activations[way], own[ids[:, 0]], **CLOSE)
+        best = int(worth.argmax())
+        assert found.best_ids().tolist() == [best]
+        torch.testing.assert_close(found.best_activations(), own[best], **CLOSE)
+        assert found.best_activation() == pytest.approx(float(own[best].mean()), abs=1e-4)
+        # the table's first row is of the best tokens
+        smallest = found.to_dataframe()["smallest_activation"][0]
+        assert smallest == pytest.approx(float(own[best].amin()), abs=1e-4)
+
+
 def test_a_continuation_needs_no_layer(loaded):
     asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
     found = search_gradient(loaded("gpt2"), **asked)
-    assert found == search_gradient(loaded("gpt2"), layer=-1, **asked)
+    assert found.best_activations().tolist() == []
     assert found.best_objective() == min(float(each.min()) for each in found.true_objectives.values())
 
 
@@ -509,7 +537,7 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"selection": np.s_[1:, 0]}, "is empty: there are 1 positions and 32 features"),
         ({"selection": "all"}, "is no index of"),
         ({"layer": 2}, "there is no layer 2"),
-        ({"objective": "largest"}, "objective must be one of constant, maximise, l1"),
+        ({"objective": "largest"}, "objective must be one of constant, maximise, maximin, l1"),
         ({"prior": "bayes"}, "prior must be one of none, softmax, norm, nearest, but is 'bayes'"),
         ({"optimiser": "LBFGS"}, "optimiser must be one of"),
         ({"restarts": 0}, "restarts must be at least 1"),
@@ -519,7 +547,7 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"objective": "l1", "target": torch.tensor([3, 4])}, "as many tokens as are searched, 1, but has 2"),
         ({"target": torch.tensor([3])}, "the objective 'constant' has no target"),
         (
-            {"objective": "continuation", "target": torch.tensor([64]), "selection": None},
+            {"objective": "continuation", "target": torch.tensor([64]), "selection": None, "layer": None},
             "token id 64 is not in",
         ),
         (
@@ -527,11 +555,16 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
                 "objective": "continuation",
                 "target": torch.tensor([3]),
                 "selection": None,
+                "layer": None,
                 "isolated": True,
             },
             "a block alone predicts no continuation",
         ),
         ({"objective": "continuation", "target": torch.tensor([3])}, "reads no feature: leave selection out"),
+        (
+            {"objective": "continuation", "target": torch.tensor([3]), "selection": None},
+            "reads no feature: leave layer out",
+        ),
         ({"layer": None}, "the objective 'constant' reads features of a layer"),
         ({"objective": "cosine", "target": torch.tensor([3])}, "a cosine of one number is 1 or -1"),
         ({"constant": math.nan}, "constant must be a finite number, but is nan"),
@@ -557,6 +590,10 @@ def test_another_complete_search_is_refused(loaded):
         ({"layer": 1, "selection": np.s_[0, 3], "site": "mlp_out"}, "not of the same site"),
         ({"layer": 1, "selection": np.s_[:, 3], "n_tokens": 2}, "of one token and one feature, but here"),
         ({"layer": 1, "selection": np.s_[0, 3], "isolated": True}, "use isolated=False"),
+        (
+            {"layer": 1, "selection": np.s_[0, 3], "constant": -50.0},
+            "but the search is for -50, which is less: leave complete out",
+        ),
         (
             {"layer": 1, "selection": np.s_[0, 3], "objective": "l1", "target": torch.tensor([3])},
             "which the objective 'l1' does not look for",

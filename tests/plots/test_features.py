@@ -107,6 +107,10 @@ def gradient(**changes) -> GradientSearch:
             "nearest": torch.tensor([-0.5, -1.5, 0.0]),
         },
         true_activations={"pinv": torch.tensor([1.0, 0.5, 0.25]), "nearest": torch.tensor([0.5, 1.5, 0.0])},
+        selected_activations={
+            "pinv": torch.tensor([[1.5, 0.5], [0.5, 0.5], [0.5, 0.0]]),
+            "nearest": torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0]]),
+        },
         optimum=None,
         strings=STRINGS,
     )
@@ -122,6 +126,7 @@ def continuation() -> GradientSearch:
         target_ids=torch.tensor([8]),
         activations=torch.full((3, 3), torch.nan),
         true_activations=nan,
+        selected_activations={way: torch.zeros(3, 0) for way in nan},
         true_objectives={"pinv": torch.tensor([3.0, 2.0, 1.0]), "nearest": torch.tensor([4.0, 0.5, 6.0])},
         objectives=torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 0.25], [7.0, 8.0, 9.0]]),
     )
@@ -142,6 +147,8 @@ def alignment(**changes) -> FeatureAlignment:
         top_k=2,
         prefix=torch.tensor([0]),
         other_prefix=torch.tensor([0]),
+        excited=torch.ones(2, 4, dtype=torch.bool),
+        other_excited=torch.ones(2, 4, dtype=torch.bool),
         same=torch.stack([torch.stack([same | True, same]), torch.stack([same, same | True])]),
         overlap=torch.tensor([[[1.0] * 4, [0.5, 0.5, 1.0, 0.5]], [[0.5, 0.5, 1.0, 0.5], [1.0] * 4]]),
         chance_same=torch.tensor([[0.0625, 0.125], [0.125, 0.25]]),
@@ -159,6 +166,8 @@ def untrained(**changes) -> FeatureAlignment:
         within=False,
         layers=(0, 1, 2),
         other_layers=(2,),
+        excited=torch.ones(3, 4, dtype=torch.bool),
+        other_excited=torch.ones(1, 4, dtype=torch.bool),
         same=torch.zeros(3, 1, 4, dtype=torch.bool),
         overlap=torch.zeros(3, 1, 4),
         chance_same=torch.full((3, 1), 0.125),
@@ -321,7 +330,7 @@ def test_each_alignment_says_its_share_with_interval_and_chance():
     assert other.startswith(f"<b>{figure_text('<i>new</i>')}</b>")
     share = untrained().share()
     assert f"0.000 (0.000 to {share.high:.3f})<br>chance 0.125: no more than chance" in other
-    (note,) = plot_feature_alignment(alignment(), value="overlap").layout.annotations
+    (note,) = plot_feature_alignment(alignment(), what="overlap").layout.annotations
     assert "<b>tiny</b>" in note.text
     # 0.625 with an interval whose lower end, 0.23, is below chance
     assert "0.625 (" in note.text
@@ -348,7 +357,7 @@ def test_under_the_cursor_stand_interval_chance_and_verdict():
         f"<br>95% interval {share.low:.3f} to {share.high:.3f}<br>by chance 0.125<br>aligned"
     )
     assert not cells.hovertext[1][1]
-    (cells,) = plot_feature_alignment(alignment(), value="overlap").data
+    (cells,) = plot_feature_alignment(alignment(), what="overlap").data
     np.testing.assert_array_equal(cells.z, [[np.nan, 0.625], [0.625, np.nan]])
     assert "the same best tokens of 2: 0.625" in cells.hovertext[0][1]
     assert "by chance 0.375" in cells.hovertext[0][1]
@@ -416,6 +425,8 @@ def test_what_cannot_be_compared_says_so():
     alone = alignment(
         layers=(2,),
         other_layers=(2,),
+        excited=torch.ones(1, 4, dtype=torch.bool),
+        other_excited=torch.ones(1, 4, dtype=torch.bool),
         same=torch.ones(1, 1, 4, dtype=torch.bool),
         overlap=torch.ones(1, 1, 4),
         chance_same=torch.full((1, 1), torch.nan),
@@ -424,21 +435,23 @@ def test_what_cannot_be_compared_says_so():
         other_is_index=torch.zeros(1, 4, dtype=torch.bool),
     )
     (note,) = plot_feature_alignment(alone).layout.annotations
-    assert "no two layers to compare" in note.text
+    assert "nothing to compare" in note.text
     with pytest.raises(ValueError, match="at least one result"):
         plot_feature_alignment()
     with pytest.raises(ValueError, match="names must be 2, one for each result, but is 1"):
         plot_feature_alignment(alignment(), alignment(), names=["one"])
     with pytest.raises(ValueError, match="but is the text 'ab'"):
         plot_feature_alignment(alignment(), alignment(), names="ab")
-    with pytest.raises(ValueError, match="value must be one of same, overlap, but is 'x'"):
-        plot_feature_alignment(alignment(), value="x")
+    with pytest.raises(ValueError, match="what must be one of same, overlap, but is 'x'"):
+        plot_feature_alignment(alignment(), what="x")
 
 
 def of_layers(size: int) -> FeatureAlignment:
     return alignment(
         layers=tuple(range(size)),
         other_layers=tuple(range(size)),
+        excited=torch.ones(size, 4, dtype=torch.bool),
+        other_excited=torch.ones(size, 4, dtype=torch.bool),
         same=torch.ones(size, size, 4, dtype=torch.bool),
         overlap=torch.ones(size, size, 4),
         chance_same=torch.zeros(size, size),
@@ -547,6 +560,7 @@ def test_one_restart_is_the_best():
         ids={"pinv": torch.tensor([[5, 5]])},
         true_objectives={"pinv": torch.zeros(1)},
         true_activations={"pinv": torch.zeros(1)},
+        selected_activations={"pinv": torch.zeros(1, 2)},
     )
     assert list(traces(one)) == ["best restart", "tokens by pinv"]
 
@@ -561,7 +575,9 @@ def test_one_restart_is_the_best():
     ],
 )
 def test_a_selection_in_words(selected, words):
-    assert searched_words(gradient(selected=torch.tensor(selected))) == words
+    each = {way: torch.zeros(3, len(selected)) for way in ("pinv", "nearest")}
+    result = gradient(selected=torch.tensor(selected), selected_activations=each)
+    assert searched_words(result) == words
 
 
 def test_a_selection_of_one_token_needs_no_position():
@@ -573,6 +589,7 @@ def test_a_selection_of_one_token_needs_no_position():
         nearest_cosine=torch.ones(3, 1),
         decoded_ids=ids,
         ids=ids,
+        selected_activations={"pinv": torch.zeros(3, 1)},
     )
     assert searched_words(one) == "neuron 3"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,6 +12,8 @@ from mechlens.results import CompleteSearch, FeatureAlignment
 
 _STREAM = ("resid_post", "attn_out", "mlp_out")
 """Sites whose elements are those of the stream."""
+_NO_TOKEN = -1
+"""In the place of an id that does not excite its feature; so are smaller numbers."""
 
 
 def feature_alignment(
@@ -18,7 +22,9 @@ def feature_alignment(
     """Compare the best tokens of features with the same number, each layer of `a` with each layer of `b`.
 
     Beside each share stands what chance gives: the same share for features of unlike numbers. It is exact,
-    over all pairs of them, and counts in that a few tokens excite many features.
+    over all pairs of them, and counts in that a few tokens excite many features. Features that no token
+    excites (see `CompleteSearch.excites`), such as neurons at 0 for all of them, have no best token: they are
+    left out for each pair of layers in one of which they have none.
 
     Args:
         a: a complete search.
@@ -28,7 +34,7 @@ def feature_alignment(
 
     Returns:
         Shares in [0, 1] by pair of layers and feature; `share()` has the mean with its interval and verdict.
-        Compared are the features that both searches have.
+        Compared are the features that both searches have; `to_dataframe()` says how many count.
 
     Raises:
         TypeError: anything but complete searches.
@@ -58,7 +64,10 @@ def feature_alignment(
             f"top_k must be from 1 to the {most} tokens that both searches kept, but is {top_k}: search with "
             "a larger top_k"
         )
-    mine, theirs = (_ids(each, features, top_k) for each in (a, b))
+    # what is no token is none of the other's, either
+    mine, theirs = (_ids(each, features, top_k, no) for each, no in ((a, _NO_TOKEN), (b, _NO_TOKEN - 1)))
+    excited, other_excited = (ids[..., 0] >= 0 for ids in (mine, theirs))
+    compared = excited[:, None] & other_excited
     index = torch.tensor(features)
     same = mine[:, None, :, 0] == theirs[None, :, :, 0]
     overlap = torch.stack([_overlap(layer, theirs) for layer in mine])
@@ -75,10 +84,12 @@ def feature_alignment(
         top_k=top_k,
         prefix=a.prefix.clone(),
         other_prefix=b.prefix.clone(),
+        excited=excited,
+        other_excited=other_excited,
         same=same,
-        overlap=overlap.float(),
-        chance_same=_chance(mine[..., :1], theirs[..., :1], same.double(), d_vocab).float(),
-        chance_overlap=_chance(mine, theirs, overlap, d_vocab).float(),
+        overlap=overlap.float().where(compared, torch.nan),
+        chance_same=_chance(mine[..., :1], theirs[..., :1], same.double(), compared, d_vocab).float(),
+        chance_overlap=_chance(mine, theirs, overlap, compared, d_vocab).float(),
         is_index=mine[..., 0] == index,
         other_is_index=theirs[..., 0] == index,
     )
@@ -103,9 +114,12 @@ def _check(a: CompleteSearch, b: CompleteSearch) -> None:
         )
 
 
-def _ids(search: CompleteSearch, features: tuple[int, ...], top_k: int) -> Int[Tensor, "layer feature k"]:
+def _ids(
+    search: CompleteSearch, features: tuple[int, ...], top_k: int, no_token: int
+) -> Int[Tensor, "layer feature k"]:
     columns = {feature: column for column, feature in enumerate(search.features)}
-    return search.ids[:, [columns[feature] for feature in features], :top_k]
+    ids = search.ids.where(search.excites, no_token)
+    return ids[:, [columns[feature] for feature in features], :top_k]
 
 
 def _overlap(
@@ -119,18 +133,24 @@ def _chance(
     mine: Int[Tensor, "layer feature k"],
     theirs: Int[Tensor, "other_layer feature k"],
     like: Float[Tensor, "layer other_layer feature"],
+    compared: Bool[Tensor, "layer other_layer feature"],
     d_vocab: int,
 ) -> Float[Tensor, "layer other_layer"]:
     """The mean share over pairs of features of unlike numbers: over all pairs, less those of like ones."""
-    n_features, k = mine.shape[1:]
-    if n_features < 2:
-        return torch.full(like.shape[:2], torch.nan, dtype=torch.double)
-    # how many features have each token among their best
-    counts, others = (
-        torch.stack([layer.flatten().bincount(minlength=d_vocab) for layer in ids]).double()
-        for ids in (mine, theirs)
-    )
-    return (counts @ others.T / k - like.sum(-1)) / (n_features * (n_features - 1))
+    chance = torch.full(like.shape[:2], torch.nan, dtype=torch.double)
+    for i, j in itertools.product(range(len(mine)), range(len(theirs))):
+        counted = compared[i, j]
+        n_features = int(counted.sum())
+        if n_features < 2:
+            continue
+        # how many features have each token among their best
+        counts, others = (
+            ids[ids >= 0].bincount(minlength=d_vocab).double()
+            for ids in (mine[i, counted], theirs[j, counted])
+        )
+        total = counts @ others / mine.shape[-1] - like[i, j, counted].sum()
+        chance[i, j] = total / (n_features * (n_features - 1))
+    return chance
 
 
 def _few(features: tuple[int, ...]) -> str:

@@ -63,15 +63,15 @@ def search_gradient(
     run: of all that a restart passes, the tokens with the best objective are kept.
 
     Args:
-        layer: whose features they are; a continuation needs none.
+        layer: whose features they are; a continuation has none.
         selection: any index of `[pos, feature]`, such as `np.s_[:, 7]`, `np.s_[2, 7]` or `np.s_[:, 0:4]`,
             where `pos` counts the searched tokens only; None selects all.
         n_tokens: how many tokens are searched together.
         objective: what is made small. `constant`: the L1 distance of the selected activations to a large
-            constant, as in the source; `maximise`: minus the activations; `l1` and `cosine`: the distance to
-            those of the target, another input; `continuation`: minus the log-probability (nats) of the
-            target behind the searched tokens, which reads no feature. The first three are means over what is
-            selected: to excite several features alike, look at each.
+            constant, as in the source; `maximise`: minus the activations; `maximin`: minus the smallest of
+            them, to excite several features alike; `l1` and `cosine`: the distance to those of the target,
+            another input; `continuation`: minus the log-probability (nats) of the target behind the searched
+            tokens, which reads no feature. `constant`, `maximise` and `l1` are means over what is selected.
         target: a text or ids: as many tokens as are searched, or the continuation.
         constant: of the objective `constant`. What is larger is made smaller, so it must lie beyond all that
             is to be found; None takes 1000, or ten times the largest activation of the starts.
@@ -96,11 +96,16 @@ def search_gradient(
             interrupted; a search that finds the file goes on from there.
         progress: show a bar.
 
+    Returns:
+        What every restart found: the best tokens by `best_ids()`, what they reach by `best_activation()`
+        (of a continuation `best_objective()`, minus its log-probability), each selected activation by
+        `best_activations()`, all of it by `to_dataframe()`.
+
     Raises:
         ValueError: as `search_complete`; an index that selects nothing or is out of range, an unknown
             objective, prior or optimiser, a target that is missing, too many or of another length, a complete
-            search of something else, a state of another search, or (`continuation`) logits that are more
-            than norm, `W_U` and `b_U`.
+            search of something else or of more than the constant, a state of another search, or
+            (`continuation`) logits that are more than norm, `W_U` and `b_U`.
 
     Source: Badger, "Language Model Features"; it has one start, plain gradient descent, and the decoding by
     the pseudo-inverse at the end.
@@ -109,8 +114,10 @@ def search_gradient(
     """
     if layer is None and objective != "continuation":
         raise ValueError(f"the objective {objective!r} reads features of a layer: say which by layer=")
-    if selection is not None and objective == "continuation":
-        raise ValueError("a continuation reads no feature: leave selection out")
+    if objective == "continuation":
+        for name, given in (("selection", selection), ("layer", layer)):
+            if given is not None:
+                raise ValueError(f"a continuation reads no feature: leave {name} out")
     sought = Sought.of(
         model,
         site=site,
@@ -149,6 +156,11 @@ def search_gradient(
         )
         space = Space.of(E)
         optimum = None if complete is None else _optimum(complete, sought, judge, n_tokens)
+        if constant is not None and optimum is not None and constant < optimum:
+            raise ValueError(
+                f"the complete search reached {optimum:.6g}, but the search is for {constant:g}, which is "
+                "less: leave complete out, or take a larger constant"
+            )
         draw = torch.Generator().manual_seed(seed)
         if prior == "softmax":
             drawn = torch.randn(restarts, n_tokens, len(E), generator=draw).to(E.device)
@@ -181,6 +193,7 @@ def search_gradient(
             arguments = sought.fingerprint | arguments
         _run(walk, file, arguments, steps, patience, progress)
         decoded = walk.end()
+        selected = {way: judge.of_tokens(each.ids, walk.rows) for way, each in walk.decoded.items()}
         found = walk.embedded(walk.best)
     return GradientSearch(
         **{name: value for name, value in sought.fields().items() if name != "features"},
@@ -204,6 +217,7 @@ def search_gradient(
         ids={way: each.ids for way, each in walk.decoded.items()},
         true_objectives={way: each.objective for way, each in walk.decoded.items()},
         true_activations={way: each.activation for way, each in walk.decoded.items()},
+        selected_activations=selected,
         optimum=optimum,
         strings=sought.strings(
             *decoded.values(),

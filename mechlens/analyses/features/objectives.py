@@ -16,7 +16,7 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens, final_norm, reads_as_streamed, soft_cap
 from mechlens.prompts import prompt_tokens
 
-OBJECTIVES = ("constant", "maximise", "l1", "cosine", "continuation")
+OBJECTIVES = ("constant", "maximise", "maximin", "l1", "cosine", "continuation")
 _WITH_TARGET = ("l1", "cosine", "continuation")
 
 
@@ -104,6 +104,8 @@ class Judge:
             objective = (self.constant - own).abs().mean(-1)
         elif self.objective == "maximise":
             objective = -own.mean(-1)
+        elif self.objective == "maximin":
+            objective = -own.amin(-1)
         else:
             assert self.wanted is not None
             if self.objective == "l1":
@@ -111,6 +113,15 @@ class Judge:
             else:
                 objective = 1 - torch.nn.functional.cosine_similarity(own, self.wanted[None], dim=-1)
         return objective, own.mean(-1)
+
+    @torch.no_grad()
+    def of_tokens(self, ids: Int[Tensor, "row pos"], at_once: int) -> Float[Tensor, "row selected"]:
+        """The selected activations when tokens are run; none for a continuation."""
+        if self.objective == "continuation":
+            return torch.zeros(len(ids), 0)
+        given = ids.to(self.embeddings.device)
+        parts = in_parts(lambda some: self._read(self.embeddings[some]), given, at_once)
+        return torch.cat([made.cpu() for _, made in parts])
 
     def _run(self, embedded: Float[Tensor, "row pos d_model"], name: str) -> Tensor:
         given = embedded.to(self.embeddings.dtype)
