@@ -140,7 +140,8 @@ def test_a_circuit_is_printed_in_both_orientations(capsys, bundled):
         shown = re.findall(r"\d\.\d+", line)
         assert shown == [f"{top_k_accuracy(found, k, axis):.4f}" for k in (1, 5)]
     assert re.search(r"by chance *│ 1 in 2,048 │ 5 in 2,048", out)
-    assert f"(-1 to 1): {eigenvalue_copying_score(found):.3f}" in out
+    score = f"score of its eigenvalues (-1 to 1): {eigenvalue_copying_score(found):.3f}"
+    assert f"Matching {score}" in out, "a circuit of queries and keys copies nothing"
     # what was chosen for the user is said
     assert "Note: " in out
     assert "only the 24 of 32 dimensions that it does not rotate" in " ".join(out.split())

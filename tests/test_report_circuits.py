@@ -40,9 +40,13 @@ def test_a_circuit_has_its_part_its_eigenvalues_and_its_tables():
     assert section.title == "K-composition of L0H1 with L1H2"
     assert section.text == (
         "What to look for.\n\n3 x 3, query by key. Tokens come in by the effective embedding. In it: each "
-        "key 2 before its query. Copying score 0.333."
+        "key 2 before its query. Matching score 0.333."
     )
-    assert "QK circuit" in section.terms
+    assert eigenvalues.caption.endswith("Those to the right match.")
+    assert (
+        eigenvalues.description == "Eigenvalues of the K-composition of L0H1 with L1H2: matching score 0.333."
+    )
+    assert set(section.terms) == {"QK circuit", "Matching score", "Top-k accuracy"}
     page = render_report(title="A circuit", model=found.model, comparisons=None, sections=[section])
     assert "<b>$x$" not in page
     assert "positive" in page
@@ -55,7 +59,7 @@ def test_of_a_circuit_of_zeros_nothing_is_perfect(capsys):
     assert accuracy == {"query": {1: 1.0}, "key": {1: 1.0}}
     section = circuit_section(found, accuracy=accuracy)
     assert [row[1] for row in section.parts[-1].rows[:2]] == ["undefined"] * 2
-    assert "Copying score undefined." in section.text
+    assert "Matching score undefined." in section.text
     print_circuit(found, accuracy, math.nan, pd.DataFrame(), corner())
     assert capsys.readouterr().out.count("undefined") == 3
     shown = circuit_json(found, accuracy, math.nan, pd.DataFrame(), corner())
@@ -63,15 +67,22 @@ def test_of_a_circuit_of_zeros_nothing_is_perfect(capsys):
     assert not circuit().is_zero
 
 
-def test_a_circuit_alone_is_its_eigenvalues_if_it_is_square():
+def test_a_circuit_alone_is_its_eigenvalues_if_it_is_square(capsys):
     of_values = circuit(axes=("source", "destination"), name="full OV of L0H1")
     section = circuit_section(of_values, title="Copying")
     assert [type(part) for part in section.parts] == [Plot]
-    assert "OV circuit" in section.terms
+    assert section.parts[0].caption.endswith("Those to the right copy.")
+    assert section.parts[0].description == "Eigenvalues of the full OV of L0H1: copying score 0.333."
+    assert "Copying score 0.333." in section.text
+    assert set(section.terms) == {"OV circuit", "Copying score", "Top-k accuracy"}
+    print_circuit(
+        of_values, {}, 1 / 3, pd.DataFrame(), corner().rename_axis(index="source", columns="destination")
+    )
+    assert "Copying score of its eigenvalues (-1 to 1): 0.333" in capsys.readouterr().out
     assert section.title == "Copying"
     flat = dataclasses.replace(of_values, A=of_values.A[:2])
     assert not circuit_section(flat).parts
-    assert "Copying score" not in circuit_section(flat).text
+    assert "score" not in circuit_section(flat).text
 
 
 def test_composition_has_all_pairs_the_graph_and_the_strongest():

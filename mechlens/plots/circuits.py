@@ -55,6 +55,11 @@ def rotation_words(result: Circuit | CompositionScores) -> str:
     return _ROTARY.get(result.rotary, "")
 
 
+def eigenvalue_score_name(circuit: Circuit) -> str:
+    """What the eigenvalues' score says of a circuit: one of queries and keys matches, others copy."""
+    return "matching score" if circuit.axes == ("query", "key") else "copying score"
+
+
 def strongest_pairs(result: CompositionScores, top: int) -> pd.DataFrame:
     """The first `top` rows of `to_dataframe()` that are above the baseline.
 
@@ -318,9 +323,9 @@ def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> 
 def plot_eigenvalues(circuit: Circuit | Complex[Tensor, " eigenvalue"]) -> go.Figure:
     """Draw a circuit's eigenvalues in the complex plane, with the logarithm of their magnitude as radius.
 
-    Those to the right are of directions that the circuit maps to themselves, as copying does, those to the
-    left of directions that it turns around. What is more than four powers of ten smaller than the largest
-    stands at the centre.
+    Those to the right are of directions that the circuit maps to themselves, as copying and matching do,
+    those to the left of directions that it turns around. What is more than four powers of ten smaller than
+    the largest stands at the centre.
 
     Args:
         circuit: a square one, or its eigenvalues.
@@ -332,10 +337,10 @@ def plot_eigenvalues(circuit: Circuit | Complex[Tensor, " eigenvalue"]) -> go.Fi
     """
     if isinstance(circuit, Circuit):
         found, score = measures.eigenvalues(circuit).cpu(), measures.eigenvalue_copying_score(circuit)
-        name = f" of the {circuit.name}"
+        name, score_name = f" of the {circuit.name}", eigenvalue_score_name(circuit)
         about = [circuit.model.name, *([rotation_words(circuit)] if rotation_words(circuit) else [])]
     else:
-        found, name, about = circuit.detach().cpu(), "", []
+        found, name, score_name, about = circuit.detach().cpu(), "", "copying score", []
         score = float(found.real.sum() / found.abs().sum()) if bool(found.abs().sum() > 0) else math.nan
     magnitudes = found.abs().double()
     largest = float(magnitudes.max()) if magnitudes.numel() and bool(magnitudes.max() > 0) else 1.0
@@ -362,7 +367,7 @@ def plot_eigenvalues(circuit: Circuit | Complex[Tensor, " eigenvalue"]) -> go.Fi
         template=TEMPLATE,
         title_text=titles(
             f"Eigenvalues{name}",
-            f"copying score {number(score)} ({number(-1, 0)} to 1); real part positive in "
+            f"{score_name} {number(score)} ({number(-1, 0)} to 1); real part positive in "
             f"{int(positive.sum())} of {len(found)}",
             *about,
         ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechlens.measures.weights import eigenvalue_copying_score
 from mechlens.plots.circuits import (
+    eigenvalue_score_name,
     plot_circuit_corner,
     plot_composition_scores,
     plot_eigenvalues,
@@ -21,25 +22,25 @@ from mechlens.results import Circuit, CompositionScores
 if TYPE_CHECKING:
     import pandas as pd
 
+_EIGENVALUES = "Sum of the eigenvalues over the sum of their magnitudes, -1 to 1: 1 where every token "
 _QK = {
     "QK circuit": (
         "How much a head at a query wants to attend to a key, for all pairs of tokens: a product of weights, "
         "before the attention scale and without the biases."
-    )
+    ),
+    "Matching score": f"{_EIGENVALUES}matches itself.",
 }
 _OV = {
     "OV circuit": (
         "What a head that attends to a source adds to the logit of each destination, a token that may come "
         "next: a product of weights, without the biases and the norms' division."
-    )
+    ),
+    "Copying score": f"{_EIGENVALUES}raises itself.",
 }
 _TERMS = {
     "Top-k accuracy": (
         "How often the entry of a token with itself is among the k largest, where one axis is fixed and the "
         "other searched."
-    ),
-    "Copying score": (
-        "Sum of the eigenvalues over the sum of their magnitudes, -1 to 1: 1 where every token raises itself."
     ),
 }
 _COMPOSITION = {
@@ -94,13 +95,14 @@ def circuit_section(
         )
     if circuit.shape[0] == circuit.shape[1]:
         score = "undefined" if circuit.is_zero else number(eigenvalue_copying_score(circuit))
-        said.append(f"Copying score {score}.")
+        score_name = eigenvalue_score_name(circuit)
+        said.append(f"{score_name.capitalize()} {score}.")
         parts.append(
             Plot(
                 plot_eigenvalues(circuit),
                 "The eigenvalues in the complex plane; the radius is the logarithm of their magnitude. "
-                "Those to the right copy.",
-                f"Eigenvalues of the {circuit.name}: copying score {score}.",
+                f"Those to the right {'match' if score_name == 'matching score' else 'copy'}.",
+                f"Eigenvalues of the {circuit.name}: {score_name} {score}.",
                 wide=False,
             )
         )

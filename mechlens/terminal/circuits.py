@@ -34,7 +34,7 @@ def print_circuit(
         pairs: of `largest_pairs`.
         corner: of `circuit_corner`.
     """
-    from mechlens.plots.circuits import rotation_words
+    from mechlens.plots.circuits import eigenvalue_score_name, rotation_words
     from mechlens.plots.style import visible_token
 
     rotation = rotation_words(circuit)
@@ -54,7 +54,7 @@ def print_circuit(
         [*rows, ("by chance", *(f"{k} in {n_columns:,}" for k in ks))],
     )
     score = f"{copying_score:.3f}" if copying_score == copying_score else "undefined"
-    typer.echo(f"Copying score of its eigenvalues (-1 to 1): {score}")
+    typer.echo(f"{eigenvalue_score_name(circuit).capitalize()} of its eigenvalues (-1 to 1): {score}")
     print_table(
         f"The {len(pairs)} largest entries",
         (one, other, "entry"),

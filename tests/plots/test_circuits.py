@@ -255,10 +255,12 @@ def test_eigenvalues_of_a_circuit_are_found():
     assert (figure.data[0].r, figure.data[1].r) == ((2.0,), (1.0,))
     title = figure.layout.title.text
     assert "Eigenvalues of the K-composition of L0H1 with L1H2" in title
-    assert "copying score 0.333" in title
+    assert "matching score 0.333" in title, "queries match keys"
+    writes = plot_eigenvalues(circuit(axes=("source", "destination"), name="full OV of L0H1"))
+    assert "copying score 0.333" in writes.layout.title.text
     assert "only the dimensions that are not rotated" in title
     nothing = plot_eigenvalues(circuit(A=torch.zeros(3, 2)))
-    assert "copying score not measured" in nothing.layout.title.text
+    assert "matching score not measured" in nothing.layout.title.text
     assert "copying score not measured" in plot_eigenvalues(torch.zeros(2) * 1j).layout.title.text
     with pytest.raises(ValueError, match="3 x 4"):
         plot_eigenvalues(circuit(B=torch.ones(2, 4)))
