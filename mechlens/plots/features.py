@@ -235,7 +235,8 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
     for a continuation is drawn as its log-probability, one for a target as the distance from it.
 
     Returns:
-        A figure with the traces `restarts`, `best restart`, one for each decoding, and `optimum`.
+        A figure with the traces `restarts`, `restart of the best tokens`, one for each decoding, and
+        `optimum`.
     """
     what, values, true = drawn_values(result)
     values = values.double().cpu()
@@ -261,12 +262,12 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
         )
     figure.add_trace(
         go.Scatter(
-            name="best restart",
+            name="restart of the best tokens",
             x=steps,
             y=values[restart].tolist(),
             mode="lines",
             line={"color": BLUE, "width": 3},
-            hovertemplate=f"best restart ({restart}), step %{{x}}<br>%{{y:.3f}}<extra></extra>",
+            hovertemplate=f"restart {restart}, of the best tokens, step %{{x}}<br>%{{y:.3f}}<extra></extra>",
         )
     )
     apart = max(1.0, 0.05 * n_steps)

@@ -484,7 +484,7 @@ def traces(result: GradientSearch) -> dict:
 
 def test_each_restart_is_a_line_and_that_of_the_best_tokens_the_strong_one():
     drawn = traces(gradient())
-    best, others = drawn["best restart"], drawn["restarts"]
+    best, others = drawn["restart of the best tokens"], drawn["restarts"]
     assert (list(best.x), list(best.y)) == ([0, 1, 2], [-0.5, 4.0, 4.5])
     # a gap parts the lines of restarts 0 and 2
     assert list(others.x) == [0, 1, 2, None, 0, 1, 2, None]
@@ -528,7 +528,7 @@ def test_the_optimum_is_a_line_where_it_is_known():
 
 def test_a_continuation_is_drawn_by_its_log_probability():
     figure, drawn = plot_gradient_search(continuation()), traces(continuation())
-    assert list(drawn["best restart"].y) == [-5.0, -4.0, -0.25]
+    assert list(drawn["restart of the best tokens"].y) == [-5.0, -4.0, -0.25]
     assert list(drawn["tokens by nearest"].y) == [-4.0, -0.5, -6.0]
     assert figure.layout.yaxis.title.text == "log-probability (nats)"
     assert "Gradient search for the continuation b" in figure.layout.title.text
@@ -541,7 +541,7 @@ def test_a_continuation_is_drawn_by_its_log_probability():
 def test_a_target_is_drawn_by_the_distance_from_it():
     figure = plot_gradient_search(gradient(objective="l1", target_ids=torch.tensor([5, 6]), optimum=2.5))
     drawn = {trace.name: trace for trace in figure.data}
-    assert list(drawn["best restart"].y) == [0.5, -4.0, -4.5], "the objective"
+    assert list(drawn["restart of the best tokens"].y) == [0.5, -4.0, -4.5], "the objective"
     assert figure.layout.yaxis.title.text == "L1 distance to the target's activations"
     assert "optimum" not in drawn, "which is an activation"
     cosine = plot_gradient_search(gradient(objective="cosine", target_ids=torch.tensor([5, 6])))
@@ -562,7 +562,7 @@ def test_one_restart_is_the_best():
         true_activations={"pinv": torch.zeros(1)},
         selected_activations={"pinv": torch.zeros(1, 2)},
     )
-    assert list(traces(one)) == ["best restart", "tokens by pinv"]
+    assert list(traces(one)) == ["restart of the best tokens", "tokens by pinv"]
 
 
 @pytest.mark.parametrize(
