@@ -37,8 +37,8 @@ LAYERS = {
     "embeddings": "random blocks, trained embeddings",
 }
 MODELS = {
-    "trained_random": "trained with random weights",
-    "trained_embeddings": "trained with random blocks on its embeddings",
+    "trained_random": "trained vs. random weights",
+    "trained_embeddings": "trained vs. random blocks on its embeddings",
 }
 DRAWN = 4
 """Gradient searches in the report."""

@@ -400,7 +400,7 @@ def test_align_with_another_model_compares_layer_with_layer(capsys, tmp_path, di
     arguments = ["features", "align", "--model", directory, "--against", other, "--no-random"]
     _, out, _ = run(capsys, *arguments, "--json")
     found = json.loads(out)
-    assert [each["compared"] for each in found["comparisons"]] == ["layers", f"{model.cfg.model_name} vs. deeper"]
+    assert [each["compared"] for each in found["comparisons"]] == ["layers", "gpt2 vs. deeper"]
     options = {"top_k": 5}
     expected = feature_alignment(
         search_complete(model, **options), search_complete(load_model(other, processing=False), **options)
@@ -410,7 +410,7 @@ def test_align_with_another_model_compares_layer_with_layer(capsys, tmp_path, di
     code, _, _ = run(capsys, *arguments, "--out", path, "--quiet")
     assert code == 0
     table = pd.read_csv(path)
-    assert table["compared"].value_counts().to_dict() == {"NAME vs. deeper": 6, "layers": 1}
+    assert table["compared"].value_counts().to_dict() == {"gpt2 vs. deeper": 6, "layers": 1}
 
 
 def test_a_model_that_does_not_compare_is_refused(

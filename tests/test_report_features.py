@@ -222,7 +222,7 @@ def test_directions_have_no_numbers_and_one_feature_no_chance():
     assert [type(part) for part in section.parts] == [Table, Plot, Plot, Table]
     alone = {
         name: getattr(alignment(), name)[..., :1]
-        for name in ("same", "overlap", "is_index", "other_is_index")
+        for name in ("same", "overlap", "is_index", "other_is_index", "excited", "other_excited")
     }
     nothing = {name: torch.full((2, 2), torch.nan) for name in ("chance_same", "chance_overlap")}
     section = feature_alignment_section([alignment(features=(0,), **alone, **nothing)])

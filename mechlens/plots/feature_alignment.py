@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 from mechlens.plots.style import GRID, MUTED, TEMPLATE, figure_text, heatmap, number, titles
@@ -38,20 +39,48 @@ def index_shares(results: Iterable[FeatureAlignment]) -> dict[str, Share]:
 
     Directions, whose numbers mean nothing, are not among them.
     """
+    shares = {name: result.index_share(other) for name, (result, other) in _sides(results).items()}
+    return {name: share for name, share in shares.items() if share.value == share.value}
+
+
+def left_out(results: Iterable[FeatureAlignment]) -> dict[str, list[int]]:
+    """How many features no token excites, by layer, by whose features they are, each once; without those of
+    which tokens excite all."""
+    counts = {
+        name: (~(result.other_excited if other else result.excited)).sum(-1).tolist()
+        for name, (result, other) in _sides(results).items()
+    }
+    return {name: layers for name, layers in counts.items() if any(layers)}
+
+
+def left_out_words(results: Sequence[FeatureAlignment]) -> str:
+    """The same as a sentence; empty where none are."""
+    sides, counts = _sides(results), []
+    for name, layers in left_out(results).items():
+        fewest, most = min(layers), max(layers)
+        count = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        features = len(sides[name][0].features)
+        counts.append(f"{count} of {features:,} in {'each' if fewest == most else 'a'} layer of {name}")
+    if not counts:
+        return ""
+    return f"Features that no token excites have no best token and are left out: {'; '.join(counts)}."
+
+
+def _sides(results: Iterable[FeatureAlignment]) -> dict[str, tuple[FeatureAlignment, bool]]:
+    """Whose features are compared, each once, with a result that has them and whether as the other's."""
     results = list(results)
     several = len({site for each in results for site in (each.site, each.other_site)}) > 1
-    shares: dict[str, Share] = {}
+    found: dict[str, tuple[FeatureAlignment, bool]] = {}
     for result in results:
-        sides = [(result.model.name, result.site, result.index_share())]
+        sides = [(result.model.name, result.site, False)]
         if not result.within:
             # of another directory, perhaps, with the same last part
             alike = (result.other, result.other_site) == (result.model, result.site)
             name = f"the other {result.other.name}" if alike else result.other.name
-            sides.append((name, result.other_site, result.index_share(other=True)))
-        for name, site, share in sides:
-            if share.value == share.value:
-                shares.setdefault(f"{name}, {site}" if several else name, share)
-    return shares
+            sides.append((name, result.other_site, True))
+        for name, site, other in sides:
+            found.setdefault(f"{name}, {site}" if several else name, (result, other))
+    return found
 
 
 def index_verdict(share: Share) -> str:
@@ -67,7 +96,7 @@ def chance_words(share: Share) -> str:
 def share_lines(share: Share) -> tuple[str, ...]:
     """A share with its interval, and chance with the verdict."""
     if math.isnan(share.value):
-        return ("no two layers to compare",)
+        return ("nothing to compare",)
     return (
         f"{number(share.value)} ({number(share.low)} to {number(share.high)})",
         f"chance {chance_words(share)}" + (f": {share.verdict}" if share.verdict else ""),
@@ -98,7 +127,7 @@ def result_names(results: Sequence[FeatureAlignment], names: Sequence[str] | Non
 
 
 def plot_feature_alignment(
-    *results: FeatureAlignment, names: Sequence[str] | None = None, value: str = "same"
+    *results: FeatureAlignment, names: Sequence[str] | None = None, what: str = "same"
 ) -> go.Figure:
     """Draw how often features agree, layer by layer, one heatmap for each result, up to three in a row.
 
@@ -110,15 +139,15 @@ def plot_feature_alignment(
     Args:
         results: such as of a trained model and an untrained one.
         names: what they are called; None takes the models' names.
-        value: `same`, the share of features with the same best token, or `overlap`, the share of the best
+        what: `same`, the share of features with the same best token, or `overlap`, the share of the best
             tokens that are the same.
 
     Raises:
-        ValueError: no result, not as many names, or another value.
+        ValueError: no result, not as many names, or another share.
     """
     called = result_names(results, names)
-    if value not in WORDS:
-        raise ValueError(f"value must be one of {', '.join(WORDS)}, but is {value!r}")
+    if what not in WORDS:
+        raise ValueError(f"what must be one of {', '.join(WORDS)}, but is {what!r}")
     widest = max(max(result.same.shape[:2]) for result in results)
     wanted = max(230, (34 if widest <= _WRITTEN else 18) * widest)
     # three in a row where their numbers fit into the cells; as many in each row as can be
@@ -142,10 +171,10 @@ def plot_feature_alignment(
         place = {"row": at // n_columns + 1, "col": at % n_columns + 1}
         size = max(result.same.shape[:2])
         cells = heatmap(
-            _means(result, value),
+            _means(result, what),
             low=0.0,
             high=1.0,
-            hovers=_hovers(result, value),
+            hovers=_hovers(result, what),
             name=figure_text(called[at]),
             texttemplate="%{z:.2f}" if size <= _WRITTEN else "",
             textfont={"size": 11 if size <= 8 else 9},
@@ -171,7 +200,7 @@ def plot_feature_alignment(
                 **place,
             )
         axis_x, axis_y = (figure.layout[f"{axis}axis{at + 1 if at else ''}"] for axis in "xy")
-        summary = "<br>".join(share_lines(result.share(value)))
+        summary = "<br>".join(share_lines(result.share(what)))
         figure.add_annotation(
             x=axis_x.domain[0],
             y=axis_y.domain[1],
@@ -189,7 +218,7 @@ def plot_feature_alignment(
         template=TEMPLATE,
         title_text=titles(
             "Share of features with the same best token in two layers"
-            if value == "same"
+            if what == "same"
             else f"Share of the {' or '.join(map(str, tops))} best tokens that two layers share",
             f"0 to 1, of {' or '.join(f'{n:,}' for n in features)} feature{'' if features == [1] else 's'}; "
             "above: mean over pairs of layers (95% interval)",
@@ -220,9 +249,11 @@ def _models(result: FeatureAlignment) -> str:
     return f"{here} with {there}" if here != there else f"{here} with another of its name"
 
 
-def _means(result: FeatureAlignment, value: str) -> np.ndarray:
-    """Mean over features, by layer and other layer; nan for a layer with itself within one search."""
-    means = (result.same if value == "same" else result.overlap).double().mean(-1).cpu().numpy()
+def _means(result: FeatureAlignment, what: str) -> np.ndarray:
+    """Mean over features that count, by layer and other layer; nan where there are none, and for a layer with
+    itself within one search."""
+    values, counted = (result.same if what == "same" else result.overlap), result.compared
+    means = values.double().where(counted, torch.nan).nanmean(-1).cpu().numpy()
     if result.within:
         own = np.array(result.layers)[:, None] == np.array(result.other_layers)
         means = np.where(own, np.nan, means)
@@ -235,23 +266,23 @@ def _wrapped(text: str) -> tuple[str, int]:
     return "<br>".join(map(figure_text, lines)), len(lines)
 
 
-def _hovers(result: FeatureAlignment, value: str) -> list[list[str]]:
+def _hovers(result: FeatureAlignment, what: str) -> list[list[str]]:
     """What stands under the cursor, by layer and other layer."""
-    table = result.to_dataframe()
-    what = WORDS[value] if value == "same" else f"{WORDS[value]} of {result.top_k}"
+    words = WORDS[what] if what == "same" else f"{WORDS[what]} of {result.top_k}"
     here = f" ({result.site})" if result.site != result.other_site else ""
     there = figure_text(_of_other(result)) + (f" ({result.other_site})" if here else "")
-    texts = []
-    for row in table.to_dict("records"):
-        one, other = row["layer"], row["other_layer"]
-        share = Share(*(row[f"{value}{end}"] for end in ("", "_low", "_high", "_chance")))
+    n_compared = result.compared.sum(-1).tolist()
+
+    def hover(i: int, j: int) -> str:
+        one, other, n = result.layers[i], result.other_layers[j], n_compared[i][j]
         if result.within and one == other:
-            texts.append("")
-            continue
-        texts.append(
-            f"<b>layer {one}{here} with layer {other}{there}</b><br>{what}: {number(share.value)}"
+            return ""
+        share = result.share(what, [(one, other)])
+        few = "" if n == len(result.features) else f"<br>of {n:,} features that tokens excite in both"
+        return (
+            f"<b>layer {one}{here} with layer {other}{there}</b><br>{words}: {number(share.value)}"
             f"<br>95% interval {number(share.low)} to {number(share.high)}"
-            f"<br>by chance {chance_words(share)}" + (f"<br>{share.verdict}" if share.verdict else "")
+            f"<br>by chance {chance_words(share)}{few}" + (f"<br>{share.verdict}" if share.verdict else "")
         )
-    n_columns = len(result.other_layers)
-    return [texts[at : at + n_columns] for at in range(0, len(texts), n_columns)]
+
+    return [[hover(i, j) for j in range(len(result.other_layers))] for i in range(len(result.layers))]

@@ -8,6 +8,7 @@ from mechlens.plots.feature_alignment import (
     chance_words,
     index_shares,
     index_verdict,
+    left_out_words,
     plot_feature_alignment,
     result_names,
     share_lines,
@@ -87,7 +88,7 @@ def feature_alignment_section(
         kept = [name for result, name in zip(results, called, strict=True) if result.top_k > 1]
         parts.append(
             Plot(
-                plot_feature_alignment(*overlaps, names=kept, value="overlap"),
+                plot_feature_alignment(*overlaps, names=kept, what="overlap"),
                 f"The same of the {tops} best tokens, in any order.",
                 f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",
                 keeps_width=len(overlaps) > 1,
@@ -118,7 +119,7 @@ def feature_alignment_section(
             folded=True,
         )
     )
-    compared = _compared_words(results, called)
+    compared = " ".join(filter(None, (_compared_words(results, called), left_out_words(results))))
     return Section(
         title,
         f"{text}\n\n{compared}" if text else compared,

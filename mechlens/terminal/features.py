@@ -213,8 +213,9 @@ def gradient_search_json(found: GradientSearch) -> dict[str, Any]:
 
 def print_feature_alignment(results: Mapping[str, FeatureAlignment]) -> None:
     """Print how often features have the same best token, and share their best ones, by what is compared; then
-    how often a best token's id is the feature's own number."""
-    from mechlens.plots.feature_alignment import index_shares, index_verdict, result_names
+    how often a best token's id is the feature's own number, what is left out, and whether the layers of the
+    first agree more than those of the others."""
+    from mechlens.plots.feature_alignment import index_shares, index_verdict, left_out_words, result_names
 
     found = list(results.values())
     first, names = found[0], result_names(found, list(results))
@@ -243,11 +244,20 @@ def print_feature_alignment(results: Mapping[str, FeatureAlignment]) -> None:
         typer.echo(f"{nouns}: chance takes a second one, with another number.")
     else:
         typer.echo(f"{nouns}; chance is the same share of features with unlike numbers.")
+    few = left_out_words(found)
+    if few:
+        typer.echo(few)
+    if not any(each.within for each in found) and len(first.layers) == 1:
+        several = ": give several with --layer" if first.model.n_layers > 1 else ""
+        typer.echo(f"How layers agree with each other is left out, since there is but one{several}.")
+    contrast = _contrast({name: each.share() for name, each in results.items() if each.within})
+    if contrast:
+        typer.echo(contrast)
 
 
 def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str, Any]:
     """Every share by what is compared, with its pairs of layers, and how often an id is the feature's own."""
-    from mechlens.plots.feature_alignment import index_shares, index_verdict
+    from mechlens.plots.feature_alignment import index_shares, index_verdict, left_out
 
     first = next(iter(results.values()))
     return {
@@ -271,6 +281,7 @@ def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str,
             name: {**asdict(share), "verdict": index_verdict(share)}
             for name, share in index_shares(results.values()).items()
         },
+        "left_out_by_layer": left_out(results.values()),
     }
 
 
@@ -362,6 +373,20 @@ def _share(share: Share) -> tuple[str, str, str, str]:
     value = "undefined" if share.value != share.value else f"{share.value:.3f}"
     chance = "" if share.chance != share.chance else f"{share.chance:.4f}"
     return value, tolerance(share.low, share.high, 3), chance, share.verdict
+
+
+def _contrast(shares: Mapping[str, Share]) -> str:
+    """How often layers agree, of the first beside each other one; empty where there is nothing to compare."""
+    known = {name.removeprefix("layers, "): each for name, each in shares.items() if each.value == each.value}
+    if len(known) < 2:
+        return ""
+    (name, first), *others = known.items()
+    beside = [
+        f"{other} {each.value:.3f} (the intervals "
+        f"{'overlap' if each.low <= first.high and first.low <= each.high else 'do not overlap'})"
+        for other, each in others
+    ]
+    return f"Layers have the same best token: {name} {first.value:.3f}, {', '.join(beside)}."
 
 
 def _share_json(share: Share) -> dict[str, Any]:

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from mechlens.analyses.features import feature_alignment, search_complete
+from mechlens.measures.statistics import exact_interval
 from mechlens.models.load import load_model
 from mechlens.models.untrained import random_like
 from mechlens.results import CompleteSearch
 from tests import hand_made
 from tests.reference import features as reference
+from tests.tiny_models import write_tiny_model
 
 D_VOCAB = 9
 
@@ -21,7 +23,7 @@ D_VOCAB = 9
 def complete(ids, **changes):
     """A complete search that found these tokens, `[layer][feature][k]`."""
     ids = torch.tensor(ids) if not isinstance(ids, torch.Tensor) else ids
-    zeros = torch.zeros(ids.shape)
+    ones = torch.ones(ids.shape)
     fields = {
         "model": dataclasses.replace(hand_made.model(), d_vocab=D_VOCAB, processing=False),
         "site": "resid_post",
@@ -31,9 +33,9 @@ def complete(ids, **changes):
         "prefix": torch.tensor([], dtype=torch.long),
         "prepend_bos": False,
         "ids": ids,
-        "activations": zeros,
+        "activations": ones,
         "lowest_ids": ids,
-        "lowest_activations": zeros,
+        "lowest_activations": -ones,
         "strings": {str(i): str(i) for i in range(D_VOCAB)},
         "vocabulary": "a",
     }
@@ -118,15 +120,30 @@ def test_the_summary_is_over_pairs_of_layers():
     assert one.share().verdict == ""
 
 
-def test_the_table_has_each_pair():
-    table = feature_alignment(complete([[[1], [2]], [[1], [3]]])).to_dataframe()
+def test_the_table_has_each_pair_of_two_searches():
+    a, b = complete([[[1], [2]], [[1], [3]]]), complete([[[1], [2]], [[4], [3]]])
+    table = feature_alignment(a, b).to_dataframe()
     assert table[["layer", "other_layer", "same"]].to_numpy().tolist() == [
         [0, 0, 1.0],
-        [0, 1, 0.5],
+        [0, 1, 0.0],
         [1, 0, 0.5],
-        [1, 1, 1.0],
+        [1, 1, 0.5],
     ]
     assert table["same_chance"].notna().all()
+
+
+def test_the_table_of_one_search_has_each_pair_once_and_no_layer_with_itself():
+    found = feature_alignment(complete([[[1], [2]], [[1], [3]], [[4], [3]]]))
+    table = found.to_dataframe()
+    assert table[["layer", "other_layer", "same"]].to_numpy().tolist() == [
+        [0, 1, 0.5],
+        [0, 2, 0.0],
+        [1, 2, 0.5],
+    ]
+    assert table["same"].mean() == pytest.approx(found.share().value)
+    alone = feature_alignment(complete([[[1], [2]]])).to_dataframe()
+    assert len(alone) == 0
+    assert list(alone) == list(table)
 
 
 def test_one_feature_has_no_chance():
@@ -181,6 +198,94 @@ def test_of_the_stream_sites_may_differ():
     found = feature_alignment(complete([[[1], [2]]]), complete([[[1], [3]]], site="mlp_out"))
     assert (found.site, found.other_site) == ("resid_post", "mlp_out")
     assert found.same.tolist() == [[[True, False]]]
+
+
+def test_a_feature_that_no_token_excites_is_left_out():
+    # feature 0 has no best token in layer 1, feature 3 in neither: the lowest id stands there, and agrees
+    ids = torch.tensor([[[0], [5], [6], [0]], [[0], [5], [7], [0]]])
+    activations = torch.tensor([[[1.0], [1.0], [1.0], [0.0]], [[0.0], [1.0], [1.0], [-0.0]]])
+    found = feature_alignment(complete(ids, activations=activations, site="post"))
+    assert found.compared[0, 1].tolist() == [False, True, True, False]
+    assert found.same[0, 1].tolist() == [False, True, False, False]
+    assert found.overlap[0, 1].isnan().tolist() == [True, False, False, True]
+    share = found.share()
+    assert share.value == 1 / 2
+    assert (share.low, share.high) == exact_interval(1 / 2, 2)
+    # 5 with 7 and 6 with 5
+    assert share.chance == 0
+    assert found.to_dataframe()["features"].tolist() == [2]
+    # 0 is the number of feature 0, which has it for its best token in layer 0 alone
+    assert found.is_index.tolist() == [[True, False, False, False], [False] * 4]
+    assert found.index_share().value == pytest.approx((1 / 3 + 0 / 2) / 2)
+    nothing = feature_alignment(complete(ids, activations=torch.zeros(2, 4, 1), site="post"))
+    assert math.isnan(nothing.share().value)
+    assert math.isnan(nothing.index_share().value)
+    assert nothing.to_dataframe()["features"].tolist() == [0]
+
+
+def test_pairs_of_layers_may_count_other_numbers_of_features():
+    # layers 0 and 1 agree on 4 of 6; of layer 2 only features 0 and 1 have a best token, both the same; of
+    # layer 3 a single one, of which there is no chance
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [1, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
+    found = feature_alignment(complete(ids[..., None], activations=(ids[..., None] > 0).float()))
+    assert found.to_dataframe()["features"].tolist() == [6, 2, 1, 2, 1, 1]
+    some = found.share(pairs=[(0, 1), (0, 2)])
+    assert some.value == pytest.approx((4 / 6 + 1) / 2)
+    # the harmonic mean of 6 and 2 is 3
+    assert (some.low, some.high) == exact_interval(some.value, 3)
+    # (0, 1), (0, 2) and (1, 2)
+    assert found.share().value == pytest.approx((4 / 6 + 1 + 1) / 3)
+    assert not math.isnan(found.share().chance)
+    alone = found.share(pairs=[(0, 3)])
+    assert alone.value == 1
+    assert math.isnan(alone.chance)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_of_a_model_with_dead_neurons_every_number_is_that_of_literal_loops(tmp_path, top_k):
+    body = write_tiny_model(tmp_path / "dead", "gpt2", n_inner=24)
+    with torch.no_grad():
+        for block, dead, rare in zip(
+            body.transformer.h, ((0, 8), (4, 12)), ((12, 18), (14, 20)), strict=True
+        ):
+            # at 0 for every token, and above 0 for few
+            block.mlp.c_fc.bias[slice(*dead)] = -1000.0
+            block.mlp.c_fc.bias[slice(*rare)] = -2.5
+    body.save_pretrained(tmp_path / "dead")
+    model = load_model(tmp_path / "dead", processing=False)
+    found = feature_alignment(search_complete(model, site="post", top_k=top_k))
+    names = [f"blocks.{layer}.mlp.hook_post" for layer in range(2)]
+    best = [
+        [
+            [token for token in column.argsort(descending=True, stable=True).tolist() if column[token] > 0][
+                :top_k
+            ]
+            for column in values.T
+        ]
+        for values in reference.by_hand(model, names).values()
+    ]
+    lengths = {len(tokens) for layer in best for tokens in layer}
+    assert {0, top_k} <= lengths
+    if top_k > 1:
+        assert lengths & set(range(1, top_k)), "no list is cut short"
+    for i in range(2):
+        for j in range(2):
+            same, overlap = reference.alignment(best[i], best[j], top_k)
+            counted = [m for m in range(24) if best[i][m] and best[j][m]]
+            assert len(counted) < 17
+            assert found.compared[i, j].nonzero().flatten().tolist() == counted
+            apart = [(m, n) for m in counted for n in counted if m != n]
+            for what, values, chance in (
+                ("same", same, found.chance_same),
+                ("overlap", overlap, found.chance_overlap),
+            ):
+                share = found.share(what, [(i, j)])
+                # float32 of the same ratios
+                value = sum(float(values[m, m]) for m in counted) / len(counted)
+                assert share.value == pytest.approx(value, rel=1e-6)
+                assert (share.low, share.high) == exact_interval(share.value, len(counted))
+                expected = sum(float(values[m, n]) for m, n in apart) / len(apart)
+                assert share.chance == float(chance[i, j]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_agrees_with_itself_and_not_with_random_weights(tiny_directories):

@@ -116,11 +116,17 @@ def descend(loss_of, start, learning_rate, steps, after=lambda value: value):
 
 
 def alignment(mine, theirs, top_k):
-    """`[feature, other feature]`: whether the best tokens are the same, and the share of the best that is."""
+    """`[feature, other feature]`: whether the best tokens are the same, and the share of the best that is.
+
+    Where a feature has no token at all it is nan.
+    """
     same = torch.zeros(len(mine), len(theirs))
     overlap = torch.zeros(len(mine), len(theirs))
     for m, own in enumerate(mine):
         for n, other in enumerate(theirs):
+            if not own or not other:
+                same[m, n] = overlap[m, n] = torch.nan
+                continue
             same[m, n] = float(own[0] == other[0])
             overlap[m, n] = len(set(own[:top_k]) & set(other[:top_k])) / top_k
     return same, overlap

@@ -244,7 +244,8 @@ def test_sites_are_named_in_the_title_or_where_they_differ_in_the_rows(capsys):
 def test_of_one_feature_there_is_no_chance_to_explain(capsys):
     found = feature_alignment()
     alone = {
-        name: getattr(found, name)[..., :1] for name in ("same", "overlap", "is_index", "other_is_index")
+        name: getattr(found, name)[..., :1]
+        for name in ("same", "overlap", "is_index", "other_is_index", "excited", "other_excited")
     }
     nothing = {
         name: torch.full_like(getattr(found, name), torch.nan) for name in ("chance_same", "chance_overlap")
@@ -280,6 +281,8 @@ def test_a_share_that_is_undefined_is_no_number(capsys):
         chance_overlap=found.chance_overlap[:1, :1],
         is_index=found.is_index[:1],
         other_is_index=found.other_is_index[:1],
+        excited=found.excited[:1],
+        other_excited=found.other_excited[:1],
     )
     terminal.print_feature_alignment({"layers": alone})
     assert cells(capsys.readouterr().out)[0] == ["layers", "undefined", "", "", ""]
