@@ -291,6 +291,8 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
             )
         )
     end = steps[-1] + (len(true) + 1) * apart
+    # the last step is named, and none so near that their numbers would touch
+    every = max(1, round(n_steps / 8))
     is_activation = what.startswith("activation")
     if result.optimum is not None and is_activation:
         figure.add_trace(
@@ -325,7 +327,7 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
             "title": {"text": "step"},
             "range": [-0.02 * end, end],
             # what stands right of the last step is no step
-            "tickvals": sorted({*range(0, n_steps, max(1, round(n_steps / 8))), n_steps - 1}),
+            "tickvals": sorted({*range(0, n_steps - every // 2, every), n_steps - 1}),
             "showgrid": False,
         },
         yaxis={"title": {"text": what}, "gridcolor": GRID},

@@ -512,6 +512,14 @@ def test_true_activations_stand_behind_the_last_step():
     assert max(figure.layout.xaxis.tickvals) == 2
 
 
+@pytest.mark.parametrize(("steps", "last"), [(40, [35, 40]), (98, [84, 98]), (100, [91, 100]), (5, [4, 5])])
+def test_the_last_step_is_named_and_its_number_stands_on_no_other(steps, last):
+    # every twelfth of 98 steps would be named up to the 96th, whose number is as wide as three steps
+    values = torch.zeros(3, steps + 1)
+    ticks = plot_gradient_search(gradient(objectives=values, activations=values)).layout.xaxis.tickvals
+    assert list(ticks[-2:]) == last
+
+
 def test_the_optimum_is_a_line_where_it_is_known():
     assert "optimum" not in traces(gradient())
     optimum = traces(gradient(optimum=2.5))["optimum"]
