@@ -216,6 +216,18 @@ def test_what_is_compared_is_named_where_it_differs():
     assert [row[0] for row in numbers.rows] == ["tiny, post", "tiny, attn_out", "tiny, mlp_out"]
 
 
+def test_the_page_says_how_many_features_have_no_best_token():
+    excited = torch.ones(2, 4, dtype=torch.bool)
+    excited[:, 1] = False
+    section = feature_alignment_section([alignment(excited=excited)])
+    assert section.text == (
+        "Compared are 4 features of resid_post, each layer with each later one. Features that no token excites "
+        "have no best token and are left out: 1 of 4 in each layer of tiny."
+    )
+    # features 0 and 2 of the three that are left; feature 0 is its token's id
+    assert [row[1][:5] for row in (section.parts[0].rows[0], section.parts[-2].rows[0])] == ["0.667", "0.333"]
+
+
 def test_directions_have_no_numbers_and_one_feature_no_chance():
     section = feature_alignment_section([alignment(site="direction", other_site="direction")])
     # only the pairs' table is left

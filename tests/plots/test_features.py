@@ -367,6 +367,18 @@ def test_under_the_cursor_stand_interval_chance_and_verdict():
     )
 
 
+def test_cells_are_of_the_features_that_some_token_excites_in_both_layers():
+    excited = torch.tensor([[True, True, True, True], [True, False, False, True]])
+    (cells,) = plot_feature_alignment(alignment(excited=excited, other_excited=excited)).data
+    np.testing.assert_array_equal(cells.z, [[np.nan, 0.5], [0.5, np.nan]])
+    assert "the same best token: 0.500<br>" in cells.hovertext[0][1]
+    assert "<br>of 2 features that tokens excite in both" in cells.hovertext[0][1]
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    figure = plot_feature_alignment(alignment(excited=nothing, other_excited=nothing))
+    assert np.isnan(figure.data[0].z).all()
+    assert "nothing to compare" in figure.layout.annotations[0].text
+
+
 def sites(**changes) -> FeatureAlignment:
     """The same model's two layers at one site with these at another."""
     return alignment(within=False, site="attn_out", other_site="mlp_out", **changes)

@@ -269,6 +269,65 @@ def test_two_models_of_the_same_name_are_told_apart():
     }
 
 
+def test_layers_that_agree_more_are_said_to_by_their_intervals(capsys):
+    found = feature_alignment()
+    near = dataclasses.replace(found, same=torch.zeros(2, 2, 3, dtype=torch.bool))
+    features = tuple(range(300))
+    many = {
+        name: getattr(found, name).repeat_interleave(100, -1)
+        for name in ("same", "overlap", "is_index", "other_is_index", "excited", "other_excited")
+    }
+    many = dataclasses.replace(found, features=features, **many)
+    far = dataclasses.replace(many, same=torch.zeros(2, 2, 300, dtype=torch.bool))
+    terminal.print_feature_alignment({"layers, trained": found, "layers, random weights": near})
+    out = capsys.readouterr().out
+    # of three features each interval is wide
+    assert out.endswith(
+        "Layers have the same best token: trained 0.667, random weights 0.000 (the intervals overlap).\n"
+    )
+    across = dataclasses.replace(many, within=False)
+    terminal.print_feature_alignment(
+        {"layers, trained": many, "layers, random blocks": far, "x vs. y": across}
+    )
+    assert capsys.readouterr().out.endswith(
+        "trained 0.667, random blocks 0.000 (the intervals do not overlap).\n"
+    )
+    terminal.print_feature_alignment({"layers": many, "x vs. y": across})
+    assert "Layers have" not in capsys.readouterr().out
+
+
+def test_of_one_layer_it_is_said_that_layers_are_not_compared(capsys):
+    found = feature_alignment()
+    one = {
+        name: getattr(found, name)[:1] for name in ("is_index", "other_is_index", "excited", "other_excited")
+    }
+    one |= {
+        name: getattr(found, name)[:1, :1] for name in ("same", "overlap", "chance_same", "chance_overlap")
+    }
+    one = dataclasses.replace(found, within=False, layers=(2,), other_layers=(2,), **one)
+    terminal.print_feature_alignment({"trained vs. random weights": one})
+    said = "How layers agree with each other is left out, since there is but one"
+    assert f"{said}: give several with --layer." in capsys.readouterr().out
+    terminal.print_feature_alignment({"x vs. y": dataclasses.replace(found, within=False)})
+    assert said not in capsys.readouterr().out
+
+
+def test_features_without_a_best_token_are_counted(capsys):
+    excited = torch.tensor([[True, True, True], [True, False, False]])
+    found = dataclasses.replace(feature_alignment(), excited=excited, other_excited=excited)
+    terminal.print_feature_alignment({"layers": found})
+    assert (
+        "Features that no token excites have no best token and are left out: 0 to 2 of 3 in a layer of tiny.\n"
+        in capsys.readouterr().out
+    )
+    told = terminal.feature_alignment_json({"layers": found})
+    assert told["left_out_by_layer"] == {"tiny": [0, 2]}
+    (compared,) = told["comparisons"]
+    assert [row["features"] for row in compared["pairs"]] == [1]
+    terminal.print_feature_alignment({"layers": feature_alignment()})
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_a_share_that_is_undefined_is_no_number(capsys):
     found = feature_alignment()
     alone = dataclasses.replace(
