@@ -221,8 +221,8 @@ def test_the_page_says_how_many_features_have_no_best_token():
     excited[:, 1] = False
     section = feature_alignment_section([alignment(excited=excited)])
     assert section.text == (
-        "Compared are 4 features of resid_post, each layer with each later one. Features that no token excites "
-        "have no best token and are left out: 1 of 4 in each layer of tiny."
+        "Compared are 4 features of resid_post, each layer with each later one. Features that no token "
+        "excites have no best token and are left out: 1 of 4 in each layer of tiny."
     )
     # features 0 and 2 of the three that are left; feature 0 is its token's id
     assert [row[1][:5] for row in (section.parts[0].rows[0], section.parts[-2].rows[0])] == ["0.667", "0.333"]

@@ -298,15 +298,18 @@ def test_layers_that_agree_more_are_said_to_by_their_intervals(capsys):
 
 def test_of_one_layer_it_is_said_that_layers_are_not_compared(capsys):
     found = feature_alignment()
-    one = {
-        name: getattr(found, name)[:1] for name in ("is_index", "other_is_index", "excited", "other_excited")
-    }
+    sides = ("is_index", "other_is_index", "excited", "other_excited")
+    one = {name: getattr(found, name)[:1] for name in sides}
     one |= {
         name: getattr(found, name)[:1, :1] for name in ("same", "overlap", "chance_same", "chance_overlap")
     }
     one = dataclasses.replace(found, within=False, layers=(2,), other_layers=(2,), **one)
     terminal.print_feature_alignment({"trained vs. random weights": one})
     said = "How layers agree with each other is left out, since there is but one"
+    # the model has no other
+    assert f"{said}." in capsys.readouterr().out
+    deeper = dataclasses.replace(one, model=dataclasses.replace(one.model, n_layers=3))
+    terminal.print_feature_alignment({"trained vs. random weights": deeper})
     assert f"{said}: give several with --layer." in capsys.readouterr().out
     terminal.print_feature_alignment({"x vs. y": dataclasses.replace(found, within=False)})
     assert said not in capsys.readouterr().out
@@ -316,10 +319,8 @@ def test_features_without_a_best_token_are_counted(capsys):
     excited = torch.tensor([[True, True, True], [True, False, False]])
     found = dataclasses.replace(feature_alignment(), excited=excited, other_excited=excited)
     terminal.print_feature_alignment({"layers": found})
-    assert (
-        "Features that no token excites have no best token and are left out: 0 to 2 of 3 in a layer of tiny.\n"
-        in capsys.readouterr().out
-    )
+    said = "Features that no token excites have no best token and are left out"
+    assert f"{said}: 0 to 2 of 3 in a layer of tiny.\n" in capsys.readouterr().out
     told = terminal.feature_alignment_json({"layers": found})
     assert told["left_out_by_layer"] == {"tiny": [0, 2]}
     (compared,) = told["comparisons"]
