@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 
 import pytest
 
 from mechlens.report import induction_circuits_section
+from mechlens.report.induction_circuits import BEHAVIOUR_AND_WEIGHTS, CAUSE
 from mechlens.results import InductionCircuits, load
 from mechlens.studies.induction_circuits import find_induction_circuits
 from tests.test_cli_patching import run
@@ -29,10 +32,26 @@ def test_a_pair_is_printed_and_saved(capsys, tmp_path, bundled):
     assert code == 0
     (pair,) = json.loads(out)["pairs"]
     assert (pair["previous"], pair["induction"]) == ("L1H2", "L3H5")
-    assert pair["k_rank"] == 1
+    assert (str(pair["k_rank"]), str(pair["n_earlier"])) == ("1", "18"), "whole numbers"
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "mechlens induction-circuits --pair 1.2,3.5 --seq-len 20 --batch 2" in page
     assert f"{score:.3f}" in page
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert cells[:2] == ["L1H2", "L3H5"]
+    # a rank is a count, and standard deviations need no more than a decimal
+    assert cells[4:6] == [f"{pair['k_z']:.1f}", "1"]
+    assert "In the place of an ablated head: its mean over other such sequences." in page
+    code, _, _ = run(capsys, "induction-circuits", *SMALL, "--quiet", "--out", tmp_path / "found.csv")
+    assert code == 0
+    (listed,) = csv.DictReader((tmp_path / "found.csv").read_text().splitlines())
+    assert (listed["k_rank"], listed["n_earlier"]) == ("1", "18")
+
+
+@pytest.mark.parametrize("columns", [BEHAVIOUR_AND_WEIGHTS, CAUSE])
+def test_the_tables_are_no_wider_than_the_page(columns):
+    # seen in Chromium: a letter of the widest usual font takes 9.1 pixels on average, the room between two
+    # columns 24; a window of 1200 leaves 1120
+    assert sum(9.1 * len(name) + 24 for name in columns.values()) < 1120
 
 
 def test_a_model_without_pairs_says_why(capsys, bundled):

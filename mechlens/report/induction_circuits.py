@@ -6,26 +6,32 @@ from mechlens.report.page import Section, Table
 from mechlens.results import InductionCircuits
 from mechlens.results.induction_circuits import VERDICT_RULE
 
-_PAIR = {"previous": "previous-token head", "induction": "induction head"}
+_PAIR = {"previous": "previous token", "induction": "induction head"}
 BEHAVIOUR_AND_WEIGHTS = {
     **_PAIR,
-    "induction_score": "induction score",
+    "induction_score": "score",
     "k_score": "K-composition",
     "k_z": "over chance (sd)",
     "k_rank": "rank",
-    "k_top1_keys": "top-1 over keys",
-    "k_top1_queries": "over queries",
+    "k_top1_keys": "top-1, keys",
+    "k_top1_queries": "queries",
     "ov_copying": "OV copying",
 }
 CAUSE = {
     **_PAIR,
     "verdict": "verdict",
-    "score_path": "induction score, not in the keys",
+    "score_path": "score, not in keys",
     "score_removed": "not at all",
-    "loss_path": "change of the loss, not in the keys",
+    "loss_path": "loss change, not in keys",
     "loss_removed": "not at all (nats)",
 }
-"""The evidence as a reader sees it, by column of `InductionCircuits.to_dataframe`."""
+"""The evidence as a reader sees it, by column of `InductionCircuits.to_dataframe`; so short that no table is
+wider than the page."""
+_PLACES = {
+    "mean": "its mean over other such sequences",
+    "zero": "zeros",
+    "resample": "what it gives on another such sequence",
+}
 
 _TERMS = {
     "Previous-token head": "A head whose attention goes to the token before.",
@@ -44,7 +50,7 @@ _TERMS = {
         "Whether the induction head raises the token that it attends to: the sum of its OV circuit's "
         "eigenvalues over the sum of their sizes, from -1 to 1."
     ),
-    "Not in the keys": (
+    "Not in keys": (
         "The previous-token head is ablated only as the induction head's keys see it; all else is left."
     ),
     "Verdict": VERDICT_RULE,
@@ -63,13 +69,13 @@ def induction_circuits_section(
     parts = [
         Table(
             tuple(columns.values()),
-            # nan is what has no value: a rank of a head that writes nothing
-            [[row[name] if row[name] == row[name] else "undefined" for name in columns] for row in pairs],
+            [[_defined(row[name]) for name in columns] for row in pairs],
             caption,
+            decimals={BEHAVIOUR_AND_WEIGHTS["k_z"]: 1},
         )
         for columns, caption in (
-            (BEHAVIOUR_AND_WEIGHTS, "How each pair attends, and what its weights say"),
-            (CAUSE, "What changes without the previous-token head: in the induction head's keys, and at all"),
+            (BEHAVIOUR_AND_WEIGHTS, "The induction score of each pair, and what its weights say"),
+            (CAUSE, "The score and the loss without the previous-token head: in the keys alone, and at all"),
         )
         if pairs
     ]
@@ -78,9 +84,15 @@ def induction_circuits_section(
         for (previous, induction), why in zip(result.labels, result.reasons, strict=True)
     ]
     said = (
-        f"{len(result.tokens)} sequences of {result.seq_len} random tokens that come twice; an ablated head "
-        f"is replaced by: {result.how}. A token matches itself by chance once in {1 / result.chance:.0f}."
+        f"{len(result.tokens)} sequences of {result.seq_len} random tokens that come twice. In the place of "
+        f"an ablated head: {_PLACES[result.how]}. A token matches itself by chance once in "
+        f"{1 / result.chance:.0f}."
         + (f" Without any ablation the second copy's loss is {result.clean_loss:.3f} nats." if pairs else "")
         + (f" No pair: {result.note}." if result.note else "")
     )
     return Section(title, "\n\n".join([*([text] if text else []), said, *reasons]), parts, _TERMS)
+
+
+def _defined(value: str | float | int | None) -> str | float | int:
+    """nan or None is what has no value: a score or a rank of a head that writes nothing."""
+    return "undefined" if value is None or value != value else value

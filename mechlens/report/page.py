@@ -41,13 +41,15 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table in a report. Numbers get 3 decimals and stand right."""
+    """A table in a report. Numbers stand right; those that are not whole get 3 decimals."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float | int | None]]
     caption: str
     folded: bool = False
     """Whether the reader opens it first."""
+    decimals: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """By column, where they are not 3."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +298,11 @@ def _table(table: Table) -> str:
     head = "".join(
         f'<th scope="col"{c}>{escape(name)}</th>' for name, c in zip(table.columns, css, strict=True)
     )
+    decimals = [table.decimals.get(name, 3) for name in table.columns]
     rows = "".join(
-        "<tr>" + "".join(f"<td{c}>{_cell(cell)}</td>" for cell, c in zip(row, css, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{c}>{_cell(cell, n)}</td>" for cell, c, n in zip(row, css, decimals, strict=True))
+        + "</tr>"
         for row in table.rows
     )
     caption = escape(table.caption)
@@ -313,10 +318,10 @@ def _table(table: Table) -> str:
     )
 
 
-def _cell(cell: str | float | int | None) -> str:
+def _cell(cell: str | float | int | None, decimals: int) -> str:
     if cell is None:
         return "—"
-    return escape(number(cell)) if isinstance(cell, float) else escape(str(cell))
+    return escape(number(cell, decimals)) if isinstance(cell, float) else escape(str(cell))
 
 
 def _paragraphs(text: str) -> str:

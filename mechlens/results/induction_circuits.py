@@ -80,12 +80,14 @@ class InductionCircuits(Result):
         return tuple((head_label(*pair[:2]), head_label(*pair[2:])) for pair in self.pairs)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per pair: previous, induction, verdict, all the evidence, reasons."""
+        """One row per pair: previous, induction, verdict, the evidence (its ranks whole numbers), reasons."""
         import pandas as pd
 
         table = pd.DataFrame(self.labels, columns=["previous", "induction"])
         table["verdict"] = list(self.verdicts)
         for name, values in self.evidence.items():
-            table[name] = values.tolist()
+            # pandas's own whole numbers, because a rank can be absent
+            counted = name in ("k_rank", "n_earlier")
+            table[name] = pd.Series(values.tolist(), dtype="Int64" if counted else "float64")
         table["reasons"] = list(self.reasons)
         return table

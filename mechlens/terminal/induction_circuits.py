@@ -60,11 +60,11 @@ def print_induction_circuits(found: InductionCircuits) -> None:
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    if value != value:
+    if value is None or value != value:
         return "undefined"
     if name.startswith("loss_"):
         return f"{value:+.3f}"
-    return f"{value:.0f}" if name == "k_rank" else f"{value:.3f}"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def induction_circuits_json(found: InductionCircuits) -> dict[str, Any]:

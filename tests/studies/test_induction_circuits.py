@@ -19,7 +19,7 @@ from mechlens.studies.induction_circuits import (
     reproduce_composition_circuit,
     strongest,
 )
-from mechlens.terminal import print_induction_circuits
+from mechlens.terminal import induction_circuits_json, print_induction_circuits, print_json
 
 V, SEQ_LEN = 48, 12
 P, D_HEAD = 2 * SEQ_LEN, 48
@@ -195,6 +195,10 @@ def test_a_head_of_zeros_is_no_evidence(tmp_path, cut, capsys):
     assert found.verdicts == ("no circuit",)
     head = "L0H0" if cut == "writes" else "L1H0"
     assert f"; {head} {cut} nothing, its weights are zero; " in found.reasons[0]
+    rank = found.to_dataframe()["k_rank"]
+    assert (str(rank.dtype), rank.isna().tolist()) == ("Int64", [True])
+    print_json(induction_circuits_json(found))
+    assert '"k_rank": null' in capsys.readouterr().out
     table = induction_circuits_section(found).parts[0]
     assert table.rows[0][3:6] == ["undefined"] * 3
     print_induction_circuits(found)
