@@ -95,6 +95,7 @@ FEATURES = (
     Published("agreement_is_learned", "yes, in GPT-2", FEATURES_POST),
     Published("untrained_is_like_trained", "identical in Llama 7b", FEATURES_POST, threshold=0.5),
     Published("embeddings_make_it_so", "not said", FEATURES_POST),
+    Published("sizes_agree", "identical in Llama 7b, 13b and 30b", FEATURES_POST, threshold=0.5),
     Published("id_is_number", "tokens 0, 1, 2 of features 0, 1, 2 in Llama 7b", FEATURES_POST),
     Published("gradient_differs", "4 of 4 differ in GPT-2", FEATURES_POST, threshold=0.5),
     Published("found_resemble_real", "more than related words, in Llama 7b", FEATURES_POST),

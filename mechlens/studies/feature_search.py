@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.analyses.features import (
@@ -26,7 +27,9 @@ from mechlens.analyses.features import (
 from mechlens.corpus import Source
 from mechlens.measures.statistics import exact_interval
 from mechlens.models.protocol import LensModel
+from mechlens.models.runs import watch
 from mechlens.models.untrained import random_like
+from mechlens.prompts import vocabulary_hash
 from mechlens.published import FEATURE_TOKENS, FEATURES, FEATURES_POST, Published, PublishedTokens
 from mechlens.results import (
     NOT_JUDGED,
@@ -47,6 +50,8 @@ FOUR = (0, 1, 2, 3)
 """The features that the post shows."""
 REPEATED = 5
 """Tokens of the inputs in which every position is excited, as in the post."""
+OTHERS = 256
+"""Random tokens that a greedy input's last one is held against."""
 NEAR = 0.95
 """Share of the exhaustive optimum that gradient search should reach."""
 
@@ -58,18 +63,20 @@ class FeatureStudy(Study):
     complete: Mapping[str, CompleteSearch]
     """Of the `trained` model, with `random` weights, and with random weights but trained `embeddings`."""
     alignments: Mapping[str, FeatureAlignment]
-    """`trained`, `random` and `embeddings`: layers with layers; `trained_random` and `trained_embeddings`:
-    the trained model with the others, layer by layer."""
+    """`trained`, `random` and `embeddings`: layers with layers; `trained_random`, `trained_embeddings` and
+    `trained_other`, where another model was given: the trained model with the others, layer by layer."""
     greedy: tuple[GreedySearch, ...]
     """Of some layers, features 0 to 3."""
-    summed: tuple[GreedySearch, ...]
-    """The same by the sum over all tokens."""
+    summed: tuple[bool, ...]
+    """Of each of these inputs, whether its last token is, in whole runs of it and of other tokens there, the
+    best by its own activation as well as by the sum over all tokens."""
     gradient: tuple[GradientSearch, ...]
     """One token for each of some features of the first layer, with the default settings."""
-    descents: tuple[GradientSearch, ...]
-    """The same from a single random start, as the post does it."""
+    descents: Mapping[str, tuple[GradientSearch, ...]]
+    """The same from a single random start, as the post does it, on each of the three models; those with
+    random weights begin elsewhere, or they could agree by the start."""
     repeated: tuple[GradientSearch, ...]
-    """Several tokens, the feature summed over all positions."""
+    """Several tokens from a single random start, the feature summed over all positions."""
     alone: tuple[GradientSearch, ...]
     """One token for each of some features of the last layer's block, without the blocks before it."""
     softmax: Mapping[int, tuple[GradientSearch, ...]]
@@ -93,7 +100,7 @@ class FeatureStudy(Study):
         import pandas as pd
 
         whole, rows = self.complete["trained"], []
-        for search, descent in zip(self.gradient, self.descents, strict=True):
+        for search, descent in zip(self.gradient, self.descents["trained"], strict=True):
             feature = int(search.selected[0, 1])
             at = whole.layers.index(search.layer), whole.features.index(feature)
             best, optimum = int(whole.ids[at][0]), float(whole.activations[at][0])
@@ -106,7 +113,7 @@ class FeatureStudy(Study):
                     search.strings[str(int(search.best_ids()[0]))],
                     activation,
                     share_of(activation, optimum),
-                    descent.strings[str(decoded(descent))],
+                    descent.strings[str(decoded(descent)[0])],
                     float(descent.nearest_cosine[0].mean()),
                 )
             )
@@ -123,6 +130,7 @@ def reproduce_feature_search(
     top_k: int = 5,
     corpus: Source | None = None,
     limit: int | None = 500,
+    against: LensModel | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> FeatureStudy:
@@ -135,16 +143,18 @@ def reproduce_feature_search(
         top_k: best tokens to keep, for the overlap.
         corpus: text to find real contexts in, as for `feature_examples`; None finds none.
         limit: windows of it.
+        against: a model of another size with the same tokenizer; the layers and features that both have are
+            compared.
         seed: of random weights and of starts.
         progress: show bars.
 
     Raises:
-        ValueError: as the searches; a size below 1.
+        ValueError: as the searches and `feature_alignment`; a size below 1.
 
     Source: Badger, "Language Model Features". Tokens are compared with its tables on GPT-2 small and medium,
     without spaces, for those are lost in print.
-    Cost: three complete searches; greedy searches of four features in at most four layers, twice; about three
-    gradient searches for each feature.
+    Cost: three complete searches; greedy searches of four features in at most four layers; about two gradient
+    searches and four from a single start for each feature.
     """
     if n_features < 1:
         raise ValueError(f"n_features must be at least 1, but is {n_features}")
@@ -152,6 +162,8 @@ def reproduce_feature_search(
         raise ValueError(
             f"greedy searches of {n_tokens} tokens do not fit into the model's context of {model.cfg.n_ctx}"
         )
+    if against is not None and vocabulary_hash(model.tokenizer) != vocabulary_hash(against.tokenizer):
+        raise ValueError("the other model has another tokenizer, so that its ids are other tokens: give none")
     width, last = model.cfg.d_model, model.cfg.n_layers - 1
     four = [feature for feature in FOUR if feature < width]
     # first, since a corpus may be none
@@ -161,17 +173,13 @@ def reproduce_feature_search(
             model, corpus, layers=sorted({0, last}), features=four, limit=limit, progress=progress
         )
     search = functools.partial(search_complete, top_k=top_k, progress=progress)
-    trained = search(model)
-    complete = {"trained": trained}
-    # one after the other, since each is a whole model
-    complete["random"] = search(random_like(model, seed))
-    complete["embeddings"] = search(random_like(model, seed, keep_embeddings=True))
-    alignments = {name: feature_alignment(each) for name, each in complete.items()}
-    for name in ("random", "embeddings"):
-        alignments[f"trained_{name}"] = feature_alignment(trained, complete[name])
+    complete = {"trained": search(model)}
+    trained = complete["trained"]
+    alignments: dict[str, FeatureAlignment] = {}
+    if against is not None:
+        alignments["trained_other"] = feature_alignment(trained, search(against))
     features = trained.features[:n_features]
     few = features[: len(FOUR)]
-    greedy = functools.partial(search_greedy, model, features=four, n_tokens=n_tokens, progress=progress)
     layers = some_layers(trained)
     own = {
         each
@@ -180,7 +188,7 @@ def reproduce_feature_search(
     }
     softmax = sorted({each.block - 1 for each in own if each.search == "softmax"} & set(trained.layers))
     steps = tqdm(
-        total=2 * len(layers) + 2 * len(features) + (len(softmax) + 2) * len(few),
+        total=len(layers) + 6 * len(features) + len(softmax) * len(few),
         desc="features",
         unit="search",
         disable=not progress,
@@ -193,20 +201,42 @@ def reproduce_feature_search(
             steps.update()
         return tuple(found)
 
-    def gradient(feature: int, *, layer: int, n_tokens: int = 1, **options: Any) -> GradientSearch:
+    def gradient(
+        feature: int,
+        *,
+        layer: int,
+        of: LensModel = model,
+        n_tokens: int = 1,
+        seed: int = seed,
+        **options: Any,
+    ) -> GradientSearch:
         at = (slice(None), feature)
-        return search_gradient(model, layer=layer, selection=at, n_tokens=n_tokens, seed=seed, **options)
+        return search_gradient(of, layer=layer, selection=at, n_tokens=n_tokens, seed=seed, **options)
 
+    descend = functools.partial(for_each, gradient, features, layer=0, restarts=1)
+    descents = {"trained": descend(complete=trained)}
+    for name in ("random", "embeddings"):
+        # one after the other, since each is a whole model
+        other = random_like(model, seed, keep_embeddings=name == "embeddings")
+        complete[name] = search(other)
+        descents[name] = descend(of=other, seed=seed + 1)
+        alignments[f"trained_{name}"] = feature_alignment(trained, complete[name])
+        del other
+    alignments |= {name: feature_alignment(each) for name, each in complete.items()}
+    greedy = for_each(
+        lambda layer: search_greedy(model, layer=layer, features=four, n_tokens=n_tokens, progress=progress),
+        layers,
+    )
     study = FeatureStudy(
         comparisons=(),
         complete=complete,
         alignments=alignments,
-        greedy=for_each(lambda layer: greedy(layer=layer), layers),
-        summed=for_each(lambda layer: greedy(layer=layer, aggregate="sum"), layers),
+        greedy=greedy,
+        summed=tuple(same for each in greedy for same in _sums_agree(model, each, seed)),
         gradient=for_each(gradient, features, layer=0, complete=trained),
-        descents=for_each(gradient, features, layer=0, restarts=1, complete=trained),
-        repeated=for_each(gradient, few, layer=0, n_tokens=REPEATED),
-        alone=for_each(gradient, few, layer=last, isolated=True),
+        descents=descents,
+        repeated=for_each(gradient, features, layer=0, n_tokens=REPEATED, restarts=1),
+        alone=for_each(gradient, features, layer=last, isolated=True),
         softmax={layer: for_each(gradient, few, layer=layer, prior="softmax") for layer in softmax},
         examples=examples,
     )
@@ -214,6 +244,24 @@ def reproduce_feature_search(
     comparisons = [compare(claim, study) for claim in FEATURES]
     comparisons += [compare_tokens(claim, study) for claim in FEATURE_TOKENS if claim in own]
     return dataclasses.replace(study, comparisons=tuple(comparisons))
+
+
+def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]:
+    """Of each feature's input, whether its last token is the best there by both aggregations, in whole runs
+    of it and of other tokens, as the post's two loops make them."""
+    draw = torch.Generator().manual_seed(seed)
+    others = torch.randperm(model.cfg.d_vocab, generator=draw)[:OTHERS]
+    agree = []
+    for feature, ids in zip(search.features, search.ids[:, 0], strict=True):
+        last = torch.cat([ids[-1:], others[others != ids[-1]]])
+        inputs = torch.cat([ids[:-1].expand(len(last), -1), last[:, None]], dim=1)
+        kept: list[Tensor] = []
+        name = f"blocks.{search.layer}.hook_resid_post"
+        watch(model, inputs, {name: kept.append})
+        own = kept[0][..., feature].float()
+        # the first is the one that was found
+        agree.append(int(own[:, -1].argmax()) == int(own.sum(1).argmax()) == 0)
+    return agree
 
 
 def some_layers(search: CompleteSearch) -> list[int]:
@@ -225,9 +273,9 @@ def some_layers(search: CompleteSearch) -> list[int]:
     return [search.layers[max(0, round(n * share) - 1)] for share in (0, 1 / 3, 2 / 3, 1)]
 
 
-def decoded(search: GradientSearch) -> int:
-    """The token that the first restart's embedding stands for by the pseudo-inverse, as in the post."""
-    return int(search.decoded_ids["pinv"][0, 0])
+def decoded(search: GradientSearch) -> list[int]:
+    """The tokens that the first restart's embeddings stand for by the pseudo-inverse, as in the post."""
+    return list(search.decoded_ids["pinv"][0].tolist())
 
 
 def share_of(activation: float, optimum: float) -> float:
@@ -270,7 +318,7 @@ def compare_tokens(claim: PublishedTokens, study: FeatureStudy) -> Comparison:
     elif claim.search == "softmax":
         found = [each.strings[str(int(each.best_ids()[0]))] for each in study.softmax.get(layer, ())]
     elif claim.search == "l1":
-        found = [each.strings[str(decoded(each))] for each in study.descents[: len(FOUR)]]
+        found = [each.strings[str(decoded(each)[0])] for each in study.descents["trained"][: len(FOUR)]]
     same = sum(map(_alike, found, claim.inputs))
     reason = {"l1": ": from another start", "cosine": "the post does not say with which target"}
     tokens = " | ".join(each.strip() for each in found)
@@ -309,6 +357,12 @@ def _aligned(name: str, study: FeatureStudy, threshold: float) -> Measured:
     return str(share), share.value >= threshold if threshold and share.value == share.value else None
 
 
+def _sizes(study: FeatureStudy, threshold: float) -> Measured:
+    if "trained_other" not in study.alignments:
+        return "no other model was given", None
+    return _aligned("trained_other", study, threshold)
+
+
 def _beyond_chance(name: str, wanted: bool, study: FeatureStudy, threshold: float) -> Measured:
     share = study.alignments[name].share()
     return str(share), (share.verdict == "aligned") == wanted if share.verdict else None
@@ -326,18 +380,29 @@ def _learned(study: FeatureStudy, threshold: float) -> Measured:
     )
 
 
+def _decoded_alike(name: str, study: FeatureStudy, threshold: float) -> Measured:
+    """Whether most features decode to the same token in the trained model and another, as in the post; beside
+    it, how often they have the same best token in any layer."""
+    pairs = zip(study.descents["trained"], study.descents[name], strict=True)
+    value, words = _counted([decoded(one) == decoded(other) for one, other in pairs], " decoded")
+    share = study.alignments[f"trained_{name}"].share()
+    return f"{words}; complete search {share}", value >= threshold if threshold else None
+
+
 def _is_number(study: FeatureStudy, threshold: float) -> Measured:
-    """Whether decoded ids are features' numbers more often than by chance; beside it, those of complete
-    search."""
-    trained = study.alignments["trained"].index_share()
-    random = study.alignments["random"].index_share()
-    hits = [decoded(each) == int(each.selected[0, 1]) for each in study.descents]
-    value, words = _counted(hits, " decoded")
-    low, _ = exact_interval(value, len(hits))
+    """Whether decoded ids are features' numbers more often than by chance; beside it, those with random
+    weights and those of complete search."""
+    share = study.alignments["trained"].index_share()
+    hits = {
+        name: [decoded(each)[0] == int(each.selected[0, 1]) for each in searches]
+        for name, searches in study.descents.items()
+    }
+    value, words = _counted(hits["trained"], " decoded")
+    low, _ = exact_interval(value, len(hits["trained"]))
     return (
-        f"{words}; complete search {trained.value:.4f}, with random weights {random.value:.4f}; chance "
-        f"{trained.chance:.4f}",
-        low > trained.chance,
+        f"{words}; random weights {sum(hits['random'])}, random blocks {sum(hits['embeddings'])}; complete "
+        f"search {share.value:.4f}; chance {share.chance:.4f}",
+        low > share.chance,
     )
 
 
@@ -354,34 +419,34 @@ def _gradient_differs(study: FeatureStudy, threshold: float) -> Measured:
 
 def _resemble(study: FeatureStudy, threshold: float) -> Measured:
     """Whether found embeddings are nearer to a real one than real ones are to each other."""
-    found = statistics.mean(float(each.nearest_cosine[0].mean()) for each in study.descents)
-    real = study.descents[0].token_cosine
+    descents = study.descents["trained"]
+    found = statistics.mean(float(each.nearest_cosine[0].mean()) for each in descents)
+    real = descents[0].token_cosine
     return f"cosine to the nearest real one {found:.3f}; between neighbours {real:.3f}", found > real
 
 
 def _last_is_sum(study: FeatureStudy, threshold: float) -> Measured:
-    same = [
-        torch.equal(mine, theirs)
-        for one, other in zip(study.greedy, study.summed, strict=True)
-        for mine, theirs in zip(one.ids[:, 0], other.ids[:, 0], strict=True)
-    ]
-    value, words = _counted(same)
+    value, words = _counted(study.summed, f", held against {OTHERS} tokens each")
     return words, value >= threshold
 
 
 def _later_agree_less(study: FeatureStudy, threshold: float) -> Measured:
-    """Of greedy inputs, in how many of the pairs of layers the first token agrees, and the later ones."""
+    """Of greedy inputs, in how many of the pairs of layers the first token agrees, and the later ones; judged
+    where the intervals, of one observation for each feature, are apart."""
     inputs = torch.stack([each.ids[:, 0] for each in study.greedy])
     pairs = [(i, j) for i in range(len(inputs)) for j in range(i)]
     if not pairs or inputs.shape[-1] < 2:
         return "one layer or one token alone", None
     same = torch.stack([inputs[i] == inputs[j] for i, j in pairs]).double().mean((0, 1))
     first, later = float(same[0]), float(same[1:].mean())
-    return f"first token {first:.3f}, later ones {later:.3f}", later < first
+    n = inputs.shape[1]
+    (low, _), (_, high) = exact_interval(first, n), exact_interval(later, n)
+    holds = True if high < low else False if later >= first else None
+    return f"first token {first:.3f}, later ones {later:.3f}, of {n} features", holds
 
 
 def _one_word(study: FeatureStudy, threshold: float) -> Measured:
-    value, words = _counted([len(each.best_ids().unique()) == 1 for each in study.repeated])
+    value, words = _counted([len(set(decoded(each))) == 1 for each in study.repeated], " decoded")
     return words, value >= threshold
 
 
@@ -389,9 +454,9 @@ def _alone(study: FeatureStudy, threshold: float) -> Measured:
     """Whether the last block by itself has the same best tokens as the first."""
     if len(study.complete["trained"].layers) < 2:
         return "the last layer is the first", None
-    four = study.gradient[: len(study.alone)]
     same = [
-        torch.equal(one.best_ids(), other.best_ids()) for one, other in zip(study.alone, four, strict=False)
+        torch.equal(one.best_ids(), other.best_ids())
+        for one, other in zip(study.alone, study.gradient, strict=True)
     ]
     value, words = _counted(same)
     return words, value >= threshold
@@ -412,14 +477,15 @@ CLAIMS: Mapping[str, tuple[str, Callable[[FeatureStudy, float], Measured]]] = {
     ),
     "agreement_is_learned": ("layers agree more than with random weights", _learned),
     "untrained_is_like_trained": (
-        "most features have the same best token with random weights",
-        functools.partial(_aligned, "trained_random"),
+        "most features decode to the same token with random weights",
+        functools.partial(_decoded_alike, "random"),
     ),
     "embeddings_make_it_so": (
-        "most have it with random blocks on the trained embeddings",
-        functools.partial(_aligned, "trained_embeddings"),
+        "most do with random blocks on the trained embeddings",
+        functools.partial(_decoded_alike, "embeddings"),
     ),
-    "id_is_number": ("a best token's id is the feature's number", _is_number),
+    "sizes_agree": ("most features have the same best token in a model of another size", _sizes),
+    "id_is_number": ("a decoded token's id is the feature's number", _is_number),
     "gradient_differs": ("gradient search finds other tokens than complete search", _gradient_differs),
     "found_resemble_real": ("embeddings that gradients find resemble real ones", _resemble),
     "last_is_sum": ("greedy search by the last token or by the sum is the same", _last_is_sum),

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from mechlens.analyses.features import feature_alignment
+from mechlens.analyses.features import feature_alignment, search_complete, search_gradient
 from mechlens.models.load import load_model
+from mechlens.models.untrained import random_like
 from mechlens.published import FEATURE_TOKENS, FEATURES
 from mechlens.results import load
 from mechlens.studies import feature_search
@@ -52,8 +53,13 @@ def measured(what, study):
 
 
 def decoding(search, token):
-    """The search, had its embedding stood for another token."""
-    return dataclasses.replace(search, decoded_ids={"pinv": torch.tensor([[token]])})
+    """The search, had its embeddings stood for other tokens."""
+    n_tokens = search.embeddings.shape[1]
+    return dataclasses.replace(search, decoded_ids={"pinv": torch.full((1, n_tokens), token)})
+
+
+def descending(study, name, searches):
+    return dataclasses.replace(study, descents={**study.descents, name: tuple(searches)})
 
 
 def test_every_claim_is_measured(study):
@@ -121,12 +127,67 @@ def test_alignment_claims_follow_the_shares(study):
     assert measured("untrained_layers_do_not", none)[1] == "reproduced"
     # in the first layer each id is its feature's number; what gradients decode is judged
     assert "complete search 0.5000" in measured("id_is_number", none)[0]
-    numbers = dataclasses.replace(
-        study, descents=tuple(decoding(each, int(each.selected[0, 1])) for each in study.descents)
+    descents = study.descents["trained"]
+    own = [decoding(each, int(each.selected[0, 1])) for each in descents]
+    assert measured("id_is_number", descending(study, "trained", own))[1] == "reproduced"
+    others = [decoding(each, 63) for each in descents]
+    assert measured("id_is_number", descending(study, "trained", others))[1] == "not reproduced"
+    # one of four by chance is no artefact: its interval reaches below what chance gives
+    assert measured("id_is_number", descending(study, "trained", [*own[:1], *others[1:]]))[1] == (
+        "not reproduced"
     )
-    assert measured("id_is_number", numbers)[1] == "reproduced"
-    others = dataclasses.replace(study, descents=tuple(decoding(each, 63) for each in study.descents))
-    assert measured("id_is_number", others)[1] == "not reproduced"
+    assert "random weights 4, random blocks" in measured("id_is_number", descending(study, "random", own))[0]
+
+
+def test_training_is_told_by_intervals_that_are_apart(study):
+    """Shares of 1 and 3 in 32 features are not."""
+    whole = study.complete["trained"]
+
+    def agreeing(count):
+        # no token twice, but for those that layers share
+        ids = torch.arange(64).view(2, 32, 1).expand(-1, -1, 3).clone()
+        ids[1, :count] = ids[0, :count]
+        return feature_alignment(dataclasses.replace(whole, ids=ids), top_k=1)
+
+    for trained, random, verdict in (
+        (3, 1, "not reproduced"),
+        (20, 1, "reproduced"),
+        (1, 3, "not reproduced"),
+    ):
+        shares = {**study.alignments, "trained": agreeing(trained), "random": agreeing(random)}
+        other = dataclasses.replace(study, alignments=shares)
+        assert measured("agreement_is_learned", other)[1] == verdict
+
+
+def test_untrained_models_are_decoded_like_the_trained_one(study):
+    trained = study.descents["trained"]
+    for what, name, verdict in (
+        ("untrained_is_like_trained", "random", "reproduced"),
+        # the post does not say
+        ("embeddings_make_it_so", "embeddings", "not judged"),
+    ):
+        same = sum(
+            one.decoded_ids["pinv"][0, 0] == other.decoded_ids["pinv"][0, 0]
+            for one, other in zip(trained, study.descents[name], strict=True)
+        )
+        assert measured(what, study)[0].startswith(f"{same} of 4 decoded")
+        assert measured(what, descending(study, name, trained)) == (
+            measured(what, descending(study, name, trained))[0],
+            verdict,
+        )
+        assert measured(what, descending(study, name, trained))[0].startswith("4 of 4 decoded")
+    apart = [decoding(each, (decoded(each)[0] + 1) % VOCAB) for each in trained]
+    assert measured("untrained_is_like_trained", descending(study, "random", apart))[1] == "not reproduced"
+
+
+def test_untrained_models_are_searched_themselves(study, tiny_directories):
+    """Each from another start than the trained one, or they could agree by that."""
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    for name in ("random", "embeddings"):
+        other = random_like(model, 0, keep_embeddings=name == "embeddings")
+        for feature, found in enumerate(study.descents[name]):
+            asked = {"layer": 0, "selection": (slice(None), feature), "n_tokens": 1, "restarts": 1}
+            assert found == search_gradient(other, seed=1, **asked)
 
 
 def test_one_layer_agrees_with_none(study):
@@ -158,24 +219,101 @@ def test_gradient_claims_count(study):
     assert table.best_token.tolist() == [trained.strings[str(int(i))] for i in trained.ids[0, :4, 0]]
     assert table.optimum.tolist() == trained.activations[0, :4, 0].tolist()
     differ = sum(
-        decoded(each) != int(best) for each, best in zip(study.descents, trained.ids[0, :4, 0], strict=True)
+        decoded(each) != [int(best)]
+        for each, best in zip(study.descents["trained"], trained.ids[0, :4, 0], strict=True)
     )
     near = int((table.share_of_optimum >= 0.95).sum())
     text, verdict = measured("gradient_differs", study)
     assert text.startswith(f"{differ} of 4 ")
     assert f"by default {near} of 4 reach 95%" in text
     assert verdict == ("reproduced" if differ >= 2 else "not reproduced")
-    assert measured("last_is_sum", study) == ("8 of 8 (0.63 to 1.00)", "reproduced")
-    other = dataclasses.replace(study.summed[0], ids=study.summed[0].ids + 1)
-    wrong = dataclasses.replace(study, summed=(other, *study.summed[1:]))
+    assert measured("last_is_sum", study) == (
+        "8 of 8, held against 256 tokens each (0.63 to 1.00)",
+        "reproduced",
+    )
+    wrong = dataclasses.replace(study, summed=(False, *study.summed[1:]))
     assert measured("last_is_sum", wrong)[1] == "not reproduced"
+
+
+def test_last_and_sum_are_held_against_whole_runs(study, tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    search = study.greedy[1]
+    output = reference.hf_block_output(tiny_hf_model("gpt2"), search.layer)
+    for number, feature in enumerate(search.features):
+        found = search.ids[number, 0].tolist()
+        # the post's second loop: the token with the largest sum over the whole input
+        inputs = torch.tensor([[*found[:-1], token] for token in range(VOCAB)])
+        assert int(output(inputs)[..., feature].sum(1).argmax()) == found[-1]
+    assert feature_search._sums_agree(model, search, 0) == [True] * 4
+    ids = search.ids.clone()
+    ids[2, 0, -1] = (ids[2, 0, -1] + 1) % VOCAB
+    assert feature_search._sums_agree(model, dataclasses.replace(search, ids=ids), 0) == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_nothing_is_planted_where_one_word_is_looked_for(study, tiny_directories):
+    """From one random start, as in the post: of many, some begin with one special token alone."""
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    for feature, found in enumerate(study.repeated):
+        asked = {"layer": 0, "selection": (slice(None), feature), "n_tokens": 5, "restarts": 1, "seed": 0}
+        assert found == search_gradient(model, **asked)
+    same = sum(len(set(each.decoded_ids["pinv"][0].tolist())) == 1 for each in study.repeated)
+    assert measured("one_word_repeated", study)[0].startswith(f"{same} of 4 decoded")
+    words = dataclasses.replace(study, repeated=tuple(decoding(each, 7) for each in study.repeated))
+    assert measured("one_word_repeated", words)[1] == "reproduced"
+
+
+def test_the_last_block_alone_is_searched_alone(study, tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    for feature, found in enumerate(study.alone):
+        asked = {"layer": 1, "selection": (slice(None), feature), "n_tokens": 1, "isolated": True}
+        assert found == search_gradient(model, **asked)
+    same = sum(
+        torch.equal(one.best_ids(), other.best_ids())
+        for one, other in zip(study.alone, study.gradient, strict=True)
+    )
+    assert measured("alone_as_the_first", study)[0].startswith(f"{same} of 4 ")
+    alike = dataclasses.replace(study, alone=study.gradient)
+    assert measured("alone_as_the_first", alike)[1] == "reproduced"
+
+
+def test_found_embeddings_resemble_real_ones_more_than_those_each_other(study):
+    for cosine, verdict in ((0.4, "reproduced"), (0.2, "not reproduced")):
+        descents = [
+            dataclasses.replace(each, nearest_cosine=torch.full((1, 1), cosine), token_cosine=0.3)
+            for each in study.descents["trained"]
+        ]
+        found = measured("found_resemble_real", descending(study, "trained", descents))
+        assert found == (f"cosine to the nearest real one {cosine:.3f}; between neighbours 0.300", verdict)
+
+
+def test_a_model_of_another_size(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    found = reproduce_feature_search(model, n_features=1, n_tokens=1, against=random_like(model, 3))
+    share = feature_alignment(
+        search_complete(model, top_k=5), search_complete(random_like(model, 3), top_k=5)
+    ).share()
+    assert measured("sizes_agree", found) == (str(share), "not reproduced")
+    same = dataclasses.replace(
+        found,
+        alignments=found.alignments | {"trained_other": feature_alignment(*[found.complete["trained"]] * 2)},
+    )
+    assert measured("sizes_agree", same)[1] == "reproduced"
+    other = load_model(tiny_directories / "llama", processing=False)
+    other.tokenizer = None
+    with pytest.raises(ValueError, match="the other model has another tokenizer"):
+        reproduce_feature_search(model, against=other)
 
 
 def test_a_descent_is_decoded_by_the_pseudo_inverse(study):
     E = tiny_hf_model("gpt2").get_input_embeddings().weight.detach().double()
-    for each in study.descents:
+    for each in study.descents["trained"]:
         expected = int((each.embeddings[0, 0].double() @ torch.linalg.pinv(E)).argmax())
-        assert decoded(each) == expected
+        assert decoded(each) == [expected]
 
 
 def test_later_tokens(study):
@@ -184,7 +322,22 @@ def test_later_tokens(study):
     ids = one.ids.clone()
     ids[..., 1:] += 1
     agree = dataclasses.replace(study, greedy=(one, dataclasses.replace(one, ids=ids)))
-    assert measured("later_tokens_agree_less", agree) == ("first token 1.000, later ones 0.000", "reproduced")
+    # of four, 1.000 is at least 0.398, and 0.000 at most 0.602
+    assert measured("later_tokens_agree_less", agree) == (
+        "first token 1.000, later ones 0.000, of 4 features",
+        "not judged",
+    )
+    both = [
+        dataclasses.replace(
+            each,
+            features=tuple(range(8)),
+            ids=torch.cat([each.ids, each.ids]),
+            activations=torch.cat([each.activations, each.activations]),
+        )
+        for each in agree.greedy
+    ]
+    of_eight = dataclasses.replace(study, greedy=tuple(both))
+    assert measured("later_tokens_agree_less", of_eight)[1] == "reproduced"
     same = dataclasses.replace(study, greedy=(one, one))
     assert measured("later_tokens_agree_less", same)[1] == "not reproduced"
 
