@@ -403,7 +403,7 @@ def _context(found: FeatureExamples, window: int, pos: int) -> str:
         before = "…" + before[-_BEFORE:]
     if len(after) > _AFTER:
         after = after[:_AFTER] + "…"
-    return f"{before}»{visible_token(tokens[pos])}«{after}"
+    return f"{before}«{visible_token(tokens[pos])}»{after}"
 
 
 def _readable(text: str) -> str:

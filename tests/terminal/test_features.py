@@ -359,7 +359,7 @@ def test_the_strongest_token_of_a_context_is_marked(capsys):
         "BOS" in out
     )
     # there is no second window
-    assert cells(out) == [["2.00", "<s>»·a«⏎"]]
+    assert cells(out) == [["2.00", "<s>«·a»⏎"]]
 
 
 def test_long_contexts_are_cut_around_the_token(capsys):
@@ -377,7 +377,7 @@ def test_long_contexts_are_cut_around_the_token(capsys):
     terminal.print_feature_examples(words)
     # 32 characters before and 20 behind
     assert cells(capsys.readouterr().out) == [
-        ["7.00", "…" + " a" * 16 + "»⏎«" + "b cb cb cb cb cb cb c"[:20] + "…"]
+        ["7.00", "…" + " a" * 16 + "«⏎»" + "b cb cb cb cb cb cb c"[:20] + "…"]
     ]
 
 
