@@ -214,13 +214,14 @@ def plot_feature_alignment(
         )
     features = sorted({len(result.features) for result in results})
     tops = sorted({result.top_k for result in results})
+    most_of = "up to " if left_out(results) else ""
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
             "Share of features with the same best token in two layers"
             if what == "same"
             else f"Share of the {' or '.join(map(str, tops))} best tokens that two layers share",
-            f"0 to 1, of {' or '.join(f'{n:,}' for n in features)} feature{'' if features == [1] else 's'}; "
+            f"0 to 1, of {most_of}{' or '.join(f'{n:,}' for n in features)} feature{'' if features == [1] else 's'}; "
             "above: mean over pairs of layers (95% interval)",
         ),
         # the title is no narrower

@@ -369,7 +369,10 @@ def test_under_the_cursor_stand_interval_chance_and_verdict():
 
 def test_cells_are_of_the_features_that_some_token_excites_in_both_layers():
     excited = torch.tensor([[True, True, True, True], [True, False, False, True]])
-    (cells,) = plot_feature_alignment(alignment(excited=excited, other_excited=excited)).data
+    figure = plot_feature_alignment(alignment(excited=excited, other_excited=excited))
+    assert "of up to 4 features" in figure.layout.title.text
+    assert "of 4 features" in plot_feature_alignment(alignment()).layout.title.text
+    (cells,) = figure.data
     np.testing.assert_array_equal(cells.z, [[np.nan, 0.5], [0.5, np.nan]])
     assert "the same best token: 0.500<br>" in cells.hovertext[0][1]
     assert "<br>of 2 features that tokens excite in both" in cells.hovertext[0][1]
