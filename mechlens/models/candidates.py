@@ -98,7 +98,7 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
     whole = Candidates(
         model, prefix, functools.partial(_whole, model, prefix), max(1, rows // (n_prefix + 1))
     )
-    tried = torch.linspace(0, model.cfg.d_vocab - 1, 4).long().unique()
+    tried = _tried(model)
     expected = _all(whole, tried, names)
     try:
         short = Candidates(model, prefix, _cached(model, prefix) if n_prefix else _alone(model), rows)
@@ -110,6 +110,14 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
             raise
         return whole
     return short if all(map(_same, found, expected)) else whole
+
+
+def _tried(model: LensModel) -> Int[Tensor, " row"]:
+    """A few tokens, and the one that HookedTransformer hides where its tokenizer pads on the left."""
+    d_vocab, pad = model.cfg.d_vocab, getattr(model.tokenizer, "pad_token_id", None)
+    some = torch.linspace(0, d_vocab - 1, 4).long()
+    special = [pad] if pad is not None and 0 <= pad < d_vocab else []
+    return torch.cat([some, torch.tensor(special, dtype=torch.long)]).unique()
 
 
 def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list[Tensor]:

@@ -30,7 +30,7 @@ def token_embeddings(model: LensModel) -> Float[Tensor, "d_vocab d_model"]:
 
 def run_embedded(
     model: LensModel,
-    tokens: Int[Tensor, " pos"],
+    tokens: Int[Tensor, "... pos"],
     embedded: Float[Tensor, "row some d_model"],
     start: int,
     name: str,
@@ -40,7 +40,7 @@ def run_embedded(
     """An activation of runs in which some tokens' embeddings are replaced, on the graph of these.
 
     Args:
-        tokens: what every run reads, but for the positions from `start` on that are replaced.
+        tokens: what every run, or each of them, reads, but for the positions from `start` on that are replaced.
         embedded: what comes there.
         name: of the hook point; the run ends there.
         alone: a layer that gets the first block's input, as if no blocks came before it.

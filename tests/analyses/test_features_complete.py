@@ -128,6 +128,19 @@ def test_of_equal_tokens_the_smaller_id_comes_first(loaded, tiny_directories):
         assert equal == list(range(19, VOCAB))
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("prefix", [(), (7,), (4, 9)])
+def test_a_padding_token_is_run_as_the_engine_runs_it(kind, prefix, tiny_directories):
+    model = load_model(tiny_directories / kind, processing=False)
+    # HookedTransformer hides it at the left end of a run
+    model.tokenizer.padding_side, model.tokenizer.pad_token_id = "left", 7
+    given = torch.tensor(prefix, dtype=torch.long)
+    result = search_complete(model, layers=[1], prefix=given, top_k=VOCAB)
+    name = "blocks.1.hook_resid_post"
+    rows = reference.by_hand(model, [name], prefix)[name]
+    torch.testing.assert_close(result.activations[0], rows.T.sort(-1, descending=True).values, **CLOSE)
+
+
 # -- what is not computed --------------------------------------------------------------------------
 
 

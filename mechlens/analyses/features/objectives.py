@@ -13,7 +13,7 @@ from mechlens.analyses.features.sought import Sought
 from mechlens.measures.memory import in_parts
 from mechlens.models.embedded import run_embedded
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import check_tokens, final_norm, reads_as_streamed, soft_cap
+from mechlens.models.runs import check_tokens, final_norm, plain_token, reads_as_streamed, soft_cap
 from mechlens.prompts import prompt_tokens
 
 OBJECTIVES = ("constant", "maximise", "maximin", "l1", "cosine", "continuation")
@@ -26,7 +26,7 @@ class Judge:
 
     sought: Sought
     embeddings: Float[Tensor, "d_vocab d_model"]
-    tokens: Int[Tensor, " pos"]
+    tokens: Int[Tensor, "... pos"]
     """Prefix, room for the searched tokens, and the continuation."""
     n_tokens: int
     selected: Int[Tensor, "selected 2"]
@@ -53,7 +53,7 @@ class Judge:
         model, goes_on = sought.model, objective == "continuation"
         ids = _target(model, objective, target, n_tokens)
         behind = ids if goes_on and ids is not None else torch.tensor([], dtype=torch.long)
-        tokens = torch.cat([sought.prefix, torch.zeros(n_tokens, dtype=torch.long), behind])
+        tokens = torch.cat([sought.prefix, torch.full((n_tokens,), plain_token(model)), behind])
         if len(tokens) > model.cfg.n_ctx:
             raise ValueError(
                 f"{len(tokens)} tokens, of which {n_tokens} are searched, do not fit into the model's "
@@ -81,7 +81,7 @@ class Judge:
         judge = cls(sought, embeddings, tokens, n_tokens, selected, objective, constant, ids, None, alone)
         if objective in ("l1", "cosine"):
             assert ids is not None
-            wanted = judge._read(embeddings[ids.to(embeddings.device)][None])[0].detach()
+            wanted = judge._read_tokens(ids.to(embeddings.device)[None])[0].detach()
             judge = dataclasses.replace(judge, wanted=wanted)
         return judge
 
@@ -114,14 +114,31 @@ class Judge:
                 objective = 1 - torch.nn.functional.cosine_similarity(own, self.wanted[None], dim=-1)
         return objective, own.mean(-1)
 
+    def judge_tokens(
+        self, ids: Int[Tensor, "row pos"]
+    ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+        """The same of tokens."""
+        return self._with(ids)(self.embeddings[ids])
+
     @torch.no_grad()
     def of_tokens(self, ids: Int[Tensor, "row pos"], at_once: int) -> Float[Tensor, "row selected"]:
         """The selected activations when tokens are run; none for a continuation."""
         if self.objective == "continuation":
             return torch.zeros(len(ids), 0)
         given = ids.to(self.embeddings.device)
-        parts = in_parts(lambda some: self._read(self.embeddings[some]), given, at_once)
+        parts = in_parts(self._read_tokens, given, at_once)
         return torch.cat([made.cpu() for _, made in parts])
+
+    def _read_tokens(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row selected"]:
+        return self._with(ids)._read(self.embeddings[ids])
+
+    def _with(self, ids: Int[Tensor, "row pos"]) -> Judge:
+        """With tokens where there is room for them: an engine may hide a padding token, which is told by its
+        id and not by its embedding."""
+        start = len(self.sought.prefix)
+        rows = self.tokens.expand(len(ids), -1).clone()
+        rows[:, start : start + self.n_tokens] = ids.to(rows.device)
+        return dataclasses.replace(self, tokens=rows)
 
     def _run(self, embedded: Float[Tensor, "row pos d_model"], name: str) -> Tensor:
         given = embedded.to(self.embeddings.dtype)

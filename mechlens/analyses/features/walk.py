@@ -226,7 +226,7 @@ class Walk:
         return read
 
     def _run(self, ids: Int[Tensor, "row pos"]) -> tuple[Tensor, Tensor]:
-        objective, activation = self.judge(self.judge.embeddings[ids])
+        objective, activation = self.judge.judge_tokens(ids)
         return objective.detach(), activation.detach()
 
     def _in_parts(
