@@ -221,8 +221,8 @@ def plot_feature_alignment(
             "Share of features with the same best token in two layers"
             if what == "same"
             else f"Share of the {' or '.join(map(str, tops))} best tokens that two layers share",
-            f"0 to 1, of {most_of}{' or '.join(f'{n:,}' for n in features)} feature{'' if features == [1] else 's'}; "
-            "above: mean over pairs of layers (95% interval)",
+            f"0 to 1, of {most_of}{' or '.join(f'{n:,}' for n in features)} "
+            f"feature{'' if features == [1] else 's'}; above: mean over pairs of layers (95% interval)",
         ),
         # the title is no narrower
         width=max(600, 150 + round(side * 1.35 * n_columns)),
