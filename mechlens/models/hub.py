@@ -52,12 +52,13 @@ def known_hub_names() -> dict[str, tuple[str, ...]]:
 
 
 def unknown_name(name: str) -> str:
-    """A message that names the nearest known models."""
+    """A message that names the nearest known models, or where their names are listed."""
     near = nearest_names(name)
     hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"
+    listed = "" if near else "; `mechlens models` lists the known names"
     return (
         f"no model is known as {name!r}, and no folder of that name has a config.json: {hint} the bundled "
-        f"{BUNDLED!r}, a Hugging Face name (organisation/model), or a directory"
+        f"{BUNDLED!r}, a Hugging Face name (organisation/model), or a directory{listed}"
     )
 
 
@@ -70,7 +71,8 @@ def nearest_names(name: str) -> list[str]:
             spellings.setdefault(spelling.lower(), official)
     if name.lower() in spellings:
         return []
-    close = difflib.get_close_matches(name.lower().split("/")[-1], spellings, n=6, cutoff=0.5)
+    # Of short names two letters are half: below this share of common ones `nope` is near `opt`.
+    close = difflib.get_close_matches(name.lower().split("/")[-1], spellings, n=6, cutoff=0.65)
     return list(dict.fromkeys(spellings[match] for match in close))[:3]
 
 

@@ -18,6 +18,8 @@ from mechlens.models.load import load_model
 from tests.models.test_load import BACKENDS, HAS_HOOKED
 from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 
+NOT_NEAR = "config.json: give the bundled .* or a directory; `mechlens models` lists the known names$"
+
 
 @pytest.fixture
 def directory(tiny_directories, tmp_path):
@@ -36,10 +38,13 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "near"),
         [
-            ("gtp2", "did you mean gpt2 or"),
+            ("gtp2", r"did you mean gpt2\? Otherwise give"),
             ("pythia70m", "did you mean EleutherAI/pythia-70m or"),
             ("mechlens-book", "did you mean mechlens-books"),
-            ("qqqqqqqqq", "config.json: give the bundled 'mechlens-books', a Hugging Face name"),
+            ("pythia-71m", r"did you mean EleutherAI/pythia-70m .*or a directory$"),
+            ("lama", r"did you mean [\w/-]*llama-7b"),
+            # facebook/opt-125m is also known as opt, and no nearer than by two letters
+            *((name, NOT_NEAR) for name in ("qqqqqqqqq", "nope", "bert", "model")),
             ("", "the model's name is empty"),
         ],
     )
