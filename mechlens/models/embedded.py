@@ -40,7 +40,8 @@ def run_embedded(
     """An activation of runs in which some tokens' embeddings are replaced, on the graph of these.
 
     Args:
-        tokens: what every run, or each of them, reads, but for the positions from `start` on that are replaced.
+        tokens: what every run, or each of them, reads, but for the positions from `start` on that are
+            replaced.
         embedded: what comes there.
         name: of the hook point; the run ends there.
         alone: a layer that gets the first block's input, as if no blocks came before it.

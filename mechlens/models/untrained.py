@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -39,14 +41,17 @@ def random_like(
         not processed, whatever the other model's are.
 
     Raises:
-        TypeError: neither a HookedTransformer nor a TransformerBridge.
-        ValueError: `std` is not above 0, or the embeddings of processed weights are to be kept.
+        TypeError: neither a HookedTransformer nor a TransformerBridge, or a seed or `std` that is no number.
+        ValueError: `std` is not above 0, a seed that torch does not take, or the embeddings of processed
+            weights are to be kept.
 
     Source: Radford et al. 2019 (GPT-2) for the initialisation; Badger, "Language Model Features", for what it
     is compared with.
     Cost: the memory of a second model.
     """
-    info, source = describe(model), recall(model)
+    info, source, draw = describe(model), recall(model), generator_of(seed)
+    if isinstance(std, bool) or not isinstance(std, numbers.Real):
+        raise TypeError(f"std must be a number, but is {std!r}")
     if not std > 0 or not math.isfinite(std):
         raise ValueError(f"std must be a finite number above 0, but is {std}")
     if keep_embeddings and info.processing is not False:
@@ -64,7 +69,6 @@ def random_like(
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
     other: Any = copy.deepcopy(model, kept)
-    draw = torch.Generator().manual_seed(seed)
     # HookedTransformer keeps Gemma's embedding multiplied by what others multiply it by on the way
     wide = math.sqrt(info.d_model) if info.architecture.startswith("Gemma") else 1.0
     wide = wide if info.engine == "HookedTransformer" else 1.0
@@ -90,3 +94,19 @@ def random_like(
     name = f"{info.name} (random weights, seed {seed}{words})"
     remember(other, Source(name, None, info.architecture, processing=False, tied=tied))
     return other.eval()
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Draws that a seed decides.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: one that torch does not take.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be a whole number, but is {seed!r}") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be from -2**63 on and below 2**64, but is {seed}")
+    return torch.Generator().manual_seed(number)

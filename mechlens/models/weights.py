@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -179,3 +180,35 @@ def weights_hash(model: LensModel) -> str:
         digest.update(f"{path}.{name} {values.dtype} {tuple(parameter.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# what a configuration says besides what the model computes
+_NO_MATTER = (
+    *("path", "_name", "architectures", "version", "device", "dtype", "attn_implementation", "_token_id"),
+    *("tokenizer", "prepend_bos", "padding_side", "init", "seed", "checkpoint", "n_params", "trust_remote"),
+    *("use_hook", "use_attn_in", "use_attn_result", "use_split_qkv", "ungroup", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states", "drop", "label", "problem_type", "summary"),
+    "chunk_size_feed_forward",
+)
+
+
+def settings_hash(model: LensModel) -> str:
+    """What tells the settings that a model computes with (activation function, rotary base, eps, window) from
+    any others: the engine's, and on a bridge those of the model that it wraps.
+    """
+    wrapped = getattr(vars(model).get("original_model"), "config", None)
+    given = [vars(model.cfg), *([] if wrapped is None else [wrapped.to_dict()])]
+    kept = [
+        {name: _plain(value) for name, value in each.items() if not any(part in name for part in _NO_MATTER)}
+        for each in given
+    ]
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; None for what is no setting but an object."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (str, int, float)) else None

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from mechlens.results.base import replacing
 
-_HASHES = {"corpus": "another corpus", "weights": "other weights"}
+_HASHES = {"corpus": "another corpus", "weights": "other weights", "settings": "another configuration"}
 
 
 def state_file(state: str | os.PathLike[str] | None) -> Path | None:
     """The file of a state.
 
     Raises:
+        TypeError: no path.
         ValueError: another ending than `.safetensors`, or no such folder.
     """
     if state is None:
         return None
+    if not isinstance(state, (str, os.PathLike)):
+        raise TypeError(f"the state is the path of a .safetensors file, but is {state!r}")
     file = Path(state)
     if file.suffix != ".safetensors":
         raise ValueError(f"the state is saved as a .safetensors file, but the path is {file}")
@@ -59,8 +62,8 @@ def load_state(
     Args:
         owner: whose work it is, in words.
         names: of its tensors.
-        arguments: as in `save_state`. What `corpus` and `weights` are hashes of depends on the others, so
-            they are named only where nothing else differs.
+        arguments: as in `save_state`. What `corpus`, `weights` and `settings` are hashes of depends on
+            the others, so they are named only where nothing else differs.
 
     Returns:
         The tensors, and how far the work is.

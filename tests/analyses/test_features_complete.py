@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -279,6 +282,32 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
         search_complete(other, state=state)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("gpt2", {"activation_function": "relu"}),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}),
+        ("gemma2", {"sliding_window": 4}),
+    ],
+)
+def test_a_state_is_of_the_settings_that_the_model_computes_with(kind, change, tiny_directories, tmp_path):
+    here, state = tmp_path / kind, tmp_path / "state.safetensors"
+    shutil.copytree(tiny_directories / kind, here)
+    found = search_complete(load_model(tiny_directories / kind, processing=False), state=state)
+    # of the same name, in another place
+    moved = load_model(here, processing=False)
+    assert search_complete(moved, state=state) == found
+    # nor does it matter what was run before, or what hooks are wanted
+    moved(torch.tensor([[1, 2, 3]]))
+    moved.cfg.use_attn_result = True
+    assert search_complete(moved, state=state) == found
+    config = json.loads((here / "config.json").read_text()) | change
+    (here / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="begun with another configuration: use the same"):
+        search_complete(load_model(here, processing=False), state=state)
 
 
 def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, walk
+from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
+from mechlens.analyses.features.sought import check_counts
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
+from mechlens.models.untrained import generator_of
 from mechlens.prompts import drawable_tokens
+from mechlens.results.state import state_file
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model
 
@@ -109,6 +113,10 @@ SELECTIONS = {
     "all_positions": (np.s_[:, 7], [(0, 7), (1, 7), (2, 7)]),
     "some_features": (np.s_[1, 0:3], [(1, 0), (1, 1), (1, 2)]),
     "a_list": (([0, 2], [5, 6]), [(0, 5), (2, 6)]),
+    "tensors": ((torch.tensor([0, 2]), torch.tensor([5, 6])), [(0, 5), (2, 6)]),
+    "backwards": (np.s_[::-1, 3], [(2, 3), (1, 3), (0, 3)]),
+    "features_backwards": (np.s_[1, 5:2:-1], [(1, 5), (1, 4), (1, 3)]),
+    "lists_of_lists": (([[0], [2]], [[5, 6]]), [(0, 5), (0, 6), (2, 5), (2, 6)]),
     "from_the_end": (np.s_[..., -1], [(0, 31), (1, 31), (2, 31)]),
 }
 
@@ -562,6 +570,10 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"selection": np.s_[0, WIDTH]}, r"is no index of \[1 positions, 32 features\]"),
         ({"selection": np.s_[1:, 0]}, "is empty: there are 1 positions and 32 features"),
         ({"selection": "all"}, "is no index of"),
+        ({"selection": 0.5}, "is no index of"),
+        ({"selection": np.s_[0, 0, 0]}, "is no index of"),
+        ({"selection": torch.tensor([0.5])}, "is no index of"),
+        ({"selection": [[0, 0], [0]]}, "is no index of"),
         ({"layer": 2}, "there is no layer 2"),
         ({"objective": "largest"}, "objective must be one of constant, maximise, maximin, l1"),
         ({"prior": "bayes"}, "prior must be one of none, softmax, norm, nearest, but is 'bayes'"),
@@ -598,12 +610,43 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
             {"prior": "norm", "prior_weight": -1.0},
             "prior_weight must be a finite number from 0 on, but is -1",
         ),
+        ({"seed": 2**70}, r"seed must be from -2\*\*63 on and below 2\*\*64, but is 1180591620717411303424"),
         ({"n_tokens": 33}, "33 tokens, of which 33 are searched, do not fit"),
     ],
 )
 def test_bad_arguments(loaded, options, message):
     with pytest.raises(ValueError, match=message):
         search_gradient(loaded("gpt2"), **(GOOD | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": "x"}, "learning_rate must be a number, but is 'x'"),
+        ({"prior_weight": "a"}, "prior_weight must be a number, but is 'a'"),
+        ({"constant": "5"}, "constant must be a number, but is '5'"),
+        ({"isolated": "no"}, "isolated must be True or False, but is 'no'"),
+        ({"steps": True}, "steps must be a whole number, but is True"),
+    ],
+)
+def test_values_of_another_kind_are_refused_where_nobody_checks_types(options, message, loaded):
+    # as it is without the tests' type checker, which would refuse most of them before
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(search_gradient)(loaded("gpt2"), **(GOOD | options))
+
+
+def test_so_are_they_in_what_searches_share():
+    with pytest.raises(TypeError, match="seed must be a whole number, but is 'a'"):
+        inspect.unwrap(generator_of)("a")
+    with pytest.raises(TypeError, match=r"the state is the path of a \.safetensors file, but is 5"):
+        inspect.unwrap(state_file)(5)
+    with pytest.raises(TypeError, match="top_k must be a whole number, but is True"):
+        check_counts(top_k=True)
+
+
+def test_complex_directions_are_refused(loaded):
+    with pytest.raises(TypeError, match="directions are real numbers, but these are complex"):
+        inspect.unwrap(sought._directions)(loaded("gpt2"), "resid_post", torch.ones(1, WIDTH) * 1j)
 
 
 def test_another_complete_search_is_refused(loaded):
@@ -629,6 +672,20 @@ def test_another_complete_search_is_refused(loaded):
             search_gradient(model, complete=complete, **(GOOD | options))
     with pytest.raises(ValueError, match="not of the same model"):
         search_gradient(loaded("llama"), complete=complete, **(GOOD | {"layer": 1}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_complete_search_of_other_weights_is_refused(dtype, tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False, dtype=dtype)
+    complete = search_complete(model, layers=[0, 1])
+    # as it stands, each is of this model
+    for layer, feature in ((0, 0), (0, 9), (1, 3), (1, 31)):
+        asked = {"layer": layer, "selection": np.s_[0, feature], "n_tokens": 1, "complete": complete} | FEW
+        search_gradient(model, **asked)
+    with torch.no_grad():
+        model.blocks[1].mlp.W_out.mul_(1.5)
+    with pytest.raises(ValueError, match=r"the complete search is of other weights: its best token has"):
+        search_gradient(model, **asked)
 
 
 def test_processed_weights_are_refused(tiny_bos_model):

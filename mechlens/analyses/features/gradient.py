@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from pathlib import Path
@@ -14,10 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, hashed
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_reals, hashed
 from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
 from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
+from mechlens.models.untrained import generator_of
 from mechlens.prompts import drawable_tokens
 from mechlens.results import CompleteSearch, GradientSearch
 from mechlens.results.state import load_state, save_state, state_file
@@ -102,6 +102,7 @@ def search_gradient(
         `best_activations()`, all of it by `to_dataframe()`.
 
     Raises:
+        TypeError: a value of the wrong kind.
         ValueError: as `search_complete`; an index that selects nothing or is out of range, an unknown
             objective, prior or optimiser, a target that is missing, too many or of another length, a complete
             search of something else or of more than the constant, a state of another search, or
@@ -135,13 +136,14 @@ def search_gradient(
         if given not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but is {given!r}")
     check_counts(n_tokens=n_tokens, steps=steps, patience=patience, restarts=restarts)
+    check_reals(learning_rate=learning_rate, prior_weight=prior_weight, constant=constant)
+    if not isinstance(isolated, bool):
+        raise TypeError(f"isolated must be True or False, but is {isolated!r}")
     if not 0 < learning_rate <= FASTEST:
         raise ValueError(f"learning_rate must be above 0 and at most {FASTEST:g}, but is {learning_rate}")
-    if not (math.isfinite(prior_weight) and prior_weight >= 0):
+    if prior_weight < 0:
         raise ValueError(f"prior_weight must be a finite number from 0 on, but is {prior_weight}")
-    if constant is not None and not math.isfinite(constant):
-        raise ValueError(f"constant must be a finite number, but is {constant}")
-    file = state_file(state)
+    file, draw = state_file(state), generator_of(seed)
     with torch.inference_mode(False), torch.enable_grad():
         E = token_embeddings(model).float()
         judge = Judge.of(
@@ -161,7 +163,6 @@ def search_gradient(
                 f"the complete search reached {optimum:.6g}, but the search is for {constant:g}, which is "
                 "less: leave complete out, or take a larger constant"
             )
-        draw = torch.Generator().manual_seed(seed)
         if prior == "softmax":
             drawn = torch.randn(restarts, n_tokens, len(E), generator=draw).to(E.device)
             free, rate = drawn.softmax(-1).requires_grad_(), learning_rate
@@ -297,4 +298,13 @@ def _optimum(complete: CompleteSearch, sought: Sought, judge: Judge, n_tokens: i
         if not same:
             raise ValueError(f"the complete search is not of the same {what}: leave it out, or repeat it")
     at = complete.layers.index(layer), complete.features.index(feature)
-    return float(complete.activations[at][0])
+    claimed, own = float(complete.activations[at][0]), float(judge.of_tokens(complete.ids[at][:1, None], 1))
+    # other shapes sum in another order; by the feature's own range, since some are far larger than others
+    tolerance = 1e-3 if judge.embeddings.dtype in (torch.float32, torch.float64) else 0.1
+    ends = torch.stack([complete.activations[at[0]], complete.lowest_activations[at[0]]]).abs()
+    if not abs(own - claimed) <= tolerance * float(ends[:, at[1]].amax() + 0.01 * ends.amax()):
+        raise ValueError(
+            f"the complete search is of other weights: its best token has an activation of {claimed:.6g} "
+            f"there, but {own:.6g} here: repeat it"
+        )
+    return claimed

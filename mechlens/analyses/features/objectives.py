@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -186,10 +187,12 @@ def _target(
 
 
 def _selected(selection: Any, n_tokens: int, width: int) -> Int[Tensor, "selected 2"]:
-    """The (pos, feature) pairs that an index of `[pos, feature]` selects."""
-    grid = torch.arange(n_tokens * width).view(n_tokens, width)
+    """The (pos, feature) pairs that an index of `[pos, feature]` selects, as numpy has it."""
+    grid = np.arange(n_tokens * width).reshape(n_tokens, width)
+    parts = selection if isinstance(selection, tuple) else (selection,)
     try:
-        flat = grid[selection].flatten()
+        index = tuple(part.cpu().numpy() if isinstance(part, torch.Tensor) else part for part in parts)
+        flat = torch.from_numpy(grid[index].flatten())
     except (IndexError, TypeError, ValueError) as error:
         raise ValueError(
             f"the selection {selection!r} is no index of [{n_tokens} positions, {width} features]: {error}"

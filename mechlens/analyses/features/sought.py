@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 from mechlens.models import sweeps
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import check_tokens
-from mechlens.models.weights import weights_hash
+from mechlens.models.weights import settings_hash, weights_hash
 from mechlens.prompts import bos_to_prepend, chosen, own_bos_token_id, prompt_tokens, token_strings
 from mechlens.results import ModelInfo
 
@@ -121,6 +123,7 @@ class Sought:
             "directions": None if self.directions is None else hashed(self.directions),
             "prefix": _short(self.prefix.tolist()),
             "weights": weights_hash(self.model),
+            "settings": settings_hash(self.model),
         }
 
     def strings(self, *ids: Int[Tensor, "..."]) -> dict[str, str]:
@@ -157,11 +160,24 @@ def check_counts(**counts: Any) -> None:
         if value is None:
             continue
         try:
-            number = operator.index(value)
+            number = None if isinstance(value, bool) else operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} must be a whole number, but is {value!r}") from None
+            number = None
+        if number is None:
+            raise TypeError(f"{name} must be a whole number, but is {value!r}")
         if number < 1:
             raise ValueError(f"{name} must be at least 1, but is {value}")
+
+
+def check_reals(**given: Any) -> None:
+    """Refuse what is no finite number; None stands for no choice."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, but is {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, but is {value}")
 
 
 def hashed(values: Tensor) -> str:
@@ -170,11 +186,11 @@ def hashed(values: Tensor) -> str:
     return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]
 
 
-def _short(numbers: Sequence[int]) -> list[int] | str:
+def _short(ids: Sequence[int]) -> list[int] | str:
     """As they stand in messages: many of them by their count and a hash."""
-    if len(numbers) <= MOST_NAMED:
-        return list(numbers)
-    return f"{len(numbers)} of them ({hashed(torch.tensor(numbers))})"
+    if len(ids) <= MOST_NAMED:
+        return list(ids)
+    return f"{len(ids)} of them ({hashed(torch.tensor(ids))})"
 
 
 def _directions(
@@ -185,6 +201,8 @@ def _directions(
         raise TypeError(
             f"directions are a tensor [direction, d_model], but here is a {type(directions).__name__}"
         )
+    if directions.is_complex():
+        raise TypeError("directions are real numbers, but these are complex")
     if site != "resid_post":
         raise ValueError(f"directions are of resid_post, but site is {site!r}")
     if directions.ndim != 2 or directions.shape[1] != d_model or len(directions) == 0:
