@@ -39,7 +39,9 @@ LAYERS = {
 MODELS = {
     "trained_random": "trained vs. random weights",
     "trained_embeddings": "trained vs. random blocks on its embeddings",
+    "trained_other": "the model vs. the one of another size",
 }
+"""By name in the study, which has the last where another model was given."""
 DRAWN = 4
 """Gradient searches in the report."""
 
@@ -54,11 +56,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4, help="of greedy searches")
     parser.add_argument("--corpus", type=Path, help=".txt or .jsonl to find real contexts in, or a folder")
     parser.add_argument("--windows", type=int, default=64, help="how much of it to read, or to write")
+    parser.add_argument("--against", help="a model of another size with the same tokenizer, to compare with")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and starts")
     parser.add_argument("--device", default=None)
     options = parser.parse_args()
     try:
         model = mechlens.load_model(options.model, device=options.device, processing=False)
+        against = None
+        if options.against is not None:
+            against = mechlens.load_model(options.against, device=options.device, processing=False)
         corpus = options.corpus
         if corpus is None:
             corpus = mechlens.sample_tokens(model, batch=options.windows, seq_len=64, seed=options.seed)
@@ -68,6 +74,7 @@ def main() -> None:
             n_tokens=options.tokens,
             corpus=corpus,
             limit=options.windows,
+            against=against,
             seed=options.seed,
             progress=sys.stderr.isatty(),
         )
@@ -112,12 +119,18 @@ def main() -> None:
 def print_alignments(study: FeatureStudy) -> None:
     """How often the same feature has the same best token."""
     print("\nShare of features with the same best token (95% interval), and what chance gives:")
-    for name, words in ({name: f"layers, {words}" for name, words in LAYERS.items()} | MODELS).items():
+    named = {name: f"layers, {words}" for name, words in LAYERS.items()} | models(study)
+    for name, words in named.items():
         share = study.alignments[name].share()
         print(
             f"  {words:46} {share.value:.3f} ({share.low:.3f} to {share.high:.3f})   "
             f"chance {share.chance:.4f}   {share.verdict}"
         )
+
+
+def models(study: FeatureStudy) -> dict[str, str]:
+    """The comparisons of two models that there are."""
+    return {name: words for name, words in MODELS.items() if name in study.alignments}
 
 
 def print_contexts(study: FeatureStudy, contexts: str) -> None:
@@ -148,13 +161,13 @@ def sections(study: FeatureStudy, corpus: str) -> list[Section]:
             title="Do layers share their best tokens?",
         ),
         feature_alignment_section(
-            [study.alignments[name] for name in MODELS],
-            names=list(MODELS.values()),
-            title="Does the untrained model have the same features?",
+            [study.alignments[name] for name in models(study)],
+            names=list(models(study).values()),
+            title="Do other models have the same features?",
         ),
         greedy_search_section(study.greedy),
         gradient_search_section(study.gradient[:DRAWN]),
-        gradient_search_section(study.repeated, title="Several positions at once"),
+        gradient_search_section(study.repeated[:DRAWN], title="Several positions at once"),
         feature_examples_section(
             examples,
             [(layer, feature) for layer in examples.layers for feature in examples.features],

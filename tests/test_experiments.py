@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,12 +74,14 @@ def test_the_composition_circuit_prints_its_evidence_and_draws_its_figures(tmp_p
 
 
 def test_feature_search_prints_its_verdicts_and_draws_its_figures(tmp_path):
-    options = ("--features", 2, "--tokens", 2, "--windows", 3)
+    options = ("--features", 2, "--tokens", 2, "--windows", 3, "--against", "mechlens-books")
     ran = run("feature_search.py", *options, "--out", tmp_path / "out")
     assert ran.returncode == 0, ran.stderr
     claims = [line for line in ran.stdout.splitlines() if line.endswith(("reproduced", "not judged"))]
     assert len(claims) == len(FEATURES), "the post's tables are of other models"
     assert "layers, random blocks, trained embeddings" in ran.stdout
+    # with itself
+    assert re.search("the model vs. the one of another size +1.000", ran.stdout)
     assert "strongest of 3 contexts that the model wrote" in ran.stdout
     found = load(tmp_path / "out" / "complete_trained.safetensors")
     assert isinstance(found, CompleteSearch)

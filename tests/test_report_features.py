@@ -57,7 +57,11 @@ def test_a_complete_search_has_its_picture_and_its_table():
     )
     assert {"Feature", "Complete search"} <= set(section.terms)
     assert "<b>&lt;$x$" not in page(section)
+    assert "—" not in picture.caption
     neurons = complete_search_section(complete(site="post"))
+    # below 0, no token excites a neuron; the lowest is there all the same
+    assert neurons.parts[1].rows[-1] == (3, 1, "—", -7.0, "⏎", -9.0)
+    assert "; — where no token does." in neurons.parts[0].caption
     assert neurons.parts[1].columns[1] == "neuron"
     assert "Neuron" in neurons.terms
     assert "The activation of every neuron of the MLP was computed" in neurons.text
@@ -114,12 +118,12 @@ def test_gradient_searches_stand_beside_their_optimum():
     )
     table, picture = section.parts
     assert table.columns == (
-        *("layer", "searched", "prior", "best tokens", "decoded by", "true activation", "optimum"),
-        "nearest cosine",
+        *("layer", "searched", "prior", "best tokens", "decoded by", "true activation"),
+        *("smallest of them", "optimum", "nearest cosine"),
     )
     assert table.rows == [
-        (2, "feature 3 at every position", "norm", "·a " + MARKUP, "nearest", 1.5, 2.5, 0.625),
-        (2, "feature 3 at every position", "none", "·a " + MARKUP, "nearest", 1.5, None, 0.625),
+        (2, "feature 3 at every position", "norm", "·a " + MARKUP, "nearest", 1.5, 1.0, 2.5, 0.625),
+        (2, "feature 3 at every position", "none", "·a " + MARKUP, "nearest", 1.5, 1.0, None, 0.625),
     ]
     assert "optimum" in {trace.name for trace in picture.figure.data}, "the first is drawn"
     assert "Dashed" in picture.caption

@@ -90,11 +90,12 @@ def check_gradient(given: dict[str, Any]) -> None:
     from mechlens.analyses.features.gradient import FASTEST, OPTIMISERS
     from mechlens.analyses.features.objectives import OBJECTIVES
     from mechlens.analyses.features.walk import PENALTIES, PRIORS
+    from mechlens.plots.features import EXCITING
 
     for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
         check_known(f"--{name}", given[name], known)
     objective, target = given["objective"], given["target"]
-    if objective in ("constant", "maximise", "maximin"):
+    if objective in EXCITING:
         if target is not None:
             raise ValueError(f"--target is for --objective l1, cosine or continuation, but it is {objective}")
     elif target is None:

@@ -27,6 +27,8 @@ from mechlens.plots.views import View
 from mechlens.results import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
 
 ENDS = {"highest": "most", "lowest": "least"}
+NO_TOKEN = "—"
+"""In place of a token, where none excites the feature."""
 COLUMNS = 8
 """Features that are drawn unasked."""
 _LABEL = 14
@@ -36,6 +38,8 @@ _NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
 _NOUNS = {"post": "neuron", "direction": "direction"}
 _MARKS = {"pinv": ("diamond", VERMILION), "nearest": ("square", INK)}
 _PLACES = {"direction": "resid_post", "post": "the MLP"}
+EXCITING = ("constant", "maximise", "maximin")
+"""The objectives that make activations large."""
 _DISTANCES = {
     "l1": "L1 distance to the target's activations",
     "cosine": "cosine distance to the target's activations",
@@ -109,7 +113,8 @@ def plot_feature_tokens(
 
     Colours say in how many of the drawn layers the feature has this same token: a dark column is aligned.
     Layers go upwards as in all heatmaps of this package, unlike in the source, so that figures of one model
-    can be read beside one another. Under the cursor stand the best tokens with their activations.
+    can be read beside one another. Under the cursor stand the best tokens with their activations. A dash
+    stands where no token excites the feature (`CompleteSearch.excites`).
 
     Args:
         layers: which; None draws all.
@@ -129,20 +134,34 @@ def plot_feature_tokens(
     highest = end == "highest"
     ids = (result.ids if highest else result.lowest_ids).cpu()[rows][:, columns]
     activations = (result.activations if highest else result.lowest_activations).cpu()[rows][:, columns]
-    best = ids[..., 0]
-    shared = (best[None] == best[:, None]).sum(1)
+    excites = result.excites.cpu()[rows][:, columns] if highest else torch.ones_like(ids, dtype=torch.bool)
+    # a feature that no token excites shares none
+    best, some = ids[..., 0], excites[..., 0]
+    shared = ((best[None] == best[:, None]) & some[None]).sum(1).clamp(min=1)
+    shared[~some] = 1
     noun = feature_noun(result.site)
     hovers, texts = [], []
     for i, layer in enumerate(layers):
         hovers.append(
             [
                 f"<b>layer {layer}, {noun} {feature}</b><br>"
-                + _best_tokens(ids[i, j].tolist(), activations[i, j].tolist(), result.strings)
-                + (f"<br>first in {int(shared[i, j])} of {len(layers)} layers" if len(layers) > 1 else "")
+                + (
+                    _best_tokens(
+                        ids[i, j][excites[i, j]].tolist(), activations[i, j].tolist(), result.strings
+                    )
+                    + (f"<br>first in {int(shared[i, j])} of {len(layers)} layers" if len(layers) > 1 else "")
+                    if some[i, j]
+                    else "no token excites it"
+                )
                 for j, feature in enumerate(features)
             ]
         )
-        texts.append([_label(result.strings[str(token)]) for token in best[i].tolist()])
+        texts.append(
+            [
+                _label(result.strings[str(token)]) if excited else NO_TOKEN
+                for token, excited in zip(best[i].tolist(), some[i].tolist(), strict=True)
+            ]
+        )
     # one layer agrees with nothing: all its cells are light
     cells = heatmap(
         shared.numpy(),
@@ -215,13 +234,17 @@ def searched_words(result: GradientSearch) -> str:
 def drawn_values(result: GradientSearch) -> tuple[str, Tensor, dict[str, Tensor]]:
     """What a search is judged by, as a reader would: its name, its values along the steps, and true ones.
 
-    Activations where they were to become large, the log-probability of a continuation, else the distance.
+    Activations where they were to become large (of several the mean, or the smallest), the log-probability
+    of a continuation, else the distance.
     """
     if result.objective == "continuation":
         true = {way: -values for way, values in result.true_objectives.items()}
         return "log-probability (nats)", -result.objectives, true
     if result.objective in _DISTANCES:
         return _DISTANCES[result.objective], result.objectives, result.true_objectives
+    if result.objective == "maximin":
+        true = {way: -values for way, values in result.true_objectives.items()}
+        return "smallest activation", -result.objectives, true
     several = " (mean)" if len(result.selected) > 1 else ""
     return f"activation{several}", result.activations, result.true_activations
 
@@ -412,7 +435,7 @@ def _best_tokens(ids: list[int], activations: list[float], strings: dict[str, st
     """The first tokens with their activations, one in a line."""
     lines = [
         f"{rank}. {figure_text(visible_token(strings[str(token)]))} {number(value)}"
-        for rank, (token, value) in enumerate(zip(ids, activations, strict=True), start=1)
+        for rank, (token, value) in enumerate(zip(ids, activations, strict=False), start=1)
     ]
     return "<br>".join(lines[:_HOVERED])
 

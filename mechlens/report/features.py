@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from mechlens.plots.features import (
+    EXCITING,
+    NO_TOKEN,
     drawn_places,
     feature_noun,
     parted_tokens,
@@ -56,7 +58,10 @@ _GRADIENT = {
         "Embeddings of tokens are changed by gradients until they excite the feature; what they are nearest "
         "to is read as tokens, and these are run."
     ),
-    "True activation": "What the tokens reach when they are run; embeddings of no token may reach more.",
+    "True activation": (
+        "What the tokens reach when they are run, of several selected elements the mean; embeddings of no "
+        "token may reach more."
+    ),
     "Nearest cosine": (
         "Cosine of the embedding found to the nearest real one, mean over positions; 1 is a real one."
     ),
@@ -104,7 +109,9 @@ def complete_search_section(
             at = result.layers.index(layer), result.features.index(feature), 0
             row: list[str | float] = [layer, feature]
             for ids, activations in ends:
-                row += [shown_tokens([int(ids[at])], result.strings), float(activations[at])]
+                excited = ids is not result.ids or bool(result.excites[at])
+                token = shown_tokens([int(ids[at])], result.strings) if excited else NO_TOKEN
+                row += [token, float(activations[at])]
             rows.append(tuple(row))
     named = "; ".join(f"{noun} {row[1]} of layer {row[0]}: {row[2]}" for row in rows[:NAMED])
     said = (
@@ -125,6 +132,7 @@ def complete_search_section(
                     if len(layers) > 1
                     else ""
                 )
+                + (f"; {NO_TOKEN} where no token does" if any(row[2] == NO_TOKEN for row in rows) else "")
                 + ". Point at a cell for the next best tokens and their activations.",
                 f"Best tokens by layer and {noun}. {named}.",
                 keeps_width=True,
@@ -242,7 +250,8 @@ def gradient_search_section(
     rows, has_optimum = [], any(result.optimum is not None for result in results)
     has_activation = any(result.objective != "continuation" for result in results)
     # else it says the same as the activation
-    has_goal = any(result.objective not in ("constant", "maximise") for result in results)
+    has_goal = any(result.objective not in EXCITING for result in results)
+    has_several = any(len(result.selected) > 1 and result.objective in EXCITING for result in results)
     for at, result in enumerate(results):
         best = result.to_dataframe().iloc[0]
         activation = float(best["activation"])
@@ -255,6 +264,7 @@ def gradient_search_section(
                 parted_tokens(best["ids"], result.strings),
                 best["decoding"],
                 *([None if activation != activation else activation] if has_activation else []),
+                *([float(best["smallest_activation"])] if has_several else []),
                 *([result.optimum] if has_optimum else []),
                 *([float(best["objective"])] if has_goal else []),
                 float(best["nearest_cosine"]),
@@ -280,6 +290,7 @@ def gradient_search_section(
                     "best tokens",
                     "decoded by",
                     *(["true activation"] if has_activation else []),
+                    *(["smallest of them"] if has_several else []),
                     *(["optimum"] if has_optimum else []),
                     *(["true objective"] if has_goal else []),
                     "nearest cosine",

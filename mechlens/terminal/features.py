@@ -29,6 +29,8 @@ MAX_PLACES = 16
 """Features, each in each layer, whose contexts are shown; of more the first ones."""
 _LONGEST = 7
 """Characters of a token."""
+_NAMED = 4
+"""Of more selected activations the smallest is printed."""
 _BEFORE, _AFTER = 32, 20
 """Characters of a context on either side of its strongest token."""
 
@@ -39,14 +41,21 @@ def print_complete_search(found: CompleteSearch) -> None:
     from rich.cells import cell_len, set_cell_size
     from rich.console import Console
 
-    from mechlens.plots.features import feature_noun, place_words, prefix_words
+    from mechlens.plots.features import NO_TOKEN, feature_noun, place_words, prefix_words
     from mechlens.plots.style import visible_token
 
     noun, shown = feature_noun(found.site), found.features[:MAX_FEATURES]
     ids, values = found.ids[:, : len(shown)].tolist(), found.activations[:, : len(shown)].tolist()
+    excites = found.excites[:, : len(shown)].tolist()
     tokens = [
-        [[visible_token(found.strings[str(each)], longest=_LONGEST) for each in best] for best in row]
-        for row in ids
+        [
+            [
+                visible_token(found.strings[str(each)], longest=_LONGEST) if excited else NO_TOKEN
+                for each, excited in zip(best, some, strict=True)
+            ]
+            for best, some in zip(row, excited_row, strict=True)
+        ]
+        for row, excited_row in zip(ids, excites, strict=True)
     ]
     numbers = [[[_number(value) for value in best] for best in row] for row in values]
     wide = max(cell_len(token) for row in tokens for best in row for token in best)
@@ -76,6 +85,12 @@ def print_complete_search(found: CompleteSearch) -> None:
         ]
         heads = ("layer", *(["rank"] if several else []), *(f"{noun} {shown[j]}" for j in columns))
         print_table(title if at == 0 else "", heads, rows)
+    some = found.excites[:, : len(shown)]
+    if not some.all():
+        typer.echo(
+            f"{NO_TOKEN}: no token excites the {noun} ({int((~some[..., 0]).sum())} of "
+            f"{some[..., 0].numel()}), or no other one does."
+        )
     if len(shown) < len(found.features):
         typer.echo(
             f"Shown: the first {len(shown)} of {len(found.features)} {noun}s. --json and --out have all."
@@ -147,24 +162,37 @@ def print_gradient_search(found: GradientSearch, complete: CompleteSearch | None
     from mechlens.plots.style import visible_token
 
     name, _, true = drawn_values(found)
-    rows = []
+    rows, selected = [], len(found.selected)
     for way, ids in found.ids.items():
         best = found.best_ids(way)
         value = float(true[way][found.true_objectives[way].argmin()])
         equal = int((ids == best).all(-1).sum())
-        cells = (_DECODINGS.get(way, way), _tokens(found, best), f"{value:.3f}")
+        cells: tuple[str, ...] = (_DECODINGS.get(way, way), _tokens(found, best), _number(value, 3))
+        if selected > 1:
+            each = found.best_activations(way).tolist()
+            cells += (", ".join(map(_number, each)) if selected <= _NAMED else _number(min(each)),)
         rows.append((*cells, f"{equal} of {len(ids)} {_plural(len(ids), 'restart')}"))
     n_steps = found.objectives.shape[1] - 1
     print_table(
         f"Gradient search in {found.model.name}, {_sought(found)}, {prefix_words(found)}; {n_steps} "
         f"{_plural(n_steps, 'step')} of {found.optimiser}{_prior(found)}",
-        ("decoding", "best tokens", name, "found by"),
+        (
+            "decoding",
+            "best tokens",
+            name,
+            *(["each activation" if selected <= _NAMED else "smallest activation"] if selected > 1 else []),
+            "found by",
+        ),
         rows,
     )
-    if found.optimum is not None:
+    at = None
+    if complete is not None:
+        at = complete.layers.index(found.layer), complete.features.index(int(found.selected[0, 1]))
+    if complete is not None and at is not None and not complete.excites[at][0]:
+        typer.echo("No token excites it by itself.")
+    elif found.optimum is not None:
         named, reached = "", False
-        if complete is not None:
-            at = complete.layers.index(found.layer), complete.features.index(int(found.selected[0, 1]))
+        if complete is not None and at is not None:
             best_of_all = int(complete.ids[at][0])
             named = f" ({visible_token(complete.strings[str(best_of_all)])})"
             reached = found.best_ids().tolist() == [best_of_all]
@@ -194,6 +222,7 @@ def gradient_search_json(found: GradientSearch) -> dict[str, Any]:
             "embedding_decodes_to": [found.strings[str(token)] for token in last.tolist()],
             "objective": float(found.true_objectives[way].min()),
             "activation": found.best_activation(way),
+            "activations": found.best_activations(way).tolist(),
         }
     return {
         **_about(found),
@@ -361,8 +390,9 @@ def _prior(found: GradientSearch) -> str:
     return f", prior {found.prior}" + ("" if found.prior_weight is None else f" x {found.prior_weight:g}")
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}"
+def _number(value: float, digits: int = 2) -> str:
+    # never -0.00
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -266,7 +266,7 @@ def test_the_first_eight_features_are_drawn_unasked():
         layers=(0,),
         features=tuple(range(10, 20)),
         ids=ids,
-        activations=ids.float(),
+        activations=ids + 1.0,
         lowest_ids=ids,
         lowest_activations=ids.float(),
         strings={str(token): f"t{token}" for token in range(10)},
@@ -275,6 +275,31 @@ def test_the_first_eight_features_are_drawn_unasked():
     assert list(cells.text[0]) == [f"t{token}" for token in range(8)]
     (cells,) = plot_feature_tokens(many, features=range(10, 20)).data
     assert len(cells.text[0]) == 10
+
+
+def test_what_no_token_excites_has_no_token():
+    """Neither does it agree with another layer; what is lowest is there all the same."""
+    ids = torch.tensor([[[0, 1], [0, 1]], [[0, 2], [0, 2]], [[0, 3], [2, 0]]])
+    values = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[1.0, 0.5], [-0.0, -0.0]], [[0.0, 0.0], [3.0, 0.0]]])
+    search = complete(
+        site="post",
+        layers=(0, 1, 2),
+        features=(4, 5),
+        ids=ids,
+        activations=values,
+        lowest_ids=ids,
+        lowest_activations=values,
+        strings={str(token): f"t{token}" for token in range(4)},
+    )
+    (cells,) = plot_feature_tokens(search).data
+    assert [list(row) for row in cells.text] == [["t0", "—"], ["t0", "—"], ["—", "t2"]]
+    assert [list(row) for row in cells.z] == [[2, 1], [2, 1], [1, 1]]
+    hovers = cells.hovertext
+    assert hovers[0][0].endswith("1. t0 2.000<br>first in 2 of 3 layers")
+    assert hovers[1][0].endswith("1. t0 1.000<br>2. t2 0.500<br>first in 2 of 3 layers")
+    assert hovers[0][1].endswith("no token excites it")
+    (cells,) = plot_feature_tokens(search, end="lowest").data
+    assert [list(row) for row in cells.text] == [["t0", "t0"], ["t0", "t0"], ["t0", "t2"]]
 
 
 def test_titles_say_what_was_searched():
@@ -571,6 +596,14 @@ def test_a_target_is_drawn_by_the_distance_from_it():
     assert cosine.layout.yaxis.title.text == "cosine distance to the target's activations"
     assert "objective l1 towards ·a⏎, prior" in figure.layout.title.text
     assert plot_gradient_search(gradient()).layout.yaxis.title.text == "activation (mean)"
+
+
+def test_the_smallest_of_several_is_drawn_where_it_is_raised():
+    result = gradient(objective="maximin", objectives=gradient().objectives + 0.25, optimum=None)
+    best = traces(result)["restart of the best tokens"]
+    # minus the objective, and not the mean of the activations
+    assert list(best.y) == [-0.75, 3.75, 4.25]
+    assert plot_gradient_search(result).layout.yaxis.title.text == "smallest activation"
 
 
 def test_one_restart_is_the_best():

@@ -22,10 +22,10 @@ from tests.test_results import (
 
 
 def many(n_features: int, *, top_k: int = 1, layers: int = 2) -> CompleteSearch:
-    """A complete search: token `f` is best for feature `f` of layer `l`, with the activation `f + l / 4`."""
+    """A complete search: token `f` is best for feature `f` of layer `l`, with activation `f + (l + 1) / 4`."""
     number = torch.arange(n_features).expand(layers, n_features)
     ids = torch.stack([(number + rank) % n_features for rank in range(top_k)], dim=-1)
-    value = number[..., None] + torch.arange(layers)[:, None, None] / 4 - torch.arange(top_k)
+    value = number[..., None] + torch.arange(1, layers + 1)[:, None, None] / 4 - torch.arange(top_k)
     return CompleteSearch(
         model=dataclasses.replace(MODEL, processing=False),
         site="resid_post",
@@ -64,18 +64,37 @@ def test_features_stand_side_by_side_as_the_terminal_is_wide(capsys, monkeypatch
     assert re.findall(r"feature (\d+)", out) == [str(feature) for feature in range(20)]
     found = [cell.split() for row in cells(out) for cell in row[1:]]
     assert sorted(found) == sorted(
-        [f"token{feature}", f"{feature + layer / 4:.2f}"] for feature in range(20) for layer in (0, 1)
+        [f"token{feature}", f"{feature + layer / 4:.2f}"] for feature in range(20) for layer in (1, 2)
     )
 
 
 def test_ranks_stand_below_one_another(capsys):
     terminal.print_complete_search(many(2, top_k=2))
     assert cells(capsys.readouterr().out) == [
-        ["0", "1", "token0  0.00", "token1  1.00"],
-        ["", "2", "token1 -1.00", "token0  0.00"],
-        ["1", "1", "token0  0.25", "token1  1.25"],
+        ["0", "1", "token0  0.25", "token1  1.25"],
         ["", "2", "token1 -0.75", "token0  0.25"],
+        ["1", "1", "token0  0.50", "token1  1.50"],
+        ["", "2", "token1 -0.50", "token0  0.50"],
     ]
+
+
+def test_a_token_that_excites_nothing_is_none(capsys):
+    """A neuron that is at 0 or below for all tokens, or all others; of features only 0 itself is nothing."""
+    values = torch.tensor([[[1.0, 0.0], [-0.0, -0.0], [-0.25, -0.5]]])
+    search = dataclasses.replace(many(3, top_k=2, layers=1), activations=values, lowest_activations=values)
+    terminal.print_complete_search(dataclasses.replace(search, site="post"))
+    out = capsys.readouterr().out
+    assert cells(out) == [
+        ["0", "1", "token0  1.00", "—       0.00", "—      -0.25"],
+        ["", "2", "—       0.00", "—       0.00", "—      -0.50"],
+    ]
+    assert "—: no token excites the neuron (2 of 3), or no other one does." in out
+    terminal.print_complete_search(search)
+    out = capsys.readouterr().out
+    assert cells(out)[0] == ["0", "1", "token0  1.00", "—       0.00", "token2 -0.25"]
+    assert "(1 of 3)" in out
+    terminal.print_complete_search(many(3))
+    assert "—" not in capsys.readouterr().out
 
 
 def test_more_features_than_anyone_reads_are_left_to_files(capsys):
@@ -182,6 +201,7 @@ def test_a_continuation_is_told_by_its_log_probability(capsys):
         selected=torch.zeros(0, 2, dtype=torch.long),
         true_objectives={"pinv": torch.tensor([3.0, 2.0]), "nearest": torch.tensor([4.0, 5.0])},
         true_activations={way: torch.full((2,), torch.nan) for way in ("pinv", "nearest")},
+        selected_activations={way: torch.zeros(2, 0) for way in ("pinv", "nearest")},
     )
     terminal.print_gradient_search(found)
     out = capsys.readouterr().out
@@ -194,6 +214,37 @@ def test_a_continuation_is_told_by_its_log_probability(capsys):
     assert best["pinv"]["activation"] is None
 
 
+@pytest.mark.parametrize(
+    ("n", "heading", "shown"),
+    [(2, "each activation", ("4.00, 0.00", "0.00, 0.00")), (5, "smallest activation", ("0.00", "-1.00"))],
+)
+def test_several_features_stand_beside_their_mean(capsys, n, heading, shown):
+    each = torch.zeros(2, n)
+    each[0, 0] = 4
+    found = dataclasses.replace(
+        gradient_search(),
+        selected=torch.tensor([[0, feature] for feature in range(n)]),
+        selected_activations={"pinv": each, "nearest": each.flip(0) - (n > 4) * torch.eye(2, n)},
+    )
+    terminal.print_gradient_search(found)
+    out = capsys.readouterr().out
+    assert heading in out
+    assert [(row[2], row[3]) for row in cells(out)] == [("1.000", shown[0]), ("1.500", shown[1])]
+    least = dataclasses.replace(found, objective="maximin")
+    terminal.print_gradient_search(least)
+    # what the search is judged by
+    assert [row[2] for row in cells(capsys.readouterr().out)] == ["1.000", "1.500"]
+
+
+def test_of_a_neuron_that_no_token_excites_nothing_is_missed(capsys):
+    complete = dataclasses.replace(complete_search(), activations=torch.tensor([[[0.0], [0.0]]]))
+    terminal.print_gradient_search(dataclasses.replace(gradient_search(), optimum=0.0), complete)
+    out = capsys.readouterr().out
+    assert "No token excites it by itself." in out
+    assert "missed" not in out
+    assert "found." not in out
+
+
 def test_the_json_of_a_gradient_search_has_every_restart():
     found = terminal.gradient_search_json(gradient_search())
     assert found["selected"] == [[0, 3]]
@@ -203,6 +254,7 @@ def test_the_json_of_a_gradient_search_has_every_restart():
         "embedding_decodes_to": [" a"],
         "objective": -1.5,
         "activation": 1.5,
+        "activations": [1.5],
     }
     assert [row["activation"] for row in found["restarts"]] == [1.5, 1.0, 0.5, 0.25]
 
