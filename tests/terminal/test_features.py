@@ -22,7 +22,7 @@ from tests.test_results import (
 
 
 def many(n_features: int, *, top_k: int = 1, layers: int = 2) -> CompleteSearch:
-    """A complete search: token `f` is best for feature `f` of layer `l`, with activation `f + (l + 1) / 4`."""
+    """A complete search: token `f` is best for feature `f` of layer `l`, at `f + (l + 1) / 4`."""
     number = torch.arange(n_features).expand(layers, n_features)
     ids = torch.stack([(number + rank) % n_features for rank in range(top_k)], dim=-1)
     value = number[..., None] + torch.arange(1, layers + 1)[:, None, None] / 4 - torch.arange(top_k)
