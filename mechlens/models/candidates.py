@@ -121,9 +121,14 @@ def _tried(model: LensModel) -> Int[Tensor, " row"]:
 
 
 def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list[Tensor]:
-    kept: dict[str, Tensor] = {}
-    of.watch(ids, {name: functools.partial(kept.__setitem__, name) for name in names})
-    return [kept[name] for name in names]
+    def some(ids: Int[Tensor, " row"]) -> list[Tensor]:
+        kept: dict[str, Tensor] = {}
+        of.watch(ids, {name: functools.partial(kept.__setitem__, name) for name in names})
+        return [kept[name] for name in names]
+
+    # fewer at a time where memory runs out, which it may behind a long prefix
+    parts = [made for _, made in in_parts(some, ids, len(ids))]
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
 def _same(found: Float[Tensor, "row width"], expected: Float[Tensor, "row width"]) -> bool:

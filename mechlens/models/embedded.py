@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.measures.memory import in_parts
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import Enough, run, running, watch
 
@@ -21,11 +22,15 @@ def token_embeddings(model: LensModel) -> Float[Tensor, "d_vocab d_model"]:
 
     That is `W_E`, scaled where the engine scales it (Gemma-2).
     """
-    rows: list[Tensor] = []
-    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(1024):
-        watch(model, ids, {EMBED: lambda activation: rows.append(activation[:, 0])})
+
+    def some(ids: Int[Tensor, "row 1"]) -> Float[Tensor, "row d_model"]:
+        kept: list[Tensor] = []
+        watch(model, ids, {EMBED: kept.append})
+        return kept.pop()[:, 0]
+
+    parts = in_parts(some, torch.arange(model.cfg.d_vocab)[:, None], 1024)
     # a copy: what leaves inference mode can be computed with
-    return torch.cat(rows).clone()
+    return torch.cat([made for _, made in parts]).clone()
 
 
 def run_embedded(

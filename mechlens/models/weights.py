@@ -198,17 +198,14 @@ def settings_hash(model: LensModel) -> str:
     """
     wrapped = getattr(vars(model).get("original_model"), "config", None)
     given = [vars(model.cfg), *([] if wrapped is None else [wrapped.to_dict()])]
-    kept = [
-        {name: _plain(value) for name, value in each.items() if not any(part in name for part in _NO_MATTER)}
-        for each in given
-    ]
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(_plain(given), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _plain(value: Any) -> Any:
     """As JSON has it; None for what is no setting but an object."""
     if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
+        named = ((str(name), _plain(each)) for name, each in value.items())
+        return {name: each for name, each in named if not any(part in name for part in _NO_MATTER)}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value if isinstance(value, (str, int, float)) else None

@@ -233,6 +233,25 @@ def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
     assert torch.equal(found.ids, right.ids)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
+    model, prefix = loaded(kind), torch.arange(5, 15)
+    right, watch, sizes = search_complete(model, prefix=prefix), runs.watch, []
+
+    def short_of_memory(model, tokens, readers):
+        # whole runs of the prefix, but for those that end at the embedding
+        if "blocks.1.hook_resid_post" in readers:
+            sizes.append(len(tokens))
+            if len(tokens) > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        watch(model, tokens, readers)
+
+    monkeypatch.setattr(runs, "watch", short_of_memory)
+    assert search_complete(model, prefix=prefix) == right
+    # a half, a quarter, and from then on one at a time
+    assert sizes == [4, 2, 1, 1, 1, 1]
+
+
 def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
     model, state = loaded("gpt2"), tmp_path / "state.safetensors"
     whole = search_complete(model, top_k=3, batch_size=10)

@@ -11,6 +11,7 @@ import torch
 
 from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
 from mechlens.analyses.features.sought import check_counts
+from mechlens.models import embedded
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
 from mechlens.models.untrained import generator_of
@@ -376,6 +377,21 @@ def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
     # in halves at first, and as many at once as went well from then on
     assert sizes[:7] == [5, 2, 2, 1, 2, 2, 1]
     torch.testing.assert_close(found.objectives, right.objectives, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_embeddings_are_looked_up_in_parts_when_memory_runs_out(kind, loaded, monkeypatch):
+    right, watch, sizes = token_embeddings(loaded(kind)), embedded.watch, []
+
+    def short_of_memory(model, tokens, readers):
+        sizes.append(len(tokens))
+        if len(tokens) > 20:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        watch(model, tokens, readers)
+
+    monkeypatch.setattr(embedded, "watch", short_of_memory)
+    assert torch.equal(token_embeddings(loaded(kind)), right)
+    assert sizes == [64, 32, 16, 16, 16, 16]
 
 
 # more than two looks at the tokens
