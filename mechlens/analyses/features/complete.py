@@ -48,8 +48,8 @@ def search_complete(
         features: elements of the activation; None is all.
         site: `resid_post` (a block's output), `attn_out`, `mlp_out` or `post` (the MLP's neurons).
         directions: vectors whose product with `resid_post` is the feature, instead of its elements; then
-            `features` chooses among them. A column of `W_U` is what the last norm's output is read by: here,
-            where the norm is not folded into it, its elements want multiplying by the norm's weights.
+            `features` chooses among them. For what a logit reads behind the last norm, multiply by the
+            norm's weights, which are not folded into `W_U` here: `(W_U[:, a] - W_U[:, b]) * ln_final.w`.
         prefix: a text or token ids to stand before every token.
         prepend_bos: begin with BOS; the source does not.
         top_k: how many tokens to keep at either end.
