@@ -200,3 +200,11 @@ def test_bad_input(tiny_directories, windows, tmp_path):
     with pytest.raises(ValueError, match="feature 2 was not searched: there are 1"):
         result.at(0, 2)
     assert result.at(0, 1) == (0, 0)
+
+
+def test_broken_weights_are_refused(tiny_directories, windows):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        model.W_E[int(windows[4, 2])] = torch.nan
+    with pytest.raises(ValueError, match=r"activations at blocks\.0\.hook_resid_post are nan"):
+        feature_examples(model, windows, layers=[0])

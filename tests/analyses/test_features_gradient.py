@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 
 from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
 from mechlens.analyses.features.sought import check_counts
@@ -18,7 +19,7 @@ from mechlens.models.untrained import generator_of
 from mechlens.prompts import drawable_tokens
 from mechlens.results.state import state_file
 from tests.reference import features as reference
-from tests.tiny_models import VOCAB, tiny_hf_model
+from tests.tiny_models import VOCAB, tiny_hf_model, write_model_of
 
 KINDS = ("gpt2", "gpt_neox", "llama")
 WIDTH = 32
@@ -226,6 +227,30 @@ def test_each_objective_is_what_it_says(kind, loaded):
         torch.testing.assert_close(result.objectives[:, 0], values, **CLOSE)
         # each restart gets better by it
         assert bool((result.objectives.amin(1) < result.objectives[:, 0]).all())
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gptj"])
+def test_a_continuation_is_judged_by_all_that_makes_logits(kind, tiny_directories, tmp_path):
+    """A soft-cap, and an unembedding with a bias."""
+    directory = tmp_path / kind if kind == "gptj" else tiny_directories / kind
+    if kind == "gptj":
+        sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32, "rotary_dim": 4}
+        config = hf.GPTJConfig(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **sizes)
+        hf_model = write_model_of(directory, config)
+        with torch.no_grad():
+            hf_model.lm_head.bias.copy_(torch.linspace(-2, 2, VOCAB))
+        hf_model.save_pretrained(directory)
+    else:
+        hf_model = tiny_hf_model(kind)
+    model, target = load_model(directory, processing=False), torch.tensor([20, 33])
+    asked = {"n_tokens": 2, "objective": "continuation", "target": target, "steps": 2, "restarts": 3}
+    result = search_gradient(model, **asked)
+    for way, ids in result.ids.items():
+        with torch.no_grad():
+            rows = torch.cat([ids, target.expand(len(ids), -1)], dim=1)
+            log_probs = hf_model(rows).logits.log_softmax(-1)[:, 1:3]
+        follows = log_probs.gather(-1, target.expand(len(ids), -1)[..., None])[..., 0].sum(-1)
+        torch.testing.assert_close(result.true_objectives[way], -follows, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -538,6 +563,16 @@ def test_the_constant_lies_beyond_what_is_there(tiny_directories):
     # asked for, it is taken as it is: what is larger gets smaller
     low = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, constant=1000.0)
     assert low.best_activation() == pytest.approx(float(complete.lowest_activations[0, 0, 0]), abs=2e-3)
+
+
+def test_the_constant_is_by_size_and_not_by_sign(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        b_out = model.blocks[1].mlp.b_out
+        b_out[3] -= 3000
+    found = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, **FEW)
+    assert found.constant is not None
+    assert found.constant > 10 * 2990
 
 
 @pytest.mark.parametrize("kind", KINDS)
