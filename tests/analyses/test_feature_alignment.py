@@ -216,7 +216,10 @@ def test_a_feature_that_no_token_excites_is_left_out():
     assert found.to_dataframe()["features"].tolist() == [2]
     # 0 is the number of feature 0, which has it for its best token in layer 0 alone
     assert found.is_index.tolist() == [[True, False, False, False], [False] * 4]
-    assert found.index_share().value == pytest.approx((1 / 3 + 0 / 2) / 2)
+    index = found.index_share()
+    assert index.value == pytest.approx((1 / 3 + 0 / 2) / 2)
+    # layers are no further observations: the harmonic mean of 3 and 2 features, rounded down
+    assert (index.low, index.high) == exact_interval(index.value, 2)
     nothing = feature_alignment(complete(ids, activations=torch.zeros(2, 4, 1), site="post"))
     assert math.isnan(nothing.share().value)
     assert math.isnan(nothing.index_share().value)

@@ -329,6 +329,19 @@ def test_decoding(loaded):
     assert space.between_tokens() == pytest.approx(float(cosines.amax(-1).mean()), abs=1e-5)
 
 
+def test_decoding_where_the_embedding_is_far_wider_in_some_directions():
+    draw = torch.Generator().manual_seed(3)
+    ends, _ = torch.linalg.qr(torch.randn(200, WIDTH, generator=draw))
+    turned, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=draw))
+    # the Gram matrix's eigenvalues reach from 1 to 1e-6, which float32 does not tell from 0
+    E = ends * torch.logspace(0, -3, WIDTH) @ turned
+    some = torch.randn(5, WIDTH, generator=draw)
+    expected = (some.double() @ torch.linalg.pinv(E.double())).float()
+    found = walk.Space.of(E).coefficients(some)
+    # float32 products with an inverse of up to 1e6
+    assert float((found - expected).abs().max()) < 1e-2 * float(expected.abs().max())
+
+
 def test_priors_hold_embeddings_near_real_ones(loaded):
     model = loaded("gpt2")
     options = {"layer": 1, "selection": np.s_[0, 3], "n_tokens": 1, "objective": "maximise"}

@@ -125,6 +125,15 @@ def test_features_with_the_same_input_share_a_pass(loaded):
     assert torch.equal(result.activations[1], 2 * result.activations[0])
 
 
+def test_of_equal_inputs_those_of_the_first_input_come_first(tiny_directories):
+    model = load_model(tiny_directories / "gpt2", processing=False)
+    with torch.no_grad():
+        # every token is the same one
+        model.W_E[:] = model.W_E[5].clone()
+    result = search_greedy(model, layer=1, features=[3, 9], n_tokens=2, beam=3, batch_size=8)
+    assert result.ids.tolist() == [[[0, 0], [0, 1], [0, 2]]] * 2
+
+
 def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
     model, state = loaded("gpt2"), tmp_path / "state.safetensors"
     options = {"layer": 1, "features": [1, 2, 3], "n_tokens": 3, "beam": 2}
