@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -102,7 +103,7 @@ class Result:
         header = {"type": type(self).__name__, "format": FORMAT, "fields": plain}
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         with replacing(target) as part:
-            save_file(whole, part, metadata={"mechlens": json.dumps(header)})
+            save_file(whole, part, metadata={"mechlens": json.dumps(header, default=plain_number)})
         return target
 
     @classmethod
@@ -202,6 +203,17 @@ def write_table(table: pd.DataFrame, path: Path) -> Path:
     with replacing(path) as part:
         table.to_csv(part, index=False)
     return path
+
+
+def plain_number(value: Any) -> Any:
+    """One of numpy's numbers as Python's, which JSON knows.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"what is saved are tensors, numbers and texts, but here is a {type(value).__name__}")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechlens.results.base import replacing
+from mechlens.results.base import plain_number, replacing
 
 _HASHES = {"corpus": "another corpus", "weights": "other weights", "settings": "another configuration"}
 
@@ -45,10 +45,11 @@ def save_state(
 
     Args:
         kind: what is interrupted, such as `training`.
-        arguments: what the work was begun with, as JSON knows it; `model` holds the model's own facts.
+        arguments: what the work was begun with, as JSON knows it, or numpy's numbers; `model` holds the
+            model's own facts.
         step: how far it is.
     """
-    header = {f"mechlens_{kind}": json.dumps({"step": step, "arguments": arguments})}
+    header = {f"mechlens_{kind}": json.dumps({"step": step, "arguments": arguments}, default=plain_number)}
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(file) as part:
         save_file(whole, part, metadata=header)
