@@ -7,8 +7,8 @@ how often layers share them, and holds that against the same model with random w
 on the trained embeddings, and against chance. Prints each claim of the post beside its number. Then finds
 real contexts for a few features: in `--corpus`, or in text that the model itself writes. Saves every result
 (`.safetensors`), table (`.csv`) and figure (`.html`), and all figures on one page, `report.html`, which opens
-without a network. `--model gpt2` is the post's own model, whose tables are then compared token by token; that
-takes about an hour on two cores, most of it for the greedy searches.
+without a network. `--model gpt2` is the post's own model, whose tables are then compared token by token; most
+of its time goes into the greedy searches.
 """
 
 from __future__ import annotations

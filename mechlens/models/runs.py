@@ -122,10 +122,18 @@ def _without_graphs(model: LensModel) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in model.modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor) and value.grad_fn is not None:
-                    vars(module)[name] = value.detach()
+        for kept, name, value in kept_graphs(model):
+            kept[name] = value.detach()
+
+
+def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """(attributes of a module, name, activation) of what modules keep with the graph that it was made by."""
+    return [
+        (vars(module), name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    ]
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mechlens.models.protocol import LensModel, Source, describe, recall, remember
+from mechlens.models.runs import kept_graphs
 from mechlens.models.weights import all_parameters
 
 _EMBEDDINGS = ("embed", "pos_embed")
@@ -62,12 +62,7 @@ def random_like(
     # processing unties the two on one of the engines
     tied = source.tied if source else torch.equal(model.W_U, model.W_E.T)
     # an activation with its graph, which a bridge keeps of a run with gradients, is not copied as it is
-    kept = {
-        id(value): value.detach()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and value.grad_fn is not None
-    }
+    kept = {id(value): value.detach() for _, _, value in kept_graphs(model)}
     other: Any = copy.deepcopy(model, kept)
     # HookedTransformer keeps Gemma's embedding multiplied by what others multiply it by on the way
     wide = math.sqrt(info.d_model) if info.architecture.startswith("Gemma") else 1.0

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,18 @@ def script_json(value: object) -> str:
     return text.replace("<", r"\u003c")
 
 
+def html_head(title: str) -> str:
+    """How a page of ours begins, up to its title: it may run its own code, and fetch nothing."""
+    return f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>"""
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """A circuitsvis component with its properties; Jupyter shows it as the last line of a cell.
@@ -104,13 +117,7 @@ class View:
         if not target.parent.is_dir():
             raise ValueError(f"cannot write {target}: there is no folder {target.parent}")
         page = f"""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{self.component}</title>
+{html_head(self.component)}
 </head>
 <body>
 <noscript>The view needs JavaScript.</noscript>

@@ -15,7 +15,7 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from mechlens.plots.style import MINUS, number
-from mechlens.plots.views import POLICY, SHOW_VIEW, View, circuitsvis_bundle, script_json
+from mechlens.plots.views import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
 from mechlens.report.look import CSS, SHOW_PLOTS, SHOW_VIEWS
 from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, replacing
 
@@ -147,13 +147,7 @@ def render_report(
         for place, name, body in chapters
     )
     return f"""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
+{html_head(title)}
 <style>{CSS}</style>
 </head>
 <body>

@@ -426,7 +426,7 @@ def _resemble(study: FeatureStudy, threshold: float) -> Measured:
 
 
 def _last_is_sum(study: FeatureStudy, threshold: float) -> Measured:
-    value, words = _counted(study.summed, f", held against {OTHERS} tokens each")
+    value, words = _counted(study.summed, f", held against up to {OTHERS} others each")
     return words, value >= threshold
 
 

@@ -228,7 +228,7 @@ def test_gradient_claims_count(study):
     assert f"by default {near} of 4 reach 95%" in text
     assert verdict == ("reproduced" if differ >= 2 else "not reproduced")
     assert measured("last_is_sum", study) == (
-        "8 of 8, held against 256 tokens each (0.63 to 1.00)",
+        "8 of 8, held against up to 256 others each (0.63 to 1.00)",
         "reproduced",
     )
     wrong = dataclasses.replace(study, summed=(False, *study.summed[1:]))
