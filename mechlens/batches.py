@@ -7,14 +7,13 @@ padding moved to the right, where it changes nothing, and a row longer than the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechlens.prompts import prompt_tokens, text_ids
+from mechlens.prompts import Prompt, as_ids, as_texts, text_ids, warn_of_padding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +33,7 @@ class Batch:
 
 def prompt_batch(
     model: Any,
-    prompt: str | Sequence[str] | Int[Tensor, "*batch pos"],
+    prompt: Prompt,
     *,
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
@@ -51,34 +50,25 @@ def prompt_batch(
         ValueError: no text or an empty one, ids that are no integers, a mask of another shape, with gaps or
             without any token in a row, or a mask for texts.
     """
-    if attention_mask is not None and isinstance(prompt, (str, list, tuple)):
-        raise ValueError("attention_mask says which token ids are padding, but the prompt is text")
-    if isinstance(prompt, (str, Tensor)) or not isinstance(prompt, (list, tuple)):
-        if isinstance(prompt, str):
-            tokens = text_ids(model, prompt, prepend_bos=prepend_bos)[None]
-        else:
-            tokens = prompt_tokens(model, prompt)
-            if tokens.ndim != 2 or tokens.numel() == 0:
-                raise ValueError(
-                    f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"
-                )
-        mask = torch.ones_like(tokens, dtype=torch.bool)
+    texts = as_texts(prompt)
+    if texts is None:
+        tokens, mask = as_ids(prompt)
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(
+                f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"
+            )
         if attention_mask is not None:
             # a copy, so that a result does not change with what its maker does to the mask afterwards
-            mask = attention_mask.to("cpu", torch.bool, copy=True)
+            mask = torch.as_tensor(attention_mask).to("cpu", torch.bool, copy=True)
             mask = mask[None] if mask.ndim == 1 else mask
-            _check_mask(mask, tokens)
-            tokens = tokens.masked_fill(~mask, 0)
-        return Batch(tokens, mask)
-    if not prompt:
-        raise ValueError("there is no text: the list of prompts is empty")
-    for text in prompt:
-        if not isinstance(text, str):
-            raise TypeError(
-                f"a list of prompts has texts in it, but there is a {type(text).__name__}: give token ids as "
-                "a tensor"
-            )
-    rows = [text_ids(model, text, prepend_bos=prepend_bos) for text in prompt]
+        if mask is None:
+            warn_of_padding(model, tokens)
+            return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        _check_mask(mask, tokens)
+        return Batch(tokens.masked_fill(~mask, 0), mask)
+    if attention_mask is not None:
+        raise ValueError("attention_mask says which token ids are padding, but the prompt is text")
+    rows = [text_ids(model, text, prepend_bos=prepend_bos) for text in texts]
     length = torch.tensor([len(row) for row in rows])
     return Batch(
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
@@ -109,6 +99,8 @@ class Pieces:
     """In which piece a position is read."""
     offset: Int[Tensor, "batch pos"]
     """At which place of its piece; a position sees `offset + 1` tokens. Both are 0 for padding."""
+    lengths: Int[Tensor, " piece"]
+    """Of each piece, without its padding."""
 
 
 def cut(batch: Batch, n_ctx: int, *, bos: int | None) -> Pieces:
@@ -139,4 +131,5 @@ def cut(batch: Batch, n_ctx: int, *, bos: int | None) -> Pieces:
             offset[row, places[done:end]] = torch.arange(done, end) - begin + len(lead)
             pieces.append(window)
             done = end
-    return Pieces(torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece, offset)
+    lengths = torch.tensor([len(window) for window in pieces])
+    return Pieces(torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece, offset, lengths)

@@ -134,17 +134,25 @@ def _windows(
     rest: list[int] = []
     for ids in stream:
         rest += ids
-        whole = len(rest) // room * room
-        for start in range(0, whole, room):
+        start = _begin(rest, bos, 0)
+        while start + room <= len(rest):
             if made == limit:
                 return
             yield torch.tensor(first + rest[start : start + room])
             made += 1
-        rest = rest[whole:]
+            start = _begin(rest, bos, start + room)
+        rest = rest[start:]
         if made == limit:
             return
     if rest and not drop_last and made != limit:
         yield torch.tensor(first + rest)
+
+
+def _begin(rest: list[int], bos: int | None, start: int) -> int:
+    """Where the next window's own tokens begin: a text that comes with its BOS does not get a second one."""
+    while bos is not None and start < len(rest) and rest[start] == bos:
+        start += 1
+    return start
 
 
 def _ids(tokenizer: Any, pieces: Iterator[str | None]) -> Iterator[list[int]]:

@@ -3,68 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
-import json
-import operator
 import warnings
-from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-_AS_THEY_ARE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTES = {chr(byte): byte for byte in _AS_THEY_ARE} | {
-    chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_AS_THEY_ARE)))
-}
-"""What byte-level vocabularies, GPT-2's and those like it, write for each byte."""
+from mechlens.arguments import whole_number
+from mechlens.tokens import check_text, drawable_tokens, own_bos_token_id, token_strings
 
-
-def own_bos_token_id(tokenizer: Any) -> int | None:
-    """A tokenizer's BOS, unless it only has one since TransformerLens set it to the EOS."""
-    if tokenizer is None or tokenizer.bos_token is None:
-        return None
-    if tokenizer.bos_token == tokenizer.eos_token:
-        # What it was made with still tells: the settings in its files, else its class's own default.
-        default = inspect.signature(type(tokenizer).__init__).parameters.get("bos_token")
-        first = tokenizer.init_kwargs.get("bos_token", default.default if default else None)
-        if first is None:
-            return None
-    return int(tokenizer.bos_token_id)
-
-
-def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
-    """The ids that may be drawn at random: no special token, nothing past the tokenizer's length.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer, or None for a model without one, which may draw all ids.
-        d_vocab: the model's vocabulary, which may be padded beyond the tokenizer's.
-
-    Returns:
-        Increasing ids in [0, d_vocab).
-
-    Raises:
-        ValueError: nothing is left to draw.
-    """
-    if tokenizer is None:
-        return torch.arange(d_vocab)
-    special = special_ids(tokenizer)
-    ids = torch.tensor([i for i in range(min(len(tokenizer), d_vocab)) if i not in special])
-    if len(ids) == 0:
-        raise ValueError(
-            f"a tokenizer of {len(tokenizer)} tokens, {len(special)} of them special, leaves none to draw"
-        )
-    return ids
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """The ids of a tokenizer's special tokens; none without a tokenizer."""
-    if tokenizer is None:
-        return set()
-    special = {token for token in tokenizer.all_special_ids if token is not None}
-    return special | {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+Prompt = str | Sequence[Any] | Tensor | np.ndarray | Mapping[str, Any]
+"""Text, texts, or token ids: a tensor, an array, lists of numbers, or what a tokenizer gives."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,9 +65,16 @@ def repeated_tokens(
 
     Source: the repeated-token experiment of Olsson et al. 2022, arXiv:2209.11895.
     """
-    for name, value, least in (("seq_len", seq_len, 1), ("batch", batch, 1), ("copies", copies, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, but it is {value}")
+    seq_len, batch, copies, seed = (
+        whole_number(name, value, least=least)
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch", batch, 1),
+            ("copies", copies, 1),
+            ("seed", seed, 0),
+        )
+    )
+    jitter = whole_number("jitter", jitter)
     if jitter < 0 or (jitter and copies != 2):
         raise ValueError(f"jitter must be 0 or more, with 2 copies; it is {jitter} with {copies}")
     bos = bos_to_prepend(model, prepend_bos)
@@ -193,28 +152,34 @@ def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[T
     """The tokens of a text of any length; see `text_tokens`."""
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
+    check_text(text, "text")
+    if not text.strip():
+        raise ValueError(
+            "the text is empty: there is no token to run the model on"
+            if not text
+            else f"the text is blank ({text!r}): if that is meant, give its token ids"
+        )
     # verbose: longer than the context is no mistake here
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
-        raise ValueError("the text is empty: there is no token to run the model on")
+        raise ValueError(
+            f"the tokenizer makes no token of the text {text!r}: there is none to run the model on"
+        )
     bos = bos_to_prepend(model, prepend_bos)
-    return torch.tensor(ids if bos is None else [bos, *ids])
+    # a rendered chat template and decoded tokens begin with their own
+    return torch.tensor(ids if bos is None or ids[0] == bos else [bos, *ids])
 
 
-def prompt_tokens(
-    model: Any,
-    prompt: str | Sequence[str] | Int[Tensor, "*batch pos"],
-    *,
-    prepend_bos: bool | None = None,
-) -> Int[Tensor, "batch pos"]:
+def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
     """The rows of a prompt, on the CPU: texts' tokens, or a copy of ids, one sequence or several.
 
     Raises:
-        TypeError: neither text nor a tensor.
-        ValueError: as `text_tokens`, texts of different lengths, or ids that are no integers.
+        TypeError: neither text nor ids.
+        ValueError: as `text_tokens`, sequences of different lengths or with padding, or ids that are no integers.
     """
-    if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(text, str) for text in prompt):
-        rows = [text_tokens(model, text, prepend_bos=prepend_bos) for text in prompt]
+    texts = as_texts(prompt)
+    if texts is not None:
+        rows = [text_tokens(model, text, prepend_bos=prepend_bos) for text in texts]
         for row in rows:
             if row.shape != rows[0].shape:
                 raise ValueError(
@@ -223,98 +188,92 @@ def prompt_tokens(
                     f"{row.shape[1]}, {list(token_strings(model, row[0]))}"
                 )
         return torch.cat(rows)
-    if not isinstance(prompt, (str, torch.Tensor)):
-        raise TypeError(
-            f"a prompt is text or a tensor of token ids, but this is a {type(prompt).__name__}: give "
-            "tokens as torch.tensor(ids), and a tokenizer's output as its input_ids"
+    tokens, mask = as_ids(prompt)
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(
+            "the prompt has padding (zeros in its attention_mask), but sequences must be equally long here: give "
+            "those of one length together"
         )
-    tokens = text_tokens(model, prompt, prepend_bos=prepend_bos) if isinstance(prompt, str) else prompt
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"token ids are integers, but these are {tokens.dtype}")
-    # a copy, so that a result does not change with what its maker does to the tokens afterwards
-    return (tokens[None] if tokens.ndim == 1 else tokens).to("cpu", torch.long, copy=True)
+    if mask is None:
+        warn_of_padding(model, tokens)
+    return tokens
 
 
-def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
-    """Each token as text; bytes that are only a part of a character as `\\xfc`.
+def as_texts(prompt: Any) -> list[str] | None:
+    """The texts of a prompt; None for one of ids.
 
-    Without a tokenizer they are the ids; an id past the tokenizer's length is `[id]`.
+    Raises:
+        TypeError: some texts and something else.
+        ValueError: no text.
     """
-    if model.tokenizer is None:
-        return tuple(str(token) for token in tokens.tolist())
-    texts = []
-    for token in tokens.tolist():
-        text = model.tokenizer.decode([token])
-        if not text or "\ufffd" in text:
-            text = _bytes_shown(model.tokenizer.convert_ids_to_tokens(token))
-        texts.append(text or f"[{token}]")
-    return tuple(texts)
-
-
-def _bytes_shown(token: str | None) -> str | None:
-    """A token of a byte-level vocabulary with its lone bytes as such: there they look like letters."""
-    if token is None or not set(token) <= _BYTES.keys():
-        return token
-    return bytes(_BYTES[each] for each in token).decode("utf-8", "backslashreplace")
-
-
-def vocabulary_hash(tokenizer: Any) -> str | None:
-    """What tells one tokenizer's ids from another's: a hash of its tokens by id; None without a tokenizer."""
-    if tokenizer is None:
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, (Tensor, Mapping)) or not isinstance(prompt, Iterable):
         return None
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:12]
+    entries = list(prompt)
+    if not entries and isinstance(prompt, (list, tuple)):
+        raise ValueError("there is no text: the list of prompts is empty")
+    if not any(isinstance(entry, str) for entry in entries):
+        return None
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise TypeError(
+                f"a list of prompts has texts in it, but there is a {type(entry).__name__}: give token ids as a "
+                "tensor"
+            )
+    return entries
 
 
-def target_id(model: Any, target: Any) -> int:
-    """The id of a target token, which is given as an id or as a text of exactly one token.
+def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
+    """Token ids `[batch, pos]` as a copy on the CPU, and their mask where a tokenizer gave one.
 
     Raises:
-        TypeError: neither a text nor an id.
-        ValueError: the text is not one token (its pieces are shown), there is no tokenizer to read it, or the
-            id is not in the vocabulary.
+        TypeError: no ids.
+        ValueError: ids that are no integers, or rows of different lengths.
     """
-    if isinstance(target, str):
-        if model.tokenizer is None:
-            raise ValueError(f"this model has no tokenizer: give the target {target!r} as an id")
-        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            pieces = [model.tokenizer.decode([i]) for i in ids]
-            spaced = model.tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-            hint = f"; did you mean {f' {target}'!r}, which is one?" if len(spaced) == 1 else ""
-            raise ValueError(f"the target {target!r} is {len(ids)} tokens, not one: {pieces}{hint}")
-        return int(ids[0])
-    try:
-        index = operator.index(target)
-    except TypeError:
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        mask = prompt.get("attention_mask")
+        ids, _ = as_ids(prompt["input_ids"])
+        return ids, None if mask is None else as_ids(mask)[0].bool()
+    if isinstance(prompt, (list, tuple, np.ndarray)):
+        try:
+            prompt = torch.as_tensor(np.asarray(prompt))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "token ids are whole numbers [batch, pos], rows of one length; pad shorter ones and say so with "
+                f"attention_mask ({error})"
+            ) from None
+    if not isinstance(prompt, Tensor):
         raise TypeError(
-            f"a target is an id or a text of one token, but this is a {type(target).__name__}: {target!r}"
-        ) from None
-    if not 0 <= index < model.cfg.d_vocab:
-        raise ValueError(f"token id {index} is not in the model's vocabulary of {model.cfg.d_vocab}")
-    return index
+            f"a prompt is text or token ids, but this is a {type(prompt).__name__}: give tokens as "
+            "torch.tensor(ids), or what a tokenizer gives"
+        )
+    if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+        raise ValueError(f"token ids are integers, but these are {prompt.dtype}")
+    # a copy, so that a result does not change with what its maker does to the tokens afterwards
+    ids = prompt[None] if prompt.ndim == 1 else prompt
+    return ids.to("cpu", torch.long, copy=True), None
 
 
-def chosen(what: str, given: Sequence[SupportsIndex] | None, count: int) -> tuple[int, ...]:
-    """Indices of positions, layers or the like from 0; None is all of them, negative ones count from the end.
-
-    Raises:
-        TypeError: not a sequence of whole numbers.
-        ValueError: none is asked for, one that is not there, or one twice.
-    """
-    if given is None:
-        return tuple(range(count))
-    try:
-        # plain ints also where they come from an array or a table, because results save them
-        indices = tuple(operator.index(index) for index in given)
-    except TypeError:
-        raise TypeError(f"{what}s are given as numbers, such as [0, 1], but here is {given!r}") from None
-    for index in indices:
-        if not -count <= index < count:
-            raise ValueError(f"there is no {what} {index}: there are {count}, 0 to {count - 1}")
-    if not indices:
-        raise ValueError(f"no {what} is asked for; there are {count}")
-    found = tuple(index % count for index in indices)
-    if len(set(found)) < len(found):
-        raise ValueError(f"the same {what} is asked for twice: {indices}")
-    return found
+def warn_of_padding(model: Any, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Warn of ids that look like padding which nobody told of: they are read like all others."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None or tokens.ndim != 2 or not tokens.numel():
+        return
+    real = tokens != pad
+    counts = {}
+    for side, at in (("begins", real), ("ends", real.flip(1))):
+        count = (at.int().cumsum(1) == 0).sum(1)
+        # a sequence may begin with BOS and end with EOS, which are the padding token in many models
+        counts[side] = (
+            count if bool((count > 1).any()) or len(count.unique()) > 1 else torch.zeros_like(count)
+        )
+    for side, count in counts.items():
+        row = int(count.argmax())
+        if count[row]:
+            warnings.warn(
+                f"row {row} of the prompt {side} with {int(count[row])} padding tokens (id {pad}), which are read "
+                "like any others: leave them out, or tell of them with attention_mask where it can be given",
+                stacklevel=4,
+            )
+            return

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mechlens.prompts import chosen, drawable_tokens, repeated_tokens, text_tokens, token_strings
+from mechlens.arguments import chosen
+from mechlens.prompts import repeated_tokens, text_tokens
+from mechlens.tokens import drawable_tokens, token_strings
 
 
 class Letters:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import read_patterns
-from mechlens.prompts import prompt_tokens, token_strings
+from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.tokens import token_strings
 from mechlens.results import AttentionPatterns, head_label, parse_head
 
 
 def attention_patterns(
     model: LensModel,
-    prompt: str | Int[Tensor, "*one pos"],
+    prompt: Prompt,
     heads: Sequence[tuple[int, int] | str],
     *,
     cache: Any = None,

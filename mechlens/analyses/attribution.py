@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.measures.vocabulary import CHUNK_BYTES
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import final_norm, parts, reads_as_streamed, watch
+from mechlens.models.readings import check_streamed, final_norm, unembedding
+from mechlens.models.runs import parts, watch
 from mechlens.models.weights import (
     attention_out_affine,
     before_norm,
@@ -20,7 +20,9 @@ from mechlens.models.weights import (
     output_bias,
     output_weights,
 )
-from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens, target_id, token_strings
+from mechlens.arguments import chosen
+from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.tokens import own_bos_token_id, target_id, token_strings
 from mechlens.results import LogitAttribution, head_label
 
 Target = str | int | Int[Tensor, "..."]
@@ -28,7 +30,7 @@ Target = str | int | Int[Tensor, "..."]
 
 def direct_logit_attribution(
     model: LensModel,
-    prompt: str | Int[Tensor, "*batch pos"],
+    prompt: Prompt,
     targets: Target | None = None,
     *,
     against: Target | None = None,
@@ -73,11 +75,7 @@ def direct_logit_attribution(
     read = chosen("position", positions, tokens.shape[1])
     fixed = None if targets is None else _ids(model, "targets", targets, tokens)
     subtracted = None if against is None else _ids(model, "against", against, tokens)
-    if not reads_as_streamed(model, tokens[:1, :8]):
-        raise ValueError(
-            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: what components add "
-            "to the stream would not sum to them"
-        )
+    check_streamed(model, tokens)
     rows = parts(tokens)
     wanted = [_top(model, part, read) for part in rows] if fixed is None else list(_at(fixed, read, rows))
     lesser = [None] * len(rows) if subtracted is None else list(_at(subtracted, read, rows))
@@ -154,11 +152,8 @@ def _top(
     """The model's own most likely tokens."""
     kept: list[Tensor] = []
     watch(model, tokens, {_final_name(model): lambda resid: kept.append(resid[:, list(read)])})
-    W_U, b_U = model.W_U.float(), model.b_U.float()
-    rows = max(1, CHUNK_BYTES // (4 * W_U.shape[1]))
     with torch.inference_mode():
-        vectors = final_norm(model, kept.pop()).float().flatten(0, 1)
-        top = torch.cat([torch.addmm(b_U, some, W_U).argmax(-1) for some in vectors.split(rows)])
+        top = unembedding(model).most_likely(final_norm(model, kept.pop()).flatten(0, 1))
     return top.cpu().view(len(tokens), len(read)).clone()
 
 

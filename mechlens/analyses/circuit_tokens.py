@@ -12,7 +12,7 @@ from torch import Tensor
 from mechlens.measures import weights as measures
 from mechlens.models.folding import from_tokens, to_logits
 from mechlens.models.protocol import LensModel, describe
-from mechlens.prompts import target_id, token_strings
+from mechlens.tokens import target_id, token_strings
 from mechlens.results import Circuit
 
 if TYPE_CHECKING:

@@ -17,14 +17,11 @@ from mechlens.measures import attention as measures
 from mechlens.measures.attention import Stripe, stripe_score
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import next_token_log_probs, parts, read_patterns, watch
+from mechlens.models.readings import next_token_log_probs
+from mechlens.models.runs import parts, read_patterns, watch
 from mechlens.models.weights import direct_unembedding, per_query_head, value_bias
-from mechlens.prompts import (
-    RandomTokens,
-    own_bos_token_id,
-    prompt_tokens,
-    repeated_tokens,
-)
+from mechlens.prompts import Prompt, RandomTokens, prompt_tokens, repeated_tokens
+from mechlens.tokens import own_bos_token_id
 from mechlens.results import HeadScores, RepeatedTokenPerformance, half_means, head_label
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -177,8 +174,8 @@ def score_heads(
     drawn = {name: [family(seed) for seed in seeds] for name, family in families.items()}
 
     shape = (len(seeds), batch, model.cfg.n_layers, model.cfg.n_heads)
-    scores = {kind: torch.full(shape, torch.nan) for kind in kinds}
-    nulls = {kind: torch.full(shape, torch.nan) for kind in kinds}
+    scores = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in kinds}
+    nulls = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in kinds}
     tokens: dict[str, list[Tensor]] = {}
     runs = len(seeds) * sum(
         (bool(on_repeated), bool(content), 2 * ("prefix" in families), "sample" in families)
@@ -231,7 +228,7 @@ def score_heads(
 
 def score_heads_on(
     model: LensModel,
-    prompt: str | Int[Tensor, "*batch pos"],
+    prompt: Prompt,
     kinds: Sequence[str] = ON_PROMPT,
     *,
     stripes: Mapping[str, Tensor] | None = None,
@@ -383,7 +380,7 @@ def _score_stripes(
 ) -> dict[str, Float[Tensor, "batch layer head"]]:
     """Every stripe's score in every layer, from one run or from a cache."""
     shape = (tokens.shape[0], model.cfg.n_layers, model.cfg.n_heads)
-    found = {kind: torch.full(shape, torch.nan) for kind in stripes}
+    found = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in stripes}
     rows = slice(0)
 
     def reduce(layer: int, pattern: Tensor) -> None:
@@ -401,7 +398,9 @@ def _copying(
 ) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"]]:
     """The copying score of every head on one set of samples, and its null."""
     batch, n_heads = random.tokens.shape[0], model.cfg.n_heads
-    scores, nulls = (torch.full((batch, model.cfg.n_layers, n_heads), torch.nan) for _ in range(2))
+    scores, nulls = (
+        torch.full((batch, model.cfg.n_layers, n_heads), torch.nan, dtype=torch.float32) for _ in range(2)
+    )
     first, n = int(random.prepend_bos), random.seq_len
     sample = slice(first, first + n)
     unembedding = direct_unembedding(model)

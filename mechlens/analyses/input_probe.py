@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from mechlens.corpus import Source, token_windows
 from mechlens.measures.statistics import bootstrap_interval
-from mechlens.measures.vocabulary import CHUNK_BYTES
+from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import parts, watch
 from mechlens.models.weights import direct_unembedding
-from mechlens.prompts import own_bos_token_id
+from mechlens.tokens import own_bos_token_id
 from mechlens.results import InputProbe
 
 BASES = ("pca", "nmf")
@@ -431,7 +431,10 @@ def _recover(
     place, index = made[0].coefficients.device, list(rows)
     targets = len(fits["shared"].b)
     n_maps = 1 if len(fits) == 1 else 2
-    hits = {basis.name: torch.zeros(n_maps, len(rows), len(held_out), device=place) for basis in made}
+    hits = {
+        basis.name: torch.zeros(n_maps, len(rows), len(held_out), dtype=torch.float32, device=place)
+        for basis in made
+    }
     errors = torch.zeros(n_maps, len(rows), targets, dtype=torch.double, device=place)
     ids = held_out[_counted(held_out, bos)].to(place)
     squares = {}
@@ -457,14 +460,8 @@ def _nearest(
     guesses: Float[Tensor, "n element"], C: Float[Tensor, "d_vocab element"], ids: Int[Tensor, " n"]
 ) -> Bool[Tensor, " n"]:
     """Whether no row of C is nearer to a guess than that of its token."""
-    half_squares = C.pow(2).sum(1) / 2
-    size = max(1, CHUNK_BYTES // (4 * len(C)))
-    found = []
-    for some, wanted in zip(guesses.split(size), ids.split(size), strict=True):
-        # |c|^2 / 2 - g . c is half the squared distance, up to what is the same for all
-        distance = torch.addmm(half_squares, some, C.T, alpha=-1)
-        found.append(distance.gather(1, wanted[:, None])[:, 0] <= distance.amin(1))
-    return torch.cat(found)
+    # |c|^2 / 2 - g . c is half the squared distance, up to what is the same for all
+    return Unembedding(C.T, -C.pow(2).sum(1) / 2).log_prob(guesses, ids)[1]
 
 
 # -- what the maps are like ------------------------------------------------------------------------

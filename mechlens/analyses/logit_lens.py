@@ -13,19 +13,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.batches import Batch, Pieces, cut, prompt_batch
-from mechlens.measures.vocabulary import Readout, read_out
+from mechlens.measures.readout import Readout, joined, read_out
+from mechlens.models.hooks import user_hooks
+from mechlens.models.properties import check_adds_up, reads_alike_in
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import (
-    MAX_POSITIONS,
-    bare_norm,
-    final_norm,
-    reads_as_streamed,
-    soft_cap,
-    watch,
-    watch_from,
-)
-from mechlens.models.weights import head_outputs, is_tied
-from mechlens.prompts import chosen, own_bos_token_id, target_id, token_strings
+from mechlens.models.readings import bare_norm, check_streamed, final_norm, unembedding
+from mechlens.models.runs import MAX_POSITIONS, watch, watch_from
+from mechlens.models.weights import check_heads_add_up, head_outputs, is_tied
+from mechlens.progress import bar
+from mechlens.arguments import chosen, names_of
+from mechlens.tokens import own_bos_token_id, target_id, token_strings
+from mechlens.prompts import Prompt
 from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, head_label, parse_head
 
 COMPONENTS = {
@@ -38,10 +36,11 @@ COMPONENTS = {
 }
 _ADDED_TO = {"attn_out": "resid_pre", "mlp_out": "resid_mid", "result": "resid_pre"}
 DECODERS = ("final_norm", "norm_only", "none")
+STATISTICS = ("entropy", "kl_final", "kl_input", "log_prob", "rank")
+"""What a lens says of each row beside its most likely tokens."""
 _OWN_NAMES = ("final", "input", "next")
 RESIDUAL_BYTES = 256 * 2**20
 """Memory for the residual vectors of one part of a long prompt; a single window may need more."""
-_CPU_BUDGET, _GPU_BUDGET = 64 * 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class _Row:
 
 def logit_lens(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*batch pos"],
+    prompt: Prompt,
     *,
     component: str = "resid_post",
     onto_stream: bool = False,
@@ -73,9 +72,11 @@ def logit_lens(
     positions: Sequence[int] | None = None,
     top_k: int = 5,
     targets: str | int | Tensor | Sequence[Any] | Mapping[str, Any] = (),
+    statistics: Sequence[str] | None = None,
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
     memory_budget: int | None = None,
+    progress: bool | None = None,
 ) -> LogitLensResult:
     """Read the residual stream after each layer, or what each layer adds to it, as a next-token distribution.
 
@@ -101,22 +102,26 @@ def logit_lens(
             of one token; one for each position is a list within the list, or a tensor like the tokens. A
             mapping names them; else they are named as they are given, and those that differ by position
             `target_0`, ...
+        statistics: which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` are wanted; None is all.
+            The others are not computed, and nan.
         attention_mask: of token ids `[batch, pos]`: 0 or False where they are padding, left or right.
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
-        memory_budget: bytes for logits and what is made of them, a chunk at a time; None takes 64 MiB, on a
-            GPU 1 GiB. It is halved when memory runs out, and exceeded when one position does not fit.
+        memory_budget: bytes for logits and what is made of them; None takes 64 MiB, on a GPU 1 GiB. It is
+            halved when memory runs out, and exceeded when one position does not fit.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         Statistics for the row `embed` (block 0's `resid_pre`) and each layer (or head), in float32.
 
     Raises:
-        ValueError: an unknown component or decoder, a component that the model does not have, a layer, head
-            or position out of range, a target that is not one token (its pieces are shown), a decoder that
-            needs `processing=False` or was trained for other weights, no tokens, ids out of range, a mask
-            that is no padding, or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
+        ValueError: an unknown component, decoder or statistic, a component that the model does not have, a
+            layer, head or position out of range, a target that is not one token (its pieces are shown), a
+            decoder that needs `processing=False` or was trained for other weights, no tokens, ids out of range,
+            a mask that is no padding, a model whose logits are more than norm, `W_U`, `b_U` and soft-cap, or
+            one that scales what its heads write.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens", whose decoder is `norm_only`.
-    Cost: one forward pass and one product with `W_U` per row; no `[row, pos, d_vocab]` tensor exists. With
+    Cost: one forward pass and one product with `W_U` per row, in tiles; no `[row, pos, d_vocab]` tensor exists. With
     `last_blocks=k` each row's vectors go through up to k more blocks (on a bridge: through all).
     """
     info = describe(model)
@@ -133,6 +138,7 @@ def logit_lens(
     rows = _rows(model, component, sorted(chosen("layer", layers, n_layers)), heads)
     read = chosen("position", positions, batch.tokens.shape[1])
     wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
+    asked = STATISTICS if statistics is None else names_of("statistic", statistics, STATISTICS)
     decode, decoder_name = _decoder(model, decoder, info)
     if isinstance(decoder, TunedLens) and (component not in ("resid_pre", "resid_post") or last_blocks):
         raise ValueError(
@@ -141,41 +147,41 @@ def logit_lens(
         )
     bos = own_bos_token_id(model.tokenizer)
     pieces = cut(batch, model.cfg.n_ctx, bos=bos)
-    if not reads_as_streamed(model, pieces.tokens[:1, :8]):
-        raise ValueError(
-            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
-            "what it predicts"
-        )
+    check_streamed(model, pieces.tokens)
+    if onto_stream:
+        check_adds_up(model, pieces.tokens)
     # what the model's own logits are read from is the last row already, or else comes behind it
     own = decoder == "final_norm" and component == "resid_post" and rows[-1].next_block == n_layers
     final = len(rows) - 1 if own else len(rows)
-    tied = is_tied(model)
+    tied = bool(is_tied(model))
+    references = (final, 0) if tied and "kl_input" in asked else (final,)
+    computed = {"kl" if name.startswith("kl") else name for name in asked if name != "kl_input" or tied}
 
     def decode_row(row: int, vectors: Tensor) -> Tensor:
         return final_norm(model, vectors) if row == final else decode(rows[row].place, vectors)
 
-    asked = torch.stack([batch.tokens, batch.tokens.roll(-1, 1), *wanted.values()], dim=-1)
-    # once, where the weights are narrower: each part of a long document is read through them
-    wide = torch.promote_types(model.W_U.dtype, torch.float32)
-    W_U, b_U = model.W_U.detach().to(wide), model.b_U.detach().to(wide)
+    targeted = torch.stack([batch.tokens, batch.tokens.roll(-1, 1), *wanted.values()], dim=-1)
+    reader = unembedding(model)
     found: list[Readout] = []
     cells: list[Tensor] = []
-    for part in _parts(batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model):
-        vectors = _vectors(model, part, rows, component, onto_stream, last_blocks)[: final + 1]
-        with torch.inference_mode():
-            readout = read_out(
-                vectors,
-                W_U,
-                b_U,
-                targets=asked[part.batch, part.pos].to(vectors.device),
-                references=(final, 0) if tied else (final,),
-                top_k=top_k,
-                soft_cap=soft_cap(model),
-                decode=decode_row,
-                chunk_bytes=_chunk_bytes(memory_budget, vectors.device),
-            )
-        found.append(readout)
-        cells.append(part.cell)
+    n_cells = int(batch.mask[:, list(read)].sum())
+    with bar(desc="logit lens", unit="token", total=n_cells, progress=progress) as shown:
+        for part in _parts(model, batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model):
+            vectors = _vectors(model, part, rows, component, onto_stream, last_blocks)[: final + 1]
+            with torch.inference_mode():
+                readout = read_out(
+                    vectors,
+                    reader,
+                    targets=targeted[part.batch, part.pos].to(vectors.device),
+                    references=references,
+                    top_k=top_k,
+                    statistics=computed,
+                    decode=decode_row,
+                    memory_budget=memory_budget,
+                    advance=shown.update,
+                )
+            found.append(readout)
+            cells.append(part.cell)
     return _result(
         found,
         torch.cat(cells),
@@ -183,7 +189,7 @@ def logit_lens(
         final=final,
         n_rows=len(rows),
         read_text=partial(token_strings, model),
-        tied=bool(tied),
+        statistics=tuple(name for name in STATISTICS if name in asked),
         model=info,
         tokens=batch.tokens,
         mask=batch.mask,
@@ -237,15 +243,16 @@ def lens_vector(
     with torch.inference_mode():
         found = read_out(
             vectors[None],
-            model.W_U,
-            model.b_U,
+            unembedding(model),
             targets=ids.expand(len(vectors), -1).to(vectors.device),
-            references=(0,),
             top_k=top_k,
-            soft_cap=soft_cap(model),
+            statistics=("entropy", "log_prob", "rank"),
             decode=lambda _, some: decode("", some),
-            chunk_bytes=_chunk_bytes(memory_budget, vectors.device),
+            memory_budget=memory_budget,
         )
+    assert found.entropy is not None
+    assert found.log_prob is not None
+    assert found.rank is not None
     seen = torch.cat([found.top_ids.cpu().flatten(), ids]).unique()
     return VectorLens(
         model=info,
@@ -254,8 +261,8 @@ def lens_vector(
         top_ids=found.top_ids[0].cpu(),
         top_probabilities=found.top_probabilities[0].cpu(),
         entropy=found.entropy[0].cpu(),
-        log_prob={name: found.log_prob[0, :, 1 + at].cpu() for at, name in enumerate(asked)},
-        rank={name: found.rank[0, :, 1 + at].float().cpu() for at, name in enumerate(asked)},
+        log_prob={name: found.log_prob[0, :, at].cpu() for at, name in enumerate(asked)},
+        rank={name: found.rank[0, :, at].float().cpu() for at, name in enumerate(asked)},
         strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
     )
 
@@ -306,7 +313,9 @@ class _Part:
     """Its place in `[batch, read]`, flattened."""
 
 
-def _parts(batch: Batch, pieces: Pieces, read: Sequence[int], *, vector_size: int) -> Iterator[_Part]:
+def _parts(
+    model: LensModel, batch: Batch, pieces: Pieces, read: Sequence[int], *, vector_size: int
+) -> Iterator[_Part]:
     """As many pieces at a time as one forward pass and `RESIDUAL_BYTES` take."""
     columns = torch.tensor(read)
     row, column = batch.mask[:, columns].nonzero(as_tuple=True)
@@ -314,21 +323,41 @@ def _parts(batch: Batch, pieces: Pieces, read: Sequence[int], *, vector_size: in
         raise ValueError("every position that is asked for is padding")
     pos = columns[column]
     piece, offset = pieces.piece[row, pos], pieces.offset[row, pos]
-    width = pieces.tokens.shape[1]
-    at_once = max(1, min(MAX_POSITIONS, RESIDUAL_BYTES // (4 * vector_size)) // width)
-    for first in range(0, len(pieces.tokens), at_once):
-        here = ((piece >= first) & (piece < first + at_once)).nonzero()[:, 0]
-        if len(here):
-            # nothing behind the last position that is read can change it
-            deepest = int(offset[here].max()) + 1
+    for together, width in _runs(model, pieces, piece, offset):
+        at_once = max(1, min(MAX_POSITIONS, RESIDUAL_BYTES // (4 * vector_size)) // width)
+        for some in together.split(at_once):
+            here = torch.isin(piece, some).nonzero()[:, 0]
             yield _Part(
-                pieces.tokens[first : first + at_once, :deepest],
-                piece[here] - first,
+                pieces.tokens[some, :width],
+                torch.searchsorted(some, piece[here]),
                 offset[here],
                 row[here],
                 pos[here],
                 row[here] * len(read) + column[here],
             )
+
+
+def _runs(
+    model: LensModel, pieces: Pieces, piece: Int[Tensor, " here"], offset: Int[Tensor, " here"]
+) -> list[tuple[Int[Tensor, " some"], int]]:
+    """The pieces that are read, those first that run together, and how long they are run.
+
+    Shorter ones are padded, and what lies behind the last position that is read is left out, where the model
+    reads a token alike whatever comes behind it.
+    """
+    used, lengths = piece.unique(), pieces.lengths
+    deepest = int(offset.max()) + 1
+    width = int(lengths[used].max())
+    if not user_hooks(model):
+        shortest = used[lengths[used].argmin()]
+        # one piece takes as long to try as to run
+        padded = len(used) > 1 and reads_alike_in(model, pieces.tokens[shortest, : lengths[shortest]], width)
+        if len(used) == 1 or (padded and deepest == width):
+            return [(used, width)]
+        longest = used[lengths[used].argmax()]
+        if padded and reads_alike_in(model, pieces.tokens[longest, :deepest], width):
+            return [(used, deepest)]
+    return [(used[lengths[used] == length], int(length)) for length in lengths[used].unique()]
 
 
 def _vectors(
@@ -344,6 +373,8 @@ def _vectors(
     vectors = torch.zeros(
         len(rows) + 1, len(piece), model.cfg.d_model, dtype=model.W_U.dtype, device=model.W_U.device
     )
+    checked: dict[int, Tensor] = {}
+    """`z` of the layers whose heads are read, until it is seen that these add up."""
     readers: dict[str, list[tuple[int, int | None]]] = {"blocks.0.hook_resid_pre": [(0, None)]}
     for index, row in enumerate(rows[1:], start=1):
         readers.setdefault(COMPONENTS[component].format(row.layer), []).append((index, row.head))
@@ -359,12 +390,23 @@ def _vectors(
         indices = [index for index, _ in readers[name]]
         heads = [head for _, head in readers[name] if head is not None]
         if heads:
-            written = head_outputs(model, rows[indices[0]].layer, some, heads)
+            layer = rows[indices[0]].layer
+            checked[layer] = some
+            written = head_outputs(model, layer, some, heads)
             vectors[indices] += written.movedim(1, 0).to(vectors.dtype)
         else:
             vectors[indices] += some
 
-    watch(model, part.tokens, {name: partial(add, name) for name in readers})
+    def check(layer: int, attn_out: Tensor) -> None:
+        some = attn_out[piece.to(attn_out.device), offset.to(attn_out.device)]
+        check_heads_add_up(model, layer, checked.pop(layer), some)
+
+    # in a list, since what is added to the stream may be read as well
+    watched = {name: [partial(add, name)] for name in readers}
+    if component == "result":
+        for layer in {row.layer for row in rows[1:]}:
+            watched.setdefault(COMPONENTS["attn_out"].format(layer), []).append(partial(check, layer))
+    watch(model, part.tokens, {name: partial(_each, reads) for name, reads in watched.items()})
     if not everywhere:
         return vectors
     with torch.inference_mode():
@@ -375,6 +417,11 @@ def _vectors(
             for each, row in zip(whole, rows, strict=False)
         ]
         return torch.stack([*done, whole[-1][at]])
+
+
+def _each(reads: Sequence[Callable[[Tensor], None]], activation: Tensor) -> None:
+    for read in reads:
+        read(activation)
 
 
 def _through(
@@ -430,15 +477,6 @@ def _own_decoder(decoder: Callable[[Tensor], Tensor], _: str, vectors: Tensor) -
     return decoded
 
 
-def _chunk_bytes(memory_budget: int | None, device: torch.device) -> int:
-    if memory_budget is None:
-        memory_budget = _GPU_BUDGET if device.type == "cuda" else _CPU_BUDGET
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget must be at least 1 byte, but is {memory_budget}")
-    # logits, their exponentials, the references' probabilities, and what a topk sorts
-    return max(1, memory_budget // 4)
-
-
 def _named(targets: Any) -> Iterator[tuple[str, Any]]:
     """Every target with its name: the one it was given, itself, or its place where it differs by position."""
     if isinstance(targets, Mapping):
@@ -488,7 +526,7 @@ def _result(
     *,
     final: int,
     n_rows: int,
-    tied: bool,
+    statistics: tuple[str, ...],
     read_text: Callable[[Tensor], Sequence[str]],
     tokens: Int[Tensor, "batch pos"],
     mask: Bool[Tensor, "batch pos"],
@@ -497,27 +535,39 @@ def _result(
     **facts: Any,
 ) -> LogitLensResult:
     """The readouts of all parts, with batch and position apart again and nan where nothing was read."""
-    shape = (len(tokens), len(positions))
+    shape, whole = (len(tokens), len(positions)), joined(found, dim=1)
     columns = list(positions)
 
-    def apart(name: str, fill: float, dim: int = 1) -> Tensor:
-        values = torch.cat([getattr(each, name) for each in found], dim=dim).cpu().movedim(dim, 0)
+    def apart(values: Tensor | None, fill: float, *more: int) -> Tensor:
+        """`[row, batch, read, ...]`; nan where nobody asked."""
+        if values is None:
+            return torch.full((n_rows, *shape, *more), fill, dtype=torch.float32)
+        values = values.cpu().movedim(1, 0)
         grid = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
         grid[cells] = values
-        return grid.movedim(0, dim).unflatten(dim, shape)
+        return grid.movedim(0, 1).unflatten(1, shape)
 
-    entropy, kl = apart("entropy", torch.nan), apart("kl", torch.nan, dim=2)
-    log_prob = apart("log_prob", torch.nan)
-    # a distribution that is no number has no ranks either
-    rank = apart("rank", 0).float().masked_fill(log_prob.isnan(), torch.nan)
-    top_ids = apart("top_ids", 0)
+    def told(name: str, values: Tensor | None) -> Tensor:
+        return apart(values if name in statistics else None, torch.nan)[:n_rows]
+
     # absent where nothing follows in the row: at its last token, and before padding
     followed = torch.nn.functional.pad(mask[:, 1:] & mask[:, :-1], (0, 1))[:, columns]
-    log_probs, ranks = {}, {}
-    for index, name in enumerate(names):
-        absent = ~followed if name == "next" else torch.zeros_like(followed)
-        log_probs[name] = log_prob[:n_rows, ..., index].masked_fill(absent, torch.nan)
-        ranks[name] = rank[:n_rows, ..., index].masked_fill(absent, torch.nan)
+
+    def by_name(values: Tensor) -> dict[str, Tensor]:
+        absent = {"next": ~followed}
+        return {
+            name: values[:n_rows, ..., index].masked_fill(absent.get(name, torch.tensor(False)), torch.nan)
+            for index, name in enumerate(names)
+        }
+
+    log_prob = apart(whole.log_prob, torch.nan, len(names))
+    # a distribution that is no number has no ranks either
+    nowhere = apart(whole.top_probabilities, torch.nan)[..., :1].isnan()
+    rank = apart(None if whole.rank is None else whole.rank.float(), torch.nan, len(names))
+    rank = rank.masked_fill(nowhere[: len(rank)], torch.nan)
+    top_ids = apart(whole.top_ids, 0)
+    kl_final, kl_input = (None, None) if whole.kl is None else (whole.kl[..., 0], whole.kl[..., -1])
+    tied = whole.kl is not None and whole.kl.shape[-1] == 2
     seen = torch.cat([top_ids.flatten(), tokens.flatten(), *(ids.flatten() for ids in target_ids.values())])
     seen = seen.unique()
     return LogitLensResult(
@@ -526,13 +576,14 @@ def _result(
         positions=positions,
         target_ids=target_ids,
         top_ids=top_ids[:n_rows],
-        top_probabilities=apart("top_probabilities", torch.nan)[:n_rows],
-        entropy=entropy[:n_rows],
-        kl_final=kl[0, :n_rows],
-        kl_input=kl[1, :n_rows] if tied else torch.full_like(entropy[:n_rows], torch.nan),
+        top_probabilities=apart(whole.top_probabilities, torch.nan)[:n_rows],
+        entropy=told("entropy", whole.entropy),
+        kl_final=told("kl_final", kl_final),
+        kl_input=told("kl_input", kl_input if tied else None),
         final_ids=top_ids[final, ..., 0],
-        log_prob=log_probs,
-        rank=ranks,
+        log_prob=by_name(log_prob),
+        rank=by_name(rank),
+        statistics=statistics,
         strings=dict(zip(map(str, seen.tolist()), read_text(seen), strict=True)),
         **facts,
     )

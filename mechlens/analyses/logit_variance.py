@@ -11,14 +11,17 @@ from torch import Tensor
 
 from mechlens.measures.vocabulary_variance import vocabulary_variance
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import final_norm, parts, reads_as_streamed, soft_cap, watch
-from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens
+from mechlens.models.readings import check_streamed, final_norm, unembedding
+from mechlens.models.runs import parts, watch
+from mechlens.arguments import chosen
+from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.tokens import own_bos_token_id
 from mechlens.results import LogitVariance
 
 
 def logit_variance(
     model: LensModel,
-    prompt: str | Int[Tensor, "*batch pos"],
+    prompt: Prompt,
     *,
     bins: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
@@ -60,11 +63,7 @@ def logit_variance(
     ranks = _bins(bins, model.cfg.d_vocab)
     if nulls < 1:
         raise ValueError(f"nulls must be at least 1, but are {nulls}: without one a difference says nothing")
-    if not reads_as_streamed(model, tokens[:1, :8]):
-        raise ValueError(
-            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
-            "what it predicts"
-        )
+    check_streamed(model, tokens)
     rows = ("embed", *(str(layer) for layer in range(model.cfg.n_layers)))
     vectors = torch.cat([_residuals(model, part, read) for part in parts(tokens)], dim=1)
     generator = torch.Generator().manual_seed(seed)
@@ -72,14 +71,12 @@ def logit_variance(
     with torch.inference_mode():
         found = vocabulary_variance(
             vectors.flatten(1, 2),
-            model.W_U,
-            model.b_U,
+            unembedding(model),
             bins=ranks,
             over=slice(1, None),
             elsewhere=_others(n_vectors, generator).to(vectors.device) if n_vectors > 1 else None,
             nulls=nulls,
             generator=generator,
-            soft_cap=soft_cap(model),
             decode=partial(final_norm, model),
         )
     shape = (len(tokens), len(read))

@@ -18,9 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.corpus import LENGTH, Source, token_windows
+from mechlens.measures.readout import read_out
+from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import final_norm, reads_as_streamed, soft_cap, watch
-from mechlens.prompts import own_bos_token_id
+from mechlens.models.readings import check_streamed, final_norm, unembedding
+from mechlens.models.runs import watch
+from mechlens.tokens import own_bos_token_id
 from mechlens.results import TunedLens
 from mechlens.results.state import load_state, save_state, state_file
 
@@ -98,11 +101,7 @@ def train_tuned_lens(
     info = describe(model)
     file = state_file(state)
     train, rest = _windows(model, corpus, held_out_corpus, steps, batch_tokens, length, held_out, prepend_bos)
-    if not reads_as_streamed(model, train[:1, :8]):
-        raise ValueError(
-            "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a lens would not show "
-            "what it predicts"
-        )
+    check_streamed(model, train)
     per_step = max(1, batch_tokens // train.shape[1])
     arguments = {
         "model": dataclasses.asdict(info),
@@ -233,43 +232,47 @@ def _residuals(
 
 @dataclasses.dataclass(frozen=True)
 class _Head:
-    """What the model makes of a last residual, with the weights that are used over and over."""
+    """What the model makes of a last residual."""
 
-    norm: Callable[[Tensor], Tensor]
-    W_U: Float[Tensor, "d_model d_vocab"]
-    b_U: Float[Tensor, " d_vocab"]
-    cap: float | None
+    model: LensModel
+    reader: Unembedding
 
     @classmethod
     def of(cls, model: LensModel) -> _Head:
-        W_U = model.W_U.detach()
-        wide = torch.promote_types(W_U.dtype, torch.float32)
+        """With the weights as they are used over and over."""
+        reader = unembedding(model)
+        return cls(model, dataclasses.replace(reader, W_U=reader.W_U.to(reader.dtype)))
 
-        def norm(vectors: Tensor) -> Tensor:
-            # as a batch of one sequence and in the model's dtype, like everything the norm gets
-            return final_norm(model, vectors[None].to(W_U.dtype))[0]
-
-        return cls(norm, W_U.to(wide), model.b_U.detach().to(wide), soft_cap(model))
+    def norm(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_model"]:
+        # as a batch of one sequence and in the model's dtype, like everything the norm gets
+        return final_norm(self.model, vectors[None].to(self.model.W_U.dtype))[0]
 
     def chunks(self, vectors: Float[Tensor, "every some d_model"]) -> Iterator[Tensor]:
         """Some positions at a time, as tensors that a gradient may pass through."""
-        width = max(1, LOGIT_BYTES // (4 * self.W_U.shape[1]))
+        width = max(1, LOGIT_BYTES // (4 * self.reader.d_vocab))
         for chunk in vectors.split(width, dim=1):
             yield chunk.clone()
 
-    def logits(self, normed: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_vocab"]:
-        raw = torch.addmm(self.b_U, normed.to(self.W_U.dtype), self.W_U)
-        return raw if self.cap is None else raw.div_(self.cap).tanh_().mul_(self.cap)
-
     @torch.no_grad()
     def log_probs(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_vocab"]:
-        return self.logits(self.norm(vectors)).log_softmax(-1)
+        return self.reader.logits(self.norm(vectors)).log_softmax(-1)
 
+    @torch.no_grad()
     def kl(
-        self, final: Float[Tensor, "some d_vocab"], vectors: Float[Tensor, "some d_model"]
-    ) -> Float[Tensor, " some"]:
-        """KL(final || these vectors) in nats; `final` are log-probabilities."""
-        return _kl(final, self.log_probs(vectors))
+        self, vectors: Float[Tensor, "every some d_model"], translate: Callable[[int, Tensor], Tensor]
+    ) -> Float[Tensor, "every some"]:
+        """KL(final || row) in nats, of each row as it is translated."""
+        found = read_out(
+            vectors,
+            self.reader,
+            targets=torch.empty(vectors.shape[1], 0, dtype=torch.long, device=vectors.device),
+            references=(len(vectors) - 1,),
+            top_k=1,
+            statistics=("kl",),
+            decode=lambda row, some: self.norm(translate(row, some[0]))[None],
+        )
+        assert found.kl is not None
+        return found.kl[..., 0]
 
 
 def _kl(p: Float[Tensor, "some d_vocab"], q: Float[Tensor, "some d_vocab"]) -> Float[Tensor, " some"]:
@@ -347,12 +350,12 @@ def _backward(
         leaf = translated.requires_grad_()
         normed = head.norm(leaf)
     with torch.no_grad():
-        logits = head.logits(normed)
-        slope = None if head.cap is None else 1 - (logits / head.cap) ** 2
+        logits, cap = head.reader.logits(normed), head.reader.soft_cap
+        slope = None if cap is None else 1 - (logits / cap) ** 2
         own = logits.log_softmax(-1)
         kl = float(_kl(final, own).sum())
         by_logit = own.exp_().sub_(final.exp())
-        by_normed = (by_logit if slope is None else by_logit.mul_(slope)) @ head.W_U.T
+        by_normed = (by_logit if slope is None else by_logit.mul_(slope)) @ head.reader.W_U.T
     (gradient,) = torch.autograd.grad(normed, leaf, by_normed.to(normed.dtype))
     return kl, gradient
 
@@ -364,14 +367,14 @@ def _held_out_kl(
     n_rows = model.cfg.n_layers
     plain, tuned = torch.zeros(2, n_rows + 1, dtype=torch.float64)
     for vectors in _residuals(model, tokens):
-        for chunk in head.chunks(vectors):
-            final = head.log_probs(chunk[-1])
-            for row, x in enumerate(chunk):
-                plain[row] += head.kl(final, x).sum().item()
-                translated = training.translate(row, x) if row < n_rows else x
-                tuned[row] += head.kl(final, translated).sum().item()
-    # rounding alone makes a distribution's distance to itself negative
-    plain, tuned = (torch.stack([plain, tuned]) / tokens.numel()).clamp(min=0).float()
+        plain += head.kl(vectors, lambda _, x: x).double().sum(1).cpu()
+        tuned += (
+            head.kl(vectors, lambda row, x: training.translate(row, x) if row < n_rows else x)
+            .double()
+            .sum(1)
+            .cpu()
+        )
+    plain, tuned = (torch.stack([plain, tuned]) / tokens.numel()).float()
     return plain, tuned
 
 

@@ -20,7 +20,7 @@ class TopRows:
     @classmethod
     def empty(cls, k: int, columns: int, device: torch.device | str = "cpu") -> TopRows:
         return cls(
-            torch.full((k, columns), -torch.inf, device=device),
+            torch.full((k, columns), -torch.inf, dtype=torch.float32, device=device),
             torch.zeros(k, columns, dtype=torch.long, device=device),
         )
 

@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.measures.vocabulary import CHUNK_BYTES
+from mechlens.measures.unembedding import Unembedding
+
+CHUNK_BYTES = 16 * 2**20
+"""Memory for the logits of all rows at some positions, which are sorted as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,15 +37,13 @@ class VocabularyVariance:
 
 def vocabulary_variance(
     vectors: Float[Tensor, "row pos d_model"],
-    W_U: Float[Tensor, "d_model d_vocab"],
-    b_U: Float[Tensor, " d_vocab"],
+    unembedding: Unembedding,
     *,
     bins: Sequence[tuple[int, int]],
     over: slice = slice(None),
     elsewhere: Int[Tensor, " pos"] | None = None,
     nulls: int = 0,
     generator: torch.Generator | None = None,
-    soft_cap: float | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> VocabularyVariance:
     """Reduce residual vectors to how their logits vary over rows, by the tokens' rank in the last row.
@@ -67,35 +68,33 @@ def vocabulary_variance(
     about three chunks of logits, however many positions there are; a chunk has all rows of a position.
     """
     n_rows, n_pos, _ = vectors.shape
-    d_vocab = W_U.shape[1]
+    d_vocab, device = unembedding.d_vocab, vectors.device
     ends = [0, *(last for _, last in bins)]
     if [first for first, _ in bins] != [end + 1 for end in ends[:-1]] or ends[-1] != d_vocab:
         raise ValueError(f"bins must go from rank 1 to {d_vocab} without a gap, but are {tuple(bins)}")
     slices = [slice(first - 1, last) for first, last in bins]
-    W_U, b_U = W_U.float(), b_U.float()
+    uncapped = dataclasses.replace(unembedding, soft_cap=None)
 
     def logits_of(some: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         decoded = some if decode is None else decode(some)
-        flat = torch.addmm(b_U, decoded.float().flatten(0, -2), W_U)
-        return flat.view(*some.shape[:-1], d_vocab)
+        return uncapped.logits(decoded.flatten(0, -2)).view(*some.shape[:-1], d_vocab)
 
     def by_bin(values: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch bin"]:
         return torch.stack([values[..., part].mean(-1) for part in slices], dim=-1)
 
-    draws = [torch.randperm(d_vocab, generator=generator).to(W_U.device) for _ in range(nulls)]
-    offsets = torch.randint(d_vocab, (nulls, n_pos), generator=generator).to(W_U.device)
+    draws = [torch.randperm(d_vocab, generator=generator).to(device) for _ in range(nulls)]
+    offsets = torch.randint(d_vocab, (nulls, n_pos), generator=generator).to(device)
     width = max(1, CHUNK_BYTES // (4 * d_vocab * n_rows))
     found: dict[str, list[Tensor]] = {field.name: [] for field in dataclasses.fields(VocabularyVariance)}
     for start in range(0, n_pos, width):
         here = slice(start, start + width)
         logits = logits_of(vectors[:, here])
-        capped = logits[-1] if soft_cap is None else soft_cap * (logits[-1] / soft_cap).tanh()
-        probabilities = capped.softmax(-1)
+        probabilities = unembedding.capped(logits[-1]).softmax(-1)
         order = _order(logits[-1])
         logits -= logits.mean(-1, keepdim=True)
         variance = logits[over].var(0, correction=0)
         found["variance"].append(by_bin(variance.gather(-1, order)))
-        columns = torch.arange(d_vocab, device=W_U.device)
+        columns = torch.arange(d_vocab, device=device)
         nulls_here = [
             # the same draw, begun at another token for each position
             by_bin(variance.gather(-1, draw[(columns + offset[here, None]) % d_vocab]))
@@ -117,7 +116,7 @@ def vocabulary_variance(
         ranked -= ranked[-1:].clone()
         found["excess"].append(by_bin(ranked.abs_()))
     joined = {name: torch.cat(parts, dim=-2).transpose(-1, -2) for name, parts in found.items()}
-    sizes = torch.tensor([last - first + 1 for first, last in bins], device=W_U.device)
+    sizes = torch.tensor([last - first + 1 for first, last in bins], device=device)
     joined["probability"] = joined["probability"] * sizes[:, None]
     return VocabularyVariance(**joined)
 

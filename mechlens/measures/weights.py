@@ -155,7 +155,7 @@ def top_k_accuracy(
     asked = len(ids)
     if asked == 0:
         raise ValueError("an accuracy needs at least 1 token, but there is none")
-    shares = torch.ones(asked) if weights is None else torch.as_tensor(weights)
+    shares = torch.ones(asked, dtype=torch.float32) if weights is None else torch.as_tensor(weights)
     # in float64 on the processor: a GPU may have none
     shares = shares.detach().cpu().double()
     if shares.shape != (asked,):
@@ -389,8 +389,8 @@ def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(n):
-        A1, A2 = torch.randn(2, 1, d_model, d_head, generator=generator)
-        B1, B2 = torch.randn(2, 1, d_head, d_model, generator=generator)
+        A1, A2 = torch.randn(2, 1, d_model, d_head, generator=generator, dtype=torch.float32)
+        B1, B2 = torch.randn(2, 1, d_head, d_model, generator=generator, dtype=torch.float32)
         scores.append(float(composition_scores(A1, B1, A2, B2)))
     found = torch.tensor(scores, dtype=torch.double)
     return float(found.mean()), float(found.std())

@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.measures.memory import in_parts, is_out_of_memory
+from mechlens.models.hooks import alone, user_hooks
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.runs import check_tokens, serve, watch
 from mechlens.models.sweeps import TOKEN_BUDGET, clean_run, row_charge
@@ -75,14 +77,16 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
 
     Behind a prefix, each token is run against the prefix's own keys and values. A token that stands alone
     attends to itself whatever its query and key are, so attention is one linear map, the sum over heads of
-    `W_V @ W_O`. Either is tried on a few tokens, against whole runs, which are made where it fails.
+    `W_V @ W_O`. Either is tried on a few tokens, against whole runs, which are made where it fails, and where
+    the user has hooks on the model.
 
     Args:
         prefix: token ids, possibly none.
         names: of the hook points that will be read.
 
     Raises:
-        ValueError: ids out of range, no room for another token in the context, or no such hook point.
+        ValueError: ids out of range, no room for another token in the context, no such hook point, or a hook
+            of the user's that treats the rows of a batch in different ways.
 
     Cost: one run of the prefix, and of a few tokens behind it.
     """
@@ -98,7 +102,10 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
     whole = Candidates(
         model, prefix, functools.partial(_whole, model, prefix), max(1, rows // (n_prefix + 1))
     )
-    tried = _tried(model)
+    tried = torch.linspace(0, model.cfg.d_vocab - 1, 4, dtype=torch.double).long().unique()
+    if user_hooks(model):
+        check_rows_alike(model, _behind(prefix, tried[:, None]))
+        return whole
     expected = _all(whole, tried, names)
     try:
         short = Candidates(model, prefix, _cached(model, prefix) if n_prefix else _alone(model), rows)
@@ -110,14 +117,6 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
             raise
         return whole
     return short if all(map(_same, found, expected)) else whole
-
-
-def _tried(model: LensModel) -> Int[Tensor, " row"]:
-    """A few tokens, and the one that HookedTransformer hides where its tokenizer pads on the left."""
-    d_vocab, pad = model.cfg.d_vocab, getattr(model.tokenizer, "pad_token_id", None)
-    some = torch.linspace(0, d_vocab - 1, 4).long()
-    special = [pad] if pad is not None and 0 <= pad < d_vocab else []
-    return torch.cat([some, torch.tensor(special, dtype=torch.long)]).unique()
 
 
 def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list[Tensor]:
@@ -233,6 +232,7 @@ def _linear_attention(model: LensModel, map_of: Callable[[int], tuple[Tensor, Te
 
     forward = on_hooked if engine_of(model) == "HookedTransformer" else on_bridge
     with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(model))
         for layer, block in enumerate(model.blocks):
             # by its own dict, since a bridge passes attributes on to the module that it wraps
             own = vars(block.attn)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.measures.memory import in_parts
+from mechlens.models.hooks import user_hooks
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import Enough, run, running, watch
 
@@ -55,6 +56,13 @@ def run_embedded(
     work away.
     """
 
+    hooks = user_hooks(model)
+    overwritten = [name for name in hooks if name.split(".")[0] in ("embed", EMBED)]
+    if overwritten or (alone is not None and hooks):
+        raise ValueError(
+            f"your hook at {(overwritten or hooks)[0]} would act otherwise on embeddings that are searched "
+            f"{'in a block alone' if not overwritten else 'than on tokens'}: remove it"
+        )
     replace = functools.partial(_replace, embedded=embedded, start=start)
     rows = tokens.expand(len(embedded), -1).clone()
     if alone is None:

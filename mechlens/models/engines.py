@@ -275,7 +275,7 @@ def keep_special_tokens(model: Any, own: dict[str, str | None]) -> None:
 def check_tokens(hf_model: Any) -> torch.Tensor:
     """A few ids from all over the vocabulary, `[1, pos]`."""
     n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or 16
-    return torch.linspace(0, hf_model.config.vocab_size - 1, min(16, n_ctx)).long()[None]
+    return torch.linspace(0, hf_model.config.vocab_size - 1, min(16, n_ctx), dtype=torch.double).long()[None]
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import plain_token, running, soft_cap, watch
+from mechlens.models.hooks import without_user_hooks
+from mechlens.models.readings import soft_cap
+from mechlens.models.runs import running, watch
 from mechlens.models.weights import attention_out_affine, final_norm_scale, norm_affine, output_weights
 
 TOKENS_AT_ONCE = 1024
@@ -70,7 +72,7 @@ def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
         if _is_layer_norm(model):
             W_O = W_O - W_O.mean(-1, keepdim=True)
         W_O = W_O * behind[0]
-    if _is_blind_to_mean(model):
+    if is_blind_to_mean(model):
         W_O = W_O - W_O.mean(-1, keepdim=True)
     return FoldedHeads(read(attention.W_Q), read(attention.W_K), read(attention.W_V), W_O)
 
@@ -90,7 +92,7 @@ def to_logits(model: LensModel, written: Float[Tensor, "inner d_model"]) -> Floa
 
     Cost: one product with `W_U`; a narrower one than float32 is copied.
     """
-    if _is_blind_to_mean(model):
+    if is_blind_to_mean(model):
         written = written - written.mean(-1, keepdim=True)
     logits = (written * final_norm_scale(model)) @ model.W_U.detach().float()
     return logits if soft_cap(model) else logits - logits.mean(-1, keepdim=True)
@@ -114,7 +116,8 @@ def from_tokens(
 
     Cost: one product; effective, one run of the vocabulary through the first block's MLP.
     """
-    return torch.cat([rows.float() @ reading for rows in _embeddings(model, effective)])
+    with without_user_hooks(model):
+        return torch.cat([rows.float() @ reading for rows in _embeddings(model, effective)])
 
 
 def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "some d_model"]]:
@@ -161,8 +164,8 @@ def position_vectors(model: LensModel) -> Float[Tensor, "pos d_model"]:
             f"{kind!r}" + (": take QK at a relative_position" if kind == "rotary" else "")
         )
     kept: list[Tensor] = []
-    tokens = torch.full((1, model.cfg.n_ctx), plain_token(model))
-    watch(model, tokens, {"hook_pos_embed": kept.append})
+    with without_user_hooks(model):
+        watch(model, torch.zeros(1, model.cfg.n_ctx, dtype=torch.long), {"hook_pos_embed": kept.append})
     return kept[0][0].float()
 
 
@@ -170,6 +173,6 @@ def _is_layer_norm(model: LensModel) -> bool:
     return (model.cfg.normalization_type or "").startswith("LN")
 
 
-def _is_blind_to_mean(model: LensModel) -> bool:
+def is_blind_to_mean(model: LensModel) -> bool:
     """Whether nothing that reads the stream sees its mean, which processing takes out of what is written."""
     return _is_layer_norm(model) and not getattr(model.cfg, "final_rms", False)

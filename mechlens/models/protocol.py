@@ -33,7 +33,7 @@ class LensModel(Protocol):
     """Sizes: `n_layers n_heads d_model d_head d_mlp d_vocab n_ctx`; also `device`, `dtype`."""
     tokenizer: Any
     """The Hugging Face tokenizer, or None. Its `bos_token_id` may be the engine's invention in a model
-    that mechlens did not load: ask `mechlens.prompts.own_bos_token_id(model.tokenizer)`."""
+    that mechlens did not load: ask `mechlens.tokens.own_bos_token_id(model.tokenizer)`."""
     if TYPE_CHECKING:
         # Not at run time: a module's child is no attribute of the kind that Python 3.12 looks for when
         # it checks a protocol, which beartype does in the tests.

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, engine_of
-from mechlens.models.runs import plain_token, running, watch
+from mechlens.models.hooks import without_user_hooks
+from mechlens.models.runs import running, watch
 
 _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3}
 _TOLERANCE_REDUCED = 0.1
@@ -57,7 +58,7 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
             f"relative_position is how many tokens the key comes before the query, 0 to {n_ctx - 1} in this "
             f"model's context, but it is {distance}"
         )
-    with torch.inference_mode():
+    with torch.inference_mode(), without_user_hooks(model):
         if engine_of(model) == "HookedTransformer":
             turn = _hooked(model, layer)
         else:
@@ -68,7 +69,7 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
 def unrotated(model: LensModel, layer: int) -> tuple[int, ...]:
     """Which of a head's dimensions are not rotated; empty where all are."""
     R = rotation(model, layer, 1)
-    fixed = torch.eye(len(R), device=R.device)
+    fixed = torch.eye(len(R), dtype=R.dtype, device=R.device)
     # the slowest rotation turns by too little for its cosine to show, but not for its sine
     return tuple((fixed == R).all(1).nonzero()[:, 0].tolist())
 
@@ -82,11 +83,12 @@ def attention_scale(model: LensModel, layer: int) -> float:
     Cost: one run of two sequences of two tokens up to the layer.
     """
     d_head = model.cfg.d_head
-    vector = torch.full((d_head,), d_head**-0.5, device=model.W_U.device)
+    vector = torch.full((d_head,), d_head**-0.5, dtype=torch.float32, device=model.W_U.device)
     zero = torch.zeros_like(vector)
     given = torch.stack([vector, zero])
     queries = torch.stack([vector, vector])
-    before, same = _preferences(model, layer, queries, given, given.flip(0))[:, 0].tolist()
+    with without_user_hooks(model):
+        before, same = _preferences(model, layer, queries, given, given.flip(0))[:, 0].tolist()
     # a comparison with nan is false
     if not abs(before + same) <= _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * abs(before):
         raise ValueError(
@@ -115,7 +117,7 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
     lost = f"how this model rotates queries and keys in layer {layer} cannot be found out"
     farthest = max(1, min(_FARTHEST, model.cfg.n_ctx - 1))
     try:
-        tokens = torch.full((1, max(distance, farthest) + 1), plain_token(model))
+        tokens = torch.zeros(1, max(distance, farthest) + 1, dtype=torch.long)
         watch(model, tokens, {hook: keep(name) for hook, name in names.items()})
     except ValueError as error:
         raise ValueError(f"{lost} ({error}): the circuit without rotation would be wrong") from error
@@ -150,7 +152,7 @@ def _probes(
     """Queries and keys of length 1 whose scores tell rotations apart, and some that see all dimensions."""
     first = rotations[0]
     draw = torch.Generator().manual_seed(0)
-    anywhere = torch.randn(8, first.shape[-1], generator=draw).to(first)
+    anywhere = torch.randn(8, first.shape[-1], generator=draw, dtype=torch.float32).to(first)
     anywhere = anywhere / anywhere.norm(dim=1, keepdim=True)
     pairs = []
     for index, R in enumerate(rotations):
@@ -193,7 +195,7 @@ def _turned(
     n, adjacent = len(cos), pairing != "halves"
     if pairing.endswith("tables by halves"):
         cos, sin = (table[: n // 2].repeat_interleave(2) for table in (cos, sin))
-    R = torch.eye(d_head, device=cos.device)
+    R = torch.eye(d_head, dtype=cos.dtype, device=cos.device)
     first = torch.arange(0, n, 2) if adjacent else torch.arange(n // 2)
     second = first + (1 if adjacent else n // 2)
     R[:n, :n] = torch.diag(cos)
@@ -226,6 +228,6 @@ def _preferences(
     kept: list[Tensor] = []
     hooks = [(f"{at}q", instead(q[:, None].expand_as(keys))), (f"{at}k", instead(keys))]
     with running(model, hooks):
-        watch(model, torch.full(keys.shape[:2], plain_token(model)), {f"{at}pattern": kept.append})
+        watch(model, torch.zeros(keys.shape[:2], dtype=torch.long), {f"{at}pattern": kept.append})
     attention = kept[0][:, 0].float().log()
     return (attention[:, :, 0] - attention.diagonal(dim1=1, dim2=2))[:, 1:]

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.measures.vocabulary import target_log_prob
-from mechlens.models.protocol import LensModel
+from mechlens.models.hooks import alone, user_hooks
+from mechlens.models.protocol import LensModel, engine_of
 
 MAX_POSITIONS = 16384
 """Positions (rows x length) in one forward pass; longer batches are run in parts."""
@@ -24,8 +24,21 @@ class Enough(Exception):
 
 def run(model: LensModel, given: Tensor, **options: Any) -> None:
     """Run the model, for its hooks, until the end or until one of them has had `Enough`."""
+    given = given.to(model.cfg.device)
     with contextlib.suppress(Enough):
-        model(given.to(model.cfg.device), return_type=None, **options)
+        model(given, return_type=None, **(seen_whole(model, given) | options))
+
+
+def seen_whole(model: LensModel, given: Tensor) -> dict[str, Tensor]:
+    """What keeps an engine from hiding tokens: HookedTransformer takes leading ids that equal the padding
+    token for padding where its tokenizer pads on the left, and what is padding, only the caller knows."""
+    if (
+        given.is_floating_point()
+        or getattr(model.tokenizer, "padding_side", None) != "left"
+        or engine_of(model) != "HookedTransformer"
+    ):
+        return {}
+    return {"attention_mask": torch.ones_like(given)}
 
 
 def watch(
@@ -63,7 +76,8 @@ def watch_from(
         readers: by hook name; of blocks before `layer` nothing may be read.
 
     Raises:
-        ValueError: a model that gives its blocks more than the stream, or a hook name that it does not have.
+        ValueError: a model that gives its blocks more than the stream, or with hooks of the user's, which would
+            act on what they made; or a hook name that it does not have.
 
     Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier ones
     run, too, and their work is thrown away.
@@ -73,7 +87,18 @@ def watch_from(
             "this model gives each block its positions beside the stream (shortformer), so a run cannot "
             "begin in the middle"
         )
-    serve(model, residual, readers, start_at_layer=layer)
+    hooks = user_hooks(model)
+    if hooks:
+        raise ValueError(
+            f"blocks are run again on what others made, and your hook at {hooks[0]} would act on that, too: "
+            "remove it with model.reset_hooks(including_permanent=True)"
+        )
+    try:
+        serve(model, residual, readers, start_at_layer=layer)
+    except NotImplementedError as error:
+        raise ValueError(
+            "this engine cannot run a model from the middle on: use transformer-lens 4, or backend='hooked'"
+        ) from error
 
 
 def serve(
@@ -104,8 +129,10 @@ def serve(
 def running(
     model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]], *, gradients: bool = False
 ) -> Iterator[None]:
-    """Hooks that are gone when the block ends, no dropout, and no gradients unless they are asked for."""
+    """Hooks that are gone when the block ends, no other thread's run in between, no dropout, and no gradients
+    unless they are asked for."""
     with (
+        alone(model),
         torch.inference_mode(not gradients),
         torch.set_grad_enabled(gradients),
         _evaluating(model),
@@ -150,12 +177,6 @@ def _evaluating(model: LensModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def plain_token(model: LensModel) -> int:
-    """A token that an engine reads as any other, for runs whose tokens do not matter: HookedTransformer hides
-    the padding token where its tokenizer pads on the left."""
-    return 1 if getattr(model.tokenizer, "pad_token_id", None) == 0 else 0
 
 
 def check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -218,94 +239,3 @@ def read_patterns(
 def parts(tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, "part pos"], ...]:
     """The rows of a batch in parts that one forward pass takes."""
     return tokens.split(max(1, MAX_POSITIONS // max(1, tokens.shape[1])))
-
-
-def next_token_log_probs(
-    model: LensModel, tokens: Int[Tensor, "batch pos"]
-) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """How well each position predicts the token after it.
-
-    Returns:
-        Log-probability in nats of the next token, nan in the last position; and whether no other
-        token was more likely, False in the last position. Both on the CPU.
-
-    Cost: one forward pass, and one of at most 8 tokens that tells whether the model's logits are what
-    its last norm and `W_U` say; logits exist for a few positions at a time only. Where they are not,
-    each row's logits are taken from the model itself.
-    """
-    read = _streamed if reads_as_streamed(model, tokens[:1, :8]) else _whole
-    log_probs, corrects = [], []
-    for rows in parts(tokens):
-        log_prob, correct = read(model, rows)
-        log_probs.append(torch.nn.functional.pad(log_prob.cpu(), (0, 1), value=torch.nan))
-        corrects.append(torch.nn.functional.pad(correct.cpu(), (0, 1), value=False))
-    return torch.cat(log_probs), torch.cat(corrects)
-
-
-def _streamed(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-    """`[batch, pos - 1]` log-probability of each next token, and whether it is the most likely one."""
-    kept: list[Tensor] = []
-    watch(model, rows, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
-    with torch.inference_mode():
-        last = final_norm(model, kept.pop()[:, :-1])
-        targets = rows[:, 1:].to(last.device)
-        log_prob, correct = target_log_prob(
-            last.flatten(0, 1), model.W_U, model.b_U, targets.flatten(), soft_cap=soft_cap(model)
-        )
-    shape = (rows.shape[0], rows.shape[1] - 1)
-    return log_prob.view(shape), correct.view(shape)
-
-
-def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-    """The same from the model's own logits, a row at a time."""
-    log_probs, corrects = [], []
-    for row in rows.to(model.cfg.device).split(1):
-        with torch.inference_mode(), _evaluating(model):
-            logits = model(row, return_type="logits")[:, :-1].float()
-        own = logits.gather(2, row[:, 1:, None])[..., 0]
-        log_probs.append(own - logits.logsumexp(2))
-        corrects.append(own == logits.amax(2))
-    return torch.cat(log_probs), torch.cat(corrects)
-
-
-def reads_as_streamed(model: LensModel, probe: Int[Tensor, "one pos"]) -> bool:
-    """Whether the model's logits are its last norm through `W_U`, `b_U` and a soft-cap, and nothing else.
-
-    Granite divides them by a constant, for one, and a user's model may do anything.
-    """
-    if probe.shape[1] < 2:
-        if model.cfg.n_ctx < 2:
-            return True
-        # one token predicts none that could be compared: let it stand twice
-        probe = probe.repeat(1, 2)
-    streamed, whole = _streamed(model, probe)[0], _whole(model, probe)[0]
-    # a narrow dtype rounds the model's own logits, which we keep in float32
-    tolerance = 1e-3 if model.W_U.dtype in (torch.float32, torch.float64) else 0.5
-    # broken weights make both no number, which is no reason to doubt how they are read
-    same = ((streamed - whole).abs() <= tolerance) | (streamed.isnan() & whole.isnan())
-    return bool(same.all())
-
-
-def final_norm(
-    model: LensModel, residual: Float[Tensor, "*batch d_model"]
-) -> Float[Tensor, "*batch d_model"]:
-    """The model's last norm with its learned scale and bias; the residual itself where there is none."""
-    norm = getattr(model, "ln_final", None)
-    return residual if norm is None or model.cfg.normalization_type is None else norm(residual)
-
-
-def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """The model's last norm without its learned scale and bias; the residual itself where there is none."""
-    kind = model.cfg.normalization_type
-    if kind is None:
-        return residual
-    wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
-    if kind.startswith("LN"):
-        wide = wide - wide.mean(-1, keepdim=True)
-    return wide / (wide.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
-
-
-def soft_cap(model: LensModel) -> float | None:
-    """The bound c of `c * tanh(logit / c)`, where the model has one."""
-    cap = getattr(model.cfg, "output_logits_soft_cap", None)
-    return cap if cap is not None and cap > 0 else None

@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.measures.memory import is_out_of_memory
+from mechlens.models.hooks import user_hooks
+from mechlens.models.properties import alike, key_value_heads, last_residual, rows_run_alike
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.runs import Enough, run, running, watch
 
@@ -110,9 +112,10 @@ def sweep(
         tokens: one prompt.
         token_budget: positions that run together, a row counting `row_charge`; None takes `TOKEN_BUDGET`.
             It is halved when memory runs out.
-        last_read: the last position that anybody reads; what comes behind it is not run. None reads all.
-        begun: of the same tokens, where somebody has called `start_sweeps` already. Without a clean run in it
-            rows are whole runs from layer 0.
+        last_read: the last position that anybody reads; what comes behind it is not run where runs can be
+            resumed. None reads all.
+        begun: of the same tokens and last position, where somebody has called `start_sweeps` already. Without
+            a clean run in it rows are whole runs.
 
     Yields:
         Every patch once, in no fixed order. One that lies behind the last reader changes nothing and has an
@@ -122,15 +125,15 @@ def sweep(
     through all of them, for a bridge's blocks cannot be called one by one.
     """
     budget = TOKEN_BUDGET if token_budget is None else token_budget
-    end = tokens.shape[1] if last_read is None else last_read + 1
+    begun = start_sweeps(model, tokens, patches.site, last_read=last_read) if begun is None else begun
+    clean, end = begun.clean, tokens.shape[1] if begun.clean is None else begun.clean.tokens.shape[1]
     tokens = tokens[:, :end]
     late = (patches.first >= end).nonzero()[:, 0]
     if len(late):
         yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
-    begun = start_sweeps(model, tokens, patches.site) if begun is None else begun
-    clean = None if begun.clean is None else begun.clean.until(end)
     rows_of = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
-    waiting = list(_groups(model, patches, end, budget, whole=clean is None))[::-1]
+    # one at a time where rows of a batch are not all treated alike
+    waiting = list(_groups(model, patches, end, budget if begun.together else 0, whole=clean is None))[::-1]
     while waiting:
         start, which = waiting.pop()
         try:
@@ -150,8 +153,7 @@ def row_charge(model: LensModel, length: int, end: int) -> float:
     """
     cfg = model.cfg
     one = position_floats(model)
-    n_kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
-    keys_values = 2 * n_kv_heads * cfg.d_head
+    keys_values = 2 * key_value_heads(model) * cfg.d_head
     if engine_of(model) != "HookedTransformer":
         keys_values *= cfg.n_layers
     return length + end * (keys_values + 2 * length * cfg.n_heads) / one
@@ -223,7 +225,7 @@ def clean_run(model: LensModel, tokens: Int[Tensor, "1 pos"], *, with_mlp: bool 
                 x = block(x, past_kv_cache_entry=entry)
                 past.append((entry.past_keys, entry.past_values))
         else:
-            cache = _bridge_cache()
+            cache = bridge_cache()
             run(model, tokens, past_key_values=cache)
             past = [(layer.keys, layer.values) for layer in cache.layers]
         base = []
@@ -256,47 +258,59 @@ class Start:
     final: Float[Tensor, "1 pos d_model"]
     """What the clean run's logits are read from."""
     clean: Clean | None
-    """None where a run of this model on this prompt cannot be resumed: patched runs are whole ones."""
+    """Up to the last position that is read; None where patched runs are whole ones."""
+    why: str = ""
+    """Why a run of this model on this prompt cannot be resumed."""
+    together: bool = True
+    """Whether runs of this prompt may share a batch."""
 
 
-def start_sweeps(model: LensModel, tokens: Int[Tensor, "1 pos"], site: str) -> Start:
-    """Run the prompt clean, and see whether a run resumed in its middle, and in the middle of the model, is
-    the whole run's second half.
+def start_sweeps(
+    model: LensModel, tokens: Int[Tensor, "1 pos"], site: str, *, last_read: int | None = None
+) -> Start:
+    """Run the prompt clean, and see whether a run resumed in its middle, and in the middle of the model, and
+    cut behind what is read, is that part of the whole run.
 
     That is tried, on these very tokens, against the model's own run: kinds of attention, and what an engine
-    makes of padding, are too many to list.
+    makes of padding, are too many to list. Where the user has hooks on the model, it is not even tried: they
+    may act at one layer, site or position only.
 
-    Cost: two forward passes and a half.
+    Cost: two forward passes and a half; three for a model with hooks.
     """
-    own: list[Tensor] = []
-    watch(model, tokens, {SITES["resid_post"].format(model.cfg.n_layers - 1): own.append})
-    final, end = own.pop(), tokens.shape[1]
-    if end < 2:
-        return Start(final, None)
+    final = last_residual(model, tokens)
+    hooks = user_hooks(model)
+    if hooks:
+        together = rows_run_alike(model, tokens.repeat(2, 1))
+        return Start(final, None, f"your hook at {hooks[0]} acts on them", together)
+    end = tokens.shape[1] if last_read is None else last_read + 1
+    unlike = "this model cannot be resumed in the middle of such a prompt"
+    if tokens.shape[1] < 2:
+        return Start(final, None, "the prompt is a single token")
+    # of a single token there is no middle
+    tried = max(end, 2)
     try:
-        clean = clean_run(model, tokens, with_mlp=site == "mlp_out")
+        clean = clean_run(model, tokens, with_mlp=site == "mlp_out").until(tried)
         nothing = Patches(
             "resid_pre",
             torch.tensor([0, model.cfg.n_layers - 1]),
-            torch.tensor([end // 2] * 2),
+            torch.tensor([tried // 2] * 2),
             lambda activation, which, start: activation,
         )
         rows_of = _grow if engine_of(model) == "HookedTransformer" else _suffix
-        found = rows_of(model, tokens, clean, nothing, torch.arange(2), end // 2)
+        found = rows_of(model, tokens[:, :tried], clean, nothing, torch.arange(2), tried // 2)
     except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
-        return Start(final, None)
+        return Start(final, None, unlike)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        return Start(final, None)
-    expected = final[:, end // 2 :]
-    if found.shape[1:] != expected.shape[1:]:
-        return Start(final, None)
-    # other shapes sum in another order
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
-    scale = expected.float().abs().max()
-    safe = bool(((found - expected).float().abs().max() <= tolerance * scale).item())
-    return Start(final, clean if safe else None)
+        return Start(final, None, unlike)
+    if not alike(found, final[:, tried // 2 : tried].expand(2, -1, -1)):
+        return Start(final, None, unlike)
+    # the rest of a block is added to what somebody patches into mlp_out
+    for base, mlp_out, after in zip(clean.base, clean.mlp_out, clean.resid_pre[1:], strict=False):
+        if not alike(base + mlp_out, after):
+            return Start(final, None, "its blocks do not add mlp_out to the stream as it is")
+    return Start(final, clean.until(end))
 
 
 # -- HookedTransformer -----------------------------------------------------------------------------
@@ -379,7 +393,7 @@ def _suffix(
 ) -> Float[Tensor, "row suffix d_model"]:
     """All rows through all layers, from `start` on, behind the clean keys and values of the prefix."""
     assert clean is not None
-    past = _bridge_cache()
+    past = bridge_cache()
     for layer, (keys, values) in enumerate(clean.past):
         rows = (len(which), -1, -1, -1)
         past.update(keys[:, :, :start].expand(rows), values[:, :, :start].expand(rows), layer)
@@ -461,7 +475,7 @@ def _add(activation: Tensor, hook: Any, changes: list[Tensor]) -> Tensor:
 # -- the engines' caches ---------------------------------------------------------------------------
 
 
-def _bridge_cache() -> Any:
+def bridge_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()

@@ -60,7 +60,7 @@ def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> Tune
     config = _config(folder / FILES[0], info)
     translators = _translators(folder / FILES[1], info, has_bias=config.get("bias", True))
     rows = tuple(translators)
-    unknown = torch.full((len(rows) + 1,), torch.nan)
+    unknown = torch.full((len(rows) + 1,), torch.nan, dtype=torch.float32)
     return TunedLens(
         model=info,
         rows=rows,
@@ -209,7 +209,7 @@ def _translators(file: Path, info: ModelInfo, *, has_bias: bool) -> dict[str, tu
         if bias is None:
             if has_bias:
                 raise ModelLoadError(f"{file} has no bias of translator {index}")
-            bias = torch.zeros(info.d_model)
+            bias = torch.zeros(info.d_model, dtype=torch.float32)
         if weight.shape != (info.d_model, info.d_model) or bias.shape != (info.d_model,):
             raise ModelLoadError(
                 f"translator {index} of {file} is {tuple(weight.shape)} with a bias {tuple(bias.shape)}, but "

@@ -82,7 +82,9 @@ def random_like(
             else:
                 scale = std / smaller if _WRITERS.intersection((*place, name)) else std
                 scale *= wide if place[0] == "embed" else 1.0
-                parameter.copy_((torch.randn(parameter.shape, generator=draw) * scale).to(parameter))
+                parameter.copy_(
+                    (torch.randn(parameter.shape, generator=draw, dtype=torch.float32) * scale).to(parameter)
+                )
         if tied and not keep_embeddings:
             other.W_U.copy_(other.W_E.T / wide)
     words = ", trained embeddings" if keep_embeddings else ""

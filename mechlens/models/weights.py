@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.models.hooks import alone, without_user_hooks
+from mechlens.models.properties import alike
 from mechlens.models.protocol import LensModel, describe, recall
 
 
@@ -57,7 +59,11 @@ def output_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
     # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
     bias = getattr(model.blocks[layer].attn, "b_O", None)
     d_model = model.W_U.shape[0]
-    return torch.zeros(d_model, device=model.W_U.device) if bias is None else bias.detach().float()
+    return (
+        torch.zeros(d_model, dtype=torch.float32, device=model.W_U.device)
+        if bias is None
+        else bias.detach().float()
+    )
 
 
 def attention_out_affine(
@@ -85,6 +91,32 @@ def head_outputs(
     if (model.cfg.normalization_type or "").startswith("LN"):
         written = written - written.mean(-1, keepdim=True)
     return written * norm[0] / scale[:, None, None]
+
+
+def check_heads_add_up(
+    model: LensModel,
+    layer: int,
+    z: Float[Tensor, "row head d_head"],
+    attn_out: Float[Tensor, "row d_model"],
+) -> None:
+    """Refuse a model whose heads' outputs, as `head_outputs` has them, are not what its attention adds to the
+    stream: Granite multiplies it by a constant, and a hook may do anything.
+
+    Raises:
+        ValueError: such a model.
+    """
+    bias, norm = output_bias(model, layer), attention_out_affine(model, layer)
+    total = z.float().flatten(1) @ output_weights(model, layer).flatten(0, 1) + bias
+    if norm is not None:
+        total = before_norm(model, total, torch.ones_like(bias)) / norm_scale(model, total)[:, None]
+        total = total * norm[0] + norm[1]
+    if not alike(total.to(attn_out.dtype), attn_out):
+        factor = float((total * attn_out).sum() / attn_out.float().square().sum())
+        raise ValueError(
+            f"what the heads of layer {layer} write (z @ W_O) is not what its attention adds to the residual stream "
+            f"(it is {factor:.3g} times as long): this model scales it, or a hook changes it, so a head cannot be "
+            "read alone; attn_out can"
+        )
 
 
 def norm_scale(model: LensModel, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
@@ -120,14 +152,15 @@ def norm_affine(
     The engines name, offset (Gemma) and fold the parameters differently; what a norm does they agree on.
     """
     like = model.W_U
+    where: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
     if norm is None or model.cfg.normalization_type is None:
-        return torch.ones(d_model, device=like.device), torch.zeros(d_model, device=like.device)
-    probe = torch.linspace(1, 2, d_model, device=like.device)
+        return torch.ones(d_model, **where), torch.zeros(d_model, **where)
+    probe = torch.linspace(1, 2, d_model, **where)
     probe[1::2] *= -1
     probe -= probe.mean()
     probe /= probe.pow(2).mean().sqrt()
     probe = probe.to(like.dtype)
-    with torch.inference_mode():
+    with alone(model), without_user_hooks(norm), torch.inference_mode():
         up, down = (norm(x[None, None])[0, 0].float() for x in (probe, -probe))
     # of a vector with a mean square of 1, to which the norm adds its eps
     return (up - down) / (2 * probe.float()) * (1 + model.cfg.eps) ** 0.5, (up + down) / 2

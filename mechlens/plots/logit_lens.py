@@ -109,6 +109,14 @@ def lens_stat(result: LogitLensResult, stat: str, target: str | None = None) -> 
     title = STATS[stat]
     if target is not None and target not in result.rank:
         raise ValueError(f"no token {target!r} in this result, which has {', '.join(map(repr, result.rank))}")
+    needed = {"kl": "kl_final", "probability": "log_prob" if target else None}.get(
+        stat, "rank" if stat in RANKS else stat
+    )
+    if needed is not None and needed not in result.statistics:
+        raise ValueError(
+            f"this lens was made without {needed}, which {stat} needs: make it with statistics={needed!r} among others, "
+            "or leave statistics out"
+        )
     if target is not None:
         title = f"{stat} of {_OWN.get(target) or visible_token(target)}"
     if stat in RANKS:

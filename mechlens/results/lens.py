@@ -37,6 +37,8 @@ class LogitLensResult(Result):
     """`final_norm`, `norm_only`, `none`, `tuned_lens`, or the name of a function."""
     last_blocks: int
     """Through how many of the last blocks vectors went before the decoder."""
+    statistics: tuple[str, ...]
+    """Which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` were computed; the others are nan."""
     top_ids: Int[Tensor, "row batch read k"]
     """The most likely next tokens, the likeliest first."""
     top_probabilities: Float[Tensor, "row batch read k"]
@@ -66,7 +68,7 @@ class LogitLensResult(Result):
         Padding is left out."""
         import pandas as pd
 
-        n_rows, batch, read = self.entropy.shape
+        n_rows, batch, read, _ = self.top_ids.shape
         index = pd.MultiIndex.from_product(
             [self.rows, range(batch), self.positions], names=["row", "sequence", "pos"]
         )
@@ -74,11 +76,17 @@ class LogitLensResult(Result):
             "token": self.texts(self.tokens[:, list(self.positions)].expand(n_rows, -1, -1)),
             "top": self.texts(self.top_ids[..., 0]),
             "probability": self.top_probabilities[..., 0],
-            "entropy": self.entropy,
-            "kl_final": self.kl_final,
-            "kl_input": self.kl_input,
-            **{f"rank_{name}": values for name, values in self.rank.items()},
-            **{f"log_prob_{name}": values for name, values in self.log_prob.items()},
+            **{
+                name: getattr(self, name)
+                for name in self.statistics
+                if name in ("entropy", "kl_final", "kl_input")
+            },
+            **{
+                f"{kind}_{name}": values
+                for kind in ("rank", "log_prob")
+                if kind in self.statistics
+                for name, values in getattr(self, kind).items()
+            },
         }
         flat = {
             name: values if isinstance(values, list) else values.reshape(n_rows * batch * read).numpy()

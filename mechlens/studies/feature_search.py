@@ -29,7 +29,7 @@ from mechlens.measures.statistics import exact_interval
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 from mechlens.models.untrained import random_like
-from mechlens.prompts import vocabulary_hash
+from mechlens.tokens import vocabulary_hash
 from mechlens.published import FEATURE_TOKENS, FEATURES, FEATURES_POST, Published, PublishedTokens
 from mechlens.results import (
     NOT_JUDGED,

@@ -18,9 +18,11 @@ from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Mean, Resampled, patch_grid, patch_path, path_attention
 from mechlens.measures.attention import copies_stripe, stripe_score
 from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
+from mechlens.models.properties import key_value_head
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.rotary import is_rotary
-from mechlens.prompts import RandomTokens, own_bos_token_id, repeated_tokens
+from mechlens.prompts import RandomTokens, repeated_tokens
+from mechlens.tokens import own_bos_token_id
 from mechlens.published import COMPOSITION_GPT2, Published
 from mechlens.results import (
     NOT_JUDGED,
@@ -126,7 +128,9 @@ def find_induction_circuits(
     return InductionCircuits(
         model=info,
         pairs=tuple((*one, *other) for one, other in found),
-        evidence={name: torch.tensor([each[name] for each in judged]) for name in _NAMES},
+        evidence={
+            name: torch.tensor([each[name] for each in judged], dtype=torch.float32) for name in _NAMES
+        },
         verdicts=tuple(verdict for verdict, _ in verdicts),
         reasons=tuple(reasons for _, reasons in verdicts),
         clean_loss=judged[0]["clean_loss"] if judged else math.nan,
@@ -322,12 +326,11 @@ def _cause(
         )
         return float(stripe_score(pattern[:, None], stripe).mean())
 
-    shared = model.cfg.n_heads // (getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads)
     path = patch_path(
         model,
         random.tokens,
         sender=previous,
-        receiver=(induction[0], induction[1] // shared),
+        receiver=(induction[0], key_value_head(model, induction[1])),
         input="k",
         source=source,
         read=_read(random),

@@ -16,7 +16,7 @@ from torch import Tensor
 from mechlens.analyses.logit_lens import logit_lens
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import LensModel
-from mechlens.prompts import drawable_tokens, token_strings
+from mechlens.tokens import drawable_tokens, token_strings
 from mechlens.published import LOGIT_LENS, Published
 from mechlens.results import NOT_JUDGED, Comparison, LogitLensResult, Result
 from mechlens.studies.study import Study

@@ -19,7 +19,8 @@ from torch import Tensor
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
 from mechlens.models.protocol import LensModel
-from mechlens.prompts import own_bos_token_id, repeated_tokens
+from mechlens.prompts import repeated_tokens
+from mechlens.tokens import own_bos_token_id
 from mechlens.published import MLP_PATCHING, Published
 from mechlens.results import NOT_JUDGED, Comparison, HeadScores, PatchGridResult, Result
 from mechlens.studies.study import Study

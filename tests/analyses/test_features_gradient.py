@@ -16,7 +16,7 @@ from mechlens.models import embedded
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
 from mechlens.models.untrained import generator_of
-from mechlens.prompts import drawable_tokens
+from mechlens.tokens import drawable_tokens
 from mechlens.results.state import state_file
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model, write_model_of

@@ -15,7 +15,7 @@ from mechlens.models import load
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import BUNDLED, load_model
 from mechlens.models.protocol import describe, engine_of
-from mechlens.prompts import own_bos_token_id
+from mechlens.tokens import own_bos_token_id
 from tests.shared import STORIES, needs_shared
 from tests.tiny_models import KINDS, TOY_CONFIG, write_tiny_model, write_tokenizer, write_toy
 

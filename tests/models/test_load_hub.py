@@ -14,7 +14,7 @@ import torch
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
-from mechlens.prompts import own_bos_token_id
+from mechlens.tokens import own_bos_token_id
 from tests.tiny_models import write_tiny_model, write_tokenizer, write_toy
 
 SHA = "0123456789abcdef0123456789abcdef01234567"

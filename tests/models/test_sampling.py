@@ -7,7 +7,7 @@ import torch
 
 from mechlens.models.load import load_model
 from mechlens.models.sampling import sample_tokens
-from mechlens.prompts import drawable_tokens
+from mechlens.tokens import drawable_tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -13,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_numbers
+from mechlens.arguments import check_counts
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
-from mechlens.prompts import vocabulary_hash
+from mechlens.tokens import vocabulary_hash
 from mechlens.results import CompleteSearch
 from mechlens.results.state import load_state, save_state, state_file
 

@@ -17,14 +17,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_numbers
+from mechlens.arguments import check_counts
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
 from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.accumulators import TopRows
 from mechlens.measures.memory import in_parts
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 from mechlens.models.sweeps import TOKEN_BUDGET, row_charge
-from mechlens.prompts import bos_to_prepend, own_bos_token_id, special_ids
+from mechlens.prompts import bos_to_prepend
+from mechlens.tokens import own_bos_token_id, special_ids
 from mechlens.results import FeatureExamples
 from mechlens.results.state import load_state, save_state, state_file
 
@@ -102,7 +105,9 @@ def feature_examples(
     saved = time.monotonic()
     bar = tqdm(total=limit, initial=heap.read, desc="reading", unit="window", disable=not progress)
     try:
-        for batch in _batches(windows, rows):
+        for index, batch in enumerate(_batches(windows, rows)):
+            if index == 0:
+                check_rows_alike(model, batch[:2])
             for tokens, _ in in_parts(heap.add, batch, len(batch)):
                 bar.update(len(tokens))
             if file is not None and time.monotonic() - saved > SAVE_SECONDS:
@@ -216,7 +221,7 @@ class _Heap:
         self, tokens: Int[Tensor, "window pos"], windows: Int[Tensor, "layer feature k"]
     ) -> Float[Tensor, "layer feature k pos"]:
         """Of the kept windows, at every position that counts."""
-        found = torch.full((*windows.shape, self.length), torch.nan)
+        found = torch.full((*windows.shape, self.length), torch.nan, dtype=torch.float32)
         begin = 0
 
         def note(activation: Tensor, layer: int, begin: int, silent: Tensor) -> None:

@@ -12,13 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mechlens.arguments import check_counts, check_reals
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_reals, hashed
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, hashed
 from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
 from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
 from mechlens.models.untrained import generator_of
-from mechlens.prompts import drawable_tokens
+from mechlens.tokens import drawable_tokens
 from mechlens.results import CompleteSearch, GradientSearch
 from mechlens.results.state import load_state, save_state, state_file
 
@@ -164,7 +165,7 @@ def search_gradient(
                 "less: leave complete out, or take a larger constant"
             )
         if prior == "softmax":
-            drawn = torch.randn(restarts, n_tokens, len(E), generator=draw).to(E.device)
+            drawn = torch.randn(restarts, n_tokens, len(E), generator=draw, dtype=torch.float32).to(E.device)
             free, rate = drawn.softmax(-1).requires_grad_(), learning_rate
         else:
             ids = _first_tokens(model, restarts, n_tokens, draw).to(E.device)

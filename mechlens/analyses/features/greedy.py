@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_counts, check_numbers
+from mechlens.arguments import check_counts
+from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
@@ -165,12 +166,12 @@ class _Beams:
     @classmethod
     def begin(cls, n_features: int, k: int) -> _Beams:
         """One input without tokens."""
-        nothing = torch.zeros(n_features, 1, 0)
+        nothing = torch.zeros(n_features, 1, 0, dtype=torch.float32)
         return cls._unread(nothing.long(), nothing, k)
 
     @classmethod
     def _unread(cls, ids: Tensor, activations: Tensor, k: int) -> _Beams:
-        unknown = torch.zeros(*ids.shape[:2], k)
+        unknown = torch.zeros(*ids.shape[:2], k, dtype=torch.float32)
         return cls(ids, activations, unknown.long(), unknown, unknown[..., 0].bool())
 
     @classmethod

@@ -13,8 +13,10 @@ from torch import Tensor
 from mechlens.analyses.features.sought import Sought
 from mechlens.measures.memory import in_parts
 from mechlens.models.embedded import run_embedded
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import check_tokens, final_norm, plain_token, reads_as_streamed, soft_cap
+from mechlens.models.readings import check_streamed, final_norm, unembedding
+from mechlens.models.runs import check_tokens
 from mechlens.prompts import prompt_tokens
 
 OBJECTIVES = ("constant", "maximise", "maximin", "l1", "cosine", "continuation")
@@ -54,7 +56,7 @@ class Judge:
         model, goes_on = sought.model, objective == "continuation"
         ids = _target(model, objective, target, n_tokens)
         behind = ids if goes_on and ids is not None else torch.tensor([], dtype=torch.long)
-        tokens = torch.cat([sought.prefix, torch.full((n_tokens,), plain_token(model)), behind])
+        tokens = torch.cat([sought.prefix, torch.zeros(n_tokens, dtype=torch.long), behind])
         if len(tokens) > model.cfg.n_ctx:
             raise ValueError(
                 f"{len(tokens)} tokens, of which {n_tokens} are searched, do not fit into the model's "
@@ -62,11 +64,9 @@ class Judge:
             )
         if goes_on and isolated:
             raise ValueError("a block alone predicts no continuation: use isolated=False")
-        if goes_on and not reads_as_streamed(model, tokens[None, :8]):
-            raise ValueError(
-                "this model's logits are more than its last norm, W_U, b_U and a soft-cap: a continuation "
-                "would be judged by something else"
-            )
+        if goes_on:
+            check_streamed(model, tokens[None])
+        check_rows_alike(model, tokens.repeat(2, 1))
         if isolated and getattr(model.cfg, "positional_embedding_type", None) == "shortformer":
             raise ValueError("this model's blocks get positions beside the stream: use isolated=False")
         selected = (
@@ -119,27 +119,19 @@ class Judge:
         self, ids: Int[Tensor, "row pos"]
     ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
         """The same of tokens."""
-        return self._with(ids)(self.embeddings[ids])
+        return self(self.embeddings[ids])
 
     @torch.no_grad()
     def of_tokens(self, ids: Int[Tensor, "row pos"], at_once: int) -> Float[Tensor, "row selected"]:
         """The selected activations when tokens are run; none for a continuation."""
         if self.objective == "continuation":
-            return torch.zeros(len(ids), 0)
+            return torch.zeros(len(ids), 0, dtype=torch.float32)
         given = ids.to(self.embeddings.device)
         parts = in_parts(self._read_tokens, given, at_once)
         return torch.cat([made.cpu() for _, made in parts])
 
     def _read_tokens(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row selected"]:
-        return self._with(ids)._read(self.embeddings[ids])
-
-    def _with(self, ids: Int[Tensor, "row pos"]) -> Judge:
-        """With tokens where there is room for them: an engine may hide a padding token, which is told by its
-        id and not by its embedding."""
-        start = len(self.sought.prefix)
-        rows = self.tokens.expand(len(ids), -1).clone()
-        rows[:, start : start + self.n_tokens] = ids.to(rows.device)
-        return dataclasses.replace(self, tokens=rows)
+        return self._read(self.embeddings[ids])
 
     def _run(self, embedded: Float[Tensor, "row pos d_model"], name: str) -> Tensor:
         given = embedded.to(self.embeddings.dtype)
@@ -158,12 +150,10 @@ class Judge:
         assert self.target is not None
         last = self._run(embedded, f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
         # each position predicts the token after it
-        ahead = final_norm(model, last[:, -len(self.target) - 1 : -1]).float()
-        logits = ahead @ model.W_U.float() + model.b_U.float()
-        cap = soft_cap(model)
-        logits = logits if cap is None else cap * (logits / cap).tanh()
-        ids = self.target.to(logits.device).expand(len(logits), -1)[..., None]
-        return logits.log_softmax(-1).gather(-1, ids)[..., 0].sum(-1)
+        ahead = final_norm(model, last[:, -len(self.target) - 1 : -1])
+        ids = self.target.to(ahead.device).expand(len(ahead), -1)
+        log_prob, _ = unembedding(model).log_prob(ahead.flatten(0, 1), ids.flatten())
+        return log_prob.view(ids.shape).sum(-1)
 
 
 def _target(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
-import numbers
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models import sweeps
+from mechlens.models.folding import is_blind_to_mean
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import check_tokens
 from mechlens.models.weights import settings_hash, weights_hash
-from mechlens.prompts import bos_to_prepend, chosen, own_bos_token_id, prompt_tokens, token_strings
+from mechlens.arguments import chosen
+from mechlens.prompts import bos_to_prepend, prompt_tokens
+from mechlens.tokens import own_bos_token_id, token_strings
 from mechlens.results import ModelInfo
 
 SITES = {name: sweeps.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
@@ -62,7 +62,7 @@ class Sought:
             ValueError: processed weights, an unknown site, a layer or feature out of range or none at all,
                 directions of another size, or a prefix that the model cannot be run on.
         """
-        info = unprocessed(model)
+        info = own_basis(model, site)
         if not isinstance(site, str) or site not in SITES:
             raise ValueError(f"site must be one of {', '.join(SITES)}, but is {site!r}")
         if site in _OF_MLPS and getattr(model.cfg, "attn_only", False):
@@ -132,14 +132,17 @@ class Sought:
         return dict(zip(map(str, seen.tolist()), token_strings(self.model, seen), strict=True))
 
 
-def unprocessed(model: LensModel) -> ModelInfo:
-    """Describe a model whose features are its own.
+def own_basis(model: LensModel, site: str) -> ModelInfo:
+    """Describe a model whose features at a site are its own.
+
+    Processing takes the mean out of what is written to the stream, where all that reads it is LayerNorm; of
+    RMSNorm models, and of an MLP's neurons, it changes nothing.
 
     Raises:
-        ValueError: processed weights, or such that it cannot be told.
+        ValueError: weights that are centred, or of which it cannot be told.
     """
     info = describe(model)
-    if info.processing is not False:
+    if info.processing is not False and site != "post" and is_blind_to_mean(model):
         what = "has processed weights" if info.processing else "has weights that may be processed"
         raise ValueError(
             f"{info.name} {what}, and processing changes the basis that features live in, by centring what "
@@ -152,32 +155,6 @@ def check_numbers(rows: Float[Tensor, "row feature"], name: str) -> None:
     """Refuse activations that are no numbers."""
     if bool(rows.isnan().any()):
         raise ValueError(f"some of the model's activations at {name} are nan, so that none is the largest")
-
-
-def check_counts(**counts: Any) -> None:
-    """Refuse what is no whole number of at least 1; None stands for no choice."""
-    for name, value in counts.items():
-        if value is None:
-            continue
-        try:
-            number = None if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            number = None
-        if number is None:
-            raise TypeError(f"{name} must be a whole number, but is {value!r}")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
-
-
-def check_reals(**given: Any) -> None:
-    """Refuse what is no finite number; None stands for no choice."""
-    for name, value in given.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, but is {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, but is {value}")
 
 
 def hashed(values: Tensor) -> str:
@@ -229,4 +206,5 @@ def _prefix(
     if not tokens.shape[1]:
         return begin
     check_tokens(model, tokens)
-    return torch.cat([begin, tokens[0]])
+    # a rendered chat template and decoded tokens begin with their own
+    return tokens[0] if bos is not None and int(tokens[0, 0]) == bos else torch.cat([begin, tokens[0]])

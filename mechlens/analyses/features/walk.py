@@ -44,7 +44,11 @@ class Space:
 
     def between_tokens(self) -> float:
         """Mean cosine of a real embedding to the nearest other one, over at most 1000 of them."""
-        some = torch.linspace(0, len(self.E) - 1, min(1000, len(self.E)), device=self.E.device).long()
+        some = (
+            torch.linspace(0, len(self.E) - 1, min(1000, len(self.E)), dtype=torch.double)
+            .long()
+            .to(self.E.device)
+        )
         cosines = self.unit[some] @ self.unit.T
         cosines[torch.arange(len(some)), some] = -1
         return float(cosines.amax(-1).mean())
@@ -86,7 +90,7 @@ class Walk:
         self.rows = len(free)
         self.objectives: list[Float[Tensor, " restart"]] = []
         self.activations: list[Float[Tensor, " restart"]] = []
-        self.lowest = torch.full((len(free),), torch.inf)
+        self.lowest = torch.full((len(free),), torch.inf, dtype=torch.float32)
         self.best = free.detach().clone()
         self.stalled = 0
         self.decoded: dict[str, Decoded] = {}
@@ -139,7 +143,9 @@ class Walk:
         return decoded | {
             # the optimiser changes its own and these in place
             "free": self.free.detach().clone(),
-            "optimiser": torch.cat([torch.zeros(0), *(each.cpu().flatten() for each in kept)]),
+            "optimiser": torch.cat(
+                [torch.zeros(0, dtype=torch.float32), *(each.cpu().flatten() for each in kept)]
+            ),
             "objectives": torch.stack(self.objectives, dim=1),
             "activations": torch.stack(self.activations, dim=1),
             "lowest": self.lowest,

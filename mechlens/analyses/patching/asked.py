@@ -28,10 +28,15 @@ from mechlens.analyses.patching.sources import (
     other_tokens,
     seed_of,
 )
-from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import check_tokens, reads_as_streamed
+from mechlens.models.protocol import LensModel, describe, engine_of
+from mechlens.models.hooks import user_hooks
+from mechlens.models.properties import key_value_heads
+from mechlens.models.readings import check_streamed
+from mechlens.models.runs import check_tokens
 from mechlens.models.sweeps import SITES, Patches, patterns_count
-from mechlens.prompts import chosen, own_bos_token_id, prompt_tokens, token_strings
+from mechlens.arguments import chosen
+from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.tokens import own_bos_token_id, token_strings
 from mechlens.results import ModelInfo
 
 PER_HEAD = ("q", "k", "v", "z", *ATTENTION)
@@ -60,7 +65,7 @@ class Asked:
     def of(
         cls,
         model: LensModel,
-        prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+        prompt: Prompt,
         *,
         site: str,
         source: Source,
@@ -92,11 +97,7 @@ class Asked:
             )
         grid = grid.within(defined(source, n_pos), given=not isinstance(positions, str))
         judge = Judge.of(model, metric, tokens, read_at, targets, against)
-        if not reads_as_streamed(model, tokens[:1, :8]):
-            raise ValueError(
-                "this model's logits are more than its last norm, W_U, b_U and a soft-cap: patched runs "
-                "would be judged by something else"
-            )
+        check_streamed(model, tokens)
         other = other_tokens(model, source, tokens, prepend_bos)
         return cls(
             info, model, tokens, other, site, source, grid, float(weight), metric, read_at, judge, direction
@@ -202,12 +203,15 @@ class Grid:
                 f"a bridge computes GPT-Neo's attention without looking at a changed {site}: patch z or v, "
                 "or use HookedTransformer"
             )
+        if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
+            raise ValueError(
+                "a bridge has no hook where its stream carries resid_mid past the MLP, so that it is patched there "
+                f"and added behind the block, where your hook at {user_hooks(model)[0]} might see it: remove the "
+                "hook, or patch attn_out"
+            )
         if heads is not None and site not in PER_HEAD:
             raise ValueError(f"heads are for {', '.join(PER_HEAD)}, but site is {site!r}")
-        n_heads = model.cfg.n_heads
-        if site in _KEY_VALUE:
-            apart = getattr(model.cfg, "ungroup_grouped_query_attention", False)
-            n_heads = (None if apart else getattr(model.cfg, "n_key_value_heads", None)) or n_heads
+        n_heads = key_value_heads(model) if site in _KEY_VALUE else model.cfg.n_heads
         return cls(
             chosen("layer", layers, model.cfg.n_layers),
             None if heads is None else chosen("head", _each("heads", heads), n_heads),

@@ -9,17 +9,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.patching.asked import Asked, Grid
-from mechlens.analyses.patching.judge import Metric, Targets, final_of
+from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import ATTENTION, Source, values_of
 from mechlens.models.gradients import gradients
+from mechlens.models.properties import last_residual
 from mechlens.models.protocol import LensModel
 from mechlens.models.sweeps import SITES
+from mechlens.prompts import Prompt
 from mechlens.results import AttributionPatchResult, PatchGridResult
 
 
 def attribution_patching(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prompt: Prompt,
     *,
     site: str,
     source: Source,
@@ -87,12 +89,13 @@ def attribution_patching(
         _check_exact(exact, asked)
     judge, grid = asked.judge, asked.grid
     names = {layer: SITES[site].format(layer) for layer in grid.layers}
-    estimate = torch.empty(len(asked.tokens), *grid.shape)
-    clean, corrupted = torch.empty(len(asked.tokens)), torch.full((len(asked.tokens),), torch.nan)
+    estimate = torch.empty(len(asked.tokens), *grid.shape, dtype=torch.float32)
+    clean = torch.empty(len(asked.tokens), dtype=torch.float32)
+    corrupted = torch.full_like(clean, torch.nan)
     for index in range(len(asked.tokens)):
         base, given = asked.runs(index)
         if asked.other is not None:
-            final = final_of(model, given)
+            final = last_residual(model, given)
             if direction == "denoising":
                 judge.begin(index, final)
         judge.prompt = index

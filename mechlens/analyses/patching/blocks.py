@@ -14,13 +14,14 @@ from mechlens.analyses.patching.sources import Made
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.runs import watch, watch_from
 from mechlens.models.sweeps import SITES, start_sweeps
-from mechlens.prompts import chosen
+from mechlens.arguments import chosen
+from mechlens.prompts import Prompt
 from mechlens.results import PatchGridResult
 
 
 def patch_blocks(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prompt: Prompt,
     how: str | LensModel,
     *,
     layers: Sequence[int] | None = None,

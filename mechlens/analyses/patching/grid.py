@@ -14,21 +14,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.analyses.patching.asked import Asked
-from mechlens.analyses.patching.judge import Metric, Targets, final_of
+from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import Made, Mean, Source, values_of
+from mechlens.models.properties import last_residual
 from mechlens.models.protocol import LensModel
 from mechlens.models.sweeps import start_sweeps, sweep
+from mechlens.prompts import Prompt
 from mechlens.results import PatchGridResult
 from mechlens.results.state import load_state, save_state, state_file
 
 SAVE_SECONDS = 30.0
 """Between two saves of the state."""
-_PLAIN = "patches were whole runs: this model cannot be resumed in the middle of such a prompt"
 
 
 def patch_grid(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prompt: Prompt,
     *,
     site: str,
     source: Source,
@@ -140,16 +141,18 @@ def patch_grid(
             if bool(done.cells[index].all()):
                 continue
             base, given = asked.runs(index)
-            begun = start_sweeps(model, base, site)
-            finals = begun.final if direction == "noising" else final_of(model, tokens[index : index + 1])
+            begun = start_sweeps(model, base, site, last_read=max(asked.read))
+            finals = (
+                begun.final if direction == "noising" else last_residual(model, tokens[index : index + 1])
+            )
             judge.begin(index, finals)
             done.judged("clean", index, judge.of_run(finals), file)
             if asked.other is not None:
-                others = begun.final if direction == "denoising" else final_of(model, given)
+                others = begun.final if direction == "denoising" else last_residual(model, given)
                 done.judged("corrupted", index, judge.of_run(others), file)
                 finals = finals if direction == "noising" else others
-            if begun.clean is None and base.shape[1] > 1:
-                note = _PLAIN
+            if begun.why and base.shape[1] > 1:
+                note = f"patches were whole runs: {begun.why}"
             # what another analysis makes is made for the run that is patched
             given = base if isinstance(source, Made) else given
             replacement = averages or values_of(model, source, site, given, index, grid.layers)
@@ -189,9 +192,12 @@ class _Done:
     @classmethod
     def begin(cls, asked: Asked) -> _Done:
         shape = (len(asked.tokens), *asked.grid.shape)
-        unknown = torch.full((len(asked.tokens),), torch.nan)
+        unknown = torch.full((len(asked.tokens),), torch.nan, dtype=torch.float32)
         return cls(
-            torch.full(shape, torch.nan), torch.zeros(shape, dtype=torch.bool), unknown, unknown.clone()
+            torch.full(shape, torch.nan, dtype=torch.float32),
+            torch.zeros(shape, dtype=torch.bool),
+            unknown,
+            unknown.clone(),
         )
 
     @classmethod

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.measures.metrics import Unembedding
+from mechlens.measures.readout import kl_from
+from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import final_norm, soft_cap, watch
-from mechlens.models.sweeps import SITES
-from mechlens.prompts import chosen, target_id, token_strings
+from mechlens.models.readings import final_norm, unembedding
+from mechlens.arguments import chosen
+from mechlens.tokens import target_id, token_strings
 
 METRICS = ("loss", "log_prob", "logit_diff", "kl")
 
@@ -80,18 +81,16 @@ class Judge:
             ids = tokens.roll(-1, 1)
         other = _ids(model, against, tokens, "against")
         if not isinstance(metric, str):
-            tried = metric(torch.zeros(len(at), model.cfg.d_vocab))
+            tried = metric(torch.zeros(len(at), model.cfg.d_vocab, dtype=torch.float32))
             if not isinstance(tried, Tensor) or tried.numel() != 1:
                 came = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
                 raise ValueError(
                     f"a metric gives one number for logits [read, d_vocab], but this gives {came} for "
                     f"{(len(at), model.cfg.d_vocab)}"
                 )
-        wide = torch.promote_types(model.W_U.dtype, torch.float32)
-        unembedding = Unembedding(model.W_U.detach().to(wide), model.b_U.detach().to(wide), soft_cap(model))
         return cls(
             model,
-            unembedding,
+            unembedding(model),
             metric,
             at,
             None if ids is None else ids[:, at],
@@ -135,7 +134,10 @@ class Judge:
     ) -> Float[Tensor, " row"]:
         """The same; a gradient may be taken of it."""
         if callable(self.metric):
-            return self.unembedding.judged(self._vectors(final, start, base), self.metric)
+            vectors = self._vectors(final, start, base)
+            return torch.stack(
+                [self.metric(self.unembedding.logits(row)).reshape(()).float() for row in vectors]
+            )
         late = self.read >= start
         terms = self._terms(self._vectors(final, start, None), late).sum(1)
         if not bool(late.all()):
@@ -163,8 +165,7 @@ class Judge:
 
         if self.metric == "kl":
             assert self.clean is not None
-            reference = self.clean[:, which.to(flat.device)].expand(*shape, -1).flatten(0, 1)
-            return self.unembedding.kl(reference, flat).view(shape)
+            return kl_from(self.unembedding, self.clean[0, which.to(flat.device)], vectors)
         assert self.targets is not None
         if self.metric == "logit_diff":
             assert self.against is not None
@@ -172,7 +173,7 @@ class Judge:
                 flat, each(self.against)
             )
             return found.view(shape)
-        log_prob = self.unembedding.log_prob(flat, each(self.targets)).view(shape)
+        log_prob = self.unembedding.log_prob(flat, each(self.targets))[0].view(shape)
         return -log_prob if self.metric == "loss" else log_prob
 
 
@@ -204,10 +205,3 @@ def _ids(
             f"{tuple(tokens.shape)}, but are {tuple(target.shape)}"
         )
     return ids
-
-
-def final_of(model: LensModel, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "1 pos d_model"]:
-    """What a run's logits are read from."""
-    kept: list[Tensor] = []
-    watch(model, tokens, {SITES["resid_post"].format(model.cfg.n_layers - 1): kept.append})
-    return kept.pop()

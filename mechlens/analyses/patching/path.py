@@ -21,16 +21,18 @@ from mechlens.analyses.patching.sources import (
     other_tokens,
     values_of,
 )
+from mechlens.models.properties import check_adds_up, key_value_head
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import Enough, check_tokens, run, running, watch
 from mechlens.models.sweeps import SITES
-from mechlens.prompts import chosen, prompt_tokens
+from mechlens.arguments import chosen
+from mechlens.prompts import Prompt, prompt_tokens
 from mechlens.results import PatchGridResult, head_label, parse_head
 
 
 def patch_path(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prompt: Prompt,
     *,
     sender: str | tuple[int, int],
     receiver: str | tuple[int, int] | int,
@@ -101,7 +103,7 @@ def patch_path(
 
 def path_attention(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prompt: Prompt,
     *,
     sender: str | tuple[int, int],
     receiver: str | tuple[int, int],
@@ -129,10 +131,9 @@ def path_attention(
     if input not in ("q", "k", None):
         raise ValueError(f"attention is made from q and k, so input must be one of them, but is {input!r}")
     layer, head = parse_head(receiver)
-    n_heads = model.cfg.n_heads
-    chosen("head", [head], n_heads)
-    shared = n_heads // (getattr(model.cfg, "n_key_value_heads", None) or n_heads) if input == "k" else 1
-    path = _Path.of(model, sender, (layer, head % n_heads // shared), input or "q")
+    (head,) = chosen("head", [head], model.cfg.n_heads)
+    read = key_value_head(model, head) if input == "k" else head
+    path = _Path.of(model, sender, (layer, read), input or "q")
     tokens, other = _prompts(model, prompt, source, "noising", prepend_bos)
     at, there_of = _at(positions, tokens), _senders(model, source, path.sender[0])
     found = []
@@ -230,7 +231,7 @@ class _Path:
 
 def _prompts(
     model: LensModel,
-    prompt: str | Sequence[str] | Int[Tensor, "*prompt pos"],
+    prompt: Prompt,
     source: Source,
     direction: str,
     prepend_bos: bool | None,
@@ -239,6 +240,7 @@ def _prompts(
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     check_tokens(model, tokens)
     check_source(model, source, "z", tokens, direction, prepend_bos)
+    check_adds_up(model, tokens)
     return tokens, other_tokens(model, source, tokens, prepend_bos)
 
 

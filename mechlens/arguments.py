@@ -1,0 +1,147 @@
+"""Arguments as people give them, made what analyses need, or refused with their name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """A whole number, also one of numpy's or a tensor's.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: less than `least`.
+    """
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a whole number, but is {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, but is {number}")
+    return number
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse what is no whole number of at least 1; None stands for no choice."""
+    for name, value in counts.items():
+        if value is not None:
+            whole_number(name, value, least=1)
+
+
+def check_reals(**given: Any) -> None:
+    """Refuse what is no finite number; None stands for no choice."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, but is {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, but is {value}")
+
+
+def check_between(name: str, value: Any, low: float, high: float) -> None:
+    """Refuse a number outside of a range."""
+    check_reals(**{name: value})
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie between {low:g} and {high:g}, but is {value:g}")
+
+
+def seeds_of(seeds: Any) -> tuple[int, ...]:
+    """Several different seeds.
+
+    Raises:
+        TypeError: a single number, or something else that is no list of whole numbers.
+        ValueError: none, one below 0, or one twice.
+    """
+    if isinstance(seeds, (str, bytes)) or not isinstance(seeds, (Iterable, Tensor)):
+        raise TypeError(f"seeds must be a list of whole numbers, such as range(5) or [0], but is {seeds!r}")
+    found = tuple(whole_number("each of seeds", seed, least=0) for seed in seeds)
+    if not found:
+        raise ValueError("at least one seed is needed, but seeds is empty")
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"seeds must be distinct, because the same seed draws the same tokens, but are {found}"
+        )
+    return found
+
+
+def names_of(what: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
+    """One or several of some names; a text by itself is one.
+
+    Raises:
+        TypeError: something else.
+        ValueError: none, or a name that is not known (the nearest is named).
+    """
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{what}s are given by name, as a list, but this is {given!r}")
+    found = tuple(names)
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1, 0.5)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"no {what} {name!r} here{meant}; there are {', '.join(known)}")
+    if not found:
+        raise ValueError(f"no {what} is asked for; there are {', '.join(known)}")
+    return found
+
+
+def chosen(what: str, given: Sequence[SupportsIndex] | SupportsIndex | None, count: int) -> tuple[int, ...]:
+    """Indices of positions, layers or the like from 0; None is all of them, negative ones count from the end.
+
+    Args:
+        given: numbers, a single number, or a mask of `count` truth values.
+
+    Raises:
+        TypeError: neither.
+        ValueError: none is asked for, one that is not there, or one twice, or a mask of another length.
+    """
+    if given is None:
+        return tuple(range(count))
+    mask = _as_mask(what, given, count)
+    if mask is not None:
+        given = [index for index, wanted in enumerate(mask) if wanted]
+    try:
+        # plain ints also where they come from an array or a table, because results save them
+        if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+            given = (given,)  # type: ignore[assignment]
+        indices = tuple(whole_number(what, index) for index in given)  # type: ignore[union-attr]
+    except TypeError:
+        raise TypeError(f"{what}s are given as numbers, such as [0, 1], but here is {given!r}") from None
+    for index in indices:
+        if not -count <= index < count:
+            raise ValueError(f"there is no {what} {index}: there are {count}, 0 to {count - 1}")
+    if not indices:
+        raise ValueError(f"no {what} is asked for; there are {count}")
+    found = tuple(index % count for index in indices)
+    if len(set(found)) < len(found):
+        raise ValueError(f"the same {what} is asked for twice: {indices}")
+    return found
+
+
+def _as_mask(what: str, given: Any, count: int) -> list[bool] | None:
+    """The truth values of a mask; None for what is none."""
+    if isinstance(given, (np.ndarray, Tensor)):
+        if given.dtype not in (np.dtype(bool), torch.bool):
+            return None
+        values = given.tolist()
+    elif isinstance(given, (list, tuple)) and given and all(isinstance(each, bool) for each in given):
+        values = list(given)
+    else:
+        return None
+    if np.ndim(values) != 1 or len(values) != count:
+        raise ValueError(
+            f"a mask of {what}s needs {count} truth values, but this has shape {np.shape(values)}"
+        )
+    return values

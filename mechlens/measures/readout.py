@@ -1,0 +1,378 @@
+"""What residual vectors say about the next token: statistics of distributions that never exist as a whole."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.measures.memory import is_out_of_memory
+from mechlens.measures.unembedding import TILE_ROWS, LogSumExp, Unembedding
+
+STATISTICS = ("entropy", "kl", "log_prob", "rank")
+"""What may be asked for beside the most likely tokens."""
+CPU_BUDGET, GPU_BUDGET = 64 * 2**20, 2**30
+GROUP = 64
+"""Tokens whose largest logit says whether one of them can be among the most likely."""
+
+Decode = Callable[[int, Float[Tensor, "1 pos d_model"]], Float[Tensor, "1 pos d_model"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Readout:
+    """Statistics of rows of residual vectors. What was not asked for is None."""
+
+    top_ids: Int[Tensor, "row pos k"]
+    """The most likely tokens, the likeliest first."""
+    top_probabilities: Float[Tensor, "row pos k"]
+    entropy: Float[Tensor, "row pos"] | None
+    """Nats."""
+    kl: Float[Tensor, "row pos reference"] | None
+    """KL(reference row || row) in nats."""
+    log_prob: Float[Tensor, "row pos target"] | None
+    """Of the targets, in nats; where there are references, the first is the top token of the first of them."""
+    rank: Int[Tensor, "row pos target"] | None
+    """Of the targets; 1 is the most likely, ties count strictly larger logits."""
+
+
+def read_out(
+    vectors: Float[Tensor, "row pos d_model"],
+    unembedding: Unembedding,
+    *,
+    targets: Int[Tensor, "pos target"],
+    references: Sequence[int] = (),
+    top_k: int = 5,
+    statistics: Collection[str] = STATISTICS,
+    decode: Decode | None = None,
+    memory_budget: int | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> Readout:
+    """Reduce residual vectors to statistics of their next-token distributions.
+
+    Args:
+        vectors: one row per layer (or whatever is compared), the same positions in each.
+        targets: tokens whose rank and log-probability are wanted at each position.
+        references: rows that all rows are compared with; the top token of the first of them becomes
+            the first target.
+        top_k: how many of the most likely tokens to keep, at least 1.
+        statistics: which of `STATISTICS` are wanted; no others are computed.
+        decode: `(row, vectors [1, pos, d_model]) -> vectors` before the unembedding, such as a norm. It is
+            called once for each row and block of positions.
+        memory_budget: bytes for logits and what is made of them; None takes 64 MiB, on a GPU 1 GiB. It is
+            halved when memory runs out, and exceeded when one position does not fit.
+        advance: called with the number of positions that are done.
+
+    Returns:
+        Statistics in float32. A token with a logit of -inf has probability 0 (log-probability -inf) and adds
+        nothing.
+
+    Raises:
+        ValueError: a budget below 1 byte, or a `top_k` that the vocabulary does not have.
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Cost: one product with `W_U`, in tiles, and up to thirteen passes over each tile while it is in the cache.
+    Memory for the logits of the references at some positions, and for two tiles, however many rows there are.
+    """
+    _, n_pos, _ = vectors.shape
+    d_vocab = unembedding.d_vocab
+    if not 1 <= top_k <= d_vocab:
+        raise ValueError(f"top_k must lie between 1 and the vocabulary of {d_vocab}, but is {top_k}")
+    if memory_budget is None:
+        memory_budget = GPU_BUDGET if vectors.device.type == "cuda" else CPU_BUDGET
+    if memory_budget < 1:
+        raise ValueError(f"memory_budget must be at least 1 byte, but is {memory_budget}")
+    work = _Work(vectors, unembedding, targets, tuple(references), top_k, frozenset(statistics), decode)
+    parts: list[Readout] = []
+    start, at_once = 0, work.positions(memory_budget)
+    # two tiles, and what is made of one for the most likely tokens
+    tile_bytes = max(1, memory_budget // 16)
+    while start < n_pos:
+        # equal blocks, so that the last one is not of a few positions
+        left = n_pos - start
+        where = slice(start, start + -(-left // -(-left // at_once)))
+        try:
+            parts.append(work.block(where, tile_bytes))
+        except (RuntimeError, MemoryError) as error:
+            smallest = at_once == 1 and tile_bytes < 4 * GROUP
+            if not is_out_of_memory(error) or smallest:
+                raise
+            at_once, tile_bytes = max(1, at_once // 2), max(1, tile_bytes // 2)
+            continue
+        if advance is not None:
+            advance(where.stop - start)
+        start = where.stop
+    return joined(parts, dim=1)
+
+
+def joined(parts: Sequence[Readout], *, dim: int) -> Readout:
+    """Several readouts as one, along rows (0) or positions (1)."""
+
+    def whole(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values, dim=dim)
+
+    return Readout(**{field.name: whole(field.name) for field in dataclasses.fields(Readout)})
+
+
+def kl_from(
+    unembedding: Unembedding,
+    reference: Float[Tensor, "pos d_model"],
+    vectors: Float[Tensor, "row pos d_model"],
+) -> Float[Tensor, "row pos"]:
+    """KL(reference || vector) in nats at each position of each row; a gradient may be taken of it.
+
+    Cost: one product with `W_U`, in tiles, or whole where a gradient is taken.
+    """
+    if torch.is_grad_enabled() and vectors.requires_grad:
+        own = unembedding.logits(reference).log_softmax(-1)
+        other = unembedding.logits(vectors.flatten(0, 1)).log_softmax(-1).view(*vectors.shape[:2], -1)
+        # a token that the reference excludes adds nothing, however likely the other finds it
+        terms = torch.where(own.isneginf(), 0.0, own.exp() * (own - other))
+        return terms.sum(-1).clamp(min=0)
+    found = read_out(
+        torch.cat([reference[None], vectors]),
+        unembedding,
+        targets=torch.empty(len(reference), 0, dtype=torch.long, device=vectors.device),
+        references=(0,),
+        top_k=1,
+        statistics=("kl",),
+    )
+    assert found.kl is not None
+    return found.kl[1:, :, 0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Work:
+    """What is read, and what is wanted of it."""
+
+    vectors: Float[Tensor, "row pos d_model"]
+    unembedding: Unembedding
+    targets: Int[Tensor, "pos target"]
+    references: tuple[int, ...]
+    top_k: int
+    statistics: frozenset[str]
+    decode: Decode | None
+
+    def positions(self, budget: int) -> int:
+        """How many positions are read together: the references' logits are held for as many."""
+        if not self.references:
+            return TILE_ROWS
+        one = len(self.references) * self.unembedding.d_vocab * self.unembedding.dtype.itemsize
+        return max(1, min(TILE_ROWS, budget * 5 // 8 // one))
+
+    def decoded(self, rows: Sequence[int], where: slice) -> Float[Tensor, "some here d_model"]:
+        some = [self.vectors[row : row + 1, where] for row in rows]
+        if self.decode is not None:
+            some = [self.decode(row, each) for row, each in zip(rows, some, strict=True)]
+        return torch.cat(some)
+
+    def block(self, where: slice, tile_bytes: int) -> Readout:
+        """All rows at some positions."""
+        wanted, n_pos = self.targets[where], where.stop - where.start
+        held: _References | None = None
+        found: dict[int, Readout] = {}
+        if self.references:
+            held = _References.of(self.unembedding, self.decoded(self.references, where))
+            wanted = torch.cat([held.logits[0].argmax(-1, keepdim=True), wanted], dim=1)
+            own = held.logits.gather(2, wanted.expand(len(held.logits), -1, -1))
+            width = self._width(len(own) * n_pos, tile_bytes)
+            reduced = self._reduced(held.tiles(width), wanted, own, held)
+            found |= zip(self.references, _rows(reduced), strict=True)
+            held.become_probabilities()
+        unique, place = wanted.unique(return_inverse=True)
+        others = [row for row in range(len(self.vectors)) if row not in found]
+        at_once = max(1, TILE_ROWS // n_pos)
+        for first in range(0, len(others), at_once):
+            rows = others[first : first + at_once]
+            decoded = self.decoded(rows, where)
+            # before any others are known, so that ranks can be counted on the way
+            some = self.unembedding.of_each(decoded.flatten(0, 1), unique).view(len(rows), n_pos, -1)
+            own = some.gather(2, place.expand(len(rows), -1, -1))
+            tiles = self.unembedding.tiles(decoded.flatten(0, 1), self._width(len(rows) * n_pos, tile_bytes))
+            found |= zip(rows, _rows(self._reduced(tiles, wanted, own, held)), strict=True)
+        return joined([found[row] for row in range(len(self.vectors))], dim=0)
+
+    def _width(self, rows: int, tile_bytes: int) -> int:
+        own = self.unembedding.width(rows)
+        width = min(own, self.unembedding.width(rows, tile_bytes))
+        # whole groups, where there is room for some
+        return width - width % GROUP if GROUP <= width < self.unembedding.d_vocab else width
+
+    def _reduced(
+        self,
+        tiles: Iterable[tuple[slice, Float[Tensor, "row some"]]],
+        wanted: Int[Tensor, "here target"],
+        own: Float[Tensor, "some here target"],
+        references: _References | None,
+    ) -> Readout:
+        """All statistics of some rows, whose tiles are overwritten."""
+        lowest = torch.finfo(own.dtype).min / 2
+        if self.unembedding.excludes:
+            # finite, because 0 * -inf is no number
+            own = own.clamp(min=lowest)
+        shape, n_rows = own.shape[:2], own.shape[0] * own.shape[1]
+        running = LogSumExp(n_rows, own)
+        top = _Top(n_rows, self.top_k, own)
+        targets = _Targets(wanted, own, counted="rank" in self.statistics)
+        # what is summed over tiles is summed in float64
+        weighted = own.new_zeros(n_rows, dtype=torch.double)
+        kl = references if "kl" in self.statistics else None
+        n_references = 0 if kl is None else len(kl.logits)
+        cross = own.new_zeros(n_references, *shape, dtype=torch.double)
+        covered = own.new_zeros(n_references, shape[1], dtype=torch.double)
+        room = None
+        for tokens, tile in tiles:
+            if self.unembedding.excludes:
+                tile.clamp_(min=lowest)
+            room = torch.empty_like(tile).flatten() if room is None else room
+            scratch = room[: tile.numel()].view(tile.shape)
+            largest = top.add(tile, tokens.start)
+            targets.add(tile, tokens, scratch)
+            fading = running.sum
+            terms, growth = running.add(tile, largest=largest, out=scratch)
+            # -inf grows to a finite number at first, where there is nothing to be moved
+            growth = growth.nan_to_num(posinf=0.0) if tokens.start == 0 else growth
+            if "entropy" in self.statistics or "kl" in self.statistics:
+                weighted = (weighted - fading * growth) * (-growth).exp() + terms.mul_(tile).sum(1)
+            if kl is not None:
+                moved, by_row = growth.view(shape), tile.view(*shape, -1)
+                for index, probabilities in enumerate(kl.probabilities(tokens)):
+                    product = torch.mul(by_row, probabilities, out=scratch.view_as(by_row))
+                    cross[index] += product.sum(-1) - covered[index] * moved
+                    covered[index] += probabilities.sum(-1)
+        log_sum = running.sum.log().view(shape)
+        entropy = log_sum - (weighted / running.sum).view(shape)
+        log_total = running.total().view(shape)
+        log_prob = (targets.logits - log_total[..., None]).masked_fill(targets.logits == lowest, -torch.inf)
+        if kl is not None and kl.entropy is None:
+            kl.entropy = entropy
+        return Readout(
+            top_ids=top.ids.view(*shape, -1),
+            top_probabilities=(top.values.view(*shape, -1) - log_total[..., None]).exp().float(),
+            entropy=entropy.float() if "entropy" in self.statistics else None,
+            kl=None if kl is None else _kl(kl.entropy, cross, log_sum),
+            log_prob=log_prob.float() if "log_prob" in self.statistics else None,
+            rank=1 + targets.larger.long() if "rank" in self.statistics else None,
+        )
+
+
+def _kl(
+    entropy: Float[Tensor, "reference here"] | None,
+    cross: Float[Tensor, "reference some here"],
+    log_sum: Float[Tensor, "some here"],
+) -> Float[Tensor, "some here reference"]:
+    """Sum of p (log p - log q), q's logits being relative to its largest. Rounding alone makes a
+    distribution's distance to itself negative."""
+    assert entropy is not None
+    return (log_sum - cross - entropy[:, None]).clamp(min=0).movedim(0, -1).float()
+
+
+def _rows(found: Readout) -> Iterable[Readout]:
+    for row in range(len(found.top_ids)):
+        parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(Readout)}
+        yield Readout(**{name: None if part is None else part[row : row + 1] for name, part in parts.items()})
+
+
+@dataclasses.dataclass(eq=False)
+class _References:
+    """The rows that all are compared with, at some positions."""
+
+    logits: Float[Tensor, "reference here d_vocab"]
+    """Probabilities, after `become_probabilities`."""
+    log_total: Float[Tensor, "reference here"]
+    entropy: Float[Tensor, "reference here"] | None = None
+    done: bool = False
+
+    @classmethod
+    def of(cls, unembedding: Unembedding, vectors: Float[Tensor, "reference here d_model"]) -> _References:
+        logits = unembedding.logits(vectors.flatten(0, 1))
+        running, width = LogSumExp(len(logits), logits), unembedding.width(len(logits))
+        for tile in logits.split(width, dim=1):
+            running.add(tile.clone())
+        shape = vectors.shape[:2]
+        return cls(logits.view(*shape, -1), running.total().view(shape))
+
+    def tiles(self, width: int) -> Iterable[tuple[slice, Float[Tensor, "row some"]]]:
+        start = 0
+        for tile in self.logits.flatten(0, 1).split(width, dim=1):
+            yield slice(start, start + tile.shape[1]), tile.clone()
+            start += tile.shape[1]
+
+    def probabilities(self, tokens: slice) -> Float[Tensor, "reference here some"]:
+        some = self.logits[:, :, tokens]
+        return some if self.done else (some - self.log_total[..., None]).exp_()
+
+    def become_probabilities(self) -> None:
+        for reference, total in zip(self.logits, self.log_total, strict=True):
+            reference.sub_(total[:, None]).exp_()
+        self.done = True
+
+
+class _Top:
+    """The k largest logits of each row so far."""
+
+    def __init__(self, rows: int, k: int, like: Tensor) -> None:
+        self.values = like.new_full((rows, k), -torch.inf)
+        self.ids = torch.zeros(rows, k, dtype=torch.long, device=like.device)
+
+    def add(self, tile: Float[Tensor, "row some"], start: int) -> Float[Tensor, " row"]:
+        """Add a tile; returns the largest logit of each row of it.
+
+        Looked at are the rows that have something new, and in them the groups of tokens with the largest
+        logits: the k largest are in the k groups whose own largest are.
+        """
+        n_rows, width = tile.shape
+        k = self.values.shape[1]
+        groups = tile.view(n_rows, -1, GROUP if width % GROUP == 0 else width)
+        most = groups.amax(2)
+        largest = most.amax(1)
+        # what is no number is larger than nothing, but is to be seen
+        rows = (~(largest <= self.values[:, -1])).nonzero()[:, 0]
+        if len(rows):
+            chosen = most[rows].topk(min(k, most.shape[1])).indices
+            n_groups, size = most.shape[1], groups.shape[2]
+            flat = groups.reshape(-1, size).index_select(0, (rows[:, None] * n_groups + chosen).flatten())
+            values = flat.view(len(rows), -1)
+            within = torch.arange(size, device=tile.device)
+            ids = (start + chosen[..., None] * size + within).flatten(1)
+            pool, pool_ids = torch.cat([self.values[rows], values], 1), torch.cat([self.ids[rows], ids], 1)
+            best = pool.topk(k)
+            self.values[rows], self.ids[rows] = best.values, pool_ids.gather(1, best.indices)
+        return largest
+
+
+class _Targets:
+    """What is seen of the targets so far: their logits, and how many are larger."""
+
+    def __init__(
+        self,
+        wanted: Int[Tensor, "here target"],
+        own: Float[Tensor, "some here target"],
+        *,
+        counted: bool,
+    ) -> None:
+        self.own, self.logits, self.larger = own, own.clone(), torch.zeros_like(own)
+        self.n_targets, self.counted = wanted.shape[1], counted
+        ids = wanted.flatten()
+        self.order = ids.argsort()
+        self.ids = ids[self.order].tolist()
+
+    def add(self, tile: Float[Tensor, "row some"], tokens: slice, scratch: Tensor) -> None:
+        by_row = tile.view(*self.own.shape[:2], -1)
+        for index in range(self.n_targets if self.counted else 0):
+            # counted in floats, which is faster than summing booleans, and exact below 2 ** 24
+            torch.gt(by_row, self.own[..., index, None], out=scratch.view_as(by_row))
+            self.larger[..., index] += scratch.view_as(by_row).sum(-1)
+        first, last = (bisect.bisect_left(self.ids, end) for end in (tokens.start, tokens.stop))
+        if first < last:
+            places = self.order[first:last]
+            pos, target = places // self.n_targets, places % self.n_targets
+            columns = torch.tensor(self.ids[first:last], device=tile.device) - tokens.start
+            logits = by_row[:, pos, columns]
+            # however it is rounded, a target is not larger than itself
+            self.larger[:, pos, target] -= (logits > self.own[:, pos, target]).to(self.larger.dtype)
+            self.logits[:, pos, target] = logits

@@ -1,0 +1,103 @@
+"""Hooks on a model: the user's own, and the lock that keeps threads out of each other's."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_ENGINES = ("transformer_lens", "transformers", "accelerate", "torch")
+"""Packages whose hooks are part of the model."""
+_BEFORE_THE_BLOCKS = ("embed", "pos_embed", "rotary_emb")
+_TABLES = ("_forward_hooks", "_forward_pre_hooks")
+_LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_GUARD = threading.Lock()
+
+
+@contextlib.contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """Keep other threads from running the model until the block ends.
+
+    Hooks belong to the model, so that a thread would see those of another one. The same thread may come in
+    again.
+    """
+    with _GUARD:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
+def user_hooks(model: Any) -> tuple[str, ...]:
+    """Where the user's own forward hooks sit, by the names of modules; empty for a model without.
+
+    A hook may do anything: act at the last position of what is run, at one row of the batch, twice where a run
+    is resumed behind it. No shortcut is taken past one.
+    """
+    return tuple(dict.fromkeys(name or "the model" for name, *_ in _found(model)))
+
+
+def hooks_on_logits(model: Any) -> tuple[str, ...]:
+    """Those of the user's hooks that act between the last block and the logits."""
+    before = {
+        id(module)
+        for part in (*model.blocks, *(getattr(model, name, None) for name in _BEFORE_THE_BLOCKS))
+        if part is not None
+        for module in part.modules()
+    }
+    names = (
+        name or "the model"
+        for name, module, *_ in _found(model)
+        if id(module) not in before and not name.startswith("hook_")
+    )
+    return tuple(dict.fromkeys(names))
+
+
+@contextlib.contextmanager
+def without_user_hooks(model: Any) -> Iterator[None]:
+    """Take the user's hooks away until the block ends, for runs that only read weights off the model."""
+    with alone(model):
+        taken = [
+            (table, dict(table)) for table in {id(table): table for _, _, table, _ in _found(model)}.values()
+        ]
+        for *_, table, key in list(_found(model)):
+            del table[key]
+        try:
+            yield
+        finally:
+            for table, before in taken:
+                # in their order, and behind them what was added meanwhile
+                added = {key: hook for key, hook in table.items() if key not in before}
+                table.clear()
+                table.update(before | added)
+
+
+def _found(model: Any) -> Iterator[tuple[str, nn.Module, dict[int, Any], int]]:
+    """(name, module, its table of hooks, key) of each hook that is the user's."""
+    # a bridge does not name the model that it wraps among its own modules
+    wrapped = vars(model).get("original_model")
+    seen: set[int] = set()
+    for root in (model, wrapped):
+        for name, module in () if root is None else root.named_modules():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            for table_name in _TABLES:
+                table = vars(module)[table_name]
+                for key, hook in list(table.items()):
+                    if _is_hook_point(module) or not _is_engines(hook):
+                        yield name, module, table, key
+
+
+def _is_hook_point(module: nn.Module) -> bool:
+    """The engines put no hooks of their own there."""
+    return type(module).__name__ == "HookPoint"
+
+
+def _is_engines(hook: Any) -> bool:
+    # a functools.partial has no module, but its function has
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).split(".")[0] in _ENGINES

@@ -1,0 +1,34 @@
+"""Progress bars: on where somebody watches, off where output is kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+DELAY = 1.0
+"""Seconds after which work that nobody asked a bar of gets one."""
+
+
+def bar(
+    work: Iterable[Any] | None = None, *, desc: str, progress: bool | None, unit: str = "run", **options: Any
+) -> tqdm[Any]:
+    """A bar over some work, or one that is moved by hand.
+
+    Args:
+        progress: True or False; None is a bar in a terminal and in Jupyter, for work that takes longer than a
+            second, which is gone when the work is done.
+    """
+    if progress is None:
+        options |= {"delay": DELAY, "leave": False}
+    wanted = _is_watched() if progress is None else progress
+    return tqdm(work, desc=desc, unit=unit, disable=not wanted, **options)
+
+
+def _is_watched() -> bool:
+    """Whether this is Jupyter or standard error is a terminal."""
+    python = sys.modules.get("IPython")
+    shell = None if python is None else python.get_ipython()
+    return hasattr(shell, "kernel") or (sys.stderr is not None and sys.stderr.isatty())
