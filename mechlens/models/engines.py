@@ -157,9 +157,10 @@ def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing
             model.load_and_process_state_dict(state, **dataclasses.asdict(sound))
     finally:
         del model.load_state_dict
-    for name in given:
-        # one at a time, so that each view is let go of
-        given[name] = given[name].detach().contiguous()
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, tensor in given.items():
+        # one at a time, so that each view is let go of; some converters leave norms in float32
+        given[name] = tensor.detach().to(dtypes.get(name, tensor.dtype)).contiguous()
     model.load_state_dict(given, strict=False, assign=True)
 
 

@@ -78,8 +78,15 @@ def _processed(
         # as the only block of a model with an embedding, which is asked for
         block = {_renumbered(name, 0): state.pop(name) for name in names}
         block |= {name: torch.zeros(1, cfg.d_model, dtype=torch.float32) for name in embeddings}
+        dtypes = {name: tensor.dtype for name, tensor in block.items() if name not in embeddings}
+        # biases that folding makes are as narrow as the rest
+        own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
         done = process(block, _of_blocks(cfg, 1), adapter=adapter, **(wanted | {"center_unembed": False}))
-        yield {_renumbered(name, layer): done[name] for name in done if name not in embeddings}
+        yield {
+            _renumbered(name, layer): done[name].to(dtypes.get(name, own))
+            for name in done
+            if name not in embeddings
+        }
         del block, done
         give_back()
     rest = dict(state)

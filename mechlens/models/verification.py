@@ -21,9 +21,9 @@ from mechlens.models.runs import seen_whole
 FACTOR = 16.0
 """How many times its own rounding a converted model may be from the original: its weights are rounded anew where
 norms are folded into them, and its sums are in another order. The distance is a KL, a square of what is rounded."""
-FLOOR = 1e-7
-"""KL in nats that is never held against a model: 5e-4 nats of each log-probability. Rounding in float32 gives about
-1e-11; a wrong rotation or a lost bias gives far more."""
+FLOOR = 1e-9
+"""KL in nats that is never held against a model: 5e-5 nats of each log-probability. Rounding in float32 gives about
+1e-13; a wrong rotation or a lost bias gives far more."""
 _UNMEASURED = {torch.bfloat16: 1e-3, torch.float16: 1e-4}
 """Rounding where a model cannot be run in a wider dtype."""
 
@@ -69,8 +69,9 @@ class Reference:
         ids = torch.linspace(0, hf_model.config.vocab_size - 1, min(16, n_ctx), dtype=torch.double)
         tokens = ids.long()[None]
         own, dtype = hf_model(tokens).logits, next(hf_model.parameters()).dtype
+        wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
         try:
-            with widened(hf_model, torch.float64 if dtype == torch.float32 else torch.float32):
+            with widened(hf_model, wide):
                 return cls.of(tokens, hf_model(tokens).logits, own)
         except RuntimeError:
             # code of the model's own that mixes dtypes
