@@ -24,6 +24,7 @@ from mechlens.models.piecewise import processing_by_blocks
 
 Backend = Literal["hooked", "bridge"]
 
+
 def choose_backends(backend: str) -> tuple[Backend, ...]:
     """The engines to try with the installed TransformerLens, the preferred one first.
 
@@ -243,9 +244,7 @@ def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
     }
 
 
-def bridge_from_hf(
-    hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, directory: Path
-) -> Any:
+def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, directory: Path) -> Any:
     """A bridge in compatibility mode around a Hugging Face model, which it takes over, on the CPU.
 
     Raises:

@@ -137,7 +137,7 @@ def _first_that_has_it(
             refused = refused or error
             continue
         if refused is not None:
-            why = str(refused).split(": use backend=")[0]
+            why = str(refused).split(": use ")[0]
             warnings.warn(
                 f"{place.name} is run by a TransformerBridge, on which patching sweeps cannot begin at the layer that "
                 f"is patched and take longer ({why})",
@@ -154,7 +154,8 @@ def _convert(
     tied = torch.equal(hf.model.get_input_embeddings().weight, hf.model.get_output_embeddings().weight)
     source = Source(place.name, None, hf.architecture, processing, tied)
     specials = engines.special_tokens(hf.tokenizer)
-    advice = ": use processing=False" if processing else ": use backend='bridge'" if engine == "hooked" else ""
+    other = ["processing=False"] * processing + ["backend='bridge'"] * (engine == "hooked")
+    advice = f": use {', or '.join(other)}" if other else ""
     try:
         # before the engine gets the model, of which it leaves nothing
         reference = Reference.of_hf(hf.model)
@@ -277,9 +278,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         ModelLoadError: no such device.
     """
     try:
-        found = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        )
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError):
         raise ModelLoadError(f"invalid device {device!r}: expected e.g. 'cpu', 'cuda' or 'cuda:1'") from None
     count = {

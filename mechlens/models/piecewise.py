@@ -44,7 +44,9 @@ def processing_by_blocks() -> Iterator[None]:
         waiting.append(parts)
         return state_dict
 
-    def distribute_weights(state_dict: State, component_mapping: dict[str, Any], verbose: bool = False) -> None:
+    def distribute_weights(
+        state_dict: State, component_mapping: dict[str, Any], verbose: bool = False
+    ) -> None:
         parts = waiting.pop()(state_dict) if waiting else iter([state_dict])
         for part in parts:
             distribute(part, component_mapping, verbose)

@@ -133,5 +133,3 @@ def check_on_device(model: Any, reference: Reference, device: torch.device) -> N
             f"{reference.limit:.2g}), as is known of some versions of PyTorch on MPS: every result would be wrong; "
             "use device='cpu'"
         )
-
-

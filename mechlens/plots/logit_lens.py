@@ -56,7 +56,17 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
 _PAIRS = {("attn_out", "mlp_out"), ("resid_mid", "resid_post")}
 # What two results must agree on to stand in one picture.
-_SHARED = ("model", "tokens", "mask", "positions", "rows", "onto_stream", "decoder", "last_blocks", "statistics")
+_SHARED = (
+    "model",
+    "tokens",
+    "mask",
+    "positions",
+    "rows",
+    "onto_stream",
+    "decoder",
+    "last_blocks",
+    "statistics",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
-from mechlens.analyses.features.sought import check_counts
+from mechlens.arguments import check_counts
 from mechlens.models import embedded
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
