@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechlens import terminal
 from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
@@ -23,10 +19,12 @@ from mechlens.cli.options import (
     QuietOption,
     RevisionOption,
 )
+from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.results import LogitLensResult, TunedLens
+    from mechlens.report import Section
+    from mechlens.results import TunedLens
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 _UNFOLDED = ("norm_only", "none")
@@ -120,8 +118,7 @@ def lens(
     """The logit lens: what each layer of a model would predict, if it were the last. Prints each layer's top
     guess after every token, coloured by a statistic, and saves a picture, a table or the whole result."""
     given = dict(locals())
-    if out is not None:
-        options.check_file(out, _ENDINGS)
+    options.check_file(out, _ENDINGS)
     if as_json and as_csv:
         raise ValueError("--json and --csv exclude each other: both print to standard output")
     if tuned_lens is not None and decoder is not None:
@@ -161,16 +158,25 @@ def lens(
         raise ValueError(_as_typed(str(error))) from error
     # what cannot be coloured is refused before anything is written
     lens_stat(found, stat, of).bound(found.entropy, high)
-    if out is not None:
+    from mechlens import terminal
+
+    def sections() -> list[Section]:
+        from mechlens.report import lens_section
+
         # what was chosen is drawn, however much it is
         drawn = found.positions if positions is not None else None
-        _save(found, out, stat, of, high, drawn, _command(given))
-    if as_json:
-        terminal.print_json(terminal.lens_json(found))
-    elif as_csv:
-        found.to_dataframe().to_csv(sys.stdout, index=False)
-    elif not quiet:
-        terminal.print_lens(found, stat, target=of, high=high)
+        title = "Layers and positions"
+        return [lens_section(found, stat, positions=drawn, target=of, high=high, title=title)]
+
+    deliver(
+        given,
+        save=file_of(
+            [found], title="Logit lens", sections=sections, command=options.command("lens", lens, given)
+        ),
+        tables=lambda: terminal.print_lens(found, stat, target=of, high=high),
+        as_object=lambda: terminal.lens_json(found),
+        frame=found.to_dataframe,
+    )
 
 
 def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
@@ -214,47 +220,3 @@ def _published_tuned_lens(source: str, model: LensModel) -> TunedLens:
     from mechlens.models.tuned_lens import load_tuned_lens
 
     return load_tuned_lens(source, model=model)
-
-
-def _save(
-    found: LogitLensResult,
-    out: Path,
-    stat: str,
-    of: str | None,
-    high: float | None,
-    positions: Sequence[int] | None,
-    command: str,
-) -> None:
-    if out.suffix == ".csv":
-        from mechlens.results import write_table
-
-        write_table(found.to_dataframe(), out)
-    elif out.suffix == ".safetensors":
-        found.save(out)
-    else:
-        from mechlens.report import lens_section, write_report
-
-        section = lens_section(
-            found, stat, positions=positions, target=of, high=high, title="Layers and positions"
-        )
-        # no published figure is about this text
-        write_report(
-            out,
-            title="Logit lens",
-            model=found.model,
-            comparisons=None,
-            sections=[section],
-            command=command,
-        )
-
-
-def _command(given: dict[str, Any]) -> str:
-    """The command line that writes the same file."""
-    elsewhere = ("text", "bos", "quiet", "as_json", "as_csv", "seed")
-    written = {
-        "--" + name.replace("_", "-"): (given[name], parameter.default)
-        for name, parameter in inspect.signature(lens).parameters.items()
-        if name not in elsewhere
-    }
-    bos = {"--bos": (given["bos"] is True, False), "--no-bos": (given["bos"] is False, False)}
-    return options.command("lens", written | bos, argument=given["text"])
