@@ -20,7 +20,7 @@ SMALL = ("--batch", "2", "--seq-len", "20", "--pair", "1.2,3.5")
 def test_a_pair_is_printed_and_saved(capsys, tmp_path, bundled):
     path = tmp_path / "found.safetensors"
     code, out, err = run(capsys, "induction-circuits", *SMALL, "--out", path)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"mechlens: wrote {path}\n")
     found = load(path)
     assert isinstance(found, InductionCircuits)
     expected = find_induction_circuits(bundled, pairs=[("1.2", "3.5")], batch=2, seq_len=20)

@@ -118,15 +118,13 @@ def run(arguments: list[str]) -> int:
         say(str(error))
         return 2
     except OSError as error:
-        if error.filename is not None:
-            say(f"{error.filename}: {error.strerror}")
-            return 2
-        if not _give_up_output():
-            raise
-        # who reads no further needs no message
-        if not isinstance(error, BrokenPipeError):
-            say(f"cannot write to standard output: {error.strerror}")
-        return 1
+        if error.filename is None and _give_up_output():
+            # who reads no further needs no message
+            if not isinstance(error, BrokenPipeError):
+                say(f"cannot write to standard output: {error.strerror}")
+            return 1
+        say(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+        return 2
     except Exception as error:
         # typer's own errors (a missing option, an unknown command) bring their message along
         if not hasattr(error, "format_message"):
@@ -146,12 +144,13 @@ def _another() -> None:
     """Stands for a command that is not called."""
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from importlib.metadata import version
 
         print(f"mechlens {version('mechlens-toolkit')}")
         raise typer.Exit
+    return wanted
 
 
 def _common(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.models import ArgumentInfo, OptionInfo
+from typer.models import ArgumentInfo
+from typer.utils import get_params_from_function
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 BUNDLED = "mechlens-books"
 
 
-def _show_help(context: typer.Context, wanted: bool) -> None:
+def _show_help(context: Any, wanted: bool) -> bool:
     if wanted:
         print(context.get_help())
         raise typer.Exit
+    return wanted
 
 
 HelpOption = Annotated[
@@ -119,16 +120,13 @@ def command(name: str, function: Callable[..., None], given: Mapping[str, Any]) 
     """
     options = ["mechlens", *name.split()]
     arguments: list[str] = []
-    for each, hint in get_type_hints(function, include_extras=True).items():
-        if each == "return" or each in _NOT_WRITTEN:
-            continue
-        (about,) = (one for one in hint.__metadata__ if isinstance(one, (OptionInfo, ArgumentInfo)))
-        value = given[each]
+    for each, parameter in get_params_from_function(function).items():
+        about, value = parameter.default, given[each]
         several = value if isinstance(value, list) else [] if value is None else [value]
         if isinstance(about, ArgumentInfo):
             arguments += map(str, several)
-        elif value != inspect.signature(function).parameters[each].default:
-            long = [word for word in about.param_decls or () if word.startswith("--")]
+        elif each not in _NOT_WRITTEN and value != about.default:
+            long = [word for word in about.param_decls if word.startswith("--")]
             on, _, off = (long[0] if long else f"--{each.replace('_', '-')}").partition("/")
             for one in several:
                 options += [on] if one is True else [off] if one is False else [on, str(one)]
