@@ -72,7 +72,10 @@ def test_no_arguments_show_the_help(capsys):
         (["heads", "--out", "scores.pickle"], "--out is a .safetensors or .csv file"),
         (["heads", "--out", "no/such/folder/x.csv"], "there is no folder"),
         (["heads", "--text", ""], "the text is empty"),
-        (["heads", "--threshold", "2"], "--threshold must lie between -1 and 1, as all scores do, but is 2.0"),
+        (
+            ["heads", "--threshold", "2"],
+            "--threshold must lie between -1 and 1, as all scores do, but is 2.0",
+        ),
         (["heads", "--threshold", "nan"], "--threshold must lie between -1 and 1"),
         (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
         (["heads", "--text", "a b", "--kind", "copying_score"], "no score 'copying_score' here"),

@@ -65,7 +65,7 @@ def test_a_model_without_pairs_says_why(capsys, bundled):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--how", "half"], "--how must be mean, resample or zero"),
+        (["--how", "half"], "--how must be one of mean, resample, zero"),
         (["--pair", "1.2"], "--pair is two heads with a comma between"),
         (["--pair", "a,b"], "a head is written L5H5"),
         (["--pair", "3.5,1.2"], "L3H5"),

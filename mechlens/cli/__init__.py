@@ -6,10 +6,16 @@ that imports what it needs.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+STOPPED = 130
+"""The exit code after Ctrl-C, as shells have it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -20,17 +26,49 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Ctrl-C.
     """
     try:
-        from mechlens.cli.commands import run
+        with _on_ctrl_c(_end_at_once):
+            from mechlens.cli.commands import run
 
-        code = run(sys.argv[1:] if arguments is None else list(arguments))
+            code = run(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt as stopped:
-        code = _stopped(stopped)
+        code = STOPPED
+        print(_last_line(str(stopped)), file=sys.stderr)
+    # what is left is Python's own end, which has nothing to say about Ctrl-C
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 
-def _stopped(stopped: KeyboardInterrupt) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def finishing() -> Iterator[None]:
+    """Within it Ctrl-C is a KeyboardInterrupt: for work that saves its progress, and files half written.
+
+    Elsewhere it ends the process on the spot, since many packages lose an exception while they are imported,
+    or make another one of it.
+    """
+    with _on_ctrl_c(signal.default_int_handler):
+        yield
+
+
+@contextlib.contextmanager
+def _on_ctrl_c(handler: Any) -> Iterator[None]:
+    try:
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end_at_once(*_: object) -> NoReturn:
+    with contextlib.suppress(OSError):
+        # past the buffers of sys.stderr, which may be in the middle of something
+        os.write(2, f"{_last_line()}\n".encode())
+    os._exit(STOPPED)
+
+
+def _last_line(what: str = "") -> str:
     # a terminal has written ^C for the keys
-    start = "\n" if sys.stderr.isatty() else ""
-    print(f"{start}mechlens: {stopped or 'interrupted'}", file=sys.stderr)
-    return 130
+    return f"{os.linesep if os.isatty(2) else ''}mechlens: {what or 'interrupted'}"

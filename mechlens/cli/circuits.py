@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ENDINGS = (".html", ".csv", ".safetensors")
 _COMPOSED = ("k", "q", "v")
 _KINDS = ("ov", "qk", *_COMPOSED)
+EMBEDDINGS = ("W_E", "effective")
 _ACCURACIES = (1, 5)
 _CORNER = 8
 """Tokens along each side of the part that is shown where none are given."""
@@ -150,8 +151,7 @@ def composition(
     without their rotation unless --relative-position is given."""
     given = dict(locals())
     options.check_file(out, _ENDINGS)
-    if kind not in _COMPOSED:
-        raise ValueError(f"--kind must be one of {', '.join(_COMPOSED)}, but is {kind!r}")
+    options.check_known("--kind", kind, _COMPOSED)
     if kind == "v" and relative_position is not None:
         raise ValueError("--relative-position is about queries and keys, but --kind is v: leave it out")
     loaded = options.load(model, device, dtype, revision, quiet)
@@ -181,18 +181,13 @@ def _check(
     heads: list[str], kind: str, embedding: str, relative_position: int | None, rotary: str | None
 ) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    from mechlens.analyses.circuits import EMBEDDINGS
+    options.check_known("--kind", kind, _KINDS)
+    options.check_known("--embedding", embedding, EMBEDDINGS)
+    if rotary is not None:
+        options.check_known("--rotary", rotary, ("unrotated",))
     from mechlens.results import head_label, parse_head
 
     places = [parse_head(head) for head in heads]
-    for name, given, known in (
-        ("kind", kind, _KINDS),
-        ("embedding", embedding, EMBEDDINGS),
-        ("rotary", rotary, (None, "unrotated")),
-    ):
-        if given not in known:
-            words = ", ".join(str(each) for each in known if each is not None)
-            raise ValueError(f"--{name} must be {'one of ' if ',' in words else ''}{words}, but is {given!r}")
     if kind in _COMPOSED:
         if len(places) != 2:
             raise ValueError(f"--kind {kind} is of an earlier and a later head, but {len(places)} are given")

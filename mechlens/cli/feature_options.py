@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
 
 _ENDINGS = (".html", ".csv", ".safetensors")
+SITES = ("resid_post", "attn_out", "mlp_out", "post")
+AGGREGATES = ("last", "sum")
+EXCITING = ("constant", "maximise", "maximin")
+OBJECTIVES = (*EXCITING, "l1", "cosine", "continuation")
+PENALTIES = ("norm", "nearest")
+PRIORS = ("none", "softmax", *PENALTIES)
+OPTIMISERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+FASTEST = 1e6
 _MOST_PLACES = 64
 """Features that a page shows."""
 
@@ -26,9 +35,7 @@ FeaturesOption = Annotated[
     list[str] | None,
     typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
 ]
-SiteOption = Annotated[
-    str, typer.Option(help="Of what: resid_post, attn_out, mlp_out, or post (the MLP's neurons).")
-]
+SiteOption = Annotated[str, typer.Option(help=f"Of what: {', '.join(SITES)}; post are the MLP's neurons.")]
 PrefixOption = Annotated[
     str | None, typer.Option(help="A text that stands before the searched tokens. [default: none]")
 ]
@@ -60,9 +67,7 @@ def check_common(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
     options.check_file(given["out"], _ENDINGS)
     options.check_state(given.get("state"), given["out"])
-    from mechlens.analyses.features.sought import SITES
-
-    options.check_known("--site", given["site"], tuple(SITES))
+    options.check_known("--site", given["site"], SITES)
 
 
 def check_page(out: Path | None, places: int, what: str) -> None:
@@ -74,13 +79,6 @@ def check_page(out: Path | None, places: int, what: str) -> None:
 
 
 def check_gradient(given: dict[str, Any]) -> None:
-    from math import isfinite
-
-    from mechlens.analyses.features.gradient import FASTEST, OPTIMISERS
-    from mechlens.analyses.features.objectives import OBJECTIVES
-    from mechlens.analyses.features.walk import PENALTIES, PRIORS
-    from mechlens.plots.features import EXCITING
-
     for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
         options.check_known(f"--{name}", given[name], known)
     objective, target = given["objective"], given["target"]

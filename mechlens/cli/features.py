@@ -150,11 +150,11 @@ def greedy(
                 f"a .safetensors file holds one search, but {len(layers)} layers are asked for: give one, or "
                 "save to .html or .csv"
             )
-    from mechlens import terminal
-    from mechlens.analyses.features.greedy import AGGREGATES, search_greedy
-
-    options.check_known("--aggregate", aggregate, AGGREGATES)
+    options.check_known("--aggregate", aggregate, shared.AGGREGATES)
     loaded = shared.load(given)
+    from mechlens import terminal
+    from mechlens.analyses.features import search_greedy
+
     found = []
     with shared.as_typed(), options.saving_progress(state):
         for each in shared.chosen("layer", layers, loaded.cfg.n_layers):
@@ -233,13 +233,11 @@ def gradient(
             "what the starts reach]"
         ),
     ] = None,
-    prior: Annotated[str, typer.Option(help="none, softmax, norm or nearest.")] = "none",
+    prior: Annotated[str, typer.Option(help=f"{', '.join(shared.PRIORS)}.")] = "none",
     prior_weight: Annotated[
         float | None, typer.Option(help="Of the prior norm or nearest. [default: 1]")
     ] = None,
-    optimiser: Annotated[
-        str, typer.Option(help="Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop or SGD.")
-    ] = "Adam",
+    optimiser: Annotated[str, typer.Option(help=f"{', '.join(shared.OPTIMISERS)}.")] = "Adam",
     learning_rate: Annotated[
         float, typer.Option(help="In units of an embedding element's root mean square.")
     ] = 0.1,

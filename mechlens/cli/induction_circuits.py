@@ -61,8 +61,7 @@ def induction_circuits(
     the two attend, what their weights say, and what is lost without the one in the other's keys."""
     given = dict(locals())
     options.check_file(out, _ENDINGS)
-    if how not in ("mean", "resample", "zero"):
-        raise ValueError(f"--how must be mean, resample or zero, but is {how!r}")
+    options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.studies.induction_circuits import find_induction_circuits

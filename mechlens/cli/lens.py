@@ -27,7 +27,19 @@ if TYPE_CHECKING:
     from mechlens.results import TunedLens
 
 _ENDINGS = (".html", ".csv", ".safetensors")
+STATS = {
+    "probability": "of the top guess",
+    "rank": "of the model's final guess",
+    "kl": "final || layer",
+    "kl_input": "input || layer; tied models only",
+    "input_rank": "of the input token",
+    "next_rank": "of the token that follows",
+    "entropy": "",
+}
+OF_TARGET = ("rank", "probability")
+COMPONENTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "result")
 _UNFOLDED = ("norm_only", "none")
+DECODERS = ("final_norm", *_UNFOLDED)
 _RAW_NEEDED = "needs the weights as they were trained: add --raw"
 
 
@@ -37,8 +49,9 @@ def lens(
     stat: Annotated[
         str,
         typer.Option(
-            help="Colour: probability (of the top guess), rank (of the model's final guess), kl (final || "
-            "layer), kl_input (input || layer; tied models only), input_rank, next_rank or entropy."
+            help="Colour: "
+            + ", ".join(f"{name} ({what})" if what else name for name, what in STATS.items())
+            + "."
         ),
     ] = "kl",
     of: Annotated[
@@ -50,9 +63,7 @@ def lens(
     ] = None,
     component: Annotated[
         str,
-        typer.Option(
-            help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, or result (each head)."
-        ),
+        typer.Option(help=f"What is read: {', '.join(COMPONENTS)}; result is each head."),
     ] = "resid_post",
     onto_stream: Annotated[
         bool, typer.Option("--onto-stream", help="Read attn_out, mlp_out or result added to the stream.")
@@ -60,7 +71,7 @@ def lens(
     decoder: Annotated[
         str | None,
         typer.Option(
-            help="Before the unembedding: final_norm, norm_only or none; the last two need --raw. "
+            help=f"Before the unembedding: {', '.join(DECODERS)}; the last two need --raw. "
             "[default: final_norm]"
         ),
     ] = None,
@@ -121,8 +132,11 @@ def lens(
     options.check_file(out, _ENDINGS)
     if as_json and as_csv:
         raise ValueError("--json and --csv exclude each other: both print to standard output")
+    options.check_known("--component", component, COMPONENTS)
     if tuned_lens is not None and decoder is not None:
         raise ValueError("--tuned-lens is a decoder of its own: leave out --decoder")
+    if decoder is not None:
+        options.check_known("--decoder", decoder, DECODERS)
     if decoder in _UNFOLDED and not raw:
         raise ValueError(f"--decoder {decoder} {_RAW_NEEDED}")
     if head and component != "result":
@@ -181,10 +195,7 @@ def lens(
 
 def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    from mechlens.plots.logit_lens import OF_TARGET, STATS
-
-    if stat not in STATS:
-        raise ValueError(f"--stat must be one of {', '.join(STATS)}, but is {stat!r}")
+    options.check_known("--stat", stat, tuple(STATS))
     if of is not None and stat not in OF_TARGET:
         raise ValueError(f"--of is for --stat {' and '.join(OF_TARGET)}, but --stat is {stat}")
     known = ("final", "input", "next", *targets)

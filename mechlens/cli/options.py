@@ -13,6 +13,8 @@ import typer
 from typer.models import ArgumentInfo
 from typer.utils import get_params_from_function
 
+from mechlens.cli import finishing
+
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
 
@@ -38,7 +40,10 @@ DeviceOption = Annotated[
     str | None,
     typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cuda if there is one, else cpu]"),
 ]
-DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Names like these are written again, so that a wrong one is refused before torch is imported."""
+DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+ABLATIONS = ("mean", "resample", "zero")
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
@@ -66,6 +71,7 @@ def load(
     checkpoint: int | None = None,
     processing: bool = True,
 ) -> LensModel:
+    check_known("--dtype", dtype.removeprefix("torch."), DTYPES)
     with _loading(name, progress(quiet)) as say:
         from mechlens.models.load import load_model, parse_device
 
@@ -200,11 +206,13 @@ def _check_writable(file: Path) -> None:
 @contextlib.contextmanager
 def saving_progress(state: Path | None) -> Iterator[None]:
     """Say what Ctrl-C leaves behind."""
-    try:
+    if state is None:
         yield
+        return
+    try:
+        with finishing():
+            yield
     except KeyboardInterrupt as stopped:
-        if state is None:
-            raise
         raise KeyboardInterrupt(
             f"progress is saved in {state}: the same command goes on from there"
             if state.is_file()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechlens.cli import finishing
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -52,7 +54,8 @@ def deliver(
     out, failure, elsewhere = given["out"], None, None
     if out is not None:
         try:
-            written = save(out)
+            with finishing():
+                written = save(out)
         except Exception as error:  # of any kind: the work is not to be lost
             failure, elsewhere = error, _save_elsewhere(save, out)
     try:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from mechlens.results import PatchGridResult
 
 _ENDINGS = (".html", ".csv", ".safetensors")
+SITES = (
+    *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    *("q", "k", "v", "z", "attn_scores", "pattern"),
+)
+PER_HEAD = ("q", "k", "v", "z", "pattern", "attn_scores")
 _SOURCES = ("first-half", "zero", "mean", "resample", "corrupted")
 _METRICS = ("loss", "log_prob", "kl", "logit_diff")
 _BY = ("position", "head", "layer")
@@ -52,12 +57,7 @@ def ablate_help(wants_help: HelpOption = False) -> None:
 
 
 def patch(
-    site: Annotated[
-        str,
-        typer.Option(
-            help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, pattern or attn_scores."
-        ),
-    ] = "mlp_out",
+    site: Annotated[str, typer.Option(help=f"{', '.join(SITES)}.")] = "mlp_out",
     source: Annotated[
         str | None,
         typer.Option(
@@ -200,8 +200,7 @@ def ablate_heads(
     copy: the heads that continue it cost most."""
     given = dict(locals())
     options.check_file(out, _ENDINGS)
-    if how not in ("mean", "resample", "zero"):
-        raise ValueError(f"--how must be mean, resample or zero, but is {how!r}")
+    options.check_known("--how", how, options.ABLATIONS)
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.patching import ablate_heads as analysis
 
@@ -261,14 +260,10 @@ def ablate_mlps(
 
 def _check(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    from mechlens.analyses.patching.asked import PER_HEAD
-    from mechlens.models.sweeps import SITES
-
     source, text = given["source"], given["text"]
-    for name, known in (("source", _SOURCES), ("by", _BY), ("site", tuple(SITES)), ("metric", _METRICS)):
-        if given[name] not in known:
-            shown = "from" if name == "source" else name
-            raise ValueError(f"--{shown} must be one of {', '.join(known)}, but is {given[name]!r}")
+    options.check_known("--from", source, _SOURCES)
+    for name, known in (("by", _BY), ("site", SITES), ("metric", _METRICS)):
+        options.check_known(f"--{name}", given[name], known)
     if text is None:
         for name in ("target", "against", "corrupted"):
             if given[name] is not None:
