@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from mechlens import cli
-from mechlens.cli import options
 from mechlens.models.protocol import describe
 from mechlens.results import HeadScores, LogitLensResult, TunedLens, load
 from tests.shared import STORIES, needs_shared
@@ -28,12 +27,6 @@ def run(capsys, *arguments):
         cli.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return ended.value.code, out, err
-
-
-def test_the_bundled_models_name_is_the_loaders():
-    from mechlens.models.load import BUNDLED
-
-    assert options.BUNDLED == BUNDLED  # written twice, so that --help imports no torch
 
 
 @pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["lens"], ["models"]])
@@ -105,6 +98,8 @@ def test_no_arguments_show_the_help(capsys):
         (["lens", "a b", "--component", "result", "--head", "L1H2", "-l", "1"], "leave out --layer"),
         (["lens", "a b", "--position", "99"], "there is no position 99"),
         (["lens", "a b", "--position", "10:"], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--position", ""], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, but is inf"),
         (["lens", "a b", "--position", "two"], "--position is a number, or a range such as 10:40"),
         (
             ["lens", "a b", "--last-blocks", "9"],

@@ -71,4 +71,5 @@ def _end_at_once(*_: object) -> NoReturn:
 
 def _last_line(what: str = "") -> str:
     # a terminal has written ^C for the keys
-    return f"{os.linesep if os.isatty(2) else ''}mechlens: {what or 'interrupted'}"
+    newline = "\n" if os.isatty(2) else ""
+    return f"{newline}mechlens: {what or 'interrupted'}"

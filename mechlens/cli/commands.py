@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -95,6 +96,15 @@ def build(called: str | None) -> Any:
         else:
             app.command(name, **about)(found)
     return typer.main.get_command(app)
+
+
+def every() -> Iterator[tuple[str, ...]]:
+    """The words after `mechlens` of every command and group of commands, and none for the whole."""
+    yield ()
+    for name in COMMANDS:
+        yield (name,)
+        for each in getattr(build(name).commands[name], "commands", ()):
+            yield name, each
 
 
 def run(arguments: list[str]) -> int:

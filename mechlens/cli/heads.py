@@ -31,7 +31,8 @@ def heads(
     ] = None,
     text: Annotated[str | None, typer.Option(help="Score on this text instead of random tokens.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="List the heads at or above this. [default: the highest ones]")
+        float | None,
+        typer.Option(help="List the heads at or above this (-1 to 1). [default: the highest ones]"),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many heads of each kind to list.")] = 5,
     seq_len: Annotated[

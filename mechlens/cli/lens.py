@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,7 +145,7 @@ def lens(
     if head and layer:
         raise ValueError("--head says which layers are read: leave out --layer")
     positions = options.numbers("--position", position) if position else None
-    _check_colour(stat, of, target or [])
+    _check_colour(stat, of, target or [], high)
     saved = _saved_tuned_lens(tuned_lens, raw)
     loaded = options.load(model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw)
     through: Any = decoder or "final_norm"
@@ -193,7 +194,7 @@ def lens(
     )
 
 
-def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
+def _check_colour(stat: str, of: str | None, targets: list[str], high: float | None) -> None:
     """Say so before the model is loaded, which takes seconds."""
     options.check_known("--stat", stat, tuple(STATS))
     if of is not None and stat not in OF_TARGET:
@@ -201,6 +202,8 @@ def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
     known = ("final", "input", "next", *targets)
     if of is not None and of not in known:
         raise ValueError(f"--of must be one of {', '.join(map(repr, known))} (add --target), but is {of!r}")
+    if high is not None and not (isfinite(high) and high > 0):
+        raise ValueError(f"--high must be a finite number above 0, but is {high}")
 
 
 def _as_typed(message: str) -> str:

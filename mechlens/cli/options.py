@@ -103,7 +103,7 @@ def numbers(option: str, given: Sequence[str]) -> list[int]:
     for each in given:
         first, colon, end = each.partition(":")
         try:
-            start = int(first or 0)
+            start = int(first or 0) if colon else int(first)
             some = range(start, int(end or 0) if colon else start + 1)
         except ValueError:
             some = range(0)
