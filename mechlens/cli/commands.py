@@ -6,6 +6,7 @@ Only the command that is called is imported and built: all of them take longer t
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import os
 import sys
@@ -128,9 +129,11 @@ def run(arguments: list[str]) -> int:
         say(str(error))
         return 2
     except OSError as error:
-        if error.filename is None and _give_up_output():
+        if error.filename is None and error.errno in _OF_OUTPUT:
+            # what is still in the buffers goes nowhere, not even when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             # who reads no further needs no message
-            if not isinstance(error, BrokenPipeError):
+            if error.errno != errno.EPIPE:
                 say(f"cannot write to standard output: {error.strerror}")
             return 1
         say(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
@@ -144,6 +147,9 @@ def run(arguments: list[str]) -> int:
         say(f"{error.format_message()} (see {where} --help)")
         return 2
     return 0
+
+
+_OF_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
 def _called(arguments: list[str]) -> str | None:
@@ -182,13 +188,3 @@ class _OneLineEach:
         if issubclass(category, UserWarning) and str(message) not in self.shown:
             self.shown.add(str(message))
             say(str(message))
-
-
-def _give_up_output() -> bool:
-    """Whether standard output takes nothing more; then nothing more goes there, not even when Python ends."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False

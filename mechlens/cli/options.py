@@ -163,10 +163,10 @@ def check_state(state: Path | None, out: Path | None) -> None:
     """Say so before the work is done; progress is not saved where the result is to be, either."""
     if state is None:
         return
+    _check_writable(state)
     from mechlens.results.state import state_file
 
     state_file(state)
-    _check_writable(state)
     if out is not None and state.resolve() == out.resolve():
         raise ValueError(f"--out and --state are the same file {out}: give two")
 
@@ -187,20 +187,18 @@ def check_folder(folder: Path) -> None:
 def _check_writable(file: Path) -> None:
     from mechlens.files import check_writable
 
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir():
-        what = (
-            "it is a folder"
-            if file.is_dir()
-            else f"{folder} is no folder"
-            if folder.exists()
-            else f"there is no folder {folder}"
-        )
-        raise ValueError(f"cannot write {file}: {what}")
+    folder, what = file.parent, None
     try:
-        check_writable(file)
+        if not folder.is_dir():
+            what = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
+        elif file.is_dir():
+            what = "it is a folder"
+        else:
+            check_writable(file)
     except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror}") from error
+        what = error.strerror
+    if what is not None:
+        raise ValueError(f"cannot write {file}: {what}")
 
 
 @contextlib.contextmanager
