@@ -254,10 +254,16 @@ def test_what_was_written_is_said_beside_json_and_csv_not_in_them(capsys, tmp_pa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_an_output_that_takes_nothing_gives_one_line():
+@pytest.mark.parametrize("argument", ["models", "--help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_gives_one_line(argument, unbuffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "mechlens", "models"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "mechlens", argument],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )
     assert done.returncode == 1
     assert done.stderr == "mechlens: cannot write to standard output: No space left on device\n"

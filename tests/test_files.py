@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from mechlens.files import check_writable, replacing
-from mechlens.results import write_table
 
 
 def test_a_failure_to_write_names_the_target_and_leaves_nothing(tmp_path):
     target = tmp_path / "x.csv"
     target.write_text("old")
-    with pytest.raises(OSError, match="No space left") as failed, replacing(target) as part:
-        part.write_text("new")
+    with pytest.raises(OSError, match="No space left") as failed, replacing(target):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert failed.value.filename == str(target)
     assert [each.name for each in tmp_path.iterdir()] == ["x.csv"]
@@ -26,9 +23,9 @@ def test_a_failure_to_write_names_the_target_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("what", ["none/x.csv", f"{'é' * 200}.csv"])
 def test_a_target_that_cannot_be_written_is_named_by_both_ways_to_find_out(tmp_path, what):
     target = tmp_path / what
-    with pytest.raises(OSError, match="No such file|too long") as tried:
+    with pytest.raises(OSError, match=r"No such file|too long") as tried:
         check_writable(target)
-    with pytest.raises(OSError, match="No such file|too long") as failed, replacing(target) as part:
+    with pytest.raises(OSError, match=r"No such file|too long") as failed, replacing(target) as part:
         part.write_text("new")
     assert tried.value.filename == failed.value.filename == str(target)
     assert list(tmp_path.iterdir()) == []
@@ -49,8 +46,3 @@ def test_trying_a_target_leaves_it_and_its_folder_as_they_are(tmp_path, name):
     check_writable(target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_half_a_character_is_written_to_a_table_as_its_escape(tmp_path):
-    table = pd.DataFrame({"token": ["\ud800", "é"]})
-    assert write_table(table, tmp_path / "x.csv").read_text(encoding="utf-8") == "token\n\\ud800\né\n"

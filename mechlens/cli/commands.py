@@ -5,6 +5,7 @@ Only the command that is called is imported and built: all of them take longer t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib
@@ -117,11 +118,8 @@ def run(arguments: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _OneLineEach()
-            with build(_called(arguments)).make_context("mechlens", arguments or ["--help"]) as context:
-                context.command.invoke(context)
-        sys.stdout.flush()
-    except typer.Exit as ended:
-        return int(ended.exit_code)
+            _invoke(arguments or ["--help"])
+        print(end="", flush=True)
     except NotSavedError as error:
         say(str(error))
         return 1
@@ -152,8 +150,11 @@ def run(arguments: list[str]) -> int:
 _OF_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
-def _called(arguments: list[str]) -> str | None:
-    return next((each for each in arguments if not each.startswith("-")), None)
+def _invoke(arguments: list[str]) -> None:
+    called = next((each for each in arguments if not each.startswith("-")), None)
+    # help and the version end so
+    with contextlib.suppress(typer.Exit), build(called).make_context("mechlens", arguments) as context:
+        context.command.invoke(context)
 
 
 def _another() -> None:

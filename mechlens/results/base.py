@@ -201,8 +201,7 @@ def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, 
 def write_table(table: pd.DataFrame, path: Path) -> Path:
     """Write a table as `.csv`, whole or not at all."""
     with replacing(path) as part:
-        # a lone surrogate (half a character, from a byte-level token) has no UTF-8 form
-        table.to_csv(part, index=False, errors="backslashreplace")
+        table.to_csv(part, index=False)
     return path
 
 
