@@ -19,6 +19,7 @@ FLOORS = {
     "batches": 0,
     "corpus": 0,
     "published": 0,
+    "files": 0,
     "models": 1,
     "analyses": 2,
     "plots": 2,

@@ -10,7 +10,6 @@ from mechlens.results.base import (
     ModelInfo,
     Result,
     load,
-    replacing,
     write_table,
 )
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
@@ -63,6 +62,5 @@ __all__ = [
     "head_label",
     "load",
     "parse_head",
-    "replacing",
     "write_table",
 ]
