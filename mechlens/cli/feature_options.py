@@ -127,9 +127,9 @@ def n_features(model: LensModel, site: str) -> int:
 
 
 def chosen(what: str, given: Sequence[int], count: int) -> list[int]:
-    from mechlens import prompts
+    from mechlens import arguments
 
-    return list(prompts.chosen(what, given, count))
+    return list(arguments.chosen(what, given, count))
 
 
 def check_other(
@@ -141,7 +141,7 @@ def check_other(
     site: str,
 ) -> None:
     """Say so before either is searched that the two do not compare, which takes long for a large one."""
-    from mechlens.prompts import vocabulary_hash
+    from mechlens.tokens import vocabulary_hash
 
     if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
         raise ValueError(

@@ -63,6 +63,8 @@ def quiet() -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             # Known: we support the versions that have it, and the bridge for those that do not.
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+            # What is not folded is read off the norms; see `weights.norm_affine`.
+            warnings.filterwarnings("ignore", ".* does not support (fold_ln|center_writing)", UserWarning)
             yield
     finally:
         root.removeFilter(not_the_engine)

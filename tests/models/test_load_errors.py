@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from mechlens.models import load
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
+from mechlens.models.protocol import engine_of
 from tests.models.test_load import BACKENDS, HAS_HOOKED
 from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 

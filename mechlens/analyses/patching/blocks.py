@@ -72,9 +72,10 @@ def patch_blocks(
         if how != "skip":
             # the blocks are called alone, without what the model may give them beside the stream
             alone = engine_of(other) != "HookedTransformer" or tokens.shape[1] < 2
-            if not alone and start_sweeps(other, tokens, "resid_post").clean is None:
+            begun = None if alone else start_sweeps(other, tokens, "resid_post")
+            if begun is not None and begun.clean is None:
                 raise ValueError(
-                    f"prompt {index} cannot be run from the middle of the model on: is it padded on the left?"
+                    f"prompt {index} cannot be run from the middle of the model on: {begun.why}"
                 )
             for at in wanted:
                 end = SITES["resid_post"].format(at)
