@@ -1,4 +1,5 @@
-"""Where a model lacks what a shortcut assumes, the shortcut is not taken or the call is refused: no number is wrong.
+"""Where a model lacks what a shortcut assumes, the shortcut is not taken or the call is refused: no number is
+wrong.
 
 Each kind was a fault once. The references are Hugging Face's own model and whole runs with hooks.
 """
@@ -95,7 +96,9 @@ def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, 
 
     model.add_hook(f"blocks.1.{place}", hook, is_permanent=True)
     for site, layer in (("z", 1), ("resid_pre", 1), ("mlp_out", 0), ("resid_post", 1), ("resid_pre", 2)):
-        found = mechlens.patch_grid(model, tokens, site=site, source="zero", layers=[layer], positions=[5], read=[6, 8])
+        found = mechlens.patch_grid(
+            model, tokens, site=site, source="zero", layers=[layer], positions=[5], read=[6, 8]
+        )
 
         def zero(activation, hook):
             activation = activation.clone()
@@ -173,7 +176,9 @@ def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
 def test_a_hook_on_one_row_of_a_batch_is_refused_where_rows_are_runs_of_their_own(directories, backend, work):
     model = load_model(directories / "gpt2", backend=backend, processing=False)
     model.add_hook("blocks.0.hook_resid_mid", of_the_first_row)
-    with pytest.raises(ValueError, match="your hook at blocks.0.* treats the rows of a batch in different ways"):
+    with pytest.raises(
+        ValueError, match=r"your hook at blocks\.0.* treats the rows of a batch in different ways"
+    ):
         work(model)
 
 
@@ -214,7 +219,7 @@ def test_blocks_are_not_run_again_behind_a_users_hook(directories):
         lambda: mechlens.logit_lens(model, tokens_for(), last_blocks=1),
         lambda: mechlens.patch_blocks(model, tokens_for(), "repeat"),
     ):
-        with pytest.raises(ValueError, match="your hook at blocks.2"):
+        with pytest.raises(ValueError, match=r"your hook at blocks\.2"):
             work()
 
 
@@ -238,13 +243,17 @@ def long_rope(directory, **changes):
         "rope_parameters": rope | {"original_max_position_embeddings": 32},
     }
     write_model_of(directory, hf.Phi3Config(**config | changes))
-    return hf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    return hf.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def dynamic_rope(directory):
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
     write_tiny_model(directory, "llama", rope_parameters=rope, max_position_embeddings=32)
-    return hf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    return hf.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def bridge_of(directory, n_ctx=128):
@@ -365,7 +374,10 @@ def test_a_sequence_may_begin_with_bos_and_end_with_eos(tiny_directories):
 
 def test_a_text_that_comes_with_its_bos_does_not_get_another(bundled, tiny_directories):
     bos = bundled.tokenizer.bos_token
-    assert mechlens.text_tokens(bundled, f"{bos}The cat").tolist() == mechlens.text_tokens(bundled, "The cat").tolist()
+    assert (
+        mechlens.text_tokens(bundled, f"{bos}The cat").tolist()
+        == mechlens.text_tokens(bundled, "The cat").tolist()
+    )
     tokens = mechlens.text_tokens(bundled, "The cat sat.")
     again = bundled.tokenizer.decode(tokens[0])
     assert torch.equal(mechlens.text_tokens(bundled, again, prepend_bos=True), tokens)
@@ -406,7 +418,9 @@ GRANITE = {
 
 
 def test_heads_that_a_model_scales_are_not_read_as_if_it_did_not(tmp_path):
-    write_model_of(tmp_path / "granite", hf.GraniteConfig(**GRANITE, residual_multiplier=0.22, logits_scaling=1.0))
+    write_model_of(
+        tmp_path / "granite", hf.GraniteConfig(**GRANITE, residual_multiplier=0.22, logits_scaling=1.0)
+    )
     model = load_model(tmp_path / "granite", backend="bridge", processing=False)
     with pytest.raises(ValueError, match=r"heads of layer 1 write .*it is 4\.55 times as long"):
         mechlens.logit_lens(model, tokens_for(), component="result", layers=[1])
@@ -451,7 +465,9 @@ def test_query_heads_with_keys_of_their_own_are_found_by_their_own_number(direct
     assert (apart - shared).abs().max() < CLOSE
     clean = mechlens.attention_patterns(model, tokens, ["L2H3"]).patterns[0]
     assert (apart[0] - clean).abs().max() > 0.01
-    assert mechlens.patch_grid(model, tokens, site="k", source="zero", heads="each", positions=None).heads == (0, 1, 2, 3)
+    assert mechlens.patch_grid(
+        model, tokens, site="k", source="zero", heads="each", positions=None
+    ).heads == (0, 1, 2, 3)
 
 
 # -- threads and settings --------------------------------------------------------------------------
@@ -465,8 +481,12 @@ def test_one_model_in_several_threads_gives_every_thread_its_own_numbers(directo
         tokens = tokens_for(1, 8 + seed, seed)
         jobs += [
             lambda tokens=tokens: mechlens.logit_lens(model, tokens).entropy,
-            lambda tokens=tokens: mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None).values,
-            lambda tokens=tokens: mechlens.attribution_patching(model, tokens, site="z", source="zero").estimate,
+            lambda tokens=tokens: (
+                mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None).values
+            ),
+            lambda tokens=tokens: (
+                mechlens.attribution_patching(model, tokens, site="z", source="zero").estimate
+            ),
             lambda tokens=tokens: mechlens.attention_patterns(model, tokens, ["L1H2"]).patterns,
             lambda seed=seed: mechlens.search_complete(raw, layers=[1], features=[seed]).activations,
         ]
@@ -494,7 +514,9 @@ def test_another_default_dtype_changes_no_number(directories, backend, dtype):
         lambda: mechlens.composition_scores(model, "k", draws=4).scores,
         lambda: mechlens.full_OV(model, (1, 2)).A,
         lambda: mechlens.search_complete(raw, top_k=2).activations,
-        lambda: mechlens.search_gradient(raw, layer=0, selection=np.s_[:, 1], n_tokens=1, steps=3).activations,
+        lambda: (
+            mechlens.search_gradient(raw, layer=0, selection=np.s_[:, 1], n_tokens=1, steps=3).activations
+        ),
         lambda: mechlens.train_tuned_lens(model, tokens_for(20), steps=2, batch_tokens=24, held_out=2).weight,
         lambda: mechlens.positional_attention(model, (1, 2)).pattern,
     ]

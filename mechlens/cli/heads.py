@@ -67,15 +67,15 @@ def heads(
         ON_PROMPT,
         PROMPT_KINDS,
         VARIANTS,
-        check_kinds,
         detect_heads,
         score_heads,
         score_heads_on,
     )
+    from mechlens.arguments import names_of
 
     # before the model is loaded, which takes seconds
     if kind:
-        check_kinds(kind, (*KINDS, *VARIANTS) if text is None else PROMPT_KINDS)
+        names_of("score", kind, (*KINDS, *VARIANTS) if text is None else PROMPT_KINDS)
     loaded = options.load(model, device, dtype, revision, quiet)
     if text is None:
         found = score_heads(

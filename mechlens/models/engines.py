@@ -108,8 +108,8 @@ def sound_processing(
 
 
 def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, name: str) -> Any:
-    """A HookedTransformer with a Hugging Face model's weights, on the CPU. The Hugging Face model is let go of,
-    tensor by tensor.
+    """A HookedTransformer with a Hugging Face model's weights, on the CPU. The Hugging Face model is let go
+    of, tensor by tensor.
 
     Raises:
         ModelLoadError: HookedTransformer does not have this architecture or a feature of it.

@@ -40,8 +40,8 @@ def load_model(
 ) -> LensModel:
     """Load a model that every analysis takes.
 
-    Its predictions are compared with the Hugging Face model's on 16 tokens before it is handed out, on the device
-    and in the dtype in which it is used.
+    Its predictions are compared with the Hugging Face model's on 16 tokens before it is handed out, on the
+    device and in the dtype in which it is used.
 
     Args:
         name_or_path: `mechlens-books`, the bundled model; a name of TransformerLens or the hub, such as
@@ -49,8 +49,8 @@ def load_model(
             HookedTransformerConfig as `config.json` beside `model.safetensors`. Only a hub's name that is
             not in the local cache is looked up on the network.
         backend: `hooked` (HookedTransformer, TransformerLens 3.9), `bridge` (TransformerBridge in
-            compatibility mode), or `auto`: the first of the two that is installed and has this model. On a bridge
-            patching sweeps take longer, as they cannot begin at the layer that is patched.
+            compatibility mode), or `auto`: the first of the two that is installed and has this model. On a
+            bridge patching sweeps take longer, as they cannot begin at the layer that is patched.
         processing: fold LayerNorm and value biases and centre weights, where that leaves the predictions
             as they are: a logit soft-cap forbids centring the unembedding, norms after the blocks forbid
             folding and centring.
@@ -94,7 +94,8 @@ def load_model(
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Whatever the caller's settings are, and one thread at a time: the engines set some for the whole program."""
+    """Whatever the caller's settings are, and one thread at a time: the engines set some for the whole
+    program."""
     with _ONE_AT_A_TIME, torch.inference_mode(False):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -114,8 +115,8 @@ def _tell_of_bridge(backends: tuple[engines.Backend, ...]) -> None:
         return
     _told.add("bridge")
     warnings.warn(
-        "TransformerLens 4 has no HookedTransformer: models are run by a bridge, on which patching sweeps cannot begin "
-        "at the layer that is patched and take longer; transformer-lens 3.9 has both",
+        "TransformerLens 4 has no HookedTransformer: models are run by a bridge, on which patching sweeps "
+        "cannot begin at the layer that is patched and take longer; transformer-lens 3.9 has both",
         stacklevel=3,
     )
 
@@ -139,8 +140,8 @@ def _first_that_has_it(
         if refused is not None:
             why = str(refused).split(": use ")[0]
             warnings.warn(
-                f"{place.name} is run by a TransformerBridge, on which patching sweeps cannot begin at the layer that "
-                f"is patched and take longer ({why})",
+                f"{place.name} is run by a TransformerBridge, on which patching sweeps cannot begin at the "
+                f"layer that is patched and take longer ({why})",
                 stacklevel=3,
             )
         return found

@@ -27,8 +27,8 @@ class HuggingFaceModel:
     architecture: str
 
     def let_go(self) -> None:
-        """Keep no weight; whoever else has one may free it. Modules refer to each other, so that dropping the model
-        would free nothing before the garbage is collected."""
+        """Keep no weight; whoever else has one may free it. Modules refer to each other, so that dropping the
+        model would free nothing before the garbage is collected."""
         for module in self.model.modules():
             module._parameters.clear()
         self.model = None
@@ -162,8 +162,9 @@ def read_hf(
     if quantized:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
         raise ModelLoadError(
-            f"the weights in {directory} are quantized ({method}, says quantization_config in config.json): they are not "
-            "read, because analyses compute with the weights themselves; give a copy in float32, bfloat16 or float16"
+            f"the weights in {directory} are quantized ({method}, says quantization_config in config.json): "
+            "they are not read, because analyses compute with the weights themselves; give a copy in "
+            "float32, bfloat16 or float16"
         )
     if not has_tokenizer(tokenizer_at):
         raise ModelLoadError(

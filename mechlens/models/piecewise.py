@@ -1,7 +1,7 @@
 """TransformerLens's processing of weights, one block after the other.
 
-Its own copies all weights of a model several times over. Done a block at a time, with each tensor let go of as
-the next one is made of it, no more than a block is there twice.
+Its own copies all weights of a model several times over. Done a block at a time, with each tensor let go of
+as the next one is made of it, no more than a block is there twice.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ State = dict[str, Tensor]
 
 @contextlib.contextmanager
 def processing_by_blocks() -> Iterator[None]:
-    """Until the block ends, TransformerLens processes weights a block at a time, on both of its engines. What is
-    processed is taken out of the state dict that it is given."""
+    """Until the block ends, TransformerLens processes weights a block at a time, on both of its engines. What
+    is processed is taken out of the state dict that it is given."""
     from transformer_lens.weight_processing import ProcessWeights
 
     names = ("process_weights", "distribute_weights_to_components")
@@ -97,8 +97,8 @@ def _processed(
 
 
 def _ends(state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]) -> State:
-    """The embeddings, the last norm and the unembedding: the largest tensors, so that none is copied that need not
-    be. The steps are those of `ProcessWeights.process_weights`."""
+    """The embeddings, the last norm and the unembedding: the largest tensors, so that none is copied that
+    need not be. The steps are those of `ProcessWeights.process_weights`."""
     from transformer_lens.weight_processing import ProcessWeights
 
     dtypes = {name: tensor.dtype for name, tensor in state.items()}

@@ -1,6 +1,7 @@
 """Whether a converted model predicts what the original does, as far as arithmetic lets it.
 
-The original is run twice, in its own dtype and in a wider one, which says how much rounding there is to expect.
+The original is run twice, in its own dtype and in a wider one, which says how much rounding there is to
+expect.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from mechlens.models.errors import ModelLoadError
 from mechlens.models.runs import seen_whole
 
 FACTOR = 16.0
-"""How many times its own rounding a converted model may be from the original: its weights are rounded anew where
-norms are folded into them, and its sums are in another order. The distance is a KL, a square of what is rounded."""
+"""How many times its own rounding a converted model may be from the original: its weights are rounded anew
+where norms are folded into them, and its sums are in another order. The distance is a KL, a square of what is
+rounded."""
 FLOOR = 1e-9
-"""KL in nats that is never held against a model: 5e-5 nats of each log-probability. Rounding in float32 gives about
-1e-13; a wrong rotation or a lost bias gives far more."""
+"""KL in nats that is never held against a model: 5e-5 nats of each log-probability. Rounding in float32 gives
+about 1e-13; a wrong rotation or a lost bias gives far more."""
 _UNMEASURED = {torch.bfloat16: 1e-3, torch.float16: 1e-4}
 """Rounding where a model cannot be run in a wider dtype."""
 
@@ -114,9 +116,9 @@ def check_converted(model: Any, reference: Reference, *, advice: str) -> None:
     kl = reference.distance(model)
     if not kl <= reference.limit:
         raise ModelLoadError(
-            f"TransformerLens's version of this model predicts something else than the original (KL {kl:.2g} nats, "
-            f"where rounding allows {reference.limit:.2g}): the engine does not support one of its settings, so "
-            f"every result would be wrong{advice}"
+            f"TransformerLens's version of this model predicts something else than the original (KL {kl:.2g} "
+            f"nats, where rounding allows {reference.limit:.2g}): the engine does not support one of its "
+            f"settings, so every result would be wrong{advice}"
         )
 
 
@@ -129,7 +131,7 @@ def check_on_device(model: Any, reference: Reference, device: torch.device) -> N
     kl = reference.distance(model)
     if not kl <= reference.limit:
         raise ModelLoadError(
-            f"on {device} this model predicts something else than on the CPU (KL {kl:.2g} nats, where rounding allows "
-            f"{reference.limit:.2g}), as is known of some versions of PyTorch on MPS: every result would be wrong; "
-            "use device='cpu'"
+            f"on {device} this model predicts something else than on the CPU (KL {kl:.2g} nats, where "
+            f"rounding allows {reference.limit:.2g}), as is known of some versions of PyTorch on MPS: every "
+            "result would be wrong; use device='cpu'"
         )

@@ -22,6 +22,7 @@ from mechlens.results.heads import (
     half_means,
     head_label,
     parse_head,
+    parse_heads,
 )
 from mechlens.results.induction_circuits import InductionCircuits
 from mechlens.results.input_probe import InputProbe
@@ -62,5 +63,6 @@ __all__ = [
     "head_label",
     "load",
     "parse_head",
+    "parse_heads",
     "write_table",
 ]

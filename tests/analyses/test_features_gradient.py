@@ -11,13 +11,12 @@ import torch
 import transformers as hf
 
 from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
-from mechlens.arguments import check_counts
+from mechlens.arguments import check_counts, generator_of
 from mechlens.models import embedded
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
-from mechlens.models.untrained import generator_of
-from mechlens.tokens import drawable_tokens
 from mechlens.results.state import state_file
+from mechlens.tokens import drawable_tokens
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model, write_model_of
 

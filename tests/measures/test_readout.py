@@ -207,8 +207,8 @@ reader = Unembedding(torch.randn(4, d_vocab, generator=draw), torch.zeros(d_voca
 options = {"targets": torch.zeros(positions, 1, dtype=torch.long), "references": (rows - 1, 0)}
 small = read_out(vectors, reader, **options)
 pages = int(open("/proc/self/statm").read().split()[0])
-# the references' logits at all positions are 240 MB; what the process had mapped just then may be given back or
-# used again, so the limit is taken down until it binds
+# the references' logits at all positions are 240 MB; what the process had mapped just then may be given back
+# or used again, so the limit is taken down until it binds
 for spare in range(100, -1000, -50):
     limit = pages * resource.getpagesize() + spare * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
