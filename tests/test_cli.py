@@ -381,7 +381,9 @@ def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
     assert found["decoder"] == "tuned_lens"
     plain = json.loads(run(capsys, "lens", TEXT, "--json")[1])
     # what does nothing changes nothing
-    assert [cell["kl_final"] for cell in found["cells"]] == [cell["kl_final"] for cell in plain["cells"]]
+    for cell, own in zip(found["cells"], plain["cells"], strict=True):
+        # of the last layer it is 0 but for rounding, which depends on what is computed beside it
+        assert cell["kl_final"] == pytest.approx(own["kl_final"], rel=1e-5, abs=1e-6)
     code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
     assert code == 2
     assert "this tuned lens was trained on processed weights: leave out --raw" in err
