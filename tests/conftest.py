@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 # Before anything imports torch, and for the processes that tests start. Each worker of `make test` has about
-# a core: threads that wait for each other beside other work take a hundred times as long. `make test-portable`
-# and whoever looks for a fault of two threads set another number.
+# a core: threads that wait for each other beside other work take a hundred times as long. Who wants another
+# number sets it, as `make test-portable` does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
