@@ -20,9 +20,9 @@ def tokens_for(seed=0, rows=1):
     return torch.randint(4, 50, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama"])
-def patch_model(request, tiny_directories):
-    return load_model(tiny_directories / request.param)
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
+def patch_model(request, load_once, tiny_directories):
+    return load_once(tiny_directories / request.param)
 
 
 def slope(model, tokens, **options):

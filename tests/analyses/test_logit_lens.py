@@ -28,13 +28,13 @@ def dense(model, resid):
     return logits if cap <= 0 else cap * torch.tanh(logits / cap)
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["processed", "raw"])
-def lens_model(request, tiny_directories, tiny_model):
+@pytest.fixture(params=[True, False], ids=["processed", "raw"])
+def lens_model(request, load_once, tiny_directories, tiny_model):
     """Every tiny model, processed and not."""
     kinds = {"GPT2LMHeadModel": "gpt2", "GPTNeoXForCausalLM": "gpt_neox"}
     kinds |= {"LlamaForCausalLM": "llama", "Gemma2ForCausalLM": "gemma2"}
     kind = kinds[describe(tiny_model).architecture]
-    return load_model(tiny_directories / kind, processing=request.param)
+    return load_once(tiny_directories / kind, processing=request.param)
 
 
 def test_the_last_row_is_the_models_own_prediction(lens_model):

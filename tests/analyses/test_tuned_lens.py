@@ -27,10 +27,10 @@ SMALL = {"steps": 6, "batch_tokens": 24, "held_out": 8, "learning_rate": 0.01}
 """Of windows of 8 tokens: 3 in a batch."""
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2"])
-def wide_model(request, tiny_directories):
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2"])
+def wide_model(request, load_once, tiny_directories):
     """In float64, where Adam's division by the size of a gradient magnifies no rounding."""
-    return load_model(tiny_directories / request.param, dtype="float64", processing=request.param != "gpt2")
+    return load_once(tiny_directories / request.param, dtype="float64", processing=request.param != "gpt2")
 
 
 def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> None:
