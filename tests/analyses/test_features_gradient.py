@@ -28,15 +28,6 @@ CLOSE = {"atol": 2e-4, "rtol": 1e-5}
 FEW = {"steps": 5, "restarts": 3}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second one gains nothing on such small tensors, and waits for its core where others use it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def loaded(tiny_directories):
     models = {kind: load_model(tiny_directories / kind, processing=False) for kind in KINDS}
