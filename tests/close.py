@@ -24,6 +24,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_same(found: Any, expected: Any) -> None:
     """The same result, computed twice: floats up to rounding, all else exactly."""
+    if isinstance(found, float):
+        assert found == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING, nan_ok=True)
+        return
     assert type(found) is type(expected)
     if dataclasses.is_dataclass(found):
         for field in dataclasses.fields(found):
@@ -38,7 +41,5 @@ def assert_same(found: Any, expected: Any) -> None:
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
-    elif isinstance(found, float):
-        assert found == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING, nan_ok=True)
     else:
         assert found == expected
