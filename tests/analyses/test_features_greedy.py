@@ -61,7 +61,7 @@ def test_a_beam_behind_a_prefix(kind, aggregate, loaded):
 
 def test_aggregates_differ_in_a_beam(loaded):
     last, total = (
-        search_greedy(loaded("gpt2"), layer=1, features=range(8), n_tokens=3, beam=3, aggregate=aggregate)
+        search_greedy(loaded("gpt2"), layer=1, features=range(4), n_tokens=3, beam=3, aggregate=aggregate)
         for aggregate in ("last", "sum")
     )
     assert not torch.equal(last.ids, total.ids)
