@@ -361,7 +361,9 @@ def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
         check=False,
         env=os.environ | {"PYTHONIOENCODING": "cp1252"},
     )
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0
+    # on a bridge it says which engine it is
+    assert all(line.startswith(b"mechlens: ") for line in done.stderr.splitlines())
     assert done.stdout.decode("cp1252").startswith("Logit lens: mechlens-books")
 
 
