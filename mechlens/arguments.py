@@ -89,7 +89,7 @@ def seeds_of(seeds: Any) -> tuple[int, ...]:
     return found
 
 
-def names_of(what: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
+def names_of(what: str, given: Any, known: Sequence[str], *, may_be_empty: bool = False) -> tuple[str, ...]:
     """One or several of some names; a text by itself is one.
 
     Raises:
@@ -105,7 +105,7 @@ def names_of(what: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
             near = difflib.get_close_matches(str(name), known, 1, 0.5)
             meant = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"no {what} {name!r} here{meant}; there are {', '.join(known)}")
-    if not found:
+    if not found and not may_be_empty:
         raise ValueError(f"no {what} is asked for; there are {', '.join(known)}")
     return found
 

@@ -103,8 +103,8 @@ def logit_lens(
             of one token; one for each position is a list within the list, or a tensor like the tokens. A
             mapping names them; else they are named as they are given, and those that differ by position
             `target_0`, ...
-        statistics: which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` are wanted; None is all.
-            The others are not computed, and nan.
+        statistics: which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` are wanted; None is all,
+            an empty list none beside the most likely tokens. The others are not computed, and nan.
         attention_mask: of token ids `[batch, pos]`: 0 or False where they are padding, left or right.
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
         memory_budget: bytes for logits and what is made of them; None takes 64 MiB, on a GPU 1 GiB. It is
@@ -139,7 +139,8 @@ def logit_lens(
     rows = _rows(model, component, sorted(chosen("layer", layers, n_layers)), heads)
     read = chosen("position", positions, batch.tokens.shape[1])
     wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
-    asked = STATISTICS if statistics is None else names_of("statistic", statistics, STATISTICS)
+    known = STATISTICS
+    asked = known if statistics is None else names_of("statistic", statistics, known, may_be_empty=True)
     decode, decoder_name = _decoder(model, decoder, info)
     if isinstance(decoder, TunedLens) and (component not in ("resid_pre", "resid_post") or last_blocks):
         raise ValueError(
