@@ -168,5 +168,20 @@ def check_type(name: str, value: Any, *types: type) -> None:
         raise TypeError(f"{name} must be {wanted}, but is {repr(value) if plain else _one(type(value))}")
 
 
+def check_model(model: Any) -> None:
+    """Refuse what has neither a configuration nor a place for a tokenizer, such as a model's name."""
+    if not (hasattr(model, "cfg") and hasattr(model, "tokenizer")):
+        raise no_model(model)
+
+
+def no_model(given: Any) -> TypeError:
+    """The error for what is no model of TransformerLens."""
+    came = f"{type(given).__module__}.{type(given).__qualname__}"
+    return TypeError(
+        f"this needs a HookedTransformer or a TransformerBridge, but got {came}: "
+        "load the model with mechlens.load_model(name or directory)"
+    )
+
+
 def _one(kind: type) -> str:
     return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
