@@ -89,6 +89,7 @@ def random_gpt2_small() -> Any:
 def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
     """A model of GPT-2's kind with random weights; see `random_gpt2_small`."""
     from mechlens.models import engines
+    from mechlens.models.local import HuggingFaceModel
 
     torch.manual_seed(0)
     if int(version("transformer-lens").split(".")[0]) < 4:
@@ -131,8 +132,7 @@ def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
         tokenizer.save_pretrained(folder)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         return engines.bridge_from_hf(
-            GPT2LMHeadModel(config).eval(),
-            tokenizer,
+            HuggingFaceModel(GPT2LMHeadModel(config).eval(), tokenizer, "GPT2LMHeadModel"),
             processing=False,
             dtype=torch.float32,
             directory=Path(folder),

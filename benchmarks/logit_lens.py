@@ -29,10 +29,10 @@ from common import (
     random_gpt2_small,
     seconds,
 )
+from mechlens.measures.vocabulary import read_out
 
 from mechlens import logit_lens
 from mechlens.measures import vocabulary
-from mechlens.measures.vocabulary import read_out
 from mechlens.models.runs import final_norm, watch
 
 THREADS = 2

@@ -32,6 +32,19 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
     return number
 
 
+def generator_of(seed: Any) -> torch.Generator:
+    """Draws on the CPU that a seed decides.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: one below 0, or that torch does not take.
+    """
+    number = whole_number("seed", seed, least=0)
+    if number >= 2**64:
+        raise ValueError(f"seed must be below 2**64, but is {number}")
+    return torch.Generator().manual_seed(number)
+
+
 def check_counts(**counts: Any) -> None:
     """Refuse what is no whole number of at least 1; None stands for no choice."""
     for name, value in counts.items():
@@ -145,3 +158,15 @@ def _as_mask(what: str, given: Any, count: int) -> list[bool] | None:
             f"a mask of {what}s needs {count} truth values, but this has shape {np.shape(values)}"
         )
     return values
+
+
+def check_type(name: str, value: Any, *types: type) -> None:
+    """Refuse what is of another type, such as the result of another analysis."""
+    if not isinstance(value, types):
+        wanted = " or ".join(_one(each) for each in types)
+        plain = value is None or isinstance(value, (str, int, float))
+        raise TypeError(f"{name} must be {wanted}, but is {repr(value) if plain else _one(type(value))}")
+
+
+def _one(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.prompts import bos_to_prepend
+from mechlens.arguments import check_counts
+from mechlens.prompts import as_ids, bos_to_prepend
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
 PIECE = 16384
@@ -80,11 +82,11 @@ def token_windows(
         ValueError: as `read_texts`; a length that the context does not hold, or that leaves no token beside
             BOS; no tokenizer for texts; ids that the model does not have, or rows of another length.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 window, but is {limit}")
+    check_counts(limit=limit, length=length)
     n_ctx = model.cfg.n_ctx
-    if isinstance(source, Tensor):
-        rows = _checked(model, source, length)
+    rows = corpus_ids(source)
+    if rows is not None:
+        _check_ids(model, rows, length)
         return iter(rows if limit is None else rows[:limit])
     length = min(LENGTH, n_ctx) if length is None else length
     if length > n_ctx:
@@ -101,11 +103,25 @@ def token_windows(
     return _windows(stream, length, bos, limit, drop_last)
 
 
-def _checked(model: Any, rows: Int[Tensor, "window pos"], length: int | None) -> Int[Tensor, "window pos"]:
-    if rows.ndim != 2 or rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
-        raise ValueError(
-            f"a corpus of ids is integers [window, pos], but is {rows.dtype} of the shape {tuple(rows.shape)}"
-        )
+def corpus_ids(source: Any) -> Int[Tensor, "window pos"] | None:
+    """The windows of a corpus that is ids, as a tensor, an array or what a tokenizer gives; None for text.
+
+    Raises:
+        ValueError: numbers that are no integers, or rows with padding.
+    """
+    if not isinstance(source, (Tensor, np.ndarray)) and not (
+        isinstance(source, Mapping) and "input_ids" in source
+    ):
+        return None
+    rows, mask = as_ids(source)
+    if mask is not None and not bool(mask.all()):
+        raise ValueError("the rows of ids have padding (zeros in attention_mask): windows are equally long")
+    return rows
+
+
+def _check_ids(model: Any, rows: Int[Tensor, "window pos"], length: int | None) -> None:
+    if rows.ndim != 2:
+        raise ValueError(f"a corpus of ids is [window, pos], but has the shape {tuple(rows.shape)}")
     if rows.numel() == 0:
         raise ValueError(f"a corpus of ids needs at least one token, but is {tuple(rows.shape)}")
     if length not in (None, rows.shape[1]):
@@ -122,7 +138,6 @@ def _checked(model: Any, rows: Int[Tensor, "window pos"], length: int | None) ->
     if low < 0 or high >= model.cfg.d_vocab:
         wrong = low if low < 0 else high
         raise ValueError(f"token id {wrong} is not in the model's vocabulary of {model.cfg.d_vocab}")
-    return rows.cpu().long()
 
 
 def _windows(

@@ -12,7 +12,7 @@ DELAY = 1.0
 """Seconds after which work that nobody asked a bar of gets one."""
 
 
-def bar(
+def progress_bar(
     work: Iterable[Any] | None = None, *, desc: str, progress: bool | None, unit: str = "run", **options: Any
 ) -> tqdm[Any]:
     """A bar over some work, or one that is moved by hand.

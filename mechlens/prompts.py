@@ -175,7 +175,8 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
 
     Raises:
         TypeError: neither text nor ids.
-        ValueError: as `text_tokens`, sequences of different lengths or with padding, or ids that are no integers.
+        ValueError: as `text_tokens`, sequences of different lengths or with padding, or ids that are no
+            integers.
     """
     texts = as_texts(prompt)
     if texts is not None:
@@ -191,8 +192,8 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
     tokens, mask = as_ids(prompt)
     if mask is not None and not bool(mask.all()):
         raise ValueError(
-            "the prompt has padding (zeros in its attention_mask), but sequences must be equally long here: give "
-            "those of one length together"
+            "the prompt has padding (zeros in its attention_mask), but sequences must be equally long here: "
+            "give those of one length together"
         )
     if mask is None:
         warn_of_padding(model, tokens)
@@ -218,8 +219,8 @@ def as_texts(prompt: Any) -> list[str] | None:
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(
-                f"a list of prompts has texts in it, but there is a {type(entry).__name__}: give token ids as a "
-                "tensor"
+                f"a list of prompts has texts in it, but there is a {type(entry).__name__}: give token ids "
+                "as a tensor"
             )
     return entries
 
@@ -240,8 +241,8 @@ def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
             prompt = torch.as_tensor(np.asarray(prompt))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "token ids are whole numbers [batch, pos], rows of one length; pad shorter ones and say so with "
-                f"attention_mask ({error})"
+                "token ids are whole numbers [batch, pos], rows of one length; pad shorter ones and say so "
+                f"with attention_mask ({error})"
             ) from None
     if not isinstance(prompt, Tensor):
         raise TypeError(
@@ -272,8 +273,9 @@ def warn_of_padding(model: Any, tokens: Int[Tensor, "batch pos"]) -> None:
         row = int(count.argmax())
         if count[row]:
             warnings.warn(
-                f"row {row} of the prompt {side} with {int(count[row])} padding tokens (id {pad}), which are read "
-                "like any others: leave them out, or tell of them with attention_mask where it can be given",
+                f"row {row} of the prompt {side} with {int(count[row])} padding tokens (id {pad}), which are "
+                "read like any others: leave them out, or tell of them with attention_mask where it can be "
+                "given",
                 stacklevel=4,
             )
             return

@@ -154,8 +154,8 @@ def _past_the_end(tokenizer: Any, token: int) -> str:
 def target_id(model: Any, target: Any) -> int:
     """The id of a target token, which is given as an id, by its label, or as a text of exactly one token.
 
-    A label comes first: where a tokenizer puts a space before every text (Llama's), `"a"` is the token without
-    a space, and `" a"` the one with it.
+    A label comes first: where a tokenizer puts a space before every text (Llama's), `"a"` is the token
+    without a space, and `" a"` the one with it.
 
     Raises:
         TypeError: neither a text nor an id.
@@ -194,8 +194,8 @@ def target_id(model: Any, target: Any) -> int:
         found = int(ids[0])
     if found >= d_vocab:
         raise ValueError(
-            f"the target {target!r} is the tokenizer's token {found}, but the model's vocabulary has {d_vocab}: the "
-            "tokenizer has tokens that the model was not made for"
+            f"the target {target!r} is the tokenizer's token {found}, but the model's vocabulary has "
+            f"{d_vocab}: the tokenizer has tokens that the model was not made for"
         )
     return found
 
@@ -209,8 +209,8 @@ def check_text(text: str, what: str) -> None:
     for place, letter in enumerate(text):
         if "\ud800" <= letter <= "\udfff":
             raise ValueError(
-                f"the {what} is not text: character {place} is {ascii(letter)}, half of a pair, as bytes become that "
-                "are not UTF-8: decode them with their own encoding"
+                f"the {what} is not text: character {place} is {letter!a}, half of a pair, as bytes become "
+                "that are not UTF-8: decode them with their own encoding"
             )
 
 

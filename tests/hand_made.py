@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from mechlens.analyses.logit_lens import STATISTICS
 from mechlens.results import (
     AttentionPatterns,
     HeadScores,
@@ -165,6 +166,7 @@ def lens(name: str = "tiny") -> LogitLensResult:
         onto_stream=False,
         decoder="final_norm",
         last_blocks=0,
+        statistics=STATISTICS,
         top_ids=torch.tensor([[[[2, 1], [2, 1], [2, 1]]], [[[1, 2], [3, 1], [1, 2]]]]),
         top_probabilities=torch.tensor([[[[0.5, 0.25]] * 3], [[[0.75, 0.125]] * 3]]),
         entropy=values,
@@ -199,6 +201,7 @@ def sub_block_lens(component: str, more: float) -> LogitLensResult:
         onto_stream=False,
         decoder="final_norm",
         last_blocks=0,
+        statistics=STATISTICS,
         top_ids=top,
         top_probabilities=torch.full((3, 1, 2, 1), 0.5),
         entropy=values,

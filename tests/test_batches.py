@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BatchEncoding
 
 from mechlens.batches import Batch, cut, prompt_batch
+from mechlens.prompts import prompt_tokens
 
 BOS = 0
 
@@ -78,8 +79,26 @@ def test_what_is_no_batch_is_refused(tiny_bos_model, prompt, mask, message):
         prompt_batch(tiny_bos_model, prompt, attention_mask=mask)
 
 
-def test_a_list_of_ids_is_no_list_of_texts(tiny_bos_model):
-    # what a type checker refuses arrives all the same
-    unchecked = inspect.unwrap(prompt_batch)
+def test_a_list_of_texts_and_ids_is_refused(tiny_bos_model):
     with pytest.raises(TypeError, match="there is a int: give token ids as a tensor"):
-        unchecked(tiny_bos_model, [1, 2])
+        prompt_batch(tiny_bos_model, ["ab", 2])
+
+
+@pytest.mark.parametrize(
+    "given", [[[5, 6, 7]], np.array([5, 6, 7]), [5, 6, 7], BatchEncoding({"input_ids": [[5, 6, 7]]})]
+)
+def test_ids_come_as_lists_arrays_and_what_a_tokenizer_gives(tiny_bos_model, given):
+    assert prompt_batch(tiny_bos_model, given).tokens.tolist() == [[5, 6, 7]]
+    assert prompt_tokens(tiny_bos_model, given).tolist() == [[5, 6, 7]]
+
+
+def test_a_tokenizers_mask_is_used(tiny_bos_model):
+    given = BatchEncoding({"input_ids": [[5, 6, 7], [0, 0, 9]], "attention_mask": [[1, 1, 1], [0, 0, 1]]})
+    assert prompt_batch(tiny_bos_model, given).mask.tolist() == [[True] * 3, [False, False, True]]
+    with pytest.raises(ValueError, match="sequences must be equally long here"):
+        prompt_tokens(tiny_bos_model, given)
+
+
+def test_rows_of_ids_of_different_lengths_are_refused(tiny_bos_model):
+    with pytest.raises(ValueError, match="pad shorter ones and say so with attention_mask"):
+        prompt_batch(tiny_bos_model, [[1, 2], [3]])

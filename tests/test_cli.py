@@ -29,12 +29,6 @@ def run(capsys, *arguments):
     return ended.value.code, out, err
 
 
-def test_the_bundled_models_name_is_the_loaders():
-    from mechlens.models.load import BUNDLED
-
-    assert cli.BUNDLED == BUNDLED  # written twice, so that --help imports no torch
-
-
 @pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["lens"], ["models"]])
 def test_help_has_an_example_and_the_common_options(capsys, command):
     code, out, _ = run(capsys, *command, "--help")
@@ -71,6 +65,11 @@ def test_no_arguments_show_the_help(capsys):
         (["heads", "--out", "scores.pickle"], "--out is a .safetensors or .csv file"),
         (["heads", "--out", "no/such/folder/x.csv"], "there is no folder"),
         (["heads", "--text", ""], "the text is empty"),
+        (
+            ["heads", "--threshold", "2"],
+            "--threshold must lie between -1 and 1, as all scores do, but is 2.0",
+        ),
+        (["heads", "--threshold", "nan"], "--threshold must lie between -1 and 1"),
         (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
         (["heads", "--text", "a b", "--kind", "copying_score"], "no score 'copying_score' here"),
         (["lens"], "Missing argument"),
@@ -99,6 +98,8 @@ def test_no_arguments_show_the_help(capsys):
         (["lens", "a b", "--component", "result", "--head", "L1H2", "-l", "1"], "leave out --layer"),
         (["lens", "a b", "--position", "99"], "there is no position 99"),
         (["lens", "a b", "--position", "10:"], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--position", ""], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, but is inf"),
         (["lens", "a b", "--position", "two"], "--position is a number, or a range such as 10:40"),
         (
             ["lens", "a b", "--last-blocks", "9"],
@@ -154,7 +155,7 @@ def test_reproduce_writes_results_tables_and_a_report(capsys, tmp_path):
 
 def test_json_and_quiet(capsys, tmp_path):
     code, out, err = run(capsys, "reproduce", "--out", tmp_path, "--json", "--seq-len", 10, *SMALL)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"mechlens: wrote {tmp_path / 'report.html'} and 7 other files beside it\n")
     found = json.loads(out)
     assert found["model"]["name"] == "mechlens-books"
     assert set(found["estimates"]) >= {"second_half_accuracy", "first_half_log_prob"}
@@ -185,7 +186,7 @@ def test_heads_on_a_text_and_as_a_table(capsys, tmp_path):
     assert code == 0
     assert "1 sequence" in out
     assert set(pd.read_csv(path).kind) == {"induction_score"}
-    code, out, _ = run(capsys, "heads", "--threshold", 2, "--kind", "induction_score", *SMALL)
+    code, out, _ = run(capsys, "heads", "--threshold", 1, "--kind", "induction_score", *SMALL)
     assert code == 0
     assert "none" in out
 
@@ -380,7 +381,9 @@ def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
     assert found["decoder"] == "tuned_lens"
     plain = json.loads(run(capsys, "lens", TEXT, "--json")[1])
     # what does nothing changes nothing
-    assert [cell["kl_final"] for cell in found["cells"]] == [cell["kl_final"] for cell in plain["cells"]]
+    for cell, own in zip(found["cells"], plain["cells"], strict=True):
+        # of the last layer it is 0 but for rounding, which depends on what is computed beside it
+        assert cell["kl_final"] == pytest.approx(own["kl_final"], rel=1e-5, abs=1e-6)
     code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
     assert code == 2
     assert "this tuned lens was trained on processed weights: leave out --raw" in err

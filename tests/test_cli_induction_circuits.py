@@ -20,7 +20,7 @@ SMALL = ("--batch", "2", "--seq-len", "20", "--pair", "1.2,3.5")
 def test_a_pair_is_printed_and_saved(capsys, tmp_path, bundled):
     path = tmp_path / "found.safetensors"
     code, out, err = run(capsys, "induction-circuits", *SMALL, "--out", path)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"mechlens: wrote {path}\n")
     found = load(path)
     assert isinstance(found, InductionCircuits)
     expected = find_induction_circuits(bundled, pairs=[("1.2", "3.5")], batch=2, seq_len=20)
@@ -65,7 +65,7 @@ def test_a_model_without_pairs_says_why(capsys, bundled):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--how", "half"], "--how must be mean, resample or zero"),
+        (["--how", "half"], "--how must be one of mean, resample, zero"),
         (["--pair", "1.2"], "--pair is two heads with a comma between"),
         (["--pair", "a,b"], "a head is written L5H5"),
         (["--pair", "3.5,1.2"], "L3H5"),

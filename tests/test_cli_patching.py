@@ -75,7 +75,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
             "--out and --state are the same file x.safetensors: give two",
         ),
         (["patch", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
-        (["ablate", "heads", "--how", "half"], "--how must be mean, resample or zero"),
+        (["ablate", "heads", "--how", "half"], "--how must be one of mean, resample, zero"),
         (["ablate", "heads", "--out", "no/such/x.csv"], "there is no folder"),
         (["ablate", "mlps", "--seq-len", "300"], "the largest seq_len that fits is 255"),
         (["ablate", "mlps", "--out", "x.pickle"], "--out is a .html or .csv or .safetensors file"),

@@ -109,7 +109,7 @@ def test_pairs_below_the_baseline_are_not_called_strong():
     assert section.parts[-1].rows == []
     assert "none above the baseline" in section.parts[0].description
     assert MINUS not in section.text
-    with pytest.raises(ValueError, match="at least 1 pair"):
+    with pytest.raises(ValueError, match="at least 1, but is 0"):
         composition_section(composition(), top=0)
     with pytest.raises(ValueError, match="has only one"):
         composition_section(composition(n_layers=1))

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mechlens.analyses.logit_lens import STATISTICS
 from mechlens.results import (
     FORMAT,
     AttentionPatterns,
@@ -128,6 +129,7 @@ def lens() -> LogitLensResult:
         onto_stream=False,
         decoder="final_norm",
         last_blocks=0,
+        statistics=STATISTICS,
         top_ids=torch.tensor([[[[5], [6]]], [[[6], [6]]]]),
         top_probabilities=torch.tensor([[[[0.5], [0.25]]], [[[0.75], [0.5]]]]),
         entropy=numbers,

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import read_patterns
 from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.results import AttentionPatterns, head_label, parse_heads
+from mechlens.results.heads import Heads
 from mechlens.tokens import token_strings
-from mechlens.results import AttentionPatterns, head_label, parse_head
 
 
 def attention_patterns(
     model: LensModel,
     prompt: Prompt,
-    heads: Sequence[tuple[int, int] | str],
+    heads: Heads,
     *,
     cache: Any = None,
     prepend_bos: bool | None = None,
@@ -42,7 +41,7 @@ def attention_patterns(
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     if len(tokens) != 1:
         raise ValueError(f"attention patterns are of one sequence, but the tokens are {tuple(tokens.shape)}")
-    wanted = [parse_head(head) for head in heads]
+    wanted = parse_heads(heads)
     if not wanted:
         raise ValueError("attention patterns need at least one head")
     for layer, head in wanted:

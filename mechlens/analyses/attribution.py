@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.arguments import chosen
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import parts, watch
@@ -20,10 +21,9 @@ from mechlens.models.weights import (
     output_bias,
     output_weights,
 )
-from mechlens.arguments import chosen
 from mechlens.prompts import Prompt, prompt_tokens
-from mechlens.tokens import own_bos_token_id, target_id, token_strings
 from mechlens.results import LogitAttribution, head_label
+from mechlens.tokens import own_bos_token_id, target_id, token_strings
 
 Target = str | int | Int[Tensor, "..."]
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from mechlens.arguments import check_between, check_type, names_of, seeds_of
 from mechlens.measures import attention as measures
 from mechlens.measures.attention import Stripe, stripe_score
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import next_token_log_probs
 from mechlens.models.runs import parts, read_patterns, watch
-from mechlens.models.weights import direct_unembedding, per_query_head, value_bias
+from mechlens.models.weights import (
+    attention_out_affine,
+    direct_unembedding,
+    output_weights,
+    per_query_head,
+    value_bias,
+)
+from mechlens.progress import progress_bar
 from mechlens.prompts import Prompt, RandomTokens, prompt_tokens, repeated_tokens
-from mechlens.tokens import own_bos_token_id
 from mechlens.results import HeadScores, RepeatedTokenPerformance, half_means, head_label
+from mechlens.tokens import own_bos_token_id
 
 SEEDS = (0, 1, 2, 3, 4)
 PREFIX_LENGTH, PREFIX_COPIES = 25, 4
@@ -53,10 +59,10 @@ def repeated_token_performance(
     *,
     seq_len: int = 50,
     batch: int = 30,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Iterable[int] = SEEDS,
     prepend_bos: bool | None = None,
     confidence: float = 0.95,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> RepeatedTokenPerformance:
     """How well the model predicts random tokens when they come first and when they come again.
 
@@ -67,7 +73,7 @@ def repeated_token_performance(
         prepend_bos: None prepends BOS where the tokenizer has one. Without it the first token is not
             predicted, and the first half has S - 1 predictions.
         confidence: coverage of the bootstrap intervals over all sequences.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         Log-probabilities in nats and top-1 hits per position, and the means of both halves with
@@ -80,10 +86,9 @@ def repeated_token_performance(
     Source: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
     Cost: one forward pass per seed, no logits kept.
     """
-    info = describe(model)
-    _check_seeds(seeds)
+    info, seeds = describe(model), seeds_of(seeds)
     drawn, log_probs, corrects = [], [], []
-    for seed in tqdm(seeds, desc="repeated tokens", disable=not progress):
+    for seed in progress_bar(seeds, desc="repeated tokens", progress=progress):
         random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
         log_prob, correct = next_token_log_probs(model, random.tokens)
         drawn.append(random)
@@ -105,7 +110,7 @@ def repeated_token_performance(
         estimates=estimates,
         single_draws=single_draws,
         seq_len=seq_len,
-        seeds=tuple(seeds),
+        seeds=seeds,
         prepend_bos=drawn[0].prepend_bos,
         confidence=confidence,
     )
@@ -113,15 +118,15 @@ def repeated_token_performance(
 
 def score_heads(
     model: LensModel,
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[str] | str | None = None,
     *,
     seq_len: int = 50,
     batch: int = 30,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Iterable[int] = SEEDS,
     prepend_bos: bool | None = None,
     jitter: int = 0,
     confidence: float = 0.95,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> HeadScores:
     """Score every attention head on repeated random tokens.
 
@@ -138,7 +143,7 @@ def score_heads(
         jitter: 0 to this many other random tokens between the copies, a number drawn for each
             sequence, so that a head that attends at a fixed distance gains nothing.
         confidence: coverage of the bootstrap intervals over all sequences.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         The scores of each sequence and their nulls. The null of a score that depends on content is
@@ -154,11 +159,10 @@ def score_heads(
     Cost: per seed one forward pass per kind of sequence and one for its null, up to the last
     layer's pattern; patterns are reduced layer by layer and dropped.
     """
-    info = describe(model)
-    _check_seeds(seeds)
+    info, seeds = describe(model), seeds_of(seeds)
     if kinds is None:
         kinds = kinds_that_fit(model, KINDS, prepend_bos=prepend_bos, jitter=jitter)
-    check_kinds(kinds, (*KINDS, *VARIANTS))
+    kinds = names_of("score", kinds, (*KINDS, *VARIANTS))
     _check_jitter(kinds, jitter)
     draw = partial(repeated_tokens, model, batch=batch, prepend_bos=prepend_bos)
     on_repeated = [kind for kind in kinds if kind in _ON_REPEATED]
@@ -180,7 +184,7 @@ def score_heads(
     runs = len(seeds) * sum(
         (bool(on_repeated), bool(content), 2 * ("prefix" in families), "sample" in families)
     )
-    with tqdm(total=runs, desc="head scores", unit="run", disable=not progress) as bar:
+    with progress_bar(total=runs, desc="head scores", unit="run", progress=progress) as bar:
 
         def run(name: str, ids: Tensor, seed: int, stripes: Mapping[str, Stripe], into: dict) -> None:
             found = _score_stripes(model, ids, stripes)
@@ -220,7 +224,7 @@ def score_heads(
         tokens={name: torch.stack(ids) for name, ids in tokens.items()},
         seq_len=seq_len,
         jitter=jitter,
-        seeds=tuple(seeds),
+        seeds=seeds,
         prepend_bos=next(iter(drawn.values()))[0].prepend_bos,
         confidence=confidence,
     )
@@ -229,7 +233,7 @@ def score_heads(
 def score_heads_on(
     model: LensModel,
     prompt: Prompt,
-    kinds: Sequence[str] = ON_PROMPT,
+    kinds: Sequence[str] | str = ON_PROMPT,
     *,
     stripes: Mapping[str, Tensor] | None = None,
     cache: Any = None,
@@ -271,8 +275,8 @@ def score_heads_on(
         "first_token_score": lambda: measures.first_token_stripe(n_pos),
     }
     wanted: dict[str, Stripe] = {}
-    if kinds or not stripes:
-        check_kinds(kinds, PROMPT_KINDS)
+    if len(kinds) or not stripes:
+        kinds = names_of("score", kinds, PROMPT_KINDS)
     for kind in kinds:
         wanted[kind] = known[kind]()
     for name, mask in (stripes or {}).items():
@@ -304,34 +308,14 @@ def detect_heads(result: HeadScores, kind: str = "induction_score", threshold: f
     """The heads that score at least `threshold`, as `L5H5`, the highest first.
 
     Raises:
-        ValueError: the result has no such kind.
+        ValueError: the result has no such kind, or a threshold that no score can reach.
     """
+    check_type("result", result, HeadScores)
+    check_between("threshold", threshold, -1, 1)
     return [head_label(*head) for head, score in result.ranked(kind) if score >= threshold]
 
 
 # -- steps -----------------------------------------------------------------------------------------
-
-
-def _check_seeds(seeds: Sequence[int]) -> None:
-    if not seeds:
-        raise ValueError("at least one seed is needed, but seeds is empty")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"the same seed twice is no second observation: {tuple(seeds)}")
-
-
-def check_kinds(kinds: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse names of scores that are not known, with the nearest that is.
-
-    Raises:
-        ValueError: an unknown name, or none at all.
-    """
-    for kind in kinds:
-        if kind not in known:
-            near = get_close_matches(kind, known, 1, 0.5)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"no score {kind!r} here{meant}; there are {', '.join(known)}")
-    if not kinds:
-        raise ValueError(f"no kind of score is asked for; there are {', '.join(known)}")
 
 
 def kinds_that_fit(
@@ -416,7 +400,11 @@ def _copying(
 
     def reduce(layer: int, pattern: Tensor) -> None:
         v = per_query_head(values.pop(layer), n_heads).float() - value_bias(model, layer)
-        W_O = model.W_O[layer].float()  # [head, d_head, d_model]
+        W_O = output_weights(model, layer)
+        norm = attention_out_affine(model, layer)
+        if norm is not None:
+            # its division by a scale changes no score, its weights do
+            W_O = W_O * norm[0]
         to_sample = torch.einsum("bshd,hdm,btm->bhst", v, W_O, columns)
         to_all = torch.einsum("bshd,hd->bhs", v, W_O @ mean_column)
         received = pattern[:, :, sample, sample].float().sum(-2)

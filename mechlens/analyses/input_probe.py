@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from mechlens.arguments import check_counts, generator_of, whole_number
 from mechlens.corpus import Source, token_windows
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import parts, watch
 from mechlens.models.weights import direct_unembedding
-from mechlens.tokens import own_bos_token_id
+from mechlens.progress import progress_bar
 from mechlens.results import InputProbe
+from mechlens.tokens import own_bos_token_id
 
 BASES = ("pca", "nmf")
 COMPONENTS = 64
@@ -45,7 +46,7 @@ def probe_input(
     null_draws: int = 100,
     seed: int = 0,
     prepend_bos: bool | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> InputProbe:
     """Fit linear maps from each layer's residual stream back to the embedding of the token read there.
 
@@ -83,7 +84,7 @@ def probe_input(
         null_draws: how many random maps each null has.
         seed: of the random maps, the factorisation and the bootstrap.
         prepend_bos: None prepends BOS where the tokenizer has one.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         Accuracy, R², similarities and weights per row, beside their nulls; and the maps.
@@ -125,7 +126,7 @@ def probe_input(
     with torch.no_grad():
         W_E = model.W_E.detach().to(place).float()
         made, converged = _make_bases(W_E, bases, k, counts, seed)
-        with tqdm(total=len(train) + len(held_out), desc="input probe", disable=not progress) as bar:
+        with progress_bar(total=len(train) + len(held_out), desc="input probe", progress=progress) as bar:
             fits = _fit(model, train, rows, made, per_layer, ridge, bos, bar)
             recovered = _recover(model, held_out, rows, made, fits, bos, bar)
         W_U = direct_unembedding(model).to(place).T
@@ -176,8 +177,7 @@ def _check(bases: Sequence[str], k: int, most: int, ridge: float, null_draws: in
         raise ValueError(f"n_components must lie between 1 and {most} for this model, but is {k}")
     if not (ridge >= 0 and math.isfinite(ridge)):
         raise ValueError(f"ridge must be 0 or more, and finite, but is {ridge}")
-    if null_draws < 2:
-        raise ValueError(f"null_draws must be at least 2, but is {null_draws}")
+    whole_number("null_draws", null_draws, least=2)
 
 
 def _split(
@@ -186,8 +186,7 @@ def _split(
     """The first windows, and those after them, until each part has as many positions as are wanted."""
     taken: list[Tensor] = []
     for name, count in wanted.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, but is {count}")
+        check_counts(**{name: count})
         kept: list[Tensor] = []
         have = 0
         while have < count:
@@ -479,7 +478,7 @@ def _compare(
     seed: int,
 ) -> dict[str, dict[str, Tensor]]:
     """By field of the result and basis: weights, what is in `_COMPARED`, and the nulls of that."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     maps = _apart(made, torch.stack([fit.M for fit in fits.values()]))
     covariances = torch.stack([fit.covariance for fit in fits.values()])
     looks = [_Look(basis, maps, covariances, W_E, W_U) for basis in made]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechlens.arguments import chosen, names_of
 from mechlens.batches import Batch, Pieces, cut, prompt_batch
 from mechlens.measures.readout import Readout, joined, read_out
 from mechlens.models.hooks import user_hooks
@@ -20,11 +21,11 @@ from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import bare_norm, check_streamed, final_norm, unembedding
 from mechlens.models.runs import MAX_POSITIONS, watch, watch_from
 from mechlens.models.weights import check_heads_add_up, head_outputs, is_tied
-from mechlens.progress import bar
-from mechlens.arguments import chosen, names_of
-from mechlens.tokens import own_bos_token_id, target_id, token_strings
+from mechlens.progress import progress_bar
 from mechlens.prompts import Prompt
-from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, head_label, parse_head
+from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, head_label, parse_heads
+from mechlens.results.heads import Heads
+from mechlens.tokens import own_bos_token_id, target_id, token_strings
 
 COMPONENTS = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -65,7 +66,7 @@ def logit_lens(
     *,
     component: str = "resid_post",
     onto_stream: bool = False,
-    heads: Sequence[str | tuple[int, int]] | None = None,
+    heads: Heads | None = None,
     decoder: str | Callable[[Tensor], Tensor] | TunedLens = "final_norm",
     last_blocks: int = 0,
     layers: Sequence[int] | None = None,
@@ -116,13 +117,13 @@ def logit_lens(
     Raises:
         ValueError: an unknown component, decoder or statistic, a component that the model does not have, a
             layer, head or position out of range, a target that is not one token (its pieces are shown), a
-            decoder that needs `processing=False` or was trained for other weights, no tokens, ids out of range,
-            a mask that is no padding, a model whose logits are more than norm, `W_U`, `b_U` and soft-cap, or
-            one that scales what its heads write.
+            decoder that needs `processing=False` or was trained for other weights, no tokens, ids out of
+            range, a mask that is no padding, a model whose logits are more than norm, `W_U`, `b_U` and
+            soft-cap, or one that scales what its heads write.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens", whose decoder is `norm_only`.
-    Cost: one forward pass and one product with `W_U` per row, in tiles; no `[row, pos, d_vocab]` tensor exists. With
-    `last_blocks=k` each row's vectors go through up to k more blocks (on a bridge: through all).
+    Cost: one forward pass and one product with `W_U` per row, in tiles; no `[row, pos, d_vocab]` tensor
+    exists. With `last_blocks=k` each row's vectors go through up to k more blocks (on a bridge: through all).
     """
     info = describe(model)
     batch = prompt_batch(model, prompt, attention_mask=attention_mask, prepend_bos=prepend_bos)
@@ -165,7 +166,7 @@ def logit_lens(
     found: list[Readout] = []
     cells: list[Tensor] = []
     n_cells = int(batch.mask[:, list(read)].sum())
-    with bar(desc="logit lens", unit="token", total=n_cells, progress=progress) as shown:
+    with progress_bar(desc="logit lens", unit="token", total=n_cells, progress=progress) as shown:
         for part in _parts(model, batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model):
             vectors = _vectors(model, part, rows, component, onto_stream, last_blocks)[: final + 1]
             with torch.inference_mode():
@@ -274,7 +275,7 @@ def _rows(
     model: LensModel,
     component: str,
     layers: Sequence[int],
-    heads: Sequence[str | tuple[int, int]] | None,
+    heads: Heads | None,
 ) -> list[_Row]:
     if heads is not None and component != "result":
         raise ValueError(f"heads are for the component 'result', but component is {component!r}")
@@ -286,7 +287,7 @@ def _rows(
     if heads is None:
         pairs = [(layer, head) for layer in layers for head in range(n_heads)]
     else:
-        pairs = sorted(parse_head(head) for head in heads)
+        pairs = sorted(parse_heads(heads))
         for layer, head in pairs:
             if not (0 <= layer < n_layers and 0 <= head < n_heads):
                 raise ValueError(

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechlens.arguments import chosen, generator_of, whole_number
 from mechlens.measures.vocabulary_variance import vocabulary_variance
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import parts, watch
-from mechlens.arguments import chosen
 from mechlens.prompts import Prompt, prompt_tokens
-from mechlens.tokens import own_bos_token_id
 from mechlens.results import LogitVariance
+from mechlens.tokens import own_bos_token_id
 
 
 def logit_variance(
@@ -61,12 +61,11 @@ def logit_variance(
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     read = chosen("position", positions, tokens.shape[1])
     ranks = _bins(bins, model.cfg.d_vocab)
-    if nulls < 1:
-        raise ValueError(f"nulls must be at least 1, but are {nulls}: without one a difference says nothing")
+    nulls = whole_number("nulls", nulls, least=1)
     check_streamed(model, tokens)
     rows = ("embed", *(str(layer) for layer in range(model.cfg.n_layers)))
     vectors = torch.cat([_residuals(model, part, read) for part in parts(tokens)], dim=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     n_vectors = vectors.shape[1] * vectors.shape[2]
     with torch.inference_mode():
         found = vocabulary_variance(

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from mechlens.arguments import check_counts, check_reals, generator_of
 from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.readout import read_out
 from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import watch
-from mechlens.tokens import own_bos_token_id
+from mechlens.progress import progress_bar
 from mechlens.results import TunedLens
 from mechlens.results.state import load_state, save_state, state_file
+from mechlens.tokens import own_bos_token_id
 
 LOGIT_BYTES = 16 * 2**20
 """Memory for one chunk of float32 logits; a few such are held at a time."""
@@ -49,7 +50,7 @@ def train_tuned_lens(
     seed: int = 0,
     prepend_bos: bool | None = None,
     state: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> TunedLens:
     """Train one affine translator for each row of the lens but the last, to predict what the model does.
 
@@ -76,7 +77,8 @@ def train_tuned_lens(
         state: a `.safetensors` file to which the training is saved every minute, when it ends and when it is
             interrupted. If it is there, the training goes on where it stopped; with the same number of
             threads the result is that of an uninterrupted one, bit for bit.
-        progress: show a bar with the loss: the mean over rows of the KL on the batch, in nats.
+        progress: show a bar with the loss (the mean over rows of the KL on the batch, in nats); None shows
+            one in a terminal and in Jupyter.
 
     Returns:
         The lens, with the KL on the windows held out of each row with and without its translator.
@@ -91,10 +93,8 @@ def train_tuned_lens(
     Cost: one forward pass over each batch, and for each row two products with `W_U`; memory for some copies
     of the translators, a float32 `W_U`, and the constants above. No `[row, pos, d_vocab]` tensor exists.
     """
-    numbers = {"steps": steps, "batch_tokens": batch_tokens, "held_out": held_out}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, but is {value}")
+    check_counts(steps=steps, batch_tokens=batch_tokens, held_out=held_out)
+    check_reals(learning_rate=learning_rate)
     learning_rate = 0.5 / model.cfg.d_model if learning_rate is None else learning_rate
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, but is {learning_rate}")
@@ -116,7 +116,7 @@ def train_tuned_lens(
     training = _begin(model) if file is None or not file.exists() else _load(file, arguments, model)
     head = _Head.of(model)
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=training.step, desc="tuned lens", unit="step", disable=not progress)
+    bar = progress_bar(total=steps, initial=training.step, desc="tuned lens", unit="step", progress=progress)
     try:
         while training.step < steps:
             batch = train[_chosen(training.step, per_step, len(train), seed)]
@@ -125,7 +125,7 @@ def train_tuned_lens(
             # in one assignment, so that whatever interrupts finds a whole state
             training = training.after(gradients, rate)
             bar.update()
-            if progress:
+            if not bar.disable:
                 bar.set_postfix(loss=f"{loss:.4f}")
             if file is not None and time.monotonic() - saved > SAVE_SECONDS:
                 _save(file, training, arguments)
@@ -204,7 +204,7 @@ def _chosen(step: int, per_step: int, count: int, seed: int) -> Int[Tensor, " ch
     """The windows of a step: each once in an order drawn from the seed, then in another order, and so on."""
     places = range(step * per_step, (step + 1) * per_step)
     orders = {
-        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch))
+        epoch: torch.randperm(count, generator=generator_of(seed + epoch))
         for epoch in {place // count for place in places}
     }
     return torch.stack([orders[place // count][place % count] for place in places])

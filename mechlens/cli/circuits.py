@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechlens import terminal
 from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
@@ -19,14 +17,17 @@ from mechlens.cli.options import (
     QuietOption,
     RevisionOption,
 )
+from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
+    from mechlens.report import Section
     from mechlens.results import Circuit
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 _COMPOSED = ("k", "q", "v")
 _KINDS = ("ov", "qk", *_COMPOSED)
+EMBEDDINGS = ("W_E", "effective")
 _ACCURACIES = (1, 5)
 _CORNER = 8
 """Tokens along each side of the part that is shown where none are given."""
@@ -88,17 +89,18 @@ def circuit(
 ) -> None:
     """Multiply heads' weights into a circuit over the whole vocabulary: how often a token finds or copies
     itself, the pairs of tokens with the largest entries, and a part of it."""
-    if out is not None:
-        options.check_file(out, _ENDINGS)
+    given = dict(locals())
+    options.check_file(out, _ENDINGS)
     if kind is None:
         kind = "k" if len(heads) == 2 else "ov"
     _check(heads, kind, embedding, relative_position, rotary)
     loaded = options.load(model, device, dtype, revision, quiet)
-    found, note = _circuit(loaded, heads, kind, embedding, relative_position, rotary)
+    from mechlens import terminal
     from mechlens.analyses.circuit_tokens import circuit_corner, largest_pairs
     from mechlens.measures.weights import eigenvalue_copying_score
     from mechlens.prompts import text_ids
 
+    found, note = _circuit(loaded, heads, kind, embedding, relative_position, rotary)
     shown: list[int] = []
     if tokens is not None:
         # before the work is done, because a text may have no tokens
@@ -109,44 +111,20 @@ def circuit(
     unique = list(dict.fromkeys(shown))
     corner = circuit_corner(loaded, found, unique if tokens is not None else unique[:_CORNER])
     accuracy = _accuracy(found, options.progress(quiet))
-    if out is not None and out.suffix == ".csv":
-        from mechlens.results import write_table
-
-        write_table(pairs, out)
-    elif out is not None and out.suffix == ".safetensors":
-        found.save(out)
-    elif out is not None:
-        from mechlens.report import circuit_section, write_report
-
-        command = options.command(
-            "circuit",
-            {
-                "--kind": (kind, "k" if len(heads) == 2 else "ov"),
-                "--model": (model, BUNDLED),
-                "--tokens": (tokens, None),
-                "--top": (top, 10),
-                "--embedding": (embedding, "W_E"),
-                "--relative-position": (relative_position, None),
-                "--rotary": (rotary, None),
-                "--out": (out, None),
-                "--device": (device, None),
-                "--dtype": (dtype, "float32"),
-                "--revision": (revision, None),
-            },
-        )
-        write_report(
-            out,
-            title="A circuit",
-            model=found.model,
-            comparisons=None,
-            sections=[circuit_section(found, accuracy=accuracy, pairs=pairs, corner=corner, text=note)],
-            command=f"{command} {shlex.join(heads)}",
-        )
     shown_of_it = (found, accuracy, eigenvalue_copying_score(found), pairs, corner, note)
-    if as_json:
-        terminal.print_json(terminal.circuit_json(*shown_of_it))
-    elif not quiet:
-        terminal.print_circuit(*shown_of_it)
+
+    def sections() -> list[Section]:
+        from mechlens.report import circuit_section
+
+        return [circuit_section(found, accuracy=accuracy, pairs=pairs, corner=corner, text=note)]
+
+    command = options.command("circuit", circuit, given)
+    deliver(
+        given,
+        save=file_of([found], title="A circuit", sections=sections, command=command, table=pairs),
+        tables=lambda: terminal.print_circuit(*shown_of_it),
+        as_object=lambda: terminal.circuit_json(*shown_of_it),
+    )
 
 
 def composition(
@@ -171,52 +149,29 @@ def composition(
     """Score how much of what each head reads could come from each earlier head, by their weights alone, and
     list the pairs that stand furthest above random weights. A rotary model's queries and keys are taken
     without their rotation unless --relative-position is given."""
-    if out is not None:
-        options.check_file(out, _ENDINGS)
-    if kind not in _COMPOSED:
-        raise ValueError(f"--kind must be one of {', '.join(_COMPOSED)}, but is {kind!r}")
+    given = dict(locals())
+    options.check_file(out, _ENDINGS)
+    options.check_known("--kind", kind, _COMPOSED)
     if kind == "v" and relative_position is not None:
         raise ValueError("--relative-position is about queries and keys, but --kind is v: leave it out")
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.circuits import composition_scores
 
     found = composition_scores(loaded, kind, relative_position=relative_position, seed=seed, draws=draws)
-    if out is not None and out.suffix == ".csv":
-        from mechlens.results import write_table
+    from mechlens import terminal
 
-        write_table(found.to_dataframe(), out)
-    elif out is not None and out.suffix == ".safetensors":
-        found.save(out)
-    elif out is not None:
-        from mechlens.report import composition_section, write_report
+    def sections() -> list[Section]:
+        from mechlens.report import composition_section
 
-        command = options.command(
-            "composition",
-            {
-                "--kind": (kind, "k"),
-                "--model": (model, BUNDLED),
-                "--top": (top, 20),
-                "--relative-position": (relative_position, None),
-                "--seed": (seed, 0),
-                "--draws": (draws, 100),
-                "--out": (out, None),
-                "--device": (device, None),
-                "--dtype": (dtype, "float32"),
-                "--revision": (revision, None),
-            },
-        )
-        write_report(
-            out,
-            title="Composition of heads",
-            model=found.model,
-            comparisons=None,
-            sections=[composition_section(found, top=top)],
-            command=command,
-        )
-    if as_json:
-        terminal.print_json(terminal.composition_json(found))
-    elif not quiet:
-        terminal.print_composition(found, top)
+        return [composition_section(found, top=top)]
+
+    command = options.command("composition", composition, given)
+    deliver(
+        given,
+        save=file_of([found], title="Composition of heads", sections=sections, command=command),
+        tables=lambda: terminal.print_composition(found, top),
+        as_object=lambda: terminal.composition_json(found),
+    )
 
 
 # -- steps -----------------------------------------------------------------------------------------
@@ -226,18 +181,13 @@ def _check(
     heads: list[str], kind: str, embedding: str, relative_position: int | None, rotary: str | None
 ) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    from mechlens.analyses.circuits import EMBEDDINGS
+    options.check_known("--kind", kind, _KINDS)
+    options.check_known("--embedding", embedding, EMBEDDINGS)
+    if rotary is not None:
+        options.check_known("--rotary", rotary, ("unrotated",))
     from mechlens.results import head_label, parse_head
 
     places = [parse_head(head) for head in heads]
-    for name, given, known in (
-        ("kind", kind, _KINDS),
-        ("embedding", embedding, EMBEDDINGS),
-        ("rotary", rotary, (None, "unrotated")),
-    ):
-        if given not in known:
-            words = ", ".join(str(each) for each in known if each is not None)
-            raise ValueError(f"--{name} must be {'one of ' if ',' in words else ''}{words}, but is {given!r}")
     if kind in _COMPOSED:
         if len(places) != 2:
             raise ValueError(f"--kind {kind} is of an earlier and a later head, but {len(places)} are given")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +14,16 @@ from mechlens.cli import options
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.report import Section
-    from mechlens.results import Result
 
 _ENDINGS = (".html", ".csv", ".safetensors")
+SITES = ("resid_post", "attn_out", "mlp_out", "post")
+AGGREGATES = ("last", "sum")
+EXCITING = ("constant", "maximise", "maximin")
+OBJECTIVES = (*EXCITING, "l1", "cosine", "continuation")
+PENALTIES = ("norm", "nearest")
+PRIORS = ("none", "softmax", *PENALTIES)
+OPTIMISERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+FASTEST = 1e6
 _MOST_PLACES = 64
 """Features that a page shows."""
 
@@ -29,9 +35,7 @@ FeaturesOption = Annotated[
     list[str] | None,
     typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
 ]
-SiteOption = Annotated[
-    str, typer.Option(help="Of what: resid_post, attn_out, mlp_out, or post (the MLP's neurons).")
-]
+SiteOption = Annotated[str, typer.Option(help=f"Of what: {', '.join(SITES)}; post are the MLP's neurons.")]
 PrefixOption = Annotated[
     str | None, typer.Option(help="A text that stands before the searched tokens. [default: none]")
 ]
@@ -47,8 +51,6 @@ OutOption = Annotated[
 ]
 NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
 
-_NOT_WRITTEN = ("state", "quiet", "as_json")
-"""What a page does not depend on."""
 _WORDS = {
     "top_k must": "--top must",
     "beam must": "--beam must",
@@ -63,12 +65,9 @@ def numbers(option: str, given: list[str] | None) -> list[int] | None:
 
 def check_common(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    if given["out"] is not None:
-        options.check_file(given["out"], _ENDINGS)
+    options.check_file(given["out"], _ENDINGS)
     options.check_state(given.get("state"), given["out"])
-    from mechlens.analyses.features.sought import SITES
-
-    check_known("--site", given["site"], tuple(SITES))
+    options.check_known("--site", given["site"], SITES)
 
 
 def check_page(out: Path | None, places: int, what: str) -> None:
@@ -79,21 +78,9 @@ def check_page(out: Path | None, places: int, what: str) -> None:
         )
 
 
-def check_known(option: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise ValueError(f"{option} must be one of {', '.join(known)}, but is {given!r}")
-
-
 def check_gradient(given: dict[str, Any]) -> None:
-    from math import isfinite
-
-    from mechlens.analyses.features.gradient import FASTEST, OPTIMISERS
-    from mechlens.analyses.features.objectives import OBJECTIVES
-    from mechlens.analyses.features.walk import PENALTIES, PRIORS
-    from mechlens.plots.features import EXCITING
-
     for name, known in (("objective", OBJECTIVES), ("prior", PRIORS), ("optimiser", OPTIMISERS)):
-        check_known(f"--{name}", given[name], known)
+        options.check_known(f"--{name}", given[name], known)
     objective, target = given["objective"], given["target"]
     if objective in EXCITING:
         if target is not None:
@@ -140,9 +127,9 @@ def n_features(model: LensModel, site: str) -> int:
 
 
 def chosen(what: str, given: Sequence[int], count: int) -> list[int]:
-    from mechlens import prompts
+    from mechlens import arguments
 
-    return list(prompts.chosen(what, given, count))
+    return list(arguments.chosen(what, given, count))
 
 
 def check_other(
@@ -154,7 +141,7 @@ def check_other(
     site: str,
 ) -> None:
     """Say so before either is searched that the two do not compare, which takes long for a large one."""
-    from mechlens.prompts import vocabulary_hash
+    from mechlens.tokens import vocabulary_hash
 
     if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
         raise ValueError(
@@ -179,67 +166,3 @@ def as_typed() -> Iterator[None]:
         for name, option in _WORDS.items():
             message = message.replace(name, option)
         raise ValueError(message) from error
-
-
-def save(
-    out: Path | None,
-    title: str,
-    results: Sequence[Result],
-    sections: Callable[[], list[Section]],
-    command: str,
-    *,
-    names: Sequence[str] = (),
-) -> None:
-    """Save results of the same model: a table of all, one result, or a page.
-
-    Args:
-        sections: makes what the page shows.
-        names: what tells the results from each other in the table.
-    """
-    if out is None:
-        return
-    if out.suffix == ".csv":
-        import pandas as pd
-
-        from mechlens.results import write_table
-
-        tables = [each.to_dataframe() for each in results]
-        for table, name in zip(tables, names, strict=False):
-            table.insert(0, "compared", name)
-        write_table(pd.concat(tables, ignore_index=True), out)
-    elif out.suffix == ".safetensors":
-        (result,) = results
-        result.save(out)
-    else:
-        from mechlens.report import write_report
-
-        # no published figure is about these features
-        write_report(
-            out,
-            title=title,
-            model=results[0].model,
-            comparisons=None,
-            sections=sections(),
-            command=command,
-        )
-
-
-def command(
-    name: str, function: Callable[..., None], given: dict[str, Any], *, argument: str | None = None
-) -> str:
-    """The command line that writes the same file.
-
-    Args:
-        argument: the parameter that has no option's name.
-    """
-    written: dict[str, tuple[Any, Any]] = {}
-    for each, parameter in inspect.signature(function).parameters.items():
-        value, option = given[each], each.replace("_", "-")
-        if each in (*_NOT_WRITTEN, argument):
-            continue
-        if isinstance(value, bool):
-            # a flag, or one of two
-            written[f"--{option}" if value else f"--no-{option}"] = (True, value == parameter.default)
-        else:
-            written[f"--{option}"] = (value or None if isinstance(value, list) else value, parameter.default)
-    return options.command(f"features {name}", written, argument=argument and given[argument])

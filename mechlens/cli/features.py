@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechlens import terminal
 from mechlens.cli import feature_options as shared
 from mechlens.cli import options
 from mechlens.cli.feature_options import (
@@ -24,22 +23,24 @@ from mechlens.cli.options import (
     BUNDLED,
     DeviceOption,
     DtypeOption,
+    HelpOption,
     JsonOption,
     ModelOption,
     QuietOption,
     RevisionOption,
 )
+from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
     from mechlens.report import Section
     from mechlens.results import CompleteSearch, FeatureAlignment
 
-features = typer.Typer(rich_markup_mode=None)
+features = typer.Typer(rich_markup_mode=None, add_help_option=False)
 
 
 @features.callback()
-def features_help() -> None:
+def features_help(wants_help: HelpOption = False) -> None:
     """Find what excites a feature, one element of a block's output: single tokens, whole inputs, and real
     contexts. Models are loaded with their weights as they were trained, since features live in these."""
 
@@ -73,6 +74,7 @@ def complete(
     shared.check_common(given)
     shared.check_page(out, len(wanted or []), "tokens")
     loaded = shared.load(given)
+    from mechlens import terminal
     from mechlens.analyses.features import search_complete
 
     with shared.as_typed(), options.saving_progress(state):
@@ -94,12 +96,17 @@ def complete(
         # without it the section chooses some
         return [complete_search_section(found, features=found.features)]
 
-    command = shared.command("complete", complete, given)
-    shared.save(out, "Tokens that excite features", [found], sections, command)
-    if as_json:
-        terminal.print_json(terminal.complete_search_json(found))
-    elif not quiet:
-        terminal.print_complete_search(found)
+    deliver(
+        given,
+        save=file_of(
+            [found],
+            title="Tokens that excite features",
+            sections=sections,
+            command=options.command("features complete", complete, given),
+        ),
+        tables=lambda: terminal.print_complete_search(found),
+        as_object=lambda: terminal.complete_search_json(found),
+    )
 
 
 @features.command(
@@ -143,10 +150,11 @@ def greedy(
                 f"a .safetensors file holds one search, but {len(layers)} layers are asked for: give one, or "
                 "save to .html or .csv"
             )
-    from mechlens.analyses.features.greedy import AGGREGATES, search_greedy
-
-    shared.check_known("--aggregate", aggregate, AGGREGATES)
+    options.check_known("--aggregate", aggregate, shared.AGGREGATES)
     loaded = shared.load(given)
+    from mechlens import terminal
+    from mechlens.analyses.features import search_greedy
+
     found = []
     with shared.as_typed(), options.saving_progress(state):
         for each in shared.chosen("layer", layers, loaded.cfg.n_layers):
@@ -171,12 +179,17 @@ def greedy(
 
         return [greedy_search_section(found)]
 
-    command = shared.command("greedy", greedy, given)
-    shared.save(out, "Inputs that excite features", found, sections, command)
-    if as_json:
-        terminal.print_json(terminal.greedy_search_json(found))
-    elif not quiet:
-        terminal.print_greedy_search(found)
+    deliver(
+        given,
+        save=file_of(
+            found,
+            title="Inputs that excite features",
+            sections=sections,
+            command=options.command("features greedy", greedy, given),
+        ),
+        tables=lambda: terminal.print_greedy_search(found),
+        as_object=lambda: terminal.greedy_search_json(found),
+    )
 
 
 @features.command(
@@ -220,13 +233,11 @@ def gradient(
             "what the starts reach]"
         ),
     ] = None,
-    prior: Annotated[str, typer.Option(help="none, softmax, norm or nearest.")] = "none",
+    prior: Annotated[str, typer.Option(help=f"{', '.join(shared.PRIORS)}.")] = "none",
     prior_weight: Annotated[
         float | None, typer.Option(help="Of the prior norm or nearest. [default: 1]")
     ] = None,
-    optimiser: Annotated[
-        str, typer.Option(help="Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop or SGD.")
-    ] = "Adam",
+    optimiser: Annotated[str, typer.Option(help=f"{', '.join(shared.OPTIMISERS)}.")] = "Adam",
     learning_rate: Annotated[
         float, typer.Option(help="In units of an embedding element's root mean square.")
     ] = 0.1,
@@ -258,6 +269,7 @@ def gradient(
     shared.check_common(given)
     shared.check_gradient(given)
     loaded = shared.load(given)
+    from mechlens import terminal
     from mechlens.analyses.features import search_complete, search_gradient
 
     progress = options.progress(quiet)
@@ -305,12 +317,17 @@ def gradient(
 
         return [gradient_search_section([found])]
 
-    command = shared.command("gradient", gradient, given)
-    shared.save(out, "Embeddings that excite features", [found], sections, command)
-    if as_json:
-        terminal.print_json(terminal.gradient_search_json(found))
-    elif not quiet:
-        terminal.print_gradient_search(found, known)
+    deliver(
+        given,
+        save=file_of(
+            [found],
+            title="Embeddings that excite features",
+            sections=sections,
+            command=options.command("features gradient", gradient, given),
+        ),
+        tables=lambda: terminal.print_gradient_search(found, known),
+        as_object=lambda: terminal.gradient_search_json(found),
+    )
 
 
 @features.command(
@@ -357,7 +374,6 @@ def align(
     layers, wanted = shared.numbers("--layer", layer), shared.numbers("--feature", feature)
     if name is not None and model is not None:
         raise ValueError(f"the model is given twice, as {name} and as --model {model}: leave one out")
-    given["model"] = name or model or BUNDLED
     shared.check_common(given)
     alone = not random and against is None
     if out is not None and out.suffix == ".safetensors" and not alone:
@@ -367,8 +383,9 @@ def align(
         )
     if alone and layers is not None and len(layers) == 1:
         raise ValueError("one layer has no other to be compared with: give several, --random or --against")
-    loaded = shared.load(given)
+    loaded = shared.load(given | {"model": name or model or BUNDLED})
     other = None if against is None else shared.load(given | {"model": against, "revision": None})
+    from mechlens import terminal
     from mechlens.analyses.features import feature_alignment, search_complete
 
     if layers is not None:
@@ -420,12 +437,18 @@ def align(
 
         return [feature_alignment_section(list(found.values()), names=list(found))]
 
-    command = shared.command("align", align, given | {"model": model}, argument="name")
-    shared.save(out, "Alignment of features", list(found.values()), sections, command, names=list(found))
-    if as_json:
-        terminal.print_json(terminal.feature_alignment_json(found))
-    elif not quiet:
-        terminal.print_feature_alignment(found)
+    deliver(
+        given,
+        save=file_of(
+            list(found.values()),
+            title="Alignment of features",
+            sections=sections,
+            command=options.command("features align", align, given),
+            names=list(found),
+        ),
+        tables=lambda: terminal.print_feature_alignment(found),
+        as_object=lambda: terminal.feature_alignment_json(found),
+    )
 
 
 @features.command(
@@ -467,6 +490,7 @@ def examples(
     # each in each layer
     shared.check_page(out, len(layers) * len(wanted or range(4)), "contexts")
     loaded = shared.load(given)
+    from mechlens import terminal
     from mechlens.analyses.features import feature_examples
 
     with shared.as_typed(), options.saving_progress(state):
@@ -490,9 +514,14 @@ def examples(
         places = [(one, other) for one in found.layers for other in found.features]
         return [feature_examples_section(found, places)]
 
-    command = shared.command("examples", examples, given, argument="corpus")
-    shared.save(out, "Contexts that excite features", [found], sections, command)
-    if as_json:
-        terminal.print_json(terminal.feature_examples_json(found))
-    elif not quiet:
-        terminal.print_feature_examples(found)
+    deliver(
+        given,
+        save=file_of(
+            [found],
+            title="Contexts that excite features",
+            sections=sections,
+            command=options.command("features examples", examples, given),
+        ),
+        tables=lambda: terminal.print_feature_examples(found),
+        as_object=lambda: terminal.feature_examples_json(found),
+    )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mechlens import terminal
 from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
@@ -19,6 +18,10 @@ from mechlens.cli.options import (
     QuietOption,
     RevisionOption,
 )
+from mechlens.cli.output import deliver, file_of
+
+if TYPE_CHECKING:
+    from mechlens.report import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 
@@ -57,10 +60,8 @@ def induction_circuits(
     """Find the previous-token heads that induction heads work with, and print what speaks for each pair: how
     the two attend, what their weights say, and what is lost without the one in the other's keys."""
     given = dict(locals())
-    if out is not None:
-        options.check_file(out, _ENDINGS)
-    if how not in ("mean", "resample", "zero"):
-        raise ValueError(f"--how must be mean, resample or zero, but is {how!r}")
+    options.check_file(out, _ENDINGS)
+    options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.studies.induction_circuits import find_induction_circuits
@@ -77,43 +78,20 @@ def induction_circuits(
         prepend_bos=bos,
         progress=options.progress(quiet),
     )
-    if out is not None and out.suffix == ".csv":
-        from mechlens.results import write_table
+    from mechlens import terminal
 
-        write_table(found.to_dataframe(), out)
-    elif out is not None and out.suffix == ".safetensors":
-        found.save(out)
-    elif out is not None:
-        from mechlens.report import induction_circuits_section, write_report
+    def sections() -> list[Section]:
+        from mechlens.report import induction_circuits_section
 
-        defaults = {
-            "--model": (model, BUNDLED),
-            "--pair": (pair or None, None),
-            "--threshold": (threshold, 0.4),
-            "--per-head": (per_head, 3),
-            "--how": (how, "mean"),
-            "--seq-len": (seq_len, 50),
-            "--batch": (batch, 8),
-            "--seed": (seed, 0),
-            "--bos": (given["bos"] is True, False),
-            "--no-bos": (given["bos"] is False, False),
-            "--out": (out, None),
-            "--device": (device, None),
-            "--dtype": (dtype, "float32"),
-            "--revision": (revision, None),
-        }
-        write_report(
-            out,
-            title="Induction circuits",
-            model=found.model,
-            comparisons=None,
-            sections=[induction_circuits_section(found)],
-            command=options.command("induction-circuits", defaults),
-        )
-    if as_json:
-        terminal.print_json(terminal.induction_circuits_json(found))
-    elif not quiet:
-        terminal.print_induction_circuits(found)
+        return [induction_circuits_section(found)]
+
+    command = options.command("induction-circuits", induction_circuits, given)
+    deliver(
+        given,
+        save=file_of([found], title="Induction circuits", sections=sections, command=command),
+        tables=lambda: terminal.print_induction_circuits(found),
+        as_object=lambda: terminal.induction_circuits_json(found),
+    )
 
 
 def _pair(text: str) -> tuple[tuple[int, int], tuple[int, int]]:

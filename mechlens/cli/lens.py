@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
-from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechlens import terminal
 from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
@@ -23,13 +20,27 @@ from mechlens.cli.options import (
     QuietOption,
     RevisionOption,
 )
+from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.results import LogitLensResult, TunedLens
+    from mechlens.report import Section
+    from mechlens.results import TunedLens
 
 _ENDINGS = (".html", ".csv", ".safetensors")
+STATS = {
+    "probability": "of the top guess",
+    "rank": "of the model's final guess",
+    "kl": "final || layer",
+    "kl_input": "input || layer; tied models only",
+    "input_rank": "of the input token",
+    "next_rank": "of the token that follows",
+    "entropy": "",
+}
+OF_TARGET = ("rank", "probability")
+COMPONENTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "result")
 _UNFOLDED = ("norm_only", "none")
+DECODERS = ("final_norm", *_UNFOLDED)
 _RAW_NEEDED = "needs the weights as they were trained: add --raw"
 
 
@@ -39,8 +50,9 @@ def lens(
     stat: Annotated[
         str,
         typer.Option(
-            help="Colour: probability (of the top guess), rank (of the model's final guess), kl (final || "
-            "layer), kl_input (input || layer; tied models only), input_rank, next_rank or entropy."
+            help="Colour: "
+            + ", ".join(f"{name} ({what})" if what else name for name, what in STATS.items())
+            + "."
         ),
     ] = "kl",
     of: Annotated[
@@ -52,9 +64,7 @@ def lens(
     ] = None,
     component: Annotated[
         str,
-        typer.Option(
-            help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, or result (each head)."
-        ),
+        typer.Option(help=f"What is read: {', '.join(COMPONENTS)}; result is each head."),
     ] = "resid_post",
     onto_stream: Annotated[
         bool, typer.Option("--onto-stream", help="Read attn_out, mlp_out or result added to the stream.")
@@ -62,7 +72,7 @@ def lens(
     decoder: Annotated[
         str | None,
         typer.Option(
-            help="Before the unembedding: final_norm, norm_only or none; the last two need --raw. "
+            help=f"Before the unembedding: {', '.join(DECODERS)}; the last two need --raw. "
             "[default: final_norm]"
         ),
     ] = None,
@@ -120,12 +130,14 @@ def lens(
     """The logit lens: what each layer of a model would predict, if it were the last. Prints each layer's top
     guess after every token, coloured by a statistic, and saves a picture, a table or the whole result."""
     given = dict(locals())
-    if out is not None:
-        options.check_file(out, _ENDINGS)
+    options.check_file(out, _ENDINGS)
     if as_json and as_csv:
         raise ValueError("--json and --csv exclude each other: both print to standard output")
+    options.check_known("--component", component, COMPONENTS)
     if tuned_lens is not None and decoder is not None:
         raise ValueError("--tuned-lens is a decoder of its own: leave out --decoder")
+    if decoder is not None:
+        options.check_known("--decoder", decoder, DECODERS)
     if decoder in _UNFOLDED and not raw:
         raise ValueError(f"--decoder {decoder} {_RAW_NEEDED}")
     if head and component != "result":
@@ -133,7 +145,7 @@ def lens(
     if head and layer:
         raise ValueError("--head says which layers are read: leave out --layer")
     positions = options.numbers("--position", position) if position else None
-    _check_colour(stat, of, target or [])
+    _check_colour(stat, of, target or [], high)
     saved = _saved_tuned_lens(tuned_lens, raw)
     loaded = options.load(model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw)
     through: Any = decoder or "final_norm"
@@ -161,29 +173,37 @@ def lens(
         raise ValueError(_as_typed(str(error))) from error
     # what cannot be coloured is refused before anything is written
     lens_stat(found, stat, of).bound(found.entropy, high)
-    if out is not None:
+    from mechlens import terminal
+
+    def sections() -> list[Section]:
+        from mechlens.report import lens_section
+
         # what was chosen is drawn, however much it is
         drawn = found.positions if positions is not None else None
-        _save(found, out, stat, of, high, drawn, _command(given))
-    if as_json:
-        terminal.print_json(terminal.lens_json(found))
-    elif as_csv:
-        found.to_dataframe().to_csv(sys.stdout, index=False)
-    elif not quiet:
-        terminal.print_lens(found, stat, target=of, high=high)
+        title = "Layers and positions"
+        return [lens_section(found, stat, positions=drawn, target=of, high=high, title=title)]
+
+    deliver(
+        given,
+        save=file_of(
+            [found], title="Logit lens", sections=sections, command=options.command("lens", lens, given)
+        ),
+        tables=lambda: terminal.print_lens(found, stat, target=of, high=high),
+        as_object=lambda: terminal.lens_json(found),
+        frame=found.to_dataframe,
+    )
 
 
-def _check_colour(stat: str, of: str | None, targets: list[str]) -> None:
+def _check_colour(stat: str, of: str | None, targets: list[str], high: float | None) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    from mechlens.plots.logit_lens import OF_TARGET, STATS
-
-    if stat not in STATS:
-        raise ValueError(f"--stat must be one of {', '.join(STATS)}, but is {stat!r}")
+    options.check_known("--stat", stat, tuple(STATS))
     if of is not None and stat not in OF_TARGET:
         raise ValueError(f"--of is for --stat {' and '.join(OF_TARGET)}, but --stat is {stat}")
     known = ("final", "input", "next", *targets)
     if of is not None and of not in known:
         raise ValueError(f"--of must be one of {', '.join(map(repr, known))} (add --target), but is {of!r}")
+    if high is not None and not (isfinite(high) and high > 0):
+        raise ValueError(f"--high must be a finite number above 0, but is {high}")
 
 
 def _as_typed(message: str) -> str:
@@ -214,47 +234,3 @@ def _published_tuned_lens(source: str, model: LensModel) -> TunedLens:
     from mechlens.models.tuned_lens import load_tuned_lens
 
     return load_tuned_lens(source, model=model)
-
-
-def _save(
-    found: LogitLensResult,
-    out: Path,
-    stat: str,
-    of: str | None,
-    high: float | None,
-    positions: Sequence[int] | None,
-    command: str,
-) -> None:
-    if out.suffix == ".csv":
-        from mechlens.results import write_table
-
-        write_table(found.to_dataframe(), out)
-    elif out.suffix == ".safetensors":
-        found.save(out)
-    else:
-        from mechlens.report import lens_section, write_report
-
-        section = lens_section(
-            found, stat, positions=positions, target=of, high=high, title="Layers and positions"
-        )
-        # no published figure is about this text
-        write_report(
-            out,
-            title="Logit lens",
-            model=found.model,
-            comparisons=None,
-            sections=[section],
-            command=command,
-        )
-
-
-def _command(given: dict[str, Any]) -> str:
-    """The command line that writes the same file."""
-    elsewhere = ("text", "bos", "quiet", "as_json", "as_csv", "seed")
-    written = {
-        "--" + name.replace("_", "-"): (given[name], parameter.default)
-        for name, parameter in inspect.signature(lens).parameters.items()
-        if name not in elsewhere
-    }
-    bos = {"--bos": (given["bos"] is True, False), "--no-bos": (given["bos"] is False, False)}
-    return options.command("lens", written | bos, argument=given["text"])

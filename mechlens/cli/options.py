@@ -1,28 +1,49 @@
-"""What the commands share: their options, and the steps that every one of them takes."""
+"""What the commands share: their options, and the steps before the work: checks, and loading the model."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.models import ArgumentInfo
+from typer.utils import get_params_from_function
+
+from mechlens.cli import finishing
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
 
 BUNDLED = "mechlens-books"
 
+
+def _show_help(context: Any, wanted: bool) -> bool:
+    if wanted:
+        print(context.get_help())
+        raise typer.Exit
+    return wanted
+
+
+HelpOption = Annotated[
+    bool,
+    typer.Option("--help", callback=_show_help, is_eager=True, help="Show this message and exit."),
+]
+"""Of a group of commands. Typer's own has no default, so that a group with it imports pydantic (0.15 s)."""
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cpu]")
+    str | None,
+    typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cuda if there is one, else cpu]"),
 ]
-DtypeOption = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Names like these are written again, so that a wrong one is refused before torch is imported."""
+DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+ABLATIONS = ("mean", "resample", "zero")
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
@@ -37,6 +58,9 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
+_NOT_WRITTEN = ("state", "quiet", "as_json", "as_csv")
+
+
 def load(
     name: str,
     device: str | None,
@@ -47,13 +71,30 @@ def load(
     checkpoint: int | None = None,
     processing: bool = True,
 ) -> LensModel:
-    if progress(quiet):
-        typer.echo(f"loading {name} ...", err=True)
-    from mechlens.models.load import load_model
+    check_known("--dtype", dtype.removeprefix("torch."), DTYPES)
+    with _loading(name, progress(quiet)) as say:
+        from mechlens.models.load import load_model, parse_device
 
+        chosen = parse_device(device)
+        say(f" on {chosen} ...")
     return load_model(
-        name, device=device, dtype=dtype, revision=revision, checkpoint=checkpoint, processing=processing
+        name, device=chosen, dtype=dtype, revision=revision, checkpoint=checkpoint, processing=processing
     )
+
+
+@contextlib.contextmanager
+def _loading(name: str, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Say at once what is loaded, and in the same line where, which only torch knows, seconds later."""
+
+    def say(text: str) -> None:
+        if shown:
+            print(text, end="", file=sys.stderr, flush=True)
+
+    say(f"loading {name}")
+    try:
+        yield say
+    finally:
+        say("\n")
 
 
 def numbers(option: str, given: Sequence[str]) -> list[int]:
@@ -62,7 +103,7 @@ def numbers(option: str, given: Sequence[str]) -> list[int]:
     for each in given:
         first, colon, end = each.partition(":")
         try:
-            start = int(first or 0)
+            start = int(first or 0) if colon else int(first)
             some = range(start, int(end or 0) if colon else start + 1)
         except ValueError:
             some = range(0)
@@ -75,65 +116,103 @@ def numbers(option: str, given: Sequence[str]) -> list[int]:
     return found
 
 
-def command(name: str, options: Mapping[str, tuple[Any, Any]], *, argument: str | None = None) -> str:
-    """The command line that does the same: every option that is not at its default, quoted for a shell.
+def command(name: str, function: Callable[..., None], given: Mapping[str, Any]) -> str:
+    """The command line that does the same, quoted for a shell: every option that is not at its default.
 
     Args:
         name: such as `lens` or `ablate heads`.
-        options: value and default of each; a list is an option that is repeated.
-        argument: what stands without an option's name; after `--` where it looks like one.
+        function: the command; its signature has the options' names and defaults.
+        given: its arguments by their names. What is written does not depend on `_NOT_WRITTEN`.
     """
-    words = ["mechlens", *name.split()]
-    for option, (value, default) in options.items():
-        if value == default:
-            continue
-        for each in value if isinstance(value, list) else [value]:
-            words += [option] if each is True else [option, str(each)]
-    if argument is not None:
-        words += ["--", argument] if argument.startswith("-") else [argument]
-    return shlex.join(words)
+    options = ["mechlens", *name.split()]
+    arguments: list[str] = []
+    for each, parameter in get_params_from_function(function).items():
+        about, value = parameter.default, given[each]
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if isinstance(about, ArgumentInfo):
+            arguments += map(str, several)
+        elif each not in _NOT_WRITTEN and value != about.default:
+            long = [word for word in about.param_decls if word.startswith("--")]
+            on, _, off = (long[0] if long else f"--{each.replace('_', '-')}").partition("/")
+            for one in several:
+                options += [on] if one is True else [off] if one is False else [on, str(one)]
+    ambiguous = any(word.startswith("-") for word in arguments)
+    return shlex.join([*options, *(["--"] if ambiguous else []), *arguments])
 
 
 def progress(quiet: bool) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
-def check_file(out: Path, endings: Sequence[str]) -> None:
+def check_known(option: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        one_of = "one of " if len(known) > 1 else ""
+        raise ValueError(f"{option} must be {one_of}{', '.join(known)}, but is {given!r}")
+
+
+def check_file(out: Path | None, endings: Sequence[str]) -> None:
+    """Say before the work, not after it, that a file cannot be written."""
+    if out is None:
+        return
     if out.suffix not in endings:
         raise ValueError(f"--out is a {' or '.join(endings)} file, but it is {out}")
-    if out.is_dir() or not out.parent.is_dir():
-        what = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
-        raise ValueError(f"cannot save to {out}: {what}")
+    _check_writable(out)
 
 
 def check_state(state: Path | None, out: Path | None) -> None:
     """Say so before the work is done; progress is not saved where the result is to be, either."""
+    if state is None:
+        return
+    _check_writable(state)
     from mechlens.results.state import state_file
 
     state_file(state)
-    if state is not None and out is not None and state.resolve() == out.resolve():
+    if out is not None and state.resolve() == out.resolve():
         raise ValueError(f"--out and --state are the same file {out}: give two")
+
+
+def check_folder(folder: Path) -> None:
+    """Say before the work, not after it, that a folder, which may have to be made, cannot be written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out is a folder, but {existing} is a file")
+    from mechlens.files import check_writable
+
+    try:
+        check_writable(existing / "results")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _check_writable(file: Path) -> None:
+    from mechlens.files import check_writable
+
+    folder, what = file.parent, None
+    try:
+        if not folder.is_dir():
+            what = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
+        elif file.is_dir():
+            what = "it is a folder"
+        else:
+            check_writable(file)
+    except OSError as error:
+        what = error.strerror
+    if what is not None:
+        raise ValueError(f"cannot write {file}: {what}")
 
 
 @contextlib.contextmanager
 def saving_progress(state: Path | None) -> Iterator[None]:
     """Say what Ctrl-C leaves behind."""
-    try:
+    if state is None:
         yield
-    except KeyboardInterrupt:
-        if state is not None:
-            # what a terminal writes for the keys stands in the same line
-            typer.echo(
-                f"\nmechlens: progress is saved in {state}: the same command goes on from there"
-                if state.is_file()
-                else f"\nmechlens: stopped before there was progress to save in {state}",
-                err=True,
-            )
-        raise
-
-
-def check_folder(folder: Path) -> None:
-    """Say so before the work is done, not after it, when its results could not be saved."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--out is a folder, but {existing} is a file")
+        return
+    try:
+        with finishing():
+            yield
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(
+            f"progress is saved in {state}: the same command goes on from there"
+            if state.is_file()
+            else f"stopped before there was progress to save in {state}"
+        ) from stopped

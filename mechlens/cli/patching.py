@@ -7,23 +7,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechlens import terminal
 from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
     BosOption,
     DeviceOption,
     DtypeOption,
+    HelpOption,
     JsonOption,
     ModelOption,
     QuietOption,
     RevisionOption,
 )
+from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
+    from mechlens.report import Section
     from mechlens.results import PatchGridResult
 
 _ENDINGS = (".html", ".csv", ".safetensors")
+SITES = (
+    *("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"),
+    *("q", "k", "v", "z", "attn_scores", "pattern"),
+)
+PER_HEAD = ("q", "k", "v", "z", "pattern", "attn_scores")
 _SOURCES = ("first-half", "zero", "mean", "resample", "corrupted")
 _METRICS = ("loss", "log_prob", "kl", "logit_diff")
 _BY = ("position", "head", "layer")
@@ -41,21 +48,16 @@ OutOption = Annotated[
 ]
 TopOption = Annotated[int, typer.Option(min=1, help="How many of the largest effects to list.")]
 
-ablate = typer.Typer(rich_markup_mode=None)
+ablate = typer.Typer(rich_markup_mode=None, add_help_option=False)
 
 
 @ablate.callback()
-def ablate_help() -> None:
+def ablate_help(wants_help: HelpOption = False) -> None:
     """Take heads away, or MLPs what they know of the second copy, and see what the prediction loses."""
 
 
 def patch(
-    site: Annotated[
-        str,
-        typer.Option(
-            help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, pattern or attn_scores."
-        ),
-    ] = "mlp_out",
+    site: Annotated[str, typer.Option(help=f"{', '.join(SITES)}.")] = "mlp_out",
     source: Annotated[
         str | None,
         typer.Option(
@@ -120,13 +122,12 @@ def patch(
     """Patch one activation at a time and measure what becomes of the prediction: on random tokens that come
     twice, or on a text and a corrupted one. Prints the largest changes and saves pictures, a table or the
     whole result."""
+    given = dict(locals())
     if source is None:
         source = "first-half" if text is None else "zero" if corrupted is None else "corrupted"
-    given = dict(locals())
-    if out is not None:
-        options.check_file(out, _ENDINGS)
+    options.check_file(out, _ENDINGS)
     options.check_state(state, out)
-    _check(given)
+    _check(given | {"source": source})
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
     from mechlens.prompts import prompt_tokens, repeated_tokens, text_tokens
@@ -170,7 +171,7 @@ def patch(
             state=state,
             progress=options.progress(quiet),
         )
-    _show(found, "Patching", "patch", given, _OF_PATCH)
+    _deliver(found, "Patching", options.command("patch", patch, given), given)
 
 
 @ablate.command(
@@ -198,10 +199,8 @@ def ablate_heads(
     """Take each attention head away on random tokens that come twice, and measure the loss on the second
     copy: the heads that continue it cost most."""
     given = dict(locals())
-    if out is not None:
-        options.check_file(out, _ENDINGS)
-    if how not in ("mean", "resample", "zero"):
-        raise ValueError(f"--how must be mean, resample or zero, but is {how!r}")
+    options.check_file(out, _ENDINGS)
+    options.check_known("--how", how, options.ABLATIONS)
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.patching import ablate_heads as analysis
 
@@ -214,7 +213,8 @@ def ablate_heads(
         prepend_bos=bos,
         progress=options.progress(quiet),
     )
-    _show(found, "Heads taken away", "ablate heads", given, {"--how": "mean"})
+    command = options.command("ablate heads", ablate_heads, given)
+    _deliver(found, "Heads taken away", command, given)
 
 
 @ablate.command(
@@ -239,8 +239,7 @@ def ablate_mlps(
     """Replace each MLP's output at each position of the second copy by that of the first, one at a time, and
     measure the loss on the second copy."""
     given = dict(locals())
-    if out is not None:
-        options.check_file(out, _ENDINGS)
+    options.check_file(out, _ENDINGS)
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.patching import ablate_mlps_from_first_half
 
@@ -252,48 +251,19 @@ def ablate_mlps(
         prepend_bos=bos,
         progress=options.progress(quiet),
     )
-    _show(found, "MLPs from the first copy", "ablate mlps", given, {})
+    command = options.command("ablate mlps", ablate_mlps, given)
+    _deliver(found, "MLPs from the first copy", command, given)
 
 
 # -- steps -----------------------------------------------------------------------------------------
 
-_OF_PATCH = {
-    "--site": "mlp_out",
-    "--from": "first-half",
-    "--by": "position",
-    "--text": None,
-    "--corrupted": None,
-    "--denoise": False,
-    "--metric": "loss",
-    "--target": None,
-    "--against": None,
-    "--layer": None,
-    "--head": None,
-    "--position": None,
-}
-_COMMON = {
-    "--model": BUNDLED,
-    "--seq-len": None,
-    "--batch": None,
-    "--seed": 0,
-    "--out": None,
-    "--top": 10,
-    "--device": None,
-    "--dtype": "float32",
-    "--revision": None,
-}
-
 
 def _check(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
-    from mechlens.analyses.patching.asked import PER_HEAD
-    from mechlens.models.sweeps import SITES
-
     source, text = given["source"], given["text"]
-    for name, known in (("source", _SOURCES), ("by", _BY), ("site", tuple(SITES)), ("metric", _METRICS)):
-        if given[name] not in known:
-            shown = "from" if name == "source" else name
-            raise ValueError(f"--{shown} must be one of {', '.join(known)}, but is {given[name]!r}")
+    options.check_known("--from", source, _SOURCES)
+    for name, known in (("by", _BY), ("site", SITES), ("metric", _METRICS)):
+        options.check_known(f"--{name}", given[name], known)
     if text is None:
         for name in ("target", "against", "corrupted"):
             if given[name] is not None:
@@ -330,37 +300,17 @@ def _check(given: dict[str, Any]) -> None:
         raise ValueError("--denoise patches a corrupted run: add --from corrupted and --corrupted")
 
 
-def _show(found: PatchGridResult, title: str, name: str, given: dict[str, Any], own: dict[str, Any]) -> None:
-    out, top = given["out"], given["top"]
-    if out is not None and out.suffix == ".csv":
-        from mechlens.results import write_table
+def _deliver(found: PatchGridResult, title: str, command: str, given: dict[str, Any]) -> None:
+    from mechlens import terminal
 
-        write_table(found.to_dataframe(), out)
-    elif out is not None and out.suffix == ".safetensors":
-        found.save(out)
-    elif out is not None:
-        from mechlens.report import patching_section, write_report
+    def sections() -> list[Section]:
+        from mechlens.report import patching_section
 
-        # no published figure is about these tokens
-        write_report(
-            out,
-            title=title,
-            model=found.model,
-            comparisons=None,
-            sections=[patching_section(found, top=top)],
-            command=_command(name, given, own),
-        )
-    if given["as_json"]:
-        terminal.print_json(terminal.effects_json(found))
-    elif not given["quiet"]:
-        terminal.print_effects(found, top)
+        return [patching_section(found, top=given["top"])]
 
-
-def _command(name: str, given: dict[str, Any], own: dict[str, Any]) -> str:
-    """The command line that writes the same file."""
-    written = {
-        option: (given[{"--from": "source"}.get(option, option[2:].replace("-", "_"))], default)
-        for option, default in (own | _COMMON).items()
-    }
-    bos = {"--bos": (given["bos"] is True, False), "--no-bos": (given["bos"] is False, False)}
-    return options.command(name, written | bos)
+    deliver(
+        given,
+        save=file_of([found], title=title, sections=sections, command=command),
+        tables=lambda: terminal.print_effects(found, given["top"]),
+        as_object=lambda: terminal.effects_json(found),
+    )

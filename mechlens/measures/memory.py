@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -20,6 +23,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where glibc keeps it between what is still in use."""
+    if sys.platform == "linux":
+        trim = _trim()
+        if trim is not None:
+            trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    # musl has none
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def in_parts(work: Callable[[Tensor], T], rows: Tensor, size: int) -> Iterator[tuple[Tensor, T]]:

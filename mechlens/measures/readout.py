@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.arguments import check_counts, whole_number
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.measures.unembedding import TILE_ROWS, LogSumExp, Unembedding
 
@@ -34,7 +36,8 @@ class Readout:
     kl: Float[Tensor, "row pos reference"] | None
     """KL(reference row || row) in nats."""
     log_prob: Float[Tensor, "row pos target"] | None
-    """Of the targets, in nats; where there are references, the first is the top token of the first of them."""
+    """Of the targets, in nats; where there are references, the first is the top token of the first of
+    them."""
     rank: Int[Tensor, "row pos target"] | None
     """Of the targets; 1 is the most likely, ties count strictly larger logits."""
 
@@ -79,12 +82,11 @@ def read_out(
     """
     _, n_pos, _ = vectors.shape
     d_vocab = unembedding.d_vocab
-    if not 1 <= top_k <= d_vocab:
+    if whole_number("top_k", top_k) not in range(1, d_vocab + 1):
         raise ValueError(f"top_k must lie between 1 and the vocabulary of {d_vocab}, but is {top_k}")
     if memory_budget is None:
         memory_budget = GPU_BUDGET if vectors.device.type == "cuda" else CPU_BUDGET
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget must be at least 1 byte, but is {memory_budget}")
+    check_counts(memory_budget=memory_budget)
     work = _Work(vectors, unembedding, targets, tuple(references), top_k, frozenset(statistics), decode)
     parts: list[Readout] = []
     start, at_once = 0, work.positions(memory_budget)
@@ -115,7 +117,8 @@ def joined(parts: Sequence[Readout], *, dim: int) -> Readout:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values, dim=dim)
 
-    return Readout(**{field.name: whole(field.name) for field in dataclasses.fields(Readout)})
+    values: dict[str, Any] = {field.name: whole(field.name) for field in dataclasses.fields(Readout)}
+    return Readout(**values)
 
 
 def kl_from(
@@ -274,7 +277,10 @@ def _kl(
 def _rows(found: Readout) -> Iterable[Readout]:
     for row in range(len(found.top_ids)):
         parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(Readout)}
-        yield Readout(**{name: None if part is None else part[row : row + 1] for name, part in parts.items()})
+        one: dict[str, Any] = {
+            name: None if part is None else part[row : row + 1] for name, part in parts.items()
+        }
+        yield Readout(**one)
 
 
 @dataclasses.dataclass(eq=False)

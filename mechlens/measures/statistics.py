@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.arguments import generator_of
+
 
 def bootstrap_interval(
     samples: Float[Tensor, "sample *value"], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
@@ -37,7 +39,7 @@ def bootstrap_interval(
     if n == 1:
         unknown = torch.full_like(samples[0], torch.nan)
         return unknown, unknown.clone()
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     drawn = torch.randint(n, (resamples, n), generator=generator)
     # how often each sample was drawn in each resample: means of all values are then one product
     counts = torch.zeros(resamples, n, dtype=torch.double)

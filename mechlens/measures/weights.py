@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
+from mechlens.arguments import generator_of
+
 TILE_ROWS = 1024
 TILE_COLUMNS = 1024
 """Of a tile, 4 MiB in float32: a shape at which product and reduction are fast. A multiple of `TILE_ROWS`, so
@@ -386,7 +388,7 @@ def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0
         raise ValueError(f"d_model and d_head must be at least 1, but are {d_model} and {d_head}")
     if n < 2:
         raise ValueError(f"a spread needs at least 2 pairs, but n is {n}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     scores = []
     for _ in range(n):
         A1, A2 = torch.randn(2, 1, d_model, d_head, generator=generator, dtype=torch.float32)

@@ -19,16 +19,14 @@ from typing import Any, Literal
 import torch
 
 from mechlens.models.errors import ModelLoadError
+from mechlens.models.local import HuggingFaceModel
+from mechlens.models.piecewise import processing_by_blocks
 
 Backend = Literal["hooked", "bridge"]
-# KL in nats between the engine's and the Hugging Face model's predictions. Rounding gives about 1e-9 in
-# float32 and 1e-3 in bfloat16; a wrong rotation or a lost bias gives far more.
-_MAX_KL = {torch.float64: 1e-4, torch.float32: 1e-4}
-_MAX_KL_REDUCED = 0.1
 
 
-def choose_backend(backend: str) -> Backend:
-    """The engine to use with the installed TransformerLens.
+def choose_backends(backend: str) -> tuple[Backend, ...]:
+    """The engines to try with the installed TransformerLens, the preferred one first.
 
     Raises:
         ModelLoadError: no such engine, or the installed version lacks it.
@@ -38,7 +36,7 @@ def choose_backend(backend: str) -> Backend:
     installed = version("transformer-lens")
     has_hooked = int(installed.split(".")[0]) < 4
     if backend == "auto":
-        return "hooked" if has_hooked else "bridge"
+        return ("hooked", "bridge") if has_hooked else ("bridge",)
     if backend == "hooked" and not has_hooked:
         raise ModelLoadError(
             f"backend='hooked' needs HookedTransformer, which TransformerLens {installed} no longer has: "
@@ -46,7 +44,7 @@ def choose_backend(backend: str) -> Backend:
         )
     if backend not in ("hooked", "bridge"):
         raise ModelLoadError(f"backend must be 'auto', 'hooked' or 'bridge', but is {backend!r}")
-    return backend  # type: ignore[return-value]  # mypy does not narrow by `in`
+    return (backend,)  # type: ignore[return-value]  # mypy does not narrow by `in`
 
 
 @contextlib.contextmanager
@@ -65,6 +63,8 @@ def quiet() -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             # Known: we support the versions that have it, and the bridge for those that do not.
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+            # What is not folded is read off the norms; see `weights.norm_affine`.
+            warnings.filterwarnings("ignore", ".* does not support (fold_ln|center_writing)", UserWarning)
             yield
     finally:
         root.removeFilter(not_the_engine)
@@ -107,8 +107,9 @@ def sound_processing(
     )
 
 
-def hooked_from_hf(hf_model: Any, tokenizer: Any, *, processing: bool, dtype: torch.dtype, name: str) -> Any:
-    """A HookedTransformer with a Hugging Face model's weights, on the CPU.
+def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, name: str) -> Any:
+    """A HookedTransformer with a Hugging Face model's weights, on the CPU. The Hugging Face model is let go
+    of, tensor by tensor.
 
     Raises:
         ModelLoadError: HookedTransformer does not have this architecture or a feature of it.
@@ -124,7 +125,7 @@ def hooked_from_hf(hf_model: Any, tokenizer: Any, *, processing: bool, dtype: to
                     f"TransformerLens would guess the architecture from the temporary folder {neutral}: "
                     "set TMPDIR to one without the name of a model in its path"
                 )
-            settings = _hooked_settings(hf_model.config, Path(neutral), loading)
+            settings = _hooked_settings(hf.model.config, Path(neutral), loading)
             settings |= {
                 "model_name": name,
                 "tokenizer_name": None,
@@ -133,13 +134,37 @@ def hooked_from_hf(hf_model: Any, tokenizer: Any, *, processing: bool, dtype: to
                 "dtype": dtype,
             }
             cfg = HookedTransformerConfig.from_dict(settings)
-            state = loading.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
+            with torch.no_grad():
+                state = loading.get_pretrained_state_dict(neutral, cfg, hf.model, dtype=dtype)
+            hf.let_go()
         sound = sound_processing(
             processing, architecture=cfg.original_architecture, soft_cap=cfg.output_logits_soft_cap
         )
-        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
-        model.load_and_process_state_dict(state, **dataclasses.asdict(sound))
+        model = HookedTransformer(cfg, hf.tokenizer, move_to_device=False)
+        load_processed(model, state, sound)
     return model
+
+
+@torch.no_grad()
+def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing) -> None:
+    """Process weights and give them to a HookedTransformer, which has had none so far.
+
+    Args:
+        state: taken apart.
+    """
+    given: dict[str, torch.Tensor] = {}
+    # the engine would call it once for each tensor, over all modules
+    model.load_state_dict = lambda some, strict: given.update(some)
+    try:
+        with processing_by_blocks():
+            model.load_and_process_state_dict(state, **dataclasses.asdict(sound))
+    finally:
+        del model.load_state_dict
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, tensor in given.items():
+        # one at a time, so that each view is let go of; some converters leave norms in float32
+        given[name] = tensor.detach().to(dtypes.get(name, tensor.dtype)).contiguous()
+    model.load_state_dict(given, strict=False, assign=True)
 
 
 def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, Any]:
@@ -159,7 +184,7 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
             settings = loading.convert_hf_model_config(str(neutral))
         except NotImplementedError:
             raise ModelLoadError(
-                f"HookedTransformer has no {architecture}: try backend='bridge', which has more architectures"
+                f"HookedTransformer has no {architecture}: use backend='bridge', which has more architectures"
             ) from None
     settings.setdefault("default_prepend_bos", True)
     if architecture == "GPT2LMHeadModel":
@@ -177,13 +202,13 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
     if "rope_type" in rope and kind != "default" and not scaled:
         raise ModelLoadError(
             f"HookedTransformer's {architecture} has no {kind!r} scaling of rotary positions: "
-            "try backend='bridge'"
+            "use backend='bridge'"
         )
     if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()) and not settings.get(
         "use_local_attn"
     ):
         raise ModelLoadError(
-            f"HookedTransformer's {architecture} has no sliding attention window: try backend='bridge'"
+            f"HookedTransformer's {architecture} has no sliding attention window: use backend='bridge'"
         )
     return dict(settings)
 
@@ -221,21 +246,19 @@ def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
     }
 
 
-def bridge_from_hf(
-    hf_model: Any, tokenizer: Any, *, processing: bool, dtype: torch.dtype, directory: Path
-) -> Any:
+def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, directory: Path) -> Any:
     """A bridge in compatibility mode around a Hugging Face model, which it takes over, on the CPU.
 
     Raises:
         ModelLoadError: the bridge does not have this architecture.
     """
-    architecture = hf_model.config.architectures[0]
+    architecture = hf.model.config.architectures[0]
     with quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
             model = TransformerBridge.boot_transformers(
-                str(directory), hf_model=hf_model, tokenizer=tokenizer, device="cpu", dtype=dtype
+                str(directory), hf_model=hf.model, tokenizer=hf.tokenizer, device="cpu", dtype=dtype
             )
         except ValueError as error:
             if "architecture" not in str(error).lower():
@@ -246,11 +269,12 @@ def bridge_from_hf(
             architecture=architecture,
             soft_cap=getattr(model.cfg, "output_logits_soft_cap", None),
         )
-        model.enable_compatibility_mode(
-            disable_warnings=True, no_processing=not processing, **dataclasses.asdict(sound)
-        )
+        with processing_by_blocks():
+            model.enable_compatibility_mode(
+                disable_warnings=True, no_processing=not processing, **dataclasses.asdict(sound)
+            )
     if "blocks.0.attn.hook_pattern" not in model.hook_dict:
-        raise ModelLoadError(f"{architecture} has no attention patterns, and mechlens is about those")
+        raise ModelLoadError(f"{architecture} is not supported: it has no attention patterns")
     return model
 
 
@@ -270,37 +294,3 @@ def keep_special_tokens(model: Any, own: dict[str, str | None]) -> None:
     if own["bos_token"] is None:
         model.tokenizer.bos_token = None
         model.cfg.default_prepend_bos = False
-
-
-def check_tokens(hf_model: Any) -> torch.Tensor:
-    """A few ids from all over the vocabulary, `[1, pos]`."""
-    n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or 16
-    return torch.linspace(0, hf_model.config.vocab_size - 1, min(16, n_ctx), dtype=torch.double).long()[None]
-
-
-@torch.no_grad()
-def verify(
-    model: Any, tokens: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, *, advice: str
-) -> None:
-    """See that a converted model predicts what the original did.
-
-    Args:
-        model: the converted one.
-        tokens: `[1, pos]`.
-        reference: the original's logits on them.
-        dtype: of the weights; rounding is worse in a narrow one.
-        advice: what to try when it does not.
-
-    Raises:
-        ModelLoadError: it does not; the engine misunderstands a setting of this model.
-    """
-    with quiet():
-        got = model(tokens, return_type="logits").float().log_softmax(-1).cpu()
-    want = reference.float().log_softmax(-1).cpu()
-    kl = (want.exp() * (want - got)).sum(-1).mean().item()
-    if not kl <= _MAX_KL.get(dtype, _MAX_KL_REDUCED):
-        raise ModelLoadError(
-            f"TransformerLens's version of this model predicts something else than the original (KL {kl:.2g} "
-            "nats): the engine does not support one of its settings, so every result would be wrong; "
-            f"try {advice}"
-        )

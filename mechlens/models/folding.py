@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.models.protocol import LensModel, describe
 from mechlens.models.hooks import without_user_hooks
+from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import soft_cap
 from mechlens.models.runs import running, watch
 from mechlens.models.weights import attention_out_affine, final_norm_scale, norm_affine, output_weights

@@ -34,8 +34,8 @@ def alone(model: Any) -> Iterator[None]:
 def user_hooks(model: Any) -> tuple[str, ...]:
     """Where the user's own forward hooks sit, by the names of modules; empty for a model without.
 
-    A hook may do anything: act at the last position of what is run, at one row of the batch, twice where a run
-    is resumed behind it. No shortcut is taken past one.
+    A hook may do anything: act at the last position of what is run, at one row of the batch, twice where a
+    run is resumed behind it. No shortcut is taken past one.
     """
     return tuple(dict.fromkeys(name or "the model" for name, *_ in _found(model)))
 

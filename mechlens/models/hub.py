@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from mechlens.models.errors import ModelLoadError
 
 BUNDLED = "mechlens-books"
 PROBE_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken"]
 _MOVED = {
     "gpt2": "openai-community/gpt2",
@@ -165,6 +170,7 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
     if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ModelLoadError(_unreachable(what, name, "HF_HUB_OFFLINE is set"))
     try:
+        _connect()
         # One request with a short limit comes first, because a download retries for a long time.
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or []]
@@ -186,6 +192,39 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
     except Exception as error:
         # No connection shows as errors of whichever client library the hub's package uses today.
         raise ModelLoadError(_unreachable(what, name, local.first_line(error))) from error
+
+
+def _connect() -> None:
+    """See that the hub, or the proxy to it, takes connections: the hub's own client tries for a minute.
+
+    Raises:
+        OSError: it does not within `CONNECT_SECONDS`.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    hub = urllib.parse.urlsplit(ENDPOINT)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(hub.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(hub.hostname or ""):
+        hub = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    outcome: list[Exception | None] = []
+
+    def connect() -> None:
+        try:
+            port = hub.port or (80 if hub.scheme == "http" else 443)
+            socket.create_connection((hub.hostname or "", port), timeout=CONNECT_SECONDS).close()
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    # a name is looked up for as long as the system's settings say, so that the wait is bounded from outside
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if not outcome:
+        raise OSError(f"no answer from {hub.hostname} within {CONNECT_SECONDS:g} s")
+    if outcome[0] is not None:
+        raise OSError(f"no connection to {hub.hostname}: {outcome[0]}") from outcome[0]
 
 
 def _unreachable(what: str, name: str, why: str) -> str:

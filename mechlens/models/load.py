@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,14 @@ from mechlens.models import engines, hub, local, toy
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.hub import BUNDLED
 from mechlens.models.protocol import LensModel, Source, remember
+from mechlens.models.verification import Reference, check_converted, check_on_device
 
 __all__ = ["BUNDLED", "ModelLoadError", "load_model", "locate"]
 
 BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
+_ONE_AT_A_TIME = threading.RLock()
+_told: set[str] = set()
+"""What is said once in a process."""
 
 
 def load_model(
@@ -32,7 +40,8 @@ def load_model(
 ) -> LensModel:
     """Load a model that every analysis takes.
 
-    Its predictions are compared with the Hugging Face model's on 16 tokens before it is handed out.
+    Its predictions are compared with the Hugging Face model's on 16 tokens before it is handed out, on the
+    device and in the dtype in which it is used.
 
     Args:
         name_or_path: `mechlens-books`, the bundled model; a name of TransformerLens or the hub, such as
@@ -40,11 +49,12 @@ def load_model(
             HookedTransformerConfig as `config.json` beside `model.safetensors`. Only a hub's name that is
             not in the local cache is looked up on the network.
         backend: `hooked` (HookedTransformer, TransformerLens 3.9), `bridge` (TransformerBridge in
-            compatibility mode), or `auto`: the first that is installed.
+            compatibility mode), or `auto`: the first of the two that is installed and has this model. On a
+            bridge patching sweeps take longer, as they cannot begin at the layer that is patched.
         processing: fold LayerNorm and value biases and centre weights, where that leaves the predictions
             as they are: a logit soft-cap forbids centring the unembedding, norms after the blocks forbid
             folding and centring.
-        device: where to put the model; None is the CPU.
+        device: where to put the model; None is a CUDA device where there is one, and the CPU elsewhere.
         dtype: of the weights, a torch.dtype or its name; None is float32.
         revision: of a model on the hub: a branch, tag or commit.
         checkpoint: a training step, of Pythia and of Stanford's GPT-2s, or of a directory with
@@ -54,59 +64,115 @@ def load_model(
         A HookedTransformer or a TransformerBridge, in evaluation mode.
 
     Raises:
+        TypeError: a name or path that is none.
         ModelLoadError: the model cannot be had as asked; the message says what to do.
+
+    Cost: beside the model, the memory of one block and of the embedding in a wider dtype.
     """
-    engine = engines.choose_backend(backend)
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path must be a model's name or a path, but is {name_or_path!r}")
+    backends = engines.choose_backends(backend)
     to_device, to_dtype = parse_device(device), parse_dtype(dtype)
     place = locate(name_or_path, revision=revision, checkpoint=checkpoint)
     config = local.read_config(place.directory)
-    # The engines draw weights at random before they fill them in.
-    with torch.random.fork_rng(devices=[]):
+    with _undisturbed():
         if toy.is_toy(config):
-            model, source = toy.load_toy(place.directory, config, place.name, engine, processing, to_dtype)
+            model, source, reference = toy.load_toy(
+                place.directory, config, place.name, backends[0], processing, to_dtype
+            )
         else:
-            model, source = _load_hf(place, config, engine, processing, to_dtype)
-    model.eval()
-    with engines.quiet():
-        model.to(to_device)
-    remember(model, dataclasses.replace(source, revision=place.revision))
+            model, source, reference = _first_that_has_it(place, config, backends, processing, to_dtype)
+        model.eval()
+        with engines.quiet():
+            model.to(to_device)
+        if to_device.type != "cpu":
+            check_on_device(model, reference, to_device)
+        remember(model, dataclasses.replace(source, revision=place.revision))
+    _tell_of_bridge(backends)
     return model
 
 
-_ADVICE = {"hooked": "backend='bridge'", "bridge": "processing=False"}
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Whatever the caller's settings are, and one thread at a time: the engines set some for the whole
+    program."""
+    with _ONE_AT_A_TIME, torch.inference_mode(False):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            # the engines draw weights at random before they fill them in
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            torch.set_default_dtype(before)
 
 
-def _load_hf(
-    place: Place, config: dict[str, Any], engine: engines.Backend, processing: bool, dtype: torch.dtype
-) -> tuple[Any, Source]:
-    hf = local.read_hf(place.directory, config, dtype=dtype, tokenizer_at=place.tokenizer)
-    embedding, unembedding = hf.model.get_input_embeddings(), hf.model.get_output_embeddings()
-    tied = torch.equal(embedding.weight, unembedding.weight)
+def _tell_of_bridge(backends: tuple[engines.Backend, ...]) -> None:
+    """Say once that the installed engine is the slower one for sweeps."""
+    from importlib.metadata import version
+
+    if "hooked" in backends or int(version("transformer-lens").split(".")[0]) < 4 or "bridge" in _told:
+        return
+    _told.add("bridge")
+    warnings.warn(
+        "TransformerLens 4 has no HookedTransformer: models are run by a bridge, on which patching sweeps "
+        "cannot begin at the layer that is patched and take longer; transformer-lens 3.9 has both",
+        stacklevel=3,
+    )
+
+
+def _first_that_has_it(
+    place: Place,
+    config: dict[str, Any],
+    backends: tuple[engines.Backend, ...],
+    processing: bool,
+    dtype: torch.dtype,
+) -> tuple[Any, Source, Reference]:
+    """The model on the first engine that can run it."""
+    refused: ModelLoadError | None = None
+    for engine in backends:
+        hf = local.read_hf(place.directory, config, dtype=dtype, tokenizer_at=place.tokenizer)
+        try:
+            found = _convert(hf, place, engine, processing, dtype)
+        except ModelLoadError as error:
+            refused = refused or error
+            continue
+        if refused is not None:
+            why = str(refused).split(": use ")[0]
+            warnings.warn(
+                f"{place.name} is run by a TransformerBridge, on which patching sweeps cannot begin at the "
+                f"layer that is patched and take longer ({why})",
+                stacklevel=3,
+            )
+        return found
+    assert refused is not None
+    raise refused
+
+
+def _convert(
+    hf: local.HuggingFaceModel, place: Place, engine: engines.Backend, processing: bool, dtype: torch.dtype
+) -> tuple[Any, Source, Reference]:
+    tied = torch.equal(hf.model.get_input_embeddings().weight, hf.model.get_output_embeddings().weight)
     source = Source(place.name, None, hf.architecture, processing, tied)
-    tokens = engines.check_tokens(hf.model)
-    with torch.no_grad():
-        # Before the engine gets the model: a bridge changes it.
-        reference = hf.model(tokens).logits
     specials = engines.special_tokens(hf.tokenizer)
+    other = ["processing=False"] * processing + ["backend='bridge'"] * (engine == "hooked")
+    advice = f": use {', or '.join(other)}" if other else ""
     try:
+        # before the engine gets the model, of which it leaves nothing
+        reference = Reference.of_hf(hf.model)
         if engine == "hooked":
-            model = engines.hooked_from_hf(
-                hf.model, hf.tokenizer, processing=processing, dtype=dtype, name=place.name
-            )
+            model = engines.hooked_from_hf(hf, processing=processing, dtype=dtype, name=place.name)
         else:
-            model = engines.bridge_from_hf(
-                hf.model, hf.tokenizer, processing=processing, dtype=dtype, directory=place.directory
-            )
+            model = engines.bridge_from_hf(hf, processing=processing, dtype=dtype, directory=place.directory)
     except ModelLoadError:
         raise
     except Exception as error:  # of any kind: the engines check little and fail where they stand
         raise ModelLoadError(
-            f"TransformerLens cannot make this {hf.architecture} ({local.first_line(error)}): "
-            f"try {_ADVICE[engine]}"
+            f"TransformerLens cannot make this {hf.architecture} ({local.first_line(error)}){advice}"
         ) from error
     engines.keep_special_tokens(model, specials)
-    engines.verify(model, tokens, reference, dtype, advice=_ADVICE[engine])
-    return model, source
+    check_converted(model, reference, advice=advice)
+    return model, source, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +271,17 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device that this machine has; None is the CPU.
+    """A device that this machine has; None is a CUDA device where there is one, else the CPU.
+
+    MPS is not chosen by itself: PyTorch computes wrong results there now and then (TransformerLens #1178).
 
     Raises:
         ModelLoadError: no such device.
     """
     try:
-        found = torch.device("cpu" if device is None else device)
-    except RuntimeError:
-        raise ModelLoadError(f"device must be such as 'cpu', 'cuda' or 'cuda:1', but is {device!r}") from None
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ModelLoadError(f"invalid device {device!r}: expected e.g. 'cpu', 'cuda' or 'cuda:1'") from None
     count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),

@@ -17,13 +17,21 @@ from mechlens.models.errors import ModelLoadError
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class HuggingFaceModel:
     """A model as Hugging Face reads it, on the CPU, with its own tokenizer."""
 
     model: Any
+    """None once an engine has taken its weights."""
     tokenizer: Any
     architecture: str
+
+    def let_go(self) -> None:
+        """Keep no weight; whoever else has one may free it. Modules refer to each other, so that dropping the
+        model would free nothing before the garbage is collected."""
+        for module in self.model.modules():
+            module._parameters.clear()
+        self.model = None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -150,35 +158,40 @@ def read_hf(
         ModelLoadError: something is missing, damaged, or no causal language model.
     """
     architecture = architecture_of(config, directory)
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
+        raise ModelLoadError(
+            f"the weights in {directory} are quantized ({method}, says quantization_config in config.json): "
+            "they are not read, because analyses compute with the weights themselves; give a copy in "
+            "float32, bfloat16 or float16"
+        )
     if not has_tokenizer(tokenizer_at):
         raise ModelLoadError(
             f"{tokenizer_at} has no tokenizer: copy the model's tokenizer.json and tokenizer_config.json "
             "there, or tokenizer.save_pretrained(directory)"
         )
-    files = weight_files(directory)
-    if files[0].suffix == ".safetensors":
-        weights: dict[str, Any] = {"use_safetensors": True}
-        at: Path | None = directory
-    else:
-        # Read here, so that it is not up to another library's settings whether a pickle may run.
-        weights = {"state_dict": {key: value for file in files for key, value in read_pickle(file).items()}}
-        at = None
+    # Read here, so that it is not up to another library's settings whether a pickle may run, and so that no
+    # tensor is kept for the others that its file has.
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(directory):
+        state |= read_safetensors(file, dtype) if file.suffix == ".safetensors" else read_pickle(file)
     configuration = hf_config(directory, architecture)
     with _quiet_transformers():
         import transformers
 
         try:
             model, report = getattr(transformers, architecture).from_pretrained(
-                at,
+                None,
                 config=configuration,
+                state_dict=state,
                 dtype=dtype,
                 # The engines compute attention step by step, so the comparison must, too.
                 attn_implementation="eager",
                 output_loading_info=True,
                 local_files_only=True,
-                **weights,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # of any kind: every architecture and quantization has checks of its own
             raise ModelLoadError(
                 f"{directory} cannot be read as {architecture}: {first_line(error)}"
             ) from error
@@ -240,6 +253,24 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def read_safetensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, those of floating-point numbers in a dtype.
+
+    The file is opened anew for each: its pages are memory of this process for as long as it is open, or as a
+    tensor is left that is a view of them.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    found = {}
+    for name in names:
+        with safe_open(file, "pt") as opened:
+            tensor = opened.get_tensor(name)
+        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return found
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:

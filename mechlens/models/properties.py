@@ -29,7 +29,8 @@ def key_value_head(model: LensModel, head: int) -> int:
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two computations of the same numbers agree but for rounding: other shapes sum in another order."""
+    """Whether two computations of the same numbers agree but for rounding: other shapes sum in another
+    order."""
     if found.shape != expected.shape:
         return False
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
@@ -47,8 +48,8 @@ def last_residual(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[T
 def reads_alike_in(model: LensModel, tokens: Int[Tensor, " pos"], width: int) -> bool:
     """Whether a sequence is read alone as it is at the beginning of one of `width` tokens.
 
-    Not so with tables of rotary positions that depend on how long the sequence is (longrope, dynamic NTK), and
-    with hooks.
+    Not so with tables of rotary positions that depend on how long the sequence is (longrope, dynamic NTK),
+    and with hooks.
 
     Cost: two forward passes.
     """
@@ -73,8 +74,8 @@ def rows_run_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> bool:
 
 
 def check_rows_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Refuse a hook of the user's that treats the rows of a batch in different ways, where many runs that have
-    nothing to do with each other make a batch.
+    """Refuse a hook of the user's that treats the rows of a batch in different ways, where many runs that
+    have nothing to do with each other make a batch.
 
     Raises:
         ValueError: there is such a hook.
@@ -83,8 +84,8 @@ def check_rows_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None
     """
     if not rows_run_alike(model, tokens):
         raise ValueError(
-            f"your hook at {user_hooks(model)[0]} treats the rows of a batch in different ways, so that runs cannot "
-            "share one: remove it, or let it act on all rows alike"
+            f"your hook at {user_hooks(model)[0]} treats the rows of a batch in different ways, so that runs "
+            "cannot share one: remove it, or let it act on all rows alike"
         )
 
 
@@ -110,6 +111,7 @@ def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
         before, *added, after = (kept[name.format(layer)] for name in names.values())
         if not alike(sum(added, before), after.to(model.W_U.dtype)):
             raise ValueError(
-                f"layer {layer} of this model does not add attn_out and mlp_out to the residual stream as they "
-                "are, or a hook changes what it adds: what they write cannot be read or patched by itself"
+                f"layer {layer} of this model does not add attn_out and mlp_out to the residual stream as "
+                "they are, or a hook changes what it adds: what they write cannot be read or patched by "
+                "itself"
             )

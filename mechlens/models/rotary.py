@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.hooks import without_user_hooks
+from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.runs import running, watch
 
 _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3}

@@ -76,8 +76,8 @@ def watch_from(
         readers: by hook name; of blocks before `layer` nothing may be read.
 
     Raises:
-        ValueError: a model that gives its blocks more than the stream, or with hooks of the user's, which would
-            act on what they made; or a hook name that it does not have.
+        ValueError: a model that gives its blocks more than the stream, or with hooks of the user's, which
+            would act on what they made; or a hook name that it does not have.
 
     Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier ones
     run, too, and their work is thrown away.

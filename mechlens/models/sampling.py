@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.arguments import check_counts, check_reals, whole_number
+from mechlens.arguments import check_counts, check_reals, generator_of
 from mechlens.models.hooks import user_hooks
 from mechlens.models.properties import alike, key_value_heads, last_residual, reads_alike_in
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import Enough, parts, run, running
 from mechlens.models.sweeps import bridge_cache
-from mechlens.progress import bar
+from mechlens.progress import progress_bar
 from mechlens.prompts import bos_to_prepend
 from mechlens.tokens import drawable_tokens
 
@@ -57,18 +57,17 @@ def sample_tokens(
             BOS wanted but not there, or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
 
     Cost: one run of each token, behind the keys and values of those before it, and one product with `W_U`. A
-    model with hooks of yours, or whose positions depend on the length of what it reads, reads the tokens before
-    each one again.
+    model with hooks of yours, or whose positions depend on the length of what it reads, reads the tokens
+    before each one again.
     """
     check_counts(batch=batch, seq_len=seq_len)
     check_reals(temperature=temperature)
-    seed = whole_number("seed", seed, least=0)
     if seq_len > model.cfg.n_ctx:
         raise ValueError(f"{seq_len} tokens do not fit into the model's context of {model.cfg.n_ctx}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, but is {temperature}")
     bos = bos_to_prepend(model, prepend_bos)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
     tokens = torch.empty(batch, seq_len, dtype=torch.long)
     tokens[:, 0] = (
@@ -76,7 +75,7 @@ def sample_tokens(
     )
     check_streamed(model, drawable[None, : min(8, model.cfg.n_ctx)])
     reader, read = unembedding(model), _reader(model, tokens)
-    for pos in bar(range(1, seq_len), desc="sampling", unit="token", progress=progress):
+    for pos in progress_bar(range(1, seq_len), desc="sampling", unit="token", progress=progress):
         residual = read(tokens[:, :pos])
         with torch.inference_mode():
             logits = reader.logits(final_norm(model, residual[:, None])[:, 0]).cpu()

@@ -15,6 +15,7 @@ import torch
 from mechlens.models import engines, hub, local
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.protocol import Source
+from mechlens.models.verification import Reference, check_converted
 
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
@@ -31,7 +32,7 @@ def load_toy(
     engine: engines.Backend,
     processing: bool,
     dtype: torch.dtype,
-) -> tuple[Any, Source]:
+) -> tuple[Any, Source, Reference]:
     """Load a directory in TransformerLens's own format; a tokenizer beside the weights is optional.
 
     Raises:
@@ -46,15 +47,21 @@ def load_toy(
     weights = {key: value.to(dtype) for key, value in read_weights(directory, config).items()}
     _check_names(directory, weights.keys(), settings)
     build = _hooked if engine == "hooked" else _bridge
+
+    def made(dtype: torch.dtype, processing: bool) -> Any:
+        given = {key: value.to(dtype) for key, value in weights.items()}
+        return build(settings | {"dtype": dtype}, given, tokenizer, processing).eval()
+
     with engines.quiet():
         try:
-            model = build(settings, dict(weights), tokenizer, False)
+            tokens = torch.arange(min(settings["n_ctx"], settings["d_vocab"], 16))[None]
+            model = made(dtype, False)
+            with torch.no_grad():
+                wide = made(torch.promote_types(dtype, torch.float32), False)
+                reference = Reference.of(tokens, wide(tokens), model(tokens))
             if processing:
-                tokens = torch.arange(min(settings["n_ctx"], settings["d_vocab"], 16))[None]
-                with torch.no_grad():
-                    reference = model(tokens)
-                model = build(settings, dict(weights), tokenizer, True)
-                engines.verify(model, tokens, reference, dtype, advice="processing=False")
+                model = made(dtype, True)
+                check_converted(model, reference, advice=": use processing=False")
         except ModelLoadError:
             raise
         except Exception as error:  # of any kind: the engines check little and fail where they stand
@@ -66,7 +73,7 @@ def load_toy(
         engines.keep_special_tokens(model, specials)
     architecture = "attention-only" if config.get("attn_only") else "TransformerLens"
     tied = torch.equal(weights["embed.W_E"], weights["unembed.W_U"].T)
-    return model, Source(name, None, architecture, processing, tied)
+    return model, Source(name, None, architecture, processing, tied), reference
 
 
 _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
@@ -191,7 +198,7 @@ def _hooked(
         soft_cap=cfg.output_logits_soft_cap,
         positions=cfg.positional_embedding_type,
     )
-    model.load_and_process_state_dict(weights, **dataclasses.asdict(sound))
+    engines.load_processed(model, weights, sound)
     return model
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-import operator
 from typing import Any
 
 import torch
 
+from mechlens.arguments import generator_of
 from mechlens.models.protocol import LensModel, Source, describe, recall, remember
 from mechlens.models.runs import kept_graphs
 from mechlens.models.weights import all_parameters
@@ -91,19 +91,3 @@ def random_like(
     name = f"{info.name} (random weights, seed {seed}{words})"
     remember(other, Source(name, None, info.architecture, processing=False, tied=tied))
     return other.eval()
-
-
-def generator_of(seed: int) -> torch.Generator:
-    """Draws that a seed decides.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: one that torch does not take.
-    """
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed must be a whole number, but is {seed!r}") from None
-    if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed must be from -2**63 on and below 2**64, but is {seed}")
-    return torch.Generator().manual_seed(number)

@@ -113,9 +113,9 @@ def check_heads_add_up(
     if not alike(total.to(attn_out.dtype), attn_out):
         factor = float((total * attn_out).sum() / attn_out.float().square().sum())
         raise ValueError(
-            f"what the heads of layer {layer} write (z @ W_O) is not what its attention adds to the residual stream "
-            f"(it is {factor:.3g} times as long): this model scales it, or a hook changes it, so a head cannot be "
-            "read alone; attn_out can"
+            f"what the heads of layer {layer} write (z @ W_O) is not what its attention adds to the residual "
+            f"stream (it is {factor:.3g} times as long): this model scales it, or a hook changes it, so a "
+            "head cannot be read alone; attn_out can"
         )
 
 

@@ -7,6 +7,7 @@ import math
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mechlens.arguments import check_counts, check_type
 from mechlens.plots.style import (
     BLUE,
     INK,
@@ -42,12 +43,12 @@ def plot_attribution(
     Raises:
         ValueError: there is no such sequence or position, or `largest` is below 1.
     """
+    check_type("result", result, LogitAttribution)
     given = (("sequence", row, len(result.tokens)), ("position", position, len(result.positions)))
     for name, index, count in given:
         if not -count <= index < count:
             raise ValueError(f"there is no {name} {index}: there are {count}")
-    if largest < 1:
-        raise ValueError(f"largest must be at least 1 component, but is {largest}")
+    check_counts(largest=largest)
     values = dict(
         zip(result.components, result.contributions[:, row, position].double().tolist(), strict=True)
     )

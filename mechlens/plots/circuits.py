@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from mechlens.arguments import check_counts, check_type
 from mechlens.measures import weights as measures
 from mechlens.plots.style import (
     ABSENT,
@@ -66,8 +67,7 @@ def strongest_pairs(result: CompositionScores, top: int) -> pd.DataFrame:
     Raises:
         ValueError: `top` is below 1.
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1 pair of heads, but is {top}")
+    check_counts(top=top)
     table = result.to_dataframe().head(top)
     return table[table["over_baseline"] > 0]
 
@@ -82,6 +82,7 @@ def plot_composition_scores(result: CompositionScores) -> go.Figure:
     Raises:
         ValueError: the model has one layer, and so no such pairs.
     """
+    check_type("result", result, CompositionScores)
     n_layers, n_heads = result.scores.shape[:2]
     if n_layers < 2:
         raise ValueError("heads compose across layers, but this model has only one")
@@ -149,6 +150,7 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     Raises:
         ValueError: `top` is below 1.
     """
+    check_type("result", result, CompositionScores)
     pairs = strongest_pairs(result, top).to_dict("records")
     n_layers, n_heads = result.scores.shape[:2]
     high = max([pair["over_baseline"] for pair in pairs], default=1.0)
@@ -403,6 +405,7 @@ def plot_positional_attention(result: PositionalAttention) -> go.Figure:
 
     Positions that a row cannot see are grey.
     """
+    check_type("result", result, PositionalAttention)
     pattern = result.pattern.double().cpu()
     future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
     axis = {**_NO_TICKS, "constrain": "domain"}

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -126,6 +127,7 @@ def plot_feature_tokens(
 
     Source: Badger, "Language Model Features", tables of "Complete Search Features".
     """
+    check_type("result", result, CompleteSearch)
     if end not in ENDS:
         raise ValueError(f"end must be one of {', '.join(ENDS)}, but is {end!r}")
     layers, features = drawn_places(result, layers, features)
@@ -261,6 +263,7 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
         A figure with the traces `restarts`, `restart of the best tokens`, one for each decoding, and
         `optimum`.
     """
+    check_type("result", result, GradientSearch)
     what, values, true = drawn_values(result)
     values = values.double().cpu()
     n_restarts, n_steps = values.shape
@@ -369,6 +372,7 @@ def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> 
     Raises:
         ValueError: the layer or feature was not searched, or no window was read.
     """
+    check_type("result", result, FeatureExamples)
     i, j = result.at(layer, feature)
     rows = result.windows[i, j].tolist()
     kept = [rank for rank, row in enumerate(rows) if row >= 0]

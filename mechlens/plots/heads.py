@@ -7,6 +7,7 @@ import math
 import plotly.graph_objects as go
 import torch
 
+from mechlens.arguments import check_counts, check_type
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -54,6 +55,7 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
     Returns:
         A figure in nats; traces `band`, `mean` and `uniform guess`.
     """
+    check_type("result", result, RepeatedTokenPerformance)
     log_prob = result.log_prob[..., :-1].flatten(0, 1).double().cpu()
     positions = list(range(1, log_prob.shape[1] + 1))
     edges = torch.tensor([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], dtype=torch.float64)
@@ -147,6 +149,7 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
     Raises:
         ValueError: the result has no such kind.
     """
+    check_type("result", result, HeadScores)
     mean = result.mean(kind).double().cpu()
     n_layers, n_heads = mean.shape
     if labelled is None:
@@ -204,8 +207,8 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
     Raises:
         ValueError: the result has no such kind, or `top` is below 1.
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1 head, but is {top}")
+    check_type("result", result, HeadScores)
+    check_counts(top=top)
     ranked = list(result.ranked(kind))[:top]
     heads = [head for head, _ in ranked]
     scores = [score for _, score in ranked]
@@ -272,6 +275,7 @@ def plot_attention(patterns: AttentionPatterns) -> View:
     rounded to 3 decimals; invisible characters of tokens are shown as `visible_token` does, long tokens
     shortened.
     """
+    check_type("patterns", patterns, AttentionPatterns)
     return View(
         "AttentionHeads",
         {
@@ -301,6 +305,7 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Fi
     Raises:
         ValueError: there is no such head.
     """
+    check_type("patterns", patterns, AttentionPatterns)
     n_patterns = len(patterns.heads)
     if not -n_patterns <= index < n_patterns:
         raise ValueError(f"index must be below {n_patterns}, the number of heads here, but is {index}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mechlens.arguments import check_type
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -51,6 +52,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
     Returns:
         A figure of four panels; traces are named by what they show, such as `accuracy pca shared`.
     """
+    check_type("result", result, InputProbe)
     figure = make_subplots(
         rows=2, cols=2, subplot_titles=[figure_text(panel) for panel in _PANELS], vertical_spacing=0.2
     )

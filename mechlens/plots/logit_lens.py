@@ -12,6 +12,7 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -56,7 +57,17 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE)
 _PAIRS = {("attn_out", "mlp_out"), ("resid_mid", "resid_post")}
 # What two results must agree on to stand in one picture.
-_SHARED = ("model", "tokens", "mask", "positions", "rows", "onto_stream", "decoder", "last_blocks")
+_SHARED = (
+    "model",
+    "tokens",
+    "mask",
+    "positions",
+    "rows",
+    "onto_stream",
+    "decoder",
+    "last_blocks",
+    "statistics",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,8 +125,8 @@ def lens_stat(result: LogitLensResult, stat: str, target: str | None = None) -> 
     )
     if needed is not None and needed not in result.statistics:
         raise ValueError(
-            f"this lens was made without {needed}, which {stat} needs: make it with statistics={needed!r} among others, "
-            "or leave statistics out"
+            f"this lens was made without {needed}, which {stat} needs: make it with statistics={needed!r} "
+            "among others, or leave statistics out"
         )
     if target is not None:
         title = f"{stat} of {_OWN.get(target) or visible_token(target)}"
@@ -175,6 +186,7 @@ def plot_logit_lens(
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
+    check_type("result", result, LogitLensResult)
     named = "head" if result.component == "result" else "layer"
     return _draw(result, lens_stat(result, stat, target), row, positions, high, named, "Logit lens")
 
@@ -199,6 +211,8 @@ def plot_sub_blocks(
         ValueError: the two are no such pair, or differ in model, tokens, layers or decoder, and as
             `plot_logit_lens`.
     """
+    check_type("attn", attn, LogitLensResult)
+    check_type("mlp", mlp, LogitLensResult)
     both = stacked(attn, mlp)
     return _draw(
         both, lens_stat(both, stat, target), row, positions, high, "sub-block", "Logit lens by sub-block"
@@ -226,6 +240,7 @@ def plot_lens_lines(
     Raises:
         ValueError: more positions than can be told apart, no statistic, and as `plot_logit_lens`.
     """
+    check_type("result", result, LogitLensResult)
     stats = (stats,) if isinstance(stats, str) else tuple(stats)
     if not stats:
         raise ValueError(f"no stat is asked for; there are {', '.join(STATS)}")

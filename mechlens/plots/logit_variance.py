@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.plots.style import INK, MUTED, TEMPLATE, number, titles
 from mechlens.results import LogitVariance
 
@@ -24,6 +25,7 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
     assignments (line) and the mean where tokens are binned by their rank at another position (diamond), which
     stand to the left and right of a bar's middle.
     """
+    check_type("result", result, LogitVariance)
     figure = make_subplots(
         rows=2,
         cols=2,

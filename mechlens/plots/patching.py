@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from torch import Tensor
 
+from mechlens.arguments import check_counts, check_type
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -79,6 +80,7 @@ def plot_patch_grid(
         ValueError: another `value`, a head or position that is not there or not chosen, or a result without
             `recovered`.
     """
+    check_type("result", result, PatchGridResult, AttributionPatchResult)
     if value not in VALUES:
         raise ValueError(f"value must be one of {', '.join(VALUES)}, but is {value!r}")
     if value == "recovered" and bool(result.recovered.isnan().all()):
@@ -118,8 +120,8 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
     Raises:
         ValueError: the result is not by head, no position was chosen, or `top` is below 1.
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1 head, but is {top}")
+    check_type("result", result, PatchGridResult, AttributionPatchResult)
+    check_counts(top=top)
     if "head" not in result.axes:
         raise ValueError(f"this result is by {' and '.join(result.axes)}, not by head")
     axes, index = _chosen(result, None, position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
+from mechlens.arguments import check_type
 from mechlens.plots.style import BLUE, TEMPLATE, VERMILION, figure_text, number, titles
 from mechlens.results import TunedLens
 
@@ -22,6 +23,7 @@ def plot_tuned_lens(lens: TunedLens) -> go.Figure:
     Raises:
         ValueError: nothing was measured, as in a lens read from a published checkpoint.
     """
+    check_type("lens", lens, TunedLens)
     if lens.kl_tuned.isnan().all():
         raise ValueError(
             f"this lens has no held-out KL to draw (it is {lens.source!r}): only train_tuned_lens measures it"

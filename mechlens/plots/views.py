@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mechlens.results import replacing
+from mechlens.files import replacing
 
 _displays = itertools.count()
 

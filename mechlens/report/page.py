@@ -14,10 +14,11 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from mechlens.files import replacing
 from mechlens.plots.style import MINUS, number
 from mechlens.plots.views import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
 from mechlens.report.look import CSS, SHOW_PLOTS, SHOW_VIEWS
-from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, replacing
+from mechlens.results import NOT_JUDGED, Comparison, ModelInfo
 
 MOST_NAMED = 4
 """Figures that are named in a sentence; more are found more easily in the table."""

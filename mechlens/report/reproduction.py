@@ -24,15 +24,10 @@ def write_reproduction(reproduction: Reproduction, folder: Path, *, command: str
         The paths written, the report last.
 
     Raises:
-        ValueError: the folder is a file, or cannot be made or written to.
+        OSError: the folder is a file, or cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = reproduction.save(folder)
-        written.append(_report(reproduction, folder / "report.html", command))
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
-    return written
+    folder.mkdir(parents=True, exist_ok=True)
+    return [*reproduction.save(folder), _report(reproduction, folder / "report.html", command)]
 
 
 def _report(reproduction: Reproduction, path: Path, command: str) -> Path:

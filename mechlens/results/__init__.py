@@ -10,7 +10,6 @@ from mechlens.results.base import (
     ModelInfo,
     Result,
     load,
-    replacing,
     write_table,
 )
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
@@ -23,6 +22,7 @@ from mechlens.results.heads import (
     half_means,
     head_label,
     parse_head,
+    parse_heads,
 )
 from mechlens.results.induction_circuits import InductionCircuits
 from mechlens.results.input_probe import InputProbe
@@ -63,6 +63,6 @@ __all__ = [
     "head_label",
     "load",
     "parse_head",
-    "replacing",
+    "parse_heads",
     "write_table",
 ]

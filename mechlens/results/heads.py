@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,11 @@ def head_label(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-def parse_head(head: str | tuple[int, int]) -> tuple[int, int]:
+Head: TypeAlias = "str | tuple[int, int]"
+Heads: TypeAlias = "Head | Sequence[Head]"
+
+
+def parse_head(head: Head) -> tuple[int, int]:
     """(layer, head) of a head given as that, as `L5H5` or as `5.5`.
 
     Raises:
@@ -44,6 +48,13 @@ def parse_head(head: str | tuple[int, int]) -> tuple[int, int]:
         if len(numbers) == 2:
             return numbers[0], numbers[1]
     raise ValueError(f"a head is written L5H5, 5.5 or (5, 5), but this is {head!r}")
+
+
+def parse_heads(heads: Heads) -> list[tuple[int, int]]:
+    """The same of several heads; one by itself is one."""
+    one = isinstance(heads, str) or (isinstance(heads, tuple) and all(hasattr(n, "__index__") for n in heads))
+    several = cast("Sequence[Head]", [heads] if one else heads)
+    return [parse_head(head) for head in several]
 
 
 def half_means(

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mechlens.results.base import plain_number, replacing
+from mechlens.files import replacing
+from mechlens.results.base import plain_number
 
 _HASHES = {"corpus": "another corpus", "weights": "other weights", "settings": "another configuration"}
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.analyses.features import (
     feature_alignment,
@@ -24,12 +23,13 @@ from mechlens.analyses.features import (
     search_gradient,
     search_greedy,
 )
+from mechlens.arguments import check_counts, generator_of
 from mechlens.corpus import Source
 from mechlens.measures.statistics import exact_interval
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 from mechlens.models.untrained import random_like
-from mechlens.tokens import vocabulary_hash
+from mechlens.progress import progress_bar
 from mechlens.published import FEATURE_TOKENS, FEATURES, FEATURES_POST, Published, PublishedTokens
 from mechlens.results import (
     NOT_JUDGED,
@@ -42,6 +42,7 @@ from mechlens.results import (
     Result,
 )
 from mechlens.studies.study import Study
+from mechlens.tokens import vocabulary_hash
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,7 +133,7 @@ def reproduce_feature_search(
     limit: int | None = 500,
     against: LensModel | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> FeatureStudy:
     """Search for what excites a model's features as the post does, and hold its claims against that.
 
@@ -146,7 +147,7 @@ def reproduce_feature_search(
         against: a model of another size with the same tokenizer; the layers and features that both have are
             compared.
         seed: of random weights and of starts.
-        progress: show bars.
+        progress: show bars; None shows them in a terminal and in Jupyter.
 
     Raises:
         ValueError: as the searches and `feature_alignment`; a size below 1.
@@ -156,8 +157,7 @@ def reproduce_feature_search(
     Cost: three complete searches; greedy searches of four features in at most four layers; about two gradient
     searches and four from a single start for each feature.
     """
-    if n_features < 1:
-        raise ValueError(f"n_features must be at least 1, but is {n_features}")
+    check_counts(n_features=n_features)
     if n_tokens > model.cfg.n_ctx:
         raise ValueError(
             f"greedy searches of {n_tokens} tokens do not fit into the model's context of {model.cfg.n_ctx}"
@@ -187,11 +187,11 @@ def reproduce_feature_search(
         if trained.model.name in each.models and trained.model.n_layers == each.n_layers
     }
     softmax = sorted({each.block - 1 for each in own if each.search == "softmax"} & set(trained.layers))
-    steps = tqdm(
+    steps = progress_bar(
         total=len(layers) + 6 * len(features) + len(softmax) * len(few),
         desc="features",
         unit="search",
-        disable=not progress,
+        progress=progress,
     )
 
     def for_each(work: Callable[..., Any], values: Sequence[int], **options: Any) -> tuple[Any, ...]:
@@ -249,7 +249,7 @@ def reproduce_feature_search(
 def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]:
     """Of each feature's input, whether its last token is the best there by both aggregations, in whole runs
     of it and of other tokens, as the post's two loops make them."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = generator_of(seed)
     others = torch.randperm(model.cfg.d_vocab, generator=draw)[:OTHERS]
     agree = []
     for feature, ids in zip(search.features, search.ids[:, 0], strict=True):

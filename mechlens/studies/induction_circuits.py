@@ -22,7 +22,6 @@ from mechlens.models.properties import key_value_head
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.rotary import is_rotary
 from mechlens.prompts import RandomTokens, repeated_tokens
-from mechlens.tokens import own_bos_token_id
 from mechlens.published import COMPOSITION_GPT2, Published
 from mechlens.results import (
     NOT_JUDGED,
@@ -35,6 +34,7 @@ from mechlens.results import (
 )
 from mechlens.results.induction_circuits import LEAST_FALL, LEAST_Z, UPPER_SHARE
 from mechlens.studies.study import Study
+from mechlens.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 REFERENCE = 32

@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.analyses.logit_lens import logit_lens
+from mechlens.arguments import check_counts, generator_of
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import LensModel
-from mechlens.tokens import drawable_tokens, token_strings
 from mechlens.published import LOGIT_LENS, Published
 from mechlens.results import NOT_JUDGED, Comparison, LogitLensResult, Result
 from mechlens.studies.study import Study
+from mechlens.tokens import drawable_tokens, token_strings
 
 PROSE = (
     "We ask how a language model settles on the next word while it reads. Earlier work looked at single "
@@ -123,8 +124,7 @@ def rare_words(model: LensModel, count: int, *, seed: int, first: str | None = N
     def single(word: str) -> bool:
         return len(model.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
 
-    if count < 1:
-        raise ValueError(f"n_rare must be at least 1, but it is {count}")
+    check_counts(n_rare=count)
     if first is not None and not single(first):
         raise ValueError(f"rare={first!r} is not one token of this model")
     if first is None and single(" plasma"):
@@ -143,7 +143,7 @@ def rare_words(model: LensModel, count: int, *, seed: int, first: str | None = N
     wanted = count - (first is not None)
     if len(words) < wanted:
         raise ValueError(f"this tokenizer has {len(words)} rare words of one token, but n_rare is {count}")
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(words), generator=generator_of(seed)).tolist()
     return [*([first] if first is not None else []), *(words[i] for i in order[:wanted])]
 
 

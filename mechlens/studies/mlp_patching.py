@@ -20,10 +20,10 @@ from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
 from mechlens.models.protocol import LensModel
 from mechlens.prompts import repeated_tokens
-from mechlens.tokens import own_bos_token_id
 from mechlens.published import MLP_PATCHING, Published
 from mechlens.results import NOT_JUDGED, Comparison, HeadScores, PatchGridResult, Result
 from mechlens.studies.study import Study
+from mechlens.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 
@@ -63,7 +63,7 @@ def reproduce_mlp_patching(
     seed: int = 0,
     how: str = "mean",
     prepend_bos: bool | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> MlpStudy:
     """Patch MLP outputs and take heads away on repeated tokens, and hold the article's claim against that.
 
@@ -73,7 +73,7 @@ def reproduce_mlp_patching(
         seed: of the sequences.
         how: what is put in a head's place, as for `ablate_heads`.
         prepend_bos: None prepends BOS where the tokenizer has one.
-        progress: show bars.
+        progress: show bars; None shows them in a terminal and in Jupyter.
 
     Raises:
         ValueError: a model without MLPs, or sizes that do not fit the model.

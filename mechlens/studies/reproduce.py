@@ -71,7 +71,7 @@ def reproduce(
     seeds: Sequence[int] = SEEDS,
     prepend_bos: bool | None = None,
     figures: Sequence[Published] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Reproduction:
     """Measure repeated-token performance and all head scores, and compare them with published figures.
 
@@ -82,7 +82,7 @@ def reproduce(
         prepend_bos: None prepends BOS where the tokenizer has one.
         figures: what to compare with; None takes the article's for GPT-2 small, the card's for the
             bundled model and none for others, nor for other than 50 tokens after BOS.
-        progress: show bars.
+        progress: show bars; None shows them in a terminal and in Jupyter.
 
     Raises:
         ValueError: sizes that do not fit the model.

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from mechlens.terminal.tables import print_table
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ def print_circuit(
         [*rows, ("by chance", *(f"{k} in {n_columns:,}" for k in ks))],
     )
     score = f"{copying_score:.3f}" if copying_score == copying_score else "undefined"
-    typer.echo(f"{eigenvalue_score_name(circuit).capitalize()} of its eigenvalues (-1 to 1): {score}")
+    print(f"{eigenvalue_score_name(circuit).capitalize()} of its eigenvalues (-1 to 1): {score}")
     print_table(
         f"The {len(pairs)} largest entries",
         (one, other, "entry"),
@@ -72,7 +70,7 @@ def print_circuit(
         ],
     )
     if note:
-        typer.echo(f"Note: {note}")
+        print(f"Note: {note}")
 
 
 def circuit_json(

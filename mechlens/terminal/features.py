@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from mechlens.terminal.tables import print_table, tolerance
 
 if TYPE_CHECKING:
@@ -87,14 +85,12 @@ def print_complete_search(found: CompleteSearch) -> None:
         print_table(title if at == 0 else "", heads, rows)
     some = found.excites[:, : len(shown)]
     if not some.all():
-        typer.echo(
+        print(
             f"{NO_TOKEN}: no token excites the {noun} ({int((~some[..., 0]).sum())} of "
             f"{some[..., 0].numel()}), or no other one does."
         )
     if len(shown) < len(found.features):
-        typer.echo(
-            f"Shown: the first {len(shown)} of {len(found.features)} {noun}s. --json and --out have all."
-        )
+        print(f"Shown: the first {len(shown)} of {len(found.features)} {noun}s. --json and --out have all.")
 
 
 def complete_search_json(found: CompleteSearch) -> dict[str, Any]:
@@ -189,7 +185,7 @@ def print_gradient_search(found: GradientSearch, complete: CompleteSearch | None
     if complete is not None:
         at = complete.layers.index(found.layer), complete.features.index(int(found.selected[0, 1]))
     if complete is not None and at is not None and not complete.excites[at][0]:
-        typer.echo("No token excites it by itself.")
+        print("No token excites it by itself.")
     elif found.optimum is not None:
         named, reached = "", False
         if complete is not None and at is not None:
@@ -199,13 +195,13 @@ def print_gradient_search(found: GradientSearch, complete: CompleteSearch | None
         missed = found.optimum - found.best_activation()
         # as good as the best, but for the rounding of two ways to run a token
         reached = reached or missed <= 1e-4 * abs(found.optimum)
-        typer.echo(
+        print(
             f"The best of all tokens{named} has {found.optimum:.3f}: "
             + ("it was found." if reached else f"the search missed it by {missed:.3f}.")
         )
     cosine = float(found.nearest_cosine.mean())
-    typer.echo(f"Cosine of the found embeddings to the nearest real one: {cosine:.3f} on average")
-    typer.echo(f"(of a real one to the nearest other one: {found.token_cosine:.3f}).")
+    print(f"Cosine of the found embeddings to the nearest real one: {cosine:.3f} on average")
+    print(f"(of a real one to the nearest other one: {found.token_cosine:.3f}).")
 
 
 def gradient_search_json(found: GradientSearch) -> dict[str, Any]:
@@ -270,18 +266,18 @@ def print_feature_alignment(results: Mapping[str, FeatureAlignment]) -> None:
     counts = sorted({len(each.features) for each in found})
     nouns = f"Of {' or '.join(map(str, counts))} {_plural(counts[-1], 'feature')}"
     if counts == [1]:
-        typer.echo(f"{nouns}: chance takes a second one, with another number.")
+        print(f"{nouns}: chance takes a second one, with another number.")
     else:
-        typer.echo(f"{nouns}; chance is the same share of features with unlike numbers.")
+        print(f"{nouns}; chance is the same share of features with unlike numbers.")
     few = left_out_words(found)
     if few:
-        typer.echo(few)
+        print(few)
     if not any(each.within for each in found) and len(first.layers) == 1:
         several = ": give several with --layer" if first.model.n_layers > 1 else ""
-        typer.echo(f"How layers agree with each other is left out, since there is but one{several}.")
+        print(f"How layers agree with each other is left out, since there is but one{several}.")
     contrast = _contrast({name: each.share() for name, each in results.items() if each.within})
     if contrast:
-        typer.echo(contrast)
+        print(contrast)
 
 
 def feature_alignment_json(results: Mapping[str, FeatureAlignment]) -> dict[str, Any]:
@@ -338,7 +334,7 @@ def print_feature_examples(found: FeatureExamples) -> None:
             rows,
         )
     if len(places) > MAX_PLACES:
-        typer.echo(f"Shown: the first {MAX_PLACES} of {len(places)}. --json and --out have all.")
+        print(f"Shown: the first {MAX_PLACES} of {len(places)}. --json and --out have all.")
 
 
 def feature_examples_json(found: FeatureExamples) -> dict[str, Any]:

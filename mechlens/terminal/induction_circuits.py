@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from mechlens.results import InductionCircuits
-from mechlens.results.induction_circuits import VERDICT_RULE
 from mechlens.terminal.tables import print_table
+
+if TYPE_CHECKING:
+    from mechlens.results import InductionCircuits
 
 _ATTENDS_AND_WEIGHS = {
     "previous": "previous",
@@ -34,8 +33,10 @@ _LOSES = {
 
 def print_induction_circuits(found: InductionCircuits) -> None:
     """Print the evidence for each pair, and its reasons below."""
+    from mechlens.results.induction_circuits import VERDICT_RULE
+
     if found.note:
-        typer.echo(f"No induction circuit in {found.model.name}: {found.note}.")
+        print(f"No induction circuit in {found.model.name}: {found.note}.")
         return
     pairs = found.to_dataframe().to_dict("records")
     for title, shown in (
@@ -53,8 +54,8 @@ def print_induction_circuits(found: InductionCircuits) -> None:
         rows = [[_cell(name, pair[name]) for name in shown] for pair in pairs]
         print_table(title, tuple(shown.values()), rows)
     for (previous, induction), why in zip(found.labels, found.reasons, strict=True):
-        typer.echo(f"{previous} and {induction}: {why}.")
-    typer.echo(f"\n{VERDICT_RULE}")
+        print(f"{previous} and {induction}: {why}.")
+    print(f"\n{VERDICT_RULE}")
 
 
 def _cell(name: str, value: Any) -> str:

@@ -49,7 +49,7 @@ def print_lens(
     coloured = console.color_system is not None and not console.no_color
     columns = [found.positions.index(position) for position in last]
     top = shown.bound(shown.values[:, 0, columns], high)
-    without = f"Without colours {shown.title} is not shown; --csv and --json have it."
+    without = f"Without colours {_named(shown)} is not shown; --csv and --json have it."
     console.print(_legend(shown, top) if coloured else without, soft_wrap=True)
     label = max(map(len, found.rows))
     size = min(7 if console.width < 100 else 9, _widest(found, last)) + 1
@@ -112,6 +112,11 @@ def _left_out(found: LogitLensResult, rows: Sequence[int], n_shown: int, n_pos: 
     return f"Shown: {'; '.join(said)}. --csv has all{others}." if said else ""
 
 
+def _named(shown: Any) -> str:
+    """The statistic's title as the command's help writes it: few encodings have the sign in a KL."""
+    return str(shown.title).replace("\N{DOUBLE VERTICAL LINE}", "||")
+
+
 def _legend(shown: Any, top: float) -> Text:
     """What the colours mean, with their range."""
     from rich.text import Text
@@ -119,7 +124,7 @@ def _legend(shown: Any, top: float) -> Text:
     from mechlens.plots.style import sequential
 
     low = shown.written(1.0) if shown.is_rank else "0"
-    line = Text(f"Colour: {shown.title}, from {low} ")
+    line = Text(f"Colour: {_named(shown)}, from {low} ")
     for step in range(6):
         line.append("  ", style=_style(sequential(step / 5)))
     line.append(f" to {shown.written(top)}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from mechlens.terminal.tables import print_table
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ def print_effects(found: PatchGridResult, top: int) -> None:
         rows,
     )
     if found.note:
-        typer.echo(f"Note: {found.note}.")
+        print(f"Note: {found.note}.")
 
 
 def effects_json(found: PatchGridResult) -> dict[str, Any]:

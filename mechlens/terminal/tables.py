@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from mechlens.results import HeadScores, RepeatedTokenPerformance
 
@@ -105,7 +103,7 @@ def plain(value: Any) -> str:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json.dumps(_finite(value), indent=2, default=str))
+    print(json.dumps(_finite(value), indent=2, default=str))
 
 
 def _finite(value: Any) -> Any:

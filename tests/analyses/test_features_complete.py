@@ -11,6 +11,7 @@ import torch
 from mechlens.analyses.features import complete, search_complete
 from mechlens.models import candidates as runs
 from mechlens.models.load import load_model
+from tests.counting import positions_run
 from tests.reference import features as reference
 from tests.shared import STORIES, needs_shared
 from tests.tiny_models import VOCAB, tiny_hf_model, write_toy
@@ -133,37 +134,25 @@ def test_of_equal_tokens_the_smaller_id_comes_first(loaded, tiny_directories):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("prefix", [(), (7,), (4, 9)])
-def test_a_padding_token_is_run_as_the_engine_runs_it(kind, prefix, tiny_directories):
+def test_a_padding_token_is_run_like_any_other(kind, prefix, tiny_directories):
     model = load_model(tiny_directories / kind, processing=False)
-    # HookedTransformer hides it at the left end of a run
+    # HookedTransformer would hide it at the left end of a run
     model.tokenizer.padding_side, model.tokenizer.pad_token_id = "left", 7
     given = torch.tensor(prefix, dtype=torch.long)
     result = search_complete(model, layers=[1], prefix=given, top_k=VOCAB)
-    name = "blocks.1.hook_resid_post"
-    rows = reference.by_hand(model, [name], prefix)[name]
+    behind = torch.cat([given.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1)
+    rows = reference.hf_block_output(tiny_hf_model(kind), 1)(behind)[:, -1]
     torch.testing.assert_close(result.activations[0], rows.T.sort(-1, descending=True).values, **CLOSE)
 
 
 # -- what is not computed --------------------------------------------------------------------------
 
 
-def counted(model, names, work):
-    seen = dict.fromkeys(names, 0)
-
-    def count(activation, hook, name):
-        seen[name] += activation.shape[0] * activation.shape[1]
-
-    hooks = [(name, lambda value, hook, name=name: count(value, hook, name)) for name in names]
-    with model.hooks(fwd_hooks=hooks):
-        work()
-    return seen
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_alone_needs_no_queries_and_later_layers_are_not_run(kind, loaded):
     model = loaded(kind)
     names = ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
-    seen = counted(model, names, lambda: search_complete(model, layers=[0]))
+    seen = positions_run(model, names, lambda: search_complete(model, layers=[0]))
     # 4 tokens are tried before, by whole runs and by the short way
     assert seen == dict(zip(names, [4, 4 + 4 + VOCAB, 0], strict=True))
 
@@ -172,7 +161,7 @@ def test_a_token_alone_needs_no_queries_and_later_layers_are_not_run(kind, loade
 def test_a_prefix_is_run_once(kind, loaded):
     model, name = loaded(kind), "blocks.0.hook_resid_post"
     prefix = torch.arange(5, 15)
-    seen = counted(model, [name], lambda: search_complete(model, layers=[0], prefix=prefix))
+    seen = positions_run(model, [name], lambda: search_complete(model, layers=[0], prefix=prefix))
     # the prefix, 4 tokens tried in whole runs and 4 against its keys and values, and the vocabulary
     assert seen[name] <= 10 + 4 * 11 + 4 + VOCAB
 
@@ -357,9 +346,9 @@ def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
         ({"top_k": 0}, "top_k must be at least 1, but is 0"),
         ({"top_k": 65}, "but is 65"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"prefix": torch.zeros(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),
+        ({"prefix": torch.ones(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),
         ({"prefix": torch.tensor([64])}, "token id 64 is not in the model's vocabulary of 64"),
-        ({"prefix": torch.zeros(2, 3, dtype=torch.long)}, "one sequence, but here are 2"),
+        ({"prefix": torch.ones(2, 3, dtype=torch.long)}, "one sequence, but here are 2"),
     ],
 )
 def test_bad_arguments(loaded, options, message):

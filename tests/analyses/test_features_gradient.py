@@ -11,13 +11,12 @@ import torch
 import transformers as hf
 
 from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
-from mechlens.analyses.features.sought import check_counts
+from mechlens.arguments import check_counts, generator_of
 from mechlens.models import embedded
 from mechlens.models.embedded import run_embedded, token_embeddings
 from mechlens.models.load import load_model
-from mechlens.models.untrained import generator_of
-from mechlens.tokens import drawable_tokens
 from mechlens.results.state import state_file
+from mechlens.tokens import drawable_tokens
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model, write_model_of
 
@@ -84,22 +83,24 @@ def test_real_embeddings_run_as_their_tokens(kind, alone, loaded, tiny_directori
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prefix", [(), (0,), (4, 9)])
-def test_tokens_are_run_as_the_engine_runs_them_where_it_pads_on_the_left(kind, prefix, tiny_directories):
+@pytest.mark.filterwarnings("ignore:row 0 of the prompt begins with:UserWarning")
+def test_padding_tokens_are_run_like_any_other(kind, prefix, tiny_directories):
     model = load_model(tiny_directories / kind, processing=False)
-    # HookedTransformer hides the tokenizer's padding, here 0, at the left end of a run
-    model.tokenizer.padding_side = "left"
+    # HookedTransformer would hide the tokenizer's padding, here 0, at the left end of a run
+    other = load_model(tiny_directories / kind, processing=False)
+    model.tokenizer.padding_side, other.tokenizer.padding_side = "left", "right"
     name, begin = "blocks.1.hook_resid_post", torch.tensor(prefix, dtype=torch.long)
     asked = {"layer": 1, "selection": np.s_[-1, 3], "n_tokens": 2, "steps": 3, "restarts": 6}
 
     def own(ids):
         rows = torch.cat([begin.expand(len(ids), -1), ids], dim=1)
-        return model.run_with_cache(rows, names_filter=lambda each: each == name)[1][name].detach()
+        return other.run_with_cache(rows, names_filter=lambda each: each == name)[1][name].detach()
 
     result = search_gradient(model, prefix=begin, **asked)
     for way, ids in result.ids.items():
         torch.testing.assert_close(result.true_activations[way], own(ids)[:, -1, 3], **CLOSE)
         torch.testing.assert_close(result.selected_activations[way], own(ids)[:, -1, 3:4], **CLOSE)
-    # the first restart is of padding tokens; as a target they are run as the engine runs them, too
+    # the first restart is of padding tokens; so may a target be
     target = torch.tensor([0, 0])
     result = search_gradient(model, prefix=begin, objective="l1", target=target, **asked)
     wanted = own(target[None])[0, -1, 3]

@@ -9,6 +9,7 @@ import torch
 
 from mechlens.analyses.features import greedy, search_complete, search_greedy
 from mechlens.models.load import load_model
+from tests.counting import positions_run
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model
 
@@ -92,16 +93,11 @@ def test_one_token_is_complete_search(loaded):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_costs_one_token_per_candidate(kind, loaded):
-    model, seen = loaded(kind), []
-
-    def count(activation, hook):
-        seen.append(activation.shape[0] * activation.shape[1])
-
-    with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", count)]):
-        search_greedy(model, layer=0, features=[5], n_tokens=4)
+    model, name = loaded(kind), "blocks.0.hook_resid_post"
+    seen = positions_run(model, [name], lambda: search_greedy(model, layer=0, features=[5], n_tokens=4))
     # before each step 4 tokens are tried in whole runs and 4 against the prefix, which is run once
     tried = sum(4 * (n + 1) + 4 + n for n in range(4))
-    assert sum(seen) == 4 * VOCAB + tried
+    assert seen[name] == 4 * VOCAB + tried
 
 
 def test_features_with_the_same_input_share_a_pass(loaded):
@@ -173,7 +169,7 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
         ({"features": []}, "no feature is asked for"),
         ({"n_tokens": 0}, "n_tokens must be at least 1, but is 0"),
         ({"n_tokens": 33}, "33 tokens behind a prefix of 0 do not fit into the model's context of 32"),
-        ({"n_tokens": 3, "prefix": torch.zeros(30, dtype=torch.long)}, "3 tokens behind a prefix of 30"),
+        ({"n_tokens": 3, "prefix": torch.ones(30, dtype=torch.long)}, "3 tokens behind a prefix of 30"),
         ({"beam": 0}, "beam must be at least 1"),
         ({"beam": VOCAB + 1}, f"beam must be at most the vocabulary's {VOCAB}"),
         ({"aggregate": "mean"}, "aggregate must be one of last, sum, but is 'mean'"),

@@ -106,7 +106,7 @@ def test_prefix_matching_equals_its_loop(tiny_model_with_room):
             assert got == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
     """Values, norms and unembedding are taken from Hugging Face's own modules, nothing from mechlens."""
     room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
@@ -116,7 +116,7 @@ def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
     tokens = result.tokens["sample"][0]
     with torch.no_grad():
         out = hf(tokens, output_attentions=True, output_hidden_states=True)
-    n_heads, d_head = 4, 8
+    n_heads, d_head = 4, 16 if kind == "gemma2" else 8
     for layer in range(2):
         x = out.hidden_states[layer][0]
         if kind == "gpt2":
@@ -127,9 +127,12 @@ def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
         else:
             block, final = hf.model.layers[layer], hf.model.norm
             normed = x / x.pow(2).mean(-1, keepdim=True).sqrt()
-            values = (normed * block.input_layernorm.weight) @ block.self_attn.v_proj.weight.T
+            one = int(kind == "gemma2")  # its norms multiply by 1 + weight
+            values = (normed * (one + block.input_layernorm.weight)) @ block.self_attn.v_proj.weight.T
             W_O = block.self_attn.o_proj.weight.T
-        W_U = final.weight[:, None] * hf.lm_head.weight.T
+            if kind == "gemma2":
+                W_O = W_O * (one + block.post_attention_layernorm.weight)
+        W_U = (int(kind == "gemma2") + final.weight)[:, None] * hf.lm_head.weight.T
         if kind == "gpt2":
             W_U = W_U - W_U.mean(0)  # LayerNorm takes the mean of what is added away
         for head in range(n_heads):
@@ -311,9 +314,9 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
             lambda m: score_heads(m, ["induction"]),
             r"no score 'induction' here \(did you mean induction_score\?\); there are",
         ),
-        (lambda m: score_heads(m, []), "no kind of score is asked for"),
+        (lambda m: score_heads(m, []), "no score is asked for"),
         (lambda m: score_heads(m, seeds=()), "seeds is empty"),
-        (lambda m: score_heads(m, seeds=(1, 1)), "the same seed twice"),
+        (lambda m: score_heads(m, seeds=(1, 1)), "seeds must be distinct"),
         (lambda m: score_heads(m, ["induction_score"], seq_len=16), "the largest seq_len that fits is 15"),
         (lambda m: score_heads(m, list(VARIANTS), seq_len=5, jitter=2), "leave jitter at 0"),
         (lambda m: repeated_token_performance(m, seq_len=50), "the largest seq_len that fits is 15"),

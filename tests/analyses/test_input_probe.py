@@ -9,8 +9,8 @@ from mechlens.analyses.input_probe import probe_input
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.load import load_model
 from mechlens.models.weights import direct_unembedding
-from mechlens.tokens import own_bos_token_id
 from mechlens.results import InputProbe
+from mechlens.tokens import own_bos_token_id
 from tests import hand_made
 from tests.reference import input_probe as reference
 from tests.shared import SHARED, needs_shared

@@ -250,9 +250,7 @@ def test_a_model_without_mlps_has_no_mlp_out(tmp_path):
         logit_lens(load_model(tmp_path / "toy"), tokens_for(), component="mlp_out")
 
 
-@pytest.mark.parametrize(
-    "prompt", [{"input_ids": torch.tensor([[1, 2]])}, [1, 2, 3], torch.tensor([1, 2]).numpy(), None]
-)
+@pytest.mark.parametrize("prompt", [None, 3, {"text": "a"}])
 def test_what_is_no_prompt_is_a_type_error(tiny_bos_model, prompt):
     with pytest.raises(TypeError):  # beartype's, or where it does not look, ours
         logit_lens(tiny_bos_model, prompt)

@@ -337,7 +337,11 @@ def test_the_plain_path_gives_the_same(patch_model, monkeypatch):
     fast = patch_grid(patch_model, tokens, **options)
     assert fast.note == ""
     start = grid.start_sweeps
-    monkeypatch.setattr(grid, "start_sweeps", lambda *given: dataclasses.replace(start(*given), clean=None))
+
+    def refuse(*given, **options):
+        return dataclasses.replace(start(*given, **options), clean=None, why="this model cannot be resumed")
+
+    monkeypatch.setattr(grid, "start_sweeps", refuse)
     plain = patch_grid(patch_model, tokens, **options)
     assert "cannot be resumed" in plain.note
     assert torch.allclose(fast.values, plain.values, atol=2e-5)
@@ -437,13 +441,15 @@ def test_a_grid_makes_a_table_and_comes_back(tiny_bos_model, tmp_path):
 
 
 @pytest.mark.parametrize("site", ["mlp_out", "k"])
-def test_each_prompt_is_asked_whether_it_can_be_resumed(tiny_directories, site):
-    """HookedTransformer masks padding on the left in whole runs, and does not in resumed ones."""
+def test_leading_tokens_that_equal_the_padding_token_are_read_like_others(tiny_directories, site):
+    """HookedTransformer would mask them where its tokenizer pads on the left."""
     model = load_model(tiny_directories / "gpt2")
-    model.tokenizer.padding_side = "left"
     tokens = tokens_for(rows=2)
     tokens[1, :4] = model.tokenizer.pad_token_id
-    found = patch_grid(model, tokens, site=site, source="zero", positions=[5, 8], read=[6, 8])
+    model.tokenizer.padding_side = "left"
+    with pytest.warns(UserWarning, match="row 1 of the prompt begins with 4 padding tokens"):
+        found = patch_grid(model, tokens, site=site, source="zero", positions=[5, 8], read=[6, 8])
+    model.tokenizer.padding_side = "right"
 
     def patch(activation, pos):
         activation[pos] = 0.0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mechlens.measures import vocabulary_variance as module
+from mechlens.measures.unembedding import Unembedding
 from mechlens.measures.vocabulary_variance import vocabulary_variance
 from tests.reference import vocabulary_variance as reference
 
@@ -25,7 +26,7 @@ def test_every_number_equals_the_slow_reference():
     vectors, W_U, b_U = drawn()
     others = torch.tensor([3, 0, 4, 2, 1])
     found = vocabulary_variance(
-        vectors, W_U, b_U, bins=BINS, over=slice(1, None), elsewhere=others, soft_cap=2.0
+        vectors, Unembedding(W_U, b_U, 2.0), bins=BINS, over=slice(1, None), elsewhere=others
     )
     logits = vectors.double() @ W_U.double() + b_U.double()
     for pos in range(5):
@@ -45,7 +46,9 @@ def test_every_number_equals_the_slow_reference():
 def test_a_hand_known_case_with_ties():
     """Two rows; the identity reads vectors as logits. Tokens 1 and 2 are finally equal, so 1 comes first."""
     vectors = torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, 3.0, 3.0]]])
-    found = vocabulary_variance(vectors, torch.eye(3), torch.zeros(3), bins=((1, 1), (2, 2), (3, 3)))
+    found = vocabulary_variance(
+        vectors, Unembedding(torch.eye(3), torch.zeros(3)), bins=((1, 1), (2, 2), (3, 3))
+    )
     # less their means 1 and 2: token 1 goes from -1 to 1, token 2 as well, token 0 from 2 to -2
     assert found.variance[:, 0].tolist() == [1.0, 1.0, 4.0]
     assert found.mean[:, :, 0].tolist() == [[-1.0, -1.0, 2.0], [1.0, 1.0, -2.0]]
@@ -58,7 +61,7 @@ def test_a_hand_known_case_with_ties():
 def test_a_null_is_a_partition_of_the_same_variances():
     vectors, W_U, b_U = drawn()
     found = vocabulary_variance(
-        vectors, W_U, b_U, bins=BINS, nulls=300, generator=torch.Generator().manual_seed(0)
+        vectors, Unembedding(W_U, b_U), bins=BINS, nulls=300, generator=torch.Generator().manual_seed(0)
     )
     sizes = torch.tensor([1.0, 4.0, 12.0])[:, None]
     total = (found.variance * sizes).sum(0)
@@ -74,7 +77,7 @@ def test_a_null_is_a_partition_of_the_same_variances():
     tokens = (found.null_variance[:, 0, :, None] - variance).abs().argmin(-1)
     assert (tokens != tokens[:, :1]).any(-1).float().mean() > 0.9
     again = vocabulary_variance(
-        vectors, W_U, b_U, bins=BINS, nulls=300, generator=torch.Generator().manual_seed(0)
+        vectors, Unembedding(W_U, b_U), bins=BINS, nulls=300, generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(again.null_variance, found.null_variance)
 
@@ -85,8 +88,7 @@ def test_chunks_change_nothing(monkeypatch):
     def run():
         return vocabulary_variance(
             vectors,
-            W_U,
-            b_U,
+            Unembedding(W_U, b_U),
             bins=BINS,
             elsewhere=torch.arange(7).roll(1),
             nulls=2,
@@ -105,4 +107,4 @@ def test_chunks_change_nothing(monkeypatch):
 def test_bins_with_gaps_are_refused(bins):
     vectors, W_U, b_U = drawn()
     with pytest.raises(ValueError, match="bins must go from rank 1 to 17 without a gap"):
-        vocabulary_variance(vectors, W_U, b_U, bins=bins)
+        vocabulary_variance(vectors, Unembedding(W_U, b_U), bins=bins)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from mechlens.models import folding
 from mechlens.models.folding import folded_heads, from_tokens, position_vectors, to_logits
 from mechlens.models.load import load_model
-from mechlens.models.runs import final_norm
+from mechlens.models.readings import final_norm
 from tests.reference import circuits as reference
 from tests.tiny_models import tiny_hf_model, write_toy
 

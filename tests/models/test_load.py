@@ -22,7 +22,7 @@ from tests.tiny_models import KINDS, TOY_CONFIG, write_tiny_model, write_tokeniz
 HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
 # Sums of float32 in another order; the tiny models' log-probabilities reach -30.
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 
 
 def tokens_for(d_vocab: int, length: int = 30) -> torch.Tensor:
@@ -249,7 +249,7 @@ class TestToys:
     def test_processing_that_would_change_the_model_is_refused(self, tmp_path):
         # The gate has no bias for the norm's to be folded into, and the engine drops it.
         write_toy(tmp_path / "toy", attn_only=False, d_mlp=24, act_fn="silu", gated_mlp=True)
-        with pytest.raises(ModelLoadError, match=r"predicts something else .* try processing=False"):
+        with pytest.raises(ModelLoadError, match=r"predicts something else .* use processing=False"):
             load_model(tmp_path / "toy")
         load_model(tmp_path / "toy", processing=False)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CohereConfig, Ernie4_5Config, GlmConfig, GPTJConfig, LlamaConfig
 
-from mechlens.models.engines import choose_backend
+from mechlens.models.engines import choose_backends
 from mechlens.models.load import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.models.rotary import attention_scale, is_rotary, rotation, unrotated
@@ -76,7 +76,7 @@ def test_adjacent_dimensions_of_a_part(tmp_path):
     ids=["cohere", "glm"],
 )
 def test_the_pairing_is_found_by_the_models_own_attention(tmp_path, config, rotary_dim):
-    if choose_backend("auto") == "hooked":
+    if choose_backends("auto")[0] == "hooked":
         pytest.skip("HookedTransformer has no such model")
     write_model_of(tmp_path / "model", config)
     model = load_model(tmp_path / "model", processing=False)
@@ -102,7 +102,7 @@ WIDE = SIZES | {"hidden_size": 256, "num_attention_heads": 2, "max_position_embe
     ids=["cohere", "glm", "ernie", "llama", "slow cohere", "slow llama"],
 )
 def test_the_pairing_is_found_in_few_bits(tmp_path, config, dtype):
-    if choose_backend("auto") == "hooked":
+    if choose_backends("auto")[0] == "hooked":
         pytest.skip("HookedTransformer has no such models, or its own rotation")
     write_model_of(tmp_path / "model", config)
     wide = load_model(tmp_path / "model", processing=False)
@@ -116,7 +116,7 @@ def test_the_pairing_is_found_in_few_bits(tmp_path, config, dtype):
 
 def test_a_rotation_that_no_pairing_gives_is_refused(tmp_path):
     """One that turns the other way in the short runs that find out, but not in that for the tables."""
-    if choose_backend("auto") == "hooked":
+    if choose_backends("auto")[0] == "hooked":
         pytest.skip("HookedTransformer has its own rotation")
     write_model_of(tmp_path / "model", LlamaConfig(**WIDE))
     for dtype in (torch.float32, torch.bfloat16):

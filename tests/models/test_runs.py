@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechlens.measures.vocabulary import target_log_prob
-from mechlens.models.errors import ModelLoadError
+from mechlens.measures.unembedding import Unembedding
 from mechlens.models.load import load_model
-from mechlens.models.runs import next_token_log_probs, read_patterns, reads_as_streamed, watch
+from mechlens.models.readings import check_streamed, next_token_log_probs
+from mechlens.models.runs import read_patterns, watch
 from mechlens.models.weights import direct_unembedding, final_norm_scale, per_query_head, value_bias
 from tests.reference import heads as reference
 from tests.tiny_models import write_model_of, write_tiny_model
@@ -63,10 +63,7 @@ def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
         logits_scaling=8.0,
     )
     write_model_of(tmp_path, granite)
-    try:
-        model = load_model(tmp_path)
-    except ModelLoadError:
-        pytest.skip("this engine has no Granite")
+    model = load_model(tmp_path, backend="bridge")
     tokens = tokens_for(model)
     log_prob, _ = next_token_log_probs(model, tokens)
     with torch.no_grad():
@@ -74,7 +71,8 @@ def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
     expected, _ = reference.log_probs(logits[0], tokens[0])
     assert log_prob[0, :-1].tolist() == pytest.approx(expected, abs=2e-5)
     # a single token says it, too
-    assert not reads_as_streamed(model, tokens[:1, :1])
+    with pytest.raises(ValueError, match="logits are more than its last norm"):
+        check_streamed(model, tokens[:1, :1])
 
 
 def test_broken_weights_are_no_reason_to_doubt_the_readout(tmp_path):
@@ -82,7 +80,7 @@ def test_broken_weights_are_no_reason_to_doubt_the_readout(tmp_path):
     model = load_model(tmp_path)
     with torch.no_grad():
         model.b_U[:] = torch.nan
-    assert reads_as_streamed(model, tokens_for(model)[:1, :8])
+    check_streamed(model, tokens_for(model))
 
 
 def test_a_bfloat16_readout_is_made_in_float32():
@@ -92,7 +90,7 @@ def test_a_bfloat16_readout_is_made_in_float32():
     W_U = torch.randn(64, 5000, generator=draw).bfloat16()
     wide = vectors.double() @ W_U.double()
     second = wide.topk(2).indices[:, 1]
-    log_prob, first = target_log_prob(vectors, W_U, torch.zeros(5000).bfloat16(), second)
+    log_prob, first = Unembedding(W_U, torch.zeros(5000).bfloat16()).log_prob(vectors, second)
     assert not first.any()
     expected = wide.log_softmax(1).gather(1, second[:, None])[:, 0]
     # float32 sums over 64 terms
@@ -116,7 +114,7 @@ def test_parts_give_what_the_whole_gives(tiny_model, monkeypatch):
     tokens = tokens_for(tiny_model, batch=5)
     whole = next_token_log_probs(tiny_model, tokens)
     monkeypatch.setattr("mechlens.models.runs.MAX_POSITIONS", 2 * tokens.shape[1])
-    monkeypatch.setattr("mechlens.measures.vocabulary.CHUNK_BYTES", 4 * 64 * 3)
+    monkeypatch.setattr("mechlens.measures.unembedding.TILE_BYTES", 4 * 64 * 3)
     in_parts = next_token_log_probs(tiny_model, tokens)
     # other batch sizes sum in another order
     assert torch.allclose(whole[0], in_parts[0], atol=2e-5, equal_nan=True)

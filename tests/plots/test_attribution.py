@@ -102,5 +102,5 @@ def test_errors():
         plot_attribution(attribution(), row=2)
     with pytest.raises(ValueError, match="there is no position -3: there are 2"):
         plot_attribution(attribution(), position=-3)
-    with pytest.raises(ValueError, match="largest must be at least 1 component, but is 0"):
+    with pytest.raises(ValueError, match="largest must be at least 1, but is 0"):
         plot_attribution(attribution(), largest=0)

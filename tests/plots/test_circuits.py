@@ -194,7 +194,7 @@ def test_what_is_not_above_the_baseline_is_no_edge():
     figure = plot_head_graph(low)
     assert not edges(figure)
     assert "the 0 strongest" in figure.layout.title.text
-    with pytest.raises(ValueError, match="at least 1 pair"):
+    with pytest.raises(ValueError, match="at least 1, but is 0"):
         plot_head_graph(composition(), top=0)
 
 

@@ -139,7 +139,7 @@ def test_kind_without_null_says_so() -> None:
 def test_unknown_kind_and_no_heads_are_refused() -> None:
     with pytest.raises(ValueError, match="no 'x' in this result, which has induction_score, copying_score"):
         plot_head_scores(hand_made.head_scores(), "x")
-    with pytest.raises(ValueError, match="top must be at least 1 head, but is 0"):
+    with pytest.raises(ValueError, match="top must be at least 1, but is 0"):
         plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=0)
 
 

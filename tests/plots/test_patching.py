@@ -136,7 +136,7 @@ def test_what_is_not_there_is_refused(axes, options, message):
 def test_head_effects_need_heads():
     with pytest.raises(ValueError, match="by layer and pos, not by head"):
         plot_head_effects(hand_made.patch_grid())
-    with pytest.raises(ValueError, match="at least 1 head"):
+    with pytest.raises(ValueError, match="at least 1, but is 0"):
         plot_head_effects(hand_made.patch_grid(axes=("layer", "head")), top=0)
 
 

@@ -138,7 +138,7 @@ def test_the_ground_has_the_statistics_colour(shown):
     assert ground["2.0"].endswith("48;2;8;48;107")
     assert ground["0.0"].startswith("38;2;0;0;0")
     assert ground["2.0"].startswith("38;2;255;255;255")
-    assert "KL(final ‖ layer), nats, from 0" in out
+    assert "KL(final || layer), nats, from 0" in out
     assert "to 2.000\n" in plain(out)
 
 
@@ -158,7 +158,7 @@ def test_without_colours_there_is_no_escape_and_it_says_so(shown, monkeypatch, c
     else:
         out = shown(lens())
         assert "\x1b" not in out
-    assert "Without colours KL(final ‖ layer), nats is not shown; --csv and --json have it." in plain(out)
+    assert "Without colours KL(final || layer), nats is not shown; --csv and --json have it." in plain(out)
 
 
 def test_targets_stand_in_a_table_of_their_own(shown):

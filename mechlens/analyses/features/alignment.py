@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.results import CompleteSearch, FeatureAlignment
 
 _STREAM = ("resid_post", "attn_out", "mlp_out")
@@ -44,6 +45,7 @@ def feature_alignment(
     Source: Badger, "Language Model Features"; there by eye, on four features.
     Cost: for each pair of layers a comparison of `top_k` squared ids per feature; no model is run.
     """
+    check_type("a", a, CompleteSearch)
     within, b = b is None, a if b is None else b
     for each in (a, b):
         if not isinstance(each, CompleteSearch):

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mechlens.arguments import check_counts
 from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
+from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
-from mechlens.tokens import vocabulary_hash
+from mechlens.progress import progress_bar
 from mechlens.results import CompleteSearch
 from mechlens.results.state import load_state, save_state, state_file
+from mechlens.tokens import vocabulary_hash
 
 _TENSORS = ("highest", "highest_ids", "lowest", "lowest_ids")
 
@@ -37,7 +37,7 @@ def search_complete(
     top_k: int = 1,
     batch_size: int | None = None,
     state: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> CompleteSearch:
     """Find the tokens that excite each feature most, and least, among all tokens of the vocabulary.
 
@@ -58,7 +58,7 @@ def search_complete(
             is halved when memory runs out.
         state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
             interrupted; a search that finds the file goes on from there.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         Ids and activations in the model's own units, float32.
@@ -108,7 +108,7 @@ def search_complete(
         return {sought.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in sought.layers}
 
     saved = time.monotonic()
-    bar = tqdm(total=d_vocab, initial=done.count, desc="searching", unit="token", disable=not progress)
+    bar = progress_bar(total=d_vocab, initial=done.count, desc="searching", unit="token", progress=progress)
     try:
         for ids in runs.vocabulary(readers, begin=done.count, batch_size=batch_size):
             # at once, so that whatever interrupts finds neither a layer nor the count ahead of the rest

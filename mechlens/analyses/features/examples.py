@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mechlens.arguments import check_counts
 from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
-from mechlens.corpus import LENGTH, Source, token_windows
+from mechlens.arguments import check_counts
+from mechlens.corpus import LENGTH, Source, corpus_ids, token_windows
 from mechlens.measures.accumulators import TopRows
 from mechlens.measures.memory import in_parts
 from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 from mechlens.models.sweeps import TOKEN_BUDGET, row_charge
+from mechlens.progress import progress_bar
 from mechlens.prompts import bos_to_prepend
-from mechlens.tokens import own_bos_token_id, special_ids
 from mechlens.results import FeatureExamples
 from mechlens.results.state import load_state, save_state, state_file
+from mechlens.tokens import own_bos_token_id, special_ids
 
 _TENSORS = ("values", "numbers", "kept", "tokens", "corpus")
 
@@ -48,7 +48,7 @@ def feature_examples(
     limit: int | None = None,
     batch_size: int | None = None,
     state: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> FeatureExamples:
     """Find the windows of a corpus in which each feature gets largest: real contexts, to hold a searched
     token against.
@@ -68,7 +68,7 @@ def feature_examples(
             out.
         state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
             interrupted; a search of the same corpus that finds the file goes on from there.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         The windows, with each feature's activations in the model's own units, float32.
@@ -93,17 +93,20 @@ def feature_examples(
     )
     file = state_file(state)
     check_counts(top_k=top_k, batch_size=batch_size, length=length, limit=limit)
-    if isinstance(corpus, Tensor) and corpus.ndim == 2:
-        length = corpus.shape[1] if length is None else length
+    ids = corpus_ids(corpus)
+    if ids is not None:
+        length = ids.shape[-1] if length is None else length
     length = min(LENGTH, model.cfg.n_ctx) if length is None else length
-    windows = token_windows(model, corpus, length=length, prepend_bos=prepend_bos, limit=limit)
-    bos = None if isinstance(corpus, Tensor) else bos_to_prepend(model, prepend_bos)
+    windows = token_windows(
+        model, corpus if ids is None else ids, length=length, prepend_bos=prepend_bos, limit=limit
+    )
+    bos = None if ids is not None else bos_to_prepend(model, prepend_bos)
     heap = _Heap(sought, top_k, length, bos)
     if file is not None and file.exists():
         heap.load(file, windows, limit)
     rows = batch_size or _rows(model, length)
     saved = time.monotonic()
-    bar = tqdm(total=limit, initial=heap.read, desc="reading", unit="window", disable=not progress)
+    bar = progress_bar(total=limit, initial=heap.read, desc="reading", unit="window", progress=progress)
     try:
         for index, batch in enumerate(_batches(windows, rows)):
             if index == 0:
@@ -122,7 +125,7 @@ def feature_examples(
             f"the corpus is shorter than one window of {length} tokens: give more, or less length"
         )
     own = own_bos_token_id(model.tokenizer)
-    given = isinstance(corpus, Tensor) and own is not None and bool((corpus[:, 0] == own).all())
+    given = ids is not None and own is not None and bool((ids[:, 0] == own).all())
     return heap.result(bos is not None or given)
 
 

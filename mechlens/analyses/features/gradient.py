@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mechlens.arguments import check_counts, check_reals
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
 from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, hashed
 from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
+from mechlens.arguments import check_counts, check_reals, generator_of
 from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
-from mechlens.models.untrained import generator_of
-from mechlens.tokens import drawable_tokens
+from mechlens.progress import progress_bar
 from mechlens.results import CompleteSearch, GradientSearch
 from mechlens.results.state import load_state, save_state, state_file
+from mechlens.tokens import drawable_tokens
 
 FASTEST = 1e6
 """A learning rate beyond all sense; what is beyond float32 ends within torch's optimisers."""
@@ -54,7 +53,7 @@ def search_gradient(
     prepend_bos: bool = False,
     complete: CompleteSearch | None = None,
     state: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> GradientSearch:
     """Change embeddings by gradients until they excite features, and read them as tokens.
 
@@ -95,7 +94,7 @@ def search_gradient(
             is to get large.
         state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
             interrupted; a search that finds the file goes on from there.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         What every restart found: the best tokens by `best_ids()`, what they reach by `best_activation()`
@@ -230,7 +229,12 @@ def search_gradient(
 
 
 def _run(
-    walk: Walk, file: Path | None, arguments: dict[str, Any], steps: int, patience: int, progress: bool
+    walk: Walk,
+    file: Path | None,
+    arguments: dict[str, Any],
+    steps: int,
+    patience: int,
+    progress: bool | None,
 ) -> None:
     """Make the steps that a state has not made yet."""
     done: dict[str, Tensor] | None = None
@@ -240,7 +244,7 @@ def _run(
     else:
         walk.begin()
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=walk.steps, desc="searching", unit="step", disable=not progress)
+    bar = progress_bar(total=steps, initial=walk.steps, desc="searching", unit="step", progress=progress)
     try:
         while walk.steps < steps and walk.stalled < patience:
             walk.step()

@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.arguments import check_counts
 from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
+from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
+from mechlens.progress import progress_bar
 from mechlens.results import GreedySearch
 from mechlens.results.state import load_state, save_state, state_file
 
@@ -39,7 +40,7 @@ def search_greedy(
     beam: int = 1,
     batch_size: int | None = None,
     state: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> GreedySearch:
     """Build inputs from left to right, each token the one of the whole vocabulary that excites the feature
     most behind those before it.
@@ -55,7 +56,7 @@ def search_greedy(
         beam: how many inputs to go on with at each step; 1 is the source's search.
         state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
             interrupted; a search that finds the file goes on from there.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         For each feature `beam` inputs, the best first.
@@ -95,7 +96,7 @@ def search_greedy(
         if file.exists():
             beams = _Beams.load(file, arguments)
     saved = time.monotonic()
-    bar = tqdm(total=0, desc="searching", unit="token", disable=not progress)
+    bar = progress_bar(total=0, desc="searching", unit="token", progress=progress)
     try:
         while beams.ids.shape[-1] < n_tokens:
             groups = list(beams.unread())

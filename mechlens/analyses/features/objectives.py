@@ -165,7 +165,8 @@ def _target(
         return None
     if target is None:
         raise ValueError(f"the objective {objective!r} needs a target: a text or token ids")
-    ids = prompt_tokens(model, target, prepend_bos=False)
+    one_id = hasattr(target, "__index__") and np.ndim(target) == 0
+    ids = prompt_tokens(model, [target] if one_id else target, prepend_bos=False)
     check_tokens(model, ids)
     if len(ids) != 1:
         raise ValueError(f"a target is one sequence, but here are {len(ids)}")

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.arguments import chosen
 from mechlens.models import sweeps
 from mechlens.models.folding import is_blind_to_mean
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.runs import check_tokens
 from mechlens.models.weights import settings_hash, weights_hash
-from mechlens.arguments import chosen
 from mechlens.prompts import bos_to_prepend, prompt_tokens
-from mechlens.tokens import own_bos_token_id, token_strings
 from mechlens.results import ModelInfo
+from mechlens.tokens import own_bos_token_id, token_strings
 
 SITES = {name: sweeps.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
 SITES |= {"post": "blocks.{}.mlp.hook_post"}

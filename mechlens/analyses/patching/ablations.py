@@ -19,7 +19,7 @@ def ablate_mlps_from_first_half(
     seed: int = 0,
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> PatchGridResult:
     """Replace each MLP's output at each position of the second copy by what it was in the first.
 
@@ -62,7 +62,7 @@ def ablate_heads(
     seed: int = 0,
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> PatchGridResult:
     """Remove each attention head's output, at all positions, and measure the loss on the second copy.
 

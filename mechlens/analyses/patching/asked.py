@@ -28,16 +28,16 @@ from mechlens.analyses.patching.sources import (
     other_tokens,
     seed_of,
 )
-from mechlens.models.protocol import LensModel, describe, engine_of
+from mechlens.arguments import chosen
 from mechlens.models.hooks import user_hooks
 from mechlens.models.properties import key_value_heads
+from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.readings import check_streamed
 from mechlens.models.runs import check_tokens
 from mechlens.models.sweeps import SITES, Patches, patterns_count
-from mechlens.arguments import chosen
 from mechlens.prompts import Prompt, prompt_tokens
-from mechlens.tokens import own_bos_token_id, token_strings
 from mechlens.results import ModelInfo
+from mechlens.tokens import own_bos_token_id, token_strings
 
 PER_HEAD = ("q", "k", "v", "z", *ATTENTION)
 _KEY_VALUE = ("k", "v")
@@ -143,7 +143,7 @@ class Asked:
         source = self.source.of if isinstance(self.source, Made) else self.source
         ids = {
             "corrupted": self.other,
-            "reference": source.tokens.cpu().clone() if isinstance(source, (Mean, Resampled)) else None,
+            "reference": source.tokens if isinstance(source, (Mean, Resampled)) else None,
             # those of the loss are the prompts' own
             "targets": None if self.metric == "loss" else self.judge.targets,
             "against": self.judge.against,
@@ -205,9 +205,9 @@ class Grid:
             )
         if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
             raise ValueError(
-                "a bridge has no hook where its stream carries resid_mid past the MLP, so that it is patched there "
-                f"and added behind the block, where your hook at {user_hooks(model)[0]} might see it: remove the "
-                "hook, or patch attn_out"
+                "a bridge has no hook where its stream carries resid_mid past the MLP, so that it is patched "
+                f"there and added behind the block, where your hook at {user_hooks(model)[0]} might see it: "
+                "remove the hook, or patch attn_out"
             )
         if heads is not None and site not in PER_HEAD:
             raise ValueError(f"heads are for {', '.join(PER_HEAD)}, but site is {site!r}")

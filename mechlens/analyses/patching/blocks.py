@@ -11,10 +11,10 @@ from torch import Tensor
 from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import Made
+from mechlens.arguments import chosen
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.runs import watch, watch_from
 from mechlens.models.sweeps import SITES, start_sweeps
-from mechlens.arguments import chosen
 from mechlens.prompts import Prompt
 from mechlens.results import PatchGridResult
 
@@ -31,7 +31,7 @@ def patch_blocks(
     against: Targets | None = None,
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> PatchGridResult:
     """Skip or repeat one block at a time, or run another model's in its place, and measure the prediction.
 
@@ -72,10 +72,9 @@ def patch_blocks(
         if how != "skip":
             # the blocks are called alone, without what the model may give them beside the stream
             alone = engine_of(other) != "HookedTransformer" or tokens.shape[1] < 2
-            if not alone and start_sweeps(other, tokens, "resid_post").clean is None:
-                raise ValueError(
-                    f"prompt {index} cannot be run from the middle of the model on: is it padded on the left?"
-                )
+            begun = None if alone else start_sweeps(other, tokens, "resid_post")
+            if begun is not None and begun.clean is None:
+                raise ValueError(f"prompt {index} cannot be run from the middle of the model on: {begun.why}")
             for at in wanted:
                 end = SITES["resid_post"].format(at)
                 read_from = given[at].to(other.W_U)

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mechlens.analyses.patching.asked import Asked
 from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import Made, Mean, Source, values_of
+from mechlens.arguments import check_counts
 from mechlens.models.properties import last_residual
 from mechlens.models.protocol import LensModel
 from mechlens.models.sweeps import start_sweeps, sweep
+from mechlens.progress import progress_bar
 from mechlens.prompts import Prompt
 from mechlens.results import PatchGridResult
 from mechlens.results.state import load_state, save_state, state_file
@@ -45,7 +46,7 @@ def patch_grid(
     prepend_bos: bool | None = None,
     token_budget: int | None = None,
     state: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> PatchGridResult:
     """Patch one activation at a time, in a run of its own each, and measure what becomes of the prediction.
 
@@ -84,7 +85,7 @@ def patch_grid(
             and when it is interrupted. If it is there, the sweep goes on where it stopped, with the same
             values to rounding. It is kept when the sweep is done. Of functions it knows the name only, so
             they must have one.
-        progress: show a bar.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         The metric of each patched run, with the clean (and the corrupted) run's.
@@ -103,8 +104,7 @@ def patch_grid(
     for what, function in (("source", source), ("metric", metric)):
         if file is not None and getattr(function, "__name__", "") == "<lambda>":
             raise ValueError(f"a state cannot tell one lambda from another: make the {what} by def")
-    if token_budget is not None and token_budget < 1:
-        raise ValueError(f"token_budget must be at least 1, but is {token_budget}")
+    check_counts(token_budget=token_budget)
     asked = Asked.of(
         model,
         prompt,
@@ -129,12 +129,12 @@ def patch_grid(
     averages = (
         values_of(model, source, site, tokens[:1], 0, grid.layers) if isinstance(source, Mean) else None
     )
-    bar = tqdm(
+    bar = progress_bar(
         total=done.values.numel(),
         initial=done.count,
         desc=f"patch {site}",
         unit="run",
-        disable=not progress,
+        progress=progress,
     )
     try:
         for index in range(len(tokens)):

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.arguments import chosen
 from mechlens.measures.readout import kl_from
 from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel
 from mechlens.models.readings import final_norm, unembedding
-from mechlens.arguments import chosen
 from mechlens.tokens import target_id, token_strings
 
 METRICS = ("loss", "log_prob", "logit_diff", "kl")

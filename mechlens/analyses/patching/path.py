@@ -23,11 +23,11 @@ from mechlens.analyses.patching.sources import (
     other_tokens,
     values_of,
 )
+from mechlens.arguments import chosen
 from mechlens.models.properties import check_adds_up, key_value_head
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens
 from mechlens.models.sweeps import SITES
-from mechlens.arguments import chosen
 from mechlens.prompts import Prompt, prompt_tokens
 from mechlens.results import PatchGridResult, head_label, parse_head
 

@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.arguments import generator_of
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens, watch
 from mechlens.models.sweeps import SITES, TOKEN_BUDGET
-from mechlens.prompts import prompt_tokens
+from mechlens.prompts import as_ids, prompt_tokens
 
 ATTENTION = ("pattern", "attn_scores")
 
@@ -40,6 +41,9 @@ class Mean:
 
     tokens: Int[Tensor, "reference pos"]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _references(self))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resampled:
@@ -50,6 +54,9 @@ class Resampled:
 
     tokens: Int[Tensor, "reference pos"]
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _references(self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,11 +132,6 @@ def check_source(
     if isinstance(source, NextEmbedding) and not site.startswith("resid"):
         raise ValueError(f"an embedding belongs into the residual stream, but site is {site!r}")
     if isinstance(source, (Mean, Resampled)):
-        if not isinstance(source.tokens, Tensor) or source.tokens.ndim != 2:
-            raise TypeError(
-                f"{type(source).__name__} takes token ids [reference, pos] of sequences as long as the "
-                f"prompt, but has {_shown(source.tokens)}: text_tokens makes ids of a text"
-            )
         check_tokens(model, source.tokens)
         if source.tokens.shape[1] != tokens.shape[1]:
             raise ValueError(
@@ -230,7 +232,7 @@ def values_of(
         means = _means(at, source.tokens)
         return lambda layer: means[layer]
     if isinstance(source, Resampled):
-        order = torch.randperm(len(source.tokens), generator=torch.Generator().manual_seed(int(source.seed)))
+        order = torch.randperm(len(source.tokens), generator=generator_of(source.seed))
         drawn = int(order[index % len(order)])
         given, kept = source.tokens[drawn : drawn + 1], None
     if isinstance(source, NextEmbedding):
@@ -274,6 +276,17 @@ def values_of(
         return value
 
     return made_by
+
+
+def _references(source: Mean | Resampled) -> Int[Tensor, "reference pos"]:
+    """The ids of a reference set, whatever they came as."""
+    try:
+        return as_ids(source.tokens)[0]
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{type(source).__name__} takes token ids [reference, pos] of sequences as long as the prompt, "
+            f"but has {_shown(source.tokens)}: text_tokens makes ids of a text"
+        ) from None
 
 
 def _shown(value: object) -> str:

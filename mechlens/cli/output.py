@@ -1,0 +1,152 @@
+"""The steps after the work: save the result, print what was found, say what was written."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechlens.cli import finishing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechlens.report import Section
+    from mechlens.results import Result
+
+
+class NotSavedError(Exception):
+    """The work is done, but its result is not where the user wants it; the message says where it is."""
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(f"mechlens: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
+
+
+def deliver(
+    given: Mapping[str, Any],
+    *,
+    save: Callable[[Path], Sequence[Path]],
+    tables: Callable[[], None],
+    as_object: Callable[[], Any],
+    frame: Callable[[], pd.DataFrame] | None = None,
+) -> None:
+    """Save a result, and print it as the user asked.
+
+    Saving comes first, because a reader may leave a pipe early; printing comes in any case. A result that
+    cannot be written where it should be is kept in the system's folder for temporary files.
+
+    Args:
+        given: the command's arguments: `out`, `quiet`, `as_json` and, where there is one, `as_csv`.
+        save: writes to the path of `out`, or to another one with the same name, and returns what it wrote.
+        tables: prints them.
+        as_object: what `--json` prints.
+        frame: what `--csv` prints.
+
+    Raises:
+        NotSavedError: the result is elsewhere, or nowhere.
+    """
+    out, failure, elsewhere = given["out"], None, None
+    if out is not None:
+        try:
+            with finishing():
+                written = save(out)
+        except Exception as error:  # of any kind: the work is not to be lost
+            failure, elsewhere = error, _save_elsewhere(save, out)
+    try:
+        if given["as_json"]:
+            from mechlens.terminal import print_json
+
+            print_json(as_object())
+        elif given.get("as_csv") and frame is not None:
+            frame().to_csv(sys.stdout, index=False)
+        elif not given["quiet"] or (failure is not None and elsewhere is None):
+            tables()
+    finally:
+        if failure is not None:
+            raise _not_saved(out, failure, elsewhere) from failure
+    if out is not None and not given["quiet"]:
+        more = f" and {len(written) - 1} other files beside it" if len(written) > 1 else ""
+        say(f"wrote {written[-1]}{more}")
+
+
+def file_of(
+    results: Sequence[Result],
+    *,
+    title: str = "",
+    sections: Callable[[], list[Section]] | None = None,
+    command: str = "",
+    table: pd.DataFrame | None = None,
+    names: Sequence[str] = (),
+) -> Callable[[Path], list[Path]]:
+    """What saves results of the same model in one file: a table of all, one result, or a page.
+
+    Args:
+        title: of the page.
+        sections: makes what the page shows.
+        command: the command line that the page names.
+        table: what `.csv` holds instead of the results' own tables.
+        names: what tells the results from each other in the table.
+    """
+
+    def save(out: Path) -> list[Path]:
+        if out.suffix == ".csv":
+            import pandas as pd
+
+            from mechlens.results import write_table
+
+            whole = table
+            if whole is None:
+                tables = [each.to_dataframe() for each in results]
+                for each, name in zip(tables, names, strict=False):
+                    each.insert(0, "compared", name)
+                whole = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
+            return [write_table(whole, out)]
+        if out.suffix == ".safetensors":
+            (result,) = results
+            return [result.save(out)]
+        from mechlens.report import write_report
+
+        assert sections is not None
+        # no published figure is about these prompts
+        return [
+            write_report(
+                out,
+                title=title,
+                model=results[0].model,
+                comparisons=None,
+                sections=sections(),
+                command=command,
+            )
+        ]
+
+    return save
+
+
+def _save_elsewhere(save: Callable[[Path], Sequence[Path]], out: Path) -> Path | None:
+    """Where the result is now; None if it cannot be written there either."""
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="mechlens-"))
+        save(folder / out.name)
+    except Exception:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(folder)
+        return None
+    return folder / out.name
+
+
+def _not_saved(out: Path, failure: Exception, elsewhere: Path | None) -> Exception:
+    """What ends the command; a failure that has nothing to do with the place is handed on as it is."""
+    start = f"cannot write {out}: {getattr(failure, 'strerror', None) or failure}"
+    if elsewhere is not None:
+        return NotSavedError(f"{start}; the result is in {elsewhere}")
+    if isinstance(failure, OSError):
+        return NotSavedError(f"{start}; it could not be kept in {tempfile.gettempdir()} either")
+    return failure

@@ -1,0 +1,82 @@
+"""Files that are written whole or not at all.
+
+It is light to import, so that a command can try its target at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Give a file beside `target` to write, and move it there when the block ends without an exception.
+
+    So the target is the old file or the whole new one at every moment.
+
+    Raises:
+        OSError: the file cannot be written; it names `target`, whatever file was written to.
+    """
+    part = None
+    try:
+        part = _file_beside(target)
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(target)
+    except BaseException as error:
+        if part is not None:
+            with contextlib.suppress(OSError):  # such as a folder that is gone
+                part.unlink()
+        if isinstance(error, SafetensorError) or (isinstance(error, OSError) and _is_about(error, part)):
+            raise _named(error, target) from error
+        raise
+
+
+def check_writable(target: Path) -> None:
+    """Try whether a file can be written, so that this is known before the work whose result it will hold.
+
+    Raises:
+        OSError: it cannot; the error names `target`.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            target.lstat()  # refuses a name that is too long
+        _file_beside(target).unlink()
+    except OSError as error:
+        raise _named(error, target) from error
+
+
+def _file_beside(target: Path) -> Path:
+    """A new file in the folder of `target`; its name is no longer than a file's may be."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=".part")
+    os.close(handle)
+    return Path(name)
+
+
+def _is_about(error: OSError, part: Path | None) -> bool:
+    return part is None or error.filename in (None, str(part))
+
+
+def _named(error: OSError | SafetensorError, target: Path) -> OSError:
+    """The same error about `target`. Safetensors gives the system's error number in its message alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    if number is None:
+        return OSError(f"cannot write {target}: {error}")
+    return OSError(number, os.strerror(number), str(target))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

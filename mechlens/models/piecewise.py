@@ -1,0 +1,153 @@
+"""TransformerLens's processing of weights, one block after the other.
+
+Its own copies all weights of a model several times over. Done a block at a time, with each tensor let go of
+as the next one is made of it, no more than a block is there twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechlens.measures.memory import give_back
+
+State = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def processing_by_blocks() -> Iterator[None]:
+    """Until the block ends, TransformerLens processes weights a block at a time, on both of its engines. What
+    is processed is taken out of the state dict that it is given."""
+    from transformer_lens.weight_processing import ProcessWeights
+
+    names = ("process_weights", "distribute_weights_to_components")
+    own = {name: vars(ProcessWeights)[name] for name in names}
+    process, distribute = (getattr(ProcessWeights, name) for name in names)
+    waiting: list[Callable[[State], Iterator[State]]] = []
+
+    def process_weights(state_dict: State, cfg: Any, adapter: Any = None, **wanted: bool) -> State:
+        def parts(given: State) -> Iterator[State]:
+            return _processed(process, given, cfg, adapter, wanted)
+
+        if adapter is None:
+            done: State = {}
+            for part in parts(state_dict):
+                done |= part
+            return done
+        # a bridge puts the weights into its modules next, where the ones before are let go of
+        waiting.append(parts)
+        return state_dict
+
+    def distribute_weights(
+        state_dict: State, component_mapping: dict[str, Any], verbose: bool = False
+    ) -> None:
+        parts = waiting.pop()(state_dict) if waiting else iter([state_dict])
+        for part in parts:
+            distribute(part, component_mapping, verbose)
+
+    ProcessWeights.process_weights = staticmethod(process_weights)
+    ProcessWeights.distribute_weights_to_components = staticmethod(distribute_weights)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(ProcessWeights, name, own[name])
+
+
+def _processed(
+    process: Callable[..., State], state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]
+) -> Iterator[State]:
+    """The processed weights of each block, and last those outside of blocks."""
+    from transformer_lens.weight_processing import ProcessWeights
+
+    blocks: dict[int, list[str]] = {}
+    for name in state:
+        found = re.match(r"blocks\.(\d+)\.", name)
+        if found:
+            blocks.setdefault(int(found[1]), []).append(name)
+        elif re.search(r"\.\d+\.", name):
+            # an adapter with a naming of its own
+            yield process(state, cfg, adapter=adapter, **wanted)
+            return
+    embeddings = [ProcessWeights._get_param_key(name, adapter) for name in ("embed.W_E", "pos_embed.W_pos")]
+    for layer, names in sorted(blocks.items()):
+        # as the only block of a model with an embedding, which is asked for
+        block = {_renumbered(name, 0): state.pop(name) for name in names}
+        block |= {name: torch.zeros(1, cfg.d_model, dtype=torch.float32) for name in embeddings}
+        dtypes = {name: tensor.dtype for name, tensor in block.items() if name not in embeddings}
+        # biases that folding makes are as narrow as the rest
+        own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
+        done = process(block, _of_blocks(cfg, 1), adapter=adapter, **(wanted | {"center_unembed": False}))
+        yield {
+            _renumbered(name, layer): done[name].to(dtypes.get(name, own))
+            for name in done
+            if name not in embeddings
+        }
+        del block, done
+        give_back()
+    rest = dict(state)
+    state.clear()
+    yield _ends(rest, _of_blocks(cfg, 0), adapter, wanted)
+
+
+def _ends(state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]) -> State:
+    """The embeddings, the last norm and the unembedding: the largest tensors, so that none is copied that
+    need not be. The steps are those of `ProcessWeights.process_weights`."""
+    from transformer_lens.weight_processing import ProcessWeights
+
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    kind = str(getattr(cfg, "normalization_type", "LN"))
+    is_layer_norm = kind.startswith("LN")
+    W_U, b_U, W_E, W_pos = (
+        ProcessWeights._get_param_key(name, adapter)
+        for name in ("unembed.W_U", "unembed.b_U", "embed.W_E", "pos_embed.W_pos")
+    )
+    written = {name: state.pop(name) for name in (W_E, W_pos) if name in state}
+    # what is read from the stream
+    for name in state:
+        state[name] = _wide(state[name])
+    if wanted["fold_ln"] and kind.startswith(("LN", "RMS")) and getattr(adapter, "supports_fold_ln", True):
+        if is_layer_norm:
+            state = ProcessWeights._fold_final_rms_bias(state, cfg, True, adapter)
+        state = ProcessWeights._fold_unembed_layer_norm(state, cfg, is_layer_norm, is_layer_norm, adapter)
+    if wanted["center_unembed"]:
+        # a bridge keeps it as Hugging Face does, with the vocabulary first
+        state[W_U] = _centred(state[W_U], -1 if adapter is None else 0)
+        if b_U in state:
+            state[b_U] = _centred(state[b_U], -1)
+    done = {name: state.pop(name).to(dtypes.get(name, torch.float32)) for name in list(state)}
+    # what is written to it
+    if (
+        wanted["center_writing_weights"]
+        and is_layer_norm
+        and not getattr(cfg, "final_rms", False)
+        and getattr(adapter, "supports_center_writing_weights", True)
+    ):
+        for name in written:
+            written[name] = _wide(written[name])
+        written = ProcessWeights.center_writing_weights(written, cfg, adapter=adapter)
+    return done | {name: written.pop(name).to(dtypes[name]) for name in list(written)}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _centred(tensor: Tensor, axis: int) -> Tensor:
+    return tensor - tensor.mean(axis, keepdim=True)
+
+
+def _renumbered(name: str, layer: int) -> str:
+    return re.sub(r"^blocks\.\d+\.", f"blocks.{layer}.", name)
+
+
+def _of_blocks(cfg: Any, n_layers: int) -> Any:
+    same = copy.copy(cfg)
+    same.n_layers = n_layers
+    return same
