@@ -15,7 +15,7 @@ from mechlens.models.hooks import user_hooks
 from mechlens.models.properties import alike
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.runs import running, serve, watch, watch_from
-from mechlens.models.sweeps import SITES, TOKEN_BUDGET
+from mechlens.models.sweeps import SITES, TOKEN_BUDGET, row_charge
 
 Hooks = Sequence[tuple[str, Callable[[Tensor, Any], Tensor]]]
 """By hook name, what is put there."""
@@ -30,7 +30,7 @@ class PatchedRuns:
     clean: Mapping[str, Float[Tensor, "prompt pos *rest"]]
     """What was kept of the clean run, by hook name."""
     resumed: bool
-    """Whether runs begin at the layer that is patched, with the clean run's stream; else each is a whole one."""
+    """Whether runs begin at the layer that is patched, with the clean run's stream; else all are whole runs."""
     parts: Sequence[slice]
     """The prompts that run together."""
 
@@ -56,7 +56,7 @@ class PatchedRuns:
         Cost: one forward pass of the prompts, and one of the first prompt from the first of the layers on.
         """
         hooked, n_pos = bool(user_hooks(model)), tokens.shape[1]
-        at_once = 1 if hooked else max(1, TOKEN_BUDGET // n_pos)
+        at_once = 1 if hooked else max(1, int(TOKEN_BUDGET / row_charge(model, n_pos, n_pos)))
         parts = [slice(start, start + at_once) for start in range(0, len(tokens), at_once)]
         may_resume = engine_of(model) == "HookedTransformer" and not hooked
         streams = [SITES["resid_pre"].format(layer) for layer in sorted(layers)] if may_resume else []

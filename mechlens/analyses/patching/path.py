@@ -264,7 +264,7 @@ class PathRuns:
         """Activations when the sender is patched for all to see; see `PatchedRuns.read`."""
         layer, head = sender
         out = SITES["attn_out"].format(layer)
-        hooks = self._put(SITES["z"].format(layer), head, self.there[layer], self.at)
+        hooks = _put(SITES["z"].format(layer), (EVERYWHERE, self.at, head), self.there[layer])
         found = self.runs.read(layer, hooks, {**wanted, out: lambda activation: activation})
         self.changes[sender] = found.pop(out) - self.runs.clean[out]
         return found
@@ -281,27 +281,36 @@ class PathRuns:
         site = SITES[path.site].format(path.layer)
         return self.runs.read(path.layer, hooks, {site: lambda activation: activation})[site]
 
-    def through(self, path: HeadPath, wanted: Mapping[str, Read]) -> dict[str, Tensor]:
-        """Activations when the receiver alone sees the sender patched; see `PatchedRuns.read`."""
-        hooks = self._put(SITES[path.site].format(path.layer), path.head, self.seen(path), EVERYWHERE)
+    def through(
+        self, path: HeadPath, wanted: Mapping[str, Read], *, alone: int | None = None
+    ) -> dict[str, Tensor]:
+        """Activations when the receiver alone sees the sender patched; see `PatchedRuns.read`.
+
+        Args:
+            alone: of a key that several query heads share: the one head that attends by the patched key,
+                while the others attend as in the clean run. None is all of them.
+        """
+        head = () if path.head is None else (path.head,)
+        hooks = _put(SITES[path.site].format(path.layer), (EVERYWHERE, EVERYWHERE, *head), self.seen(path))
+        if alone is not None:
+            pattern = SITES["pattern"].format(path.layer)
+            patched = self.runs.read(path.layer, hooks, {pattern: lambda activation: activation})[pattern]
+            hooks = _put(pattern, (EVERYWHERE, alone), patched)
         return self.runs.read(path.layer, hooks, wanted)
 
-    @staticmethod
-    def _put(
-        name: str, head: int | None, there: Float[Tensor, "prompt pos *rest"], at: slice | list[int]
-    ) -> Callable[[slice], Hooks]:
-        """Hooks that put values at some positions, of one head where the site has heads."""
-        place = (slice(None), at) if head is None else (slice(None), at, head)
 
-        def hooks(rows: slice) -> Hooks:
-            def put(activation: Tensor, hook: Any) -> Tensor:
-                changed = activation.clone()
-                changed[place] = there[rows][place].to(changed)
-                return changed
+def _put(name: str, place: tuple[Any, ...], there: Float[Tensor, "prompt *rest"]) -> Callable[[slice], Hooks]:
+    """Hooks that put values at a place of an activation."""
 
-            return [(name, put)]
+    def hooks(rows: slice) -> Hooks:
+        def put(activation: Tensor, hook: Any) -> Tensor:
+            changed = activation.clone()
+            changed[place] = there[rows][place].to(changed)
+            return changed
 
-        return hooks
+        return [(name, put)]
+
+    return hooks
 
 
 def _values(
