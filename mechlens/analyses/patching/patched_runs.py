@@ -30,7 +30,7 @@ class PatchedRuns:
     clean: Mapping[str, Float[Tensor, "prompt pos *rest"]]
     """What was kept of the clean run, by hook name."""
     resumed: bool
-    """Whether runs begin at the layer that is patched, with the clean run's stream; else all are whole runs."""
+    """Whether runs begin at the layer that is patched, on the clean stream; else each is a whole run."""
     parts: Sequence[slice]
     """The prompts that run together."""
 
