@@ -384,6 +384,12 @@ class _Effects:
         alone, and altogether."""
         previous, (layer, head) = pair
         pattern, last = SITES["pattern"].format(layer), _last(self.model)
+        # before the path is run, which goes on from this
+        if previous not in self.removed:
+            receivers = {to[0] for sender, to in self.paths if sender == previous}
+            wanted = {SITES["pattern"].format(to): lambda activation: activation for to in receivers}
+            self.removed[previous] = self.runs.altogether(previous, wanted | {last: self._read})
+        removed = self.removed[previous]
         # its key may be that of a whole group of heads, which are to attend as they did
         shared = key_value_heads(self.model) < self.model.cfg.n_heads
         path = self.runs.through(
@@ -391,11 +397,6 @@ class _Effects:
             {pattern: lambda activation: activation[:, head], last: self._read},
             alone=head if shared else None,
         )
-        if previous not in self.removed:
-            receivers = {to[0] for sender, to in self.paths if sender == previous}
-            wanted = {SITES["pattern"].format(to): lambda activation: activation for to in receivers}
-            self.removed[previous] = self.runs.altogether(previous, wanted | {last: self._read})
-        removed = self.removed[previous]
         loss_path, loss_removed = (self._loss(each[last]) - self.clean_loss for each in (path, removed))
         return {
             "score_path": self._score(path[pattern]),
