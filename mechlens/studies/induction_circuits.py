@@ -152,7 +152,14 @@ def find_induction_circuits(
     chance = 1 / info.d_vocab
     clean = math.nan if effects is None else float(effects.clean_loss.mean())
     verdicts = [
-        _verdict(each, clean, threshold, chance, _idle(model, pair, relative))
+        # a score is nan for no other reason
+        _verdict(
+            each,
+            clean,
+            threshold,
+            chance,
+            _idle(model, pair, relative) if math.isnan(each["k_score"]) else "",
+        )
         for pair, each in zip(found, judged, strict=True)
     ]
     return InductionCircuits(

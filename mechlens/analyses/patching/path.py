@@ -24,7 +24,7 @@ from mechlens.analyses.patching.sources import (
     values_of,
 )
 from mechlens.arguments import chosen
-from mechlens.models.properties import check_adds_up, key_value_head
+from mechlens.models.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens
 from mechlens.models.sweeps import SITES
@@ -162,6 +162,8 @@ class HeadPath:
     layer: int
     head: int | None
     """Of the receiver; None for an MLP."""
+    readers: tuple[tuple[int, int], ...]
+    """The query heads that read what the receiver reads: one, or those that share a key and a value."""
     site: str
     enter: str
     """Where what the sender writes comes in."""
@@ -198,10 +200,15 @@ class HeadPath:
                     else ""
                 )
             )
+        shared = (
+            model.cfg.n_heads // key_value_heads(model) if input in ("k", "v") and head is not None else 1
+        )
+        first = shared * (head or 0)
         return cls(
             (from_layer, from_head),
             layer,
             head,
+            tuple((layer, each) for each in range(first, first + shared)),
             "mlp_out" if input == "mlp" else input,
             SITES["resid_mid" if within else "resid_pre"].format(layer),
         )
@@ -210,7 +217,7 @@ class HeadPath:
     def name(self) -> str:
         if self.head is None:
             return f"layer {self.layer}'s MLP"
-        return f"the {self.site} of {head_label(self.layer, self.head)}"
+        return f"the {self.site} of {' and '.join(head_label(*each) for each in self.readers)}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
