@@ -1,19 +1,23 @@
-"""The logit lens against the bare product with W_U, the usual loop and a dense implementation.
+"""The logit lens against the bare product with W_U, the usual loop, a dense implementation and a peer's lens.
 
     python benchmarks/logit_lens.py [--pairs 5] [--no-xl]
 
-All figures come from one run on one machine; only their ratios mean anything on another. The last table
-runs 1024 tokens through a model of GPT-2 XL's shape, which takes some minutes and 10 GiB.
+All figures come from one run on one machine; only their ratios mean anything on another. The lens of
+TransformerLens itself is compared where it is installed, from version 4.3 on. The last table runs 1024 tokens
+through a model of GPT-2 XL's shape, which takes some minutes and 10 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 # The profiler tells of its start and stop, and of blocks that are older than it.
@@ -29,132 +33,205 @@ from common import (
     random_gpt2_small,
     seconds,
 )
-from mechlens.measures.vocabulary import read_out
 
 from mechlens import logit_lens
-from mechlens.measures import vocabulary
-from mechlens.models.runs import final_norm, watch
+from mechlens.measures.readout import read_out
+from mechlens.measures.unembedding import Unembedding
 
-THREADS = 2
+THREADS = (1, 2)
 POSITIONS, XL_POSITIONS = 101, 1024
 XL = {"n_layers": 48, "n_heads": 25, "d_model": 1600}
+TILES = tuple((rows, columns) for rows in (512, 1024, None) for columns in (512, 1024, 2048, 4096))
+"""Of the bare product; None is all rows."""
+PEER = "transformer_lens.tools.analysis.logit_lens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    name: str
+    rows: int
+    """The input and each layer."""
+    d_model: int
+    d_vocab: int
+
+    @property
+    def flop(self) -> int:
+        return 2 * self.rows * POSITIONS * self.d_model * self.d_vocab
+
+
+SMALL = Shape("GPT-2 small", 13, 768, 50257)
+SHAPES = (SMALL, Shape("SmolLM2-135M", 31, 576, 49152), Shape("GPT-2 XL", 49, 1600, 50257))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="interleaved runs of each")
-    parser.add_argument("--no-xl", action="store_true", help="leave out the model of GPT-2 XL's shape")
+    parser.add_argument("--no-xl", action="store_true", help="leave out what has GPT-2 XL's shape")
     parser.add_argument("--only-xl", action="store_true", help="nothing else, in this process")
     options = parser.parse_args()
-    torch.set_num_threads(THREADS)
     if options.only_xl:
         run_xl()
         return
-    measure(options.pairs)
+    with torch.inference_mode():
+        for shape in SHAPES[: 2 if options.no_xl else 3]:
+            for threads in THREADS:
+                torch.set_num_threads(threads)
+                against_product(shape, options.pairs, threads)
+        against_others(SMALL, options.pairs)
+    if find_spec("transformer_lens.tools.analysis") is not None and find_spec(PEER) is not None:
+        against_peer(options.pairs)
     if not options.no_xl:
         # in a process of its own, whose peak is that run's
         sys.stdout.flush()
         subprocess.run([sys.executable, __file__, "--only-xl"], check=True)
 
 
-def measure(pairs: int) -> None:
-    model = random_gpt2_small()
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(50000, (1, POSITIONS), generator=draw)
-    vectors = residuals(model, tokens)
-    n_rows, _, d_model = vectors.shape
-    targets = torch.stack([tokens[0], tokens[0].roll(-1)], dim=-1)
-    with torch.inference_mode():
-        W_U, b_U = model.W_U.clone(), model.b_U.clone()
-        normed = final_norm(model, vectors)
-        d_vocab = W_U.shape[1]
-        width = max(1, vocabulary.CHUNK_BYTES // (4 * d_vocab * n_rows))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """Vectors of one shape and what is wanted of them; a run's time does not depend on the values."""
 
-        def bare() -> None:
-            for start in range(0, POSITIONS, width):
-                torch.addmm(b_U, normed[:, start : start + width].flatten(0, 1), W_U)
+    vectors: torch.Tensor
+    unembedding: Unembedding
+    targets: torch.Tensor
 
-        def ours(rows: torch.Tensor = vectors) -> Any:
-            """All statistics of what `logit_lens` reads, its norm included."""
-            return read_out(
-                rows,
-                W_U,
-                b_U,
-                targets=targets,
-                references=(len(rows) - 1, 0),
-                decode=lambda _, some: final_norm(model, some),
-            )
+    @classmethod
+    def of(cls, shape: Shape) -> Case:
+        draw = torch.Generator().manual_seed(0)
+        return cls(
+            torch.randn(shape.rows, POSITIONS, shape.d_model, generator=draw),
+            Unembedding(
+                torch.randn(shape.d_model, shape.d_vocab, generator=draw) / shape.d_model**0.5,
+                torch.randn(shape.d_vocab, generator=draw),
+            ),
+            torch.randint(shape.d_vocab, (POSITIONS, 2), generator=draw),
+        )
 
-        def loop() -> Any:
-            """What tutorials do: softmax and its maximum, every layer's probabilities kept."""
-            kept = [torch.softmax(final_norm(model, row[None])[0] @ W_U + b_U, dim=-1) for row in vectors]
-            return torch.stack(kept).max(dim=-1)
+    def ours(self, repeated: int = 1) -> Any:
+        """All statistics of what `logit_lens` reads, a norm included."""
+        return read_out(
+            self.vectors.repeat(repeated, 1, 1),
+            self.unembedding,
+            targets=self.targets,
+            references=(len(self.vectors) - 1, 0),
+            decode=lambda _, some: normed(some),
+        )
 
-        def dense() -> Any:
-            """The same statistics from whole distributions."""
-            logits = final_norm(model, vectors) @ W_U + b_U
-            log_probs = logits.log_softmax(-1)
-            order = logits.argsort(-1, descending=True)
-            places = order.argsort(-1)
-            final = torch.distributions.Categorical(logits=logits[-1])
-            first = torch.distributions.Categorical(logits=logits[0])
-            every = torch.distributions.Categorical(logits=logits)
-            wanted = torch.cat([logits[-1].argmax(-1, keepdim=True), targets], 1).expand(n_rows, -1, -1)
-            return (
-                log_probs.topk(5),
-                every.entropy(),
-                torch.distributions.kl_divergence(final, every),
-                torch.distributions.kl_divergence(first, every),
-                log_probs.gather(2, wanted),
-                places.gather(2, wanted),
-            )
+    def product(self, rows: int | None, columns: int) -> None:
+        """The bare product, in tiles of which one is held."""
+        flat, W_U = self.vectors.flatten(0, 1), self.unembedding.W_U
+        rows = rows or len(flat)
+        room = torch.empty(min(rows, len(flat)) * columns)
+        for some in flat.split(rows):
+            for part in W_U.split(columns, dim=1):
+                shape = len(some), part.shape[1]
+                torch.mm(some, part, out=room[: shape[0] * shape[1]].view(shape))
 
-        check_peak_bytes()
-        works = {"bare": bare, "ours": ours, "loop": loop}
-        for work in works.values():
-            work()
-        times: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(pairs):
-            for name, work in works.items():
-                times[name].append(seconds(work))
-        once = seconds(dense)
-        whole = seconds(lambda: logit_lens(model, tokens))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        product = 2 * n_rows * POSITIONS * d_model * d_vocab
-        rows = [
-            Row("arithmetic of the product", product / 1e9, "GFLOP"),
-            Row("bare chunked product", medians["bare"], "s"),
-            Row("  its rate", product / 1e9 / medians["bare"], "GFLOP/s"),
-            Row("all statistics", medians["ours"], "s"),
-            Row("all statistics / bare product", medians["ours"] / medians["bare"], "", 1.6),
-            Row("all statistics / the usual loop", medians["ours"] / medians["loop"], "", 1.3),
-            Row("all statistics / dense (once)", medians["ours"] / once, "", 1 / 3),
-            Row("logit_lens() with the model's run, texts and checks", whole, "s"),
-        ]
-        print_table(f"logit lens, {n_rows} rows x {POSITIONS} positions, {THREADS} threads", rows)
-        peaks = {name: peak_bytes(work) for name, work in works.items()}
-        deep = torch.randn(4 * n_rows, POSITIONS, d_model)
-        rows = [
-            Row("all statistics, peak beyond the vectors", peaks["ours"] / 2**20, "MiB", 200),
-            Row("  with four times the layers", peak_bytes(lambda: ours(deep)) / 2**20, "MiB", 200),
-            Row("the usual loop, peak", peaks["loop"] / 2**20, "MiB"),
-            Row("all statistics / the usual loop", peaks["ours"] / peaks["loop"], "", 0.1),
-        ]
-        print_table("peak memory, all blocks of PyTorch's allocator", rows)
+    def loop(self) -> Any:
+        """What tutorials do: softmax and its maximum, every layer's probabilities kept."""
+        W_U, b_U = self.unembedding.W_U, self.unembedding.b_U
+        kept = [torch.softmax(normed(row) @ W_U + b_U, dim=-1) for row in self.vectors]
+        return torch.stack(kept).max(dim=-1)
+
+    def dense(self) -> Any:
+        """The same statistics from whole distributions."""
+        logits = normed(self.vectors) @ self.unembedding.W_U + self.unembedding.b_U
+        log_probs = logits.log_softmax(-1)
+        places = logits.argsort(-1, descending=True).argsort(-1)
+        every, final, first = (
+            torch.distributions.Categorical(logits=some) for some in (logits, logits[-1], logits[0])
+        )
+        wanted = torch.cat([logits[-1].argmax(-1, keepdim=True), self.targets], 1).expand(len(logits), -1, -1)
+        return (
+            log_probs.topk(5),
+            every.entropy(),
+            torch.distributions.kl_divergence(final, every),
+            torch.distributions.kl_divergence(first, every),
+            log_probs.gather(2, wanted),
+            places.gather(2, wanted),
+        )
 
 
-def residuals(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """`[row, pos, d_model]`: block 0's `resid_pre`, then `resid_post` of every layer."""
-    kept: list[torch.Tensor] = []
-    names = [
-        "blocks.0.hook_resid_pre",
-        *(f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)),
+def normed(vectors: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(vectors, vectors.shape[-1:])
+
+
+def medians(works: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, float]:
+    """Seconds of each, run in turn, once each has run."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(pairs):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def against_product(shape: Shape, pairs: int, threads: int) -> None:
+    case = Case.of(shape)
+    case.product(*TILES[0])
+    tried = {tile: seconds(lambda tile=tile: case.product(*tile)) for tile in TILES}
+    best = min(tried, key=tried.__getitem__)
+    taken = medians({"product": lambda: case.product(*best), "ours": case.ours}, pairs)
+    rows = [
+        Row("arithmetic of the product", shape.flop / 1e9, "GFLOP"),
+        Row(f"best-shaped product: {best[0] or 'all'} x {best[1]}", taken["product"], "s"),
+        Row("  its rate", shape.flop / 1e9 / taken["product"], "GFLOP/s"),
+        Row("  the worst shape / the best", max(tried.values()) / min(tried.values()), ""),
+        Row("all statistics", taken["ours"], "s"),
+        Row("all statistics / best-shaped product", taken["ours"] / taken["product"], "", 1.4),
     ]
-    watch(model, tokens, {name: lambda activation: kept.append(activation[0].clone()) for name in names})
-    return torch.stack(kept)
+    print_table(f"{shape.name}'s shape: {shape.rows} rows x {POSITIONS} positions, {threads} thread(s)", rows)
+
+
+def against_others(shape: Shape, pairs: int) -> None:
+    case = Case.of(shape)
+    taken = medians({"ours": case.ours, "loop": case.loop}, pairs)
+    once = seconds(case.dense)
+    rows = [
+        Row("all statistics / the usual loop", taken["ours"] / taken["loop"], "", 1.3),
+        Row("all statistics / dense (once)", taken["ours"] / once, "", 1 / 3),
+    ]
+    print_table(f"{shape.name}'s shape, {THREADS[-1]} threads", rows)
+    check_peak_bytes()
+    ours, loop = peak_bytes(case.ours), peak_bytes(case.loop)
+    vectors = case.vectors.numel() * 4
+    rows = [
+        Row("all statistics, peak beyond the vectors", (ours - vectors) / 2**20, "MiB", 200),
+        Row(
+            "  with four times the layers",
+            (peak_bytes(lambda: case.ours(4)) - 4 * vectors) / 2**20,
+            "MiB",
+            200,
+        ),
+        Row("the usual loop, peak", loop / 2**20, "MiB"),
+        Row("all statistics / the usual loop", (ours - vectors) / loop, "", 0.1),
+    ]
+    print_table("peak memory, all blocks of PyTorch's allocator", rows)
+
+
+def against_peer(pairs: int) -> None:
+    """Both from the model and its tokens on; the peer's reads the five most likely tokens and the entropy."""
+    from transformer_lens.tools.analysis.logit_lens import logit_lens as peers
+
+    model = random_gpt2_small()
+    tokens = torch.randint(50000, (1, POSITIONS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        taken = medians(
+            {
+                "ours": lambda: logit_lens(model, tokens),
+                "ours, top five and entropy": lambda: logit_lens(model, tokens, statistics="entropy"),
+                "theirs": lambda: peers(model, tokens, positions=None, top_k=5),
+            },
+            pairs,
+        )
+    theirs = taken.pop("theirs")
+    rows = [Row("TransformerLens's logit_lens, top five and entropy", theirs, "s")]
+    rows += [Row(f"{name} / theirs", value / theirs, "", 1.0) for name, value in taken.items()]
+    print_table(f"from the model on, {POSITIONS} tokens, {THREADS[-1]} threads", rows)
 
 
 def run_xl() -> None:
+    torch.set_num_threads(THREADS[-1])
     model = random_gpt2(**XL)
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     tokens = torch.randint(50000, (1, XL_POSITIONS), generator=torch.Generator().manual_seed(0))

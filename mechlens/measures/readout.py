@@ -180,17 +180,17 @@ class _Work:
         found: dict[int, Readout] = {}
         if self.references:
             held = _References.of(self.unembedding, self.decoded(self.references, where))
-            wanted = torch.cat([held.logits[0].argmax(-1, keepdim=True), wanted], dim=1)
-            own = held.logits.gather(2, wanted.expand(len(held.logits), -1, -1))
+            wanted = torch.cat([held.probabilities[0].argmax(-1, keepdim=True), wanted], dim=1)
+            own = held.probabilities.gather(2, wanted.expand(len(self.references), -1, -1))
             width = self._width(len(own) * n_pos, tile_bytes)
             reduced = self._reduced(held.tiles(width), wanted, own, held)
             found |= zip(self.references, _rows(reduced), strict=True)
-            held.become_probabilities()
         unique, place = wanted.unique(return_inverse=True)
         others = [row for row in range(len(self.vectors)) if row not in found]
-        at_once = max(1, TILE_ROWS // n_pos)
-        for first in range(0, len(others), at_once):
-            rows = others[first : first + at_once]
+        n_parts = min(len(others), max(1, round(len(others) * n_pos / TILE_ROWS)))
+        for part in range(n_parts):
+            # equal parts, because a product of few vectors is a slow one
+            rows = others[part * len(others) // n_parts : (part + 1) * len(others) // n_parts]
             decoded = self.decoded(rows, where)
             # before any others are known, so that ranks can be counted on the way
             some = self.unembedding.of_each(decoded.flatten(0, 1), unique).view(len(rows), n_pos, -1)
@@ -200,8 +200,7 @@ class _Work:
         return joined([found[row] for row in range(len(self.vectors))], dim=0)
 
     def _width(self, rows: int, tile_bytes: int) -> int:
-        own = self.unembedding.width(rows)
-        width = min(own, self.unembedding.width(rows, tile_bytes))
+        width = min(self.unembedding.width, max(1, tile_bytes // (self.unembedding.dtype.itemsize * rows)))
         # whole groups, where there is room for some
         return width - width % GROUP if GROUP <= width < self.unembedding.d_vocab else width
 
@@ -224,7 +223,7 @@ class _Work:
         # what is summed over tiles is summed in float64
         weighted = own.new_zeros(n_rows, dtype=torch.double)
         kl = references if "kl" in self.statistics else None
-        n_references = 0 if kl is None else len(kl.logits)
+        n_references = 0 if kl is None else len(kl.probabilities)
         cross = own.new_zeros(n_references, *shape, dtype=torch.double)
         covered = own.new_zeros(n_references, shape[1], dtype=torch.double)
         room = None
@@ -243,7 +242,7 @@ class _Work:
                 weighted = (weighted - fading * growth) * (-growth).exp() + terms.mul_(tile).sum(1)
             if kl is not None:
                 moved, by_row = growth.view(shape), tile.view(*shape, -1)
-                for index, probabilities in enumerate(kl.probabilities(tokens)):
+                for index, probabilities in enumerate(kl.probabilities[:, :, tokens]):
                     product = torch.mul(by_row, probabilities, out=scratch.view_as(by_row))
                     cross[index] += product.sum(-1) - covered[index] * moved
                     covered[index] += probabilities.sum(-1)
@@ -287,35 +286,38 @@ def _rows(found: Readout) -> Iterable[Readout]:
 class _References:
     """The rows that all are compared with, at some positions."""
 
-    logits: Float[Tensor, "reference here d_vocab"]
-    """Probabilities, after `become_probabilities`."""
-    log_total: Float[Tensor, "reference here"]
+    probabilities: Float[Tensor, "reference here d_vocab"]
+    """Logits, until `tiles` has come by."""
+    largest: Float[Tensor, "reference here 1"]
+    """Of the logits."""
+    sum: Float[Tensor, "reference here 1"]
+    """Of the exponentials of logits less the largest. Both are in the logits' dtype: in a wider one, all
+    that is made with them would be wider too."""
     entropy: Float[Tensor, "reference here"] | None = None
-    done: bool = False
 
     @classmethod
     def of(cls, unembedding: Unembedding, vectors: Float[Tensor, "reference here d_model"]) -> _References:
-        logits = unembedding.logits(vectors.flatten(0, 1))
-        running, width = LogSumExp(len(logits), logits), unembedding.width(len(logits))
-        for tile in logits.split(width, dim=1):
-            running.add(tile.clone())
+        flat = vectors.flatten(0, 1)
+        logits = torch.empty(
+            len(flat), unembedding.d_vocab, dtype=unembedding.dtype, device=unembedding.W_U.device
+        )
+        running = LogSumExp(len(flat), logits)
+        for tokens, tile in unembedding.tiles(flat):
+            logits[:, tokens] = tile
+            running.add(tile)
         shape = vectors.shape[:2]
-        return cls(logits.view(*shape, -1), running.total().view(shape))
+        largest, total = running.largest, running.sum.to(logits.dtype)
+        return cls(logits.view(*shape, -1), largest.view(*shape, 1), total.view(*shape, 1))
 
     def tiles(self, width: int) -> Iterable[tuple[slice, Float[Tensor, "row some"]]]:
-        start = 0
-        for tile in self.logits.flatten(0, 1).split(width, dim=1):
-            yield slice(start, start + tile.shape[1]), tile.clone()
-            start += tile.shape[1]
-
-    def probabilities(self, tokens: slice) -> Float[Tensor, "reference here some"]:
-        some = self.logits[:, :, tokens]
-        return some if self.done else (some - self.log_total[..., None]).exp_()
-
-    def become_probabilities(self) -> None:
-        for reference, total in zip(self.logits, self.log_total, strict=True):
-            reference.sub_(total[:, None]).exp_()
-        self.done = True
+        """The logits; those that were given out are probabilities from then on."""
+        room = None
+        for start in range(0, self.probabilities.shape[2], width):
+            some = self.probabilities[:, :, start : start + width]
+            room = torch.empty(some.numel(), dtype=some.dtype, device=some.device) if room is None else room
+            tile = room[: some.numel()].view(some.shape).copy_(some)
+            some.sub_(self.largest).exp_().div_(self.sum)
+            yield slice(start, start + tile.shape[2]), tile.flatten(0, 1)
 
 
 class _Top:

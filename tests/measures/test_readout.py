@@ -36,15 +36,15 @@ def drawn(rows, positions, d_model, d_vocab, seed=0):
     budget=st.sampled_from([1, 300, 9000, 2**26]),
     at_once=st.sampled_from([1, 5, 1024]),
     # tokens of a tile, whole groups and not
-    tile_bytes=st.sampled_from([4, 64 * 4 * 3, 2**22]),
+    columns=st.sampled_from([1, 64, 1024]),
     seed=st.integers(0, 2**31),
 )
 def test_every_statistic_equals_that_of_the_whole_distribution(
-    rows, positions, d_vocab, soft_cap, budget, at_once, tile_bytes, seed
+    rows, positions, d_vocab, soft_cap, budget, at_once, columns, seed
 ):
     vectors, W_U, b_U, targets = drawn(rows, positions, 6, d_vocab, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unembedding, "TILE_BYTES", tile_bytes)
+        patch.setattr(unembedding, "TILE_COLUMNS", columns)
         patch.setattr(readout, "TILE_ROWS", at_once)
         found = read_out(
             vectors,

@@ -144,6 +144,16 @@ def test_half_precision_files_load_in_float32(tmp_path):
     assert (log_probs(loaded, tokens) - hf_log_probs(tmp_path / "half", tokens)).abs().max() < TOLERANCE
 
 
+@pytest.mark.skipif(HAS_HOOKED, reason="this is said of an engine without HookedTransformer")
+def test_the_slower_engine_is_told_of_once(tiny_directories, monkeypatch, recwarn):
+    monkeypatch.setattr(load, "_told", set())
+    for _ in range(2):
+        load_model(tiny_directories / "gpt2")
+    told = [str(warning.message) for warning in recwarn if "no HookedTransformer" in str(warning.message)]
+    assert len(told) == 1
+    assert "sweeps" in told[0]
+
+
 def test_nothing_is_printed_or_logged(tiny_directories, capfd, caplog):
     handlers = list(logging.getLogger().handlers)
     for dtype in ("float32", "float16"):

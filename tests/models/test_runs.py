@@ -114,7 +114,7 @@ def test_parts_give_what_the_whole_gives(tiny_model, monkeypatch):
     tokens = tokens_for(tiny_model, batch=5)
     whole = next_token_log_probs(tiny_model, tokens)
     monkeypatch.setattr("mechlens.models.runs.MAX_POSITIONS", 2 * tokens.shape[1])
-    monkeypatch.setattr("mechlens.measures.unembedding.TILE_BYTES", 4 * 64 * 3)
+    monkeypatch.setattr("mechlens.measures.unembedding.TILE_COLUMNS", 3)
     in_parts = next_token_log_probs(tiny_model, tokens)
     # other batch sizes sum in another order
     assert torch.allclose(whole[0], in_parts[0], atol=2e-5, equal_nan=True)

@@ -1,0 +1,196 @@
+"""How long a model takes to load and to run once, and how much memory: beside Hugging Face and the engine.
+
+    python benchmarks/load.py [--pairs 3]
+
+The model has SmolLM2-135M's shape and random weights. Each load runs in a process of its own that has
+imported torch and transformers; memory is what its peak adds to that, as a multiple of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from common import Row, print_table
+
+THREADS = "2"
+LAYERS, D_MODEL, D_MLP, VOCABULARY = 30, 576, 1536, 49152
+HOOKED = int(version("transformer-lens").split(".")[0]) < 4
+ENGINES = ("hooked", "bridge") if HOOKED else ("bridge",)
+LIMIT = 2.3
+SECONDS, UNKNOWN_SECONDS = 4.0, 5.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument("--one", nargs=2, help="load this way from this folder, and print what it took")
+    options = parser.parse_args()
+    if options.one:
+        measure(*options.one)
+        return
+    with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
+        subprocess.run([sys.executable, __file__, "--one", "make", folder], check=True)
+        for dtype in ("float32", "bfloat16"):
+            compare(Path(folder), dtype, options.pairs)
+    taken = alone("unknown", "")["seconds"]
+    print_table(
+        "an unknown name without a network",
+        [Row("load_model, with its imports", taken, "s", UNKNOWN_SECONDS)],
+    )
+
+
+def compare(folder: Path, dtype: str, pairs: int) -> None:
+    engines = [f"ours-{engine}-{kind}" for engine in ENGINES for kind in ("processed", "raw")]
+    ways = ["hf", "theirs-hooked" if HOOKED else "theirs-bridge", *engines]
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(pairs):
+        for way in ways:
+            found[way].append(alone(f"{way}-{dtype}", str(folder)))
+    # the largest tensors are processed in float32; one layer's weights, beside the narrow ones
+    layer = 4 * (D_MODEL * D_MODEL * 8 // 3 + 3 * D_MODEL * D_MLP) / 2**20
+    rows = []
+    for way in ways:
+        ours = way.startswith("ours")
+        weights = found[way][0]["weights"]
+        seconds = statistics.median(each["seconds"] for each in found[way])
+        added = statistics.median(each["added"] for each in found[way])
+        allowed = LIMIT + (layer / weights if dtype == "bfloat16" else 0)
+        title = NAMES[way]
+        rows.append(Row(f"{title}, time", seconds, "s", SECONDS if ours else None))
+        rows.append(Row(f"{title}, peak / weights", added / weights, "", round(allowed, 2) if ours else None))
+    print_table(f"SmolLM2-135M's shape in {dtype}, {weights:.0f} MiB of weights, {THREADS} threads", rows)
+
+
+NAMES = {
+    "hf": "Hugging Face",
+    "theirs-hooked": "HookedTransformer's own, processed",
+    "theirs-bridge": "the bridge's own, raw",
+} | {
+    f"ours-{engine}-{kind}": f"load_model, {engine}, {kind}"
+    for engine in ("hooked", "bridge")
+    for kind in ("processed", "raw")
+}
+
+
+def alone(way: str, folder: str) -> dict[str, float]:
+    """What one load took, in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": THREADS, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if way == "unknown":
+        # a port that nobody listens on stands for no network, and an empty cache for one without the model
+        environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": tempfile.gettempdir()}
+        environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-W", "ignore", __file__, "--one", way, folder]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(way: str, folder: str) -> None:
+    """Do one load here and print its figures; or `make` the model."""
+    start = time.perf_counter()
+    if way == "unknown":
+        from mechlens import ModelLoadError, load_model
+
+        try:
+            load_model("EleutherAI/pythia-71m")
+        except ModelLoadError:
+            print(json.dumps({"seconds": time.perf_counter() - start}))
+            return
+        raise AssertionError("there is no such model")
+    import torch
+    import transformers
+    import transformers.models.llama.modeling_llama
+
+    if way == "make":
+        make(folder)
+        return
+    name, *kind, dtype = way.split("-")
+    before = high_water()
+    start = time.perf_counter()
+    if name == "hf":
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    elif name == "ours":
+        from mechlens import load_model
+
+        model = load_model(folder, backend=kind[0], processing=kind[1] == "processed", dtype=dtype)
+    else:
+        model = theirs(kind[0], folder, getattr(torch, dtype))
+    with torch.no_grad():
+        # a file that is mapped into memory is read when it is used
+        model(torch.zeros(1, 1, dtype=torch.long))
+    taken = time.perf_counter() - start
+    hf_size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
+    weights = hf_size / (1 if dtype == "float32" else 2)
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    print(json.dumps({"seconds": taken, "added": high_water() - before, "weights": weights}))
+
+
+def theirs(engine: str, folder: str, dtype: object) -> object:
+    """As a user of TransformerLens would, who has a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if engine == "bridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers(
+            folder, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype
+        )
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
+    from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+
+    settings = loading.convert_hf_model_config(folder) | {"dtype": dtype, "device": "cpu"}
+    cfg = HookedTransformerConfig.from_dict(settings)
+    state = loading.get_pretrained_state_dict(folder, cfg, hf_model, dtype=dtype)
+    model = HookedTransformer(cfg, tokenizer)
+    model.load_and_process_state_dict(state, fold_ln=True, center_unembed=True)
+    return model
+
+
+def make(folder: str) -> None:
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=D_MODEL,
+        intermediate_size=D_MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+
+
+def high_water() -> float:
+    """The most memory that this process has held so far, in MiB. Its own: a parent's peak is inherited by
+    what `resource` tells."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("this system tells of no peak")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What is seen to before a model is handed out, and how often its weights are handed about on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mechlens import load_model
+from mechlens.models import load
+from mechlens.models.errors import ModelLoadError
+from mechlens.models.verification import Reference, check_on_device, widened
+from tests.models.test_load import BACKENDS
+from tests.tiny_models import write_tiny_model
+
+DTYPES = ("float32", "bfloat16", "float16")
+SQUARE = {
+    "hidden_size": 24,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+}
+"""A Gemma-2 whose MLP is as wide as its stream: the engine cannot tell which way round weights are."""
+
+
+def predictions(directory, dtype: torch.dtype, tokens: torch.Tensor) -> torch.Tensor:
+    model = hf.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=dtype)
+    with torch.no_grad():
+        return model.eval()(tokens).logits.double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_dtype_hides_a_wrong_conversion(tmp_path, backend, dtype):
+    """Refused, or right to within what the dtype rounds; in bfloat16 it was let through 0.9 nats off."""
+    write_tiny_model(tmp_path / "gemma2", "gemma2", **SQUARE)
+    try:
+        model = load_model(tmp_path / "gemma2", backend=backend, dtype=dtype)
+    except ModelLoadError as error:
+        told = str(error)
+    else:
+        told = ""
+    if told:
+        assert "use processing=False" in told
+        return
+    tokens = torch.arange(5, 20)[None]
+    exact = predictions(tmp_path / "gemma2", torch.float32, tokens)
+    rounding = (predictions(tmp_path / "gemma2", getattr(torch, dtype), tokens) - exact).abs().max()
+    with torch.no_grad():
+        own = model(tokens).double().log_softmax(-1)
+    assert (own - exact).abs().max() < max(1e-4, 8 * float(rounding))
+
+
+class BrokenProducts(TorchDispatchMode):
+    """Matrix products a tenth too large, as an accelerator with a fault might make them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        return made * 1.1 if func.overloadpacket in PRODUCTS else made
+
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_device_that_computes_wrongly_is_caught(tiny_directories, kind, dtype):
+    """The CPU with a fault stands for it."""
+    model = load_model(tiny_directories / kind, dtype=dtype)
+    tokens = torch.arange(5, 20)[None]
+    exact = predictions(tiny_directories / kind, torch.float32, tokens)
+    own = predictions(tiny_directories / kind, getattr(torch, dtype), tokens)
+    reference = Reference.of(tokens, exact, own)
+    check_on_device(model, reference, torch.device("cpu"))
+    told = r"on cpu this model predicts .* use device='cpu'"
+    with BrokenProducts(), pytest.raises(ModelLoadError, match=told):
+        check_on_device(model, reference, torch.device("cpu"))
+
+
+def test_a_model_is_checked_where_it_was_put(tiny_directories, monkeypatch):
+    """The meta device has no values to compare, but models can be moved to it on every machine."""
+    seen = []
+    monkeypatch.setattr(load, "parse_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(
+        load, "check_on_device", lambda model, reference, device: seen.append((model, device))
+    )
+    model = load_model(tiny_directories / "gpt2")
+    assert seen == [(model, torch.device("meta"))]
+    assert model.W_U.device.type == "meta"
+
+
+def test_weights_are_narrow_again_after_a_wide_run_that_failed():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)).to(torch.bfloat16)
+    before = [parameter.data_ptr() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), widened(model, torch.float32):
+        model(torch.ones(1, 2))
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
+    assert not model[0]._forward_pre_hooks
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_are_assigned_once_however_many_layers_there_are(tmp_path, monkeypatch, backend, processing):
+    """TransformerLens goes through all modules once for each tensor: 574 times for 30 layers."""
+    calls, own = [], torch.nn.Module.load_state_dict
+
+    def counted(self, state, *args, **kwargs):
+        calls.append((self, len(state)))
+        return own(self, state, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", counted)
+    counts = []
+    for layers in (1, 3):
+        write_tiny_model(tmp_path / str(layers), "llama", num_hidden_layers=layers)
+        calls.clear()
+        load_model(tmp_path / str(layers), backend=backend, processing=processing)
+        counts.append(len(calls))
+    assert counts == [1, 1] if backend == "hooked" else counts == [0, 0], counts
