@@ -39,6 +39,7 @@ from mechlens.models.folding import (
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.rotary import attention_scale, is_rotary, rotation, unrotated
 from mechlens.models.weights import norm_scale
+from mechlens.progress import progress_bar
 from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label, parse_head
 
 EMBEDDINGS = ("W_E", "effective")
@@ -362,6 +363,7 @@ def composition_scores(
     relative_position: int | None = None,
     seed: int = 0,
     draws: int = 100,
+    progress: bool | None = None,
 ) -> CompositionScores:
     """How much of what each head reads could come from each earlier head, less what chance gives.
 
@@ -376,6 +378,7 @@ def composition_scores(
             result's `rotary` says so.
         seed: of the random weights that give the baseline.
         draws: pairs of random heads in the baseline.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         All pairs of an earlier and a later head; nan for all others.
@@ -396,7 +399,8 @@ def composition_scores(
         raise ValueError("V-composition compares no queries with keys: leave relative_position out")
     turn = _PLAIN
     factors = []
-    for layer in range(info.n_layers):
+    layers_done = progress_bar(range(info.n_layers), desc="composition", unit="layer", progress=progress)
+    for layer in layers_done:
         weights = folded_heads(model, layer)
         if kind == "v":
             later = weights.W_V, weights.W_O
