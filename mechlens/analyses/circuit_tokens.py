@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.measures import weights as measures
 from mechlens.models.folding import from_tokens, to_logits
 from mechlens.models.protocol import LensModel, describe
@@ -166,6 +167,7 @@ def _read(
 
 def _check(model: LensModel, circuit: Circuit) -> None:
     info = describe(model)
+    check_type("circuit", circuit, Circuit)
     pairs = [(name, getattr(circuit.model, name), getattr(info, name)) for name in _THE_SAME]
     others = ", ".join(f"its {name} is {own!r}, here {here!r}" for name, own, here in pairs if own != here)
     if others:

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.arguments import check_model
 from mechlens.measures import weights as weights_measures
 from mechlens.models.folding import (
     folded_heads,
@@ -436,6 +437,7 @@ def _head(model: LensModel, head: Head) -> tuple[int, int]:
         raise TypeError(
             f"such a circuit is of one head, as 'L5H5' or (5, 5), but a list of heads is given: {head!r}"
         )
+    check_model(model)
     layer, index = parse_head(head)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     if not (0 <= layer < n_layers and 0 <= index < n_heads):

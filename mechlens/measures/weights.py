@@ -409,6 +409,8 @@ def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0
 
 def _factors(circuit: Factored) -> tuple[Float[Tensor, "row inner"], Float[Tensor, "inner column"]]:
     """The thin factors, in float32 at least."""
+    if not isinstance(circuit, Factored):
+        raise TypeError(f"circuit must be a Circuit or a FactoredMatrix, but is {circuit!r:.80}")
     A, B = circuit.A, circuit.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(

@@ -23,7 +23,7 @@ from mechlens.analyses.patching.sources import (
     other_tokens,
     values_of,
 )
-from mechlens.arguments import chosen
+from mechlens.arguments import check_model, chosen
 from mechlens.models.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens
@@ -139,6 +139,7 @@ def path_attention(
 
     Cost: that of `PathRuns`, and a run from the receiver's layer up to its pattern.
     """
+    check_model(model)
     if input not in ("q", "k", None):
         raise ValueError(f"attention is made from q and k, so input must be one of them, but is {input!r}")
     layer, head = parse_head(receiver)
@@ -176,6 +177,7 @@ class HeadPath:
         receiver: str | tuple[int, int] | int,
         input: str,
     ) -> HeadPath:
+        check_model(model)
         if input not in ("q", "k", "v", "mlp"):
             raise ValueError(f"input must be q, k, v or mlp, but is {input!r}")
         if isinstance(receiver, int) != (input == "mlp"):
