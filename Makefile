@@ -7,25 +7,38 @@ VENV := .venv
 BRIDGE := .venv-bridge
 BRIDGE_VERSION := 4.3.0
 PY := $(VENV)/bin/python
+# A worker for each core, up to four; ARGS="-n 0" runs the tests in one process.
+PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
+ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default
+THREADS ?= 1 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bridge notebook lint format types bench clean
+.PHONY: help demo test test-bridge test-portable notebook lint format types bench clean
 
 help: ## list these jobs
 	@echo 'make JOB [PYTHON=python3.12] [OUT=folder] [ARGS="..."]'
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS='	' read -r job what; do \
-		printf '  %-12s %s\n' "$$job" "$$what"; done
+		printf '  %-14s %s\n' "$$job" "$$what"; done
 
 demo: $(VENV)/.installed ## reproduce the induction-head findings on the bundled model, into OUT
 	$(VENV)/bin/mechlens reproduce --out $(OUT) $(ARGS)
 
 test: $(VENV)/.installed ## run the tests; ARGS go to pytest
-	$(PY) -m pytest $(ARGS)
+	$(PY) $(PYTEST) $(ARGS)
 
 test-bridge: $(BRIDGE)/.installed ## run the tests on the bridge of transformer-lens 4
-	$(BRIDGE)/bin/python -m pytest $(ARGS)
+	$(BRIDGE)/bin/python $(PYTEST) $(ARGS)
+
+# OpenMP's threads sleep while they wait, since here there are more of them than cores.
+test-portable: $(VENV)/.installed ## run the tests in other arithmetic, with one thread and two: one line each
+	@mkdir -p out; failed=0; for set in $(ARITHMETICS); do for threads in $(THREADS); do \
+		log=out/portable-$$set-$$threads.txt; \
+		env $$set OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive $(PY) $(PYTEST) $(ARGS) >$$log 2>&1 || failed=1; \
+		grep -E '^(FAILED|ERROR) ' $$log; \
+		echo "$$set, threads: $$threads: $$(tail -n 1 $$log | tr -d =)"; \
+	done; done; exit $$failed
 
 notebook: $(VENV)/.installed ## open the notebooks in JupyterLab
 	$(PY) -m pip install -c constraints.txt -e '.[notebook]'

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.arguments import check_counts
+from mechlens.arguments import check_counts, check_model
 from mechlens.prompts import as_ids, bos_to_prepend
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
@@ -82,6 +82,7 @@ def token_windows(
         ValueError: as `read_texts`; a length that the context does not hold, or that leaves no token beside
             BOS; no tokenizer for texts; ids that the model does not have, or rows of another length.
     """
+    check_model(model)
     check_counts(limit=limit, length=length)
     n_ctx = model.cfg.n_ctx
     rows = corpus_ids(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -20,35 +21,46 @@ def tiny_directories(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2"])
-def tiny_model(request, tiny_directories):
+@pytest.fixture(scope="session")
+def load_once():
+    """`load_model`, whose models are kept: for tests that leave them as they are.
+
+    A fixture with parameters is better of a test's scope, and takes its models from here. Of the session's
+    scope, pytest would run all tests of a parameter together, and make what modules share again and again.
+    """
+    from mechlens.models.load import load_model
+
+    return functools.cache(load_model)
+
+
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2"])
+def tiny_model(request, load_once, tiny_directories):
     """Learned positions; rotary and parallel; grouped queries; a soft-cap and unfolded norms."""
-    from mechlens.models.load import load_model
-
-    return load_model(tiny_directories / request.param)
+    return load_once(tiny_directories / request.param)
 
 
 @pytest.fixture(scope="session")
-def tiny_bos_model(tiny_directories):
-    from mechlens.models.load import load_model
-
-    return load_model(tiny_directories / "gpt2")
-
-
-@pytest.fixture(scope="session", params=["gpt2", "llama"])
-def tiny_directory_with_room(request, tmp_path_factory):
-    """A tiny model that has room for 25 tokens x 4."""
-    directory = tmp_path_factory.mktemp("room") / request.param
-    room = {"n_positions": 128} if request.param == "gpt2" else {"max_position_embeddings": 128}
-    write_tiny_model(directory, request.param, **room)
-    return directory
+def tiny_bos_model(load_once, tiny_directories):
+    return load_once(tiny_directories / "gpt2")
 
 
 @pytest.fixture(scope="session")
-def tiny_model_with_room(tiny_directory_with_room):
-    from mechlens.models.load import load_model
+def directories_with_room(tmp_path_factory):
+    """Tiny models that have room for 25 tokens x 4."""
+    root = tmp_path_factory.mktemp("room")
+    for kind, room in (("gpt2", "n_positions"), ("llama", "max_position_embeddings")):
+        write_tiny_model(root / kind, kind, **{room: 128})
+    return root
 
-    return load_model(tiny_directory_with_room)
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tiny_directory_with_room(request, directories_with_room):
+    return directories_with_room / request.param
+
+
+@pytest.fixture
+def tiny_model_with_room(load_once, tiny_directory_with_room):
+    return load_once(tiny_directory_with_room)
 
 
 @pytest.fixture(scope="session")
@@ -92,14 +104,10 @@ def fixed_distance_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def bundled():
-    from mechlens.models.load import load_model
-
-    return load_model()
+def bundled(load_once):
+    return load_once()
 
 
 @pytest.fixture(scope="session")
-def stories260k():
-    from mechlens.models.load import load_model
-
-    return load_model(STORIES)
+def stories260k(load_once):
+    return load_once(STORIES)

@@ -21,6 +21,7 @@ from mechlens.analyses.circuits import (
 )
 from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
 from mechlens.results import Circuit, CompositionScores
+from tests.close import assert_same
 from tests.test_cli import run
 
 
@@ -110,15 +111,18 @@ def saved(capsys, tmp_path, *arguments) -> Circuit:
 
 def test_every_option_of_circuit_reaches_the_analysis(capsys, tmp_path, bundled):
     pair, part = ("L1H2", "3.5"), {"rotary": "unrotated"}
-    assert saved(capsys, tmp_path, *pair) == k_composition_circuit(bundled, *pair, **part)
-    assert saved(capsys, tmp_path, *pair, "--kind", "q", "--rotary", "unrotated") == q_composition_circuit(
-        bundled, *pair, **part
+    assert_same(saved(capsys, tmp_path, *pair), k_composition_circuit(bundled, *pair, **part))
+    assert_same(
+        saved(capsys, tmp_path, *pair, "--kind", "q", "--rotary", "unrotated"),
+        q_composition_circuit(bundled, *pair, **part),
     )
-    assert saved(capsys, tmp_path, *pair, "--kind", "v", "--embedding", "effective") == v_composition_circuit(
-        bundled, *pair, embedding="effective"
+    assert_same(
+        saved(capsys, tmp_path, *pair, "--kind", "v", "--embedding", "effective"),
+        v_composition_circuit(bundled, *pair, embedding="effective"),
     )
-    assert saved(capsys, tmp_path, *pair, "--relative-position", 3) == k_composition_circuit(
-        bundled, *pair, relative_position=3
+    assert_same(
+        saved(capsys, tmp_path, *pair, "--relative-position", 3),
+        k_composition_circuit(bundled, *pair, relative_position=3),
     )
     assert saved(capsys, tmp_path, "3.5") == full_OV(bundled, "3.5")
     assert saved(capsys, tmp_path, *pair, "--kind", "ov") == full_OV(bundled, pair)
@@ -166,7 +170,7 @@ def test_a_part_is_of_the_largest_tokens_or_of_a_text(capsys, bundled):
     assert found["corner"]["source"] == found["corner"]["destination"] == words
     expected = circuit_corner(bundled, full_OV(bundled, "3.5"), words)
     # JSON has every digit of a float32
-    assert found["corner"]["entries"] == expected.to_numpy().tolist()
+    assert_same(found["corner"]["entries"], expected.to_numpy().tolist())
     _, out, _ = run(capsys, "circuit", "3.5", "--json", "--top", "5")
     found = json.loads(out)
     assert found["corner"]["source"][:2] == [found["pairs"][0]["source"], found["pairs"][0]["destination"]]
@@ -211,7 +215,7 @@ def test_every_option_of_composition_reaches_the_analysis(capsys, tmp_path, bund
     path = tmp_path / "x.safetensors"
     code, out, err = run(capsys, "composition", *arguments, "--out", path, "--quiet")
     assert (code, out, err) == (0, "", "")
-    assert CompositionScores.load(path) == composition_scores(bundled, **options)
+    assert_same(CompositionScores.load(path), composition_scores(bundled, **options))
 
 
 def test_composition_lists_the_highest_pairs_and_json_has_all(capsys, bundled):
@@ -234,7 +238,7 @@ def test_composition_lists_the_highest_pairs_and_json_has_all(capsys, bundled):
     found = json.loads(out)
     # 6 pairs of layers of 6 heads
     assert len(found["pairs"]) == 6 * 36
-    assert found["pairs"][0]["score"] == expected["score"][0]
+    assert_same(found["pairs"][0]["score"], expected["score"][0])
     assert found["rotary"] == "ignored"
 
 

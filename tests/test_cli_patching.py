@@ -20,6 +20,7 @@ from mechlens.analyses.patching import (
 )
 from mechlens.prompts import repeated_tokens, text_tokens
 from mechlens.results import PatchGridResult
+from tests.close import assert_same
 from tests.test_cli import run
 
 SMALL = ["--seq-len", "6", "--batch", "2"]
@@ -102,14 +103,10 @@ def saved(capsys, tmp_path, *arguments) -> PatchGridResult:
     return PatchGridResult.load(path)
 
 
-def same(found: PatchGridResult, expected: PatchGridResult) -> None:
-    assert found == expected
-
-
 def test_the_articles_experiment_by_both_of_its_names(capsys, tmp_path, bundled):
     expected = ablate_mlps_from_first_half(bundled, seq_len=6, batch=2, seed=3)
-    same(saved(capsys, tmp_path, "patch", *SMALL, "--seed", 3), expected)
-    same(saved(capsys, tmp_path, "ablate", "mlps", *SMALL, "--seed", 3), expected)
+    assert_same(saved(capsys, tmp_path, "patch", *SMALL, "--seed", 3), expected)
+    assert_same(saved(capsys, tmp_path, "ablate", "mlps", *SMALL, "--seed", 3), expected)
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path):
@@ -131,16 +128,18 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path
         code, out, err = run(capsys, *arguments, "--state", state)
     assert (code, out, len(calls)) == (130, "", 1)
     assert err.strip() == f"mechlens: progress is saved in {state}: the same command goes on from there"
-    assert run(capsys, *arguments, "--state", state) == whole
+    code, out, err = run(capsys, *arguments, "--state", state)
+    assert (code, err) == (0, whole[2])
+    assert_same(json.loads(out), json.loads(whole[1]))
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
 def test_heads_by_both_of_their_names(capsys, tmp_path, bundled, how):
     expected = ablate_heads(bundled, how=how, seq_len=6, batch=2, seed=3, prepend_bos=False)
     arguments = [*SMALL, "--seed", 3, "--no-bos"]
-    same(saved(capsys, tmp_path, "ablate", "heads", "--how", how, *arguments), expected)
+    assert_same(saved(capsys, tmp_path, "ablate", "heads", "--how", how, *arguments), expected)
     patched = ["patch", "--site", "z", "--by", "head", "--from", how]
-    same(saved(capsys, tmp_path, *patched, *arguments), expected)
+    assert_same(saved(capsys, tmp_path, *patched, *arguments), expected)
 
 
 def test_every_option_of_patch_reaches_the_analysis(capsys, tmp_path, bundled):
@@ -159,7 +158,9 @@ def test_every_option_of_patch_reaches_the_analysis(capsys, tmp_path, bundled):
             metric="kl",
             read=range(7, 12),
         )
-        same(saved(capsys, tmp_path, "patch", "--from", source, "--by", "layer", *options, *SMALL), expected)
+        assert_same(
+            saved(capsys, tmp_path, "patch", "--from", source, "--by", "layer", *options, *SMALL), expected
+        )
 
 
 def test_a_text_is_denoised(capsys, tmp_path, bundled):
@@ -175,7 +176,7 @@ def test_a_text_is_denoised(capsys, tmp_path, bundled):
     )
     arguments = ["--site", "resid_pre", "--text", TEXT, "--from", "corrupted", "--corrupted", OTHER]
     arguments += ["--denoise", "--metric", "logit_diff", "--target", " three", "--against", " four"]
-    same(saved(capsys, tmp_path, "patch", *arguments), expected)
+    assert_same(saved(capsys, tmp_path, "patch", *arguments), expected)
     code, out, _ = run(capsys, "patch", *arguments, "--top", 2)
     assert code == 0
     assert "recovered" in out

@@ -337,6 +337,7 @@ def positional_attention(
 
     Cost: two runs of two tokens up to the layer.
     """
+    describe(model)
     n_ctx = model.cfg.n_ctx
     if n_positions is None:
         n_positions = min(64, n_ctx)

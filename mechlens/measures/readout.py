@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -270,7 +271,8 @@ def _kl(
     """Sum of p (log p - log q), q's logits being relative to its largest. Rounding alone makes a
     distribution's distance to itself negative."""
     assert entropy is not None
-    return (log_sum - cross - entropy[:, None]).clamp(min=0).movedim(0, -1).float()
+    apart = (log_sum - cross - entropy[:, None]).clamp(min=0).float()
+    return rearrange(apart, "reference some here -> some here reference")
 
 
 def _rows(found: Readout) -> Iterable[Readout]:

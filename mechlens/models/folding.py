@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -66,7 +67,8 @@ def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
         if _is_layer_norm(model):
             wide = wide - wide.mean(-2, keepdim=True)
         # grouped-query models share keys and values among heads; a bridge has them once per group
-        return wide.repeat_interleave(n_heads // len(wide), dim=0)
+        shared = n_heads // len(wide)
+        return repeat(wide, "kv d_model d_head -> (kv shared) d_model d_head", shared=shared)
 
     W_O = output_weights(model, layer)
     behind = attention_out_affine(model, layer)

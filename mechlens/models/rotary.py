@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -130,13 +131,14 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
     for pairing in _PAIRINGS:
         turn = turns(pairing)
         R = torch.stack([turn(at) @ turn(0).T for at in range(1, farthest + 1)])
-        # of two dimensions all pairings are one
-        if not any(torch.equal(R, other) for other in rotations.values()):
+        # of two dimensions all pairings are one, up to rounding; others differ by whole sines
+        if not any(torch.allclose(R, other, atol=1e-4) for other in rotations.values()):
             rotations[pairing] = R
     q, k = _probes(list(rotations.values()))
     measured = _scores(model, layer, q, k, farthest)
     off = {
-        pairing: _misfit(torch.einsum("ri,pij,rj->rp", q, R, k), measured) for pairing, R in rotations.items()
+        pairing: _misfit(einsum(q, R, k, "probe i, distance i j, probe j -> probe distance"), measured)
+        for pairing, R in rotations.items()
     }
     best, *others = sorted(off, key=lambda pairing: off[pairing])
     # a comparison with nan is false

@@ -39,18 +39,18 @@ def directories(tiny_directories, tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2", *TOYS])
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2", *TOYS])
 def kind(request):
     return request.param
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["processed", "raw"])
-def model(request, directories, kind):
+@pytest.fixture(params=[True, False], ids=["processed", "raw"])
+def model(request, load_once, directories, kind):
     """Parallel blocks, grouped heads, norms after the blocks, no MLP, no norm: processed and not."""
-    return load_model(directories[kind], processing=request.param)
+    return load_once(directories[kind], processing=request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def of_7(model):
     return direct_logit_attribution(model, tokens_for(), 7)
 
@@ -105,7 +105,7 @@ def test_the_default_target_is_the_models_own_guess(model):
     assert found.positions == (3, 8)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "gemma2"], scope="session")
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "gemma2"])
 def test_a_logit_difference_is_the_same_processed_and_raw(directories, kind):
     tokens = tokens_for()
     raw, processed = (

@@ -30,6 +30,7 @@ from mechlens.measures.weights import top_k_accuracy
 from mechlens.models import engines
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
+from tests.close import assert_same
 from tests.reference import circuits as reference
 from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model, write_toy
 
@@ -213,7 +214,7 @@ def test_the_baseline_is_of_heads_without_relation(gpt2):
     found = composition_scores(gpt2, "k", seed=3, draws=100)
     # of random weights the mean square is 1 / d_model; of 100 draws it is known to some 2%
     assert found.baseline_mean**2 + found.baseline_std**2 == pytest.approx(1 / 32, rel=0.08)
-    assert composition_scores(gpt2, "v", seed=3, draws=100).baseline_mean == found.baseline_mean
+    assert_same(composition_scores(gpt2, "v", seed=3, draws=100).baseline_mean, found.baseline_mean)
     assert composition_scores(gpt2, "k", seed=4, draws=2).baseline_mean != found.baseline_mean
     # the tiny model's weights are random: its 16 pairs lie as the random ones do (some 3 standard errors)
     rest = found.over_baseline[0, :, 1]
@@ -355,8 +356,8 @@ def test_padding_on_the_left_hides_no_position(tiny_directories):
     circuit, attention = positional_QK(model, LATER), positional_attention(model, LATER)
     assert model.tokenizer.pad_token_id in (None, 0)
     model.tokenizer.pad_token_id, model.tokenizer.padding_side = 0, "left"
-    assert positional_QK(model, LATER) == circuit
-    assert positional_attention(model, LATER) == attention
+    assert_same(positional_QK(model, LATER), circuit)
+    assert_same(positional_attention(model, LATER), attention)
     assert not attention.pattern.isnan().any()
 
 

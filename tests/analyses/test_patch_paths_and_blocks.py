@@ -19,14 +19,14 @@ def tokens_for(seed=0):
     return torch.randint(4, 50, (1, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama"])
-def patch_model(request, tiny_directories):
-    return load_model(tiny_directories / request.param)
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama"])
+def patch_model(request, load_once, tiny_directories):
+    return load_once(tiny_directories / request.param)
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neox", "llama", "gemma2"])
-def path_model(request, tiny_directories):
-    return load_model(tiny_directories / request.param)
+@pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2"])
+def path_model(request, load_once, tiny_directories):
+    return load_once(tiny_directories / request.param)
 
 
 def path_by_hand(model, tokens, other, sender, layer, head, name, at):

@@ -10,6 +10,7 @@ from mechlens.models import folding
 from mechlens.models.folding import folded_heads, from_tokens, position_vectors, to_logits
 from mechlens.models.load import load_model
 from mechlens.models.readings import final_norm
+from tests.close import assert_close
 from tests.reference import circuits as reference
 from tests.tiny_models import tiny_hf_model, write_toy
 
@@ -77,4 +78,4 @@ def test_nothing_is_changed_and_no_hook_is_left(tiny_directories):
     from_tokens(model, folded_heads(model, 0).W_Q[0], effective=True)
     position_vectors(model)
     with torch.no_grad():
-        assert torch.equal(model(tokens), before)
+        assert_close(model(tokens), before)

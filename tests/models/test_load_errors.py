@@ -16,6 +16,7 @@ from mechlens.models import load
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
 from mechlens.models.protocol import engine_of
+from tests.close import assert_close
 from tests.models.test_load import BACKENDS, HAS_HOOKED
 from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 
@@ -64,14 +65,12 @@ class TestNames:
             # A port that nobody listens on, so that the test is the same with a network.
             monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
             monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        waits = []
+        monkeypatch.setattr(time, "sleep", waits.append)
         with pytest.raises(ModelLoadError) as caught:
             load_model(name)
+        assert waits == [], "the hub's client waits before it tries again"
         message = str(caught.value)
-        start = time.perf_counter()
-        with pytest.raises(ModelLoadError):
-            load_model(name)
-        # The second time, when TransformerLens is imported: no retries.
-        assert time.perf_counter() - start < 3
         assert name.replace("-small", "") in message
         assert "cannot be reached" in message
         assert ("HF_HUB_OFFLINE is set" in message) == offline
@@ -189,7 +188,7 @@ class TestPickles:
         self.write(directory)
         tokens = torch.arange(20)[None]
         with torch.no_grad():
-            assert torch.equal(load_model(directory)(tokens), load_model(tiny_directories / "gpt2")(tokens))
+            assert_close(load_model(directory)(tokens), load_model(tiny_directories / "gpt2")(tokens))
 
     def test_code_is_not_run(self, directory, tmp_path):
         self.write(directory, more=Malicious(tmp_path / "owned"))

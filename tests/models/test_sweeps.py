@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mechlens.models import sweeps
-from mechlens.models.load import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.models.runs import watch_from
 from mechlens.models.sweeps import SITES, Patches, patterns_count, start_sweeps, sweep
@@ -22,9 +21,9 @@ def tokens_for(seed=0, length=LENGTH):
     return torch.randint(4, 50, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="session", params=["gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2"])
-def sweep_model(request, tiny_directories):
-    return load_model(tiny_directories / request.param)
+@pytest.fixture(params=["gpt2", "gpt_neo", "gpt_neox", "llama", "gemma2"])
+def sweep_model(request, load_once, tiny_directories):
+    return load_once(tiny_directories / request.param)
 
 
 def available(model, site):

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from mechlens.models.errors import ModelLoadError
-from mechlens.models.load import load_model
 from mechlens.models.tuned_lens import load_tuned_lens
 from mechlens.results import TunedLens
 from tests.reference.tuned_lens import PublishedLens, residuals
 
 
 @pytest.fixture(scope="session")
-def raw_model(tiny_directories):
-    return load_model(tiny_directories / "gpt2", processing=False)
+def raw_model(load_once, tiny_directories):
+    return load_once(tiny_directories / "gpt2", processing=False)
 
 
 @pytest.fixture
