@@ -16,6 +16,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 # The profiler tells of its start and stop, and of blocks that are older than it.
@@ -139,13 +140,11 @@ def induction_circuits() -> None:
     pairs = [(sender, receiver) for receiver in receivers for sender in ((2, 1), (11, 1), (16, 0))]
     sampled = find_induction_circuits(model, pairs=pairs[:1], progress=False)
     forward = fastest({"forward": lambda: last_residual(model, sampled.tokens)}, 3)["forward"]
+    search = partial(find_induction_circuits, model, progress=False)
     times = {
-        name: seconds(lambda some=some, n=n: find_induction_circuits(model, pairs=some, progress=False, **n))
-        for name, some, n in (
-            ("all pairs", pairs, {}),
-            ("one pair", pairs[:1], {}),
-            ("one pair, all tokens", pairs[:1], {"n_tokens": None}),
-        )
+        "all pairs": seconds(partial(search, pairs=pairs)),
+        "one pair": seconds(partial(search, pairs=pairs[:1])),
+        "one pair, all tokens": seconds(partial(search, pairs=pairs[:1], n_tokens=None)),
     }
     # of the three accuracies of a pair two are its own, and one is its induction head's
     more = (times["one pair, all tokens"] - times["one pair"]) * (2 * len(pairs) + len(receivers)) / 3
