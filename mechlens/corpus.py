@@ -105,14 +105,14 @@ def token_windows(
 
 
 def corpus_ids(source: Any) -> Int[Tensor, "window pos"] | None:
-    """The windows of a corpus that is ids, as a tensor, an array or what a tokenizer gives; None for text.
+    """The windows of a corpus that is ids: a tensor, an array, lists or what a tokenizer gives; None for text.
 
     Raises:
         ValueError: numbers that are no integers, or rows with padding.
     """
-    if not isinstance(source, (Tensor, np.ndarray)) and not (
-        isinstance(source, Mapping) and "input_ids" in source
-    ):
+    lists = isinstance(source, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in source)
+    encoded = isinstance(source, Mapping) and "input_ids" in source
+    if not (isinstance(source, (Tensor, np.ndarray)) or encoded or (lists and source)):
         return None
     rows, mask = as_ids(source)
     if mask is not None and not bool(mask.all()):
