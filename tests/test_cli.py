@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import json
 import re
@@ -15,16 +16,31 @@ import pytest
 import torch
 
 from mechlens import cli
+from mechlens.models import load
 from mechlens.models.protocol import describe
-from mechlens.results import HeadScores, LogitLensResult, TunedLens, load
+from mechlens.results import HeadScores, LogitLensResult, TunedLens
+from mechlens.results import load as load_result
 from tests.shared import STORIES, needs_shared
 
 SMALL = ["--batch", "2", "--n-seeds", "1"]
 
 
+@functools.cache
+def kept(load_model, name, **options):
+    return load_model(name, **options)
+
+
 def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
+    """Exit code, what was printed, and complaints; the bundled model is loaded once in all."""
+    own = load.load_model
+
+    def load_model(name, **options):
+        return kept(own, name, **options) if name == load.BUNDLED else own(name, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "load_model", load_model)
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     return ended.value.code, out, err
 
@@ -53,6 +69,7 @@ def test_no_arguments_show_the_help(capsys):
         (["reproduce", "--batch", "many"], "Invalid value for '--batch'"),
         (["reproduce", "--batch", "0"], "Invalid value for '--batch'"),
         (["reproduce", "--model", "gpt22"], "did you mean gpt2"),
+        (["models", "\udcff"], r"no model is known as '\udcff'"),
         (["reproduce", "--model", "./nowhere"], "nowhere"),
         (["reproduce", "--seq-len", "300", *SMALL], "the largest seq_len that fits is 255"),
         (["reproduce", "--device", "quantum"], "quantum"),
@@ -144,7 +161,7 @@ def test_reproduce_writes_results_tables_and_a_report(capsys, tmp_path):
         "repeated_tokens.safetensors",
         "report.html",
     ]
-    scores = load(folder / "head_scores.safetensors")
+    scores = load_result(folder / "head_scores.safetensors")
     table = pd.read_csv(folder / "head_scores.csv")
     (layer, head), best = next(scores.ranked("induction_score"))
     row = table[(table.kind == "induction_score") & (table.label == f"L{layer}H{head}")]
@@ -223,7 +240,7 @@ def test_the_reports_command_is_the_one_that_was_run(capsys, tmp_path, monkeypat
     command = html.unescape(re.search(r"mechlens reproduce [^<]*", page)[0])
     words = shlex.split(command)[1:]
     assert sorted(words) == sorted(arguments)
-    assert load(tmp_path / "a b" / "head_scores.safetensors").model.dtype == "bfloat16"
+    assert load_result(tmp_path / "a b" / "head_scores.safetensors").model.dtype == "bfloat16"
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(capsys, tmp_path):

@@ -19,7 +19,7 @@ from mechlens.analyses.heads import (
 )
 from mechlens.models.load import load_model
 from mechlens.results import HeadScores
-from tests.close import assert_close
+from tests.close import assert_close, assert_same
 from tests.reference import heads as reference
 from tests.shared import needs_shared
 from tests.tiny_models import write_tiny_model
@@ -231,9 +231,10 @@ def test_attention_patterns_are_the_models(tiny_model):
     cached = attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=cache)
     assert torch.allclose(cached.patterns, result.patterns, atol=1e-7)
     named = attention_patterns(tiny_model, tokens[None], ["L1H2", "0.0"])
-    assert named == result, "one row of a batch, and heads by name"
+    # one row of a batch, and heads by name
+    assert_same(named, result)
     _, bare = tiny_model.run_with_cache(tokens[None], remove_batch_dim=True)
-    assert attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=bare) == cached
+    assert_same(attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=bare), cached)
     with pytest.raises(ValueError, match=r"but the tokens are \(1, 5\)"):
         attention_patterns(tiny_model, tokens[:5], [(0, 0)], cache=cache)
 

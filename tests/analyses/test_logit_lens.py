@@ -452,7 +452,8 @@ def test_a_document_past_the_context_is_read_in_windows(lens_model):
 
 
 def test_a_smaller_budget_changes_nothing(tiny_bos_model, monkeypatch):
-    tokens = tokens_for(3, 32).repeat(1, 2)
+    # past the context of 32
+    tokens = tokens_for(2, 17).repeat(1, 2)
     whole = logit_lens(tiny_bos_model, tokens, targets=[3])
     monkeypatch.setattr("mechlens.analyses.logit_lens.RESIDUAL_BYTES", 1)
     small = logit_lens(tiny_bos_model, tokens, targets=[3], memory_budget=1)
