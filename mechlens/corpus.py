@@ -105,7 +105,7 @@ def token_windows(
 
 
 def corpus_ids(source: Any) -> Int[Tensor, "window pos"] | None:
-    """The windows of a corpus that is ids: a tensor, an array, lists or what a tokenizer gives; None for text.
+    """The windows of a corpus of ids: a tensor, an array, lists or what a tokenizer gives; None for text.
 
     Raises:
         ValueError: numbers that are no integers, or rows with padding.
