@@ -84,8 +84,22 @@ def loss(logits, tokens):
 # -- hooks of the user's ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", [everywhere, at_the_last, at_the_fourth, of_the_first_row])
-@pytest.mark.parametrize("place", ["hook_resid_pre", "hook_mlp_out", "hook_resid_post", "attn.hook_z"])
+# each hook at two places, and two hooks at each place
+@pytest.mark.parametrize(
+    ("hook", "place"),
+    [
+        *(
+            (hook, place)
+            for hook in (everywhere, at_the_fourth)
+            for place in ("hook_resid_pre", "hook_resid_post")
+        ),
+        *(
+            (hook, place)
+            for hook in (at_the_last, of_the_first_row)
+            for place in ("hook_mlp_out", "attn.hook_z")
+        ),
+    ],
+)
 def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, place):
     model, tokens = load_model(directories / "llama", backend=backend), tokens_for()
     if place == "attn.hook_z":
