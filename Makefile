@@ -56,9 +56,11 @@ types: $(VENV)/.installed ## check types
 	$(PY) -m mypy
 	$(PY) -m mypy experiments  # apart, because scripts have the names of benchmarks
 
-bench: $(VENV)/.installed ## time and memory, as ratios against a reference in the same run
+bench: $(VENV)/.installed $(BRIDGE)/.installed ## time and memory, as ratios against a reference in the same run
 	@set -e; for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
 		$(PY) $$file; echo; done
+	$(BRIDGE)/bin/python benchmarks/logit_lens.py --no-xl
+	$(BRIDGE)/bin/python benchmarks/load.py
 
 clean: ## remove the environments and caches; results in out/ and runs/ stay
 	rm -rf $(VENV) $(BRIDGE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

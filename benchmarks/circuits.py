@@ -1,10 +1,13 @@
-"""Circuits of GPT-2 small's shape: accuracy over the whole vocabulary, and composition of all heads.
+"""Circuits of GPT-2 small's shape: accuracy over the whole vocabulary, and composition of all heads; and the
+search for induction circuits in a model of SmolLM2-135M's shape.
 
     python benchmarks/circuits.py [--runs 5] [--pairs 40]
 
 Random weights: speed does not depend on their values. Exact top-1 accuracy is measured against the bare
 product in the same tiles, composition against the loop over pairs of heads, some of which are timed and
-multiplied. All figures come from one run on one machine; only their ratios mean anything on another.
+multiplied, and the search with a sample of the vocabulary against that with all of it, from one pair, and
+against a bare forward pass. All figures come from one run on one machine; only their ratios mean anything on
+another.
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 # The profiler tells of its start and stop, and of blocks that are older than it.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import Row, check_peak_bytes, peak_bytes, print_table, seconds
+from common import Row, check_peak_bytes, peak_bytes, print_table, random_smollm2, seconds
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
+from mechlens import find_induction_circuits
 from mechlens.measures import weights
 from mechlens.measures.weights import composition_scores, largest_entries, random_composition, top_k_accuracy
+from mechlens.models.properties import last_residual
+from mechlens.models.protocol import engine_of
 
 THREADS = 2
 D_VOCAB, D_MODEL, D_HEAD = 50257, 768, 64
@@ -41,6 +48,7 @@ def main() -> None:
     with torch.inference_mode():
         accuracy(options.runs)
         composition(options.runs, options.pairs)
+    induction_circuits()
 
 
 def accuracy(runs: int) -> None:
@@ -123,6 +131,36 @@ def composition(runs: int, n_pairs: int) -> None:
         Row("the random baseline, 100 pairs", baseline, "s"),
     ]
     print_table(f"K-composition of {count} heads, d_model {D_MODEL}, {THREADS} threads", rows)
+
+
+def induction_circuits() -> None:
+    """24 pairs of heads that stand where those of the trained model do."""
+    model = random_smollm2()
+    receivers = [(layer, head) for layer in (17, 18, 23) for head in range(3)][:8]
+    pairs = [(sender, receiver) for receiver in receivers for sender in ((2, 1), (11, 1), (16, 0))]
+    sampled = find_induction_circuits(model, pairs=pairs[:1], progress=False)
+    forward = fastest({"forward": lambda: last_residual(model, sampled.tokens)}, 3)["forward"]
+    search = partial(find_induction_circuits, model, progress=False)
+    times = {
+        "all pairs": seconds(partial(search, pairs=pairs)),
+        "one pair": seconds(partial(search, pairs=pairs[:1])),
+        "one pair, all tokens": seconds(partial(search, pairs=pairs[:1], n_tokens=None)),
+    }
+    # of the three accuracies of a pair two are its own, and one is its induction head's
+    more = (times["one pair, all tokens"] - times["one pair"]) * (2 * len(pairs) + len(receivers)) / 3
+    product = 2 * model.cfg.d_vocab**2 * model.cfg.d_head
+    at_once = engine_of(model) == "HookedTransformer"
+    rows = [
+        Row("a forward pass of the sequences", forward, "s"),
+        Row("one pair", times["one pair"], "s"),
+        Row(f"{len(pairs)} pairs", times["all pairs"], "s", 120 if at_once else None),
+        Row("  in forward passes", times["all pairs"] / forward, ""),
+        Row("one pair, all tokens counted", times["one pair, all tokens"], "s"),
+        Row("  arithmetic of their products", 3 * product / 1e12, "TFLOP"),
+        Row(f"{len(pairs)} pairs, all tokens counted, from that", times["all pairs"] + more, "s"),
+    ]
+    title = f"Induction circuits, {model.cfg.n_layers} layers, {model.cfg.d_vocab} tokens, {THREADS} threads"
+    print_table(title, rows)
 
 
 def one_pair(OV: FactoredMatrix, QK: FactoredMatrix) -> Tensor:

@@ -137,3 +137,35 @@ def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
             dtype=torch.float32,
             directory=Path(folder),
         )
+
+
+def random_smollm2() -> Any:
+    """A model of SmolLM2-135M's shape with random weights, on the installed engine; needs no network."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from mechlens import load_model
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    # random tokens are drawn from those that the tokenizer has
+    words = {"<|endoftext|>": 0} | {f"t{number}": number for number in range(1, config.vocab_size)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+    )
+    with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return load_model(folder)

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -169,9 +170,9 @@ def medians(works: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, flo
 def against_product(shape: Shape, pairs: int, threads: int) -> None:
     case = Case.of(shape)
     case.product(*TILES[0])
-    tried = {tile: seconds(lambda tile=tile: case.product(*tile)) for tile in TILES}
+    tried = {tile: seconds(partial(case.product, *tile)) for tile in TILES}
     best = min(tried, key=tried.__getitem__)
-    taken = medians({"product": lambda: case.product(*best), "ours": case.ours}, pairs)
+    taken = medians({"product": partial(case.product, *best), "ours": case.ours}, pairs)
     rows = [
         Row("arithmetic of the product", shape.flop / 1e9, "GFLOP"),
         Row(f"best-shaped product: {best[0] or 'all'} x {best[1]}", taken["product"], "s"),

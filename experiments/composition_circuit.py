@@ -3,12 +3,12 @@
     python experiments/composition_circuit.py --model mechlens-books --out out/composition_circuit
 
 Finds the previous-token heads that a model's induction heads work with, and prints what speaks for each pair:
-how the two attend, K-composition and the accuracy of the composed circuit over the whole vocabulary (over
-keys for each query and over queries for each key, because the article does not say which), and what is lost
-when the one head is ablated only as the other's keys see it, and altogether. Beside it stands the article's
-figure, 0.2283 for 4.11 and 5.5 of GPT-2 small, which is judged on `--model gpt2`. Saves every result
-(`.safetensors`), table (`.csv`) and figure (`.html`), and all figures on one page, `report.html`, which opens
-without a network."""
+how the two attend, K-composition and the accuracy of the composed circuit (over keys for each query and over
+queries for each key, because the article does not say which; of GPT-2's pair over the whole vocabulary, of
+others over at most 2048 tokens of it), and what is lost when the one head is ablated only as the other's keys
+see it, and altogether. Beside it stands the article's figure, 0.2283 for 4.11 and 5.5 of GPT-2 small, which
+is judged on `--model gpt2`. Saves every result (`.safetensors`), table (`.csv`) and figure (`.html`), and all
+figures on one page, `report.html`, which opens without a network."""
 
 from __future__ import annotations
 

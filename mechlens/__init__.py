@@ -6,6 +6,9 @@ Names are imported when they are first used, so that `import mechlens` costs not
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -210,3 +213,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+def _warn_of_the_other_project() -> None:
+    """Say so if the package index's `mechlens`, with the same import name, was installed into our folder.
+
+    It may have replaced some of our files. Where it has replaced this one, nothing of ours runs.
+    """
+    installed = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    others = [name for name in os.listdir(installed) if re.fullmatch(r"mechlens-\d.*\.dist-info", name)]
+    if others:
+        warnings.warn(
+            "another project called mechlens is installed in the same folder as this one (mechlens-toolkit): "
+            "uninstall both, then install mechlens-toolkit again",
+            stacklevel=3,
+        )
+
+
+_warn_of_the_other_project()

@@ -89,7 +89,7 @@ def seeds_of(seeds: Any) -> tuple[int, ...]:
     return found
 
 
-def names_of(what: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
+def names_of(what: str, given: Any, known: Sequence[str], *, may_be_empty: bool = False) -> tuple[str, ...]:
     """One or several of some names; a text by itself is one.
 
     Raises:
@@ -105,7 +105,7 @@ def names_of(what: str, given: Any, known: Sequence[str]) -> tuple[str, ...]:
             near = difflib.get_close_matches(str(name), known, 1, 0.5)
             meant = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(f"no {what} {name!r} here{meant}; there are {', '.join(known)}")
-    if not found:
+    if not found and not may_be_empty:
         raise ValueError(f"no {what} is asked for; there are {', '.join(known)}")
     return found
 
@@ -166,6 +166,21 @@ def check_type(name: str, value: Any, *types: type) -> None:
         wanted = " or ".join(_one(each) for each in types)
         plain = value is None or isinstance(value, (str, int, float))
         raise TypeError(f"{name} must be {wanted}, but is {repr(value) if plain else _one(type(value))}")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what has neither a configuration nor a place for a tokenizer, such as a model's name."""
+    if not (hasattr(model, "cfg") and hasattr(model, "tokenizer")):
+        raise no_model(model)
+
+
+def no_model(given: Any) -> TypeError:
+    """The error for what is no model of TransformerLens."""
+    came = f"{type(given).__module__}.{type(given).__qualname__}"
+    return TypeError(
+        f"this needs a HookedTransformer or a TransformerBridge, but got {came}: "
+        "load the model with mechlens.load_model(name or directory)"
+    )
 
 
 def _one(kind: type) -> str:

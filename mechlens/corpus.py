@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.arguments import check_counts
+from mechlens.arguments import check_counts, check_model
 from mechlens.prompts import as_ids, bos_to_prepend
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
@@ -82,6 +82,7 @@ def token_windows(
         ValueError: as `read_texts`; a length that the context does not hold, or that leaves no token beside
             BOS; no tokenizer for texts; ids that the model does not have, or rows of another length.
     """
+    check_model(model)
     check_counts(limit=limit, length=length)
     n_ctx = model.cfg.n_ctx
     rows = corpus_ids(source)
@@ -104,14 +105,14 @@ def token_windows(
 
 
 def corpus_ids(source: Any) -> Int[Tensor, "window pos"] | None:
-    """The windows of a corpus that is ids, as a tensor, an array or what a tokenizer gives; None for text.
+    """The windows of a corpus of ids: a tensor, an array, lists or what a tokenizer gives; None for text.
 
     Raises:
         ValueError: numbers that are no integers, or rows with padding.
     """
-    if not isinstance(source, (Tensor, np.ndarray)) and not (
-        isinstance(source, Mapping) and "input_ids" in source
-    ):
+    lists = isinstance(source, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in source)
+    encoded = isinstance(source, Mapping) and "input_ids" in source
+    if not (isinstance(source, (Tensor, np.ndarray)) or encoded or (lists and source)):
         return None
     rows, mask = as_ids(source)
     if mask is not None and not bool(mask.all()):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.arguments import whole_number
+from mechlens.arguments import check_model, whole_number
 from mechlens.tokens import check_text, drawable_tokens, own_bos_token_id, token_strings
 
 Prompt = str | Sequence[Any] | Tensor | np.ndarray | Mapping[str, Any]
@@ -65,6 +65,7 @@ def repeated_tokens(
 
     Source: the repeated-token experiment of Olsson et al. 2022, arXiv:2209.11895.
     """
+    check_model(model)
     seq_len, batch, copies, seed = (
         whole_number(name, value, least=least)
         for name, value, least in (
@@ -150,6 +151,7 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
 
 def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, " pos"]:
     """The tokens of a text of any length; see `text_tokens`."""
+    check_model(model)
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
     check_text(text, "text")
@@ -178,6 +180,7 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
         ValueError: as `text_tokens`, sequences of different lengths or with padding, or ids that are no
             integers.
     """
+    check_model(model)
     texts = as_texts(prompt)
     if texts is not None:
         rows = [text_tokens(model, text, prepend_bos=prepend_bos) for text in texts]

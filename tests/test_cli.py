@@ -316,6 +316,23 @@ def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
     assert words == ["lens", *arguments[:4], "--high", "50.0", "--target", " two", "--out", str(path), TEXT]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stat", "probability"],
+        ["--stat", "next_rank"],
+        ["--stat", "probability", "--of", " two", "--target", " two"],
+        ["--stat", "entropy", "--target", " two"],
+    ],
+    ids=str,
+)
+def test_lens_prints_the_same_whether_or_not_the_rest_is_computed(capsys, tmp_path, options):
+    """What is neither printed nor saved is not computed."""
+    code, printed, _ = run(capsys, "lens", TEXT, *options)
+    assert code == 0
+    assert run(capsys, "lens", TEXT, *options, "--out", tmp_path / "lens.csv")[1].startswith(printed)
+
+
 def test_lens_reads_a_text_longer_than_the_context(capsys):
     code, out, _ = run(capsys, "lens", "one two three " * 250, "--layer", "3", "--csv")
     assert code == 0

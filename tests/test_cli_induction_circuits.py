@@ -28,6 +28,7 @@ def test_a_pair_is_printed_and_saved(capsys, tmp_path, bundled):
     score = float(expected.evidence["induction_score"][0])
     assert float(found.evidence["induction_score"][0]) == pytest.approx(score, abs=1e-6)
     assert "L1H2 and L3H5: attends as a circuit does" in out
+    assert "Top-1 accuracies are counted over all 2048 tokens." in out
     code, out, _ = run(capsys, "induction-circuits", *SMALL, "--json", "--out", tmp_path / "page.html")
     assert code == 0
     (pair,) = json.loads(out)["pairs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,27 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 def test_dir_lists_the_names_before_they_are_used() -> None:
     assert set(mechlens.__all__) <= set(dir(mechlens))
+
+
+def imported_in(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=os.environ | environment
+    )
+
+
+def test_the_folder_above_a_checkout_does_not_hide_the_package(tmp_path) -> None:
+    """A folder called mechlens with anything in it would do as a namespace package."""
+    (tmp_path / "mechlens" / "mechlens").mkdir(parents=True)
+    ran = imported_in(tmp_path, "import mechlens; print(mechlens.__all__[0])")
+    assert ran.stdout.strip() == mechlens.__all__[0], ran.stderr
+
+
+@pytest.mark.parametrize("other", ["mechlens-0.3.0.dist-info", None])
+def test_another_project_of_the_same_name_is_told_of(tmp_path, other) -> None:
+    (tmp_path / "mechlens").symlink_to(Path(mechlens.__file__).parent)
+    (tmp_path / "mechlens_toolkit-0.1.0.dist-info").mkdir()
+    if other:
+        (tmp_path / other).mkdir()
+    ran = imported_in(tmp_path, "import mechlens", PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 0
+    assert ("uninstall both" in ran.stderr) == bool(other)

@@ -129,6 +129,48 @@ def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, 
     assert model.hook_dict[f"blocks.1.{place}"].fwd_hooks, "the user's hook is still there"
 
 
+@pytest.mark.parametrize("hook", [None, everywhere, at_the_last, of_the_first_row])
+def test_paths_of_several_prompts_are_those_of_each_alone_in_whole_runs(directories, backend, hook):
+    """The keys of L3's group 1 as they see L1H2 zeroed; without a hook of the user's, too."""
+    model, tokens = load_model(directories / "llama", backend=backend), tokens_for(3)
+    if hook is not None:
+        model.add_hook("blocks.2.hook_resid_pre", hook, is_permanent=True)
+    out, keys = "blocks.1.hook_attn_out", "blocks.3.attn.hook_k"
+    pattern = "blocks.3.attn.hook_pattern"
+
+    def keep(kept, name):
+        return name, lambda activation, hook: kept.__setitem__(name, activation.clone())
+
+    def zero(activation, hook):
+        activation = activation.clone()
+        activation[:, :, 2] = 0
+        return activation
+
+    attention, losses = [], []
+    for row in tokens.split(1):
+        clean, patched, seen, last = {}, {}, {}, {}
+        with torch.no_grad():
+            model.run_with_hooks(row, fwd_hooks=[keep(clean, out)])
+            model.run_with_hooks(row, fwd_hooks=[("blocks.1.attn.hook_z", zero), keep(patched, out)])
+            change = patched[out] - clean[out]
+            enters = ("blocks.3.hook_resid_pre", lambda activation, hook, change=change: activation + change)
+            model.run_with_hooks(row, fwd_hooks=[enters, keep(seen, keys)])
+
+            def put(activation, hook, seen=seen):
+                activation = activation.clone()
+                activation[:, :, 1] = seen[keys][:, :, 1]
+                return activation
+
+            logits = model.run_with_hooks(row, fwd_hooks=[(keys, put), keep(last, pattern)])
+        attention.append(last[pattern][0, 3])
+        losses.append(loss(logits, row))
+    options = {"sender": (1, 2), "input": "k", "source": "zero"}
+    found = mechlens.path_attention(model, tokens, receiver=(3, 3), **options)
+    torch.testing.assert_close(found, torch.stack(attention), atol=CLOSE, rtol=0)
+    path = mechlens.patch_path(model, tokens, receiver=(3, 1), **options)
+    assert path.values.flatten().tolist() == pytest.approx(losses, abs=CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_lens_beside_a_users_hook_shows_what_the_hooked_model_predicts(directories, backend, kind):
     model, tokens = load_model(directories / kind, backend=backend), tokens_for(3)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -194,8 +195,8 @@ def _attribute(
         W_O, b_O = output_weights(model, layer), output_bias(model, layer)
         seen = directions if norm is None else before_norm(model, directions, norm[0])
         # by head and coordinate of z, one for each pair of tokens
-        through = torch.einsum("um,hdm->uhd", seen, W_O)
-        heads = torch.einsum("brhd,brhd->hbr", values, through[which])
+        through = einsum(seen, W_O, "pair d_model, head d d_model -> pair head d")
+        heads = einsum(values, through[which], "batch read head d, batch read head d -> head batch read")
         bias = (seen @ b_O)[which]
         if norm is not None:
             scale = norm_scale(model, values.flatten(-2) @ W_O.flatten(0, 1) + b_O)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.measures import weights as measures
 from mechlens.models.folding import from_tokens, to_logits
 from mechlens.models.protocol import LensModel, describe
@@ -23,12 +24,15 @@ _THE_SAME = ("name", "revision", "n_layers", "n_heads", "d_model", "d_vocab")
 model and on both engines, which may give it another context."""
 
 
-def largest_pairs(model: LensModel, circuit: Circuit, n: int = 20) -> pd.DataFrame:
+def largest_pairs(
+    model: LensModel, circuit: Circuit, n: int = 20, *, progress: bool | None = None
+) -> pd.DataFrame:
     """The pairs of tokens (or positions) with the largest entries of a circuit.
 
     Args:
         model: the one that the circuit was made of.
         circuit: of tokens or of positions.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         One row per pair, the largest entry first: for each axis its number (`query_id`, `key_id`, or
@@ -48,7 +52,7 @@ def largest_pairs(model: LensModel, circuit: Circuit, n: int = 20) -> pd.DataFra
             f"the {circuit.name} is between directions of the stream, which have no text: take full_OV or "
             "full_QK, or read its directions with singular_tokens"
         )
-    found = measures.largest_entries(circuit, n)
+    found = measures.largest_entries(circuit, n, progress=progress)
     table: dict[str, Any] = {}
     for side, ids in enumerate((found.rows, found.columns)):
         table[f"{circuit.axes[side]}_id"] = ids.tolist()
@@ -163,6 +167,7 @@ def _read(
 
 def _check(model: LensModel, circuit: Circuit) -> None:
     info = describe(model)
+    check_type("circuit", circuit, Circuit)
     pairs = [(name, getattr(circuit.model, name), getattr(info, name)) for name in _THE_SAME]
     others = ", ".join(f"its {name} is {own!r}, here {here!r}" for name, own, here in pairs if own != here)
     if others:

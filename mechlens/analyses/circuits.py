@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.arguments import check_model
 from mechlens.measures import weights as weights_measures
 from mechlens.models.folding import (
     folded_heads,
@@ -39,6 +40,7 @@ from mechlens.models.folding import (
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.rotary import attention_scale, is_rotary, rotation, unrotated
 from mechlens.models.weights import norm_scale
+from mechlens.progress import progress_bar
 from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label, parse_head
 
 EMBEDDINGS = ("W_E", "effective")
@@ -336,6 +338,7 @@ def positional_attention(
 
     Cost: two runs of two tokens up to the layer.
     """
+    describe(model)
     n_ctx = model.cfg.n_ctx
     if n_positions is None:
         n_positions = min(64, n_ctx)
@@ -361,6 +364,7 @@ def composition_scores(
     relative_position: int | None = None,
     seed: int = 0,
     draws: int = 100,
+    progress: bool | None = None,
 ) -> CompositionScores:
     """How much of what each head reads could come from each earlier head, less what chance gives.
 
@@ -375,6 +379,7 @@ def composition_scores(
             result's `rotary` says so.
         seed: of the random weights that give the baseline.
         draws: pairs of random heads in the baseline.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         All pairs of an earlier and a later head; nan for all others.
@@ -395,7 +400,8 @@ def composition_scores(
         raise ValueError("V-composition compares no queries with keys: leave relative_position out")
     turn = _PLAIN
     factors = []
-    for layer in range(info.n_layers):
+    layers_done = progress_bar(range(info.n_layers), desc="composition", unit="layer", progress=progress)
+    for layer in layers_done:
         weights = folded_heads(model, layer)
         if kind == "v":
             later = weights.W_V, weights.W_O
@@ -431,6 +437,7 @@ def _head(model: LensModel, head: Head) -> tuple[int, int]:
         raise TypeError(
             f"such a circuit is of one head, as 'L5H5' or (5, 5), but a list of heads is given: {head!r}"
         )
+    check_model(model)
     layer, index = parse_head(head)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     if not (0 <= layer < n_layers and 0 <= index < n_heads):

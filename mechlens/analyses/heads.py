@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -405,8 +406,10 @@ def _copying(
         if norm is not None:
             # its division by a scale changes no score, its weights do
             W_O = W_O * norm[0]
-        to_sample = torch.einsum("bshd,hdm,btm->bhst", v, W_O, columns)
-        to_all = torch.einsum("bshd,hd->bhs", v, W_O @ mean_column)
+        to_sample = einsum(
+            v, W_O, columns, "batch source head d, head d m, batch token m -> batch head source token"
+        )
+        to_all = einsum(v, W_O @ mean_column, "batch source head d, head d -> batch head source")
         received = pattern[:, :, sample, sample].float().sum(-2)
         for into, which in ((scores, own), (nulls, other)):
             score = measures.copying_score(to_sample, to_all, received, which.to(v.device))

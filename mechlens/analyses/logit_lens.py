@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -103,8 +104,8 @@ def logit_lens(
             of one token; one for each position is a list within the list, or a tensor like the tokens. A
             mapping names them; else they are named as they are given, and those that differ by position
             `target_0`, ...
-        statistics: which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` are wanted; None is all.
-            The others are not computed, and nan.
+        statistics: which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` are wanted; None is all,
+            an empty list none beside the most likely tokens. The others are not computed, and nan.
         attention_mask: of token ids `[batch, pos]`: 0 or False where they are padding, left or right.
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
         memory_budget: bytes for logits and what is made of them; None takes 64 MiB, on a GPU 1 GiB. It is
@@ -139,7 +140,8 @@ def logit_lens(
     rows = _rows(model, component, sorted(chosen("layer", layers, n_layers)), heads)
     read = chosen("position", positions, batch.tokens.shape[1])
     wanted = {name: _ids(model, target, batch.tokens) for name, target in _named(targets)}
-    asked = STATISTICS if statistics is None else names_of("statistic", statistics, STATISTICS)
+    known = STATISTICS
+    asked = known if statistics is None else names_of("statistic", statistics, known, may_be_empty=True)
     decode, decoder_name = _decoder(model, decoder, info)
     if isinstance(decoder, TunedLens) and (component not in ("resid_pre", "resid_post") or last_blocks):
         raise ValueError(
@@ -369,8 +371,12 @@ def _vectors(
     n_pieces, width = part.tokens.shape
     # blocks attend to every position, so these vectors are wanted at all of them
     everywhere = last_blocks > 0
-    piece = torch.arange(n_pieces).repeat_interleave(width) if everywhere else part.piece
-    offset = torch.arange(width).repeat(n_pieces) if everywhere else part.offset
+    piece = (
+        repeat(torch.arange(n_pieces), "piece -> (piece width)", width=width) if everywhere else part.piece
+    )
+    offset = (
+        repeat(torch.arange(width), "width -> (piece width)", piece=n_pieces) if everywhere else part.offset
+    )
     vectors = torch.zeros(
         len(rows) + 1, len(piece), model.cfg.d_model, dtype=model.W_U.dtype, device=model.W_U.device
     )
@@ -394,7 +400,7 @@ def _vectors(
             layer = rows[indices[0]].layer
             checked[layer] = some
             written = head_outputs(model, layer, some, heads)
-            vectors[indices] += written.movedim(1, 0).to(vectors.dtype)
+            vectors[indices] += rearrange(written, "here head d_model -> head here d_model").to(vectors.dtype)
         else:
             vectors[indices] += some
 
@@ -543,10 +549,10 @@ def _result(
         """`[row, batch, read, ...]`; nan where nobody asked."""
         if values is None:
             return torch.full((n_rows, *shape, *more), fill, dtype=torch.float32)
-        values = values.cpu().movedim(1, 0)
+        values = rearrange(values.cpu(), "row here ... -> here row ...")
         grid = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
         grid[cells] = values
-        return grid.movedim(0, 1).unflatten(1, shape)
+        return rearrange(grid, "(batch read) row ... -> row batch read ...", batch=shape[0])
 
     def told(name: str, values: Tensor | None) -> Tensor:
         return apart(values if name in statistics else None, torch.nan)[:n_rows]

@@ -93,12 +93,12 @@ def train_tuned_lens(
     Cost: one forward pass over each batch, and for each row two products with `W_U`; memory for some copies
     of the translators, a float32 `W_U`, and the constants above. No `[row, pos, d_vocab]` tensor exists.
     """
+    info = describe(model)
     check_counts(steps=steps, batch_tokens=batch_tokens, held_out=held_out)
     check_reals(learning_rate=learning_rate)
     learning_rate = 0.5 / model.cfg.d_model if learning_rate is None else learning_rate
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, but is {learning_rate}")
-    info = describe(model)
     file = state_file(state)
     train, rest = _windows(model, corpus, held_out_corpus, steps, batch_tokens, length, held_out, prepend_bos)
     check_streamed(model, train)

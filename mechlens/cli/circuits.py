@@ -105,12 +105,13 @@ def circuit(
     if tokens is not None:
         # before the work is done, because a text may have no tokens
         shown = text_ids(loaded, tokens, prepend_bos=False).tolist()
-    pairs = largest_pairs(loaded, found, top)
+    progress = options.progress(quiet)
+    pairs = largest_pairs(loaded, found, top, progress=progress)
     if tokens is None:
         shown = pairs[[f"{axis}_id" for axis in found.axes]].to_numpy().flatten().tolist()
     unique = list(dict.fromkeys(shown))
     corner = circuit_corner(loaded, found, unique if tokens is not None else unique[:_CORNER])
-    accuracy = _accuracy(found, options.progress(quiet))
+    accuracy = _accuracy(found, progress)
     shown_of_it = (found, accuracy, eigenvalue_copying_score(found), pairs, corner, note)
 
     def sections() -> list[Section]:
@@ -157,7 +158,14 @@ def composition(
     loaded = options.load(model, device, dtype, revision, quiet)
     from mechlens.analyses.circuits import composition_scores
 
-    found = composition_scores(loaded, kind, relative_position=relative_position, seed=seed, draws=draws)
+    found = composition_scores(
+        loaded,
+        kind,
+        relative_position=relative_position,
+        seed=seed,
+        draws=draws,
+        progress=options.progress(quiet),
+    )
     from mechlens import terminal
 
     def sections() -> list[Section]:
@@ -243,12 +251,10 @@ def _circuit(
 
 def _accuracy(circuit: Circuit, progress: bool) -> dict[str, dict[int, float]]:
     """For each axis that is searched, the top-k accuracies, from one pass over the entries."""
-    from tqdm import tqdm
-
     from mechlens.measures.weights import diagonal_ranks
 
     shares = {}
-    for axis in tqdm(reversed(circuit.axes), desc="accuracy", total=2, disable=not progress):
-        ranks = diagonal_ranks(circuit, axis)
+    for axis in reversed(circuit.axes):
+        ranks = diagonal_ranks(circuit, axis, progress=progress)
         shares[axis] = {k: float((ranks <= k).double().mean()) for k in _ACCURACIES}
     return shares

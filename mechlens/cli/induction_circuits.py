@@ -44,9 +44,15 @@ def induction_circuits(
     how: Annotated[
         str, typer.Option(help="What is in an ablated head's place: mean, resample or zero.")
     ] = "mean",
+    all_tokens: Annotated[
+        bool,
+        typer.Option("--all-tokens", help="Count top-1 accuracies over the whole vocabulary, not a sample."),
+    ] = False,
     seq_len: Annotated[int, typer.Option(min=2, help="Random tokens in one copy.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of random tokens.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the random tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Of the random tokens, and of the sample of the vocabulary.")
+    ] = 0,
     bos: BosOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
@@ -64,7 +70,7 @@ def induction_circuits(
     options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
     loaded = options.load(model, device, dtype, revision, quiet)
-    from mechlens.studies.induction_circuits import find_induction_circuits
+    from mechlens.studies.induction_circuits import N_TOKENS, find_induction_circuits
 
     found = find_induction_circuits(
         loaded,
@@ -75,6 +81,7 @@ def induction_circuits(
         batch=batch,
         seed=seed,
         how=how,
+        n_tokens=None if all_tokens else N_TOKENS,
         prepend_bos=bos,
         progress=options.progress(quiet),
     )

@@ -152,8 +152,11 @@ def lens(
     if tuned_lens is not None:
         through = saved or _published_tuned_lens(tuned_lens, loaded)
     from mechlens.analyses.logit_lens import logit_lens
-    from mechlens.plots.logit_lens import lens_stat
+    from mechlens.plots.logit_lens import lens_stat, statistic_of
 
+    # a file and a table for other programs have everything; what is printed is one statistic
+    printed = {statistic_of(stat, of), *(("rank", "log_prob") if target else ())} - {None}
+    everything = out is not None or as_json or as_csv
     try:
         found = logit_lens(
             loaded,
@@ -167,7 +170,9 @@ def lens(
             positions=positions,
             top_k=top_k,
             targets=target or (),
+            statistics=None if everything else sorted(printed),
             prepend_bos=bos,
+            progress=options.progress(quiet),
         )
     except ValueError as error:
         raise ValueError(_as_typed(str(error))) from error

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -182,7 +183,8 @@ class _Work:
             held = _References.of(self.unembedding, self.decoded(self.references, where))
             wanted = torch.cat([held.probabilities[0].argmax(-1, keepdim=True), wanted], dim=1)
             own = held.probabilities.gather(2, wanted.expand(len(self.references), -1, -1))
-            width = self._width(len(own) * n_pos, tile_bytes)
+            # no product is made here, so tiles may be as wide as they are few
+            width = self._width(len(own) * n_pos, tile_bytes, self.unembedding.d_vocab)
             reduced = self._reduced(held.tiles(width), wanted, own, held)
             found |= zip(self.references, _rows(reduced), strict=True)
         unique, place = wanted.unique(return_inverse=True)
@@ -195,12 +197,13 @@ class _Work:
             # before any others are known, so that ranks can be counted on the way
             some = self.unembedding.of_each(decoded.flatten(0, 1), unique).view(len(rows), n_pos, -1)
             own = some.gather(2, place.expand(len(rows), -1, -1))
-            tiles = self.unembedding.tiles(decoded.flatten(0, 1), self._width(len(rows) * n_pos, tile_bytes))
+            width = self._width(len(rows) * n_pos, tile_bytes, self.unembedding.width)
+            tiles = self.unembedding.tiles(decoded.flatten(0, 1), width)
             found |= zip(rows, _rows(self._reduced(tiles, wanted, own, held)), strict=True)
         return joined([found[row] for row in range(len(self.vectors))], dim=0)
 
-    def _width(self, rows: int, tile_bytes: int) -> int:
-        width = min(self.unembedding.width, max(1, tile_bytes // (self.unembedding.dtype.itemsize * rows)))
+    def _width(self, rows: int, tile_bytes: int, widest: int) -> int:
+        width = min(widest, max(1, tile_bytes // (self.unembedding.dtype.itemsize * rows)))
         # whole groups, where there is room for some
         return width - width % GROUP if GROUP <= width < self.unembedding.d_vocab else width
 
@@ -270,7 +273,8 @@ def _kl(
     """Sum of p (log p - log q), q's logits being relative to its largest. Rounding alone makes a
     distribution's distance to itself negative."""
     assert entropy is not None
-    return (log_sum - cross - entropy[:, None]).clamp(min=0).movedim(0, -1).float()
+    apart = (log_sum - cross - entropy[:, None]).clamp(min=0).float()
+    return rearrange(apart, "reference some here -> some here reference")
 
 
 def _rows(found: Readout) -> Iterable[Readout]:

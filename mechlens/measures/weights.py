@@ -16,6 +16,7 @@ from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
 from mechlens.arguments import generator_of
+from mechlens.progress import progress_bar
 
 TILE_ROWS = 1024
 TILE_COLUMNS = 1024
@@ -64,6 +65,7 @@ def diagonal_ranks(
     *,
     tokens: Int[Tensor, " token"] | Sequence[int] | None = None,
     ties: str = "for",
+    progress: bool | None = None,
 ) -> Int[Tensor, " token"]:
     """Rank of each token's entry with itself, `(i, i)`, among its entries with all tokens.
 
@@ -73,6 +75,7 @@ def diagonal_ranks(
             within column `i`: for each key, among all queries.
         tokens: for which it is asked; None asks for all. Candidates are the whole vocabulary all the same.
         ties: `for` the diagonal counts strictly larger entries only; `against` it counts equal ones too.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         1 is the largest entry; `d_vocab` at most. In the order of `tokens`.
@@ -98,7 +101,8 @@ def diagonal_ranks(
         rows, columns = rows[ids], columns[:, torch.cat([ids, others.nonzero()[:, 0]])]
     ranks = torch.empty(len(rows), dtype=torch.long, device=rows.device)
     room = _room(rows)
-    for block in _slices(len(rows), TILE_ROWS):
+    blocks = _slices(len(rows), TILE_ROWS)
+    for block in progress_bar(blocks, desc="ranks", unit="tile", progress=progress):
         some = rows[block]
         tiles = _slices(columns.shape[1], TILE_COLUMNS)
         # the tile with the diagonal comes first and is multiplied once: another product may round its entries
@@ -126,12 +130,13 @@ def top_k_accuracy(
     tokens: Int[Tensor, " token"] | Sequence[int] | None = None,
     weights: Real[Tensor, " token"] | Sequence[float] | None = None,
     ties: str = "for",
+    progress: bool | None = None,
 ) -> float:
     """How often a token's entry with itself is among the k largest of its entries with all tokens.
 
     Args:
         k: 1 asks whether none is larger.
-        over, tokens, ties: as for `diagonal_ranks`.
+        over, tokens, ties, progress: as for `diagonal_ranks`.
         weights: of each token that is asked for, such as its frequency; they need not sum to 1. None weighs
             all alike.
 
@@ -166,12 +171,15 @@ def top_k_accuracy(
         )
     if not (shares.isfinite().all() and (shares >= 0).all() and shares.sum() > 0):
         raise ValueError("weights must be finite and not negative, and one of them larger than 0")
-    hits = diagonal_ranks(circuit, over, tokens=tokens, ties=ties).cpu() <= k
+    hits = diagonal_ranks(circuit, over, tokens=tokens, ties=ties, progress=progress).cpu() <= k
     return float(shares[hits].sum() / shares.sum())
 
 
-def largest_entries(circuit: Factored, n: int) -> Entries:
+def largest_entries(circuit: Factored, n: int, *, progress: bool | None = None) -> Entries:
     """The n largest of all entries, in descending order; equal ones by their row, then by their column.
+
+    Args:
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Raises:
         ValueError: n that the circuit does not have, or a circuit that is not finite.
@@ -185,7 +193,8 @@ def largest_entries(circuit: Factored, n: int) -> Entries:
     room = _room(A)
     values, places = A.new_empty(0), torch.empty(0, dtype=torch.long, device=A.device)
     lowest, last = -math.inf, len(A) * n_columns
-    for block in _slices(len(A), TILE_ROWS):
+    blocks = _slices(len(A), TILE_ROWS)
+    for block in progress_bar(blocks, desc="largest entries", unit="tile", progress=progress):
         for tile in _slices(n_columns, TILE_COLUMNS):
             entries = _product(A[block], B[:, tile], room)
             best = entries.amax(1)
@@ -400,6 +409,8 @@ def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0
 
 def _factors(circuit: Factored) -> tuple[Float[Tensor, "row inner"], Float[Tensor, "inner column"]]:
     """The thin factors, in float32 at least."""
+    if not isinstance(circuit, Factored):
+        raise TypeError(f"circuit must be a Circuit or a FactoredMatrix, but is {circuit!r:.80}")
     A, B = circuit.A, circuit.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(

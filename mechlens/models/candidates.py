@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -207,7 +208,9 @@ def _attention_of_one(
     attention, n_heads = model.blocks[layer].attn, model.cfg.n_heads
     W_O = output_weights(model, layer)
     # a bridge has values once per group of heads
-    W_V = per_query_head(attention.W_V.detach().float().transpose(0, 1), n_heads)
+    W_V = per_query_head(
+        rearrange(attention.W_V.detach().float(), "kv d_model d_head -> d_model kv d_head"), n_heads
+    )
     matrix, bias = W_V.flatten(1) @ W_O.flatten(0, 1), output_bias(model, layer)
     b_V = getattr(attention, "b_V", None)
     if b_V is not None:

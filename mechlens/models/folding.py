@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from mechlens.models.weights import attention_out_affine, final_norm_scale, norm
 
 TOKENS_AT_ONCE = 1024
 """In one run of the first block: few enough for what its MLP makes of them to stay near the processor."""
+EMBEDDED_AT_ONCE = 8192
+"""In one run of the embedding alone, where most of a run's time is the engine's way to its hooks and back."""
 # Their ln1 stands behind attention, so it is no part of what attention reads.
 _NORM_BEHIND = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
@@ -64,7 +67,8 @@ def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
         if _is_layer_norm(model):
             wide = wide - wide.mean(-2, keepdim=True)
         # grouped-query models share keys and values among heads; a bridge has them once per group
-        return wide.repeat_interleave(n_heads // len(wide), dim=0)
+        shared = n_heads // len(wide)
+        return repeat(wide, "kv d_model d_head -> (kv shared) d_model d_head", shared=shared)
 
     W_O = output_weights(model, layer)
     behind = attention_out_affine(model, layer)
@@ -139,7 +143,8 @@ def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "so
             )
         hooks.append(("blocks.0.hook_attn_out", none))
         names.append("blocks.0.hook_mlp_out")
-    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(TOKENS_AT_ONCE):
+    at_once = TOKENS_AT_ONCE if effective else EMBEDDED_AT_ONCE
+    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(at_once):
         kept: list[Tensor] = []
         with running(model, hooks):
             watch(model, ids, dict.fromkeys(names, kept.append))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from mechlens.arguments import no_model
 from mechlens.results import ModelInfo
 
 if TYPE_CHECKING:
@@ -131,11 +132,7 @@ def engine_of(model: object) -> Engine:
                 return "HookedTransformer"
             if cls.__name__ == "TransformerBridge":
                 return "TransformerBridge"
-    came = f"{type(model).__module__}.{type(model).__qualname__}"
-    raise TypeError(
-        f"this needs a HookedTransformer or a TransformerBridge, but got {came}: "
-        "load the model with mechlens.load_model(name or directory)"
-    )
+    raise no_model(model)
 
 
 def describe(model: Any) -> ModelInfo:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -136,7 +137,8 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
     q, k = _probes(list(rotations.values()))
     measured = _scores(model, layer, q, k, farthest)
     off = {
-        pairing: _misfit(torch.einsum("ri,pij,rj->rp", q, R, k), measured) for pairing, R in rotations.items()
+        pairing: _misfit(einsum(q, R, k, "probe i, distance i j, probe j -> probe distance"), measured)
+        for pairing, R in rotations.items()
     }
     best, *others = sorted(off, key=lambda pairing: off[pairing])
     # a comparison with nan is false

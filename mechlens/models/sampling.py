@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.arguments import check_counts, check_reals, generator_of
+from mechlens.arguments import check_counts, check_model, check_reals, generator_of
 from mechlens.models.hooks import user_hooks
 from mechlens.models.properties import alike, key_value_heads, last_residual, reads_alike_in
 from mechlens.models.protocol import LensModel, engine_of
@@ -60,6 +60,7 @@ def sample_tokens(
     model with hooks of yours, or whose positions depend on the length of what it reads, reads the tokens
     before each one again.
     """
+    check_model(model)
     check_counts(batch=batch, seq_len=seq_len)
     check_reals(temperature=temperature)
     if seq_len > model.cfg.n_ctx:

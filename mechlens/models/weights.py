@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from mechlens.models.protocol import LensModel, describe, recall
 def per_query_head(values: Float[Tensor, "*batch kv d"], n_heads: int) -> Float[Tensor, "*batch head d"]:
     """Keys or values once per query head: grouped-query models share one among several."""
     shared = n_heads // values.shape[-2]
-    return values if shared == 1 else values.repeat_interleave(shared, dim=-2)
+    return values if shared == 1 else repeat(values, "... kv d -> ... (kv shared) d", shared=shared)
 
 
 def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
@@ -31,7 +32,7 @@ def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
     block = model.blocks[layer]
     W_V = model.W_V[layer].detach().float()
     _, norm_bias = norm_affine(getattr(block, "ln1", None), W_V.shape[1], model)
-    bias = torch.einsum("m,hmd->hd", norm_bias, W_V)
+    bias = einsum(norm_bias, W_V, "d_model, kv d_model d_head -> kv d_head")
     # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
     b_V = getattr(block.attn, "b_V", None)
     if b_V is not None:
@@ -83,7 +84,7 @@ def head_outputs(
     output by the scale of their sum, and weighs it as it does the sum.
     """
     z, W_O, some = z.float(), output_weights(model, layer), list(heads)
-    written = torch.einsum("rhd,hdm->rhm", z[:, some], W_O[some])
+    written = einsum(z[:, some], W_O[some], "row head d_head, head d_head d_model -> row head d_model")
     norm = attention_out_affine(model, layer)
     if norm is None:
         return written

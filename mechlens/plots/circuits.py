@@ -266,6 +266,9 @@ def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> 
     Raises:
         ValueError: an empty table, or one that is not of this circuit's axes.
     """
+    import pandas as pd
+
+    check_type("table", table, pd.DataFrame)
     if table.empty:
         raise ValueError("there is nothing to draw: the table has no entries")
     axes = str(table.index.name), str(table.columns.name)
@@ -342,6 +345,7 @@ def plot_eigenvalues(circuit: Circuit | Complex[Tensor, " eigenvalue"]) -> go.Fi
         name, score_name = f" of the {circuit.name}", eigenvalue_score_name(circuit)
         about = [circuit.model.name, *([rotation_words(circuit)] if rotation_words(circuit) else [])]
     else:
+        check_type("circuit", circuit, Circuit, Tensor)
         found, name, score_name, about = circuit.detach().cpu(), "", "copying score", []
         score = float(found.real.sum() / found.abs().sum()) if bool(found.abs().sum() > 0) else math.nan
     magnitudes = found.abs().double()

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from mechlens.arguments import check_type
 from mechlens.plots.style import GRID, MUTED, TEMPLATE, figure_text, heatmap, number, titles
 from mechlens.results import FeatureAlignment, Share
 from mechlens.results.feature_alignment import CHANCE
@@ -145,6 +146,8 @@ def plot_feature_alignment(
     Raises:
         ValueError: no result, not as many names, or another share.
     """
+    for result in results:
+        check_type("result", result, FeatureAlignment)
     called = result_names(results, names)
     if what not in WORDS:
         raise ValueError(f"what must be one of {', '.join(WORDS)}, but is {what!r}")

@@ -120,9 +120,7 @@ def lens_stat(result: LogitLensResult, stat: str, target: str | None = None) -> 
     title = STATS[stat]
     if target is not None and target not in result.rank:
         raise ValueError(f"no token {target!r} in this result, which has {', '.join(map(repr, result.rank))}")
-    needed = {"kl": "kl_final", "probability": "log_prob" if target else None}.get(
-        stat, "rank" if stat in RANKS else stat
-    )
+    needed = statistic_of(stat, target)
     if needed is not None and needed not in result.statistics:
         raise ValueError(
             f"this lens was made without {needed}, which {stat} needs: make it with statistics={needed!r} "
@@ -142,6 +140,15 @@ def lens_stat(result: LogitLensResult, stat: str, target: str | None = None) -> 
             "says nothing of the input; input_rank is defined"
         )
     return LensStat(title, values, stat in RANKS, stat == "probability")
+
+
+def statistic_of(stat: str, target: str | None = None) -> str | None:
+    """What a lens must have been asked for, so that this can be shown; None where every lens has it."""
+    if stat == "probability":
+        return "log_prob" if target else None
+    if stat in RANKS:
+        return "rank"
+    return "kl_final" if stat == "kl" else stat
 
 
 def check_stat(stat: str, target: str | None = None) -> None:

@@ -88,6 +88,7 @@ def induction_circuits_section(
         f"an ablated head: {_PLACES[result.how]}. A token matches itself by chance once in "
         f"{1 / result.chance:.0f}."
         + (f" Without any ablation the second copy's loss is {result.clean_loss:.3f} nats." if pairs else "")
+        + (f" {result.counted}" if pairs else "")
         + (f" No pair: {result.note}." if result.note else "")
     )
     return Section(title, "\n\n".join([*([text] if text else []), said, *reasons]), parts, _TERMS)

@@ -23,6 +23,8 @@ UPPER_SHARE = 0.25
 always does."""
 LEAST_FALL = 0.1
 """Share of the induction score that must be lost through the keys alone, to speak for a pair."""
+COUNTED = ("k_top1_keys", "k_top1_queries", "ov_top1")
+"""The evidence that is a share of the vocabulary's tokens, and may be counted over a sample of them."""
 VERDICT_RULE = (
     "A pair is a circuit where both heads attend as in one (both scores reach the threshold and twice their "
     f"null), their K-composition is at least {LEAST_Z:g} standard deviations over chance and among the "
@@ -61,6 +63,13 @@ class InductionCircuits(Result):
     """Of the second copy's tokens, nats."""
     chance: float
     """Of a top-1 accuracy: one in the vocabulary."""
+    n_tokens: int
+    """Of the vocabulary's tokens, those that top-1 accuracies are counted over; drawn where it is not all."""
+    intervals: dict[str, Float[Tensor, "bound pair"]]
+    """By name of a top-1 accuracy: between what two values that of all tokens lies, by Clopper and Pearson;
+    the accuracy itself twice where all are counted."""
+    confidence: float
+    """Coverage of `intervals`."""
     tokens: Int[Tensor, "sequence pos"]
     """What the model read: BOS, random tokens and the same again."""
     seq_len: int
@@ -79,8 +88,21 @@ class InductionCircuits(Result):
         """(previous-token head, induction head) of each pair, as `L4H11`."""
         return tuple((head_label(*pair[:2]), head_label(*pair[2:])) for pair in self.pairs)
 
+    @property
+    def counted(self) -> str:
+        """What top-1 accuracies are counted over, and what a sample costs, in a sentence."""
+        d_vocab = self.model.d_vocab
+        if self.n_tokens == d_vocab:
+            return f"Top-1 accuracies are counted over all {d_vocab} tokens."
+        said = f"Top-1 accuracies are counted over {self.n_tokens} of the {d_vocab} tokens, drawn at random"
+        if not self.pairs:
+            return f"{said}."
+        off = max(float((self.intervals[name] - self.evidence[name]).abs().max()) for name in COUNTED)
+        return f"{said}: those of all lie at most {off:.3f} away, each with {self.confidence:.0%} confidence."
+
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per pair: previous, induction, verdict, the evidence (its ranks whole numbers), reasons."""
+        """One row per pair: previous, induction, verdict, the evidence (its ranks whole numbers; low and high
+        of each top-1 accuracy), reasons."""
         import pandas as pd
 
         table = pd.DataFrame(self.labels, columns=["previous", "induction"])
@@ -89,5 +111,7 @@ class InductionCircuits(Result):
             # pandas's own whole numbers, because a rank can be absent
             counted = name in ("k_rank", "n_earlier")
             table[name] = pd.Series(values.tolist(), dtype="Int64" if counted else "float64")
+            if name in self.intervals:
+                table[f"{name}_low"], table[f"{name}_high"] = self.intervals[name].double().numpy()
         table["reasons"] = list(self.reasons)
         return table

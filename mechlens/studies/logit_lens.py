@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.analyses.logit_lens import logit_lens
-from mechlens.arguments import check_counts, generator_of
+from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import LensModel
 from mechlens.published import LOGIT_LENS, Published
@@ -97,6 +97,7 @@ def reproduce_logit_lens(
     there in words is measured as `CLAIMS` says.
     Cost: six runs of `logit_lens`, about 2,000 positions in all.
     """
+    check_model(model)
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so it reads no text")
     words = rare_words(model, n_rare, seed=seed, first=rare)

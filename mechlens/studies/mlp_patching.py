@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
+from mechlens.arguments import check_model
 from mechlens.models.protocol import LensModel
 from mechlens.prompts import repeated_tokens
 from mechlens.published import MLP_PATCHING, Published
@@ -82,6 +83,7 @@ def reproduce_mlp_patching(
     Cost: two grids of n_layers x `seq_len` and one of n_layers x n_heads runs for each sequence, as
     `patch_grid`.
     """
+    check_model(model)
     bos = own_bos_token_id(model.tokenizer) is not None if prepend_bos is None else prepend_bos
     random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos)
     written = range(seq_len, 2 * seq_len)

@@ -55,7 +55,7 @@ def print_induction_circuits(found: InductionCircuits) -> None:
         print_table(title, tuple(shown.values()), rows)
     for (previous, induction), why in zip(found.labels, found.reasons, strict=True):
         print(f"{previous} and {induction}: {why}.")
-    print(f"\n{VERDICT_RULE}")
+    print(f"\n{found.counted} {VERDICT_RULE}")
 
 
 def _cell(name: str, value: Any) -> str:
@@ -76,6 +76,8 @@ def induction_circuits_json(found: InductionCircuits) -> dict[str, Any]:
         "how": found.how,
         "clean_loss": found.clean_loss,
         "chance": found.chance,
+        "n_tokens": found.n_tokens,
+        "confidence": found.confidence,
         "relative_position": found.relative_position,
         "note": found.note,
         "pairs": found.to_dataframe().to_dict("records"),

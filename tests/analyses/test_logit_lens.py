@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechlens.analyses.logit_lens import lens_vector, logit_lens
+from mechlens.analyses.logit_lens import STATISTICS, lens_vector, logit_lens
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
 from mechlens.results import LogitLensResult, TunedLens
@@ -51,6 +51,26 @@ def test_the_last_row_is_the_models_own_prediction(lens_model):
     assert (lens.rank["final"][-1] == 1).all()
     assert torch.equal(lens.final_ids, top.indices[..., 0])
     assert lens.kl_final[-1].max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "asked", [[], ["rank"], ["log_prob"], ["entropy"], ["kl_final"], ["entropy", "rank"]], ids=str
+)
+def test_statistics_that_are_asked_for_are_those_of_a_lens_with_all(tiny_model, asked):
+    tokens = tokens_for()
+    whole = logit_lens(tiny_model, tokens, targets=[7])
+    some = logit_lens(tiny_model, tokens, targets=[7], statistics=asked)
+    assert some.statistics == tuple(name for name in STATISTICS if name in asked)
+    assert torch.equal(some.top_ids, whole.top_ids)
+    assert torch.allclose(some.top_probabilities, whole.top_probabilities, atol=1e-6)
+    for name in STATISTICS:
+        mine, full = getattr(some, name), getattr(whole, name)
+        pairs = [(mine[key], full[key]) for key in full] if isinstance(full, dict) else [(mine, full)]
+        for one, other in pairs:
+            if name in asked:
+                assert torch.allclose(one, other, atol=1e-5, equal_nan=True), name
+            else:
+                assert one.isnan().all(), name
 
 
 def test_every_row_equals_the_slow_reference(lens_model):

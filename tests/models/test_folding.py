@@ -38,10 +38,12 @@ def test_logits_of_any_vector_are_differences_of_the_models_own(tiny_directories
 def test_the_vocabulary_goes_through_in_parts(tiny_directories, monkeypatch, processing):
     model = load_model(tiny_directories / "gpt2", processing=processing)
     reading = folded_heads(model, 1).W_V[0]
-    whole = from_tokens(model, reading, effective=True)
+    whole = [from_tokens(model, reading, effective=effective) for effective in (False, True)]
     monkeypatch.setattr(folding, "TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr(folding, "EMBEDDED_AT_ONCE", 20)
     # the same sums in matrices of other sizes
-    assert torch.allclose(from_tokens(model, reading, effective=True), whole, atol=1e-5)
+    for effective in (False, True):
+        assert torch.allclose(from_tokens(model, reading, effective=effective), whole[effective], atol=1e-5)
 
 
 def test_positions_are_those_that_are_added(tiny_directories):

@@ -9,17 +9,23 @@ import re
 import jaxtyping
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mechlens.analyses.circuits import full_OV
 from mechlens.measures.attention import induction_score
 from mechlens.models.load import load_model
+from mechlens.models.protocol import engine_of
 from mechlens.report import induction_circuits_section
 from mechlens.results import InductionCircuits, load
+from mechlens.studies import induction_circuits as study
 from mechlens.studies.induction_circuits import (
     find_induction_circuits,
     reproduce_composition_circuit,
     strongest,
 )
 from mechlens.terminal import induction_circuits_json, print_induction_circuits, print_json
+from tests.counting import positions_run
+from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 
 V, SEQ_LEN = 48, 12
 P, D_HEAD = 2 * SEQ_LEN, 48
@@ -255,13 +261,181 @@ def test_the_bundled_models_own_circuit(bundled):
     assert found.relative_position == 49
 
 
+# -- a sample of the vocabulary ----------------------------------------------------------------------
+
+
+def hits_by_hand(directory):
+    """Of each token, whether its entry with itself is larger than all others, in whole matrices in float64 of
+    the file's weights: of L0H0 and L1H0 for its query and for its key, and of L1H0's OV for its source."""
+    file = load_file(directory / "model.safetensors")
+    weights = {name: value.double() for name, value in file.items()}
+    W_E, (first, second) = weights["embed.W_E"], ("blocks.0.attn.W_", "blocks.1.attn.W_")
+    brought = W_E @ weights[f"{first}V"][0] @ weights[f"{first}O"][0] @ weights[f"{second}K"][0]
+    composed = W_E @ weights[f"{second}Q"][0] @ brought.T
+    copied = W_E @ weights[f"{second}V"][0] @ weights[f"{second}O"][0] @ weights["unembed.W_U"]
+
+    def hits(matrix):
+        return torch.tensor(
+            [
+                all(row[token] > other for at, other in enumerate(row) if at != token)
+                for token, row in enumerate(matrix.tolist())
+            ]
+        )
+
+    return {"k_top1_keys": hits(composed), "k_top1_queries": hits(composed.T), "ov_top1": hits(copied)}
+
+
+def test_accuracies_of_a_sample_have_an_interval_that_covers_those_of_all_tokens(tmp_path, capsys):
+    directory = write_circuit(tmp_path, n_heads=4)
+    model, by_hand = load_model(directory), hits_by_hand(directory)
+    options = {"pairs": [("0.0", "1.0"), ("0.1", "1.0")], "seq_len": 4, "batch": 1}
+    complete = find_induction_circuits(model, n_tokens=None, **options)
+    assert complete.counted == "Top-1 accuracies are counted over all 48 tokens."
+    for name, hits in by_hand.items():
+        share = float(hits.double().mean())
+        assert float(complete.evidence[name][0]) == pytest.approx(share), name
+        assert complete.intervals[name][:, 0].tolist() == pytest.approx([share, share])
+    # L0H0 writes two thirds of the tokens
+    assert float(complete.evidence["k_top1_keys"][0]) == pytest.approx(2 / 3)
+    covered, differs = [], []
+    for seed in range(12):
+        found = find_induction_circuits(model, n_tokens=20, seed=seed, **options)
+        drawn = torch.randperm(V, generator=torch.Generator().manual_seed(seed))[:20]
+        for name, hits in by_hand.items():
+            (low, high), share = found.intervals[name][:, 0].tolist(), float(found.evidence[name][0])
+            assert share == pytest.approx(float(hits[drawn].double().mean())), (name, seed)
+            assert low <= share <= high
+            assert 0.1 < high - low < 0.5, "of 20 tokens something is known"
+            covered.append(low <= float(complete.evidence[name][0]) <= high)
+            differs.append(share != float(complete.evidence[name][0]))
+        if seed == complete.seed:
+            assert found.verdicts == complete.verdicts, "no verdict hangs on a sample"
+    # 95%, and of a sample of nearly half of all a little more
+    assert sum(covered) >= 35
+    assert any(differs)
+    off = max(float((found.intervals[name] - found.evidence[name]).abs().max()) for name in found.intervals)
+    said = (
+        "Top-1 accuracies are counted over 20 of the 48 tokens, drawn at random: those of all lie at most "
+        f"{off:.3f} away, each with 95% confidence."
+    )
+    assert said in induction_circuits_section(found).text
+    print_induction_circuits(found)
+    assert said in " ".join(capsys.readouterr().out.split())
+    row = found.to_dataframe().iloc[0]
+    assert [row["ov_top1_low"], row["ov_top1_high"]] == pytest.approx(
+        found.intervals["ov_top1"][:, 0].tolist()
+    )
+    shown = induction_circuits_json(found)
+    assert (shown["n_tokens"], shown["confidence"]) == (20, 0.95)
+
+
+def test_what_a_head_has_alone_and_what_runs_share_is_made_once(tmp_path, monkeypatch):
+    """Of 12 pairs of 4 previous-token heads and 3 induction heads in a model of 6 layers."""
+    write_tiny_model(tmp_path, "llama", num_hidden_layers=6)
+    model = load_model(tmp_path)
+    asked = []
+
+    def noted(model, head):
+        asked.append(head)
+        return full_OV(model, head)
+
+    monkeypatch.setattr(study, "full_OV", noted)
+    pairs = [((0, a), (5, b)) for a in range(4) for b in range(3)]
+    options = {"seq_len": 8, "batch": 2, "how": "zero"}
+    *before, at, enters = [f"blocks.{layer}.attn.hook_z" for layer in (0, 1, 4, 5)] + [
+        "blocks.5.hook_resid_pre"
+    ]
+    names = [*before, at, enters]
+    seen = [
+        positions_run(model, names, lambda some=some: find_induction_circuits(model, pairs=some, **options))
+        for some in (pairs[:1], pairs)
+    ]
+    assert asked == [(5, 0), (5, 0), (5, 1), (5, 2)], "OV once for each head"
+    once = 2 * 17
+    more = {name: (seen[1][name] - seen[0][name]) / once for name in names}
+    if engine_of(model) == "HookedTransformer":
+        # three more senders run from their layer on; eleven more pairs only in the receivers' layer: up to
+        # the key, up to the pattern, and to the end
+        assert more == {**dict.fromkeys(before, 3), at: 3 + 11, enters: 3 + 3 * 11}
+    else:
+        # whole runs, and rotations are read off runs up to the layer
+        assert more[at] == 3 + 11
+
+
+# -- heads that share their keys ---------------------------------------------------------------------
+
+
+def test_of_heads_that_share_a_key_the_pairs_own_alone_sees_the_patch(tmp_path):
+    """Against the same model with the weights of its keys and values written out for every head."""
+    write_tiny_model(tmp_path / "grouped", "llama", num_hidden_layers=3)
+    apart = tiny_hf_model("llama", num_hidden_layers=3, num_key_value_heads=4)
+    grouped = tiny_hf_model("llama", num_hidden_layers=3).state_dict()
+    d_head = 8
+    apart.load_state_dict(
+        {
+            name: value.view(-1, d_head, value.shape[1]).repeat_interleave(2, 0).flatten(0, 1)
+            if "k_proj" in name or "v_proj" in name
+            else value
+            for name, value in grouped.items()
+        }
+    )
+    apart.save_pretrained(tmp_path / "apart")
+    write_tokenizer(tmp_path / "apart", bos_is_eos=False)
+    options = {"pairs": [((0, 1), (2, head)) for head in range(4)], "seq_len": 12, "batch": 3}
+    shared, alone = (
+        find_induction_circuits(load_model(tmp_path / name), **options) for name in ("grouped", "apart")
+    )
+    for name in ("score_path", "loss_path", "loss_path_error", "score_removed", "loss_removed"):
+        # float32 through three layers, in sums of another order
+        torch.testing.assert_close(
+            shared.evidence[name], alone.evidence[name], atol=2e-5, rtol=0, msg=lambda m, name=name: name + m
+        )
+    losses = shared.evidence["loss_path"]
+    assert (losses[0::2] - losses[1::2]).abs().min() > 1e-3, "two heads of one group are not the same"
+
+
+# -- beside a user's hook ----------------------------------------------------------------------------
+
+
+def test_pairs_beside_a_users_hook_are_judged_in_whole_runs(tmp_path):
+    """Against runs of single sequences: the hook acts in the middle, and on the first row of whatever runs
+    together."""
+    write_tiny_model(tmp_path, "llama", num_hidden_layers=4)
+    model = load_model(tmp_path)
+
+    def own(activation, hook):
+        activation = activation.clone()
+        activation[0, 4:] *= -1
+        return activation
+
+    model.add_hook("blocks.1.hook_resid_pre", own, is_permanent=True)
+    found = find_induction_circuits(model, pairs=[((0, 1), (2, 3))], seq_len=12, batch=3, how="zero")
+
+    def zero(z, hook):
+        z = z.clone()
+        z[:, :, 1] = 0
+        return z
+
+    losses = []
+    for row in found.tokens.split(1):
+        for hooks in ([], [("blocks.0.attn.hook_z", zero)]):
+            with torch.no_grad():
+                log_probs = model.run_with_hooks(row, fwd_hooks=hooks)[0].log_softmax(-1)
+            losses.append(-log_probs[13:-1].gather(1, row[0, 14:, None]).mean())
+    losses = torch.stack(losses).view(-1, 2).mean(0)
+    # float32
+    assert found.clean_loss == pytest.approx(float(losses[0]), abs=1e-5)
+    removed = float(losses[1] - losses[0])
+    assert float(found.evidence["loss_removed"][0]) == pytest.approx(removed, abs=2e-5)
+
+
 def test_the_article_is_held_against_gpt2_only(by_hand):
-    study = reproduce_composition_circuit(by_hand, **OPTIONS)
-    assert [c.verdict for c in study.comparisons] == ["not judged"] * 2
-    assert [c.measured for c in study.comparisons] == [1.0, 1.0]
-    assert set(study.results) == {"circuits", "composition"}
-    assert strongest(study.circuits) == 0
-    none = InductionCircuits(**{**vars(study.circuits), "pairs": (), "verdicts": (), "reasons": ()})
+    found = reproduce_composition_circuit(by_hand, **OPTIONS)
+    assert [c.verdict for c in found.comparisons] == ["not judged"] * 2
+    assert [c.measured for c in found.comparisons] == [1.0, 1.0]
+    assert set(found.results) == {"circuits", "composition"}
+    assert strongest(found.circuits) == 0
+    none = InductionCircuits(**{**vars(found.circuits), "pairs": (), "verdicts": (), "reasons": ()})
     assert strongest(none) is None
 
 

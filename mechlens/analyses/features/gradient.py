@@ -14,7 +14,7 @@ from torch import Tensor
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
 from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, hashed
 from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
-from mechlens.arguments import check_counts, check_reals, generator_of
+from mechlens.arguments import check_counts, check_model, check_reals, generator_of
 from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
 from mechlens.progress import progress_bar
@@ -113,6 +113,7 @@ def search_gradient(
     Cost: per step one forward and one backward pass of the restarts up to the layer, and every fifth step two
     products with `W_E` and a forward pass of the different tokens that they stand for.
     """
+    check_model(model)
     if layer is None and objective != "continuation":
         raise ValueError(f"the objective {objective!r} reads features of a layer: say which by layer=")
     if objective == "continuation":

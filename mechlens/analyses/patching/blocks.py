@@ -11,7 +11,7 @@ from torch import Tensor
 from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.judge import Metric, Targets
 from mechlens.analyses.patching.sources import Made
-from mechlens.arguments import chosen
+from mechlens.arguments import check_model, chosen
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.runs import watch, watch_from
 from mechlens.models.sweeps import SITES, start_sweeps
@@ -52,6 +52,7 @@ def patch_blocks(
     Cost: as `patch_grid`, and for each prompt and layer one more run of that block (on a bridge, of a whole
     model: its blocks cannot be called one by one).
     """
+    check_model(model)
     if isinstance(how, str):
         if how not in ("skip", "repeat"):
             raise ValueError(f"how must be skip, repeat or a model, but is {how!r}")

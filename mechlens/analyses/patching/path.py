@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.judge import Metric, Targets
+from mechlens.analyses.patching.patched_runs import Hooks, PatchedRuns
 from mechlens.analyses.patching.sources import (
     Made,
     Mean,
@@ -21,13 +23,17 @@ from mechlens.analyses.patching.sources import (
     other_tokens,
     values_of,
 )
-from mechlens.arguments import chosen
-from mechlens.models.properties import check_adds_up, key_value_head
+from mechlens.arguments import check_model, chosen
+from mechlens.models.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import Enough, check_tokens, run, running, watch
+from mechlens.models.runs import check_tokens
 from mechlens.models.sweeps import SITES
 from mechlens.prompts import Prompt, prompt_tokens
 from mechlens.results import PatchGridResult, head_label, parse_head
+
+Read = Callable[[Tensor], Tensor]
+"""What is kept of an activation."""
+EVERYWHERE = slice(None)
 
 
 def patch_path(
@@ -72,16 +78,21 @@ def patch_path(
 
     Source: Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593; Goldowsky-Dill et al. 2023,
     "Localizing Model Behavior with Path Patching", arXiv:2304.05969.
-    Cost: as one cell of `patch_grid`, and up to four runs more for each prompt.
+    Cost: as one cell of `patch_grid`, and that of `PathRuns`.
     """
-    path = _Path.of(model, sender, receiver, input)
+    path = HeadPath.of(model, sender, receiver, input)
     tokens, other = _prompts(model, prompt, source, direction, prepend_bos)
-    at, there_of = _at(positions, tokens), _senders(model, source, path.sender[0])
+    at = _at(positions, tokens)
+
+    # when the first prompt is patched, which is after all arguments were checked
+    @functools.cache
+    def seen() -> Tensor:
+        base, given = (tokens, other) if direction == "noising" else (other, tokens)
+        assert base is not None
+        return PathRuns.of(model, base, source, [path], given=given, at=at).seen(path)
 
     def make(own: Int[Tensor, "1 pos"], index: int) -> dict[int, Tensor]:
-        from_tokens = other if direction == "noising" else tokens
-        given = own if from_tokens is None else from_tokens[index : index + 1]
-        return {path.layer: path.seen(own, there_of(given, index), at)}
+        return {path.layer: seen()[index]}
 
     return patch_grid(
         model,
@@ -126,43 +137,34 @@ def path_attention(
     Raises:
         ValueError: as `patch_path`.
 
-    Cost: up to five runs for each prompt.
+    Cost: that of `PathRuns`, and a run from the receiver's layer up to its pattern.
     """
+    check_model(model)
     if input not in ("q", "k", None):
         raise ValueError(f"attention is made from q and k, so input must be one of them, but is {input!r}")
     layer, head = parse_head(receiver)
     (head,) = chosen("head", [head], model.cfg.n_heads)
     read = key_value_head(model, head) if input == "k" else head
-    path = _Path.of(model, sender, (layer, read), input or "q")
+    path = HeadPath.of(model, sender, (layer, read), input or "q")
     tokens, other = _prompts(model, prompt, source, "noising", prepend_bos)
-    at, there_of = _at(positions, tokens), _senders(model, source, path.sender[0])
-    found = []
-    for index in range(len(tokens)):
-        own = tokens[index : index + 1]
-        given = own if other is None else other[index : index + 1]
-        there = there_of(given, index)
-        if input is None:
-            hook = (SITES["z"].format(path.sender[0]), partial(_put, at=at, head=path.sender[1], there=there))
-        else:
-            assert path.head is not None
-            seen = path.seen(own, there, at)
-            hook = (SITES[path.site].format(path.layer), partial(_put, at=at, head=path.head, there=seen))
-        kept: list[Tensor] = []
-        with running(model, [hook, (SITES["pattern"].format(path.layer), _keeper(kept))]):
-            run(model, own)
-        found.append(kept.pop()[0, head].float().cpu())
-    return torch.stack(found)
+    at = _at(positions, tokens)
+    runs = PathRuns.of(model, tokens, source, [path], given=other, at=at)
+    pattern = SITES["pattern"].format(path.layer)
+    wanted = {pattern: lambda activation: activation[:, head].float().cpu()}
+    found = runs.altogether(path.sender, wanted) if input is None else runs.through(path, wanted)
+    return found[pattern]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Path:
+class HeadPath:
     """From one head to what another component reads."""
 
-    model: LensModel
     sender: tuple[int, int]
     layer: int
     head: int | None
     """Of the receiver; None for an MLP."""
+    readers: tuple[tuple[int, int], ...]
+    """The query heads that read what the receiver reads: one, or those that share a key and a value."""
     site: str
     enter: str
     """Where what the sender writes comes in."""
@@ -174,7 +176,8 @@ class _Path:
         sender: str | tuple[int, int],
         receiver: str | tuple[int, int] | int,
         input: str,
-    ) -> _Path:
+    ) -> HeadPath:
+        check_model(model)
         if input not in ("q", "k", "v", "mlp"):
             raise ValueError(f"input must be q, k, v or mlp, but is {input!r}")
         if isinstance(receiver, int) != (input == "mlp"):
@@ -199,11 +202,15 @@ class _Path:
                     else ""
                 )
             )
+        shared = (
+            model.cfg.n_heads // key_value_heads(model) if input in ("k", "v") and head is not None else 1
+        )
+        first = shared * (head or 0)
         return cls(
-            model,
             (from_layer, from_head),
             layer,
             head,
+            tuple((layer, each) for each in range(first, first + shared)),
             "mlp_out" if input == "mlp" else input,
             SITES["resid_mid" if within else "resid_pre"].format(layer),
         )
@@ -212,21 +219,131 @@ class _Path:
     def name(self) -> str:
         if self.head is None:
             return f"layer {self.layer}'s MLP"
-        return f"the {self.site} of {head_label(self.layer, self.head)}"
+        return f"the {self.site} of {' and '.join(head_label(*each) for each in self.readers)}"
 
-    def seen(
-        self, own: Int[Tensor, "1 pos"], there: Tensor, at: slice | list[int]
-    ) -> Float[Tensor, "pos *rest"]:
-        """The receiver's layer at `site` when it reads the sender's `z` from there."""
-        change = _change(self.model, own, self.sender, there, at)
-        kept: list[Tensor] = []
-        hooks = [
-            (self.enter, lambda a, hook: a + change),
-            (SITES[self.site].format(self.layer), _keeper(kept)),
-        ]
-        with running(self.model, hooks):
-            run(self.model, own)
-        return kept.pop()[0]
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PathRuns:
+    """Runs of some prompts in which heads are patched: as one other component sees them, or altogether."""
+
+    runs: PatchedRuns
+    there: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
+    """What `z` becomes, by the sender's layer."""
+    at: slice | list[int]
+    """The positions where senders are patched."""
+    changes: dict[tuple[int, int], Float[Tensor, "prompt pos d_model"]] = dataclasses.field(
+        default_factory=dict
+    )
+    """What a sender then adds to the stream, less what it adds without; those that are known. By the block's
+    own output, so that a norm behind the heads, where there is one, has its say."""
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        tokens: Int[Tensor, "prompt pos"],
+        source: Source,
+        paths: Sequence[HeadPath],
+        *,
+        given: Int[Tensor, "prompt pos"] | None = None,
+        at: slice | list[int] = EVERYWHERE,
+        keep: Collection[str] = (),
+    ) -> PathRuns:
+        """Run the prompts clean, and take from the source what the senders' `z` becomes.
+
+        Args:
+            paths: of all heads that will be patched.
+            given: the runs that values are taken from; None is the prompts themselves.
+            at: the positions where senders are patched.
+            keep: names of other hooks whose activations are wanted of the clean run.
+
+        Cost: that of `PatchedRuns`, and what the source needs. A path then is a run up to what the sender's
+        layer writes, one up to what the receiver reads, and one from there on; each of them begins at its
+        layer, or is a whole one.
+        """
+        senders = sorted({path.sender[0] for path in paths})
+        z, out = ({layer: SITES[site].format(layer) for layer in senders} for site in ("z", "attn_out"))
+        layers = {*senders, *(path.layer for path in paths)}
+        runs = PatchedRuns.of(model, tokens, layers=layers, keep={*z.values(), *out.values(), *keep})
+        own = {layer: runs.clean[name] for layer, name in z.items()} if given is None else None
+        there = _values(model, source, tokens if given is None else given, list(z), own)
+        return cls(runs, there, at)
+
+    def altogether(self, sender: tuple[int, int], wanted: Mapping[str, Read]) -> dict[str, Tensor]:
+        """Activations when the sender is patched for all to see; see `PatchedRuns.read`."""
+        layer, head = sender
+        out = SITES["attn_out"].format(layer)
+        hooks = _put(SITES["z"].format(layer), (EVERYWHERE, self.at, head), self.there[layer])
+        found = self.runs.read(layer, hooks, {**wanted, out: lambda activation: activation})
+        self.changes[sender] = found.pop(out) - self.runs.clean[out]
+        return found
+
+    def seen(self, path: HeadPath) -> Float[Tensor, "prompt pos *rest"]:
+        """The receiver's layer at the path's site when it reads what the sender then writes."""
+        if path.sender not in self.changes:
+            self.altogether(path.sender, {})
+        change = self.changes[path.sender]
+
+        def hooks(rows: slice) -> Hooks:
+            return [(path.enter, lambda activation, hook: activation + change[rows])]
+
+        site = SITES[path.site].format(path.layer)
+        return self.runs.read(path.layer, hooks, {site: lambda activation: activation})[site]
+
+    def through(
+        self, path: HeadPath, wanted: Mapping[str, Read], *, alone: int | None = None
+    ) -> dict[str, Tensor]:
+        """Activations when the receiver alone sees the sender patched; see `PatchedRuns.read`.
+
+        Args:
+            alone: of a key that several query heads share: the one head that attends by the patched key,
+                while the others attend as in the clean run. None is all of them.
+        """
+        head = () if path.head is None else (path.head,)
+        hooks = _put(SITES[path.site].format(path.layer), (EVERYWHERE, EVERYWHERE, *head), self.seen(path))
+        if alone is not None:
+            pattern = SITES["pattern"].format(path.layer)
+            patched = self.runs.read(path.layer, hooks, {pattern: lambda activation: activation})[pattern]
+            hooks = _put(pattern, (EVERYWHERE, alone), patched)
+        return self.runs.read(path.layer, hooks, wanted)
+
+
+def _put(name: str, place: tuple[Any, ...], there: Float[Tensor, "prompt *rest"]) -> Callable[[slice], Hooks]:
+    """Hooks that put values at a place of an activation."""
+
+    def hooks(rows: slice) -> Hooks:
+        def put(activation: Tensor, hook: Any) -> Tensor:
+            changed = activation.clone()
+            changed[place] = there[rows][place].to(changed)
+            return changed
+
+        return [(name, put)]
+
+    return hooks
+
+
+def _values(
+    model: LensModel,
+    source: Source,
+    given: Int[Tensor, "prompt pos"],
+    layers: Sequence[int],
+    own: Mapping[int, Float[Tensor, "prompt pos head d_head"]] | None,
+) -> dict[int, Float[Tensor, "prompt pos head d_head"]]:
+    """What `z` becomes by layer, in every prompt; a mean is taken once.
+
+    Args:
+        own: the `z` of the runs that values are taken from, where it is known.
+    """
+    by_prompt: list[dict[int, Tensor]] = []
+    for index in range(len(given)):
+        if by_prompt and isinstance(source, Mean):
+            by_prompt.append(by_prompt[0])
+            continue
+        one = slice(index, index + 1)
+        kept = None if own is None else {layer: z[one] for layer, z in own.items()}
+        values = values_of(model, source, "z", given[one], index, layers, kept=kept)
+        by_prompt.append({layer: values(layer) for layer in layers})
+    return {layer: torch.stack([each[layer] for each in by_prompt]) for layer in layers}
 
 
 def _prompts(
@@ -244,62 +361,5 @@ def _prompts(
     return tokens, other_tokens(model, source, tokens, prepend_bos)
 
 
-def _senders(
-    model: LensModel, source: Source, layer: int
-) -> Callable[[Int[Tensor, "1 pos"], int], Float[Tensor, "pos head d_head"]]:
-    """What `z` becomes, by the run that it is taken from and its number; a mean is taken once."""
-    last: list[Tensor] = []
-
-    def there(given: Int[Tensor, "1 pos"], index: int) -> Tensor:
-        if not last or not isinstance(source, Mean):
-            last[:] = [values_of(model, source, "z", given, index, [layer])(layer)]
-        return last[0]
-
-    return there
-
-
 def _at(positions: Sequence[int] | None, tokens: Int[Tensor, "prompt pos"]) -> slice | list[int]:
-    return slice(None) if positions is None else list(chosen("position", positions, tokens.shape[1]))
-
-
-def _change(
-    model: LensModel,
-    tokens: Int[Tensor, "1 pos"],
-    sender: tuple[int, int],
-    there: Tensor,
-    at: slice | list[int],
-) -> Float[Tensor, "1 pos d_model"]:
-    """What the head adds to the stream with its `z` from there, less what it adds without.
-
-    By the block's own output, so that a norm behind the heads, where there is one, has its say.
-    """
-    layer, head = sender
-    out = SITES["attn_out"].format(layer)
-    clean: list[Tensor] = []
-    watch(model, tokens, {out: clean.append})
-    patched: list[Tensor] = []
-
-    patch = partial(_put, at=at, head=head, there=there)
-    with running(model, [(SITES["z"].format(layer), patch), (out, _keeper(patched))]):
-        run(model, tokens)
-        return patched.pop() - clean.pop()
-
-
-def _put(
-    activation: Float[Tensor, "1 pos head d_head"],
-    hook: object,
-    at: slice | list[int],
-    head: int,
-    there: Float[Tensor, "pos head d_head"],
-) -> Float[Tensor, "1 pos head d_head"]:
-    changed = activation.clone()
-    changed[0, at, head] = there[at, head].to(changed)
-    return changed
-
-
-def _keeper(kept: list[Tensor]) -> Callable[[Tensor, object], None]:
-    def keep(activation: Tensor, hook: object) -> None:
-        kept.append(activation)
-        raise Enough
-
-    return keep
+    return EVERYWHERE if positions is None else list(chosen("position", positions, tokens.shape[1]))

@@ -1,0 +1,105 @@
+"""What people give where numbers, lists and names are wanted: taken as it is meant, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from mechlens import Mean, detect_heads, patch_grid, repeated_token_performance, repeated_tokens
+from mechlens.arguments import chosen, generator_of, names_of, seeds_of, whole_number
+from mechlens.corpus import corpus_ids
+from mechlens.results import parse_heads
+from tests.hand_made import head_scores
+
+
+@pytest.mark.parametrize("seeds", [[3, 0], (3, 0), np.array([3, 0]), torch.tensor([3, 0]), iter([3, 0])])
+def test_seeds_come_in_any_list(seeds):
+    found = seeds_of(seeds)
+    assert found == (3, 0)
+    assert all(type(seed) is int for seed in found), "results save them"
+
+
+@pytest.mark.parametrize(
+    ("seeds", "error", "message"),
+    [
+        (0, TypeError, r"seeds must be a list of whole numbers, such as range\(5\) or \[0\], but is 0"),
+        ("01", TypeError, "seeds must be a list of whole numbers"),
+        ([0.5], TypeError, "each of seeds must be a whole number, but is 0.5"),
+        ([True], TypeError, "each of seeds must be a whole number, but is True"),
+        ([-1], ValueError, "each of seeds must be at least 0, but is -1"),
+        ([], ValueError, "at least one seed is needed"),
+        ([0, 0], ValueError, "seeds must be distinct"),
+    ],
+)
+def test_other_seeds_are_refused(bundled, seeds, error, message):
+    with pytest.raises(error, match=message):
+        repeated_token_performance.__wrapped__(bundled, seeds=seeds)
+
+
+def test_a_seed_of_numpy_draws_what_a_plain_one_does():
+    draws = [torch.rand(3, generator=generator_of(seed), dtype=torch.float32) for seed in (7, np.int64(7))]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("value", [2.5, "2", True, np.float32(2), None, torch.tensor([1, 2])])
+def test_what_is_no_whole_number_is_refused(bundled, value):
+    with pytest.raises(TypeError, match="batch must be a whole number, but is"):
+        repeated_tokens.__wrapped__(bundled, batch=value)
+
+
+@pytest.mark.parametrize("value", [2, np.int32(2), torch.tensor(2), np.array(2)])
+def test_whole_numbers_of_any_kind_are_plain_ones(value):
+    assert type(whole_number("batch", value)) is int
+
+
+@pytest.mark.parametrize(
+    "layers", [[0, 2], (0, -2), np.array([0, 2]), np.array([True, False, True, False]), torch.tensor([0, 2])]
+)
+def test_layers_are_numbers_or_a_mask(layers):
+    assert chosen("layer", layers, 4) == (0, 2)
+
+
+def test_one_text_where_a_list_of_names_is_wanted_is_one_name():
+    assert names_of("kind", "abc", ("abc", "d")) == ("abc",)
+    with pytest.raises(ValueError, match=r"no kind 'abd' here \(did you mean abc\?\); there are abc, d"):
+        names_of("kind", "abd", ("abc", "d"))
+    with pytest.raises(TypeError, match="kinds are given by name, as a list, but this is 3"):
+        names_of("kind", 3, ("abc", "d"))
+
+
+@pytest.mark.parametrize("heads", ["L1H2", ["L1H2"], (1, 2), [(1, 2)], ["1.2"]])
+def test_one_head_is_a_list_of_one(heads):
+    assert parse_heads(heads) == [(1, 2)]
+
+
+@pytest.mark.parametrize("threshold", [2, -1.5])
+def test_no_score_can_pass_such_a_threshold(threshold):
+    with pytest.raises(ValueError, match=f"threshold must lie between -1 and 1, but is {threshold}"):
+        detect_heads(head_scores(), "induction_score", threshold=threshold)
+
+
+def mean(tokens: object) -> Mean:
+    """Made without the type checker that tests run under."""
+    made = object.__new__(Mean)
+    inspect.unwrap(Mean.__init__)(made, tokens)
+    return made
+
+
+@pytest.mark.parametrize("given", [np.array([[5, 6]]), [[5, 6]], BatchEncoding({"input_ids": [[5, 6]]})])
+def test_ids_of_a_corpus_and_of_a_mean_come_as_arrays_and_lists(given):
+    assert corpus_ids(given).tolist() == [[5, 6]]
+    assert mean(given).tokens.tolist() == [[5, 6]]
+
+
+def test_a_mean_of_an_array_is_that_of_a_tensor(bundled):
+    """The analysis reads what it was given."""
+    prompt, others = torch.tensor([[0, 311, 290]]), torch.tensor([[0, 402, 287], [0, 311, 287]])
+    grids = [
+        patch_grid(bundled, prompt, site="z", source=mean(given), metric="loss", layers=[1]).effect
+        for given in (others, others.numpy())
+    ]
+    assert torch.allclose(*grids, atol=1e-6)

@@ -1,0 +1,60 @@
+"""Bars are on where somebody watches, off where output is kept."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import sys
+
+import pytest
+
+import mechlens
+from mechlens.progress import progress_bar
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(monkeypatch, stream: io.StringIO, progress: bool | None) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("mechlens.progress.DELAY", 0.0)
+    for _ in progress_bar(range(3), desc="work", progress=progress):
+        pass
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("stream", "progress", "expected"),
+    [
+        (Screen, None, True),
+        (Screen, False, False),
+        (Screen, True, True),
+        (io.StringIO, None, False),
+        (io.StringIO, True, True),
+    ],
+)
+def test_a_bar_is_shown_where_somebody_watches(monkeypatch, stream, progress, expected):
+    assert ("work" in shown(monkeypatch, stream(), progress)) == expected
+
+
+def test_no_standard_error_is_no_mistake(monkeypatch):
+    """As under pythonw."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress_bar(range(3), desc="work", progress=None)) == [0, 1, 2]
+
+
+def test_every_analysis_leaves_it_to_who_watches():
+    """None is the default wherever there is a bar."""
+    seen = {}
+    for name in mechlens.__all__:
+        function = getattr(mechlens, name)
+        if callable(function) and not inspect.isclass(function):
+            parameter = inspect.signature(function).parameters.get("progress")
+            if parameter is not None:
+                seen[name] = parameter.default
+    assert {"logit_lens", "score_heads", "patch_grid", "find_induction_circuits", "sample_tokens"} <= set(
+        seen
+    )
+    assert set(seen.values()) == {None}
