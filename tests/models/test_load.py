@@ -119,8 +119,9 @@ def test_dtype(tiny_directories, dtype):
     assert describe(model).dtype == str(wanted).removeprefix("torch.")
     exact = hf_log_probs(tiny_directories / "gpt_neox", tokens_for(64))
     kl = (exact.exp() * (exact - log_probs(model, tokens_for(64)).float())).sum(-1).mean()
-    # bfloat16 has 8 bits, so that wide random weights cost some hundredths of a nat.
-    assert kl < (0.1 if dtype == "bfloat16" else 1e-8)
+    # bfloat16 has 8 bits, so that wide random weights cost some hundredths of a nat; the reference is in
+    # float32, whose own rounding is some 1e-8 nats, in whichever order its products are summed
+    assert kl < (0.1 if dtype == "bfloat16" else 1e-7)
 
 
 def test_nothing_opens_a_socket(tiny_directories, no_network):
