@@ -95,6 +95,12 @@ def test_ids_of_a_corpus_and_of_a_mean_come_as_arrays_and_lists(given):
     assert mean(given).tokens.tolist() == [[5, 6]]
 
 
+def test_references_with_padding_are_refused():
+    padded = BatchEncoding({"input_ids": [[5, 6], [7, 0]], "attention_mask": [[1, 1], [1, 0]]})
+    with pytest.raises(ValueError, match=r"Mean takes token ids .* but these have padding"):
+        mean(padded)
+
+
 def test_a_mean_of_an_array_is_that_of_a_tensor(bundled):
     """The analysis reads what it was given."""
     prompt, others = torch.tensor([[0, 311, 290]]), torch.tensor([[0, 402, 287], [0, 311, 287]])

@@ -37,6 +37,7 @@ SAVE_SECONDS = 60.0
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
+@torch.inference_mode(False)  # it takes gradients, whatever mode its caller is in
 def train_tuned_lens(
     model: LensModel,
     corpus: Source | Int[Tensor, "window pos"],

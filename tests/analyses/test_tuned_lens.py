@@ -79,6 +79,15 @@ def test_pieces_make_the_same_lens_as_the_whole(tiny_bos_model, monkeypatch) -> 
     assert torch.allclose(pieces.kl_tuned, whole.kl_tuned, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_it_takes_gradients_whatever_mode_its_caller_is_in(tiny_bos_model, mode) -> None:
+    options = {"steps": 2, "batch_tokens": 16, "held_out": 2}
+    expected = train_tuned_lens(tiny_bos_model, windows(), **options)
+    with mode():
+        found = train_tuned_lens(tiny_bos_model, windows(), **options)
+    assert torch.allclose(found.weight, expected.weight, atol=1e-6)
+
+
 def test_a_corpus_that_is_too_short_for_all_steps_is_used_again(tiny_bos_model) -> None:
     lens = train_tuned_lens(tiny_bos_model, windows(14), **SMALL)
     assert lens.train_tokens == 6 * 8

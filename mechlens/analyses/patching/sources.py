@@ -280,13 +280,16 @@ def values_of(
 
 def _references(source: Mean | Resampled) -> Int[Tensor, "reference pos"]:
     """The ids of a reference set, whatever they came as."""
+    takes = (
+        f"{type(source).__name__} takes token ids [reference, pos] of sequences as long as the prompt, but"
+    )
     try:
-        return as_ids(source.tokens)[0]
+        tokens, mask = as_ids(source.tokens)
     except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"{type(source).__name__} takes token ids [reference, pos] of sequences as long as the prompt, "
-            f"but has {_shown(source.tokens)}: text_tokens makes ids of a text"
-        ) from None
+        raise type(error)(f"{takes} has {_shown(source.tokens)}: text_tokens makes ids of a text") from None
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(f"{takes} these have padding (zeros in attention_mask)")
+    return tokens
 
 
 def _shown(value: object) -> str:
