@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechlens.arguments import check_counts, check_model
 from mechlens.prompts import as_ids, bos_to_prepend
+from mechlens.tokens import check_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
 PIECE = 16384
@@ -176,6 +177,7 @@ def _ids(tokenizer: Any, pieces: Iterator[str | None]) -> Iterator[list[int]]:
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     for piece in pieces:
         if piece is not None:
+            check_text(piece, "corpus")
             # not verbose: it would warn of more tokens than the context holds, which are cut here
             yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         elif end is not None:

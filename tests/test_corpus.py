@@ -114,6 +114,11 @@ def test_a_bad_source_says_what_is_needed(tmp_path: Path, folder: Path) -> None:
 # -- windows ---------------------------------------------------------------------------------------
 
 
+def test_half_a_pair_in_a_corpus_is_told(tiny_bos_model) -> None:
+    with pytest.raises(ValueError, match=r"the corpus is not text: character 2 is '\\udcff'"):
+        list(token_windows(tiny_bos_model, ["ab\udcff"], length=4))
+
+
 def test_windows_of_known_texts(tiny_bos_model) -> None:
     windows = token_windows(tiny_bos_model, ["abc", "defgh", "ij"], length=4)
     # between documents stands the EOS, which is the BOS here: no window begins with two of them

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ import transformers as hf
 
 import mechlens
 from mechlens.models.load import load_model
+from mechlens.models.readings import next_token_log_probs
 from mechlens.models.sweeps import SITES
 from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model
 
@@ -551,6 +553,70 @@ def test_one_model_in_several_threads_gives_every_thread_its_own_numbers(directo
         found = [future.result() for future in [pool.submit(job) for job in jobs * 2]]
     for one, other in zip(expected * 2, found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_of_the_users_in_another_thread_meets_no_hook_of_ours(directories, backend):
+    model, tokens, stop = load_model(directories / "llama", backend=backend), tokens_for(), threading.Event()
+    with torch.no_grad():
+        expected = model(tokens)
+
+    def theirs() -> list[torch.Tensor]:
+        made = []
+        while not stop.is_set() or not made:
+            with torch.no_grad():
+                made.append(model(tokens))
+        return made
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(theirs)
+        for _ in range(5):
+            mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None)
+            mechlens.attention_patterns(model, tokens, ["L1H2"])
+        stop.set()
+        found = running.result()
+    for logits in found:
+        torch.testing.assert_close(logits, expected, atol=CLOSE, rtol=0)
+
+
+def past_the_eighth(activation, hook):
+    activation = activation.clone()
+    activation[:, 9] += 0.5
+    return activation
+
+
+def test_a_hook_past_what_properties_are_tried_on_is_met(directories, backend):
+    """It would fail on a prompt that is cut before it."""
+    model, tokens = load_model(directories / "gpt2", backend=backend), tokens_for()
+    model.add_hook("blocks.0.hook_mlp_out", past_the_eighth, is_permanent=True)
+    with torch.no_grad():
+        whole = model(tokens).log_softmax(-1)
+    entropy = -(whole.exp() * whole).sum(-1)
+    torch.testing.assert_close(mechlens.logit_lens(model, tokens).entropy[-1], entropy, atol=1e-4, rtol=0)
+    expected = whole[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    found = next_token_log_probs(model, tokens)[0][:, :-1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_hook_on_one_row_is_refused_where_a_batch_is_read_in_parts(directories, backend, monkeypatch):
+    """Which row it meets would depend on how many fit into memory."""
+    model, tokens = load_model(directories / "gpt2", backend=backend), tokens_for(4)
+    model.add_hook("blocks.0.hook_mlp_out", of_the_first_row, is_permanent=True)
+    together = mechlens.logit_lens(model, tokens).entropy
+    with torch.no_grad():
+        whole = model(tokens).log_softmax(-1)
+    expected = -(whole.exp() * whole).sum(-1)
+    torch.testing.assert_close(together[-1], expected, atol=1e-4, rtol=0)
+    for name in ("mechlens.models.runs.MAX_POSITIONS", "mechlens.analyses.logit_lens.MAX_POSITIONS"):
+        monkeypatch.setattr(name, tokens.shape[1])
+    for work in (
+        lambda: mechlens.logit_lens(model, tokens),
+        lambda: mechlens.direct_logit_attribution(model, tokens, 5),
+        lambda: next_token_log_probs(model, tokens),
+        lambda: mechlens.train_tuned_lens(model, tokens, steps=1, batch_tokens=24, held_out=1),
+        lambda: mechlens.patch_grid(model, tokens[:1], site="z", source=mechlens.Mean(tokens)),
+    ):
+        with pytest.raises(ValueError, match=r"your hook at .* treats the rows of a batch in different ways"):
+            work()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import chosen
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import parts, watch
@@ -78,6 +79,8 @@ def direct_logit_attribution(
     subtracted = None if against is None else _ids(model, "against", against, tokens)
     check_streamed(model, tokens)
     rows = parts(tokens)
+    if len(rows) > 1:
+        check_rows_alike(model, tokens)
     wanted = [_top(model, part, read) for part in rows] if fixed is None else list(_at(fixed, read, rows))
     lesser = [None] * len(rows) if subtracted is None else list(_at(subtracted, read, rows))
     components = _components(model)

@@ -17,7 +17,7 @@ from mechlens.arguments import chosen, names_of
 from mechlens.batches import Batch, Pieces, cut, prompt_batch
 from mechlens.measures.readout import Readout, joined, read_out
 from mechlens.models.hooks import user_hooks
-from mechlens.models.properties import check_adds_up, reads_alike_in
+from mechlens.models.properties import check_adds_up, check_rows_alike, reads_alike_in
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import bare_norm, check_streamed, final_norm, unembedding
 from mechlens.models.runs import MAX_POSITIONS, watch, watch_from
@@ -168,8 +168,11 @@ def logit_lens(
     found: list[Readout] = []
     cells: list[Tensor] = []
     n_cells = int(batch.mask[:, list(read)].sum())
+    run_apart = list(_parts(model, batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model))
+    if len(run_apart) > 1 and len(pieces.tokens) > 1:
+        check_rows_alike(model, pieces.tokens)
     with progress_bar(desc="logit lens", unit="token", total=n_cells, progress=progress) as shown:
-        for part in _parts(model, batch, pieces, read, vector_size=(len(rows) + 1) * model.cfg.d_model):
+        for part in run_apart:
             vectors = _vectors(model, part, rows, component, onto_stream, last_blocks)[: final + 1]
             with torch.inference_mode():
                 readout = read_out(

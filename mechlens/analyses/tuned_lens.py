@@ -20,6 +20,7 @@ from mechlens.arguments import check_counts, check_reals, generator_of
 from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.readout import read_out
 from mechlens.measures.unembedding import Unembedding
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import watch
@@ -104,6 +105,7 @@ def train_tuned_lens(
     train, rest = _windows(model, corpus, held_out_corpus, steps, batch_tokens, length, held_out, prepend_bos)
     check_streamed(model, train)
     per_step = max(1, batch_tokens // train.shape[1])
+    check_rows_alike(model, train[:per_step])
     arguments = {
         "model": dataclasses.asdict(info),
         "corpus": hashlib.sha256(train.numpy().tobytes()).hexdigest(),

@@ -31,6 +31,12 @@ def alone(model: Any) -> Iterator[None]:
         yield
 
 
+def probe(model: Any, tokens: Any) -> Any:
+    """The row of a prompt that a property is tried on: its beginning, or all of it where a hook of the user's
+    may act further on."""
+    return tokens[:1] if user_hooks(model) else tokens[:1, :8]
+
+
 def user_hooks(model: Any) -> tuple[str, ...]:
     """Where the user's own forward hooks sit, by the names of modules; empty for a model without.
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.models.hooks import user_hooks
+from mechlens.models.hooks import probe, user_hooks
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 
@@ -95,7 +95,7 @@ def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     Raises:
         ValueError: such a model.
 
-    Cost: a forward pass of at most 8 tokens.
+    Cost: a forward pass of at most 8 tokens, with hooks of one row.
     """
     names = {name: f"blocks.{{}}.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")}
     if getattr(model.cfg, "attn_only", False):
@@ -106,7 +106,7 @@ def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
         for layer in range(model.cfg.n_layers)
         for hook in (name.format(layer) for name in names.values())
     }
-    watch(model, tokens[:1, :8], readers)
+    watch(model, probe(model, tokens), readers)
     for layer in range(model.cfg.n_layers):
         before, *added, after = (kept[name.format(layer)] for name in names.values())
         if not alike(sum(added, before), after.to(model.W_U.dtype)):

@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.measures.unembedding import Unembedding
-from mechlens.models.hooks import hooks_on_logits
+from mechlens.models.hooks import hooks_on_logits, probe
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import parts, running, seen_whole, watch
 
@@ -21,13 +22,19 @@ def next_token_log_probs(
         Log-probability in nats of the next token, nan in the last position; and whether no other
         token was more likely, False in the last position. Both on the CPU.
 
+    Raises:
+        ValueError: a hook that treats rows in different ways, where the batch is read in parts.
+
     Cost: one forward pass, and one of at most 8 tokens that tells whether the model's logits are what
     its last norm and `W_U` say; logits exist for a few positions at a time only. Where they are not,
     each row's logits are taken from the model itself.
     """
     read = _whole if _why_not_streamed(model, tokens) else _streamed
     log_probs, corrects = [], []
-    for rows in parts(tokens):
+    several = parts(tokens)
+    if len(several) > 1:
+        check_rows_alike(model, tokens)
+    for rows in several:
         log_prob, correct = read(model, rows)
         log_probs.append(torch.nn.functional.pad(log_prob.cpu(), (0, 1), value=torch.nan))
         corrects.append(torch.nn.functional.pad(correct.cpu(), (0, 1), value=False))
@@ -81,13 +88,13 @@ def _why_not_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> str
     behind = hooks_on_logits(model)
     if behind:
         return f"your hook at {behind[0]} changes them"
-    probe = tokens[:1, :8]
-    if probe.shape[1] < 2:
+    some = probe(model, tokens)
+    if some.shape[1] < 2:
         if model.cfg.n_ctx < 2:
             return ""
         # one token predicts none that could be compared: let it stand twice
-        probe = probe.repeat(1, 2)
-    streamed, whole = _streamed(model, probe)[0], _whole(model, probe)[0]
+        some = some.repeat(1, 2)
+    streamed, whole = _streamed(model, some)[0], _whole(model, some)[0]
     # a narrow dtype rounds the model's own logits, which we keep in float32
     tolerance = 1e-3 if model.W_U.dtype in (torch.float32, torch.float64) else 0.5
     # broken weights make both no number, which is no reason to doubt how they are read

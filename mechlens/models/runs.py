@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -130,14 +131,22 @@ def running(
     model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]], *, gradients: bool = False
 ) -> Iterator[None]:
     """Hooks that are gone when the block ends, no other thread's run in between, no dropout, and no gradients
-    unless they are asked for."""
+    unless they are asked for. A run of the user's in another thread does not meet the hooks."""
+    owner = threading.get_ident()
+
+    def ours(function: Callable[..., Any]) -> Callable[..., Any]:
+        def in_this_thread(activation: Tensor, hook: Any) -> Any:
+            return function(activation, hook=hook) if threading.get_ident() == owner else None
+
+        return in_this_thread
+
     with (
         alone(model),
         torch.inference_mode(not gradients),
         torch.set_grad_enabled(gradients),
         _evaluating(model),
         _without_graphs(model) if gradients else contextlib.nullcontext(),
-        model.hooks(fwd_hooks=hooks),
+        model.hooks(fwd_hooks=[(name, ours(function)) for name, function in hooks]),
     ):
         yield
 

@@ -96,7 +96,7 @@ def _reader(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Read:
     try:
         behind = _Cached(model, 1)
         found = torch.stack([behind(tried[:, : pos + 1]) for pos in range(3)], dim=1)
-    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return whole
     return _Cached(model, batch) if alike(found, last_residual(model, tried)) else whole
 

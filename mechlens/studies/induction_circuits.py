@@ -383,7 +383,7 @@ class _Effects:
         runs = PathRuns.of(
             model, random.tokens, _source(model, random, how), list(paths.values()), keep=[last]
         )
-        found = cls(model, random, runs, paths, torch.empty(0))
+        found = cls(model, random, runs, paths, torch.empty(0, dtype=torch.float32))
         return dataclasses.replace(found, clean_loss=found._loss(found._read(runs.runs.clean[last])))
 
     def of_pair(self, pair: Heads) -> dict[str, float]:

@@ -81,8 +81,8 @@ def test_every_statistic_equals_that_of_the_whole_distribution(
     assert ((found.rank >= 1) & (found.rank <= d_vocab)).all()
 
 
-def test_tokens_with_the_same_weights_are_larger_than_none_of_each_other():
-    """Many of a model's tokens are never trained. They come in several tiles and products, rounded alike."""
+def test_ranks_are_right_to_within_rounding_where_tokens_have_the_same_weights():
+    """Many tokens are never trained. Which kernel makes which of their logits is up to the processor."""
     vectors, W_U, b_U, _ = drawn(3, 50, 64, 3000)
     W_U[:, ::7], b_U[::7] = W_U[:, :1], b_U[:1]
     found = read_out(
@@ -90,8 +90,10 @@ def test_tokens_with_the_same_weights_are_larger_than_none_of_each_other():
     )
     logits = vectors.double() @ W_U.double() + b_U.double()
     expected = 1 + (logits > logits[..., 1400, None] + 1e-4).sum(-1)
-    near = ((logits - logits[..., 1400, None]).abs() < 1e-4).sum(-1) - len(range(0, 3000, 7))
-    assert ((found.rank[..., 1] - expected).abs() <= near).all()
+    near = ((logits - logits[..., 1400, None]).abs() < 1e-4).sum(-1)
+    more = found.rank[..., 1] - expected
+    assert (more >= 0).all()
+    assert (more < near).all(), "a target is not larger than itself"
 
 
 def test_what_is_not_asked_for_is_not_computed(monkeypatch):

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import generator_of
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import check_tokens, watch
 from mechlens.models.sweeps import SITES, TOKEN_BUDGET
@@ -229,6 +230,7 @@ def values_of(
         return lambda layer: made[layer]
     at = by_layer(model, site, layers)
     if isinstance(source, Mean):
+        check_rows_alike(model, source.tokens)
         means = _means(at, source.tokens)
         return lambda layer: means[layer]
     if isinstance(source, Resampled):
