@@ -183,7 +183,7 @@ def test_a_training_goes_on_where_it_was_interrupted(load_once, tiny_directories
     whole = train_tuned_lens(model, windows(), **SMALL)
     for after in (9, 7):
         interrupted(model, after=after, state=state, **SMALL)
-    # two runs before each training tell whether the model can be read; the counter is a hook, so that four more
+    # two runs before each training tell whether the model can be read; as the counter is a hook, four more
     # tell whether it treats rows alike; each step takes one
     assert _step(state) == 4
     resumed = train_tuned_lens(model, windows(), state=state, **SMALL)
