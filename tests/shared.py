@@ -1,4 +1,5 @@
-"""What lies beside the repository while it is developed, and nowhere else."""
+"""What several tests need to know: where lies what is beside the repository while it is developed, and what
+the engine says."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+ENGINE_IS_TOLD = "ignore:TransformerLens 4 has no HookedTransformer"
+"""For `PYTHONWARNINGS` of processes on the bridge whose standard error is looked at."""
 SHARED = Path(os.environ.get("MECHLENS_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K"
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.shared import ENGINE_IS_TOLD
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
 # as a key press would, in the middle of the import of a module
@@ -46,7 +48,10 @@ main({arguments})
 
 
 def ended(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONWARNINGS": ENGINE_IS_TOLD}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
     return done.returncode, done.stdout, done.stderr
 
 

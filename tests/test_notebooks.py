@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.shared import ENGINE_IS_TOLD
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -34,6 +36,7 @@ def test_defines_no_functions_and_ships_without_outputs(path):
 def test_runs_from_a_clean_kernel_and_shows_its_figures(path, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONWARNINGS", ENGINE_IS_TOLD)
     # plotly's own choice for a notebook whose reader may have no network
     monkeypatch.setenv("PLOTLY_RENDERER", "notebook")
     notebook = nbformat.read(path, 4)
