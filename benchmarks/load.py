@@ -3,7 +3,8 @@
     python benchmarks/load.py [--pairs 3]
 
 The model has SmolLM2-135M's shape and random weights. Each load runs in a process of its own that has
-imported torch and transformers; memory is what its peak adds to that, as a multiple of the weights.
+imported torch and the libraries that it needs; memory is what its peak adds to that, as a multiple of the
+weights.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ def compare(folder: Path, dtype: str, pairs: int) -> None:
             found[way].append(alone(f"{way}-{dtype}", str(folder)))
     # the largest tensors are processed in float32; one layer's weights, beside the narrow ones
     layer = 4 * (D_MODEL * D_MODEL * 8 // 3 + 3 * D_MODEL * D_MLP) / 2**20
-    rows = []
+    engine = found[ways[-1]][0]
+    rows = [
+        Row("torch, transformers and TransformerLens, import", engine["import_seconds"], "s"),
+        Row("  what TransformerLens adds to memory", engine["import_added"], "MiB"),
+    ]
     for way in ways:
         ours = way.startswith("ours")
         weights = found[way][0]["weights"]
@@ -98,7 +103,8 @@ def measure(way: str, folder: str) -> None:
     """Do one load here and print its figures; or `make` the model."""
     start = time.perf_counter()
     if way == "unknown":
-        from mechlens import ModelLoadError, load_model
+        from mechlens import load_model
+        from mechlens.models.errors import ModelLoadError
 
         try:
             load_model("EleutherAI/pythia-71m")
@@ -114,6 +120,10 @@ def measure(way: str, folder: str) -> None:
         make(folder)
         return
     name, *kind, dtype = way.split("-")
+    bare = high_water()
+    if name != "hf":
+        import transformer_lens  # noqa: F401
+    engine = {"import_seconds": time.perf_counter() - start, "import_added": high_water() - bare}
     before = high_water()
     start = time.perf_counter()
     if name == "hf":
@@ -124,14 +134,15 @@ def measure(way: str, folder: str) -> None:
         model = load_model(folder, backend=kind[0], processing=kind[1] == "processed", dtype=dtype)
     else:
         model = theirs(kind[0], folder, getattr(torch, dtype))
-    with torch.no_grad():
-        # a file that is mapped into memory is read when it is used
-        model(torch.zeros(1, 1, dtype=torch.long))
+    if name == "hf":
+        # a file that is mapped into memory is read when it is used; the others are run before they are given
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long))
     taken = time.perf_counter() - start
     hf_size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 2**20
     weights = hf_size / (1 if dtype == "float32" else 2)
     assert next(model.parameters()).dtype == getattr(torch, dtype)
-    print(json.dumps({"seconds": taken, "added": high_water() - before, "weights": weights}))
+    print(json.dumps({"seconds": taken, "added": high_water() - before, "weights": weights, **engine}))
 
 
 def theirs(engine: str, folder: str, dtype: object) -> object:
