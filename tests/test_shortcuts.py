@@ -284,15 +284,20 @@ def test_blocks_are_not_run_again_behind_a_users_hook(directories):
 # -- positions that depend on the length -----------------------------------------------------------
 
 
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def long_rope(directory, **changes):
     rope = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     config = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "max_position_embeddings": 128,
         "original_max_position_embeddings": 32,
         "bos_token_id": 0,
@@ -461,12 +466,7 @@ def test_a_rendered_chat_template_is_read_as_it_is(tiny_directories):
 
 
 GRANITE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "max_position_embeddings": 32,
     "bos_token_id": 0,
     "eos_token_id": 0,

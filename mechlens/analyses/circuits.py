@@ -338,7 +338,7 @@ def positional_attention(
 
     Cost: two runs of two tokens up to the layer.
     """
-    describe(model)
+    check_model(model)
     n_ctx = model.cfg.n_ctx
     if n_positions is None:
         n_positions = min(64, n_ctx)

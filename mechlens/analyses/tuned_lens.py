@@ -77,8 +77,8 @@ def train_tuned_lens(
         held_out_corpus: text or ids to measure on, instead of a part of `corpus`.
         prepend_bos: for text: None begins each window with BOS where the tokenizer has one.
         state: a `.safetensors` file to which the training is saved every minute, when it ends and when it is
-            interrupted. If it is there, the training goes on where it stopped; with the same number of
-            threads the result is that of an uninterrupted one, bit for bit.
+            interrupted. If it is there, the training goes on where it stopped; the result
+            is that of an uninterrupted one, to rounding.
         progress: show a bar with the loss (the mean over rows of the KL on the batch, in nats); None shows
             one in a terminal and in Jupyter.
 

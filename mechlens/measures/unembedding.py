@@ -108,7 +108,7 @@ class Unembedding:
         self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " token"]
     ) -> Float[Tensor, "row token"]:
         """The logits of some tokens for every vector, by the kind of product that `tiles` makes: so that
-        tokens with the same weights have the same logit."""
+        tokens with the same weights have the same logit where the processor rounds all columns alike."""
         columns = self.W_U.index_select(1, tokens).to(self.dtype)
         logits = torch.addmm(self.b_U[tokens].to(self.dtype), vectors.to(self.dtype), columns)
         return self._capped_in_place(logits)

@@ -95,7 +95,7 @@ def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     Raises:
         ValueError: such a model.
 
-    Cost: a forward pass of at most 8 tokens, with hooks of one row.
+    Cost: a forward pass of at most 8 tokens; of one row, where there are hooks of the user's.
     """
     names = {name: f"blocks.{{}}.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")}
     if getattr(model.cfg, "attn_only", False):

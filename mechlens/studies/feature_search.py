@@ -23,10 +23,10 @@ from mechlens.analyses.features import (
     search_gradient,
     search_greedy,
 )
-from mechlens.arguments import check_counts, generator_of
+from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.corpus import Source
 from mechlens.measures.statistics import exact_interval
-from mechlens.models.protocol import LensModel, describe
+from mechlens.models.protocol import LensModel
 from mechlens.models.runs import watch
 from mechlens.models.untrained import random_like
 from mechlens.progress import progress_bar
@@ -157,7 +157,7 @@ def reproduce_feature_search(
     Cost: three complete searches; greedy searches of four features in at most four layers; about two gradient
     searches and four from a single start for each feature.
     """
-    describe(model)
+    check_model(model)
     check_counts(n_features=n_features)
     if n_tokens > model.cfg.n_ctx:
         raise ValueError(

@@ -45,13 +45,9 @@ def feature_alignment(
     Source: Badger, "Language Model Features"; there by eye, on four features.
     Cost: for each pair of layers a comparison of `top_k` squared ids per feature; no model is run.
     """
-    check_type("a", a, CompleteSearch)
     within, b = b is None, a if b is None else b
-    for each in (a, b):
-        if not isinstance(each, CompleteSearch):
-            raise TypeError(
-                f"what is compared are results of search_complete, but here is a {type(each).__name__}"
-            )
+    check_type("a", a, CompleteSearch)
+    check_type("b", b, CompleteSearch)
     _check(a, b)
     features = tuple(feature for feature in a.features if feature in set(b.features))
     if not features:
