@@ -146,9 +146,25 @@ def running(
         torch.set_grad_enabled(gradients),
         _evaluating(model),
         _without_graphs(model) if gradients else contextlib.nullcontext(),
-        model.hooks(fwd_hooks=[(name, ours(function)) for name, function in hooks]),
+        _hooked(model, [(name, ours(function)) for name, function in hooks]),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _hooked(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    """`model.hooks`, which on TransformerLens 3.9's bridge collects all hook points again for each hook."""
+    points = model.hook_dict if hooks else {}
+    added = []
+    try:
+        for name, function in hooks:
+            points[name].add_hook(function)
+            added.append((points[name], points[name].fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks = [each for each in point.fwd_hooks if each is not handle]
 
 
 @contextlib.contextmanager
