@@ -437,7 +437,12 @@ def test_models_shows_a_directory(capsys):
 
 def test_as_a_program_it_ends_in_one_line_without_a_traceback():
     """With what only a real process has: an exit code, and what Python prints as it goes."""
-    program = "from mechlens.cli import main; main()"
+    program = """
+import atexit, sys
+from mechlens.cli import main
+atexit.register(lambda: print(*sys.modules))
+main()
+"""
     done = subprocess.run(
         [sys.executable, "-c", program, "reproduce", "--model", "gpt22"],
         capture_output=True,
@@ -447,3 +452,5 @@ def test_as_a_program_it_ends_in_one_line_without_a_traceback():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    # whose import takes longer than everything else that a mistyped name needs
+    assert not {"transformers", "transformer_lens"} & set(done.stdout.split())

@@ -59,7 +59,7 @@ def ended(code):
     ("module", "start"),
     [
         *((module, SCRIPT) for module in ("typer", "mechlens.cli.lens", "torch", "torch._C", "numpy")),
-        *((module, SCRIPT) for module in ("transformers.modeling_utils", "rich")),
+        *((module, SCRIPT) for module in ("transformers", "rich")),
         *((module, MODULE) for module in ("typer", "torch")),
     ],
 )

@@ -81,8 +81,9 @@ def test_the_composition_circuit_prints_its_evidence_and_draws_its_figures(run, 
     assert page.count('class="plot"') == len(figures)
 
 
-def test_feature_search_prints_its_verdicts_and_draws_its_figures(run, tmp_path):
-    options = ("--features", 2, "--tokens", 2, "--windows", 3, "--against", "mechlens-books")
+def test_feature_search_prints_its_verdicts_and_draws_its_figures(run, tmp_path, directories_with_room):
+    model = directories_with_room / "gpt2"
+    options = ("--model", model, "--features", 2, "--tokens", 2, "--windows", 3, "--against", model)
     code, out, err = run("feature_search.py", *options, "--out", tmp_path / "out")
     assert code == 0, err
     claims = [line for line in out.splitlines() if line.endswith(("reproduced", "not judged"))]
@@ -93,7 +94,7 @@ def test_feature_search_prints_its_verdicts_and_draws_its_figures(run, tmp_path)
     assert "strongest of 3 contexts that the model wrote" in out
     found = load(tmp_path / "out" / "complete_trained.safetensors")
     assert isinstance(found, CompleteSearch)
-    assert found.ids.shape == (4, 192, 5)
+    assert found.ids.shape == (2, 32, 5)
     assert len((tmp_path / "out" / "features.csv").read_text().splitlines()) == 3
     page = (tmp_path / "out" / "report.html").read_text()
     figures = {path.stem for path in (tmp_path / "out").glob("*.html")} - {"report"}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import contextlib
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
+import mechlens
 from mechlens.results.state import load_state, save_state
 
 
@@ -29,29 +29,25 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         save_state(file, "search", tensors, rest | {"which": {1}}, step=0)
 
 
-SEARCH = """
-import sys
-import numpy as np
-import mechlens
-model = mechlens.load_model(sys.argv[1], processing=False)
-asked = dict(layer=np.int64(0), selection=np.s_[:, 3], n_tokens=np.int64(1), steps=np.int64(3),
-             restarts=np.int64(4), seed=np.int64(3), learning_rate=np.float32(0.1), state=sys.argv[2])
-found = [mechlens.search_gradient(model, **asked) for _ in range(2)]
-assert found[0] == found[1]
-assert mechlens.load(found[0].save(sys.argv[3])) == found[0]
-best = mechlens.search_complete(model, layers=np.arange(2), features=np.arange(4), top_k=np.int64(2))
-assert mechlens.load(best.save(sys.argv[3])) == best
-"""
-
-
 def test_searches_take_numbers_of_numpy(tmp_path, tiny_directories):
-    """As a notebook has them; in a process of its own, since the tests' checks of types refuse some."""
-    files = [tiny_directories / "gpt2", tmp_path / "state.safetensors", tmp_path / "result.safetensors"]
-    ran = subprocess.run(
-        [sys.executable, "-c", SEARCH, *map(str, files)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+    """As a notebook has them; without the tests' checks of types, which refuse some."""
+    model = mechlens.load_model(tiny_directories / "gpt2", processing=False)
+    asked = {"layer": np.int64(0), "selection": np.s_[:, 3], "n_tokens": np.int64(1), "steps": np.int64(3)}
+    asked |= {"restarts": np.int64(4), "seed": np.int64(3), "learning_rate": np.float32(0.1)}
+    asked["state"] = tmp_path / "state.safetensors"
+    with unchecked():
+        found = [mechlens.search_gradient(model, **asked) for _ in range(2)]
+        best = mechlens.search_complete(model, layers=np.arange(2), features=np.arange(4), top_k=np.int64(2))
+    assert found[0] == found[1]
+    for each in (found[0], best):
+        assert mechlens.load(each.save(tmp_path / "result.safetensors")) == each
+
+
+@contextlib.contextmanager
+def unchecked():
+    """What users run: without the checks of every signature that conftest.py puts in."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
+import importlib.util
+import json
 import os
 import re
 import socket
@@ -47,13 +51,46 @@ def hub_name(name: str) -> str:
     raise ModelLoadError(unknown_name(name))
 
 
+@functools.cache
 def known_hub_names() -> dict[str, tuple[str, ...]]:
-    """TransformerLens's table of models: the hub's name and its aliases. Imports TransformerLens."""
+    """TransformerLens's table of models: the hub's name and its aliases."""
+    names, aliases = _tables_as_data() or _tables_by_import()
+    return {name: tuple(aliases.get(name, ())) for name in names}
+
+
+_Tables = tuple[list[str], dict[str, list[str]]]
+
+
+def _tables_as_data() -> _Tables | None:
+    """The tables in TransformerLens's files; None if this version keeps them in another form.
+
+    They are read, not imported, because the import of TransformerLens takes seconds, and a name that was
+    mistyped needs nothing else of it.
+    """
+    found = importlib.util.find_spec("transformer_lens")
+    package = Path(found.origin).parent if found is not None and found.origin else Path()
+    try:
+        body = ast.parse((package / "supported_models.py").read_text(encoding="utf-8")).body
+        values = {
+            line.target.id: line.value
+            for line in body
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value
+        }
+        names = ast.literal_eval(values["OFFICIAL_MODEL_NAMES"])
+        if isinstance(values["MODEL_ALIASES"], ast.Dict):
+            return names, ast.literal_eval(values["MODEL_ALIASES"])
+        registry = package / "tools" / "model_registry" / "data" / "model_aliases.json"
+        return names, json.loads(registry.read_text(encoding="utf-8"))["aliases"]
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return None
+
+
+def _tables_by_import() -> _Tables:
     from mechlens.models.engines import quiet
 
     with quiet():
         from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-    return {name: tuple(MODEL_ALIASES.get(name, ())) for name in OFFICIAL_MODEL_NAMES}
+    return OFFICIAL_MODEL_NAMES, MODEL_ALIASES
 
 
 def unknown_name(name: str) -> str:

@@ -26,7 +26,7 @@ def drawn(rows, positions, d_model, d_vocab, seed=0):
     return vectors, W_U, b_U, targets
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     rows=st.integers(1, 5),
     positions=st.integers(1, 7),

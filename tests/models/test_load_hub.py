@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mechlens.models import hub as names
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
@@ -158,3 +159,23 @@ def test_transformer_lens_format(hub):
     asked.clear()
     load_model("attn-only-2l")
     assert not asked
+
+
+def test_the_engines_table_of_models_is_read_as_it_is_imported():
+    assert names._tables_as_data() == names._tables_by_import()
+    assert names.hub_name("pythia-70m") == "EleutherAI/pythia-70m"
+
+
+def test_a_table_in_another_form_is_imported(tmp_path, monkeypatch):
+    """As a later version may have it."""
+    known = names.known_hub_names()
+    spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
+    called = "OFFICIAL_MODEL_NAMES: list = sorted([])\nMODEL_ALIASES: dict = {}"
+    for text in (None, "NAMES = [1]", called, "("):
+        if text is not None:
+            (tmp_path / "supported_models.py").write_text(text)
+        names.known_hub_names.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(names.importlib.util, "find_spec", lambda name: spec)
+            assert names._tables_as_data() is None
+            assert names.known_hub_names() == known
