@@ -1,36 +1,76 @@
-"""The type checker of the import hook in conftest.py."""
+"""The checks of every signature of mechlens, types and shapes, that conftest.py turns on."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
+import functools
 import typing
+from collections.abc import Callable
 from typing import Any
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
-from jaxtyping._import_hook import JaxtypingTransformer
+from jaxtyping import _import_hook
 
 # An int where a float is wanted is right, as every static checker has it.
-outer_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
 
 
-def leave_inner_functions() -> None:
-    """Check no function within a function: each would be compiled anew at every call of the outer one.
+def once_checked(defined: Any) -> Any:
+    """A function, or a dataclass's constructor, that checks what it is given and returns.
 
-    A third of the suite's time. The hook keeps what it compiled under the checker's name, so whoever changes
-    what is checked gives the checker another name.
+    As `jaxtyping.jaxtyped` does it, at half the cost: that checks the arguments twice, to tell which one was
+    wrong.
     """
-    visit, within = JaxtypingTransformer.visit_FunctionDef, []
+    if isinstance(defined, type):
+        if dataclasses.is_dataclass(defined) and "__init__" in vars(defined):
+            defined.__init__ = once_checked(defined.__init__)
+        return defined
+    names = defined.__globals__
+    defined.__annotations__ = {name: _resolved(hint, names) for name, hint in defined.__annotations__.items()}
+    checking = beartype(defined, conf=_CONF)
 
-    def outer_alone(self: JaxtypingTransformer, node: ast.FunctionDef) -> ast.AST:
-        if within:
-            return node
-        within.append(node)
-        try:
-            return visit(self, node)
-        finally:
-            within.pop()
+    @functools.wraps(defined)
+    def within_its_shapes(*given: Any, **named: Any) -> Any:
+        __tracebackhide__ = True
+        if jaxtyping.config.jaxtyping_disable:
+            return defined(*given, **named)
+        with jaxtyping.jaxtyped("context"):
+            return checking(*given, **named)
 
-    JaxtypingTransformer.visit_FunctionDef = outer_alone
+    return within_its_shapes
+
+
+def _resolved(hint: Any, names: dict[str, Any]) -> Any:
+    """What a hint in quotes means; anything where it has a name that only type checkers know."""
+    try:
+        asked = typing.get_type_hints(type("Asked", (), {"__annotations__": {"hint": hint}}), names)
+    except Exception:
+        return Any
+    return asked["hint"]
+
+
+class OuterFunctions(_import_hook.JaxtypingTransformer):
+    """Decorates classes, methods and functions, but no function within a function, which would be compiled
+    anew at every call of the outer one.
+
+    What it made is kept beside the source, under the name that conftest.py gives: whoever changes it there
+    changes that name.
+    """
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.decorator_list.append(self._decorator(node))
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        # outside of the decorator that makes it a dataclass
+        node.decorator_list.insert(0, self._decorator(node))
+        return self.generic_visit(node)
+
+    def _decorator(self, node: ast.AST) -> ast.expr:
+        made = self._typechecker.get_ast().keywords[0].value
+        return ast.fix_missing_locations(ast.copy_location(made, node))
 
 
 def ask_each_class_once() -> None:
@@ -53,5 +93,5 @@ def ask_each_class_once() -> None:
     protocol.__instancecheck__ = remembered
 
 
-leave_inner_functions()
+_import_hook.JaxtypingTransformer = OuterFunctions
 ask_each_class_once()

@@ -14,6 +14,6 @@ from jaxtyping import install_import_hook
 from tests import checked  # noqa: F401  # the hook finds it in what is imported
 
 # Before anything imports mechlens. Users run without it and pay nothing for the checks.
-install_import_hook("mechlens", "tests.checked.outer_checked")
+install_import_hook("mechlens", "tests.checked.once_checked")
 
 pytest_plugins = ["tests.model_fixtures"]

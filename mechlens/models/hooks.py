@@ -81,21 +81,40 @@ def without_user_hooks(model: Any) -> Iterator[None]:
                 table.update(before | added)
 
 
-def _found(model: Any) -> Iterator[tuple[str, nn.Module, dict[int, Any], int]]:
-    """(name, module, its table of hooks, key) of each hook that is the user's."""
+def every_module(model: Any) -> list[nn.Module]:
+    """The model's modules and those of the one that it wraps, each once: as `modules()`, in a third of the
+    time, since every run asks."""
+    waiting, found = _roots(model), {}
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += (each for each in vars(module)["_modules"].values() if each is not None)
+    return list(found.values())
+
+
+def _roots(model: Any) -> list[nn.Module]:
     # a bridge does not name the model that it wraps among its own modules
     wrapped = vars(model).get("original_model")
-    seen: set[int] = set()
-    for root in (model, wrapped):
-        for name, module in () if root is None else root.named_modules():
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            for table_name in _TABLES:
-                table = vars(module)[table_name]
-                for key, hook in list(table.items()):
-                    if _is_hook_point(module) or not _is_engines(hook):
-                        yield name, module, table, key
+    return [model] if wrapped is None else [model, wrapped]
+
+
+def _found(model: Any) -> Iterator[tuple[str, nn.Module, dict[int, Any], int]]:
+    """(name, module, its table of hooks, key) of each hook that is the user's."""
+    theirs = {id(module): hooks for module in every_module(model) if (hooks := _of_user(module))}
+    for root in _roots(model) if theirs else ():
+        for name, module in root.named_modules():
+            for table, key in theirs.pop(id(module), ()):
+                yield name, module, table, key
+
+
+def _of_user(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
+    return [
+        (table, key)
+        for table in (vars(module)[name] for name in _TABLES)
+        for key, hook in table.items()
+        if _is_hook_point(module) or not _is_engines(hook)
+    ]
 
 
 def _is_hook_point(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.models.hooks import alone, user_hooks
+from mechlens.models.hooks import alone, every_module, user_hooks
 from mechlens.models.protocol import LensModel, engine_of
 
 MAX_POSITIONS = 16384
@@ -182,7 +182,7 @@ def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
     """(attributes of a module, name, activation) of what modules keep with the graph that it was made by."""
     return [
         (vars(module), name, value)
-        for module in model.modules()
+        for module in every_module(model)
         for name, value in vars(module).items()
         if isinstance(value, Tensor) and value.grad_fn is not None
     ]
@@ -191,10 +191,7 @@ def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
 @contextlib.contextmanager
 def _evaluating(model: LensModel) -> Iterator[None]:
     """Without dropout, which would make every result a draw of its own; modes are restored at the end."""
-    # a bridge does not name the model that it wraps among its own modules
-    wrapped = vars(model).get("original_model")
-    modules = [*model.modules(), *(wrapped.modules() if wrapped is not None else ())]
-    training = [module for module in modules if module.training]
+    training = [module for module in every_module(model) if module.training]
     for module in training:
         module.training = False
     try:
