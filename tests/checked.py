@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import typing
-from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
@@ -27,6 +27,9 @@ def once_checked(defined: Any) -> Any:
         if dataclasses.is_dataclass(defined) and "__init__" in vars(defined):
             defined.__init__ = once_checked(defined.__init__)
         return defined
+    if inspect.isgeneratorfunction(defined):
+        # whose body runs among the shapes of whoever asks for the next
+        return jaxtyping.jaxtyped(defined, typechecker=functools.partial(beartype, conf=_CONF))
     names = defined.__globals__
     defined.__annotations__ = {name: _resolved(hint, names) for name, hint in defined.__annotations__.items()}
     checking = beartype(defined, conf=_CONF)
@@ -45,7 +48,9 @@ def once_checked(defined: Any) -> Any:
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:
     """What a hint in quotes means; anything where it has a name that only type checkers know."""
     try:
-        asked = typing.get_type_hints(type("Asked", (), {"__annotations__": {"hint": hint}}), names)
+        asked = typing.get_type_hints(
+            type("Asked", (), {"__annotations__": {"hint": hint}}), names, include_extras=True
+        )
     except Exception:
         return Any
     return asked["hint"]
