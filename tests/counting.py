@@ -1,9 +1,11 @@
-"""How much of a model is run."""
+"""How much of a model is run, and how many bytes work takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 
 def positions_run(model: Any, names: Sequence[str], work: Callable[[], Any]) -> dict[str, int]:
@@ -29,3 +31,20 @@ def positions_run(model: Any, names: Sequence[str], work: Callable[[], Any]) -> 
         for point in points.values():
             del point.forward
     return seen
+
+
+def peak_bytes(work: Callable[[], Any], *, mapped: int) -> int:
+    """The most that tensors have held at once during the work.
+
+    Args:
+        mapped: bytes of the file of weights, which is mapped into memory and not held.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
+    held = peak = 0
+    for each in sorted(events, key=lambda each: each.start_ns()):
+        if abs(each.nbytes()) != mapped:
+            held += each.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -30,20 +30,30 @@ SMALL = ["--seq-len", "5", "--batch", "1"]
 SCRIPT = "from mechlens.cli import main; main()"
 MODULE = "import runpy; runpy.run_module('mechlens', run_name='__main__')"
 
-# Ctrl-C in the middle of the work: when the first of the patched runs is done
+# Ctrl-C when the first of the patched runs is done, and while a file is written: each in a fork, since a new
+# process would need seconds to import the engine
 AT_WORK = """
-import os, signal
+import os, signal, sys
+import transformer_lens
 from mechlens.analyses.patching import grid
 from mechlens.cli import main
 
 note = grid._Done.note
 
-def interrupted(self, *args):
-    note(self, *args)
+def interrupt(*args):
     os.kill(os.getpid(), signal.SIGINT)
 
-grid._Done.note = interrupted
-main({arguments})
+def note_and_interrupt(self, *args):
+    note(self, *args)
+    interrupt()
+
+grid._Done.note = note_and_interrupt
+fsync = os.fsync
+for arguments, os.fsync in zip({commands}, (fsync, fsync, interrupt), strict=True):
+    child = os.fork()
+    if not child:
+        main(arguments)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr)
 """
 
 
@@ -84,33 +94,25 @@ sys.argv =""",
     assert (code, out, err) == (130, "", "mechlens: interrupted\n")
 
 
-def test_ctrl_c_during_work_without_a_state_ends_in_one_line(tiny_directories):
-    arguments = ["patch", *SMALL, "--model", str(tiny_directories / "gpt2")]
-    assert ended(AT_WORK.format(arguments=arguments)) == (130, "", "mechlens: interrupted\n")
-
-
-def test_ctrl_c_during_work_with_a_state_saves_it_and_says_so(tmp_path, tiny_directories):
+def test_ctrl_c_during_work_ends_in_one_line_and_leaves_no_half_of_a_file(tmp_path, tiny_directories):
+    model = ["--model", str(tiny_directories / "gpt2")]
     state = tmp_path / "state.safetensors"
-    arguments = ["patch", *SMALL, "--model", str(tiny_directories / "gpt2"), "--state", str(state)]
-    code, out, err = ended(AT_WORK.format(arguments=arguments))
-    assert (code, out) == (130, "")
-    assert err == f"mechlens: progress is saved in {state}: the same command goes on from there\n"
+    commands = [
+        ["patch", *SMALL, *model],
+        ["patch", *SMALL, *model, "--state", str(state)],
+        ["composition", "--draws", "2", *model, "--out", str(tmp_path / "x.csv")],
+    ]
+    code, out, err = ended(AT_WORK.format(commands=commands))
+    assert (code, out) == (0, "")
+    assert err.splitlines() == [
+        "mechlens: interrupted",
+        "130",
+        f"mechlens: progress is saved in {state}: the same command goes on from there",
+        "130",
+        "mechlens: interrupted",
+        "130",
+    ]
     assert [each.name for each in tmp_path.iterdir()] == [state.name]
-
-
-def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path, tiny_directories):
-    code = f"""
-import os, signal
-from mechlens.cli import main
-
-def interrupted(handle):
-    os.kill(os.getpid(), signal.SIGINT)
-
-os.fsync = interrupted
-main(["composition", "--model", {str(tiny_directories / "gpt2")!r}, "--out", {str(tmp_path / "x.csv")!r}])
-"""
-    assert ended(code) == (130, "", "mechlens: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_handler_of_before_is_back_afterwards():

@@ -138,7 +138,7 @@ def _first_that_has_it(
             refused = refused or error
             continue
         if refused is not None:
-            why = str(refused).split(": use ")[0]
+            why = re.split(": (?:use|try) ", str(refused))[0]
             warnings.warn(
                 f"{place.name} is run by a TransformerBridge, on which patching sweeps cannot begin at the "
                 f"layer that is patched and take longer ({why})",
@@ -156,7 +156,7 @@ def _convert(
     source = Source(place.name, None, hf.architecture, processing, tied)
     specials = engines.special_tokens(hf.tokenizer)
     other = ["processing=False"] * processing + ["backend='bridge'"] * (engine == "hooked")
-    advice = f": use {', or '.join(other)}" if other else ""
+    advice = f": try {', or '.join(other)}" if other else ""
     try:
         # before the engine gets the model, of which it leaves nothing
         reference = Reference.of_hf(hf.model)

@@ -11,6 +11,7 @@ from mechlens import load_model
 from mechlens.models import load
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.verification import Reference, check_on_device, widened
+from tests.counting import peak_bytes
 from tests.models.test_load import BACKENDS
 from tests.tiny_models import write_tiny_model
 
@@ -43,7 +44,7 @@ def test_no_dtype_hides_a_wrong_conversion(tmp_path, backend, dtype):
     else:
         told = ""
     if told:
-        assert "use processing=False" in told
+        assert "try processing=False" in told
         return
     tokens = torch.arange(5, 20)[None]
     exact = predictions(tmp_path / "gemma2", torch.float32, tokens)
@@ -119,3 +120,20 @@ def test_weights_are_assigned_once_however_many_layers_there_are(tmp_path, monke
         load_model(tmp_path / str(layers), backend=backend, processing=processing)
         counts.append(len(calls))
     assert counts == [1, 1] if backend == "hooked" else counts == [0, 0], counts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loading_holds_little_beside_the_weights(tmp_path, backend, processing, dtype):
+    shape = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512, "num_hidden_layers": 16}
+    model = write_tiny_model(tmp_path / "llama", "llama", **shape)
+    wide = 4 * sum(parameter.numel() for parameter in model.parameters())
+    layer = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    (file,) = (tmp_path / "llama").glob("*.safetensors")
+    peak = peak_bytes(
+        lambda: load_model(tmp_path / "llama", backend=backend, processing=processing, dtype=dtype),
+        mapped=file.stat().st_size,
+    )
+    weights = wide if dtype == "float32" else wide // 2
+    assert weights < peak < 2.3 * weights + (layer if dtype == "bfloat16" else 0)
