@@ -45,7 +45,6 @@ def main() -> None:
             seq_len=options.seq_len,
             batch=options.batch,
             seed=options.seed,
-            progress=sys.stderr.isatty(),
         )
         options.out.mkdir(parents=True, exist_ok=True)
     except (ModelLoadError, ValueError, OSError) as error:

@@ -76,7 +76,6 @@ def main() -> None:
             limit=options.windows,
             against=against,
             seed=options.seed,
-            progress=sys.stderr.isatty(),
         )
         options.out.mkdir(parents=True, exist_ok=True)
     except (ModelLoadError, ValueError, OSError) as error:

@@ -10,7 +10,6 @@ published figures are then printed beside the measured ones.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import mechlens
@@ -37,7 +36,6 @@ def main() -> None:
             seq_len=options.seq_len,
             batch=options.batch,
             seeds=options.seeds,
-            progress=sys.stderr.isatty(),
         )
         options.out.mkdir(parents=True, exist_ok=True)
     except (ModelLoadError, ValueError, OSError) as error:

@@ -265,21 +265,19 @@ def ask_comments(
         )
     ]
     if training:
-        bars = sys.stderr.isatty()
         if corpus is None:
-            written = mechlens.sample_tokens(model, batch=256, seq_len=63, seed=seed, progress=bars)
+            written = mechlens.sample_tokens(model, batch=256, seq_len=63, seed=seed)
             probe = mechlens.probe_input(
                 model,
                 written,
                 train_tokens=written.numel() * 3 // 4,
                 held_out_tokens=written.numel() // 5,
                 seed=seed,
-                progress=bars,
             )
-            lens = mechlens.train_tuned_lens(model, written, seed=seed, progress=bars)
+            lens = mechlens.train_tuned_lens(model, written, seed=seed)
         else:
-            probe = mechlens.probe_input(model, corpus, seed=seed, progress=bars)
-            lens = mechlens.train_tuned_lens(model, corpus, seed=seed, progress=bars)
+            probe = mechlens.probe_input(model, corpus, seed=seed)
+            lens = mechlens.train_tuned_lens(model, corpus, seed=seed)
         results |= {"input_probe": probe, "tuned_lens": lens}
         figures += [
             (

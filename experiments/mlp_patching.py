@@ -47,7 +47,6 @@ def main() -> None:
             batch=options.batch,
             seed=options.seed,
             how=options.how,
-            progress=sys.stderr.isatty(),
         )
         options.out.mkdir(parents=True, exist_ok=True)
     except (ModelLoadError, ValueError, OSError) as error:
