@@ -20,8 +20,7 @@ _CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
 def once_checked(defined: Any) -> Any:
     """A function, or a dataclass's constructor, that checks what it is given and returns.
 
-    As `jaxtyping.jaxtyped` does it, at half the cost: that checks the arguments twice, to tell which one was
-    wrong.
+    As `jaxtyping.jaxtyped` does, which checks the arguments twice, to tell which one was wrong.
     """
     if isinstance(defined, type):
         if dataclasses.is_dataclass(defined) and "__init__" in vars(defined):
@@ -51,7 +50,7 @@ def _resolved(hint: Any, names: dict[str, Any]) -> Any:
         asked = typing.get_type_hints(
             type("Asked", (), {"__annotations__": {"hint": hint}}), names, include_extras=True
         )
-    except Exception:
+    except Exception:  # of any kind: what is in quotes may be any expression
         return Any
     return asked["hint"]
 

@@ -82,8 +82,8 @@ def without_user_hooks(model: Any) -> Iterator[None]:
 
 
 def every_module(model: Any) -> list[nn.Module]:
-    """The model's modules and those of the one that it wraps, each once: as `modules()`, in a third of the
-    time, since every run asks."""
+    """The model's modules and those of the one that it wraps, each once. `modules()` yields each of them
+    through a generator per level, and every run asks."""
     waiting, found = _roots(model), {}
     while waiting:
         module = waiting.pop()

@@ -68,7 +68,9 @@ def _tables_as_data() -> _Tables | None:
     mistyped needs nothing else of it.
     """
     found = importlib.util.find_spec("transformer_lens")
-    package = Path(found.origin).parent if found is not None and found.origin else Path()
+    if found is None or found.origin is None:
+        return None
+    package = Path(found.origin).parent
     try:
         body = ast.parse((package / "supported_models.py").read_text(encoding="utf-8")).body
         values = {

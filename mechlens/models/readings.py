@@ -26,9 +26,8 @@ def next_token_log_probs(
         ValueError: a hook that treats rows in different ways, where the batch is read in parts.
 
     Cost: one forward pass, and one of at most 8 tokens (of one row, where there are hooks of the user's) that
-    tells whether the model's logits are what
-    its last norm and `W_U` say; logits exist for a few positions at a time only. Where they are not,
-    each row's logits are taken from the model itself.
+    tells whether the model's logits are what its last norm and `W_U` say; logits exist for a few positions at
+    a time only. Where they are not, each row's logits are taken from the model itself.
     """
     read = _whole if _why_not_streamed(model, tokens) else _streamed
     log_probs, corrects = [], []
