@@ -9,6 +9,10 @@ BRIDGE_VERSION := 4.3.0
 PY := $(VENV)/bin/python
 # A worker for each core, up to four; ARGS="-n 0" runs the tests in one process.
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
+# What no engine has a part in: it is tested once, by `make test`.
+NO_ENGINE := tests/plots tests/terminal $(filter-out %/test_weights.py,$(wildcard tests/measures/test_*.py)) \
+	$(wildcard tests/test_report*.py) $(foreach name,cli_output cli_start corpus files progress public_names \
+	results training,tests/test_$(name).py)
 ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default
 THREADS ?= 1 2
 
@@ -28,8 +32,8 @@ demo: $(VENV)/.installed ## reproduce the induction-head findings on the bundled
 test: $(VENV)/.installed ## run the tests; ARGS go to pytest
 	$(PY) $(PYTEST) $(ARGS)
 
-test-bridge: $(BRIDGE)/.installed ## run the tests on the bridge of transformer-lens 4
-	$(BRIDGE)/bin/python $(PYTEST) $(ARGS)
+test-bridge: $(BRIDGE)/.installed ## run the tests that run a model on the bridge of transformer-lens 4
+	$(BRIDGE)/bin/python $(PYTEST) $(addprefix --ignore=,$(NO_ENGINE)) $(ARGS)
 
 # OpenMP's threads sleep while they wait, since here there are more of them than cores.
 test-portable: $(VENV)/.installed ## run the tests in other arithmetic, with one thread and two: one line each

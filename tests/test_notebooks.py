@@ -1,13 +1,15 @@
-"""Every notebook runs from a clean kernel without a network, and defines no functions."""
+"""Every notebook runs where nothing is defined yet, without a network, and defines no functions."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 from tests.shared import ENGINE_IS_TOLD
@@ -30,19 +32,37 @@ def test_defines_no_functions_and_ships_without_outputs(path):
             assert not cell.outputs
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One for all notebooks, since every new one imports torch and the engine again."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(
+        env=os.environ
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
+            "PYTHONWARNINGS": ENGINE_IS_TOLD,
+            # plotly's own choice for a notebook whose reader may have no network
+            "PLOTLY_RENDERER": "notebook",
+        }
+    )
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 # pyzmq and jupyter_client, which run the kernel, warn about their own event loops
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_a_clean_kernel_and_shows_its_figures(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONWARNINGS", ENGINE_IS_TOLD)
-    # plotly's own choice for a notebook whose reader may have no network
-    monkeypatch.setenv("PLOTLY_RENDERER", "notebook")
+def test_runs_where_nothing_is_defined_and_shows_its_figures(path, kernel):
     notebook = nbformat.read(path, 4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    client = NotebookClient(notebook, timeout=300, km=kernel)
+    try:
+        client.execute()
+    finally:
+        client.kc.stop_channels()
     shown = 0
-    for cell in notebook.cells:
+    for cell in notebook.cells[1:]:
         if cell.cell_type != "code":
             continue
         assert cell.outputs or cell.source.startswith("import"), f"nothing to see after: {cell.source}"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -253,7 +254,7 @@ def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
         ModelLoadError: the bridge does not have this architecture.
     """
     architecture = hf.model.config.architectures[0]
-    with quiet():
+    with quiet(), _hook_points_are_leaves():
         from transformer_lens.model_bridge import TransformerBridge
 
         try:
@@ -276,6 +277,21 @@ def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
     if "blocks.0.attn.hook_pattern" not in model.hook_dict:
         raise ModelLoadError(f"{architecture} is not supported: it has no attention patterns")
     return model
+
+
+@contextlib.contextmanager
+def _hook_points_are_leaves() -> Iterator[None]:
+    """Until the block ends, a bridge that looks through all that its modules have for hook points looks not
+    into hook points themselves: three in four modules are some, and each would be asked for all its names."""
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.model_bridge import TransformerBridge
+
+    there: Any = sys.modules[TransformerBridge.__module__]
+    there.dir = lambda module: () if isinstance(module, HookPoint) else dir(module)
+    try:
+        yield
+    finally:
+        del there.dir
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str | None]:

@@ -15,6 +15,8 @@ import torch
 from mechlens.models.errors import ModelLoadError
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_MAPPED_AT_ONCE = 2**24
+"""Bytes of a file that are read before it is opened anew, which takes a millisecond."""
 
 
 @dataclasses.dataclass
@@ -258,18 +260,23 @@ def _quiet_transformers() -> Iterator[None]:
 def read_safetensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, those of floating-point numbers in a dtype.
 
-    The file is opened anew for each: its pages are memory of this process for as long as it is open, or as a
-    tensor is left that is a view of them.
+    The file is opened anew now and then: its pages are memory of this process for as long as it is open, or
+    as a tensor is left that is a view of them.
     """
     from safetensors import safe_open
 
-    with safe_open(file, "pt") as opened:
-        names = list(opened.keys())
-    found = {}
-    for name in names:
-        with safe_open(file, "pt") as opened:
+    found: dict[str, torch.Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(safe_open(file, "pt"))
+        mapped = 0
+        for name in list(opened.keys()):
+            if mapped > _MAPPED_AT_ONCE:
+                stack.close()
+                opened, mapped = stack.enter_context(safe_open(file, "pt")), 0
             tensor = opened.get_tensor(name)
-        found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            mapped += tensor.nbytes
+            found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+            del tensor
     return found
 
 

@@ -83,7 +83,13 @@ def _processed(
         dtypes = {name: tensor.dtype for name, tensor in block.items() if name not in embeddings}
         # biases that folding makes are as narrow as the rest
         own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
-        done = process(block, _of_blocks(cfg, 1), adapter=adapter, **(wanted | {"center_unembed": False}))
+        # to look for a value's bias the engine copies all weights of the block
+        biased = any(re.search(r"\b_?b_|\bbias\b", name) for name in names)
+        here = wanted | {
+            "center_unembed": False,
+            "fold_value_biases": wanted["fold_value_biases"] and biased,
+        }
+        done = process(block, _of_blocks(cfg, 1), adapter=adapter, **here)
         yield {
             _renumbered(name, layer): done[name].to(dtypes.get(name, own))
             for name in done

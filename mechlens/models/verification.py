@@ -82,20 +82,37 @@ class Reference:
 
 @contextlib.contextmanager
 def widened(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Let each module compute with its weights in a wider dtype, one module's at a time."""
+    """Let each module compute with its weights in a wider dtype, one module's at a time.
+
+    They are widened into the same memory again and again: to be given new pages takes longer than to fill
+    them.
+    """
+    modules = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    sizes = {id(module): sum(each.numel() for each in module.parameters(recurse=False)) for module in modules}
+    room = torch.empty(max(sizes.values(), default=0), dtype=dtype)
     narrow: dict[int, list[Tensor]] = {}
+    taken = 0
 
     def widen(module: Any, given: Any) -> None:
+        nonlocal taken
         own = list(module.parameters(recurse=False))
         narrow[id(module)] = [each.data for each in own]
+        start, taken = taken, taken + sizes[id(module)]
         for each in own:
-            each.data = each.data.to(dtype)
+            wide = room[start : start + each.numel()]
+            start += each.numel()
+            # one with weights of its own and modules inside that have some, too
+            fits = wide.numel() == each.numel()
+            each.data = wide.view(each.shape).copy_(each.data) if fits else each.data.to(dtype)
 
     def restore(module: Any, given: Any = None, made: Any = None) -> None:
-        for each, data in zip(module.parameters(recurse=False), narrow.pop(id(module), ()), strict=False):
+        nonlocal taken
+        if id(module) not in narrow:
+            return
+        taken -= sizes[id(module)]
+        for each, data in zip(module.parameters(recurse=False), narrow.pop(id(module)), strict=True):
             each.data = data
 
-    modules = [module for module in model.modules() if list(module.parameters(recurse=False))]
     handles = [module.register_forward_pre_hook(widen) for module in modules]
     handles += [module.register_forward_hook(restore) for module in modules]
     try:

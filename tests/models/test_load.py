@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from mechlens.models import load
+from mechlens.models import load, local
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import BUNDLED, load_model
 from mechlens.models.protocol import describe, engine_of
@@ -145,6 +145,22 @@ def test_half_precision_files_load_in_float32(tmp_path):
     assert (log_probs(loaded, tokens) - hf_log_probs(tmp_path / "half", tokens)).abs().max() < TOLERANCE
 
 
+def test_a_file_that_is_opened_anew_on_the_way_gives_all_its_tensors(tmp_path, monkeypatch):
+    import safetensors
+
+    model = write_tiny_model(tmp_path / "gpt2", "gpt2")
+    opened = []
+    own = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda *given: opened.append(given) or own(*given))
+    monkeypatch.setattr(local, "_MAPPED_AT_ONCE", 2000)
+    found = local.read_safetensors(tmp_path / "gpt2" / "model.safetensors", torch.float64)
+    assert len(opened) > 3
+    expected = {name: each for name, each in model.state_dict().items() if name in found}
+    assert {name.partition(".")[0] for name in model.state_dict().keys() - found.keys()} == {"lm_head"}
+    for name, each in expected.items():
+        assert torch.equal(found[name], each.double()), name
+
+
 @pytest.mark.skipif(HAS_HOOKED, reason="this is said of an engine without HookedTransformer")
 def test_the_slower_engine_is_told_of_once(tiny_directories, monkeypatch, recwarn):
     monkeypatch.setattr(load, "_told", set())
@@ -204,6 +220,15 @@ def users_bridge(directory: Path):
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(str(directory), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_bridge_has_the_hook_points_that_the_engine_finds(tiny_directories, kind):
+    ours = load_model(tiny_directories / kind, backend="bridge")
+    theirs = users_bridge(tiny_directories / kind)
+    theirs.enable_compatibility_mode(disable_warnings=True)
+    names, expected = ({key: point.name for key, point in each.hook_dict.items()} for each in (ours, theirs))
+    assert list(names.items()) == list(expected.items())
 
 
 class TestDescribe:

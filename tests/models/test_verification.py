@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -100,6 +102,27 @@ def test_weights_are_narrow_again_after_a_wide_run_that_failed():
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
     assert not model[0]._forward_pre_hooks
     assert not model[0]._forward_hooks
+
+
+class Nested(torch.nn.Module):
+    """Weights of its own, in use while those of a larger module inside are, and some that come after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.inner = torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Linear(3, 5, bias=False)
+        self.after = torch.nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x):
+        return self.inner(x @ self.before) @ self.after
+
+
+def test_a_wide_run_computes_with_the_weights_as_they_are():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Nested(), torch.nn.Linear(3, 40), torch.nn.Linear(40, 2))
+    x = torch.randn(7, 3, dtype=torch.float64)
+    with torch.no_grad(), widened(model, torch.float64):
+        found = model(x)
+    assert (found - copy.deepcopy(model).double()(x)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
