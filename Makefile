@@ -17,6 +17,8 @@ ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABIL
 THREADS ?= 1 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start many processes, which would compile what they import again and again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-bridge test-portable notebook lint format types bench clean

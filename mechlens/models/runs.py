@@ -106,9 +106,6 @@ def serve(
     model: LensModel, given: Tensor, readers: Mapping[str, Callable[[Tensor], None]], **options: Any
 ) -> None:
     """`watch` of whatever the engine can be given, with the engine's own options."""
-    unknown = sorted(set(readers) - set(model.hook_dict))
-    if unknown:
-        raise ValueError(f"this model has no hook point {unknown[0]!r}: see model.hook_dict")
     waiting = set(readers)
 
     # the engine names the hook point by its own alias, so each hook carries the name asked for
@@ -155,6 +152,9 @@ def running(
 def _hooked(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
     """`model.hooks`, which on TransformerLens 3.9's bridge collects all hook points again for each hook."""
     points = model.hook_dict if hooks else {}
+    unknown = sorted({name for name, _ in hooks} - set(points))
+    if unknown:
+        raise ValueError(f"this model has no hook point {unknown[0]!r}: see model.hook_dict")
     added = []
     try:
         for name, function in hooks:

@@ -353,8 +353,8 @@ def test_default_settings_reach_the_optimum_on_the_bundled_model():
     model = load_model(processing=False)
     complete = search_complete(model, layers=[0, 1])
     reached = missed = 0
-    for feature in range(0, 192, 12):
-        layer = int(feature % 48 == 36)
+    for feature in range(0, 192, 24):
+        layer = int(feature % 48 == 24)
         result = search_gradient(
             model, layer=layer, selection=np.s_[0, feature], n_tokens=1, complete=complete
         )
@@ -368,9 +368,9 @@ def test_default_settings_reach_the_optimum_on_the_bundled_model():
         else:
             missed += 1
         # decided: each search costs a second
-        if reached == 14 or missed == 3:
+        if reached == 7 or missed == 2:
             break
-    assert reached == 14, "85% of 16 features"
+    assert reached == 7, "seven in eight features"
 
 
 # -- how it goes -----------------------------------------------------------------------------------
