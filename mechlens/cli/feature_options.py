@@ -117,7 +117,7 @@ def check_gradient(given: dict[str, Any]) -> None:
 
 def load(given: dict[str, Any]) -> LensModel:
     names = ("model", "device", "dtype", "revision", "quiet")
-    return options.load(*(given[name] for name in names), processing=False)
+    return options.load(*(given[name] for name in names), processing=False, cache=given["cache"])
 
 
 def n_features(model: LensModel, site: str) -> int:

@@ -21,6 +21,7 @@ from mechlens.cli.feature_options import (
 )
 from mechlens.cli.options import (
     BUNDLED,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     HelpOption,
@@ -62,6 +63,7 @@ def complete(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     seed: NoSeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -133,6 +135,7 @@ def greedy(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     seed: NoSeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
@@ -259,6 +262,7 @@ def gradient(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -364,6 +368,7 @@ def align(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -476,6 +481,7 @@ def examples(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     seed: NoSeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,

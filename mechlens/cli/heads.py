@@ -12,6 +12,7 @@ from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
     BosOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -49,6 +50,7 @@ def heads(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,7 +78,7 @@ def heads(
     # before the model is loaded, which takes seconds
     if kind:
         names_of("score", kind, (*KINDS, *VARIANTS) if text is None else PROMPT_KINDS)
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     if text is None:
         found = score_heads(
             loaded,

@@ -11,6 +11,7 @@ from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
     BosOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -60,6 +61,7 @@ def induction_circuits(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +71,7 @@ def induction_circuits(
     options.check_file(out, _ENDINGS)
     options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.studies.induction_circuits import N_TOKENS, find_induction_circuits
 
     found = find_induction_circuits(

@@ -13,6 +13,7 @@ from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
     BosOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -119,6 +120,7 @@ def lens(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     checkpoint: Annotated[
         int | None, typer.Option(help="A training step of the model, where it has published ones.")
     ] = None,
@@ -147,7 +149,9 @@ def lens(
     positions = options.numbers("--position", position) if position else None
     _check_colour(stat, of, target or [], high)
     saved = _saved_tuned_lens(tuned_lens, raw)
-    loaded = options.load(model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw)
+    loaded = options.load(
+        model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw, cache=cache
+    )
     through: Any = decoder or "final_norm"
     if tuned_lens is not None:
         through = saved or _published_tuned_lens(tuned_lens, loaded)

@@ -34,7 +34,8 @@ HelpOption = Annotated[
 ]
 """Of a group of commands. Typer's own has no default, so that a group with it imports pydantic (0.15 s)."""
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Bundled name, Hugging Face name or local directory.")
+    str,
+    typer.Option("--model", "-m", help="Name (`mechlens models` lists them), directory or GGUF file."),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -45,6 +46,10 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
 ABLATIONS = ("mean", "resample", "zero")
 RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
+CacheOption = Annotated[
+    bool,
+    typer.Option("--cache/--no-cache", help="Keep what is read from a GGUF file for the next time."),
+]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
 ]
@@ -58,7 +63,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
-_NOT_WRITTEN = ("state", "quiet", "as_json", "as_csv")
+_NOT_WRITTEN = ("state", "quiet", "cache", "as_json", "as_csv")
 
 
 def load(
@@ -70,6 +75,7 @@ def load(
     *,
     checkpoint: int | None = None,
     processing: bool = True,
+    cache: bool = True,
 ) -> LensModel:
     check_known("--dtype", dtype.removeprefix("torch."), DTYPES)
     with _loading(name, progress(quiet)) as say:
@@ -78,7 +84,13 @@ def load(
         chosen = parse_device(device)
         say(f" on {chosen} ...")
     return load_model(
-        name, device=chosen, dtype=dtype, revision=revision, checkpoint=checkpoint, processing=processing
+        name,
+        device=chosen,
+        dtype=dtype,
+        revision=revision,
+        checkpoint=checkpoint,
+        processing=processing,
+        cache=cache,
     )
 
 

@@ -11,6 +11,7 @@ from mechlens.cli import options
 from mechlens.cli.options import (
     BUNDLED,
     BosOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     HelpOption,
@@ -116,6 +117,7 @@ def patch(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -128,7 +130,7 @@ def patch(
     options.check_file(out, _ENDINGS)
     options.check_state(state, out)
     _check(given | {"source": source})
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
     from mechlens.prompts import prompt_tokens, repeated_tokens, text_tokens
 
@@ -193,6 +195,7 @@ def ablate_heads(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -201,7 +204,7 @@ def ablate_heads(
     given = dict(locals())
     options.check_file(out, _ENDINGS)
     options.check_known("--how", how, options.ABLATIONS)
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.analyses.patching import ablate_heads as analysis
 
     found = analysis(
@@ -233,6 +236,7 @@ def ablate_mlps(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -240,7 +244,7 @@ def ablate_mlps(
     measure the loss on the second copy."""
     given = dict(locals())
     options.check_file(out, _ENDINGS)
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.analyses.patching import ablate_mlps_from_first_half
 
     found = ablate_mlps_from_first_half(

@@ -14,6 +14,7 @@ from mechlens.cli.options import (
     BUNDLED,
     BatchOption,
     BosOption,
+    CacheOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -43,6 +44,7 @@ def reproduce(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
+    cache: CacheOption = True,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,7 +53,7 @@ def reproduce(
     tables (.csv) and report.html."""
     given = dict(locals())
     options.check_folder(out)
-    loaded = options.load(model, device, dtype, revision, quiet)
+    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.report.reproduction import write_reproduction
     from mechlens.studies.reproduce import reproduce as study
 

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mechlens.models import hub, local, toy
+from mechlens.models import gguf, hub, local, toy
 from mechlens.models.hub import BUNDLED
-from mechlens.models.load import locate
+from mechlens.models.load import Place, converted, locate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,11 @@ class KnownModel:
 
     name: str
     source: str
-    """`bundled`, `cache` (on this machine) or `hub`."""
+    """`bundled`, `package` (of the package index), `cache` (on this machine) or `hub`."""
     aliases: tuple[str, ...]
     """Other names of it."""
+    about: str = ""
+    """Of a package: its size and licence, and how to install it where it is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +49,35 @@ class ModelSummary:
     """How much of `d_head` is rotated."""
     tied: bool
     """Whether the raw unembedding is the embedding, number for number."""
+    quantization: str | None = None
+    """Of a GGUF file, in GGML's types, such as `Q4_1 (211 tensors), F32 (61)`."""
 
 
 def known_models() -> list[KnownModel]:
-    """The bundled model, then those in the local Hugging Face cache, then TransformerLens's list."""
+    """The bundled model and those of packages, then those in the local Hugging Face cache, then
+    TransformerLens's list."""
     known = hub.known_hub_names()
     cached = hub.cached_names()
     return [
         KnownModel(BUNDLED, "bundled", ()),
+        *(KnownModel(name, "package", (), each.about) for name, each in hub.PACKAGED.items()),
         *(KnownModel(name, "cache", known.get(name, ())) for name in cached),
         *(KnownModel(name, "hub", known[name]) for name in known if name not in cached),
     ]
 
 
 def model_summary(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelSummary:
-    """Say what a model is made of. One that is only on the hub is downloaded.
+    """Say what a model is made of. One that is only on the hub is downloaded, and a GGUF file is read into
+    the cache of `load_model`.
 
     Raises:
         ModelLoadError: there is no such model, or its files are damaged.
     """
-    place = locate(name_or_path, revision=revision)
+    with converted(locate(name_or_path, revision=revision)) as place:
+        return _summary(place)
+
+
+def _summary(place: Place) -> ModelSummary:
     config = local.read_config(place.directory)
     if toy.is_toy(config):
         return _toy_summary(place.name, place.directory, config)
@@ -104,6 +115,7 @@ def model_summary(name_or_path: str | os.PathLike[str], *, revision: str | None 
         positions=positions,
         rotary_dim=rotary_dim,
         tied=tied,
+        quantization=gguf.quantization_of(place.directory),
     )
 
 

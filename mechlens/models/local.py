@@ -179,7 +179,7 @@ def read_hf(
     for file in weight_files(directory):
         state |= read_safetensors(file, dtype) if file.suffix == ".safetensors" else read_pickle(file)
     configuration = hf_config(directory, architecture)
-    with _quiet_transformers():
+    with quiet_transformers():
         import transformers
 
         try:
@@ -213,7 +213,7 @@ def hf_config(directory: Path, architecture: str) -> Any:
     Raises:
         ModelLoadError: Hugging Face refuses it.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoConfig
 
         try:
@@ -230,7 +230,7 @@ def read_tokenizer(directory: Path) -> Any:
     Raises:
         ModelLoadError: its files are damaged.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoTokenizer
 
         try:
@@ -242,7 +242,7 @@ def read_tokenizer(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars over a millisecond's work, no advice on things that we check ourselves."""
     from transformers.utils import logging
 

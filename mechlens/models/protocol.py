@@ -108,6 +108,8 @@ class Source:
     processing: bool
     tied: bool
     """Whether the raw unembedding is the embedding, number for number."""
+    quantization: str | None = None
+    """As `ModelInfo` has it."""
 
 
 def remember(model: Any, source: Source) -> None:
@@ -161,6 +163,7 @@ def describe(model: Any) -> ModelInfo:
         d_model=cfg.d_model,
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
+        quantization=source.quantization if source else None,
     )
 
 

@@ -205,6 +205,8 @@ def _facts(model: ModelInfo) -> str:
         "Engine": f"{model.engine}, TransformerLens {model.engine_version}",
         "Weights": f"{model.dtype}, {processing[model.processing]}",
     }
+    if model.quantization is not None:
+        facts["Quantized to"] = f"{model.quantization}; figures are those of the quantized weights"
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>'
 

