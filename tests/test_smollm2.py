@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from filelock import FileLock
 
 import mechlens
 from mechlens.models import gguf, hub
@@ -21,24 +24,39 @@ TEXT = (
 )
 
 
+@pytest.fixture(scope="session")
+def of_all_workers(tmp_path_factory):
+    """A folder for what takes long."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
+def own_cache(of_all_workers):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MECHLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MECHLENS_CACHE", str(of_all_workers / "cache"))
         yield
 
 
 @pytest.fixture(scope="module")
-def hugging_faces():
+def hugging_faces(of_all_workers):
     """Tokens, and the log-probabilities that transformers makes of the file in float32 and in float64."""
+    with FileLock(of_all_workers / "hf.lock"):
+        if not (of_all_workers / "hf.pt").is_file():
+            torch.save(read_by_hugging_face(), of_all_workers / "hf.pt")
+    return torch.load(of_all_workers / "hf.pt")
+
+
+def read_by_hugging_face():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = hub.PACKAGED[NAME].file()
     given = {"gguf_file": file.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype=torch.float32, attn_implementation="eager", **given
-    )
+    with gguf.looked_up_once():
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, attn_implementation="eager", **given
+        )
     tokens = tokenizer("<|im_start|>" + TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
         own = model.eval()(tokens).logits.double().log_softmax(-1)
