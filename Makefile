@@ -19,7 +19,9 @@ ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABIL
 THREADS ?= 1 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Tests start many processes, which would compile what they import again and again.
+# What is imported is compiled then, and kept: pip would compile everything, which takes longer than to install
+# it, and tests start many processes, which would compile the same again and again.
+QUICKLY := -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -80,7 +82,7 @@ clean: ## remove the environments and caches; results in out/ and runs/ stay
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo 'installing into $(VENV): about 2 GB, a few minutes, once'
-	$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install $(QUICKLY) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # All but the engine is that of the other environment, whose packages come behind its own.
@@ -88,7 +90,7 @@ $(BRIDGE)/.installed: $(VENV)/.installed Makefile
 	$(call environment,$(BRIDGE))
 	@$(PY) $(PACKAGES) > "$$($(BRIDGE)/bin/python $(PACKAGES))/base.pth"
 	@sed 's/^transformer-lens==.*/transformer-lens==$(BRIDGE_VERSION)/' constraints.txt > $(BRIDGE)/constraints.txt
-	$(BRIDGE)/bin/python -m pip install -q -c $(BRIDGE)/constraints.txt -e '.[dev]'
+	$(BRIDGE)/bin/python -m pip install $(QUICKLY) -c $(BRIDGE)/constraints.txt -e '.[dev]'
 	@touch $@
 
 # What it depends on is a program for chats and a compiled runtime.
