@@ -65,10 +65,15 @@ def find(path: Path) -> Path | None:
     """The GGUF file that a path names: itself, or the only one in a directory that has no `config.json`.
 
     Raises:
-        ModelLoadError: the directory has several.
+        ModelLoadError: the directory has several, or the file may not be read.
     """
     if path.is_file():
-        return path if path.suffix.lower() == ".gguf" or _magic(path) == b"GGUF" else None
+        try:
+            with path.open("rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise ModelLoadError(f"{path} cannot be read: {error.strerror}") from None
+        return path if path.suffix.lower() == ".gguf" or magic == b"GGUF" else None
     if not path.is_dir() or (path / "config.json").is_file():
         return None
     files = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf")
@@ -76,11 +81,6 @@ def find(path: Path) -> Path | None:
         names = ", ".join(each.name for each in files)
         raise ModelLoadError(f"{path} has {len(files)} GGUF files: give one of them ({names})")
     return files[0] if files else None
-
-
-def _magic(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
 
 
 def read_header(path: Path) -> Header:
@@ -418,17 +418,24 @@ def _key(path: Path) -> str:
 
 def _keep(path: Path, kept: Path) -> None:
     from filelock import FileLock
+    from safetensors import SafetensorError
 
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(kept.with_suffix(".lock")):
-        if kept.is_dir():
-            return  # another process was first
-        making = kept.with_suffix(".part")
-        # of a process that was killed
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir()
-        try:
-            convert(path, making)
-            making.rename(kept)
-        finally:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_suffix(".lock")):
+            if kept.is_dir():
+                return  # another process was first
+            making = kept.with_suffix(".part")
+            # of a process that was killed
             shutil.rmtree(making, ignore_errors=True)
+            making.mkdir()
+            try:
+                convert(path, making)
+                making.rename(kept)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ModelLoadError(
+            f"the weights of {path.name} cannot be kept in {kept.parent} ({error}): make room there, name "
+            "another folder in MECHLENS_CACHE, or keep none with cache=False (--no-cache)"
+        ) from error

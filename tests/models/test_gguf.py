@@ -90,6 +90,31 @@ def test_without_the_cache_nothing_is_kept(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MECHLENS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelLoadError, match=r"cannot be kept in .*file.gguf .*Not a directory.*--no-cache"):
+        load_model(tmp_path / "tiny.gguf")
+    assert load_model(tmp_path / "tiny.gguf", cache=False).cfg.n_layers == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a limit on files is POSIX's")
+def test_weights_that_do_not_fit_on_the_disk_leave_no_entry(tmp_path):
+    import resource
+
+    write_gguf(tmp_path / "tiny.gguf")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ModelLoadError, match=r"cannot be kept in .*File too large"):
+            load_model(tmp_path / "tiny.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [each.suffix for each in gguf.cache_folder().iterdir()] == [".lock"]
+    assert load_model(tmp_path / "tiny.gguf").cfg.n_layers == 2
+
+
 def keep(path, made, begun, may_go_on):
     """In a process of its own: as `gguf.converted`, with a wait before the end.
 
