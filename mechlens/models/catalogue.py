@@ -50,7 +50,7 @@ class ModelSummary:
     tied: bool
     """Whether the raw unembedding is the embedding, number for number."""
     quantization: str | None = None
-    """Of a GGUF file, in GGML's types, such as `Q4_1 (211 tensors), F32 (61)`."""
+    """Of a GGUF file, in GGML's types, such as `Q4_1 (210 tensors), F32 (61)`."""
 
 
 def known_models() -> list[KnownModel]:

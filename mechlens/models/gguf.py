@@ -56,7 +56,7 @@ class Header:
 
     @property
     def quantization(self) -> str:
-        """As results tell it: `Q4_1 (211 tensors), F32 (61)`."""
+        """As results tell it: `Q4_1 (210 tensors), F32 (61)`."""
         (first, n), *rest = self.types.items()
         return ", ".join([f"{first} ({n} tensors)", *(f"{name} ({n})" for name, n in rest)])
 
@@ -254,8 +254,17 @@ _SAID_TWICE = {
     "rope.freq_base": "rope_theta",
 }
 """Settings that transformers' reader may pass over, and what they must be in the configuration it makes."""
-_NO_MATTER = ("tensor_data_layout", "attention.causal", "rope.scaling.original_context_length")
-_NEUTRAL = (None, 0, False, "none", "", 1.0)
+_CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "logit_scale": (1.0,),
+}
+"""Values of others that are as if they were not said."""
+_NO_MATTER = ("tensor_data_layout", "rope.scaling.original_context_length")
 
 
 def check_understood(header: Header, config: Any, path: Path) -> None:
@@ -271,10 +280,10 @@ def check_understood(header: Header, config: Any, path: Path) -> None:
     lost = [name for name in header.tensors if name.startswith("rope_f")]
     for key, value in header.settings.items():
         name = key.removeprefix(prefix)
-        if name == key or read.get(name) or name in _NO_MATTER or value in _NEUTRAL:
+        if name == key or read.get(name) or name in _NO_MATTER or value in _CHANGES_NOTHING.get(name, ()):
             continue
         own = _own_value(config, _SAID_TWICE[name]) if name in _SAID_TWICE else None
-        if own is None or not math.isclose(own, value, rel_tol=1e-6):
+        if own is None or isinstance(value, str) or not math.isclose(own, value, rel_tol=1e-6):
             lost.append(f"{key} = {value}")
     if lost:
         raise ModelLoadError(

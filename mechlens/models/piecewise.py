@@ -83,8 +83,8 @@ def _processed(
         dtypes = {name: tensor.dtype for name, tensor in block.items() if name not in embeddings}
         # biases that folding makes are as narrow as the rest
         own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
-        # to look for a value's bias the engine copies all weights of the block
-        biased = any(re.search(r"\b_?b_|\bbias\b", name) and each.any() for name, each in block.items())
+        # to look for a value's bias, which may come of a norm's, the engine copies all weights of the block
+        biased = any(re.search(r"\b_?b(_|$)|\bbias\b", name) and each.any() for name, each in block.items())
         here = wanted | {
             "center_unembed": False,
             "fold_value_biases": wanted["fold_value_biases"] and biased,

@@ -206,7 +206,7 @@ def _facts(model: ModelInfo) -> str:
         "Weights": f"{model.dtype}, {processing[model.processing]}",
     }
     if model.quantization is not None:
-        facts["Quantized to"] = f"{model.quantization}; figures are those of the quantized weights"
+        facts["From a GGUF file"] = f"{model.quantization}; figures are those of weights so rounded"
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>'
 

@@ -54,8 +54,8 @@ class ModelInfo:
     d_vocab: int
     n_ctx: int
     quantization: str | None = None
-    """How the weights were quantized that these were made of, such as `Q4_1 (211 tensors), F32 (61)`: results
-    are those of the quantized weights. None where they were not, or where that cannot be told."""
+    """GGML's types that the weights had in their GGUF file, such as `Q4_1 (210 tensors), F32 (61)`: results
+    are those of weights so rounded. None where there was no such file, or where that cannot be told."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -254,6 +254,8 @@ def test_a_hostile_header(tmp_path, content, message):
         ),
         ({"llama.block_count": 2**31}, "has 2147483648 blocks, but has tensors of 2"),
         ({"llama.rope.scaling.type": "yarn"}, "passes over (llama.rope.scaling.type = yarn)"),
+        ({"llama.attention.causal": False}, "passes over (llama.attention.causal = False)"),
+        ({"llama.attention.sliding_window": 1}, "passes over (llama.attention.sliding_window = 1)"),
         ({"llama.attention.key_length": 32}, "passes over (llama.attention.key_length = 32)"),
     ],
 )
@@ -313,7 +315,7 @@ def test_the_command_keeps_weights_unless_told_not_to_and_deletes_them(capsys, t
     assert (code, gguf.cached_size()) == (0, 0)
     assert out.startswith("Logit lens: tiny")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Q8_0 (16 tensors), F32 (5); figures are those of the quantized weights" in page
+    assert "Q8_0 (16 tensors), F32 (5); figures are those of weights so rounded" in page
     assert run(capsys, *given)[0] == 0
     size = f"{gguf.cached_size() / 1e6:,.0f} MB"
     code, out, _ = run(capsys, "models", "--like", "smollm2-135m")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 import socket
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mechlens.models import load, local
 from mechlens.models.errors import ModelLoadError
@@ -272,6 +274,18 @@ class TestToys:
         assert (log_probs(model, tokens) - expected).abs().max() < TOLERANCE
         info = describe(model)
         assert (info.name, info.architecture, info.processing) == ("toy", "attention-only", processing)
+
+    @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
+    def test_a_norms_bias_alone_is_folded_into_the_output_too(self, tmp_path):
+        weights = write_toy(tmp_path / "toy")
+        for name, each in weights.items():
+            if re.search(r"attn\.b_", name):
+                each.zero_()
+        save_file(weights, tmp_path / "toy" / "model.safetensors")
+        model = load_model(tmp_path / "toy")
+        assert weights["blocks.0.ln1.b"].abs().max() > 0.1
+        assert not model.b_V.any()
+        assert model.b_O.abs().max() > 0.01
 
     @pytest.mark.parametrize("act_fn", ["gelu_new", "solu_ln"])
     def test_with_mlps(self, tmp_path, act_fn):
