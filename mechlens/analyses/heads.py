@@ -18,7 +18,7 @@ from mechlens.measures.attention import Stripe, stripe_score
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import next_token_log_probs
-from mechlens.models.runs import parts, read_patterns, watch
+from mechlens.models.runs import parts, pattern_readers, read_patterns, watch
 from mechlens.models.weights import (
     attention_out_affine,
     direct_unembedding,
@@ -87,32 +87,41 @@ def repeated_token_performance(
     Source: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
     Cost: one forward pass per seed, no logits kept.
     """
-    info, seeds = describe(model), seeds_of(seeds)
-    drawn, log_probs, corrects = [], [], []
+    seeds = seeds_of(seeds)
+    drawn, predicted = [], []
     for seed in progress_bar(seeds, desc="repeated tokens", progress=progress):
         random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
-        log_prob, correct = next_token_log_probs(model, random.tokens)
         drawn.append(random)
-        log_probs.append(log_prob)
-        corrects.append(correct)
-    log_prob, correct = torch.stack(log_probs), torch.stack(corrects)
+        predicted.append(next_token_log_probs(model, random.tokens))
+    return _performance(model, drawn, predicted, confidence)
+
+
+def _performance(
+    model: LensModel,
+    drawn: Sequence[RandomTokens],
+    predicted: Sequence[tuple[Tensor, Tensor]],
+    confidence: float,
+) -> RepeatedTokenPerformance:
+    """From each seed's log-probabilities and top-1 hits."""
+    seq_len, prepend_bos = drawn[0].seq_len, drawn[0].prepend_bos
+    log_prob, correct = (torch.stack(each) for each in zip(*predicted, strict=True))
     estimates, single_draws = {}, {}
     for half in ("first", "second"):
         for name, values in (("log_prob", log_prob), ("accuracy", correct.float())):
-            means = half_means(values, half, seq_len=seq_len, prepend_bos=drawn[0].prepend_bos).flatten()
+            means = half_means(values, half, seq_len=seq_len, prepend_bos=prepend_bos).flatten()
             low, high = bootstrap_interval(means, confidence=confidence)
             estimates[f"{half}_half_{name}"] = (float(means.mean()), float(low), float(high))
             single_draws[f"{half}_half_{name}"] = central_interval(means)
     return RepeatedTokenPerformance(
-        model=info,
+        model=describe(model),
         tokens=torch.stack([random.tokens for random in drawn]),
         log_prob=log_prob,
         correct=correct,
         estimates=estimates,
         single_draws=single_draws,
         seq_len=seq_len,
-        seeds=seeds,
-        prepend_bos=drawn[0].prepend_bos,
+        seeds=tuple(random.seed for random in drawn),
+        prepend_bos=prepend_bos,
         confidence=confidence,
     )
 
@@ -160,58 +169,125 @@ def score_heads(
     Cost: per seed one forward pass per kind of sequence and one for its null, up to the last
     layer's pattern; patterns are reduced layer by layer and dropped.
     """
+    return _scored(
+        model,
+        kinds,
+        seq_len=seq_len,
+        batch=batch,
+        seeds=seeds,
+        prepend_bos=prepend_bos,
+        jitter=jitter,
+        confidence=confidence,
+        progress=progress,
+    )
+
+
+def performance_and_scores(
+    model: LensModel,
+    kinds: Sequence[str],
+    *,
+    seq_len: int,
+    batch: int,
+    seeds: Iterable[int],
+    prepend_bos: bool | None,
+    progress: bool | None,
+) -> tuple[RepeatedTokenPerformance, HeadScores]:
+    """`repeated_token_performance` and `score_heads` on the same sequences, in the same forward passes.
+
+    Args:
+        kinds: at least one of a score on two copies.
+    """
+    drawn: list[RandomTokens] = []
+    predicted: list[tuple[Tensor, Tensor]] = []
+
+    def predictions(random: RandomTokens, stripes: Mapping[str, Stripe]) -> dict[str, Tensor]:
+        found, reduce = _stripe_scores(model, len(random.tokens), stripes)
+        beside = lambda rows: pattern_readers(model, reduce(rows))  # noqa: E731
+        predicted.append(next_token_log_probs(model, random.tokens, beside=beside))
+        drawn.append(random)
+        return found
+
+    shape = {"seq_len": seq_len, "batch": batch, "seeds": seeds, "prepend_bos": prepend_bos}
+    # the dictionary holds what it takes, which a type checker cannot see
+    scores = _scored(model, kinds, **shape, progress=progress, on_repeated_tokens=predictions)  # type: ignore[arg-type]
+    return _performance(model, drawn, predicted, scores.confidence), scores
+
+
+def _scored(
+    model: LensModel,
+    kinds: Sequence[str] | str | None,
+    *,
+    seq_len: int,
+    batch: int,
+    seeds: Iterable[int],
+    prepend_bos: bool | None,
+    jitter: int = 0,
+    confidence: float = 0.95,
+    progress: bool | None,
+    on_repeated_tokens: Callable[[RandomTokens, Mapping[str, Stripe]], dict[str, Tensor]] | None = None,
+) -> HeadScores:
+    """`score_heads`; `on_repeated_tokens` may run the two copies in its place and return their scores."""
     info, seeds = describe(model), seeds_of(seeds)
     if kinds is None:
         kinds = kinds_that_fit(model, KINDS, prepend_bos=prepend_bos, jitter=jitter)
     kinds = names_of("score", kinds, (*KINDS, *VARIANTS))
     _check_jitter(kinds, jitter)
     draw = partial(repeated_tokens, model, batch=batch, prepend_bos=prepend_bos)
-    on_repeated = [kind for kind in kinds if kind in _ON_REPEATED]
-    content = [kind for kind in on_repeated if kind not in _POSITIONAL]
     # before anything is run, so that sizes that do not fit cost nothing
     families: dict[str, Callable[[int], RandomTokens]] = {}
-    if on_repeated:
+    if on_repeated := [kind for kind in kinds if kind in _ON_REPEATED]:
         families["repeated"] = lambda seed: draw(seq_len=seq_len, jitter=jitter, seed=seed)
     if "prefix_matching_score" in kinds:
         families["prefix"] = lambda seed: draw(seq_len=PREFIX_LENGTH, copies=PREFIX_COPIES, seed=seed)
     if "copying_score" in kinds:
         families["sample"] = lambda seed: draw(seq_len=SAMPLE_LENGTH, copies=1, seed=seed)
     drawn = {name: [family(seed) for seed in seeds] for name, family in families.items()}
+    of_family = {"repeated": on_repeated, "prefix": ["prefix_matching_score"]}
+    lengths = {
+        drawn[name][0].tokens.shape[1]
+        for name, kinds_here in of_family.items()
+        if name in families and set(kinds_here) - set(_POSITIONAL)
+    }
 
     shape = (len(seeds), batch, model.cfg.n_layers, model.cfg.n_heads)
     scores = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in kinds}
     nulls = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in kinds}
     tokens: dict[str, list[Tensor]] = {}
-    runs = len(seeds) * sum(
-        (bool(on_repeated), bool(content), 2 * ("prefix" in families), "sample" in families)
-    )
-    with progress_bar(total=runs, desc="head scores", unit="run", progress=progress) as bar:
-
-        def run(name: str, ids: Tensor, seed: int, stripes: Mapping[str, Stripe], into: dict) -> None:
-            found = _score_stripes(model, ids, stripes)
-            for kind, values in found.items():
-                into[kind][seed] = values
-            tokens.setdefault(name, []).append(ids)
-            bar.update()
-
+    with progress_bar(
+        total=len(seeds) * (len(families) + len(lengths)), desc="head scores", unit="run", progress=progress
+    ) as bar:
         for at, seed in enumerate(seeds):
-            for name, kinds_here, kinds_null in (
-                ("repeated", on_repeated, content),
-                ("prefix", ["prefix_matching_score"], ["prefix_matching_score"]),
-            ):
-                if name not in families:
-                    continue
+            # stripes of families whose sequences are of one length share a run on unrelated tokens
+            unrelated: dict[int, dict[str, Stripe]] = {}
+            names: dict[int, list[str]] = {}
+            for name in [name for name in of_family if name in families]:
                 random = drawn[name][at]
-                stripes = {kind: _stripe(kind, random) for kind in kinds_here}
-                run(name, random.tokens, at, stripes, scores)
-                if kinds_null:
-                    length = random.tokens.shape[1] - int(random.prepend_bos)
-                    # another seed, or the first tokens would be those of the repeated sequence
-                    unrelated = draw(seq_len=length, copies=1, seed=seed + 2**32).tokens
-                    null_stripes = {kind: stripes[kind] for kind in kinds_null}
-                    run(f"{name}_unrelated", unrelated, at, null_stripes, nulls)
-                for kind in set(kinds_here) & set(_POSITIONAL):
-                    nulls[kind][at] = measures.uniform_attention(stripes[kind])
+                tokens.setdefault(name, []).append(random.tokens)
+                stripes = {kind: _stripe(kind, random) for kind in of_family[name]}
+                run_here = on_repeated_tokens if name == "repeated" else None
+                found = (
+                    _score_stripes(model, random.tokens, stripes)
+                    if run_here is None
+                    else run_here(random, stripes)
+                )
+                bar.update()
+                length = random.tokens.shape[1] - int(random.prepend_bos)
+                for kind, stripe in stripes.items():
+                    scores[kind][at] = found[kind]
+                    if kind in _POSITIONAL:
+                        nulls[kind][at] = measures.uniform_attention(stripe)
+                    else:
+                        unrelated.setdefault(length, {})[kind] = stripe
+                if length in unrelated:
+                    names.setdefault(length, []).append(f"{name}_unrelated")
+            for length, stripes in unrelated.items():
+                # another seed, or the first tokens would be those of the repeated sequence
+                ids = draw(seq_len=length, copies=1, seed=seed + 2**32).tokens
+                for kind, values in _score_stripes(model, ids, stripes).items():
+                    nulls[kind][at] = values
+                for name in names[length]:
+                    tokens.setdefault(name, []).append(ids)
+                bar.update()
             if "sample" in families:
                 random = drawn["sample"][at]
                 scores["copying_score"][at], nulls["copying_score"][at] = _copying(model, random)
@@ -360,21 +436,30 @@ def _reduce(
         into[kind][rows, layer] = stripe_score(pattern, stripe.to(pattern.device)).cpu()
 
 
+def _stripe_scores(
+    model: LensModel, n_rows: int, stripes: Mapping[str, Stripe]
+) -> tuple[dict[str, Float[Tensor, "batch layer head"]], Callable[[slice], Callable[[int, Tensor], None]]]:
+    """Room for every stripe's score in every layer, and what makes the reader of patterns of some rows that
+    fills it."""
+    shape = (n_rows, model.cfg.n_layers, model.cfg.n_heads)
+    found = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in stripes}
+
+    def of_rows(rows: slice) -> Callable[[int, Tensor], None]:
+        return lambda layer, pattern: _reduce(found, stripes, layer, pattern, rows)
+
+    return found, of_rows
+
+
 def _score_stripes(
     model: LensModel, tokens: Int[Tensor, "batch pos"], stripes: Mapping[str, Stripe], *, cache: Any = None
 ) -> dict[str, Float[Tensor, "batch layer head"]]:
     """Every stripe's score in every layer, from one run or from a cache."""
-    shape = (tokens.shape[0], model.cfg.n_layers, model.cfg.n_heads)
-    found = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in stripes}
-    rows = slice(0)
-
-    def reduce(layer: int, pattern: Tensor) -> None:
-        _reduce(found, stripes, layer, pattern, rows)
-
+    found, reduce = _stripe_scores(model, len(tokens), stripes)
+    start = 0
     # a cache holds all rows at once
     for part in parts(tokens) if cache is None else (tokens,):
-        rows = slice(rows.stop, rows.stop + len(part))
-        read_patterns(model, part, reduce, cache=cache)
+        read_patterns(model, part, reduce(slice(start, start + len(part))), cache=cache)
+        start += len(part)
     return found
 
 

@@ -39,7 +39,7 @@ def reproduce(
     seq_len: LengthOption = 50,
     batch: BatchOption = 30,
     seed: SeedOption = 0,
-    n_seeds: SeedsOption = 5,
+    n_seeds: SeedsOption = 3,
     bos: BosOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",

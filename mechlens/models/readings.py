@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,11 +14,19 @@ from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
 from mechlens.models.runs import parts, running, seen_whole, watch
 
+Readers = Mapping[str, Callable[[Tensor], None]]
+"""By hook name; see `watch`."""
+
 
 def next_token_log_probs(
-    model: LensModel, tokens: Int[Tensor, "batch pos"]
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    beside: Callable[[slice], Readers] | None = None,
 ) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """How well each position predicts the token after it.
+
+    Args:
+        beside: makes readers of the rows that a forward pass takes; they are served by the same pass.
 
     Returns:
         Log-probability in nats of the next token, nan in the last position; and whether no other
@@ -29,22 +39,33 @@ def next_token_log_probs(
     tells whether the model's logits are what its last norm and `W_U` say; logits exist for a few positions at
     a time only. Where they are not, each row's logits are taken from the model itself.
     """
-    read = _whole if _why_not_streamed(model, tokens) else _streamed
+    streamed = not _why_not_streamed(model, tokens)
     log_probs, corrects = [], []
     several = parts(tokens)
     if len(several) > 1:
         check_rows_alike(model, tokens)
+    start = 0
     for rows in several:
-        log_prob, correct = read(model, rows)
+        readers = {} if beside is None else beside(slice(start, start + len(rows)))
+        start += len(rows)
+        if streamed:
+            log_prob, correct = _streamed(model, rows, readers)
+        else:
+            log_prob, correct = _whole(model, rows)
+            if readers:
+                watch(model, rows, readers)
         log_probs.append(torch.nn.functional.pad(log_prob.cpu(), (0, 1), value=torch.nan))
         corrects.append(torch.nn.functional.pad(correct.cpu(), (0, 1), value=False))
     return torch.cat(log_probs), torch.cat(corrects)
 
 
-def _streamed(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+def _streamed(
+    model: LensModel, rows: Int[Tensor, "batch pos"], readers: Readers | None = None
+) -> tuple[Tensor, Tensor]:
     """`[batch, pos - 1]` log-probability of each next token, and whether it is the most likely one."""
     kept: list[Tensor] = []
-    watch(model, rows, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
+    last_layer = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    watch(model, rows, {**(readers or {}), last_layer: kept.append})
     with torch.inference_mode():
         last = final_norm(model, kept.pop()[:, :-1])
         targets = rows[:, 1:].to(last.device)

@@ -238,10 +238,7 @@ def read_patterns(
     Raises:
         ValueError: as `watch`, or the cache belongs to other tokens.
     """
-    wanted = {
-        f"blocks.{layer}.attn.hook_pattern": partial(reader, layer)
-        for layer in (range(model.cfg.n_layers) if layers is None else layers)
-    }
+    wanted = pattern_readers(model, reader, layers)
     if cache is None:
         watch(model, tokens, wanted)
         return
@@ -256,6 +253,18 @@ def read_patterns(
                 "make both from the same token ids (a text gets a BOS unless prepend_bos=False)"
             )
         read(pattern)
+
+
+def pattern_readers(
+    model: LensModel,
+    reader: Callable[[int, Float[Tensor, "batch head dest src"]], None],
+    layers: Iterable[int] | None = None,
+) -> dict[str, Callable[[Tensor], None]]:
+    """For `watch`: hands the patterns of all or some layers to `reader(layer, pattern)`."""
+    return {
+        f"blocks.{layer}.attn.hook_pattern": partial(reader, layer)
+        for layer in (range(model.cfg.n_layers) if layers is None else layers)
+    }
 
 
 def parts(tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, "part pos"], ...]:

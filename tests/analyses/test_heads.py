@@ -13,6 +13,7 @@ from mechlens.analyses.heads import (
     KINDS,
     VARIANTS,
     detect_heads,
+    performance_and_scores,
     repeated_token_performance,
     score_heads,
     score_heads_on,
@@ -187,6 +188,19 @@ def test_performance_equals_the_literal_halves(tiny_model):
     frame = result.to_dataframe()
     assert len(frame) == 2 * 4 * (14 + bos - 1)
     assert frame.loc[frame.half == 2, "log_prob"].mean() == pytest.approx(sum(second) / len(second), abs=1e-4)
+
+
+def test_performance_and_scores_from_shared_runs_are_those_of_their_own_runs(tiny_model_with_room):
+    shape = {"seq_len": 7, "batch": 3, "seeds": (1, 2), "prepend_bos": False}
+    runs = []
+    hook = tiny_model_with_room.hook_dict["blocks.0.hook_resid_pre"]
+    hook.add_perma_hook(lambda value, hook: runs.append(tuple(value.shape[:2])))
+    performance, scores = performance_and_scores(tiny_model_with_room, KINDS, **shape, progress=False)
+    tiny_model_with_room.reset_hooks(including_permanent=True)
+    # of a seed: both copies, prefix matching, a null of each length, copying; probes have a row
+    assert [n_pos for n_rows, n_pos in runs if n_rows == 3] == [14, 100, 14, 100, 25] * 2
+    assert_same(performance, repeated_token_performance(tiny_model_with_room, **shape, progress=False))
+    assert_same(scores, score_heads(tiny_model_with_room, KINDS, **shape, progress=False))
 
 
 def test_scores_on_a_text_agree_with_detect_head(tiny_model):
