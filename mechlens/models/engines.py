@@ -164,8 +164,24 @@ def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for name, tensor in given.items():
         # one at a time, so that each view is let go of; some converters leave norms in float32
-        given[name] = tensor.detach().to(dtypes.get(name, tensor.dtype)).contiguous()
+        tensor = tensor.detach().to(dtypes.get(name, tensor.dtype))
+        given[name] = _as_read(name, tensor, gated=getattr(model.cfg, "gated_mlp", False))
     model.load_state_dict(given, strict=False, assign=True)
+
+
+def _as_read(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    """A weight in the order in which HookedTransformer's forward pass wants it in memory: one in another order
+    is copied anew in every run."""
+    kind = name.rsplit(".", 1)[-1]
+    axes: tuple[int, ...] = tuple(range(tensor.ndim))
+    if kind.lstrip("_") in ("W_Q", "W_K", "W_V") and tensor.ndim == 3:
+        axes = (0, 2, 1)
+    elif kind == "W_O" and tensor.ndim == 3:
+        axes = (2, 0, 1)
+    elif kind in ("W_in", "W_gate", "W_out") and tensor.ndim == 2 and gated:
+        axes = (1, 0)
+    back = [axes.index(axis) for axis in range(tensor.ndim)]
+    return tensor.permute(axes).contiguous().permute(back)
 
 
 def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, Any]:

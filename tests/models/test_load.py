@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechlens.models import load, local
 from mechlens.models.errors import ModelLoadError
@@ -164,6 +165,32 @@ def test_a_file_that_is_opened_anew_on_the_way_gives_all_its_tensors(tmp_path, m
 
 
 @pytest.mark.skipif(HAS_HOOKED, reason="this is said of an engine without HookedTransformer")
+class Copies(TorchDispatchMode):
+    """Notes how large the tensors are that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.sizes.append(made.numel())
+        return made
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
+def test_a_run_copies_no_weights(tiny_directories, kind, processing):
+    model = load_model(tiny_directories / kind, processing=processing)
+    block = model.blocks[0]
+    smallest = min(each.numel() for each in (block.attn.W_Q, block.attn.W_O, block.mlp.W_in))
+    with torch.no_grad(), Copies() as copies:
+        # one token, so that activations are far smaller
+        model(torch.tensor([[3]]), return_type=None)
+    assert max(copies.sizes, default=0) < smallest
+
+
 def test_the_slower_engine_is_told_of_once(tiny_directories, monkeypatch, recwarn):
     monkeypatch.setattr(load, "_told", set())
     for _ in range(2):
