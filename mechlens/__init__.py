@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         plot_head_graph,
         plot_positional_attention,
     )
+    from mechlens.plots.facts import plot_facts
     from mechlens.plots.feature_alignment import plot_feature_alignment
     from mechlens.plots.features import (
         plot_feature_examples,
@@ -94,7 +95,10 @@ if TYPE_CHECKING:
     from mechlens.prompts import repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
+    from mechlens.studies.facts import read_facts
     from mechlens.studies.feature_search import reproduce_feature_search
+    from mechlens.studies.findings import reproduce_findings
+    from mechlens.studies.indirect_object import indirect_object
     from mechlens.studies.induction_circuits import (
         find_induction_circuits,
         reproduce_composition_circuit,
@@ -165,6 +169,7 @@ _HOMES = {
         "plot_head_graph",
         "plot_positional_attention",
     ),
+    "mechlens.plots.facts": ("plot_facts",),
     "mechlens.plots.feature_alignment": ("plot_feature_alignment",),
     "mechlens.plots.features": (
         "plot_feature_examples",
@@ -186,7 +191,10 @@ _HOMES = {
     "mechlens.prompts": ("repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),
+    "mechlens.studies.facts": ("read_facts",),
     "mechlens.studies.feature_search": ("reproduce_feature_search",),
+    "mechlens.studies.findings": ("reproduce_findings",),
+    "mechlens.studies.indirect_object": ("indirect_object",),
     "mechlens.studies.induction_circuits": ("find_induction_circuits", "reproduce_composition_circuit"),
     "mechlens.studies.logit_lens": ("reproduce_logit_lens",),
     "mechlens.studies.mlp_patching": ("reproduce_mlp_patching",),

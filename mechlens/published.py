@@ -15,6 +15,8 @@ OLSSON = "Olsson et al. 2022, arXiv:2209.11895"
 OTHERS = "measured by others on GPT-2 small"
 LENS_POST = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
 FEATURES_POST = 'Badger, "Language Model Features"'
+STUDIES = ("heads", "logit-lens", "facts", "induction-circuits", "indirect-object", "features")
+"""In the order in which `mechlens reproduce` makes them."""
 GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 
 
@@ -22,10 +24,11 @@ GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 class Published:
     """One published figure.
 
-    `what` names the measurement: an estimate of `RepeatedTokenPerformance` (`second_half_accuracy`),
-    `score` for the head score `kind` of `head`, or a claim: `highest_head` by `kind`, `heads_above` the
-    `threshold` by `kind`, `at_least` and `at_most` a `threshold` for the estimate `kind`, and
-    `induction_circuit`, a clear induction head in a layer after a clear previous-token head.
+    `what` names the measurement. In the study `heads` it is an estimate of `RepeatedTokenPerformance`
+    (`second_half_accuracy`), `score` for the head score `kind` of `head`, or a claim: `highest_head` by
+    `kind`, `heads_above` the `threshold` by `kind`, `at_least` and `at_most` a `threshold` for the estimate
+    `kind`, and `induction_circuit`, a clear induction head in a layer after a clear previous-token head. In
+    the other studies it is the name that the study gives it.
     """
 
     what: str
@@ -36,7 +39,9 @@ class Published:
     threshold: float | None = None
     """What the measured number must reach (or, for `at_most` and the like, must not exceed)."""
     sequences: int = 1
-    """How many sequences the published figure is the mean of."""
+    """How many sequences or other draws the published figure is the mean of."""
+    study: str = "heads"
+    """Which study measures it: one of `STUDIES`."""
 
 
 def _induction(head: tuple[int, int], value: float) -> Published:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mechlens.models import hub
+
 ENGINE_IS_TOLD = "ignore:TransformerLens 4 has no HookedTransformer"
 """For `PYTHONWARNINGS` of processes on the bridge whose standard error is looked at."""
 SHARED = Path(os.environ.get("MECHLENS_SHARED", Path(__file__).parents[2] / "shared"))
@@ -16,4 +18,9 @@ STORIES = SHARED / "models" / "stories260K"
 needs_shared = pytest.mark.skipif(
     not STORIES.is_dir(),
     reason="the trained Llama model is not beside this checkout: set MECHLENS_SHARED to its folder",
+)
+
+SMOLLM2 = "smollm2-135m"
+needs_smollm2 = pytest.mark.skipif(
+    hub.PACKAGED[SMOLLM2].find() is None, reason=f"needs the package of {SMOLLM2}: make real-model"
 )

@@ -12,7 +12,7 @@ import pytest
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
-from tests.shared import ENGINE_IS_TOLD
+from tests.shared import ENGINE_IS_TOLD, needs_smollm2
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -52,7 +52,13 @@ def kernel(tmp_path_factory):
 
 # pyzmq and jupyter_client, which run the kernel, warn about their own event loops
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=needs_smollm2 if path.stem == "real_model" else ())
+        for path in NOTEBOOKS
+    ],
+)
 def test_runs_where_nothing_is_defined_and_shows_its_figures(path, kernel):
     notebook = nbformat.read(path, 4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))

@@ -13,12 +13,16 @@ import mechlens
 from mechlens.models import gguf, hub
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
+from mechlens.studies.facts import measure_facts
+from mechlens.studies.findings import measure_circuits
+from mechlens.studies.indirect_object import indirect_object
+from mechlens.studies.reproduce import known_figures
+from mechlens.studies.study import MIN_DRAWS, Measured, hold
 from tests.models.test_load import BACKENDS
+from tests.shared import SMOLLM2, needs_smollm2
 
-NAME = "smollm2-135m"
-pytestmark = pytest.mark.skipif(
-    hub.PACKAGED[NAME].find() is None, reason=f"needs the package of {NAME}: make real-model"
-)
+NAME = SMOLLM2
+pytestmark = needs_smollm2
 TEXT = (
     "The Eiffel Tower is in the city of Paris. When John and Mary went to the shop, John gave a drink to "
     "Mary. The Eiffel Tower is in the city of"
@@ -108,3 +112,77 @@ def test_a_copy_in_the_cache_is_of_its_weights():
         size = (directory / "model.safetensors").stat().st_size
     # 135 million numbers, the tied unembedding not twice
     assert size == pytest.approx(4 * 134_515_008, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def smollm2(load_once):
+    return load_once(NAME)
+
+
+def held(smollm2, study, measured):
+    """The comparisons of a study with the card, of what was measured."""
+    figures = [each for each in known_figures(describe(smollm2)) if each.study == study]
+    return [hold(each, measured[each.what]) for each in figures if each.what in measured]
+
+
+def not_reproduced(comparisons):
+    return [
+        (each.claim, each.published, each.measured) for each in comparisons if each.verdict != "reproduced"
+    ]
+
+
+def test_its_facts_are_those_of_its_card(smollm2):
+    _, measured = measure_facts(smollm2)
+    comparisons = held(smollm2, "facts", measured)
+    assert len(comparisons) == len(measured) == 14
+    assert not not_reproduced(comparisons)
+
+
+def test_its_heads_are_those_of_its_card(smollm2):
+    found = mechlens.reproduce(smollm2, batch=MIN_DRAWS, seeds=[0], progress=False)
+    assert len(found.comparisons) >= 14
+    assert not not_reproduced(found.comparisons)
+
+
+def test_one_previous_token_head_is_in_the_circuit_and_another_is_not(smollm2):
+    pairs = [((16, 0), (18, 6)), ((11, 1), (18, 6))]
+    _, measured = measure_circuits(smollm2, pairs, progress=False)
+    comparisons = held(smollm2, "induction-circuits", measured)
+    assert len(comparisons) == len(measured) == 8
+    assert not not_reproduced(comparisons)
+    assert measured["ablated L16H0 L18H6"].value < 0.1 < 0.8 < measured["ablated L11H1 L18H6"].value
+
+
+def test_it_gives_the_drink_to_the_indirect_object(smollm2):
+    task = indirect_object(smollm2)
+    by_name = {
+        each.what: each for each in known_figures(describe(smollm2)) if each.study == "indirect-object"
+    }
+    assert (task.logit_diff > 0).float().mean() == pytest.approx(by_name["right"].value, abs=0.05)
+    drawn = Measured("logit difference", float(task.logit_diff.mean()), samples=task.logit_diff)
+    assert hold(by_name["logit_diff"], drawn).verdict == "reproduced"
+    # of names that are not there it has no opinion
+    assert abs(float(task.null.mean())) < 0.3 * float(task.logit_diff.mean())
+
+
+def test_l23h3_recovers_half_of_the_answer_alone(smollm2):
+    task = indirect_object(smollm2, n_prompts=1)
+    grid = mechlens.patch_grid(
+        smollm2,
+        task.tokens,
+        site="z",
+        source=mechlens.Corrupted(task.corrupted),
+        layers=[20, 23, 24],
+        heads="each",
+        positions=None,
+        direction="denoising",
+        metric="logit_diff",
+        targets=task.objects[0],
+        against=task.subjects[0],
+        progress=False,
+    )
+    recovered = dict(zip(grid.to_dataframe()["label"], grid.recovered.flatten().tolist(), strict=True))
+    assert max(recovered, key=recovered.get) == "L23H3"
+    assert recovered["L23H3"] > 0.3
+    assert recovered["L20H0"] > 0.1
+    assert recovered["L24H4"] < 0

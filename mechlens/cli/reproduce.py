@@ -1,7 +1,8 @@
-"""`mechlens reproduce`: the published findings on induction heads, on the command line."""
+"""`mechlens reproduce`: published findings and those on a model's card, on the command line."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +27,20 @@ from mechlens.cli.options import (
     SeedsOption,
 )
 from mechlens.cli.output import deliver
+from mechlens.published import STUDIES
 
 if TYPE_CHECKING:
-    from mechlens.studies.reproduce import Reproduction
+    from mechlens.studies.findings import Findings
 
 
 def reproduce(
+    studies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STUDY]...",
+            help=f"{', '.join(STUDIES)}. [default: heads, and all that the model's card has figures of]",
+        ),
+    ] = None,
     model: ModelOption = BUNDLED,
     out: Annotated[Path, typer.Option(help="Folder for results, tables and report.html.")] = Path(
         "reproduce"
@@ -48,28 +57,38 @@ def reproduce(
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Reproduce the induction-head findings on a model: how well it continues repeated random tokens, and
-    which of its heads do that. Prints published beside measured figures and writes results (.safetensors),
-    tables (.csv) and report.html."""
+    """Reproduce what was found on a model: induction heads, facts, circuits, the indirect object, features.
+    Prints published beside measured figures and writes results (.safetensors), tables (.csv) and report.html.
+    --seq-len, --batch, --seed, --n-seeds and --bos are those of the study heads."""
     given = dict(locals())
+    for each in studies or ():
+        options.check_known("STUDY", each, STUDIES)
     options.check_folder(out)
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
-    from mechlens.report.reproduction import write_reproduction
-    from mechlens.studies.reproduce import reproduce as study
+    from mechlens.models.protocol import describe
+    from mechlens.report.reproduction import write_findings
+    from mechlens.studies.findings import planned, reproduce_findings
 
-    found = study(
+    names = planned(describe(loaded), studies or None)
+    if len(names) > 1 and options.progress(quiet):
+        print(f"studies: {', '.join(names)}", file=sys.stderr)
+    found = reproduce_findings(
         loaded,
-        seq_len=seq_len,
-        batch=batch,
-        seeds=range(seed, seed + n_seeds),
-        prepend_bos=bos,
+        names,
+        raw=lambda: options.load(model, device, dtype, revision, quiet, processing=False, cache=cache),
+        heads={
+            "seq_len": seq_len,
+            "batch": batch,
+            "seeds": range(seed, seed + n_seeds),
+            "prepend_bos": bos,
+        },
         progress=options.progress(quiet),
     )
     command = options.command("reproduce", reproduce, given)
     written: list[Path] = []
 
     def save(folder: Path) -> list[Path]:
-        written[:] = write_reproduction(found, folder, command=command)
+        written[:] = write_findings(found, folder, command=command)
         return written
 
     deliver(
@@ -80,20 +99,23 @@ def reproduce(
     )
 
 
-def _print(found: Reproduction) -> None:
+def _print(found: Findings) -> None:
     from mechlens import terminal
     from mechlens.report.page import verdict_statement
+    from mechlens.studies.reproduce import Reproduction, has_card
 
-    name = found.heads.model.name
-    terminal.print_estimates(found.performance)
-    terminal.print_heads(found.heads, 3)
+    model = next(iter(found.results.values())).model
+    for study in found.studies.values():
+        if isinstance(study, Reproduction):
+            terminal.print_estimates(study.performance)
+            terminal.print_heads(study.heads, 3)
     if not found.comparisons:
-        print(f"No published figures of {name} at these settings to compare with.")
+        print(f"No published figures of {model.name} at these settings to compare with.")
         return
-    bundled = name == BUNDLED
+    own = has_card(model)
     terminal.print_table(
-        f"{name} against {'its model card' if bundled else 'published figures'}",
-        ("claim", "on the card" if bundled else "published", "measured", "tolerance", "verdict"),
+        f"{model.name} against {'its model card' if own else 'published figures'}",
+        ("claim", "on the card" if own else "published", "measured", "tolerance", "verdict"),
         [
             (
                 each.claim,
@@ -108,13 +130,15 @@ def _print(found: Reproduction) -> None:
     print(verdict_statement(found.comparisons))
 
 
-def _as_object(found: Reproduction, written: Sequence[Path]) -> dict[str, Any]:
+def _as_object(found: Findings, written: Sequence[Path]) -> dict[str, Any]:
+    from mechlens.studies.reproduce import Reproduction
     from mechlens.terminal import best_heads
 
-    return {
-        "model": asdict(found.heads.model),
-        "estimates": found.performance.estimates,
+    about: dict[str, Any] = {"model": asdict(next(iter(found.results.values())).model)}
+    for study in found.studies.values():
+        if isinstance(study, Reproduction):
+            about |= {"estimates": study.performance.estimates, "heads": best_heads(study.heads, 5)}
+    return about | {
         "comparisons": [asdict(comparison) for comparison in found.comparisons],
-        "heads": best_heads(found.heads, 5),
         "written": [str(path) for path in written],
     }

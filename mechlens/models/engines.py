@@ -170,8 +170,8 @@ def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing
 
 
 def _as_read(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.Tensor:
-    """A weight in the order in which HookedTransformer's forward pass wants it in memory: one in another order
-    is copied anew in every run."""
+    """A weight in the order in memory that HookedTransformer's forward pass wants: one in another order is
+    copied anew in every run."""
     kind = name.rsplit(".", 1)[-1]
     axes: tuple[int, ...] = tuple(range(tensor.ndim))
     if kind.lstrip("_") in ("W_Q", "W_K", "W_V") and tensor.ndim == 3:

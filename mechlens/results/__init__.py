@@ -15,6 +15,7 @@ from mechlens.results.base import (
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
 from mechlens.results.feature_alignment import FeatureAlignment, Share
 from mechlens.results.features import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
+from mechlens.results.findings import Facts, IndirectObject
 from mechlens.results.heads import (
     AttentionPatterns,
     HeadScores,
@@ -40,11 +41,13 @@ __all__ = [
     "Comparison",
     "CompleteSearch",
     "CompositionScores",
+    "Facts",
     "FeatureAlignment",
     "FeatureExamples",
     "GradientSearch",
     "GreedySearch",
     "HeadScores",
+    "IndirectObject",
     "InductionCircuits",
     "InputProbe",
     "LogitAttribution",

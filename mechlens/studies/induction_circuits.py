@@ -499,7 +499,7 @@ class CircuitStudy(Study):
 def reproduce_composition_circuit(
     model: LensModel,
     *,
-    pair: Pair | None = None,
+    pairs: Sequence[Pair] | None = None,
     seq_len: int = 50,
     batch: int = 8,
     seed: int = 0,
@@ -514,9 +514,10 @@ def reproduce_composition_circuit(
     each key. Another model is judged by its own strongest pair, against nothing published.
 
     Args:
-        pair: which (previous-token head, induction head); None takes the article's on GPT-2 small, and on
-            other models the pair with the highest verdict and effect. A given pair's top-1 accuracies are
-            counted over the whole vocabulary, those of pairs that are looked for over a sample.
+        pairs: which (previous-token head, induction head); None takes the article's on GPT-2 small, and on
+            other models those that are found. The article's figure is held against the one with the highest
+            verdict and effect. Of a single pair top-1 accuracies are counted over the whole vocabulary, of
+            several over a sample.
 
     The other arguments are those of `find_induction_circuits`.
 
@@ -526,7 +527,7 @@ def reproduce_composition_circuit(
     Cost: as `find_induction_circuits`.
     """
     is_gpt2 = describe(model).name in ("gpt2", "gpt2-small")
-    wanted = [pair] if pair is not None else [((4, 11), (5, 5))] if is_gpt2 else None
+    wanted = pairs if pairs is not None else [((4, 11), (5, 5))] if is_gpt2 else None
     circuits = find_induction_circuits(
         model,
         pairs=wanted,
@@ -534,7 +535,7 @@ def reproduce_composition_circuit(
         batch=batch,
         seed=seed,
         # the article counts all
-        n_tokens=None if wanted is not None else N_TOKENS,
+        n_tokens=None if wanted is not None and len(wanted) == 1 else N_TOKENS,
         prepend_bos=prepend_bos,
         progress=progress,
     )
@@ -542,7 +543,7 @@ def reproduce_composition_circuit(
         model, "k", relative_position=circuits.relative_position, seed=seed, progress=progress
     )
     return CircuitStudy(
-        comparisons=tuple(_compare(claim, circuits, is_gpt2 and pair is None) for claim in COMPOSITION_GPT2),
+        comparisons=tuple(_compare(claim, circuits, is_gpt2 and pairs is None) for claim in COMPOSITION_GPT2),
         circuits=circuits,
         composition=composition,
     )

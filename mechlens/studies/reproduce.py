@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from mechlens.analyses.attention import attention_patterns
@@ -30,13 +31,15 @@ from mechlens.results import (
     half_means,
     head_label,
 )
-from mechlens.studies.study import Study
+from mechlens.studies.study import Measured, Study, hold
 
-GPT2_SMALL_SIZES = (12, 12, 768, 50257, None)
-BUNDLED_SIZES = (4, 6, 192, 2048, None)
-"""Layers, heads, d_model and d_vocab of the models with figures, and no revision."""
-MIN_SEQUENCES = 20
-"""Fewer draws do not tell how far one strays, so nothing is judged by them."""
+CARDS = Path(__file__).parent / "cards"
+_FIGURES: tuple[tuple[tuple[str, ...], tuple[Any, ...], tuple[Published, ...] | Path], ...] = (
+    (GPT2_SMALL, (12, 12, 768, 50257, None), REPEATED_TOKENS_GPT2),
+    ((BUNDLED,), (4, 6, 192, 2048, None), BUNDLED_DIRECTORY / "card.json"),
+    (("smollm2-135m",), (30, 9, 576, 49152, None), CARDS / "smollm2-135m.json"),
+)
+"""Names, sizes (layers, heads, d_model, d_vocab, and no revision) and figures of models, or their card."""
 INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
 PUBLISHED_SEQ_LEN = 50
 TIMES_NULL = 5
@@ -103,7 +106,7 @@ def reproduce(
     patterns = attention_patterns(model, heads.tokens["repeated"][0, 0], strongest)
     if figures is None:
         as_published = seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
-        figures = known_figures(heads.model) if as_published else ()
+        figures = [each for each in known_figures(heads.model) if as_published and each.study == "heads"]
     comparisons = [compare(figure, performance, heads) for figure in figures]
     return Reproduction(tuple(comparisons), performance, heads, patterns)
 
@@ -113,21 +116,22 @@ def known_figures(model: ModelInfo) -> tuple[Published, ...]:
 
     A name alone is no proof: another model in a folder called `gpt2` has other sizes.
     """
-    sizes = (model.n_layers, model.n_heads, model.d_model, model.d_vocab, model.revision)
-    if model.name in GPT2_SMALL and sizes == GPT2_SMALL_SIZES:
-        return REPEATED_TOKENS_GPT2
-    if model.name == BUNDLED and sizes == BUNDLED_SIZES:
-        return read_card(BUNDLED_DIRECTORY / "card.json")
+    given = (model.n_layers, model.n_heads, model.d_model, model.d_vocab, model.revision)
+    for names, sizes, figures in _FIGURES:
+        if model.name in names and given == sizes:
+            return read_card(figures) if isinstance(figures, Path) else figures
     return ()
+
+
+def has_card(model: ModelInfo) -> bool:
+    """Whether the figures are those that we measured ourselves, on other draws."""
+    return any(model.name in names and isinstance(figures, Path) for names, _, figures in _FIGURES)
 
 
 def compare(figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores) -> Comparison:
     """One published figure beside the measured one.
 
-    A figure that is a mean over n random sequences is reproduced when it differs from our mean over m
-    by no more than 99% of such differences do: when it lies in the interval of 99% of means over
-    1 / (1/n + 1/m) sequences, resampled from our own. For a single draw that is the interval of 99% of
-    single sequences. With fewer than `MIN_SEQUENCES` of our own nothing is judged.
+    A mean over sequences is held as `hold` says.
     """
     if figure.kind in (*KINDS, *VARIANTS) and figure.kind not in heads.kinds:
         claim = f"{figure.kind}, which does not fit the model's context"
@@ -146,13 +150,7 @@ def compare(figure: Published, performance: RepeatedTokenPerformance, heads: Hea
     else:
         claim = figure.what
         per_sequence = _per_sequence(performance, figure.what)
-    if len(per_sequence) < MIN_SEQUENCES:
-        measured = float(per_sequence.mean())
-        return Comparison(claim, figure.value, measured, None, None, NOT_JUDGED, figure.source)
-    size = max(1, round(1 / (1 / figure.sequences + 1 / len(per_sequence))))
-    low, high = _draws(per_sequence, size)
-    holds = low <= float(figure.value) <= high
-    return _comparison(figure, claim, float(per_sequence.mean()), low, high, holds)
+    return hold(figure, Measured(claim, float(per_sequence.mean()), samples=per_sequence))
 
 
 def _comparison(
@@ -168,15 +166,6 @@ def _per_sequence(performance: RepeatedTokenPerformance, estimate: str) -> Tenso
     values = performance.log_prob if measure == "log_prob" else performance.correct.float()
     means = half_means(values, half, seq_len=performance.seq_len, prepend_bos=performance.prepend_bos)
     return means.flatten()
-
-
-def _draws(per_sequence: Tensor, size: int) -> tuple[float, float]:
-    """The interval of 99% of means over `size` sequences, resampled from those measured."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(per_sequence), (20000, size), generator=generator)
-    means = per_sequence.double()[drawn].mean(1)
-    low, high = means.quantile(torch.tensor([0.005, 0.995], dtype=torch.double)).tolist()
-    return low, high
 
 
 def detect_clear_heads(heads: HeadScores, kind: str, threshold: float) -> list[tuple[tuple[int, int], float]]:

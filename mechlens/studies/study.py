@@ -8,10 +8,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mechlens.results import Comparison, Result, write_table
+import torch
+from torch import Tensor
+
+from mechlens.published import Published
+from mechlens.results import NOT_JUDGED, Comparison, Result, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+MIN_DRAWS = 20
+"""Fewer draws do not tell how far one strays, so nothing is judged by them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """A number, or the name of a head, that a figure can be held against."""
+
+    claim: str
+    value: float | str
+    tolerance: float = 0.0
+    """Of a number that nothing is drawn for: how far another processor's or engine's rounding may lead."""
+    samples: Tensor | None = None
+    """Independent draws that the number is the mean of."""
+
+
+def hold(figure: Published, measured: Measured, *, min_draws: int = MIN_DRAWS) -> Comparison:
+    """One figure beside what was measured.
+
+    A figure that is a mean over n draws is reproduced when it differs from our mean over m by no more than
+    99% of such differences do: when it lies in the interval of 99% of means over 1 / (1/n + 1/m) draws,
+    resampled from our own. With fewer than `min_draws` of our own nothing is judged.
+    """
+    low = high = None
+    if isinstance(figure.value, str) or isinstance(measured.value, str):
+        holds = figure.value == measured.value
+    elif measured.samples is None:
+        low, high = figure.value - measured.tolerance, figure.value + measured.tolerance
+        holds = low <= measured.value <= high
+    elif len(measured.samples) < min_draws:
+        return Comparison(measured.claim, figure.value, measured.value, None, None, NOT_JUDGED, figure.source)
+    else:
+        size = max(1, round(1 / (1 / figure.sequences + 1 / len(measured.samples))))
+        low, high = _means(measured.samples, size)
+        holds = low <= figure.value <= high
+    verdict = "reproduced" if holds else "not reproduced"
+    return Comparison(measured.claim, figure.value, measured.value, low, high, verdict, figure.source)
+
+
+def _means(samples: Tensor, size: int) -> tuple[float, float]:
+    """The interval of 99% of means over `size` of the samples."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(samples), (20000, size), generator=generator)
+    means = samples.double()[drawn].mean(1)
+    low, high = means.quantile(torch.tensor([0.005, 0.995], dtype=torch.double)).tolist()
+    return low, high
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""What a person waits for with smollm2-135m, a real language model of 30 layers, once it is loaded.
+
+    python benchmarks/real_model.py [--only heads lens ...]
+
+Every figure is a single run, as a person makes it, on all cores. Beside it stand the arithmetic and how fast it
+was done, as a share of what one large product does in the same minute: seconds depend on the machine and on who
+else uses it, the share much less.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Row, print_table, seconds
+
+import mechlens
+
+NAME = "smollm2-135m"
+BLOCK = 2 * 3.54e6
+"""Floating-point operations of one block's weights on one token: its 3.54 million numbers, twice."""
+LOGITS = 2 * 576 * 49152
+SENTENCE = "When Mary and John went to the store, John gave a drink to"
+OTHER = "When Mary and John went to the store, Mary gave a drink to"
+FACT = "The Eiffel Tower is in the city of"
+
+
+def rate() -> float:
+    """Operations in a second of a product of this model's shapes."""
+    tokens, weights = torch.randn(3072, 576), torch.randn(576, 1536)
+    tokens @ weights
+    best = min(seconds(lambda: tokens @ weights) for _ in range(10))
+    return 2 * 3072 * 576 * 1536 / best
+
+
+def heads(model: Any) -> tuple[float, float, float]:
+    """90 sequences: two copies, prefix matching and unrelated tokens of 101 positions, a sample of 26."""
+    positions = 90 * (3 * 101 + 26)
+    return (
+        seconds(lambda: mechlens.reproduce(model, progress=False)),
+        90,
+        positions * 30 * BLOCK + 90 * 101 * LOGITS,
+    )
+
+
+def lens(model: Any) -> tuple[float, float, float]:
+    tokens = len(mechlens.text_tokens(model, FACT)[0])
+    return seconds(lambda: mechlens.logit_lens(model, FACT)), 2, tokens * (30 * BLOCK + 31 * LOGITS)
+
+
+def circuits(model: Any) -> tuple[float, float, float]:
+    """Scores of 8 sequences, and 24 pairs, each with a run from its heads' layers on."""
+    work = lambda: mechlens.find_induction_circuits(model, progress=False)  # noqa: E731
+    return seconds(work), 120, 8 * 101 * (4 * 30 + 24 * 12) * BLOCK
+
+
+def patch(model: Any, **options: Any) -> float:
+    return seconds(
+        lambda: mechlens.patch_grid(
+            model,
+            SENTENCE,
+            source=mechlens.Corrupted(OTHER),
+            direction="denoising",
+            metric="logit_diff",
+            targets=" Mary",
+            against=" John",
+            progress=False,
+            **options,
+        )
+    )
+
+
+def patch_heads(model: Any) -> tuple[float, float, float]:
+    """A run for each of 270 heads, from its layer on: half of all blocks on average."""
+    return patch(model, site="z", heads="each", positions=None), 10, 270 * 15 * 15 * BLOCK
+
+
+def patch_positions(model: Any) -> tuple[float, float, float]:
+    """A run for each of 30 layers and 15 positions, from its layer and its position on."""
+    return patch(model, site="resid_pre"), 10, 450 * 15.5 * 8 * BLOCK
+
+
+def composition(model: Any) -> tuple[float, float, float]:
+    """Norms of products of all pairs' thin matrices: 64 x 64 for each of 35,235 pairs, and the baselines."""
+    work = lambda: mechlens.composition_scores(model, "k", relative_position=49)  # noqa: E731
+    return seconds(work), 10, 35235 * 2 * 576 * 64 * 64 * 2
+
+
+def features(model: Any) -> tuple[float, float, float]:
+    """Each token of the vocabulary through all blocks but the last, without queries and keys."""
+    raw = mechlens.load_model(NAME, processing=False)
+    work = lambda: mechlens.search_complete(  # noqa: E731
+        raw, layers=range(0, 29, 4), features=range(32), top_k=5, progress=False
+    )
+    return seconds(work), 300, 49152 * 29 * BLOCK * 0.84
+
+
+TASKS: dict[str, tuple[str, Callable[[Any], tuple[float, float, float]]]] = {
+    "lens": ("lens of a sentence", lens),
+    "patch-heads": ("patch each head, 15 tokens", patch_heads),
+    "patch-positions": ("patch layer x position, 15 tokens", patch_positions),
+    "composition": ("K-composition of all heads", composition),
+    "circuits": ("induction circuits", circuits),
+    "heads": ("reproduce heads, 90 sequences", heads),
+    "features": ("features complete, 8 layers x 32", features),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(TASKS), choices=list(TASKS))
+    options = parser.parse_args()
+    print(f"{NAME}, {torch.get_num_threads()} threads")
+    rows = []
+    try:
+        load = seconds(lambda: mechlens.load_model(NAME))
+        rows.append(Row("load, from the cache or not", load, "s"))
+        model = mechlens.load_model(NAME)
+    except mechlens.models.errors.ModelLoadError as error:
+        print(error)
+        return
+    mechlens.logit_lens(model, FACT)
+    for name in options.only:
+        what, work = TASKS[name]
+        taken, most, operations = work(model)
+        rows.append(Row(what, taken, "s", most))
+        rows.append(Row("  arithmetic", operations / 1e12, "TFLOP"))
+        rows.append(Row("  of the rate of one large product", operations / taken / rate(), ""))
+    print_table("single runs after loading", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Measure a language model's card: the figures that `mechlens reproduce` holds it against.
+
+    python experiments/real_model_card.py --model smollm2-135m --into mechlens/studies/cards
+
+Every figure is measured here and now, on draws that no reproduction makes by default. Writes MODEL.json, and
+the whole results into --out. About twenty minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import mechlens
+from mechlens.published import Published
+from mechlens.results import head_label
+from mechlens.studies import findings
+from mechlens.studies.facts import measure_facts
+from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
+from mechlens.studies.reproduce import Reproduction
+from mechlens.studies.study import Measured, Study
+
+SEED = 1000
+SEEDS = range(SEED, SEED + 5)
+"""None that a reproduction draws by default: it must not be held against its own sequences."""
+SOURCE = "the model's card"
+N_PATCHED = 30
+STRONGEST, AGAINST = 5, 2
+"""Heads of the indirect object that are claimed."""
+
+
+def of_heads(found: Reproduction) -> list[Published]:
+    """How well copies are read, and the highest heads of three kinds."""
+    sequences = found.performance.tokens.shape[0] * found.performance.tokens.shape[1]
+    claims = [
+        Published(name, estimate[0], SOURCE, sequences=sequences)
+        for name, estimate in found.performance.estimates.items()
+    ]
+    for kind, count in (("induction_score", 5), ("previous_token_score", 3), ("prefix_matching_score", 1)):
+        ranked = list(found.heads.ranked(kind))
+        claims.append(Published("highest_head", head_label(*ranked[0][0]), SOURCE, kind=kind))
+        claims += [
+            Published("score", score, SOURCE, head=head, kind=kind, sequences=sequences)
+            for head, score in ranked[:count]
+        ]
+    return claims
+
+
+def of_study(study: str, measured: dict[str, Measured]) -> list[Published]:
+    return [
+        Published(
+            what,
+            each.value,
+            SOURCE,
+            sequences=1 if each.samples is None else len(each.samples),
+            study=study,
+        )
+        for what, each in measured.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m", help="a name or path that load_model takes")
+    parser.add_argument("--into", type=Path, required=True, help="folder of the card")
+    parser.add_argument("--out", type=Path, default=Path("out/real_model"), help="folder of the results")
+    parser.add_argument(
+        "--only", nargs="*", default=list(SOURCES), choices=list(SOURCES), help="measure these anew"
+    )
+    options = parser.parse_args()
+    card = options.into / f"{Path(options.model).stem}.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(card.read_text())["figures"] if card.is_file() else []
+    figures = {name: [each for each in kept if each["study"] == name] for name in SOURCES}
+    model = mechlens.load_model(options.model)
+    for name in options.only:
+        study, claims = SOURCES[name](model, options.model)
+        study.save(options.out)
+        figures[name] = [dataclasses.asdict(each) for each in claims]
+        whole = {"seed": SEED, "figures": [each for of in figures.values() for each in of]}
+        card.write_text(json.dumps(whole, indent=1) + "\n")
+        print(f"{name}: {len(claims)} figures", flush=True)
+
+
+def heads(model: object, name: str) -> tuple[Study, list[Published]]:
+    found = mechlens.reproduce(model, seeds=SEEDS, figures=())
+    return found, of_heads(found)
+
+
+def facts(model: object, name: str) -> tuple[Study, list[Published]]:
+    study, measured = measure_facts(model)
+    return study, of_study("facts", measured)
+
+
+def induction_circuits(model: object, name: str) -> tuple[Study, list[Published]]:
+    """The three strongest induction heads, each with the three strongest previous-token heads before it."""
+    scores = mechlens.score_heads(model, ["induction_score", "previous_token_score"], seeds=SEEDS[:1])
+    later = [head for head, _ in list(scores.ranked("induction_score"))[:3]]
+    earlier = [head for head, _ in list(scores.ranked("previous_token_score"))[:3]]
+    pairs = [(one, other) for other in later for one in earlier if one[0] < other[0]]
+    study, measured = findings.measure_circuits(model, pairs, seed=SEED)
+    return study, of_study("induction-circuits", measured)
+
+
+def indirect_object(model: object, name: str) -> tuple[Study, list[Published]]:
+    study = study_indirect_object(model, n_patched=N_PATCHED, seed=SEED)
+    mean = study.heads.recovered
+    order = mean.flatten().argsort(descending=True).tolist()
+    wanted = [divmod(at, mean.shape[1]) for at in (*order[:STRONGEST], *order[-AGAINST:])]
+    claims = of_study("indirect-object", of_indirect_object(study, wanted))
+    by_label = {head_label(*head): head for head in wanted}
+    return study, [dataclasses.replace(each, head=by_label.get(each.what)) for each in claims]
+
+
+def features(model: object, name: str) -> tuple[Study, list[Published]]:
+    study, measured = findings.measure_features(mechlens.load_model(name, processing=False))
+    return study, of_study("features", measured)
+
+
+SOURCES = {
+    "heads": heads,
+    "facts": facts,
+    "induction-circuits": induction_circuits,
+    "indirect-object": indirect_object,
+    "features": features,
+}
+
+if __name__ == "__main__":
+    main()

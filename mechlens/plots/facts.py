@@ -1,0 +1,57 @@
+"""Facts by layer: how many can be read off the residual stream, and how sure of them it is."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+from torch import Tensor
+
+from mechlens.arguments import check_type
+from mechlens.plots.style import BLUE, GREEN, MUTED, TEMPLATE, VERMILION, titles
+from mechlens.results import Facts
+
+
+def plot_facts(facts: Facts) -> go.Figure:
+    """Draw by layer the share of facts whose answer is the first guess, and among the first ten.
+
+    Args:
+        facts: of `read_facts`.
+
+    Returns:
+        A figure with lines `first guess`, `among the first ten`, `mean probability` and, dotted, the shares
+        of wrong answers of the same kind.
+    """
+    check_type("facts", facts, Facts)
+    layers = ["embed", *map(str, range(facts.rank.shape[1] - 1))]
+
+    def line(name: str, values: Tensor, colour: str, dash: str, symbol: str) -> go.Scatter:
+        return go.Scatter(
+            name=name,
+            x=layers,
+            y=values.tolist(),
+            mode="lines+markers",
+            line={"color": colour, "width": 2.5, "dash": dash},
+            marker={"symbol": symbol, "size": 7},
+            hovertemplate=f"layer %{{x}}, {name}: %{{y:.3f}}<extra></extra>",
+        )
+
+    figure = go.Figure(
+        [
+            line("among the first ten", facts.share(10), BLUE, "dash", "square-open"),
+            line("first guess", facts.share(1), BLUE, "solid", "square"),
+            line("mean probability", facts.probability(), VERMILION, "solid", "circle"),
+            line("wrong answer among the first ten", facts.share(10, null=True), MUTED, "dot", "x"),
+            line("wrong answer first", facts.share(1, null=True), GREEN, "dot", "cross"),
+        ]
+    )
+    figure.update_layout(
+        template=TEMPLATE,
+        title_text=titles(
+            f"{len(facts.prompts)} facts, read off each layer",
+            f"{facts.model.name}, {'with' if facts.prepend_bos else 'without'} BOS",
+        ),
+        width=900,
+        height=440,
+        xaxis={"title": {"text": "after layer"}, "type": "category"},
+        yaxis={"title": {"text": "share of facts, or probability"}, "range": [-0.02, 1.02]},
+    )
+    return figure
