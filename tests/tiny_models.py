@@ -1,8 +1,4 @@
-"""Tiny random Hugging Face models with tokenizers, written to a directory on the spot.
-
-Random weights are drawn wide enough that every part of the model moves the output: with the
-libraries' own narrow initialisation a wrong rotation or a lost bias would hide in the rounding.
-"""
+"""Tiny random Hugging Face models with tokenizers, written to a directory on the spot."""
 
 from __future__ import annotations
 
@@ -12,83 +8,19 @@ from typing import Any
 
 import torch
 
-VOCAB = 64
+from mechlens.models.architectures import VOCAB, architecture, random_model, write_model, write_tokenizer
+
 N_CTX = 32
-
-
-def write_tokenizer(directory: Path, *, bos: bool = True, bos_is_eos: bool = True) -> None:
-    """A byte-level tokenizer of `VOCAB - 4` tokens, one per character: models pad their vocabularies."""
-    import string
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    eos = "<|end|>"
-    names = {"eos_token": eos}
-    if bos:
-        names["bos_token"] = eos if bos_is_eos else "<s>"
-    special = list(dict.fromkeys(names.values()))
-    # The byte-level alphabet writes a space as `Ġ` (a letter of its own).
-    letters = ["Ġ", *string.ascii_letters, *string.digits]
-    words = (special + letters)[: VOCAB - 4]
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
-
-
-def _config(kind: str, **changes: Any) -> Any:
-    import transformers as hf
-
-    common = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0}
-    shared = common | {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": N_CTX,
-    }
-    grouped = shared | {"num_key_value_heads": 2, "tie_word_embeddings": False}
-    if kind == "gpt2":
-        settings = common | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": N_CTX}
-        return hf.GPT2Config(**(settings | changes))
-    if kind == "gpt_neo":
-        # The window is shorter than the test's sequences, so that local attention shows.
-        settings = common | {
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "max_position_embeddings": N_CTX,
-            "attention_types": [[["global", "local"], 1]],
-            "window_size": 8,
-        }
-        return hf.GPTNeoConfig(**(settings | changes))
-    if kind == "gpt_neox":
-        # Two frequencies, since the base does not show in one alone; a base that is nobody's default.
-        rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
-        return hf.GPTNeoXConfig(**(shared | {"rope_parameters": rope} | changes))
-    if kind == "llama":
-        rope = {"rope_type": "default", "rope_theta": 500.0}
-        return hf.LlamaConfig(**(grouped | {"rope_parameters": rope} | changes))
-    if kind == "qwen2":
-        rope = {"rope_type": "default", "rope_theta": 500.0}
-        return hf.Qwen2Config(**(grouped | {"rope_parameters": rope} | changes))
-    if kind == "gemma2":
-        # Caps low enough to bend the random logits, a scale that is not sqrt(head_dim).
-        settings = grouped | {
-            "tie_word_embeddings": True,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 12,
-            "sliding_window": 8,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 3.0,
-        }
-        return hf.Gemma2Config(**(settings | changes))
-    raise ValueError(f"no tiny {kind}")
-
-
-KINDS = ("gpt2", "gpt_neo", "gpt_neox", "llama", "qwen2", "gemma2")
+# The windows are shorter than the tests' sequences.
+_TINIES = {
+    "gpt2": ("GPT-2", {"n_positions": N_CTX}),
+    "gpt_neo": ("GPT-Neo", {"max_position_embeddings": N_CTX, "window_size": 8}),
+    "gpt_neox": ("GPT-NeoX", {"max_position_embeddings": N_CTX}),
+    "llama": ("Llama", {"max_position_embeddings": N_CTX}),
+    "qwen2": ("Qwen2", {"max_position_embeddings": N_CTX}),
+    "gemma2": ("Gemma 2", {"max_position_embeddings": N_CTX, "sliding_window": 8}),
+}
+KINDS = tuple(_TINIES)
 
 
 def tiny_hf_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
@@ -99,17 +31,8 @@ def tiny_hf_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
         seed: of the weights; the caller's random state is left alone.
         changes: to the model's Hugging Face configuration.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = _config(kind, **changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                wide = torch.randn_like(parameter) * 0.2
-                parameter.copy_(1 + wide if parameter.ndim == 1 and kind != "gemma2" else wide)
-    return model.float().eval()
+    name, shorter = _TINIES[kind]
+    return random_model(architecture(name).config(**(shorter | changes)), seed=seed)
 
 
 def write_tiny_model(
@@ -117,8 +40,7 @@ def write_tiny_model(
 ) -> Any:
     """Write a tiny model as a Hugging Face directory; returns the model."""
     model = tiny_hf_model(kind, seed=seed, **changes)
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
+    write_model(directory, model)
     if tokenizer:
         # Qwen2 and Llama as they come: one without BOS, one whose BOS is not its EOS.
         write_tokenizer(directory, bos=kind != "qwen2", bos_is_eos=kind != "llama")

@@ -191,8 +191,8 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
     from the configuration here.
     """
     architecture = hf_config.architectures[0]
-    if architecture == "Gemma2ForCausalLM":
-        settings = _gemma2_settings(hf_config)
+    if architecture in _OWN_SETTINGS:
+        settings = _OWN_SETTINGS[architecture](hf_config)
     else:
         if architecture == "GPT2LMHeadModel" and not hasattr(hf_config, "n_ctx"):
             hf_config.n_ctx = hf_config.n_positions
@@ -204,6 +204,10 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
                 f"HookedTransformer has no {architecture}: use backend='bridge', which has more architectures"
             ) from None
     settings.setdefault("default_prepend_bos", True)
+    # some architectures have the same context whatever the model's is
+    settings["n_ctx"] = min(
+        settings["n_ctx"], getattr(hf_config, "max_position_embeddings", None) or settings["n_ctx"]
+    )
     if architecture == "GPT2LMHeadModel":
         settings["d_mlp"] = hf_config.n_inner or 4 * hf_config.n_embd
     if architecture == "GPTNeoForCausalLM":
@@ -214,13 +218,14 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
         settings["rotary_base"] = rope["rope_theta"]
-    kind = rope.get("rope_type", "default")
-    scaled = settings.get("use_NTK_by_parts_rope") or settings.get("use_yarn_rope")
-    if "rope_type" in rope and kind != "default" and not scaled:
-        raise ModelLoadError(
-            f"HookedTransformer's {architecture} has no {kind!r} scaling of rotary positions: "
-            "use backend='bridge'"
-        )
+    # Seen here, because 16 tokens would not show what begins beyond a limit; some layers may have their own.
+    has = {"default"} | {_SCALINGS[name] for name in _SCALINGS if settings.get(name)}
+    for each in rope_parameters(hf_config):
+        if (kind := each.get("rope_type", "default")) not in has:
+            raise ModelLoadError(
+                f"HookedTransformer's {architecture} has no {kind!r} scaling of rotary positions: "
+                "use backend='bridge'"
+            )
     if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()) and not settings.get(
         "use_local_attn"
     ):
@@ -228,6 +233,16 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
             f"HookedTransformer's {architecture} has no sliding attention window: use backend='bridge'"
         )
     return dict(settings)
+
+
+_SCALINGS = {"use_NTK_by_parts_rope": "llama3", "use_yarn_rope": "yarn"}
+"""HookedTransformer's settings, and Hugging Face's names for what they stand for."""
+
+
+def rope_parameters(hf_config: Any) -> list[dict[str, Any]]:
+    """How a model rotates positions: once for all layers, or for each type of layer; empty if it does not."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [each for each in rope.values() if isinstance(each, dict)]
 
 
 def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
@@ -261,6 +276,33 @@ def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
         "use_normalization_before_and_after": True,
         "original_architecture": "Gemma2ForCausalLM",
     }
+
+
+def _phi_settings(hf_config: Any) -> dict[str, Any]:
+    """The engine asks for a setting by a name that transformers 5 no longer has."""
+    d_head = hf_config.hidden_size // hf_config.num_attention_heads
+    return {
+        "d_model": hf_config.hidden_size,
+        "d_head": d_head,
+        "n_heads": hf_config.num_attention_heads,
+        "d_mlp": hf_config.intermediate_size,
+        "n_layers": hf_config.num_hidden_layers,
+        "n_ctx": hf_config.max_position_embeddings,
+        "eps": hf_config.layer_norm_eps,
+        "d_vocab": hf_config.vocab_size,
+        "act_fn": hf_config.hidden_act,
+        "initializer_range": hf_config.initializer_range,
+        "normalization_type": "LN",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": int(hf_config.rope_parameters.get("partial_rotary_factor", 1.0) * d_head),
+        "use_attn_scale": True,
+        "parallel_attn_mlp": True,
+        "default_prepend_bos": False,
+        "original_architecture": "PhiForCausalLM",
+    }
+
+
+_OWN_SETTINGS = {"Gemma2ForCausalLM": _gemma2_settings, "PhiForCausalLM": _phi_settings}
 
 
 def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, directory: Path) -> Any:

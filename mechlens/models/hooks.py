@@ -12,6 +12,7 @@ from torch import nn
 
 _ENGINES = ("transformer_lens", "transformers", "accelerate", "torch")
 """Packages whose hooks are part of the model."""
+_WIRING = "transformer_lens.model_bridge"
 _BEFORE_THE_BLOCKS = ("embed", "pos_embed", "rotary_emb")
 _TABLES = ("_forward_hooks", "_forward_pre_hooks")
 _LOCKS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -113,13 +114,22 @@ def _of_user(module: nn.Module) -> list[tuple[dict[int, Any], int]]:
         (table, key)
         for table in (vars(module)[name] for name in _TABLES)
         for key, hook in table.items()
-        if _is_hook_point(module) or not _is_engines(hook)
+        if not (_is_wiring(module, key) if _is_hook_point(module) else _is_engines(hook))
     ]
 
 
 def _is_hook_point(module: nn.Module) -> bool:
-    """The engines put no hooks of their own there."""
     return type(module).__name__ == "HookPoint"
+
+
+def _is_wiring(point: Any, key: int) -> bool:
+    """Whether a hook at a hook point is the bridge's own, which hands on what is made there to the hook point
+    of a part that the wrapped model does not have (an MLP, of OPT)."""
+    return any(
+        handle.hook.id == key and getattr(handle.user_hook, "__module__", "").startswith(_WIRING)
+        for handle in point.fwd_hooks
+        if hasattr(handle, "user_hook")
+    )
 
 
 def _is_engines(hook: Any) -> bool:
