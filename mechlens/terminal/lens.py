@@ -74,11 +74,11 @@ def lens_json(found: LogitLensResult) -> dict[str, Any]:
     for cell in cells:
         place = found.rows.index(cell["row"]), cell["sequence"], where[cell["pos"]]
         probabilities = found.top_probabilities[place].tolist()
-        cell["top"] = [
-            {"token": token, "probability": probability}
-            for token, probability in zip(found.texts(found.top_ids[place]), probabilities, strict=True)
+        cell["guesses"] = [
+            {"guess": guess, "probability": probability}
+            for guess, probability in zip(found.texts(found.top_ids[place]), probabilities, strict=True)
         ]
-        del cell["probability"]
+        del cell["guess"], cell["probability"]
     names = ("component", "onto_stream", "decoder", "last_blocks", "prepend_bos", "rows")
     return {"model": asdict(found.model), **{name: getattr(found, name) for name in names}, "cells": cells}
 

@@ -179,9 +179,10 @@ def test_json_has_every_cell_with_its_likely_tokens():
     assert found["model"]["name"] == "tiny"
     assert len(found["cells"]) == 6
     cell = found["cells"][4]
-    assert (cell["row"], cell["pos"], cell["token"]) == ("0", 1, " a")
-    assert cell["top"] == [
-        {"token": "<b>x</b> yes", "probability": 0.75},
-        {"token": " a", "probability": 0.125},
+    assert (cell["row"], cell["layer"], cell["pos"], cell["token"]) == ("0", 0, 1, " a")
+    assert "guess" not in cell
+    assert cell["guesses"] == [
+        {"guess": "<b>x</b> yes", "probability": 0.75},
+        {"guess": " a", "probability": 0.125},
     ]
     assert cell["kl_final"] == 0.5
