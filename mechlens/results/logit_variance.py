@@ -83,8 +83,8 @@ class LogitVariance(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per row of the lens, bin, sequence and position: row, layer (-1 for `embed`), bin,
         first_rank, last_rank, sequence, pos, mean_logit, spread, excess; and what belongs to the bin and is
-        the same for all rows: probability, variance, elsewhere_variance, null_variance (mean of all draws, over
-        all positions)."""
+        the same for all rows: probability, variance, elsewhere_variance, null_variance (mean of all draws,
+        over all positions)."""
         import pandas as pd
 
         n_rows, n_bins, batch, read = self.mean_logit.shape
