@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -179,6 +181,35 @@ def lens(name: str = "tiny") -> LogitLensResult:
         target_ids={" a": torch.ones(1, 3, dtype=torch.long)},
         strings={"0": "<s>", "1": " a", "2": "b", "3": "<b>x</b> yes"},
         prepend_bos=True,
+    )
+
+
+def deep_lens(n_layers: int = 30, *, tokens: Sequence[str] = ("<s>", " a", "b")) -> LogitLensResult:
+    """A lens of many layers: the KL of row r is n_layers - r, the final guess ` a` is first in the last five
+    layers, and target ` a` has rank 2 ** (n_layers - r)."""
+    n_rows, n_pos = n_layers + 1, len(tokens)
+    left = (n_layers - torch.arange(float(n_rows)))[:, None, None].expand(n_rows, 1, n_pos)
+    strings = {"0": " a", "1": "guess", **{str(2 + at): token for at, token in enumerate(tokens)}}
+    top = torch.stack([(left >= 5).long(), (left < 5).long()], -1)
+    ranks = dict.fromkeys(("final", "input", "next", " a"), 2**left)
+    return dataclasses.replace(
+        lens(),
+        model=model(n_layers=n_layers, n_heads=9),
+        tokens=torch.arange(2, 2 + n_pos)[None],
+        mask=torch.ones(1, n_pos, dtype=torch.bool),
+        positions=tuple(range(n_pos)),
+        context_length=torch.arange(1, 1 + n_pos)[None],
+        rows=("embed", *map(str, range(n_layers))),
+        top_ids=top,
+        top_probabilities=torch.tensor([0.5, 0.25]).expand(n_rows, 1, n_pos, 2).clone(),
+        entropy=left,
+        kl_final=left,
+        kl_input=torch.full_like(left, math.nan),
+        final_ids=torch.zeros(1, n_pos, dtype=torch.long),
+        log_prob={name: -rank.log() for name, rank in ranks.items()},
+        rank=ranks,
+        target_ids={" a": torch.zeros(1, n_pos, dtype=torch.long)},
+        strings=strings,
     )
 
 

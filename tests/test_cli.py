@@ -276,7 +276,7 @@ def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
     assert len(cells) == len(table) == 5 * (cells[-1]["pos"] + 1)
     assert cells[-1]["rank_next"] is None, "the last position has no label"
     assert cells[0]["kl_final"] == pytest.approx(float(table.kl_final.iloc[0]), abs=1e-6)
-    assert [len(cell["top"]) for cell in cells] == [5] * len(cells)
+    assert [len(cell["guesses"]) for cell in cells] == [5] * len(cells)
     code, out, err = run(capsys, "lens", TEXT, "--csv")
     assert (code, err) == (0, "")
     assert out == (tmp_path / "lens.csv").read_text()

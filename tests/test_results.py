@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from jaxtyping import Float
@@ -32,6 +34,7 @@ from mechlens.results import (
     GreedySearch,
     HeadScores,
     InductionCircuits,
+    InputProbe,
     LogitAttribution,
     LogitLensResult,
     LogitVariance,
@@ -45,7 +48,7 @@ from mechlens.results import (
     head_label,
     load,
 )
-from tests.hand_made import input_probe
+from tests.hand_made import deep_lens, input_probe
 
 MODEL = ModelInfo(
     name="tiny",
@@ -784,7 +787,7 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
 
 def test_table_of_performance() -> None:
     table = performance().to_dataframe()
-    assert list(table.columns) == ["seed", "sequence", "pos", "token", "log_prob", "correct", "half"]
+    assert list(table.columns) == ["seed", "sequence", "pos", "id", "log_prob", "correct", "half"]
     # BOS predicts token 1 of the first copy, position 1 token 2; positions 2 and 3 predict the second copy.
     assert [tuple(row) for row in table.itertuples(index=False)] == [
         (7, 0, 0, 0, -4.0, False, 1),
@@ -808,6 +811,79 @@ def test_table_of_performance_without_bos() -> None:
         prepend_bos=False,
     )
     assert cut.to_dataframe()["half"].tolist() == [1, 2, 2, 1, 2, 2]
+
+
+def test_columns_mean_the_same_in_every_table(result: Result) -> None:
+    for table in (
+        result.to_dataframe(),
+        *([result.elements_to_dataframe()] if isinstance(result, InputProbe) else []),
+    ):
+        names = list(table.columns)
+        assert len(set(names)) == len(names)
+        assert not any(c.isspace() for name in names for c in name), names
+        assert ("row" in names) <= ("layer" in names)
+        for name in names:
+            values = table[name]
+            if name in ("layer", "head", "id", "pos") or name.endswith(("_layer", "_head")):
+                assert pd.api.types.is_integer_dtype(values), name
+            elif name != "row":
+                assert not values.map(lambda value: bool(re.fullmatch(r"embed|\d+", str(value)))).all() or (
+                    pd.api.types.is_numeric_dtype(values)
+                ), f"{name} holds numbers as text"
+        if "row" in names:
+            assert table["row"].tolist() == ["embed" if n < 0 else str(n) for n in table["layer"]]
+        if "token" in names:
+            # what the model read at `pos`
+            assert set(table["token"]) <= set(result.strings.values())
+        if {"token", "sequence", "pos"} <= set(names):
+            there = [
+                result.strings[str(int(result.tokens[s, p]))]
+                for s, p in zip(table["sequence"], table["pos"], strict=True)
+            ]
+            assert table["token"].tolist() == there
+
+
+@pytest.mark.parametrize("make", [lens, vector_lens])
+def test_what_is_predicted_is_a_guess(make: Any) -> None:
+    result = make()
+    table = result.to_dataframe()
+    assert set(table["guess"]) <= {result.strings[str(i)] for i in result.top_ids.flatten().tolist()}
+    assert ("token" in table) == isinstance(result, LogitLensResult)
+
+
+def test_a_deep_lens_is_ordered_by_its_layer() -> None:
+    rows = ("embed", *map(str, range(30)))
+    table = deep_lens(30).to_dataframe()
+    pivot = table.pivot(index="layer", columns="pos", values="kl_final")
+    assert pivot.index.tolist() == list(range(-1, 30))
+    assert table["row"].tolist() == [row for row in rows for _ in range(3)]
+
+
+def test_a_lens_on_heads_has_their_layer_and_head() -> None:
+    heads = dataclasses.replace(lens(), component="result", rows=("embed", "L12H3")).to_dataframe()
+    assert heads["layer"].tolist() == [-1, -1, 12, 12]
+    assert heads["head"].tolist() == [pd.NA, pd.NA, 3, 3]
+    assert "head" not in lens().to_dataframe()
+
+
+def test_columns_of_targets_have_no_blanks_and_are_never_the_same() -> None:
+    names = (" Paris", "Paris", "·Paris", "\\xb7Paris", "\n", "\\n", "\u3000", "7")
+    of = {name: torch.full((2, 1, 2), float(at)) for at, name in enumerate(names)}
+    result = dataclasses.replace(lens(), rank=of, log_prob=of)
+    table = result.to_dataframe()
+    ranks = [name for name in table.columns if name.startswith("rank_")]
+    assert ranks == [
+        "rank_·Paris",
+        "rank_Paris",
+        r"rank_\xb7Paris",
+        r"rank_\\xb7Paris",
+        r"rank_\n",
+        r"rank_\\n",
+        r"rank_\u3000",
+        "rank_7",
+    ]
+    for at, (rank, name) in enumerate(zip(ranks, names, strict=True)):
+        assert set(table[rank]) == set(table[rank.replace("rank", "log_prob")]) == {at}, name
 
 
 def test_table_of_head_scores() -> None:

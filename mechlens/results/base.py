@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
@@ -70,7 +71,11 @@ class Result:
         Result.types[cls.__name__] = cls
 
     def to_dataframe(self) -> pd.DataFrame:
-        """A tidy table with one observation per row."""
+        """A tidy table with one observation per row.
+
+        In all tables `layer` is a whole number (-1 for the row `embed` of a lens), `pos` a position, `token`
+        the text of what the model read there and `id` its number; no column's name has a blank.
+        """
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -199,6 +204,27 @@ def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, 
         else:
             values[name] = _tuples(stored)
     return values
+
+
+def row_place(row: str) -> tuple[int, int | None]:
+    """(layer, head) of a row of a lens: `embed` is layer -1; only rows such as `L0H3` have a head."""
+    if row == "embed":
+        return -1, None
+    found = re.fullmatch(r"L?(\d+)(?:H(\d+))?", row)
+    assert found is not None, row
+    return int(found[1]), None if found[2] is None else int(found[2])
+
+
+def column_name(text: str) -> str:
+    """A text as part of a column's name: no two texts have the same, and none has a blank.
+
+    A space becomes `·`, as in pictures; that character itself, a backslash, and what does not print become
+    their Python escapes.
+    """
+    return "".join(
+        "·" if c == " " else c if c.isprintable() and c not in "·\\" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def write_table(table: pd.DataFrame, path: Path) -> Path:

@@ -94,7 +94,8 @@ class RepeatedTokenPerformance(Result):
     """Coverage of the intervals in `estimates`, by bootstrap over sequences."""
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per sequence and position: seed, sequence, pos, token, log_prob, correct, half.
+        """One row per sequence and position: seed, sequence, pos, id (of the token read), log_prob, correct,
+        half.
 
         `half` is 1 or 2: the copy that the *predicted* token belongs to. The last position predicts
         nothing and is left out.
@@ -114,7 +115,7 @@ class RepeatedTokenPerformance(Result):
             )
             if pos < n_pos - 1
         ]
-        return pd.DataFrame(rows, columns=["seed", "sequence", "pos", "token", "log_prob", "correct", "half"])
+        return pd.DataFrame(rows, columns=["seed", "sequence", "pos", "id", "log_prob", "correct", "half"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

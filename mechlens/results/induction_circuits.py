@@ -101,11 +101,14 @@ class InductionCircuits(Result):
         return f"{said}: those of all lie at most {off:.3f} away, each with {self.confidence:.0%} confidence."
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per pair: previous, induction, verdict, the evidence (its ranks whole numbers; low and high
+        """One row per pair: previous, induction (such as `L4H11`), previous_layer, previous_head,
+        induction_layer, induction_head, verdict, the evidence (its ranks whole numbers; low and high
         of each top-1 accuracy), reasons."""
         import pandas as pd
 
-        table = pd.DataFrame(self.labels, columns=["previous", "induction"])
+        places = ["previous_layer", "previous_head", "induction_layer", "induction_head"]
+        rows = [(*labels, *pair) for labels, pair in zip(self.labels, self.pairs, strict=True)]
+        table = pd.DataFrame(rows, columns=["previous", "induction", *places])
         table["verdict"] = list(self.verdicts)
         for name, values in self.evidence.items():
             # pandas's own whole numbers, because a rank can be absent

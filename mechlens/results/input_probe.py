@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.results.base import Result
+from mechlens.results.base import Result, row_place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,8 +82,9 @@ class InputProbe(Result):
         return self.fits.index("shared" if name == "shared" else row)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per basis, kind of map and row: accuracy with its interval and chance, r2, and of the map
-        that reads the row both similarities and the correlation of weight and importance with their nulls."""
+        """One row per basis, kind of map, row and layer (-1 for `embed`): accuracy with its interval and
+        chance, r2, and of the map that reads the row both similarities and the correlation of weight and
+        importance with their nulls."""
         import pandas as pd
 
         records: list[dict[str, Any]] = []
@@ -95,6 +96,7 @@ class InputProbe(Result):
                         "basis": basis,
                         "kind": name,
                         "row": row,
+                        "layer": row_place(row)[0],
                         "accuracy": float(accuracy[m, r]),
                         "accuracy_low": low,
                         "accuracy_high": high,
@@ -111,7 +113,7 @@ class InputProbe(Result):
         return pd.DataFrame(records)
 
     def elements_to_dataframe(self) -> pd.DataFrame:
-        """One row per basis, kind of map, row and element: importance, weight, r2."""
+        """One row per basis, kind of map, row, layer (-1 for `embed`) and element: importance, weight, r2."""
         import pandas as pd
 
         tables = []
@@ -126,4 +128,6 @@ class InputProbe(Result):
             columns = {"importance": importance.expand_as(weight), "weight": weight, "r2": r2}
             flat = {name: values.flatten().numpy() for name, values in columns.items()}
             tables.append(pd.DataFrame(flat, index=index).reset_index())
-        return pd.concat(tables, ignore_index=True)
+        table = pd.concat(tables, ignore_index=True)
+        table.insert(3, "layer", [row_place(row)[0] for row in table["row"]])
+        return table

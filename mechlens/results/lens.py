@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.results.base import Result
+from mechlens.results.base import Result, column_name, row_place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,9 +63,14 @@ class LogitLensResult(Result):
     prepend_bos: bool
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per row of the lens, sequence and position: row, sequence, pos, token, top, probability,
-        entropy, kl_final, kl_input, and rank and log-probability of every token that was asked for.
-        Padding is left out."""
+        """One row per row of the lens, sequence and position: row, layer (-1 for `embed`), head (for the
+        component `result`; absent for `embed`), sequence, pos, token (read there), guess (the likeliest next
+        token), probability (of the guess), entropy, kl_final, kl_input, and `rank_` and `log_prob_` of
+        `final`, `input`, `next` and of each target. Padding is left out.
+
+        A target's columns have its name, with `·` for each space, as in pictures: `rank_·Paris`. A `·` of its
+        own, a backslash, and what does not print are their Python escapes, so that no two targets share one.
+        """
         import pandas as pd
 
         n_rows, batch, read, _ = self.top_ids.shape
@@ -74,7 +79,7 @@ class LogitLensResult(Result):
         )
         columns: dict[str, Any] = {
             "token": self.texts(self.tokens[:, list(self.positions)].expand(n_rows, -1, -1)),
-            "top": self.texts(self.top_ids[..., 0]),
+            "guess": self.texts(self.top_ids[..., 0]),
             "probability": self.top_probabilities[..., 0],
             **{
                 name: getattr(self, name)
@@ -82,7 +87,7 @@ class LogitLensResult(Result):
                 if name in ("entropy", "kl_final", "kl_input")
             },
             **{
-                f"{kind}_{name}": values
+                f"{kind}_{column_name(name)}": values
                 for kind in ("rank", "log_prob")
                 if kind in self.statistics
                 for name, values in getattr(self, kind).items()
@@ -94,7 +99,12 @@ class LogitLensResult(Result):
         }
         table = pd.DataFrame(flat, index=index)
         real = self.mask[:, list(self.positions)].expand(n_rows, -1, -1)
-        return table[real.reshape(-1).numpy()].reset_index()
+        table = table[real.reshape(-1).numpy()].reset_index()
+        places = {row: row_place(row) for row in self.rows}
+        table.insert(1, "layer", [places[row][0] for row in table["row"]])
+        if self.component == "result":
+            table.insert(2, "head", pd.Series([places[row][1] for row in table["row"]], dtype="Int64"))
+        return table
 
     def probability(self, name: str) -> Float[Tensor, "row batch read"]:
         """Probability of `final`, `input`, `next` or a target."""
@@ -127,13 +137,14 @@ class VectorLens(Result):
     """The text of every token above, by its id as text."""
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per vector and place: vector, place (1 is the most likely), token, probability."""
+        """One row per vector and place: vector, place (1 is the most likely), guess (the next token at this
+        place), probability."""
         import pandas as pd
 
         n, k = self.top_ids.shape
         index = pd.MultiIndex.from_product([range(n), range(1, k + 1)], names=["vector", "place"])
         columns = {
-            "token": [self.strings[str(i)] for i in self.top_ids.flatten().tolist()],
+            "guess": [self.strings[str(i)] for i in self.top_ids.flatten().tolist()],
             "probability": self.top_probabilities.flatten().numpy(),
         }
         return pd.DataFrame(columns, index=index).reset_index()

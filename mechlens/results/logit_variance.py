@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.results.base import Result
+from mechlens.results.base import Result, row_place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,9 +81,10 @@ class LogitVariance(Result):
         }
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per row of the lens, bin, sequence and position: row, bin, first_rank, last_rank, sequence,
-        pos, mean_logit, spread, excess; and what belongs to the bin and is the same for all rows:
-        probability, variance, elsewhere_variance, null_variance (mean of all draws, over all positions)."""
+        """One row per row of the lens, bin, sequence and position: row, layer (-1 for `embed`), bin,
+        first_rank, last_rank, sequence, pos, mean_logit, spread, excess; and what belongs to the bin and is
+        the same for all rows: probability, variance, elsewhere_variance, null_variance (mean of all draws,
+        over all positions)."""
         import pandas as pd
 
         n_rows, n_bins, batch, read = self.mean_logit.shape
@@ -93,8 +94,9 @@ class LogitVariance(Result):
         table = index.to_frame(index=False)
         which = table["bin"].tolist()
         table["bin"] = [self.labels[i] for i in which]
-        table.insert(2, "first_rank", [self.bins[i][0] for i in which])
-        table.insert(3, "last_rank", [self.bins[i][1] for i in which])
+        table.insert(1, "layer", [row_place(row)[0] for row in table["row"]])
+        table.insert(3, "first_rank", [self.bins[i][0] for i in which])
+        table.insert(4, "last_rank", [self.bins[i][1] for i in which])
         null = self.null_variance.mean(0)[:, None, None].expand(n_bins, batch, read)
         columns: dict[str, Any] = {
             "mean_logit": self.mean_logit,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.results.base import ModelInfo, Result
+from mechlens.results.base import ModelInfo, Result, row_place
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,12 +108,14 @@ class TunedLens(Result):
         raise ValueError(f"this tuned lens does not fit the model: {said}; {advice}")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per row of the lens and the last layer: row, kl_plain, kl_tuned."""
+        """One row per row of the lens and the last layer: row, layer (-1 for `embed`), kl_plain, kl_tuned."""
         import pandas as pd
 
+        rows = [*self.rows, str(self.model.n_layers - 1)]
         return pd.DataFrame(
             {
-                "row": [*self.rows, str(self.model.n_layers - 1)],
+                "row": rows,
+                "layer": [row_place(row)[0] for row in rows],
                 "kl_plain": self.kl_plain.tolist(),
                 "kl_tuned": self.kl_tuned.tolist(),
             }

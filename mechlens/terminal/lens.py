@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 
     from mechlens.results import LogitLensResult
 
-MAX_ROWS = 26
-"""Layers below one another; of a deeper model every second, third, ... is shown, and the last."""
+FEW_ROWS = 26
+"""Up to so many layers each has its line; in a deeper model a run of layers with the same guesses is told in
+one."""
+MAX_ROWS = 40
+"""Lines of layers below one another; where there are more, those with the most similar guesses are told in
+one."""
+LAST_ROWS = 8
+"""The last layers, where predictions form, each have their line."""
 MAX_POSITIONS = 64
 """Of a longer text the last ones are shown."""
 
@@ -38,16 +44,16 @@ def print_lens(
 
     shown = lens_stat(found, stat, target)
     positions = shown_positions(found, 0)
-    rows = _rows(found)
     console = Console(highlight=False)
     console.print(Text(_title(found), style="bold"), soft_wrap=True)
     last = positions[-MAX_POSITIONS:]
     console.print("Each row's top guess after each token, * where it is what follows.", soft_wrap=True)
-    left_out = _left_out(found, rows, len(last), len(positions))
+    columns = [found.positions.index(position) for position in last]
+    runs = _runs(found, columns)
+    left_out = _left_out(runs, len(last), len(positions))
     if left_out:
         console.print(left_out, soft_wrap=True)
     coloured = console.color_system is not None and not console.no_color
-    columns = [found.positions.index(position) for position in last]
     top = shown.bound(shown.values[:, 0, columns], high)
     without = f"Without colours {_named(shown)} is not shown; --csv and --json have it."
     console.print(_legend(shown, top) if coloured else without, soft_wrap=True)
@@ -58,11 +64,12 @@ def print_lens(
     length = math.ceil(len(last) / count)
     for at in range(0, len(last), length):
         console.print()
-        for line in _stretch(found, shown, rows, last[at : at + length], label, size, top, coloured):
+        for line in _stretch(found, shown, runs, last[at : at + length], label, size, top, coloured):
+            line.truncate(console.width)
             console.print(line, no_wrap=True, crop=False, overflow="ignore")
     if found.target_ids:
         console.print()
-        _print_targets(found, rows, positions[-1])
+        _print_targets(found, positions[-1])
 
 
 def lens_json(found: LogitLensResult) -> dict[str, Any]:
@@ -74,11 +81,11 @@ def lens_json(found: LogitLensResult) -> dict[str, Any]:
     for cell in cells:
         place = found.rows.index(cell["row"]), cell["sequence"], where[cell["pos"]]
         probabilities = found.top_probabilities[place].tolist()
-        cell["top"] = [
-            {"token": token, "probability": probability}
-            for token, probability in zip(found.texts(found.top_ids[place]), probabilities, strict=True)
+        cell["guesses"] = [
+            {"guess": guess, "probability": probability}
+            for guess, probability in zip(found.texts(found.top_ids[place]), probabilities, strict=True)
         ]
-        del cell["probability"]
+        del cell["guess"], cell["probability"]
     names = ("component", "onto_stream", "decoder", "last_blocks", "prepend_bos", "rows")
     return {"model": asdict(found.model), **{name: getattr(found, name) for name in names}, "cells": cells}
 
@@ -92,20 +99,49 @@ def _title(found: LogitLensResult) -> str:
     return f"Logit lens: {', '.join(facts(found))}"
 
 
-def _rows(found: LogitLensResult) -> list[int]:
-    """The rows that are shown, from below: all heads, of layers at most `MAX_ROWS`."""
+def _runs(found: LogitLensResult, columns: Sequence[int]) -> list[list[int]]:
+    """The rows in runs, from below: a run's last row is shown, and stands for the others.
+
+    Heads stand alone, as do `embed` and the last layers. A run of two would save no line, so there is none.
+    """
+    ids = found.top_ids[:, 0, columns, 0]
     n_rows = len(found.rows)
-    if found.component == "result" or n_rows <= MAX_ROWS:
-        return list(range(n_rows))
-    step = math.ceil((n_rows - 1) / (MAX_ROWS - 1))
-    return [0, *reversed(range(n_rows - 1, 0, -step))]
+    runs = [[row] for row in range(n_rows)]
+    if found.component == "result" or n_rows <= FEW_ROWS:
+        return runs
+
+    def cost(at: int) -> tuple[int, int]:
+        """Most cells in which a row would differ from the one shown for it, and the length of the run."""
+        run, other = runs[at], runs[at + 1]
+        return int((ids[run] != ids[other[-1]]).sum(1).max()), len(run) + len(other)
+
+    def lines() -> int:
+        return sum(min(len(run), 2) for run in runs)
+
+    while len(runs) > LAST_ROWS + 2:
+        # the first run is embed
+        least = min(range(1, len(runs) - 1 - LAST_ROWS), key=cost)
+        if cost(least)[0] and lines() <= MAX_ROWS:
+            break
+        runs[least : least + 2] = [runs[least] + runs[least + 1]]
+    return [part for run in runs for part in ([run] if len(run) > 2 else [[row] for row in run])]
 
 
-def _left_out(found: LogitLensResult, rows: Sequence[int], n_shown: int, n_pos: int) -> str:
+def _run_words(found: LogitLensResult, run: Sequence[int], columns: Sequence[int]) -> str:
+    """What is said of the rows that are not shown: `layers 3 to 9: as layer 10`."""
+    ids = found.top_ids[:, 0, columns, 0]
+    first, last, shown = (found.rows[row] for row in (run[0], run[-2], run[-1]))
+    share = float((ids[run[:-1]] == ids[run[-1]]).double().mean())
+    # nearly all is not all
+    alike = "" if share == 1 else f" in {math.floor(100 * share)}% of the guesses"
+    return f"layers {first} to {last}: as layer {shown}{alike}"
+
+
+def _left_out(runs: Sequence[Sequence[int]], n_shown: int, n_pos: int) -> str:
     said = []
-    if len(rows) < len(found.rows):
-        step = rows[-1] - rows[-2]
-        said.append(f"embed and every {'2nd' if step == 2 else '3rd' if step == 3 else f'{step}th'} layer")
+    n_rows = sum(map(len, runs))
+    if len(runs) < n_rows:
+        said.append(f"{len(runs)} of {n_rows} rows, one for each run of layers with like guesses")
     if n_shown < n_pos:
         said.append(f"the last {n_shown} of {n_pos} positions")
     others = ", --position chooses" if n_shown < n_pos else ""
@@ -136,7 +172,7 @@ def _legend(shown: Any, top: float) -> Text:
 def _stretch(
     found: LogitLensResult,
     shown: Any,
-    rows: Sequence[int],
+    runs: Sequence[Sequence[int]],
     positions: Sequence[int],
     label: int,
     size: int,
@@ -158,7 +194,8 @@ def _stretch(
         below.append(" " + _fit(read[position], size), "bold")
     yield above
     scaled = shown.scaled(shown.values[:, 0]) / max(math.log10(top) if shown.is_rank else top, 1e-12)
-    for row in reversed(rows):
+    for run in reversed(runs):
+        row = run[-1]
         line = Text(f"{found.rows[row]:>{label}}")
         guesses = found.texts(found.top_ids[row, 0, columns, 0])
         ids = found.top_ids[row, 0, columns, 0].tolist()
@@ -169,6 +206,8 @@ def _stretch(
             line.append(" ")
             line.append(_fit(guess, size, star=right), ground + " bold" * right)
         yield line
+        if len(run) > 1:
+            yield Text(f"{'':>{label}} {_run_words(found, run, columns)}", "dim")
     yield below
 
 
@@ -201,13 +240,13 @@ def _style(colour: tuple[int, int, int]) -> str:
     return f"{'#ffffff' if is_dark(colour) else '#000000'} on #{{:02x}}{{:02x}}{{:02x}}".format(*colour)
 
 
-def _print_targets(found: LogitLensResult, rows: Sequence[int], position: int) -> None:
-    """Rank and probability of each target after one position, by row."""
+def _print_targets(found: LogitLensResult, position: int) -> None:
+    """Rank and probability of each target after one position, by row: all rows, however many."""
     from mechlens.plots.style import visible_token
 
     column = found.positions.index(position)
     lines = []
-    for row in reversed(rows):
+    for row in reversed(range(len(found.rows))):
         line = [found.rows[row]]
         for name in found.target_ids:
             rank, probability = found.rank[name], found.probability(name)

@@ -171,7 +171,7 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
     assert len(table) == 3 * 1 * 4
     row = table[(table.row == "1") & (table.pos == 2)].iloc[0]
     assert row.token == "b", "BOS, a, b"
-    assert row.top == tiny_bos_model.tokenizer.decode([int(lens.top_ids[2, 0, 2, 0])])
+    assert row.guess == tiny_bos_model.tokenizer.decode([int(lens.top_ids[2, 0, 2, 0])])
     assert row.kl_final == float(lens.kl_final[2, 0, 2])
     assert row["rank_d"] == float(lens.rank["d"][2, 0, 2])
     assert_close(lens.probability("d"), lens.log_prob["d"].exp())

@@ -11,8 +11,8 @@ from rich.cells import cell_len
 
 from mechlens.results import LogitLensResult
 from mechlens.terminal import lens_json, print_lens
-from mechlens.terminal.lens import MAX_POSITIONS, MAX_ROWS
-from tests.hand_made import lens
+from mechlens.terminal.lens import LAST_ROWS, MAX_POSITIONS, MAX_ROWS
+from tests.hand_made import deep_lens, lens
 
 
 def sized(n_pos: int, n_rows: int, *, token: str = " word") -> LogitLensResult:
@@ -85,13 +85,48 @@ def test_stretches_are_as_few_as_the_width_allows(shown):
     assert stretches == {60: 6, 80: 4, 120: 3, 200: 2}
 
 
-def test_of_a_deep_model_every_second_layer_is_shown_and_it_says_so(shown):
-    out = shown(sized(4, 49))
-    assert "Shown: embed and every 2nd layer. --csv has all." in out
-    labels = [line.split()[0] for line in out.splitlines() if re.match(r" *(embed|\d+) ", line)]
-    assert labels == [*map(str, range(47, 0, -2)), "embed"]
-    assert len(labels) <= MAX_ROWS
-    assert "every 4th layer" in shown(sized(2, 97))
+def _labels(out: str) -> list[str]:
+    return [line.split()[0] for line in out.splitlines() if re.match(r" *(embed|\d+) ", line)]
+
+
+def test_of_thirty_layers_that_differ_each_has_its_line(shown):
+    out = shown(sized(4, 31))
+    assert _labels(out) == [*map(str, reversed(range(30))), "embed"]
+    assert "Shown" not in out
+
+
+def test_layers_of_a_deep_model_with_the_same_guesses_are_told_in_one_line(shown):
+    out = shown(deep_lens(30, tokens=("<s>", " a")))
+    assert "Shown: 10 of 31 rows, one for each run of layers with like guesses. --csv has all." in out
+    lines = [line.strip() for line in out.splitlines()]
+    # the guess is ` a` in the last five layers, another one before; the last eight are always shown
+    start = lines.index(next(line for line in lines if line.startswith("29 ")))
+    assert [line.split()[0] for line in lines[start : start + 9]] == [*map(str, range(29, 20, -1))]
+    assert lines[start + 9] == "layers 0 to 20: as layer 21"
+    assert lines[start + 10].split() == ["embed", "guess", "guess"]
+    # a model of few layers shows its colours in each
+    assert _labels(shown(deep_lens(24, tokens=("<s>",)))) == [*map(str, reversed(range(24))), "embed"]
+
+
+@pytest.mark.parametrize("n_layers", [48, 96])
+def test_of_a_very_deep_model_the_likest_layers_are_told_in_one_line(shown, n_layers):
+    found = sized(4, n_layers + 1)
+    # layers 3 to 9 differ from one another in one guess of four, all others in all
+    found.top_ids[4:11, :, 1:] = found.top_ids[10, :, 1:]
+    out = shown(found)
+    labels, runs = _labels(out), re.findall(r"layers (\d+) to (\d+): as layer (\d+)(.*)", out)
+    assert len(labels) + len(runs) <= MAX_ROWS
+    assert ("3", "8", "9", " in 75% of the guesses") in [(first, *rest) for first, *rest in runs]
+    assert labels[:LAST_ROWS] == [str(n_layers - 1 - at) for at in range(LAST_ROWS)]
+    assert labels[-1] == "embed"
+    told = {layer for first, last, *_ in runs for layer in range(int(first), int(last) + 1)}
+    assert told.isdisjoint(map(int, labels[:-1]))
+    assert told | set(map(int, labels[:-1])) == set(range(n_layers))
+    assert all(shown in labels for *_, shown, _ in runs)
+    assert max(map(cell_len, shown(found, width=40).splitlines()[5:])) <= 40
+
+
+def test_heads_each_have_their_line(shown):
     heads = dataclasses.replace(
         sized(2, 49), component="result", rows=("embed", *(f"L0H{head}" for head in range(48)))
     )
@@ -168,6 +203,14 @@ def test_targets_stand_in_a_table_of_their_own(shown):
     assert rows == [["0", "2", "1"], ["embed", "7", "0.25"]]
 
 
+def test_the_table_of_targets_has_every_row_of_a_deep_model(shown):
+    out = shown(deep_lens(48))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert [row[0] for row in rows] == [*map(str, reversed(range(48))), "embed"]
+    # ranks 1, 2, 4, ... from the last layer on
+    assert [row[1] for row in rows[:5]] == ["1", "2", "4", "8", "16"]
+
+
 def test_what_is_undefined_is_refused(shown):
     with pytest.raises(ValueError, match="not tied to its embedding"):
         shown(lens(), stat="kl_input")
@@ -179,9 +222,10 @@ def test_json_has_every_cell_with_its_likely_tokens():
     assert found["model"]["name"] == "tiny"
     assert len(found["cells"]) == 6
     cell = found["cells"][4]
-    assert (cell["row"], cell["pos"], cell["token"]) == ("0", 1, " a")
-    assert cell["top"] == [
-        {"token": "<b>x</b> yes", "probability": 0.75},
-        {"token": " a", "probability": 0.125},
+    assert (cell["row"], cell["layer"], cell["pos"], cell["token"]) == ("0", 0, 1, " a")
+    assert "guess" not in cell
+    assert cell["guesses"] == [
+        {"guess": "<b>x</b> yes", "probability": 0.75},
+        {"guess": " a", "probability": 0.125},
     ]
     assert cell["kl_final"] == 0.5
