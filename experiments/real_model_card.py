@@ -35,14 +35,22 @@ def of_heads(found: Reproduction) -> list[Published]:
     """How well copies are read, and the highest heads of three kinds."""
     sequences = found.performance.tokens.shape[0] * found.performance.tokens.shape[1]
     claims = [
-        Published(name, estimate[0], SOURCE, sequences=sequences)
-        for name, estimate in found.performance.estimates.items()
+        Published(name, mean, SOURCE, sequences=sequences, interval=(low, high))
+        for name, (mean, low, high) in found.performance.estimates.items()
     ]
     for kind, count in (("induction_score", 5), ("previous_token_score", 3), ("prefix_matching_score", 1)):
         ranked = list(found.heads.ranked(kind))
         claims.append(Published("highest_head", head_label(*ranked[0][0]), SOURCE, kind=kind))
         claims += [
-            Published("score", score, SOURCE, head=head, kind=kind, sequences=sequences)
+            Published(
+                "score",
+                score,
+                SOURCE,
+                head=head,
+                kind=kind,
+                sequences=sequences,
+                interval=tuple(found.heads.intervals[kind][:, head[0], head[1]].tolist()),
+            )
             for head, score in ranked[:count]
         ]
     return claims
@@ -55,6 +63,7 @@ def of_study(study: str, measured: dict[str, Measured]) -> list[Published]:
             each.value,
             SOURCE,
             sequences=1 if each.samples is None else len(each.samples),
+            interval=each.interval,
             study=study,
         )
         for what, each in measured.items()
@@ -74,14 +83,18 @@ def main() -> None:
     options = parser.parse_args()
     card = options.into / f"{Path(options.model).stem}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(card.read_text())["figures"] if card.is_file() else []
-    figures = {name: [each for each in kept if each["study"] == name] for name in SOURCES}
+    whole = json.loads(card.read_text()) if card.is_file() else {"seed": SEED, "figures": [], "also": {}}
+    figures = {name: [each for each in whole["figures"] if each["study"] == name] for name in SOURCES}
     model = mechlens.load_model(options.model)
     for name in options.only:
         study, claims = SOURCES[name](model, options.model)
         study.save(options.out)
         figures[name] = [dataclasses.asdict(each) for each in claims]
-        whole = {"seed": SEED, "figures": [each for of in figures.values() for each in of]}
+        whole["figures"] = [each for of in figures.values() for each in of]
+        if name == "logit-lens":
+            whole.setdefault("also", {})[name] = [
+                (each.claim, str(each.measured), each.verdict) for each in study.comparisons
+            ]
         card.write_text(json.dumps(whole, indent=1) + "\n")
         print(f"{name}: {len(claims)} figures", flush=True)
 
@@ -121,12 +134,18 @@ def features(model: object, name: str) -> tuple[Study, list[Published]]:
     return study, of_study("features", measured)
 
 
+def logit_lens(model: object, name: str) -> tuple[Study, list[Published]]:
+    """What the original post claims, which is held against the post and not against the card."""
+    return mechlens.reproduce_logit_lens(model, seed=SEED), []
+
+
 SOURCES = {
     "heads": heads,
     "facts": facts,
     "induction-circuits": induction_circuits,
     "indirect-object": indirect_object,
     "features": features,
+    "logit-lens": logit_lens,
 }
 
 if __name__ == "__main__":

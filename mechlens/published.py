@@ -40,6 +40,8 @@ class Published:
     """What the measured number must reach (or, for `at_most` and the like, must not exceed)."""
     sequences: int = 1
     """How many sequences or other draws the published figure is the mean of."""
+    interval: tuple[float, float] | None = None
+    """Where the figure's mean lies, with a confidence of 95%, over those draws."""
     study: str = "heads"
     """Which study measures it: one of `STUDIES`."""
 
@@ -199,7 +201,7 @@ def read_card(path: Path) -> tuple[Published, ...]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["figures"]
         return tuple(
-            Published(**{**entry, "head": tuple(entry["head"]) if entry.get("head") else None})
+            Published(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()})
             for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:

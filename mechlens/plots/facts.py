@@ -21,7 +21,7 @@ def plot_facts(facts: Facts) -> go.Figure:
         of wrong answers of the same kind.
     """
     check_type("facts", facts, Facts)
-    layers = ["embed", *map(str, range(facts.rank.shape[1] - 1))]
+    layers = ["emb.", *map(str, range(facts.rank.shape[1] - 1))]
 
     def line(name: str, values: Tensor, colour: str, dash: str, symbol: str) -> go.Scatter:
         return go.Scatter(
@@ -51,7 +51,9 @@ def plot_facts(facts: Facts) -> go.Figure:
         ),
         width=900,
         height=440,
-        xaxis={"title": {"text": "after layer"}, "type": "category"},
+        margin={"b": 110},
+        legend={"y": -0.26},
+        xaxis={"title": {"text": "after layer"}, "type": "category", "tickangle": 0},
         yaxis={"title": {"text": "share of facts, or probability"}, "range": [-0.02, 1.02]},
     )
     return figure

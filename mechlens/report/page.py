@@ -257,7 +257,10 @@ def _value(value: float | str) -> str:
     """A figure as it was published, a measured one with enough digits beside it."""
     if isinstance(value, str):
         return value
-    return "not measured" if value != value else f"{value:.4f}".replace("-", MINUS)
+    if value != value:
+        return "not measured"
+    # whole numbers are counts, such as that of a layer
+    return (str(value) if isinstance(value, int) else f"{value:.4f}").replace("-", MINUS)
 
 
 def _part(part: Plot | Table | Interactive, used: list[Plot | Interactive]) -> str:

@@ -208,6 +208,7 @@ def measure_facts(model: LensModel) -> tuple[FactsStudy, dict[str, Measured]]:
                 f"share of {len(FACTS)} facts whose answer is the first guess{words}",
                 float(known.float().mean()),
                 one,
+                among=known.float(),
             ),
             f"known null{name}": Measured(
                 f"share for which a wrong answer of the same kind is the first guess{words}",
@@ -215,33 +216,33 @@ def measure_facts(model: LensModel) -> tuple[FactsStudy, dict[str, Measured]]:
                 one,
             ),
             f"probability{name}": Measured(
-                f"mean probability of the answer{words}", float(facts.probability()[-1]), 0.01
+                f"mean probability of the answer{words}",
+                float(facts.probability()[-1]),
+                0.01,
+                among=facts.log_prob[:, -1].exp(),
             ),
             f"half in top 10{name}": Measured(
                 f"first layer after which half of the answers are among the ten most likely tokens{words}",
-                float(_first(facts.share(10) >= 0.5)),
-                0.5,
+                _first(facts.share(10) >= 0.5),
             ),
             f"half first{name}": Measured(
                 f"first layer after which half of the answers are the most likely token{words}",
-                float(_first(facts.share(1) >= 0.5)),
-                0.5,
+                _first(facts.share(1) >= 0.5),
             ),
             f"Paris{name}": Measured(
                 f"probability of Paris after {EIFFEL!r}{words}", float(facts.log_prob[eiffel, -1].exp()), 0.01
             ),
             f"Paris first{name}": Measured(
                 f"layer from which on Paris is the first guess there{words}",
-                float(_first(facts.rank[eiffel] == 1)),
-                0.5,
+                _first(facts.rank[eiffel] == 1),
             ),
         }
     return study, measured
 
 
-def _first(holds: Tensor) -> int | float:
-    """The first layer from which on something holds to the end; nan where it does not hold at the end."""
+def _first(holds: Tensor) -> int | str:
+    """The first layer from which on something holds to the end; -1 is the embedding."""
     if not holds[-1]:
-        return float("nan")
+        return "none"
     after_last_failure = int((~holds).nonzero().max()) + 1 if bool((~holds).any()) else 0
     return after_last_failure - 1

@@ -148,8 +148,7 @@ def measure_circuits(
             f"verdict {names}": Measured(f"{previous} and {induction} are", circuits.verdicts[at]),
             f"K rank {names}": Measured(
                 f"rank of {previous} among the earlier heads in K-composition with {induction}",
-                evidence["k_rank"],
-                0.5,
+                int(rank) if (rank := evidence["k_rank"]) == rank else "none",
             ),
             f"score {names}": Measured(f"induction score of {induction}", evidence["induction_score"], 0.04),
             f"ablated {names}": Measured(

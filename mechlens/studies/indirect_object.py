@@ -185,7 +185,7 @@ def study_indirect_object(
     """Do the task, and patch each head, and each layer and position.
 
     Args:
-        n_patched: prompts that are patched head by head; those of the first template by layer and position too.
+        n_patched: prompts that are patched head by head; those of the first template also by place.
         seed: of the prompts.
 
     Cost: for each patched prompt a resumed run for each head.
@@ -235,7 +235,10 @@ def of_indirect_object(
             samples=task.null,
         ),
         "right": Measured(
-            "share of prompts with the indirect object above the subject", float(right.mean()), 0.05
+            "share of prompts with the indirect object above the subject",
+            float(right.mean()),
+            0.05,
+            among=right,
         ),
         "first": Measured(
             "share of prompts with the indirect object as the first guess",
@@ -258,14 +261,14 @@ def of_indirect_object(
     at_subject = by_place[:, :, int(task.roles["S2"][0])].mean(0)
     at_end = by_place[:, :, -1].mean(0)
     measured["leaves S2"] = Measured(
-        "first layer before which the second subject's position carries less than half",
-        float((at_subject < 0.5).int().argmax()),
-        0.5,
+        "first layer before which the second subject's position carries less than two thirds",
+        int((at_subject < 2 / 3).int().argmax()),
+        1,
     )
     measured["arrives at END"] = Measured(
-        "first layer before which the last position carries more than half",
-        float((at_end > 0.5).int().argmax()),
-        0.5,
+        "first layer before which the last position carries more than two thirds",
+        int((at_end > 2 / 3).int().argmax()),
+        1,
     )
     return measured
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mechlens.measures.statistics import bootstrap_interval
 from mechlens.published import Published
 from mechlens.results import NOT_JUDGED, Comparison, Result, write_table
 
@@ -29,9 +30,21 @@ class Measured:
     claim: str
     value: float | str
     tolerance: float = 0.0
-    """Of a number that nothing is drawn for: how far another processor's or engine's rounding may lead."""
+    """Of a number that nothing is drawn for: how far another processor's or engine's rounding may lead. Whole
+    numbers, such as that of a layer, have whole tolerances."""
     samples: Tensor | None = None
     """Independent draws that the number is the mean of."""
+    among: Tensor | None = None
+    """Of a number that nothing is drawn for: what it is the mean of, such as facts of our choice."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of 95%, from drawing anew among these."""
+        some = self.among if self.samples is None else self.samples
+        if some is None or len(some) < 2:
+            return None
+        low, high = bootstrap_interval(some)
+        return float(low), float(high)
 
 
 def hold(figure: Published, measured: Measured, *, min_draws: int = MIN_DRAWS) -> Comparison:
@@ -42,7 +55,8 @@ def hold(figure: Published, measured: Measured, *, min_draws: int = MIN_DRAWS) -
     resampled from our own. With fewer than `min_draws` of our own nothing is judged.
     """
     low = high = None
-    if isinstance(figure.value, str) or isinstance(measured.value, str):
+    exact = isinstance(measured.value, int) and not measured.tolerance
+    if exact or isinstance(figure.value, str) or isinstance(measured.value, str):
         holds = figure.value == measured.value
     elif measured.samples is None:
         low, high = figure.value - measured.tolerance, figure.value + measured.tolerance

@@ -86,13 +86,15 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def number(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"
+    return str(value) if isinstance(value, (str, int)) else f"{value:.4f}"
 
 
 def tolerance(low: float | None, high: float | None, digits: int = 4) -> str:
     """From low to high; nothing where there is no interval (nan: of a single sequence)."""
     if low is None or high is None or low != low:
         return ""
+    if isinstance(low, int) and isinstance(high, int):
+        return f"{low} to {high}"
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 

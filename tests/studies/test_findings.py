@@ -12,7 +12,7 @@ import torch
 from mechlens.prompts import text_tokens
 from mechlens.published import STUDIES, Published
 from mechlens.results import Facts, IndirectObject, load
-from mechlens.studies import findings
+from mechlens.studies import facts, findings
 from mechlens.studies.facts import FACTS, read_facts
 from mechlens.studies.indirect_object import (
     NAMES,
@@ -176,6 +176,12 @@ def test_what_heads_recover_and_where_the_answer_moves():
     assert (values["leaves S2"], values["arrives at END"]) == (2, 2)
 
 
+def test_layers_are_counted_from_where_something_holds_to_the_end():
+    assert facts._first(torch.tensor([False, True, False, True, True])) == 2
+    assert facts._first(torch.tensor([True, True])) == -1
+    assert facts._first(torch.tensor([True, False])) == "none"
+
+
 def test_what_counts_as_reproduced():
     words = Published("head", "L1H2", "a card")
     assert hold(words, Measured("head", "L1H2")).verdict == "reproduced"
@@ -190,6 +196,11 @@ def test_what_counts_as_reproduced():
         pytest.approx(0.73),
     )
     assert hold(counted, Measured("share", math.nan, 0.03)).verdict == "not reproduced"
+    layer = Published("layer", 20, "a card")
+    assert hold(layer, Measured("layer", 20)).verdict == "reproduced"
+    assert hold(layer, Measured("layer", 21)).verdict == "not reproduced"
+    found = hold(layer, Measured("layer", 21, 1))
+    assert (found.verdict, found.low, found.high) == ("reproduced", 19, 21)
     drawn = Published("mean", 0.0, "a card", sequences=100)
     samples = torch.tensor([-1.0, 1.0]).repeat(50)
     assert hold(drawn, Measured("mean", 0.0, samples=samples)).verdict == "reproduced"
@@ -227,9 +238,9 @@ def test_a_plan_takes_what_the_card_has_figures_of():
 
 
 def test_results_are_saved_and_loaded(bundled, tmp_path):
-    facts = read_facts(bundled, SOME_FACTS)
-    assert load(facts.save(tmp_path / "facts.safetensors")) == facts
-    assert isinstance(facts, Facts)
+    found = read_facts(bundled, SOME_FACTS)
+    assert load(found.save(tmp_path / "facts.safetensors")) == found
+    assert isinstance(found, Facts)
     task = indirect_object(bundled, n_prompts=3, templates=TEMPLATES, names=PEOPLE)
     assert load(task.save(tmp_path / "task.safetensors")) == task
     assert list(task.to_dataframe()["indirect_object"]) == list(task.objects)

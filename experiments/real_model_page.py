@@ -1,0 +1,176 @@
+"""Write docs/smollm2-135m.md from the card of smollm2-135m: every figure on the page is the card's.
+
+python experiments/real_model_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mechlens.results import head_label
+from mechlens.studies.reproduce import CARDS
+
+CARD = CARDS / "smollm2-135m.json"
+PAGE = Path(__file__).parents[1] / "docs" / "smollm2-135m.md"
+TEXT = Path(__file__).with_suffix(".md")
+"""The page with names of figures in the place of figures."""
+
+_LENS = (
+    "What the post saw in GPT-2, in numbers: on prose, on rare words that are copied, and on loops "
+    "(`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is the embedding."
+)
+_TUNED = (
+    "Trained on {text}: {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on {held_out:,} "
+    "tokens that it has not seen, in nats:"
+)
+
+
+def page(card: dict[str, Any]) -> str:
+    """The page that a card makes."""
+    figures = {
+        study: [each for each in card["figures"] if each["study"] == study]
+        for study in ("heads", "facts", "induction-circuits", "indirect-object", "features")
+    }
+    facts, circuits, task, features = (
+        {each["what"]: each["value"] for each in figures[study]}
+        for study in ("facts", "induction-circuits", "indirect-object", "features")
+    )
+    estimates = {each["what"]: each["value"] for each in figures["heads"] if each["kind"] is None}
+    scores = [each for each in figures["heads"] if each["what"] == "score"]
+    patched = [each for each in figures["indirect-object"] if each["head"]]
+    prompts = next(each for each in figures["indirect-object"] if each["what"] == "logit_diff")
+    return TEXT.read_text(encoding="utf-8").format(
+        Paris=facts["Paris"],
+        Paris_without=facts["Paris without BOS"],
+        Paris_first=facts["Paris first"],
+        Paris_first_without=facts["Paris first without BOS"],
+        facts=_facts_table(facts),
+        **estimates,
+        sequences=scores[0]["sequences"],
+        heads=_table(
+            ("head", "score", "mean (95% interval)"),
+            [
+                (head_label(*each["head"]), each["kind"].replace("_", " "), _with_interval(each, 3))
+                for each in scores
+            ],
+        ),
+        circuits=_circuits_table(circuits),
+        circuit_words=_circuit_words(circuits),
+        n_prompts=prompts["sequences"],
+        logit_diff=task["logit_diff"],
+        right=task["right"],
+        first=task["first"],
+        null=task["null"],
+        n_patched=patched[0]["sequences"],
+        indirect_object=_table(
+            ("head", "share of the difference (95% interval)"),
+            [
+                (each["what"], _with_interval(each, 2))
+                for each in sorted(patched, key=lambda each: -each["value"])
+            ],
+        ),
+        leaves=task["leaves S2"],
+        arrives=task["arrives at END"],
+        trained=features["trained"],
+        random=features["random"],
+        chance=features["chance"],
+        more=features["more than random"],
+        also=_also(card.get("also", {})),
+    )
+
+
+def _facts_table(facts: dict[str, Any]) -> str:
+    rows = (
+        ("answers that are the first guess", "known", "{:.0%}"),
+        ("a wrong answer of the same kind that is the first guess", "known null", "{:.0%}"),
+        ("mean probability of the answer", "probability", "{:.2f}"),
+        ("first layer after which half are among the ten most likely", "half in top 10", "{:.0f}"),
+        ("first layer after which half are the first guess", "half first", "{:.0f}"),
+    )
+    return _table(
+        ("", "with BOS", "without BOS"),
+        [
+            (words, form.format(facts[name]), form.format(facts[f"{name} without BOS"]))
+            for words, name, form in rows
+        ],
+    )
+
+
+def _with_interval(figure: dict[str, Any], digits: int) -> str:
+    low, high = figure["interval"]
+    return f"{figure['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _pairs(circuits: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(words[1], words[2]) for words in map(str.split, circuits) if words[0] == "verdict"]
+
+
+def _circuits_table(circuits: dict[str, Any]) -> str:
+    return _table(
+        (
+            "previous-token head",
+            "induction head",
+            "rank in K-composition",
+            "induction score",
+            "without it in the keys",
+            "verdict",
+        ),
+        [
+            (
+                one,
+                other,
+                f"{circuits[f'K rank {one} {other}']:.0f}",
+                f"{circuits[f'score {one} {other}']:.2f}",
+                f"{circuits[f'ablated {one} {other}']:.2f}",
+                circuits[f"verdict {one} {other}"],
+            )
+            for one, other in _pairs(circuits)
+        ],
+    )
+
+
+def _circuit_words(circuits: dict[str, Any]) -> str:
+    together = [pair for pair in _pairs(circuits) if circuits["verdict {} {}".format(*pair)] == "circuit"]
+    users = ", ".join(other for _, other in together)
+    earlier = dict.fromkeys(one for one, _ in _pairs(circuits))
+    idle = [one for one in earlier if one not in {one for one, _ in together}]
+    words = f"{', '.join(dict.fromkeys(one for one, _ in together))} makes a circuit with {users}."
+    if idle:
+        words += (
+            f" {' and '.join(idle)} attend to the token before almost as faithfully, and without them next "
+            "to nothing happens: a score does not tell what a head is for."
+        )
+    return words
+
+
+def _also(also: dict[str, Any]) -> str:
+    """What no reproduction makes by itself: the original post's claims, and a tuned lens."""
+    parts = []
+    if "logit-lens" in also:
+        table = _table(("claim", "measured", "verdict"), [tuple(each) for each in also["logit-lens"]])
+        parts.append(f"\n## The claims of the original post\n\n{_LENS}\n\n{table}\n")
+    if "tuned-lens" in also:
+        lens = also["tuned-lens"]
+        table = _table(
+            ("after layer", "logit lens", "tuned lens"),
+            [(row, f"{plain:.2f}", f"{tuned:.2f}") for row, plain, tuned in lens["rows"]],
+        )
+        parts.append(f"\n## A tuned lens\n\n{_TUNED.format(**lens)}\n\n{table}\n")
+    return "".join(parts)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    PAGE.write_text(page(json.loads(CARD.read_text(encoding="utf-8"))), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
