@@ -13,7 +13,7 @@ PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
 # What no engine has a part in: it is tested once, by `make test`.
 NO_ENGINE := tests/plots tests/terminal $(filter-out %/test_weights.py,$(wildcard tests/measures/test_*.py)) \
 	$(wildcard tests/test_report*.py) $(foreach name,cli_output cli_start corpus files progress public_names \
-	results training,tests/test_$(name).py)
+	results training docs,tests/test_$(name).py)
 ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default
 THREADS ?= 1 2
 

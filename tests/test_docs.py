@@ -1,0 +1,28 @@
+"""The pages of docs/ say what the package says, and their pictures and links are there."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from mechlens.studies.reproduce import CARDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_page_of_the_real_model_is_made_of_its_card():
+    page = runpy.run_path(str(ROOT / "experiments" / "real_model_page.py"))["page"]
+    card = json.loads((CARDS / "smollm2-135m.json").read_text(encoding="utf-8"))
+    assert page(card) == (ROOT / "docs" / "smollm2-135m.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_a_page_links_to_is_there(path):
+    links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
