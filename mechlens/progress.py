@@ -27,6 +27,17 @@ def progress_bar(
     return tqdm(work, desc=desc, unit=unit, disable=not wanted, **options)
 
 
+def announce(text: str, *, seconds: float, progress: bool | None) -> None:
+    """One line on standard error before work begins, where there is a bar for it.
+
+    Args:
+        seconds: how long the work is going to take: where nobody asked for a bar, short work is not announced.
+        progress: as for `progress_bar`.
+    """
+    if progress or (progress is None and seconds > DELAY and _is_watched()):
+        tqdm.write(text, file=sys.stderr)
+
+
 def _is_watched() -> bool:
     """Whether this is Jupyter or standard error is a terminal."""
     python = sys.modules.get("IPython")

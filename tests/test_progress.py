@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import mechlens
-from mechlens.progress import progress_bar
+from mechlens.progress import announce, progress_bar
 
 
 class Screen(io.StringIO):
@@ -37,6 +37,24 @@ def shown(monkeypatch, stream: io.StringIO, progress: bool | None) -> str:
 )
 def test_a_bar_is_shown_where_somebody_watches(monkeypatch, stream, progress, expected):
     assert ("work" in shown(monkeypatch, stream(), progress)) == expected
+
+
+@pytest.mark.parametrize(
+    ("stream", "progress", "seconds", "expected"),
+    [
+        (Screen, None, 2, True),
+        (Screen, None, 0.5, False),
+        (Screen, True, 0.5, True),
+        (Screen, False, 2, False),
+        (io.StringIO, None, 2, False),
+        (io.StringIO, True, 2, True),
+    ],
+)
+def test_long_work_is_announced_where_somebody_watches(monkeypatch, stream, progress, seconds, expected):
+    where = stream()
+    monkeypatch.setattr(sys, "stderr", where)
+    announce("two minutes", seconds=seconds, progress=progress)
+    assert (where.getvalue() == "two minutes\n") == expected
 
 
 def test_no_standard_error_is_no_mistake(monkeypatch):

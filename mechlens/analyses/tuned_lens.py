@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,17 +21,21 @@ from mechlens.arguments import check_counts, check_reals, generator_of
 from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.readout import read_out
 from mechlens.measures.unembedding import Unembedding
-from mechlens.models.properties import check_rows_alike
+from mechlens.models.properties import check_rows_alike, key_value_heads
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import watch
-from mechlens.progress import progress_bar
+from mechlens.progress import announce, progress_bar
 from mechlens.results import TunedLens
 from mechlens.results.state import load_state, save_state, state_file
 from mechlens.tokens import own_bos_token_id
 
-LOGIT_BYTES = 16 * 2**20
-"""Memory for one chunk of float32 logits; a few such are held at a time."""
+CHUNK = 256
+"""Vectors that go through `W_U` together: a tile of their logits stays near the processor."""
+CAPPED_BYTES = 16 * 2**20
+"""Memory for float32 logits with a soft-cap, which are held whole; a few such are held at a time."""
+MOST_HELD_OUT = 64
+"""Windows that are held out unasked, at most."""
 RESIDUAL_BYTES = 256 * 2**20
 """Memory for the residual vectors of all rows, of as many windows as are run at once."""
 SAVE_SECONDS = 60.0
@@ -47,7 +52,7 @@ def train_tuned_lens(
     batch_tokens: int = 1024,
     length: int | None = None,
     learning_rate: float | None = None,
-    held_out: int = 64,
+    held_out: int | None = None,
     held_out_corpus: Source | Int[Tensor, "other pos"] | None = None,
     seed: int = 0,
     prepend_bos: bool | None = None,
@@ -73,14 +78,16 @@ def train_tuned_lens(
         learning_rate: of the first step; None is 0.5 / d_model, with which a step moves each component of a
             residual of unit scale by half of that at most.
         held_out: windows that are not trained on and on which the KLs are measured: every n-th of the
-            windows, with the n that spreads them evenly, or the first ones of `held_out_corpus`.
+            windows, with the n that spreads them evenly, or the first ones of `held_out_corpus`. None is a
+            tenth of the windows that are read, at least 1 and at most 64.
         held_out_corpus: text or ids to measure on, instead of a part of `corpus`.
         prepend_bos: for text: None begins each window with BOS where the tokenizer has one.
         state: a `.safetensors` file to which the training is saved every minute, when it ends and when it is
             interrupted. If it is there, the training goes on where it stopped; the result
             is that of an uninterrupted one, to rounding.
-        progress: show a bar with the loss (the mean over rows of the KL on the batch, in nats); None shows
-            one in a terminal and in Jupyter.
+        progress: show a bar with the loss (the mean over rows of the KL on the batch, in nats), and say
+            before how many minutes it is going to take and what ten minutes buy; None shows them in a
+            terminal and in Jupyter.
 
     Returns:
         The lens, with the KL on the windows held out of each row with and without its translator.
@@ -92,8 +99,8 @@ def train_tuned_lens(
 
     Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens",
     arXiv:2303.08112, who train with SGD on larger batches.
-    Cost: one forward pass over each batch, and for each row two products with `W_U`; memory for some copies
-    of the translators, a float32 `W_U`, and the constants above. No `[row, pos, d_vocab]` tensor exists.
+    Cost: one forward pass over each batch, and for each row two products with `W_U`; see `training_plan`. No
+    `[row, pos, d_vocab]` tensor exists.
     """
     info = describe(model)
     check_counts(steps=steps, batch_tokens=batch_tokens, held_out=held_out)
@@ -112,12 +119,18 @@ def train_tuned_lens(
         "steps": steps,
         "batch_tokens": per_step * train.shape[1],
         "length": train.shape[1],
-        "held_out": held_out,
+        "held_out": len(rest),
         "learning_rate": learning_rate,
         "seed": seed,
     }
     training = _begin(model) if file is None or not file.exists() else _load(file, arguments, model)
     head = _Head.of(model)
+    if progress is not False and training.step < steps:
+        plan = training_plan(
+            model, batch_tokens=per_step * train.shape[1], length=train.shape[1], held_out=len(rest)
+        )
+        said, seconds = plan.words(steps - training.step, _rate(head), fixed=held_out is not None)
+        announce(f"tuned lens: {said}", seconds=seconds, progress=progress)
     saved = time.monotonic()
     bar = progress_bar(total=steps, initial=training.step, desc="tuned lens", unit="step", progress=progress)
     try:
@@ -158,6 +171,103 @@ def train_tuned_lens(
     )
 
 
+# -- what it costs ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """The arithmetic of training a tuned lens, before it begins. An addition or a multiplication is a FLOP."""
+
+    step_tokens: int
+    step_flop: int
+    """One forward pass over a batch, and for each row its translator and two products with `W_U`: logits, and
+    what comes back from them. The model's own distribution takes as many once."""
+    held_out_tokens: int
+    held_out_flop: int
+    """The same of what is held out: one forward pass, and the logits of each row with and without translator."""
+    bytes: int
+    """Of memory beside the model: the translators with Adam's two means and, while a step replaces them, their
+    gradients and successors; residual vectors; a float32 `W_U`."""
+
+    def seconds(self, steps: int, rate: float) -> float:
+        """How long so many steps and measuring take, at a rate in FLOP per second."""
+        return (steps * self.step_flop + self.held_out_flop) / rate
+
+    def words(self, steps: int, rate: float, *, fixed: bool) -> tuple[str, float]:
+        """What is going to take how long, and in how many seconds.
+
+        Args:
+            fixed: what is held out would be as much for fewer steps, else in proportion to them.
+        """
+        seconds = self.seconds(steps, rate)
+        step = self.step_flop / rate
+        affordable = (600 - (seconds - steps * step)) / step if fixed else 600 * steps / seconds
+        said = (
+            f"about {_minutes(seconds)} for {steps} steps of {self.step_tokens:,} tokens, of which "
+            f"{_minutes(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
+            f"({self.step_flop / 1e12:.3g} TFLOP a step, {rate / 1e12:.2g} a second here); 10 minutes buy "
+            f"{max(0, int(affordable)):,} steps"
+        )
+        return said, seconds
+
+
+def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out: int) -> TrainingPlan:
+    """Count what training a tuned lens takes; nothing is run.
+
+    Args:
+        batch_tokens: in a step.
+        length: tokens in a window.
+        held_out: windows.
+
+    Counted are products of matrices, 2 FLOP for each number of a matrix and token, and attention's scores and
+    mixtures. Exponentials and norms are not; they take part in the rate that `train_tuned_lens` measures.
+    """
+    cfg = model.cfg
+    d_mlp = 0 if getattr(cfg, "attn_only", False) else cfg.d_mlp
+    heads = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + key_value_heads(model))
+    mlp = (3 if getattr(cfg, "gated_mlp", False) else 2) * cfg.d_model * d_mlp
+    scores = 2 * length * cfg.n_heads * cfg.d_head
+    forward = 2 * cfg.n_layers * (heads + mlp + scores)
+    unembed = 2 * cfg.d_model * cfg.d_vocab
+    translate = 2 * cfg.d_model**2
+    rows = cfg.n_layers
+    # with a soft-cap the model's own logits are enough
+    own = unembed if unembedding(model).soft_cap is not None else 2 * unembed
+    step = forward + own + rows * (2 * translate + 2 * unembed)
+    # each row and the last layer once plain and once translated; the model's own beside them in either
+    measure = forward + 2 * (rows + 1) * unembed + rows * translate
+    tokens = held_out * length
+    translators = 4 * rows * cfg.d_model * (cfg.d_model + 1)
+    residuals = 4 * (rows + 1) * cfg.d_model * max(batch_tokens, tokens)
+    return TrainingPlan(
+        step_tokens=batch_tokens,
+        step_flop=step * batch_tokens,
+        held_out_tokens=tokens,
+        held_out_flop=measure * tokens,
+        bytes=7 * translators + min(residuals, RESIDUAL_BYTES) + 4 * cfg.d_model * cfg.d_vocab,
+    )
+
+
+def _rate(head: _Head) -> float:
+    """FLOP per second of what training does most: a gradient through a part of the vocabulary."""
+    reader, draw = head.reader, torch.Generator().manual_seed(0)
+    vectors = torch.randn(CHUNK, len(reader.W_U), generator=draw).to(reader.W_U)
+    reader, seconds = dataclasses.replace(reader, soft_cap=None), []
+    for _ in range(6):
+        start = time.perf_counter()
+        mean, _log_total = reader.expected_column(vectors, n_tiles=4)
+        float(mean.sum())  # a GPU has not begun before somebody waits for it
+        seconds.append(time.perf_counter() - start)
+    # the first one also takes memory
+    return 4 * vectors.numel() * min(4 * reader.width, reader.d_vocab) / statistics.median(seconds[1:])
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} minutes"
+
+
 # -- what is read ----------------------------------------------------------------------------------
 
 
@@ -168,7 +278,7 @@ def _windows(
     steps: int,
     batch_tokens: int,
     length: int | None,
-    held_out: int,
+    held_out: int | None,
     prepend_bos: bool | None,
 ) -> tuple[Int[Tensor, "train length"], Int[Tensor, "rest length"]]:
     """The windows to train on, and those to measure on."""
@@ -176,31 +286,40 @@ def _windows(
     found = list(islice(made, 1))
     length = len(found[0]) if found else length
     per_step = max(1, batch_tokens // (length or 1))
-    apart = held_out if held_out_corpus is None else 0
+    wanted = held_out or _share(steps * per_step, 9)
+    apart = wanted if held_out_corpus is None else 0
     found += islice(made, steps * per_step + apart - 1)
     if not found:
         tokens = length or min(LENGTH, model.cfg.n_ctx)
         raise ValueError(
             f"the corpus is shorter than one window of {tokens} tokens: give more text, or less length"
         )
+    if held_out is None and apart:
+        apart = _share(len(found), 10)
     if len(found) < per_step + apart:
+        less = "batch_tokens or length" if held_out is None else "batch_tokens, held_out or length"
         raise ValueError(
             f"the corpus makes {len(found)} windows, but a batch takes {per_step}"
-            + (f" and {apart} are held out" if apart else "")
-            + ": give more text, or less batch_tokens, held_out or length"
+            + (f" and {apart} {'is' if apart == 1 else 'are'} held out" if apart else "")
+            + f": give more text, or less {less}"
         )
     windows = torch.stack(found)
     if held_out_corpus is not None:
-        others = token_windows(model, held_out_corpus, length=length, prepend_bos=prepend_bos, limit=held_out)
+        others = token_windows(model, held_out_corpus, length=length, prepend_bos=prepend_bos, limit=wanted)
         rest = list(others)
         if not rest:
             raise ValueError(f"the held-out corpus makes no window of {length} tokens: give more text")
         return windows, torch.stack(rest)
-    every = len(windows) // held_out
-    aside = torch.arange(held_out) * every + every - 1
+    every = len(windows) // apart
+    aside = torch.arange(apart) * every + every - 1
     kept = torch.ones(len(windows), dtype=torch.bool)
     kept[aside] = False
     return windows[kept], windows[aside]
+
+
+def _share(windows: int, part: int) -> int:
+    """One in so many windows, as many as are held out unasked."""
+    return max(1, min(MOST_HELD_OUT, windows // part))
 
 
 def _chosen(step: int, per_step: int, count: int, seed: int) -> Int[Tensor, " chosen"]:
@@ -252,13 +371,19 @@ class _Head:
 
     def chunks(self, vectors: Float[Tensor, "every some d_model"]) -> Iterator[Tensor]:
         """Some positions at a time, as tensors that a gradient may pass through."""
-        width = max(1, LOGIT_BYTES // (4 * self.reader.d_vocab))
-        for chunk in vectors.split(width, dim=1):
+        n_pos, most = vectors.shape[1], CHUNK
+        if self.reader.soft_cap is not None:
+            most = min(most, max(1, CAPPED_BYTES // (4 * self.reader.d_vocab)))
+        for chunk in vectors.tensor_split(-(-n_pos // most), dim=1):
             yield chunk.clone()
 
     @torch.no_grad()
-    def log_probs(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_vocab"]:
-        return self.reader.logits(self.norm(vectors)).log_softmax(-1)
+    def final(self, vectors: Float[Tensor, "some d_model"]) -> _Final | _CappedFinal:
+        """The distributions that all rows are to predict."""
+        normed = self.norm(vectors).to(self.reader.dtype)
+        if self.reader.soft_cap is not None:
+            return _CappedFinal(self.reader, self.reader.logits(normed).log_softmax(-1))
+        return _Final(self.reader, normed, *self.reader.expected_column(normed))
 
     @torch.no_grad()
     def kl(
@@ -278,9 +403,46 @@ class _Head:
         return found.kl[..., 0]
 
 
-def _kl(p: Float[Tensor, "some d_vocab"], q: Float[Tensor, "some d_vocab"]) -> Float[Tensor, " some"]:
-    """KL(p || q) of log-probabilities."""
-    return torch.linalg.vecdot(p.exp(), p - q)
+@dataclasses.dataclass(frozen=True)
+class _Final:
+    """The model's own distributions, as far as KL and its gradient depend on them: no logits are kept."""
+
+    reader: Unembedding
+    normed: Float[Tensor, "some d_model"]
+    column: Float[Tensor, "some d_model"]
+    """The mean column of `W_U` under each of them."""
+    log_total: Float[Tensor, " some"]
+
+    def kl(
+        self, normed: Float[Tensor, "some d_model"]
+    ) -> tuple[Float[Tensor, " some"], Float[Tensor, "some d_model"]]:
+        """KL(final || normed) in nats, and its gradient by the normed vectors.
+
+        KL is the mean under final of the logits' difference, in which `b_U` cancels, less the difference of
+        the logs of their totals; so its gradient is the difference of the two mean columns.
+        """
+        column, log_total = self.reader.expected_column(normed)
+        linear = torch.linalg.vecdot(self.normed - normed, self.column)
+        return linear + log_total - self.log_total, column - self.column
+
+
+@dataclasses.dataclass(frozen=True)
+class _CappedFinal:
+    """The same where a soft-cap bends the logits: they are held, and each has a slope of its own."""
+
+    reader: Unembedding
+    log_probs: Float[Tensor, "some d_vocab"]
+
+    def kl(
+        self, normed: Float[Tensor, "some d_model"]
+    ) -> tuple[Float[Tensor, " some"], Float[Tensor, "some d_model"]]:
+        """As of `_Final`. A soft-cap's slope is 1 - (logit / cap)^2."""
+        logits, cap = self.reader.logits(normed), self.reader.soft_cap
+        assert cap is not None
+        slope = 1 - (logits / cap) ** 2
+        own, final = logits.log_softmax(-1), self.log_probs.exp()
+        kl = torch.linalg.vecdot(final, self.log_probs - own)
+        return kl, own.exp_().sub_(final).mul_(slope) @ self.reader.W_U.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +494,7 @@ def _gradients(
     loss = 0.0
     for vectors in _residuals(model, batch):
         for chunk in head.chunks(vectors):
-            final = head.log_probs(chunk[-1])
+            final = head.final(chunk[-1])
             for row, x in enumerate(chunk[:-1]):
                 kl, g = _backward(head, final, training.translate(row, x))
                 loss += kl / (len(weight) * batch.numel())
@@ -342,25 +504,19 @@ def _gradients(
 
 
 def _backward(
-    head: _Head, final: Float[Tensor, "some d_vocab"], translated: Float[Tensor, "some d_model"]
+    head: _Head, final: _Final | _CappedFinal, translated: Float[Tensor, "some d_model"]
 ) -> tuple[float, Float[Tensor, "some d_model"]]:
     """The sum of KL(final || translated), and its gradient by the translated vectors.
 
-    By hand through the vocabulary, where autograd would keep several tensors of that width: the gradient by
-    a logit is the difference of the probabilities, and a soft-cap's slope is 1 - (logit / cap)^2.
+    By hand through the vocabulary, where autograd would keep several tensors of that width.
     """
     with torch.enable_grad():
         leaf = translated.requires_grad_()
         normed = head.norm(leaf)
     with torch.no_grad():
-        logits, cap = head.reader.logits(normed), head.reader.soft_cap
-        slope = None if cap is None else 1 - (logits / cap) ** 2
-        own = logits.log_softmax(-1)
-        kl = float(_kl(final, own).sum())
-        by_logit = own.exp_().sub_(final.exp())
-        by_normed = (by_logit if slope is None else by_logit.mul_(slope)) @ head.reader.W_U.T
+        kl, by_normed = final.kl(normed.to(head.reader.dtype))
     (gradient,) = torch.autograd.grad(normed, leaf, by_normed.to(normed.dtype))
-    return kl, gradient
+    return float(kl.sum()), gradient
 
 
 def _held_out_kl(

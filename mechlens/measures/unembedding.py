@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -141,6 +142,40 @@ class Unembedding:
                     running.add(tile)
                 total[rows], largest[rows] = running.total(), running.largest
             return (own - total).float(), own == largest
+
+    @torch.no_grad()
+    def expected_column(
+        self, vectors: Float[Tensor, "row d_model"], *, n_tiles: int | None = None
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"]]:
+        """The mean column of `W_U` under each vector's distribution, and the log of the sum of exponentials.
+
+        The mean is the gradient of that log by the vector, and all that a cross-entropy needs of a
+        distribution: the sum over tokens of p(token) times another vector's logit is a product of two vectors
+        of d_model, and a product with `b_U` that is the same for all vectors.
+
+        Args:
+            n_tiles: of the vocabulary, which is cut there; None reads all of it.
+
+        Returns:
+            The mean in the dtype of logits, the log in float64.
+
+        Raises:
+            ValueError: there is a soft-cap, after which logits are not linear in the vector.
+
+        Cost: two products with `W_U` and one exponential for each logit, of which no more than a tile exists.
+        """
+        if self.soft_cap is not None:
+            raise ValueError("with a soft-cap no mean column is a gradient")
+        mean = torch.zeros_like(vectors, dtype=self.dtype)
+        running = LogSumExp(len(vectors), mean)
+        for tokens, tile in islice(self.tiles(vectors), n_tiles):
+            if self.excludes:
+                tile.clamp_(min=torch.finfo(tile.dtype).min / 2)
+            terms, growth = running.add(tile)
+            # numbers below the normal ones halve the product's speed, and add nothing
+            torch.nn.functional.threshold_(terms, 1e-30, 0.0)
+            mean.mul_((-growth).exp()[:, None]).addmm_(terms, self.W_U[:, tokens].to(self.dtype).T)
+        return mean.div_(running.sum.to(self.dtype)[:, None]), running.total()
 
     @torch.no_grad()
     def most_likely(self, vectors: Float[Tensor, "row d_model"]) -> Int[Tensor, " row"]:

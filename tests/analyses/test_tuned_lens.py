@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -71,7 +73,7 @@ def test_pieces_make_the_same_lens_as_the_whole(tiny_bos_model, monkeypatch) -> 
     whole = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
     # one window is run at a time, and three positions have logits
     monkeypatch.setattr(module, "RESIDUAL_BYTES", 1)
-    monkeypatch.setattr(module, "LOGIT_BYTES", 3 * 4 * 64)
+    monkeypatch.setattr(module, "CHUNK", 3)
     pieces = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
     # float32 sums in another order, which Adam divides by their own size
     assert torch.allclose(pieces.weight, whole.weight, atol=2e-3)
@@ -277,6 +279,77 @@ def test_the_bar_shows_the_loss(tiny_bos_model, capsys) -> None:
     assert "6/6" in shown
     loss = float(shown.rsplit("loss=", 1)[1].split("]")[0])
     assert 0 < loss < math.log(64) * 10
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "held_out"),
+    [
+        (9, {"steps": 50}, 1),  # 3 windows make a batch
+        (62, {"steps": 50}, 6),  # a tenth of what there is
+        (200, {"steps": 6}, 2),  # 18 are trained on; more are not read
+        (2000, {"steps": 400}, 64),
+    ],
+)
+def test_a_share_of_what_there_is_is_held_out(tiny_bos_model, count, options, held_out) -> None:
+    train, rest = module._windows(
+        tiny_bos_model, windows(count), None, options["steps"], 24, None, None, None
+    )
+    assert len(rest) == held_out
+    assert len(train) == min(3 * options["steps"], count - held_out)
+    found = {tuple(row) for row in rest.tolist()}
+    assert len(found) == held_out
+    assert not found & {tuple(row) for row in train.tolist()}
+
+
+def test_a_text_that_is_too_short_for_its_share_is_refused(tiny_bos_model) -> None:
+    with pytest.raises(ValueError, match="makes 3 windows, but a batch takes 3 and 1 is held out: give more"):
+        train_tuned_lens(tiny_bos_model, windows(3), steps=1, batch_tokens=24)
+
+
+# -- what it costs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_the_plan_counts_the_products_of_a_step(load_once, tiny_directories, family) -> None:
+    """As PyTorch counts them while they are made."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def in_place(_self, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    counter = partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+    model = load_once(tiny_directories / family)
+    batch = windows(4)
+    head, training = module._Head.of(model), module._begin(model)
+    plan = module.training_plan(model, batch_tokens=batch.numel(), length=8, held_out=4)
+    with counter() as step:
+        module._gradients(model, head, batch, training)
+    assert plan.step_flop == step.get_total_flops()
+    with counter() as measuring:
+        module._held_out_kl(model, head, batch, training)
+    # beside which the logits of single tokens are made again
+    assert plan.held_out_flop == pytest.approx(measuring.get_total_flops(), rel=0.1)
+
+
+def test_it_says_before_how_long_it_takes(tiny_bos_model, monkeypatch, capsys) -> None:
+    plan = module.training_plan(tiny_bos_model, batch_tokens=24, length=8, held_out=2)
+    # a step takes 30 s, and what is held out 45
+    plan = dataclasses.replace(plan, step_flop=30 * 10**9, held_out_flop=45 * 10**9)
+    monkeypatch.setattr(module, "training_plan", lambda *_, **__: plan)
+    monkeypatch.setattr(module, "_rate", lambda _: 1e9)
+    options = {"steps": 6, "batch_tokens": 24, "progress": True}
+    train_tuned_lens(tiny_bos_model, windows(), **options)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == (
+        "tuned lens: about 3.8 minutes for 6 steps of 24 tokens, of which 45 s measure it on 16 tokens held "
+        "out (0.03 TFLOP a step, 0.001 a second here); 10 minutes buy 16 steps"
+    )
+    train_tuned_lens(tiny_bos_model, windows(), held_out=2, **options)
+    # (600 - 45) / 30
+    assert "10 minutes buy 18 steps" in capsys.readouterr().err
+    monkeypatch.setattr(module, "_rate", lambda _: pytest.fail("nothing is measured for nobody"))
+    train_tuned_lens(tiny_bos_model, windows(), **options | {"progress": False})
+    assert capsys.readouterr().err == ""
 
 
 # -- the lens itself -------------------------------------------------------------------------------

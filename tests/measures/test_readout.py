@@ -233,3 +233,21 @@ print("halved" if max(blocks) < positions else blocks)
 def test_positions_whose_references_do_not_fit_are_halved():
     ran = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=False)
     assert ran.stdout.strip() == "halved", ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1024])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_the_mean_column_is_the_gradient_of_the_log_of_the_sum(monkeypatch, columns, excluded):
+    vectors, W_U, b_U, _ = drawn(1, 5, 6, 40)
+    b_U[:8] -= torch.inf if excluded else 0
+    # so far apart that float32 has no normal number for some of the exponentials
+    vectors = 20 * vectors[0]
+    monkeypatch.setattr(unembedding, "TILE_COLUMNS", columns)
+    column, log_total = Unembedding(W_U, b_U).expected_column(vectors)
+    leaf = vectors.double().requires_grad_()
+    expected = (leaf @ W_U.double() + b_U.double()).logsumexp(1)
+    # logits of up to 200 in float32, of which probabilities are the exponentials
+    assert torch.allclose(log_total, expected.detach(), atol=1e-4)
+    assert torch.allclose(column.double(), torch.autograd.grad(expected.sum(), leaf)[0], atol=1e-4)
+    with pytest.raises(ValueError, match="soft-cap"):
+        Unembedding(W_U, b_U, 2.0).expected_column(vectors)
