@@ -24,7 +24,7 @@ QUICKLY := -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real-model test test-bridge test-portable notebook lint format types bench clean
+.PHONY: help demo real-model test test-bridge test-portable notebook lint format types bench architectures clean
 
 help: ## list these jobs
 	@echo 'make JOB [PYTHON=python3.12] [OUT=folder] [MODEL=smollm2-135m] [ARGS="..."]'
@@ -72,6 +72,14 @@ bench: $(VENV)/.installed $(BRIDGE)/.installed ## time and memory, as ratios aga
 		$(PY) $$file; echo; done
 	$(BRIDGE)/bin/python benchmarks/logit_lens.py --no-xl
 	$(BRIDGE)/bin/python benchmarks/load.py
+
+# Up to the first table, docs/architectures.md is written by hand.
+architectures: $(VENV)/.smollm2 $(BRIDGE)/.smollm2 ## verify all architectures, into docs/architectures.md
+	@mkdir -p out
+	sed '/^## TransformerLens/,$$d' docs/architectures.md > out/architectures.md
+	for each in $(VENV) $(BRIDGE); do $$each/bin/mechlens models --verify --quiet --out out/verified.md && \
+		cat out/verified.md >> out/architectures.md || exit 1; done
+	mv out/architectures.md docs/architectures.md
 
 clean: ## remove the environments and caches; results in out/ and runs/ stay
 	rm -rf $(VENV) $(BRIDGE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -75,7 +75,7 @@ COMMANDS = {
         "features complete --layer 0:4 --feature 0:8",
     ),
     "models": Command(
-        "models:models", "List the models that load by name, or show one.", "models mechlens-books"
+        "models:models", "List the models that load by name, show one, or verify.", "models mechlens-books"
     ),
 }
 

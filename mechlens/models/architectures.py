@@ -7,6 +7,7 @@ longer than what `load_model` compares, and shorter than the context, as in real
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,9 @@ class Architecture:
         """Hugging Face's configuration of the tiny model."""
         import transformers
 
-        return getattr(transformers, self.config_class)(**(dict(self.settings) | changes))
+        # what is in them would be the configuration's own
+        settings = copy.deepcopy(dict(self.settings)) | changes
+        return getattr(transformers, self.config_class)(**settings)
 
 
 def _rope(kind: str = "default", **others: Any) -> dict[str, Any]:
@@ -77,7 +80,7 @@ ARCHITECTURES = (
     # two frequencies, since the base does not show in one alone
     Architecture("GPT-NeoX", "GPTNeoXConfig", _HEADS | _rope(partial_rotary_factor=0.5)),
     Architecture(
-        "GPT-NeoX, linear",
+        "GPT-NeoX (linear)",
         "GPTNeoXConfig",
         _HEADS | _rope("linear", partial_rotary_factor=0.5, factor=_FACTOR),
     ),
@@ -89,27 +92,27 @@ ARCHITECTURES = (
         | {"num_attention_heads": 4, "max_position_embeddings": CONTEXT, "pad_token_id": 1},
     ),
     Architecture("Llama", "LlamaConfig", _GROUPED | _rope()),
-    Architecture("Llama, linear", "LlamaConfig", _GROUPED | _rope("linear", factor=_FACTOR)),
+    Architecture("Llama (linear)", "LlamaConfig", _GROUPED | _rope("linear", factor=_FACTOR)),
     # scales what lies beyond its context, which is as long as it was
     Architecture(
-        "Llama, dynamic",
+        "Llama (dynamic)",
         "LlamaConfig",
         _GROUPED | _rope("dynamic", factor=2.0) | {"max_position_embeddings": LIMIT},
     ),
-    Architecture("Llama, yarn", "LlamaConfig", _GROUPED | _rope("yarn", factor=_FACTOR, **_ORIGINAL)),
+    Architecture("Llama (yarn)", "LlamaConfig", _GROUPED | _rope("yarn", factor=_FACTOR, **_ORIGINAL)),
     Architecture(
-        "Llama, longrope", "LlamaConfig", _GROUPED | _rope("longrope", factor=_FACTOR, **_LONG, **_ORIGINAL)
+        "Llama (longrope)", "LlamaConfig", _GROUPED | _rope("longrope", factor=_FACTOR, **_LONG, **_ORIGINAL)
     ),
     Architecture(
-        "Llama, llama3",
+        "Llama (llama3)",
         "LlamaConfig",
         _GROUPED | _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **_ORIGINAL),
     ),
     Architecture("Mistral", "MistralConfig", _GROUPED | _rope() | _WINDOW),
     Architecture("Qwen2", "Qwen2Config", _GROUPED | _rope()),
-    Architecture("Qwen2, yarn", "Qwen2Config", _GROUPED | _rope("yarn", factor=_FACTOR, **_ORIGINAL)),
+    Architecture("Qwen2 (yarn)", "Qwen2Config", _GROUPED | _rope("yarn", factor=_FACTOR, **_ORIGINAL)),
     Architecture(
-        "Qwen2, window",
+        "Qwen2 (window)",
         "Qwen2Config",
         _GROUPED | _rope() | _WINDOW | {"use_sliding_window": True, "max_window_layers": 1},
     ),
@@ -132,13 +135,13 @@ ARCHITECTURES = (
     Architecture("Phi", "PhiConfig", _HEADS | _rope(partial_rotary_factor=0.5)),
     Architecture("Phi-3", "Phi3Config", _GROUPED | _rope() | _WINDOW),
     Architecture(
-        "Phi-3, longrope",
+        "Phi-3 (longrope)",
         "Phi3Config",
         _GROUPED | _rope("longrope", **_LONG, **_ORIGINAL) | _ORIGINAL,
     ),
     Architecture("OLMo 2", "Olmo2Config", _GROUPED | _rope()),
     Architecture(
-        "OLMo 3, yarn",
+        "OLMo 3 (yarn)",
         "Olmo3Config",
         _GROUPED
         | _WINDOW

@@ -1,7 +1,7 @@
 """Which models load, how near their predictions are to Hugging Face's, and which analyses they have.
 
-Nothing is taken from a list: each model is loaded as users load it, run beside the original, and each analysis
-is called. A refusal is a verdict, and its message the reason.
+Nothing is taken from a list: each model is loaded as users load it and run beside the original, and each
+analysis is called. A refusal is a verdict, and its message the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.analyses.attribution import direct_logit_attribution
@@ -36,7 +36,7 @@ from mechlens.models.architectures import (
 from mechlens.models.engines import choose_backends
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.hub import BUNDLED, PACKAGED
-from mechlens.models.load import converted, load_model, locate
+from mechlens.models.load import converted, load_model, locate, parse_device
 from mechlens.models.protocol import Engine, LensModel, engine_of
 from mechlens.models.rotary import is_rotary
 from mechlens.models.sweeps import start_sweeps
@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 tenths and more."""
 _SHARE = 1e-3
 """How far what an analysis makes may be from Hugging Face's own numbers, as a share of their size."""
-_ONE, _BEYOND = 48, 64
+_LENGTH, _BEYOND = 48, 64
 """Tokens where nothing begins within the context; and at most how many behind where something does."""
 _LONGEST = 256
 """Tokens of texts whose patterns are all kept."""
@@ -80,9 +80,9 @@ class Verified:
     """As `mechlens.models.architectures.limits`."""
     lengths: tuple[int, ...]
     """Tokens in the comparisons: up to all limits and, where there are some, beyond them."""
-    differences: tuple[float, ...]
+    differences: tuple[float | None, ...]
     """By length: the largest difference in log-probability from Hugging Face's float32 model, in nats, over
-    positions and tokens, on processed and on raw weights."""
+    positions and tokens, on processed and on raw weights. None where the engine's context is shorter."""
     refused: dict[str, str]
     """Why not, by what `load_model` does not do: run it on an engine, or take it `processed` or `raw`."""
     qk: Analysis
@@ -95,26 +95,33 @@ class Verified:
     @property
     def right(self) -> bool:
         """Whether the model loads, and predicts what the original does at all lengths."""
-        return bool(self.differences) and all(each <= TOLERANCE for each in self.differences)
+        return bool(self.differences) and all(each is None or each <= TOLERANCE for each in self.differences)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """All of them, each with what it is about."""
         analyses = {"QK circuits": self.qk, "resuming": self.resuming, "attribution": self.attribution}
         return (
-            *(f"{what}: {why}" for what, why in self.refused.items()),
+            *(why if why.startswith(what) else f"{what}: {why}" for what, why in self.refused.items()),
             *(f"{what}: {each.reason}" for what, each in analyses.items() if each.reason),
         )
 
 
 def verify_architectures(
-    *, like: str = "", real: bool = True, seed: int = 0, progress: bool | None = None
+    *,
+    like: str = "",
+    device: str | torch.device | None = None,
+    cache: bool = True,
+    seed: int = 0,
+    progress: bool | None = None,
 ) -> list[Verified]:
-    """Verify a tiny random model of each architecture, and the real models at hand.
+    """Verify a tiny random model of each architecture, the bundled model, and those of packages that are
+    installed.
 
     Args:
         like: only those with this in their names.
-        real: also the bundled model, and those of packages that are installed.
+        device: as for `verify_model`.
+        cache: as for `verify_model`.
         seed: of the random weights and tokens.
 
     Raises:
@@ -124,28 +131,30 @@ def verify_architectures(
     """
     tiny = [each for each in ARCHITECTURES if like.lower() in each.name.lower()]
     names = [BUNDLED, *(name for name, each in PACKAGED.items() if each.find() is not None)]
-    names = [name for name in names if real and like.lower() in name.lower()]
+    names = [name for name in names if like.lower() in name.lower()]
     if not tiny and not names:
         have = ", ".join(each.name for each in ARCHITECTURES)
         raise ValueError(f"no architecture has {like!r} in its name; there are: {have}")
     found = []
     with progress_bar(desc="models", progress=progress, unit="model", total=len(tiny) + len(names)) as bar:
         for each in tiny:
-            found.append(verify_architecture(each, seed=seed))
+            found.append(verify_architecture(each, device=device, seed=seed))
             bar.update()
         for name in names:
-            found.append(verify_model(name, seed=seed))
+            found.append(verify_model(name, device=device, cache=cache, seed=seed))
             bar.update()
     return found
 
 
-def verify_architecture(architecture: Architecture, *, seed: int = 0) -> Verified:
+def verify_architecture(
+    architecture: Architecture, *, device: str | torch.device | None = None, seed: int = 0
+) -> Verified:
     """Verify a tiny random model of one architecture; see `verify_model`."""
     with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
         directory = Path(folder) / "model"
         write_model(directory, random_model(architecture.config(), seed=seed))
         write_tokenizer(directory)
-        found = verify_model(directory, seed=seed)
+        found = verify_model(directory, device=device, seed=seed)
     return dataclasses.replace(found, name=architecture.name)
 
 
@@ -174,17 +183,18 @@ def verify_model(
     Cost: memory for the original beside the model, and a run of both on tokens beyond the longest window or
     original context, with eager attention.
     """
-    given = {"revision": revision, "device": device, "cache": cache}
+    given: dict[str, Any] = {"revision": revision, "device": parse_device(device), "cache": cache}
     with converted(locate(name_or_path, revision=revision), cache=cache) as place:
         config = local.read_config(place.directory)
         if toy.is_toy(config):
             raise ValueError(
-                f"{place.name} is in TransformerLens's own format: Hugging Face has no version of it to compare "
-                "its predictions with"
+                f"{place.name} is in TransformerLens's own format, so there is no Hugging Face model to "
+                "compare it with: give another one"
             )
-        original = _original(place.directory, local.architecture_of(config, place.directory))
+        original = _original(place.directory, config)
     begins = limits(original.config)
-    lengths = _lengths(begins, getattr(original.config, "max_position_embeddings", None) or CONTEXT)
+    n_ctx = getattr(original.config, "max_position_embeddings", None) or CONTEXT
+    lengths = _lengths(begins, n_ctx)
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, original.config.vocab_size, (1, max(lengths)), generator=draw)
     with torch.no_grad():
@@ -203,7 +213,7 @@ def verify_model(
             refused[ENGINES[backend] if processing else "processing=False"] = _without_advice(error)
             continue
         engine = engine or engine_of(model)
-        differences.append([_difference(model, tokens, each) for each in expected])
+        differences.append([_difference(model, tokens, each, n_ctx) for each in expected])
         analyses = analyses or _analyses(model, original, tokens, begins, lengths)
         del model
     if engine is None:
@@ -217,7 +227,10 @@ def verify_model(
         version=version("transformer-lens"),
         limits=begins,
         lengths=lengths,
-        differences=tuple(max(each) for each in zip(*differences, strict=True)),
+        differences=tuple(
+            max((one for one in each if one is not None), default=None)
+            for each in zip(*differences, strict=True)
+        ),
         refused=refused,
         qk=qk,
         resuming=resuming,
@@ -233,19 +246,23 @@ def _without_advice(error: Exception) -> str:
     return re.split(": (?:use|try) |, which has more", local.first_line(error))[0]
 
 
-def _original(directory: Path, architecture: str) -> Any:
+def _original(directory: Path, config: dict[str, Any]) -> Any:
     """What transformers makes of a directory by itself. Its attention is computed step by step, because
     others leave soft-caps out, and show no patterns."""
     import transformers
 
+    architecture = getattr(transformers, local.architecture_of(config, directory))
+    local.weight_files(directory)
     with local.quiet_transformers():
-        return (
-            getattr(transformers, architecture)
-            .from_pretrained(
+        try:
+            model = architecture.from_pretrained(
                 directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
             )
-            .eval()
-        )
+        except Exception as error:  # of any kind: every architecture and quantization has checks of its own
+            raise ModelLoadError(
+                f"transformers cannot read {directory}: {local.first_line(error)}"
+            ) from error
+    return model.eval()
 
 
 def _lengths(begins: Mapping[str, int], n_ctx: int) -> tuple[int, ...]:
@@ -254,17 +271,20 @@ def _lengths(begins: Mapping[str, int], n_ctx: int) -> tuple[int, ...]:
     Not as long as a limit: after a longer text transformers reads one so long with the longer one's rotation.
     """
     if not begins:
-        return (min(_ONE, n_ctx),)
+        return (min(_LENGTH, n_ctx),)
     last = max(begins.values())
     beyond = last + min(last, _BEYOND)
-    return min(_ONE, *(each - 1 for each in begins.values())), beyond if last >= n_ctx else min(beyond, n_ctx)
+    return min(_LENGTH, *(each - 1 for each in begins.values())), beyond if last >= n_ctx else min(
+        beyond, n_ctx
+    )
 
 
-def _difference(
-    model: LensModel, tokens: Int[Tensor, "1 pos"], expected: Float[Tensor, "some d_vocab"]
-) -> float:
+def _difference(model: LensModel, tokens: Int[Tensor, "1 pos"], expected: Tensor, n_ctx: int) -> float | None:
+    """Of the log-probabilities of the beginning of some tokens."""
+    if len(expected) > model.cfg.n_ctx < n_ctx:
+        return None
     with torch.no_grad():
-        logits = model(tokens[:, : len(expected)].to(model.cfg.device))[0].cpu()
+        logits = model(tokens[:, : len(expected)].to(model.cfg.device), return_type="logits")[0].cpu()
     return float((logits.float().log_softmax(-1) - expected).abs().max())
 
 
@@ -276,7 +296,7 @@ def _analyses(
     lengths: tuple[int, ...],
 ) -> tuple[Analysis, Analysis, Analysis]:
     return (
-        _qk(model, original, lengths),
+        _qk(model, original, begins, lengths),
         _resuming(model, tokens, begins, lengths),
         _attribution(model, original, tokens[:, : max(each for each in lengths if each <= model.cfg.n_ctx)]),
     )
@@ -317,7 +337,7 @@ def _attribution(model: LensModel, original: Any, tokens: Int[Tensor, "1 pos"]) 
     return Analysis("yes")
 
 
-def _qk(model: LensModel, original: Any, lengths: tuple[int, ...]) -> Analysis:
+def _qk(model: LensModel, original: Any, begins: Mapping[str, int], lengths: tuple[int, ...]) -> Analysis:
     """Whether the circuit gives the scores of the original's own attention.
 
     Of the last head of the first layer, whose input is known, and of tokens one position apart. Patterns give
@@ -335,13 +355,13 @@ def _qk(model: LensModel, original: Any, lengths: tuple[int, ...]) -> Analysis:
     # a comparison with nan is false
     if not off <= _SHARE:
         return Analysis("no", f"the circuit misses the original's scores by {off:.1%} of their size")
-    if len(lengths) == 1:
+    if not begins:
         return Analysis(whole)
     if lengths[-1] > _LONGEST:
         return Analysis(whole, f"compared in texts of 2 tokens, not in texts of {lengths[-1]}")
     if not _misfit(model, circuit, original, lengths[-1]) <= _SHARE:
         return Analysis(
-            f"{whole}, in texts up to {lengths[0]} tokens",
+            f"{whole}, in texts up to {min(begins.values())} tokens",
             "how far this model turns queries and keys depends on how long the text is",
         )
     return Analysis(whole)

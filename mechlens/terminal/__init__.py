@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from mechlens.terminal.architectures import (
+    architectures_json,
+    architectures_markdown,
+    print_architectures,
+)
 from mechlens.terminal.circuits import (
     circuit_json,
     composition_json,
@@ -35,6 +40,8 @@ from mechlens.terminal.tables import (
 )
 
 __all__ = [
+    "architectures_json",
+    "architectures_markdown",
     "best_heads",
     "circuit_json",
     "complete_search_json",
@@ -48,6 +55,7 @@ __all__ = [
     "lens_json",
     "number",
     "plain",
+    "print_architectures",
     "print_circuit",
     "print_complete_search",
     "print_composition",
