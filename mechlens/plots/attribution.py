@@ -14,6 +14,7 @@ from mechlens.plots.style import (
     MUTED,
     TEMPLATE,
     VERMILION,
+    WIDTH,
     heatmap,
     number,
     titles,
@@ -120,7 +121,7 @@ def plot_attribution(
     figure.update_layout(
         template=TEMPLATE,
         title_text=_title(result, row, position),
-        width=min(1400, 560 + len(columns) * (52 if n_heads <= 8 else 40 if n_heads <= 16 else 20)),
+        width=min(WIDTH, 560 + len(columns) * (52 if n_heads <= 8 else 40 if n_heads <= 16 else 20)),
         height=max(
             200 + n_layers * (46 if n_layers <= 6 else 30 if n_layers <= 24 else 16), 190 + 21 * len(bars)
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,19 @@ from mechlens.plots.style import (
     ABSENT,
     BLUE,
     GRID,
+    HEIGHT,
     INK,
     MUTED,
     SEQUENTIAL,
     TEMPLATE,
     VERMILION,
+    WIDTH,
     figure_text,
     heatmap,
     number,
     sequential,
     titles,
+    top_margin,
     visible_token,
 )
 from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label
@@ -33,6 +37,8 @@ from mechlens.results import Circuit, CompositionScores, PositionalAttention, he
 if TYPE_CHECKING:
     import pandas as pd
 
+_DEEP = 8
+"""Layers from which on those without an edge may share a line of the graph."""
 DECADES = 4
 """Powers of ten below the largest eigenvalue; what is smaller is drawn as if it were not."""
 FAINTEST = 0.3
@@ -118,19 +124,20 @@ def plot_composition_scores(result: CompositionScores) -> go.Figure:
     best = ", ".join(
         f"{row.earlier} → {row.later} {row.score:.2f}" for row in strongest_pairs(result, 3).itertuples()
     )
+    title = titles(
+        _composition_title(result),
+        result.model.name,
+        f"less the baseline's mean, {number(result.baseline_mean)}; it spreads by "
+        f"{number(result.baseline_std)}",
+        f"highest scores: {best}" if best else "no score is above the baseline",
+        *([rotation_words(result)] if rotation_words(result) else []),
+    )
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(
-            _composition_title(result),
-            result.model.name,
-            f"less the baseline's mean, {number(result.baseline_mean)}; it spreads by "
-            f"{number(result.baseline_std)}",
-            f"highest scores: {best}" if best else "no score is above the baseline",
-            *([rotation_words(result)] if rotation_words(result) else []),
-        ),
+        title_text=title,
         width=width + 160,
-        height=width + 190,
-        margin={"t": 124},
+        height=width + 66 + top_margin(title),
+        margin={"t": top_margin(title)},
         plot_bgcolor=ABSENT,
         xaxis=_heads_axis(later, n_heads) | {"title": {"text": "later head, which reads"}, "tickangle": -90},
         yaxis=_heads_axis(earlier, n_heads) | {"title": {"text": "earlier head, which writes"}},
@@ -141,7 +148,8 @@ def plot_composition_scores(result: CompositionScores) -> go.Figure:
 def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     """Draw the pairs of heads that compose most as a graph, layer 0 at the bottom.
 
-    An edge is wider and darker the higher the score is over the baseline. Heads without an edge are dots.
+    An edge is wider and darker the higher the score is over the baseline. Heads without an edge are dots. Of
+    more than 8 layers, several in a row without an edge share one narrow line, such as `4-9`, without dots.
     Under the cursor stand, of an edge, its score, and of a head, whom it reads and who reads it.
 
     Args:
@@ -156,12 +164,15 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     high = max([pair["over_baseline"] for pair in pairs], default=1.0)
     figure = go.Figure()
     linked = {head for pair in pairs for head in _ends(pair)}
-    heads = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    lines = _layer_lines(n_layers, {layer for layer, _ in linked})
+    places = {layer: place for layers, place in lines for layer in layers}
+    alone = {layers[0] for layers, _ in lines if len(layers) == 1}
+    heads = [(layer, head) for layer in range(n_layers) if layer in alone for head in range(n_heads)]
     figure.add_trace(
         go.Scatter(
             name="heads",
             x=[head for _, head in heads],
-            y=[layer for layer, _ in heads],
+            y=[places[layer] for layer, _ in heads],
             mode="markers",
             marker={
                 "size": [22 if head in linked else 6 for head in heads],
@@ -175,7 +186,7 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     # the strongest is drawn last, over the others
     for pair in reversed(pairs):
         share = pair["over_baseline"] / high
-        x, y = _edge(pair, linked)
+        x, y = _edge(pair, linked, places, n_heads)
         text = (
             f"<b>{pair['earlier']} → {pair['later']}</b><br>score {number(pair['score'])}"
             f"<br>over baseline +{number(pair['over_baseline'])}"
@@ -213,6 +224,10 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
                     "colorscale": _edge_colours(),
                     "showscale": True,
                     "colorbar": {
+                        "lenmode": "pixels",
+                        "len": 360 if len(lines) > 4 else 200,
+                        "y": 1,
+                        "yanchor": "top",
                         "thickness": 12,
                         "outlinewidth": 0,
                         "ticks": "",
@@ -227,7 +242,7 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     for layer, head in sorted(linked):
         figure.add_annotation(
             x=head,
-            y=layer,
+            y=places[layer],
             text=head_label(layer, head),
             showarrow=False,
             font={"size": 11 if n_heads <= 16 else 9, "color": INK},
@@ -235,21 +250,31 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
             bordercolor=MUTED,
             borderpad=2,
         )
+    title = titles(
+        f"{_composition_title(result)}: the {len(pairs)} strongest",
+        result.model.name,
+        f"over the baseline, {number(result.baseline_mean)}; it spreads by {number(result.baseline_std)}",
+        *([rotation_words(result)] if rotation_words(result) else []),
+    )
+    margin = top_margin(title)
+    top_place = lines[-1][1]
+    across = 1 + top_place
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(
-            f"{_composition_title(result)}: the {len(pairs)} strongest",
-            result.model.name,
-            f"over the baseline, {number(result.baseline_mean)}; it spreads by {number(result.baseline_std)}",
-            *([rotation_words(result)] if rotation_words(result) else []),
-        ),
-        width=max(620, min(1100, 160 + 62 * n_heads)),
-        height=170 + max(110 * n_layers if n_layers <= 6 else 70 * n_layers, 200),
-        margin={"t": 108},
+        title_text=title,
+        width=max(620, min(WIDTH, 160 + 62 * n_heads)),
+        height=round(min(HEIGHT, margin + 62 + max((110 if across <= 6 else 70) * across, 200))),
+        margin={"t": margin},
         showlegend=False,
         hovermode="closest",
         xaxis={"title": {"text": "head"}, "range": [-0.7, n_heads - 0.3], "dtick": 1, **_NO_TICKS},
-        yaxis={"title": {"text": "layer"}, "range": [-0.5, n_layers - 0.5], "dtick": 1, **_NO_TICKS},
+        yaxis={
+            "title": {"text": "layer"},
+            "range": [-0.5, top_place + 0.5],
+            "tickvals": [place for _, place in lines],
+            "ticktext": [str(of[0]) if len(of) == 1 else f"{of[0]}-{of[-1]}" for of, _ in lines],
+            **_NO_TICKS,
+        },
     )
     return figure
 
@@ -307,17 +332,18 @@ def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> 
         }
         for side in (table.index, table)
     ]
+    title = titles(
+        "Part of a circuit" if circuit is None else f"{circuit.name[0].upper()}{circuit.name[1:]}",
+        *([] if circuit is None else [circuit.model.name, _entry_words(circuit)]),
+        *([rotation_words(circuit)] if circuit is not None and rotation_words(circuit) else []),
+    )
     figure = go.Figure(cells)
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(
-            "Part of a circuit" if circuit is None else f"{circuit.name[0].upper()}{circuit.name[1:]}",
-            *([] if circuit is None else [circuit.model.name, _entry_words(circuit)]),
-            *([rotation_words(circuit)] if circuit is not None and rotation_words(circuit) else []),
-        ),
-        width=max(480, min(1100, 220 + 44 * values.shape[1])),
+        title_text=title,
+        width=max(480, min(WIDTH, 220 + 44 * values.shape[1])),
         height=max(360, min(1100, 230 + 32 * values.shape[0])),
-        margin={"t": 108 if circuit is not None else 64},
+        margin={"t": top_margin(title)},
         plot_bgcolor=GRID,
         xaxis=sides[1] | {"title": {"text": axes[1]}, "tickangle": -90},
         yaxis=sides[0] | {"title": {"text": axes[0]}, "autorange": "reversed"},
@@ -467,26 +493,49 @@ def _ends(pair: dict[Any, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
     return (pair["earlier_layer"], pair["earlier_head"]), (pair["later_layer"], pair["later_head"])
 
 
+def _layer_lines(n_layers: int, linked: set[int]) -> list[tuple[list[int], float]]:
+    """What stands on the axis of layers, from below, and where: a layer, or a run of them without an edge."""
+    lines: list[list[int]] = []
+    for layer in range(n_layers):
+        if n_layers > _DEEP and layer not in linked and lines and linked.isdisjoint(lines[-1]):
+            lines[-1].append(layer)
+        else:
+            lines.append([layer])
+    places = [0.0]
+    for one, other in itertools.pairwise(lines):
+        places.append(places[-1] + (1.0 if len(one) == len(other) == 1 else 0.6))
+    return list(zip(lines, places, strict=True))
+
+
 def _edge(
-    pair: dict[Any, Any], linked: set[tuple[int, int]], points: int = 25
+    pair: dict[Any, Any],
+    linked: set[tuple[int, int]],
+    places: dict[int, float],
+    n_heads: int,
+    points: int = 25,
 ) -> tuple[list[float], list[float]]:
-    """A line that leaves and arrives upright, past other layers in a bow that keeps clear of their heads."""
-    (y0, x0), (y1, x1) = _ends(pair)
+    """A line that leaves and arrives upright, past other layers in a bow that keeps clear of their heads, and
+    within the figure where it can."""
+    (first, x0), (last, x1) = _ends(pair)
+    y0, y1 = places[first], places[last]
+    t = torch.linspace(0, 1, points, dtype=torch.double)
 
     def across(t: Float[Tensor, " point"], bow: float) -> Float[Tensor, " point"]:
         return x0 + (x1 - x0) * (3 - 2 * t) * t.square() + bow * (torch.pi * t).sin()
 
     def clearance(bow: float) -> float:
         """Distance to the nearest head behind which the line would seem to end, up to what is enough."""
-        between = [(layer, head) for layer, head in linked if y0 < layer < y1]
-        layers, heads = torch.tensor(between, dtype=torch.double).T
-        return min(float((across((layers - y0) / (y1 - y0), bow) - heads).abs().min()), _CLEAR)
+        line = across(t, bow)
+        if float(line.min()) < -0.6 or float(line.max()) > n_heads - 0.4:
+            return -1.0
+        between = [(places[layer], head) for layer, head in linked if first < layer < last]
+        heights, heads = torch.tensor(between, dtype=torch.double).T
+        return min(float((across((heights - y0) / (y1 - y0), bow) - heads).abs().min()), _CLEAR)
 
     bow = 0.0
-    if any(y0 < layer < y1 for layer, _ in linked):
+    if any(first < layer < last for layer, _ in linked):
         # of bows that are wide enough the first, which is the smallest
         bow = max((sign * size / 4 for size in range(7) for sign in (1, -1)), key=clearance)
-    t = torch.linspace(0, 1, points, dtype=torch.double)
     return across(t, bow).tolist(), (y0 + (y1 - y0) * t).tolist()
 
 

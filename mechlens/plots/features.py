@@ -18,10 +18,12 @@ from mechlens.plots.style import (
     MUTED,
     TEMPLATE,
     VERMILION,
+    WIDTH,
     figure_text,
     heatmap,
     number,
     titles,
+    top_margin,
     visible_token,
 )
 from mechlens.plots.views import View
@@ -142,6 +144,8 @@ def plot_feature_tokens(
     shared = ((best[None] == best[:, None]) & some[None]).sum(1).clamp(min=1)
     shared[~some] = 1
     noun = feature_noun(result.site)
+    # letters are somewhat wider than half their height
+    longest = max(4, min(_LABEL, int(((WIDTH - 170) / len(features) - 24) / 7.2) - 1))
     hovers, texts = [], []
     for i, layer in enumerate(layers):
         hovers.append(
@@ -160,7 +164,7 @@ def plot_feature_tokens(
         )
         texts.append(
             [
-                _label(result.strings[str(token)]) if excited else NO_TOKEN
+                visible_token(result.strings[str(token)], longest=longest) if excited else NO_TOKEN
                 for token, excited in zip(best[i].tolist(), some[i].tolist(), strict=True)
             ]
         )
@@ -171,7 +175,7 @@ def plot_feature_tokens(
         high=float(max(2, len(layers))),
         hovers=hovers,
         name=end,
-        text=texts,
+        text=[[figure_text(text) for text in line] for line in texts],
         texttemplate="%{text}",
         textfont={"size": 12},
         showscale=len(layers) > 1,
@@ -181,22 +185,20 @@ def plot_feature_tokens(
     counts = list(range(1, len(layers) + 1, max(1, len(layers) // 4)))
     cells.colorbar.update(tickvals=counts, ticktext=[f"{count} of {len(layers)}" for count in counts])
     figure = go.Figure(cells)
-    widest = max(len(result.strings[str(token)]) for token in best.flatten().tolist())
+    widest = max(map(len, (text for line in texts for text in line)))
     row_height = 34 if len(layers) <= 16 else 24
-    # a colour bar keeps plotly's buttons off the last column; without one its place is left to them
-    buttons = 0 if len(layers) > 1 else 40
+    title = titles(
+        f"Tokens that excite each {noun} of {place_words(result.site)} {ENDS[end]}",
+        result.model.name,
+        f"of all {result.model.d_vocab:,} tokens, each {prefix_words(result)}",
+        *(["darker where more layers have the same token"] if len(layers) > 1 else []),
+    )
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(
-            f"Tokens that excite each {noun} of {place_words(result.site)} {ENDS[end]}",
-            result.model.name,
-            f"of all {result.model.d_vocab:,} tokens, each {prefix_words(result)}",
-            *(["darker where more layers have the same token"] if len(layers) > 1 else []),
-        ),
-        # letters are somewhat wider than half their height
-        width=max(560, 170 + round(len(features) * (24 + 7.2 * min(max(widest, 4), _LABEL + 1)))),
-        height=190 + row_height * len(layers),
-        margin={"t": 104, "r": 16 + buttons} if buttons else {"t": 124},
+        title_text=title,
+        width=max(560, 170 + int(len(features) * (24 + 7.2 * max(widest, 4)))),
+        height=top_margin(title) + 66 + row_height * len(layers),
+        margin={"t": top_margin(title)},
         xaxis={
             "title": {"text": noun},
             "tickvals": list(range(len(features))),
@@ -348,7 +350,7 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
         ),
         width=760,
         height=500,
-        margin={"t": 134, "b": 100},
+        margin={"t": 136, "b": 100},
         xaxis={
             "title": {"text": "step"},
             "range": [-0.02 * end, end],

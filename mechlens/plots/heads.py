@@ -6,6 +6,7 @@ import math
 
 import plotly.graph_objects as go
 import torch
+from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_counts, check_type
 from mechlens.plots.style import (
@@ -18,10 +19,12 @@ from mechlens.plots.style import (
     SEQUENTIAL,
     TEMPLATE,
     VERMILION,
+    WIDTH,
     figure_text,
     heatmap,
     number,
     titles,
+    top_margin,
     visible_token,
 )
 from mechlens.plots.views import View
@@ -32,6 +35,8 @@ COVERAGE = 0.9
 
 # A vocabulary has tokens of a hundred characters, whose labels would push the picture off the page.
 _LABEL = 16
+_PATTERNS = 4
+"""Heads whose attention is drawn unasked."""
 _NO_TICKS = {"ticks": "", "ticklabelstandoff": 4}
 
 
@@ -121,8 +126,9 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
             f"line: mean of {n_sequences} sequences; band: {COVERAGE:.0%} of them",
             f"dotted: uniform guess, {number(uniform, 2)} nats",
         ),
+        width=960,
         height=460,
-        margin={"t": 148},
+        margin={"t": 150},
         showlegend=False,
         xaxis={
             "title": {"text": "position of the predicted token"},
@@ -187,8 +193,8 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
             result.model.name,
             f"highest: {top}" if top else "no head has a score",
         ),
-        width=min(1100, 150 + n_heads * (56 if n_heads <= 12 else 28)),
-        height=150 + n_layers * (56 if n_layers <= 4 else 34 if n_layers <= 12 else 15),
+        width=min(WIDTH, 150 + n_heads * (56 if n_heads <= 12 else 28)),
+        height=160 + n_layers * (56 if n_layers <= 4 else 34 if n_layers <= 12 else 16),
         xaxis={"title": {"text": "head"}, "dtick": _step(n_heads), "showgrid": False, **_NO_TICKS},
         yaxis={"title": {"text": "layer"}, "dtick": _step(n_layers), "showgrid": False, **_NO_TICKS},
     )
@@ -294,64 +300,89 @@ def plot_attention(patterns: AttentionPatterns) -> View:
     )
 
 
-def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Figure:
-    """Draw one head's attention as a heatmap: each row is a position that attends, from top to bottom.
+def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None) -> go.Figure:
+    """Draw heads' attention as heatmaps: each row is a position that attends, from top to bottom.
 
     Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions.
 
     Args:
-        index: which of the result's heads; negative counts from the end.
+        index: which of the result's heads; negative counts from the end. None draws all, two in a row; of
+            more than 4 the first 4, and the title says so.
 
     Raises:
         ValueError: there is no such head.
     """
     check_type("patterns", patterns, AttentionPatterns)
     n_patterns = len(patterns.heads)
-    if not -n_patterns <= index < n_patterns:
+    if index is not None and not -n_patterns <= index < n_patterns:
         raise ValueError(f"index must be below {n_patterns}, the number of heads here, but is {index}")
-    pattern = patterns.patterns[index].double().cpu()
-    future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
-    # Only what is exactly 0: attention that does look ahead must show.
-    pattern = pattern.masked_fill(future & (pattern == 0), torch.nan)
+    shown = list(range(min(n_patterns, _PATTERNS))) if index is None else [index]
+    n_columns = min(2, len(shown))
+    n_rows = math.ceil(len(shown) / n_columns)
+    names = [head_label(*patterns.heads[at]) for at in shown]
     tokens = [figure_text(visible_token(token)) for token in patterns.token_strings]
-    labels = [figure_text(visible_token(token, longest=_LABEL)) for token in patterns.token_strings]
-    n_pos = len(tokens)
-    step = math.ceil(n_pos / 40)
+    step = math.ceil(len(tokens) / (40 if len(shown) == 1 else 24))
+    longest = _LABEL if len(shown) == 1 else _LABEL // 2
+    labels = [figure_text(visible_token(token, longest=longest)) for token in patterns.token_strings]
     axis = {
-        "tickvals": list(range(0, n_pos, step)),
+        "tickvals": list(range(0, len(tokens), step)),
         "ticktext": labels[::step],
         "showgrid": False,
         **_NO_TICKS,
         "constrain": "domain",
     }
-    figure = go.Figure(
-        heatmap(
-            pattern.numpy(),
-            low=0.0,
-            high=1.0,
-            hovers=[
-                [
-                    f"from <b>{tokens[dest]}</b> ({dest})<br>to <b>{tokens[src]}</b> ({src})"
-                    f"<br>attention {number(value)}"
-                    for src, value in enumerate(row)
-                ]
-                for dest, row in enumerate(pattern.tolist())
-            ],
+    width, height = (720, 720) if len(shown) == 1 else (WIDTH, 120 + 480 * n_rows)
+    figure = make_subplots(
+        rows=n_rows,
+        cols=n_columns,
+        horizontal_spacing=0.12 if n_columns > 1 else 0,
+        vertical_spacing=130 / (height - 160) if n_rows > 1 else 0,
+        subplot_titles=names if len(shown) > 1 else None,
+    )
+    for at, head in enumerate(shown):
+        pattern = patterns.patterns[head].double().cpu()
+        future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
+        # Only what is exactly 0: attention that does look ahead must show.
+        pattern = pattern.masked_fill(future & (pattern == 0), torch.nan)
+        place = {"row": at // n_columns + 1, "col": at % n_columns + 1}
+        named = f"<b>{names[at]}</b><br>" if len(shown) > 1 else ""
+        figure.add_trace(
+            heatmap(
+                pattern.numpy(),
+                low=0.0,
+                high=1.0,
+                hovers=[
+                    [
+                        f"{named}from <b>{tokens[dest]}</b> ({dest})<br>to <b>{tokens[src]}</b> ({src})"
+                        f"<br>attention {number(value)}"
+                        for src, value in enumerate(line)
+                    ]
+                    for dest, line in enumerate(pattern.tolist())
+                ],
+                name=names[at],
+                showscale=at == 0,
+            ),
+            **place,
         )
+        beside = f"x{at + 1}" if at else "x"
+        figure.update_xaxes(title_text="attended token (src)", tickangle=-90, **axis, **place)
+        figure.update_yaxes(
+            title_text="attending token (dest)", autorange="reversed", scaleanchor=beside, **axis, **place
+        )
+    if len(shown) < n_patterns and index is None:
+        about = f"the first {len(shown)} of {n_patterns} heads; index= draws one"
+    else:
+        about = f"one of {n_patterns} heads" if len(shown) < n_patterns else ""
+    title = titles(
+        f"Attention of {', '.join(names)} (0 to 1)", patterns.model.name, *([about] if about else [])
     )
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(f"Attention of {head_label(*patterns.heads[index])} (0 to 1)", patterns.model.name),
-        width=720,
-        height=700,
+        title_text=title,
+        width=width,
+        height=height,
+        margin={"t": top_margin(title, 24 if len(shown) > 1 else 0)},
         plot_bgcolor=GRID,
-        xaxis={"title": {"text": "attended token (src)"}, "tickangle": -90, **axis},
-        yaxis={
-            "title": {"text": "attending token (dest)"},
-            "autorange": "reversed",
-            "scaleanchor": "x",
-            **axis,
-        },
     )
     return figure
 

@@ -17,16 +17,19 @@ from mechlens.plots.style import (
     ABSENT,
     BLUE,
     GREEN,
+    HEIGHT,
     INK,
     PURPLE,
     TEMPLATE,
     VERMILION,
+    WIDTH,
     figure_text,
     heatmap,
     is_dark,
     number,
     sequential,
     titles,
+    top_margin,
     visible_token,
 )
 from mechlens.results import LogitLensResult
@@ -45,8 +48,10 @@ RANKS = ("rank", "input_rank", "next_rank")
 OF_TARGET = ("rank", "probability")
 _OWN = {"final": "the model's final guess", "input": "the input token", "next": "the token that follows"}
 
-MAX_POSITIONS = 64
-"""As many as are drawn unasked; a browser draws no figure of thousands."""
+_LETTERS = (10, 8, 6)
+"""Of a token, from which on an ellipsis stands for the rest: as many as fit."""
+_BESIDE = 168
+"""Width of what stands beside the cells: layers and the colour bar; in pixels."""
 MAX_LINES = 12
 """As many lines as have a marker of their own."""
 _SYMBOLS = (
@@ -182,14 +187,15 @@ def plot_logit_lens(
         stat: one of `probability`, `rank`, `kl`, `kl_input`, `input_rank`, `next_rank`, `entropy`; ranks are
             coloured on a logarithmic scale, and what is undefined is grey.
         row: which sequence of the batch.
-        positions: which of the positions that were read; None draws all, if they are at most 64.
+        positions: which of the positions that were read; None draws the last that fit into 1,100 pixels, and
+            says so where there are more.
         target: for `rank` and `probability`: whose; `final`, `input`, `next` or a target by its name.
         high: the value that gets the darkest colour, as do all beyond it; None is the largest there is, for
             probabilities 1. The original post takes 100 for ranks of the final guess, 1000 for the input's.
 
     Raises:
-        ValueError: no such statistic, sequence, position or target, a statistic that is undefined for this
-            model, or more than 64 positions of which none were chosen.
+        ValueError: no such statistic, sequence, position or target, or a statistic that is undefined for this
+            model.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
@@ -313,22 +319,26 @@ def _draw(
     title: str,
 ) -> go.Figure:
     columns = _columns(result, row, positions)
-    if positions is None and len(columns) > MAX_POSITIONS:
-        raise ValueError(
-            f"{len(columns)} positions were read, but a figure draws no more than {MAX_POSITIONS} unasked: "
-            "choose which with positions="
-        )
+    n_read = len(columns)
+    for longest in _LETTERS:
+        size = 12 if longest > min(_LETTERS) else 11
+        guesses, below, above = _texts(result, row, columns, longest)
+        widest = max(map(len, [*below, *above, *(guess for line in guesses for guess in line)]))
+        # letters are somewhat wider than half their height
+        column_width = max(34, 10 + 0.58 * size * widest)
+        if _BESIDE + column_width * len(columns) <= WIDTH:
+            break
+    if positions is None:
+        columns = columns[-int((WIDTH - _BESIDE) / column_width) :]
+        guesses, below, above = _texts(result, row, columns, longest)
     values = stat.values[:, row, columns].double()
     bound = stat.bound(values, high)
     colours = stat.scaled(values)
     top = math.log10(bound) if stat.is_rank else bound
-    longest = 10 if len(columns) <= 10 else 8 if len(columns) <= 24 else 6
-    size = 12 if len(columns) <= 24 else 11
-    guesses, below, above = _texts(result, row, columns, longest)
-    widest = max(map(len, [*below, *above, *(guess for line in guesses for guess in line)]))
-    # letters are somewhat wider than half their height
-    column_width = max(34, 10 + 0.58 * size * widest)
-    row_height = 34 if len(result.rows) <= 16 else 24 if len(result.rows) <= 64 else 20
+    n_rows = len(result.rows)
+    row_height = 34 if n_rows <= 16 else max(14, min(24, (HEIGHT - 220) // n_rows))
+    # in rows of a hundred heads letters are as small as can be read
+    size = min(size, round(0.65 * row_height))
     undefined = values.isnan()
     cells: dict[str, Any] = {
         "x": list(range(len(columns))),
@@ -351,6 +361,17 @@ def _draw(
         ]
         figure.add_trace(heatmap(grey, low=0.0, high=1.0, text=only, **cells))
         figure.data[-1].update(colorscale=[ABSENT, ABSENT], showscale=False)
+    title_text = titles(
+        f"{title}: {stat.title.removesuffix(', nats')}",
+        " · ".join(facts(result)),
+        *(
+            [f"the last {len(columns)} of {n_read} positions; positions= chooses others"]
+            if len(columns) < n_read
+            else []
+        ),
+        "cells: top guess, bold where it is what follows",
+    )
+    top_room = top_margin(title_text, 38)
     axis = {
         "tickmode": "array",
         "tickvals": cells["x"],
@@ -366,14 +387,10 @@ def _draw(
     )
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(
-            f"{title}: {stat.title.removesuffix(', nats')}",
-            " · ".join(facts(result)),
-            "cells: top guess, bold where it is what follows",
-        ),
-        width=round(max(520, 168 + column_width * len(columns))),
-        height=200 + row_height * len(result.rows),
-        margin={"t": 124, "b": 62, "r": 16},
+        title_text=title_text,
+        width=int(max(520, _BESIDE + column_width * len(columns))),
+        height=top_room + 76 + row_height * n_rows,
+        margin={"t": top_room, "b": 62, "r": 16},
         xaxis={"title": {"text": "token read"}, "ticktext": [figure_text(text) for text in below], **axis},
         xaxis2={
             "title": {"text": "token that follows, * where the model's guess is right", "font": {"size": 12}},
@@ -388,7 +405,7 @@ def _draw(
             "tickmode": "array",
             "tickvals": cells["y"],
             "ticktext": list(result.rows),
-            "tickfont": {"size": 12 if row_height > 20 else 11},
+            "tickfont": {"size": size},
             "range": [-0.5, len(result.rows) - 0.5],
             "showgrid": False,
             "ticks": "",
@@ -585,11 +602,11 @@ def stacked(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
 # -- lines -----------------------------------------------------------------------------------------
 
 
-_LINES_MARGIN = {"t": 76, "b": 56}
+_LINES_MARGIN = {"t": 104, "b": 56}
 
 
 def _lines_height(n_panels: int) -> int:
-    return 170 + (250 if n_panels <= 2 else 290) * n_panels
+    return 198 + (250 if n_panels <= 2 else 290) * n_panels
 
 
 def _lay_out_lines(
@@ -610,7 +627,7 @@ def _lay_out_lines(
             f"{title[0].upper()}{title[1:]} by {named}",
             " · ".join(facts(result)),
         ),
-        width=min(1100, 620 + 22 * n_rows),
+        width=min(WIDTH, 620 + 22 * n_rows),
         height=_lines_height(len(shown)),
         margin=_LINES_MARGIN,
         legend={

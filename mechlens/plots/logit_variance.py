@@ -138,8 +138,18 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
         legend={"y": -0.1, "yanchor": "top"},
         bargap=0.35,
     )
+    # upright labels, as many as fit; `embed` needs the room of its neighbour
+    step = 1 + (len(result.rows) - 1) // 12
+    ticks = [0, *range(step if step == 1 else 1 + step, len(result.rows), step)]
     for panel in ("xaxis", "xaxis2", "xaxis3"):
-        figure.layout[panel].update(type="category", title={"text": "layer"}, showgrid=False)
+        figure.layout[panel].update(
+            type="category",
+            tickvals=ticks,
+            ticktext=[result.rows[at] for at in ticks],
+            tickangle=0,
+            title={"text": "layer"},
+            showgrid=False,
+        )
     figure.update_xaxes(
         tickvals=places,
         ticktext=list(labels),

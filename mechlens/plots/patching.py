@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from mechlens.plots.style import (
     MUTED,
     TEMPLATE,
     VERMILION,
+    WIDTH,
     figure_text,
     heatmap,
     number,
     titles,
+    top_margin,
     visible_token,
 )
 from mechlens.results import AttributionPatchResult, PatchGridResult, head_label
@@ -31,6 +34,12 @@ if TYPE_CHECKING:
 VALUES = ("effect", "mean", "recovered")
 Patches = PatchGridResult | AttributionPatchResult
 _LABEL = 12
+_WRITTEN = 60
+"""Cells up to which each holds its number."""
+_NAMED = 5
+"""Of a larger grid, as many of the largest effects have their numbers."""
+_ROOM = 34
+"""Width of a cell that a number fits into, in pixels."""
 _NO_TICKS = {"ticks": "", "showgrid": False}
 
 
@@ -65,8 +74,9 @@ def plot_patch_grid(
 
     Layer 0 is at the bottom. Effects are coloured around 0, blue where the patch raises the metric and orange
     where it lowers it (which is worse for a loss, better for a logit difference); a cell without a value is
-    grey. Under the cursor stand the numbers with their standard error. Where there are several prompts,
-    positions have numbers in the place of tokens.
+    grey. A grid of at most 60 cells holds its numbers, a larger one those of the 5 largest effects, where
+    they fit; the title names the 3 largest. Under the cursor stand the numbers with their standard error.
+    Where there are several prompts, positions have numbers in the place of tokens.
 
     Args:
         result: of `patch_grid` and what is made of it, or of `attribution_patching`, whose figure says that
@@ -92,12 +102,23 @@ def plot_patch_grid(
     hovers = _hovers(result, axes, head, position)
     figure = _bars(result, values, value, hovers) if len(axes) == 1 else go.Figure()
     if len(axes) == 2:
-        figure.add_trace(_heatmap(values, value, hovers))
-        figure.update_layout(**_across(result, axes[1]))
+        across = _across(result, axes[1])
         rows = len(result.layers)
+        largest = _largest(result, index)
+        cells = _heatmap(values, value, hovers)
+        if across["width"] - 140 >= _ROOM * values.shape[1]:
+            written = largest if values.numel() > _WRITTEN else None
+            cells.update(text=_texts(values, written), texttemplate="%{text}", textfont={"size": 10})
+        figure.add_trace(cells)
+        named = [_named(result, axes, place, float(values[place]), head, position) for place in largest[:3]]
+        title = _title(
+            result, value, head, position, f"largest effects: {', '.join(named)}" if named else "no effects"
+        )
+        figure.update_layout(**across)
         figure.update_layout(
-            height=(220 if axes[1] == "pos" else 170)
-            + rows * (52 if rows <= 4 else 30 if rows <= 12 else 14),
+            height=top_margin(title)
+            + (110 if axes[1] == "pos" else 60)
+            + rows * (52 if rows <= 4 else 30 if rows <= 12 else 16),
             yaxis={
                 "title": {"text": "layer"},
                 **_ticks([str(layer) for layer in result.layers], 32),
@@ -106,7 +127,9 @@ def plot_patch_grid(
             # between the cells that have a value
             plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
         )
-    figure.update_layout(template=TEMPLATE, title_text=_title(result, value, head, position))
+    else:
+        title = _title(result, value, head, position)
+    figure.update_layout(template=TEMPLATE, title_text=title, margin={"t": top_margin(title)})
     return figure
 
 
@@ -133,6 +156,7 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
         for column in range(len(result.heads))
     ]
     known = sorted((cell for cell in cells if cell[0] == cell[0]), key=lambda cell: -abs(cell[0]))[:top]
+    title = _title(result, "effect", None, position, f"the {len(known)} largest of {len(cells)} heads")
     labels = [head_label(result.layers[row], result.heads[column]) for _, row, column in known]
     figure = go.Figure(
         go.Bar(
@@ -156,12 +180,10 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
     )
     figure.update_layout(
         template=TEMPLATE,
-        title_text=_title(
-            result, "effect", None, position, f"the {len(known)} largest of {len(cells)} heads"
-        ),
+        title_text=title,
         width=620,
-        height=190 + 24 * len(known),
-        margin={"t": 124},
+        height=top_margin(title) + 66 + 24 * len(known),
+        margin={"t": top_margin(title)},
         bargap=0.3,
         xaxis={"title": {"text": _axis_title(result, "effect")}, "zeroline": True, "zerolinecolor": MUTED},
         # Categories, because plotly would read labels such as `1E5` as numbers.
@@ -205,6 +227,42 @@ def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
     return drawn
 
 
+def _largest(result: Patches, index: tuple[int | slice, ...]) -> list[tuple[int, ...]]:
+    """Where the largest effects are that are drawn, either way; the largest first."""
+    effect = result.effect[index].double().cpu().abs().nan_to_num(-1)
+    order = effect.flatten().argsort(descending=True, stable=True)[:_NAMED].tolist()
+    places = [tuple(int(at) for at in np.unravel_index(each, effect.shape)) for each in order]
+    return [place for place in places if effect[place] > 0]
+
+
+def _named(
+    result: Patches,
+    axes: tuple[str, ...],
+    place: tuple[int, ...],
+    value: float,
+    head: int | None,
+    position: int | None,
+) -> str:
+    """A cell with its number: `L23H3 2.85`, `L0 at 4 ·Tower 0.12`."""
+    by_head = axes[1] == "head"
+    at = position if by_head else result.positions[place[1]]
+    label = cell_label(result.layers[place[0]], result.heads[place[1]] if by_head else head, at)
+    if at is not None and len(result.tokens) == 1:
+        label += f" {visible_token(result.strings[at], longest=_LABEL)}"
+    return f"{label} {number(value, 2)}"
+
+
+def _texts(values: Tensor, only: list[tuple[int, ...]] | None) -> list[list[str]]:
+    """The numbers of all cells, or of some, as they stand in them."""
+    return [
+        [
+            number(value, 2) if value == value and (only is None or (row, column) in only) else ""
+            for column, value in enumerate(line)
+        ]
+        for row, line in enumerate(values.tolist())
+    ]
+
+
 def _bars(result: Patches, values: Tensor, value: str, hovers: list[list[str]]) -> go.Figure:
     colours = [BLUE if each >= 0 else VERMILION for each in values.tolist()]
     bars = go.Bar(
@@ -220,9 +278,8 @@ def _bars(result: Patches, values: Tensor, value: str, hovers: list[list[str]]) 
         bars.error_y = {"type": "data", "array": errors, "color": INK, "thickness": 1.5, "width": 5}
     figure = go.Figure(bars)
     figure.update_layout(
-        width=max(520, min(1100, 260 + 36 * len(result.layers))),
-        height=420,
-        margin={"t": 100},
+        width=max(520, min(WIDTH, 260 + 36 * len(result.layers))),
+        height=430,
         bargap=0.3,
         xaxis={"type": "category", "title": {"text": "layer"}, **_NO_TICKS},
         yaxis={"title": {"text": _axis_title(result, value)}, "zeroline": True, "zerolinecolor": MUTED},
@@ -230,14 +287,13 @@ def _bars(result: Patches, values: Tensor, value: str, hovers: list[list[str]]) 
     return figure
 
 
-def _across(result: Patches, axis: str) -> dict[str, object]:
-    """Width, margin and horizontal axis of a heatmap."""
+def _across(result: Patches, axis: str) -> dict[str, Any]:
+    """Width and horizontal axis of a heatmap."""
     if axis == "head":
         n_heads = len(result.heads)
         ticks = _ticks([str(head) for head in result.heads], 32)
         return {
-            "width": max(640, min(1100, 170 + n_heads * (56 if n_heads <= 12 else 28))),
-            "margin": {"t": 100},
+            "width": max(640, min(WIDTH, 170 + n_heads * (56 if n_heads <= 12 else 28))),
             "xaxis": {"title": {"text": "head"}, **ticks, **_NO_TICKS},
         }
     n_pos, several = len(result.positions), len(result.tokens) > 1
@@ -247,8 +303,7 @@ def _across(result: Patches, axis: str) -> dict[str, object]:
     ]
     title = "patched position" if several else "patched token"
     return {
-        "width": max(620, min(1120, 150 + n_pos * 18)),
-        "margin": {"t": 100},
+        "width": max(620, min(WIDTH, 150 + n_pos * (40 if n_pos <= 16 else 18))),
         "xaxis": {
             "title": {"text": title},
             **_ticks(labels, 26 if several else 64),

@@ -23,6 +23,11 @@ ABSENT = "#c9ced4"
 SEQUENTIAL = ["#f5f9fd", "#d3e4f3", "#9fc8e3", "#5aa2cf", "#2270b2", "#08306b"]
 DIVERGING = ["#a85204", "#dd8a3c", "#f8cf9f", "#f7f7f7", "#9fc8e3", "#2270b2", "#08306b"]
 
+WIDTH = 1100
+"""No figure is wider unasked: as wide as the pages that hold it; in pixels."""
+HEIGHT = 1400
+"""No figure of 30 layers is higher unasked."""
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 _AXIS = {
@@ -36,6 +41,9 @@ _AXIS = {
     "title": {"standoff": 10, "font": {"size": 13}},
 }
 
+_BUTTONS = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+_BUTTONS += ["sendChartToCloud", "sendDataToCloud"]
+
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": FONT, "size": 12, "color": INK},
@@ -44,19 +52,21 @@ TEMPLATE = go.layout.Template(
         "colorway": [BLUE, VERMILION, GREEN, PURPLE],
         "xaxis": _AXIS,
         "yaxis": _AXIS,
-        "margin": {"l": 56, "r": 16, "t": 84, "b": 52},
+        "margin": {"l": 56, "r": 16, "t": 100, "b": 52},
         "title": {
             "x": 0,
             "xanchor": "left",
             "xref": "container",
-            "pad": {"l": 2, "t": 12},
+            # plotly measures it from a first line's middle, where there are more lines
+            "pad": {"l": 2, "t": 20},
             "y": 1,
             "yanchor": "top",
             "yref": "container",
             "font": {"size": 15},
         },
-        # above the figure it would cover the title
-        "modebar": {"orientation": "v"},
+        # Beside one another the buttons would cover the title, and as many as plotly has the colour bar: a
+        # mouse zooms without them. None may send a chart anywhere.
+        "modebar": {"orientation": "v", "remove": _BUTTONS},
         "hoverlabel": {"bgcolor": "white", "bordercolor": MUTED, "font": {"family": FONT, "color": INK}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
     }
@@ -127,6 +137,15 @@ def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **
         colorbar={"thickness": 12, "outlinewidth": 0, "ticks": "", **ticks},
         **options,
     )
+
+
+def top_margin(title: str, more: int = 0) -> int:
+    """Room for a title of `titles`, and for plotly's three buttons at the right; in pixels.
+
+    Args:
+        more: what stands between the title and the plot, such as ticks.
+    """
+    return max(100, 46 + round(19.5 * title.count("<br>")) + more)
 
 
 def titles(title: str, *subtitles: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from mechlens.arguments import check_type
-from mechlens.plots.style import BLUE, TEMPLATE, VERMILION, figure_text, number, titles
+from mechlens.plots.style import BLUE, TEMPLATE, VERMILION, WIDTH, figure_text, number, titles
 from mechlens.results import TunedLens
 
 _TICKS = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
@@ -56,9 +56,9 @@ def plot_tuned_lens(lens: TunedLens) -> go.Figure:
             lens.model.name,
             f"nats, the mean of {lens.held_out_tokens:,} tokens; {lens.steps} steps",
         ),
-        width=max(560, 160 + 44 * len(rows)),
-        height=400,
-        margin={"t": 84, "b": 84},
+        width=max(560, min(WIDTH, 160 + 44 * len(rows))),
+        height=410,
+        margin={"b": 84},
         legend={"y": -0.24},
         xaxis={"title": {"text": "row of the lens"}, "type": "category"},
         yaxis={

@@ -9,7 +9,6 @@ from functools import partial
 import plotly.graph_objects as go
 
 from mechlens.plots.logit_lens import (
-    MAX_POSITIONS,
     OF_TARGET,
     lens_stat,
     plot_lens_lines,
@@ -22,6 +21,8 @@ from mechlens.plots.style import visible_token
 from mechlens.report.page import Plot, Section
 from mechlens.results import LogitLensResult
 
+MAX_POSITIONS = 64
+"""As many as are drawn unasked."""
 STRETCH = 12
 """Positions beside one another in a page, as many as its column holds; a longer text is drawn in several
 pictures."""
