@@ -73,12 +73,13 @@ bench: $(VENV)/.installed $(BRIDGE)/.installed ## time and memory, as ratios aga
 	$(BRIDGE)/bin/python benchmarks/logit_lens.py --no-xl
 	$(BRIDGE)/bin/python benchmarks/load.py
 
-# Up to the first table, docs/architectures.md is written by hand.
+# What stands before the first table is written by hand.
 architectures: $(VENV)/.smollm2 $(BRIDGE)/.smollm2 ## verify all architectures, into docs/architectures.md
 	@mkdir -p out
-	sed '/^## TransformerLens/,$$d' docs/architectures.md > out/architectures.md
-	for each in $(VENV) $(BRIDGE); do $$each/bin/mechlens models --verify --quiet --out out/verified.md && \
-		cat out/verified.md >> out/architectures.md || exit 1; done
+	$(VENV)/bin/mechlens models --verify --out out/hooked.md
+	$(BRIDGE)/bin/mechlens models --verify --out out/bridge.md
+	{ sed '/^## TransformerLens/,$$d' docs/architectures.md; cat out/hooked.md; echo; cat out/bridge.md; } \
+		> out/architectures.md
 	mv out/architectures.md docs/architectures.md
 
 clean: ## remove the environments and caches; results in out/ and runs/ stay

@@ -129,6 +129,18 @@ def test_no_arguments_show_the_help(capsys):
         (["models", "gpt22"], "did you mean gpt2"),
         (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
         (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
+        (
+            ["models", "--verify", "--like", "nothing at all"],
+            "no architecture has 'nothing at all' in its name",
+        ),
+        (["models", "--verify", "--clear-cache"], "--verify and --clear-cache exclude each other"),
+        (["models", "--clear-cache", "--like", "gpt2"], "--like and --clear-cache exclude each other"),
+        (["models", "gpt2", "--clear-cache"], "a name and --clear-cache exclude each other"),
+        (["models", "gpt2", "--verify", "--like", "gpt2"], "a name and --like exclude each other"),
+        (["models", "--out", "x.md"], "--out is for what --verify finds: add --verify"),
+        (["models", "--verify", "--out", "x.csv"], "--out is a .md file, but it is x.csv"),
+        (["models", "--verify", "--revision", "main"], "--revision is of one model: name it"),
+        (["models", "--verify", "gpt22"], "did you mean gpt2"),
     ],
 )
 def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, message, monkeypatch, tmp_path):
@@ -218,6 +230,22 @@ def test_models_lists_and_shows(capsys):
     assert shown["positions"] == "rotary"
     assert shown["n_ctx"] == 512
     assert shown["n_params"] <= 5_000_000
+
+
+def test_models_are_verified(capsys, tiny_directories, tmp_path):
+    code, out, err = run(capsys, "models", "--verify", "--like", "gpt-neo", "--out", tmp_path / "found.md")
+    assert code == 0
+    assert err.endswith(f"wrote {tmp_path / 'found.md'}\n")
+    text = (tmp_path / "found.md").read_text()
+    for name in ("GPT-Neo", "GPT-NeoX", "GPT-NeoX (linear)"):
+        assert f"| {name} | " in text
+        assert f" {name} " in out
+    assert text.count("| GPT-") == 3
+    assert "window 24" in out
+    code, out, _ = run(capsys, "models", "--verify", tiny_directories / "gemma2", "--json")
+    (found,) = json.loads(out)["models"]
+    assert (code, found["name"], found["limits"], found["right"]) == (0, "gemma2", {"window": 8}, True)
+    assert found["lengths"] == [7, 16]
 
 
 @pytest.mark.filterwarnings("default")

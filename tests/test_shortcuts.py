@@ -18,9 +18,11 @@ import torch
 import transformers as hf
 
 import mechlens
+from mechlens.models.architectures import architecture, random_model, write_model, write_tokenizer
+from mechlens.models.hooks import user_hooks
 from mechlens.models.load import load_model
 from mechlens.models.readings import next_token_log_probs
-from mechlens.models.sweeps import SITES
+from mechlens.models.sweeps import SITES, start_sweeps
 from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model
 
 HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
@@ -279,6 +281,23 @@ def test_blocks_are_not_run_again_behind_a_users_hook(directories):
     ):
         with pytest.raises(ValueError, match=r"your hook at blocks\.2"):
             work()
+
+
+def test_what_the_engine_wires_is_no_hook_of_the_users(tmp_path):
+    """The bridge of TransformerLens 4 hands on what OPT, which has no MLP module, makes in two others."""
+    write_model(tmp_path / "opt", random_model(architecture("OPT").config()))
+    write_tokenizer(tmp_path / "opt")
+    model = load_model(tmp_path / "opt", backend=BACKENDS[-1])
+    assert user_hooks(model) == ()
+    assert start_sweeps(model, tokens_for(1), "mlp_out").clean is not None
+    wired = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
+    mechlens.full_QK(model, (1, 2))
+    assert {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()} == wired
+    for place in ("blocks.1.hook_mlp_out", "hook_embed"):
+        model.add_hook(place, everywhere)
+        assert len(user_hooks(model)) == 1
+        model.reset_hooks()
+        assert user_hooks(model) == ()
 
 
 # -- positions that depend on the length -----------------------------------------------------------

@@ -82,9 +82,9 @@ class Verified:
     """Tokens in the comparisons: up to all limits and, where there are some, beyond them."""
     differences: tuple[float | None, ...]
     """By length: the largest difference in log-probability from Hugging Face's float32 model, in nats, over
-    positions and tokens, on processed and on raw weights. None where the engine's context is shorter."""
+    positions and tokens, of processed and unprocessed weights. None where the engine's context is shorter."""
     refused: dict[str, str]
-    """Why not, by what `load_model` does not do: run it on an engine, or take it `processed` or `raw`."""
+    """Why not, by what is not had: an engine, or the `unprocessed` weights on the one that has it."""
     qk: Analysis
     """`QK` and what is made of it, held against the original's attention: `yes`, `at a distance` or `no`."""
     resuming: Analysis
@@ -147,14 +147,18 @@ def verify_architectures(
 
 
 def verify_architecture(
-    architecture: Architecture, *, device: str | torch.device | None = None, seed: int = 0
+    architecture: Architecture,
+    *,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    both: bool = True,
 ) -> Verified:
     """Verify a tiny random model of one architecture; see `verify_model`."""
     with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
         directory = Path(folder) / "model"
         write_model(directory, random_model(architecture.config(), seed=seed))
         write_tokenizer(directory)
-        found = verify_model(directory, device=device, seed=seed)
+        found = verify_model(directory, device=device, seed=seed, both=both)
     return dataclasses.replace(found, name=architecture.name)
 
 
@@ -165,6 +169,7 @@ def verify_model(
     device: str | torch.device | None = None,
     cache: bool = True,
     seed: int = 0,
+    both: bool = True,
 ) -> Verified:
     """Load a model as users do, hold its predictions against Hugging Face's own, and call each analysis.
 
@@ -174,6 +179,7 @@ def verify_model(
         device: as for `load_model`; the original runs on the CPU.
         cache: as for `load_model`.
         seed: of the random tokens.
+        both: compare the unprocessed weights, too.
 
     Raises:
         ModelLoadError: there is no such model, or its files are damaged. A model that no engine takes is no
@@ -199,31 +205,30 @@ def verify_model(
     tokens = torch.randint(0, original.config.vocab_size, (1, max(lengths)), generator=draw)
     with torch.no_grad():
         expected = [original(tokens[:, :length]).logits[0].log_softmax(-1) for length in lengths]
-    engine, analyses, differences, refused = None, None, [], {}
-    # as `load_model` does, which takes the first engine that has the model; then the other state of it
-    for backend, processing in [*((each, True) for each in choose_backends("auto")), ("auto", False)]:
-        if processing and engine is not None:
-            continue
-        try:
-            with warnings.catch_warnings():
-                # of the engine that has the model, which is in the result
-                warnings.simplefilter("ignore", UserWarning)
-                model = load_model(name_or_path, backend=backend, processing=processing, **given)
-        except ModelLoadError as error:
-            refused[ENGINES[backend] if processing else "processing=False"] = _without_advice(error)
-            continue
-        engine = engine or engine_of(model)
-        differences.append([_difference(model, tokens, each, n_ctx) for each in expected])
-        analyses = analyses or _analyses(model, original, tokens, begins, lengths)
-        del model
-    if engine is None:
-        # it says the same again
-        refused.pop("processing=False")
+    backend, analyses, differences, refused = "auto", None, [], {}
+    # as `load_model` does, which takes the first engine that has the model; then the other state on it
+    for state in ("processed", "unprocessed") if both else ("processed",):
+        for tried in choose_backends(backend):
+            try:
+                with warnings.catch_warnings():
+                    # that patching sweeps take longer
+                    warnings.simplefilter("ignore", UserWarning)
+                    model = load_model(name_or_path, backend=tried, processing=state == "processed", **given)
+            except ModelLoadError as error:
+                refused[ENGINES[tried] if state == "processed" else state] = _without_advice(error)
+                continue
+            backend = tried
+            differences.append([_difference(model, tokens, each, n_ctx) for each in expected])
+            analyses = analyses or _analyses(model, original, tokens, begins, lengths)
+            del model
+            break
+    if backend == "auto":
+        refused.pop("unprocessed", None)
     no = Analysis("no")
     qk, resuming, attribution = analyses or (no, no, no)
     return Verified(
         name=place.name,
-        engine=engine,
+        engine=ENGINES.get(backend),
         version=version("transformer-lens"),
         limits=begins,
         lengths=lengths,

@@ -20,12 +20,18 @@ from mechlens.models.architectures import (
     write_model,
     write_tokenizer,
 )
-from mechlens.models.engines import choose_backends
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.hub import BUNDLED
 from mechlens.models.load import load_model
 from mechlens.studies import architectures
-from mechlens.studies.architectures import TOLERANCE, verify_architecture, verify_architectures, verify_model
+from mechlens.studies.architectures import (
+    TOLERANCE,
+    Analysis,
+    Verified,
+    verify_architecture,
+    verify_architectures,
+    verify_model,
+)
 from mechlens.terminal.architectures import COLUMNS, architecture_row, architectures_markdown
 from tests.models.test_load import BACKENDS, HAS_HOOKED
 from tests.tiny_models import write_tiny_model, write_toy
@@ -40,7 +46,9 @@ def documented() -> dict[str, dict[str, str]]:
     """The rows of the table of the installed engine, by model."""
     major = importlib.metadata.version("transformer-lens").split(".")[0]
     section = re.search(rf"^## TransformerLens {major}\..*?(?=^## |\Z)", DOCS.read_text("utf-8"), re.M | re.S)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*", section[0], re.M)]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*", section[0], re.M)
+    ]
     assert tuple(rows[0]) == COLUMNS
     return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]}
 
@@ -53,7 +61,8 @@ def test_all_that_is_declared_is_documented():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_docs_are_right(name):
     """The verdicts are the documented ones, and so is whether differences are rounding."""
-    found = verify_architecture(architecture(name))
+    # the docs are about both states of the weights, which tests/models/test_load.py compares of some
+    found = verify_architecture(architecture(name), both=False)
     row, said = dict(zip(COLUMNS, architecture_row(found), strict=True)), documented()[name]
     for column in COLUMNS:
         if column not in MEASURED:
@@ -154,7 +163,7 @@ class TestAFaultIsSeen:
 
     def test_in_predictions(self, broken):
         broken(lambda model: model.blocks[0].hook_resid_pre.add_hook(lambda x, hook: x * 1.1))
-        found = verify_architecture(architecture("GPT-2"))
+        found = verify_architecture(architecture("GPT-2"), both=False)
         assert not found.right
         assert ", wrong" in architecture_row(found)[COLUMNS.index("before")]
 
@@ -167,7 +176,7 @@ class TestAFaultIsSeen:
             model.blocks[0].hook_resid_pre.add_hook(repeat)
 
         broken(no_window)
-        found = verify_architecture(architecture("Mistral"))
+        found = verify_architecture(architecture("Mistral"), both=False)
         before, beyond = found.differences
         assert before <= TOLERANCE < beyond
         assert not found.right
@@ -177,7 +186,7 @@ class TestAFaultIsSeen:
         monkeypatch.setattr(
             architectures, "QK", lambda model, head, relative_position: own(model, head, relative_position=3)
         )
-        qk = verify_architecture(architecture("Llama")).qk
+        qk = verify_architecture(architecture("Llama"), both=False).qk
         assert (qk.verdict, "misses the original's scores by" in qk.reason) == ("no", True)
 
     def test_in_attribution(self, monkeypatch):
@@ -187,15 +196,43 @@ class TestAFaultIsSeen:
             "direct_logit_attribution",
             lambda model, tokens, target, against: own(model, tokens, target, against=against + 1),
         )
-        found = verify_architecture(architecture("GPT-2")).attribution
+        found = verify_architecture(architecture("GPT-2"), both=False).attribution
         assert (found.verdict, "miss the original's logits by" in found.reason) == ("no", True)
 
 
-def test_the_bundled_model_and_a_name_that_matches_nothing():
-    (found,) = verify_architectures(like="BOOKS", progress=False)
-    assert (found.name, found.right, found.lengths) == (BUNDLED, True, (48,))
-    with pytest.raises(ValueError, match=r"no architecture has 'Lllama' in its name; there are: GPT-2, GPT-Neo"):
+def test_all_or_some_are_verified(monkeypatch):
+    seen = []
+    nothing = Analysis("no")
+
+    def verified(name):
+        seen.append(name)
+        return Verified(name, None, "", {}, (), (), {}, nothing, nothing, nothing)
+
+    monkeypatch.setattr(architectures, "verify_architecture", lambda each, **given: verified(each.name))
+    monkeypatch.setattr(architectures, "verify_model", lambda name, **given: verified(name))
+    verify_architectures(progress=False)
+    assert seen[: len(NAMES)] == NAMES
+    assert set(seen[len(NAMES) :]) - {"smollm2-135m"} == {BUNDLED}
+    for like, expected in (("PHI-3", ["Phi-3", "Phi-3 (longrope)"]), ("books", [BUNDLED])):
+        seen.clear()
+        verify_architectures(like=like, progress=False)
+        assert seen == expected
+    with pytest.raises(
+        ValueError, match=r"no architecture has 'Lllama' in its name; there are: GPT-2, GPT-Neo"
+    ):
         verify_architectures(like="Lllama", progress=False)
+
+
+def test_a_state_that_does_not_load_is_told(monkeypatch):
+    def load(*given, processing, **options):
+        if not processing:
+            raise ModelLoadError("no such weights: try others")
+        return load_model(*given, processing=processing, **options)
+
+    monkeypatch.setattr(architectures, "load_model", load)
+    found = verify_architecture(architecture("GPT-2"))
+    assert found.right
+    assert found.reasons == ("unprocessed: no such weights",)
 
 
 def test_what_cannot_be_verified_is_an_error_and_no_verdict(tmp_path):
@@ -211,11 +248,10 @@ def test_what_cannot_be_verified_is_an_error_and_no_verdict(tmp_path):
         verify_model(BUNDLED, device="quantum")
 
 
-def test_markdown_has_what_the_table_has(monkeypatch):
+def test_markdown_has_what_the_table_has():
     found = verify_architecture(architecture("Qwen3"))
     text = architectures_markdown([found])
     assert f"TransformerLens {importlib.metadata.version('transformer-lens')}" in text
     assert f"| {' | '.join(architecture_row(found))} |" in text
     assert "- Qwen3: QK circuits: this model normalises queries and keys" in text
     assert math.isclose(float(architecture_row(found)[3]), found.differences[0], rel_tol=0.5)
-    assert choose_backends("auto")[0] == ("hooked" if HAS_HOOKED else "bridge")
