@@ -107,8 +107,9 @@ def plot_patch_grid(
         largest = _largest(result, index)
         cells = _heatmap(values, value, hovers)
         if across["width"] - 140 >= _ROOM * values.shape[1]:
-            written = largest if values.numel() > _WRITTEN else None
-            cells.update(text=_texts(values, written), texttemplate="%{text}", textfont={"size": 10})
+            few = values.numel() <= _WRITTEN
+            texts = _texts(values, None if few else largest)
+            cells.update(text=texts, texttemplate="%{text}", textfont={"size": 12 if few else 10})
         figure.add_trace(cells)
         named = [_named(result, axes, place, float(values[place]), head, position) for place in largest[:3]]
         title = _title(
