@@ -74,8 +74,9 @@ def plot_patch_grid(
     Layer 0 is at the bottom. Effects are coloured around 0, blue where the patch raises the metric and orange
     where it lowers it (which is worse for a loss, better for a logit difference); a cell without a value is
     grey. A grid of at most 60 cells holds its numbers, a larger one those of the 5 largest effects (of a
-    position the largest alone), where they fit; the title names the first 3. Under the cursor stand the numbers
-    with their standard error. Where there are several prompts, positions have numbers in the place of tokens.
+    position the largest alone), where they fit; the title names the first 3. Under the cursor stand the
+    numbers with their standard error. Where there are several prompts, positions have numbers in the place of
+    tokens.
 
     Args:
         result: of `patch_grid` and what is made of it, or of `attribution_patching`, whose figure says that
