@@ -73,6 +73,8 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
                 name="band",
                 x=positions + positions[::-1],
                 y=high + low[::-1],
+                # a short one would have markers
+                mode="lines",
                 fill="toself",
                 fillcolor="rgba(0, 114, 178, 0.22)",
                 line={"width": 0},

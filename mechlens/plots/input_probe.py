@@ -123,7 +123,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
 
 def _size(result: InputProbe) -> float:
     """Of markers and bars in pixels; in deep models smaller, so that they keep apart."""
-    return max(3.0, min(9.0, 100 / len(result.rows)))
+    return max(4.5, min(9.0, 100 / len(result.rows)))
 
 
 def _add_legend(figure: go.Figure, result: InputProbe) -> None:

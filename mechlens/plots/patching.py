@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import plotly.graph_objects as go
 from torch import Tensor
 
@@ -74,9 +73,10 @@ def plot_patch_grid(
 
     Layer 0 is at the bottom. Effects are coloured around 0, blue where the patch raises the metric and orange
     where it lowers it (which is worse for a loss, better for a logit difference); a cell without a value is
-    grey. A grid of at most 60 cells holds its numbers, a larger one those of the 5 largest effects, where
-    they fit; the title names the 3 largest. Under the cursor stand the numbers with their standard error.
-    Where there are several prompts, positions have numbers in the place of tokens.
+    grey. A grid of at most 60 cells holds its numbers, a larger one those of the 5 largest effects (of a
+    position the largest alone), where they fit; the title names the first 3. Under the cursor stand the
+    numbers with their standard error. Where there are several prompts, positions have numbers in the place of
+    tokens.
 
     Args:
         result: of `patch_grid` and what is made of it, or of `attribution_patching`, whose figure says that
@@ -104,15 +104,17 @@ def plot_patch_grid(
     if len(axes) == 2:
         across = _across(result, axes[1])
         rows = len(result.layers)
-        largest = _largest(result, index)
+        largest = _largest(result, axes, index)
         cells = _heatmap(values, value, hovers)
         if across["width"] - 140 >= _ROOM * values.shape[1]:
-            written = largest if values.numel() > _WRITTEN else None
-            cells.update(text=_texts(values, written), texttemplate="%{text}", textfont={"size": 10})
+            few = values.numel() <= _WRITTEN
+            texts = _texts(values, None if few else largest)
+            cells.update(text=texts, texttemplate="%{text}", textfont={"size": 12 if few else 10})
         figure.add_trace(cells)
         named = [_named(result, axes, place, float(values[place]), head, position) for place in largest[:3]]
+        words = "largest effects" if axes[1] == "head" else "largest by position"
         title = _title(
-            result, value, head, position, f"largest effects: {', '.join(named)}" if named else "no effects"
+            result, value, head, position, f"{words}: {', '.join(named)}" if named else "no effects"
         )
         figure.update_layout(**across)
         figure.update_layout(
@@ -227,18 +229,22 @@ def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
     return drawn
 
 
-def _largest(result: Patches, index: tuple[int | slice, ...]) -> list[tuple[int, ...]]:
-    """Where the largest effects are that are drawn, either way; the largest first."""
-    effect = result.effect[index].double().cpu().abs().nan_to_num(-1)
-    order = effect.flatten().argsort(descending=True, stable=True)[:_NAMED].tolist()
-    places = [tuple(int(at) for at in np.unravel_index(each, effect.shape)) for each in order]
-    return [place for place in places if effect[place] > 0]
+def _largest(result: Patches, axes: tuple[str, ...], index: tuple[int | slice, ...]) -> list[tuple[int, int]]:
+    """Where the largest effects are that are drawn, either way and the largest first; of a position, whose
+    layers are much alike, the largest alone."""
+    effect = result.effect[index].double().cpu().abs().nan_to_num(0)
+    layers, columns = effect.nonzero().T.tolist()
+    if axes[1] == "pos":
+        columns = effect.any(0).nonzero()[:, 0].tolist()
+        layers = effect.argmax(0)[columns].tolist()
+    places = list(zip(layers, columns, strict=True))
+    return sorted(places, key=lambda place: -float(effect[place]))[:_NAMED]
 
 
 def _named(
     result: Patches,
     axes: tuple[str, ...],
-    place: tuple[int, ...],
+    place: tuple[int, int],
     value: float,
     head: int | None,
     position: int | None,
@@ -252,7 +258,7 @@ def _named(
     return f"{label} {number(value, 2)}"
 
 
-def _texts(values: Tensor, only: list[tuple[int, ...]] | None) -> list[list[str]]:
+def _texts(values: Tensor, only: list[tuple[int, int]] | None) -> list[list[str]]:
     """The numbers of all cells, or of some, as they stand in them."""
     return [
         [

@@ -48,7 +48,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
         scores={"induction_score": induction, "copying_score": 2 * uniform(1, 2, n_layers, n_heads) - 1},
         nulls={"induction_score": induction / 8},
         intervals={
-            kind: torch.stack([induction[0, 0] * 0.9, induction[0, 0] * 1.1])
+            kind: torch.stack([induction.mean((0, 1)) * 0.9, induction.mean((0, 1)) * 1.1])
             for kind in ("induction_score", "copying_score")
         },
     )

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -143,6 +144,51 @@ def test_the_graph_has_the_strongest_pairs_from_head_to_head():
         "L2H1": (1, 2),
     }
     assert figure.layout.yaxis.range == (-0.5, 2.5), "layer 0 is at the bottom"
+
+
+def deep_graph(*pairs: tuple[tuple[int, int], tuple[int, int]], n_layers: int = 30) -> go.Figure:
+    result = composition(n_layers=n_layers, n_heads=9)
+    scores = result.scores * 0
+    for (one, head), (other, later) in pairs:
+        scores[one, head, other, later] = 0.5
+    return plot_head_graph(dataclasses.replace(result, scores=scores))
+
+
+def test_layers_of_a_deep_graph_without_an_edge_share_a_line():
+    figure = deep_graph(((16, 0), (17, 3)), ((2, 1), (28, 8)))
+    axis = figure.layout.yaxis
+    assert list(axis.ticktext) == ["0-1", "2", "3-15", "16", "17", "18-27", "28", "29"]
+    places = dict(zip(axis.ticktext, axis.tickvals, strict=True))
+    # a line of several layers is narrower than one of its own
+    assert places["17"] - places["16"] == 1 > places["16"] - places["3-15"] > 0.3
+    notes = {note.text: (note.x, note.y) for note in figure.layout.annotations}
+    assert notes == {
+        "L16H0": (0, places["16"]),
+        "L17H3": (3, places["17"]),
+        "L2H1": (1, places["2"]),
+        "L28H8": (8, places["28"]),
+    }
+    (dots,) = [trace for trace in figure.data if trace.name == "heads"]
+    assert len(dots.x) == 5 * 9, "those of layers with a line of their own"
+    assert figure.layout.height < 900
+    for edge in edges(figure):
+        start, end = edge.name.split(" → ")
+        np.testing.assert_allclose([edge.x[0], edge.y[0]], notes[start], atol=1e-12)
+        np.testing.assert_allclose([edge.x[-1], edge.y[-1]], notes[end], atol=1e-12)
+    few = deep_graph(((1, 0), (6, 3)), n_layers=8)
+    assert list(few.layout.yaxis.ticktext) == [str(layer) for layer in range(8)]
+
+
+def test_edges_of_the_outermost_heads_stay_within_the_figure():
+    for head in (0, 8):
+        between = [((layer, head), (layer + 1, head)) for layer in range(5, 12)]
+        figure = deep_graph(((2, head), (28, head)), *between)
+        left, right = figure.layout.xaxis.range
+        for edge in edges(figure):
+            assert left < min(edge.x)
+            assert max(edge.x) < right
+        (long,) = [edge for edge in edges(figure) if edge.name.startswith("L2H")]
+        assert max(abs(x - head) for x in long.x) > 0.4, "it still goes around the heads in between"
 
 
 def test_edges_and_heads_say_their_scores_under_the_cursor():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -159,6 +160,35 @@ def test_attention_heatmap_has_tokens_on_both_axes() -> None:
     assert figure.layout.yaxis.autorange == "reversed"
     assert "L1H0" in figure.layout.title.text
     assert figure.data[0].hovertext[2][1] == "from <b>⏎</b> (2)<br>to <b>·a</b> (1)<br>attention 0.000"
+
+
+def test_attention_of_all_heads_is_drawn_unasked_each_by_its_name() -> None:
+    patterns = hand_made.attention()
+    figure = plot_attention_heatmap(patterns)
+    assert [trace.name for trace in figure.data] == ["L0H2", "L1H0"]
+    for trace, pattern in zip(figure.data, patterns.patterns, strict=True):
+        seen = torch.ones(3, 3).tril() > 0
+        np.testing.assert_allclose(trace.z[seen], pattern[seen], rtol=1e-6)
+    assert [note.text for note in figure.layout.annotations] == ["L0H2", "L1H0"]
+    assert "Attention of L0H2, L1H0 (0 to 1)" in figure.layout.title.text
+    assert "head" not in figure.layout.title.text
+    assert figure.data[1].hovertext[2][1].startswith("<b>L1H0</b><br>from <b>⏎</b> (2)")
+    assert [trace.showscale for trace in figure.data] == [True, False]
+
+
+def test_attention_of_some_heads_says_how_many_there_are() -> None:
+    patterns = hand_made.attention()
+    assert "one of 2 heads" in plot_attention_heatmap(patterns, 1).layout.title.text
+    many = dataclasses.replace(
+        patterns,
+        heads=((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)),
+        patterns=torch.eye(3).expand(5, 3, 3).clone(),
+    )
+    figure = plot_attention_heatmap(many)
+    assert [trace.name for trace in figure.data] == ["L0H0", "L0H1", "L0H2", "L1H0"]
+    assert "the first 4 of 5 heads; index= draws one" in figure.layout.title.text
+    alone = dataclasses.replace(patterns, heads=((0, 2),), patterns=patterns.patterns[:1])
+    assert "head" not in plot_attention_heatmap(alone).layout.title.text
 
 
 def test_attention_heatmap_thins_out_many_labels_at_their_places() -> None:

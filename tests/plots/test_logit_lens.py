@@ -13,13 +13,12 @@ import torch
 
 from mechlens.plots.logit_lens import (
     MAX_LINES,
-    MAX_POSITIONS,
     STATS,
     plot_lens_lines,
     plot_logit_lens,
     plot_sub_blocks,
 )
-from mechlens.plots.style import SEQUENTIAL, is_dark, sequential
+from mechlens.plots.style import SEQUENTIAL, WIDTH, is_dark, sequential
 from mechlens.results import LogitLensResult
 from tests.hand_made import lens, sub_block_lens
 
@@ -192,27 +191,36 @@ def plot_input(n_pos: int, n_rows: int = 2, token: str = " somewhat long") -> Lo
 
 @pytest.mark.parametrize(("n_pos", "n_rows"), [(1, 2), (8, 13), (40, 13), (40, 49), (5, 145)])
 def test_every_cell_has_room_for_its_text(n_pos, n_rows):
-    figure = plot_logit_lens(plot_input(n_pos, n_rows))
+    found = plot_input(n_pos, n_rows)
+    figure = plot_logit_lens(found, positions=found.positions)
     size = figure.data[0].textfont.size
     width = (figure.layout.width - 168) / n_pos
     height = (figure.layout.height - 200) / n_rows
     longest = max(len(text) for line in cells(figure) for text in line)
-    assert size >= 11
+    assert size >= (11 if n_rows < 100 else 9)
     # letters of a sans serif font are about half as wide as high
     assert width >= 0.5 * size * longest
-    assert height >= 1.5 * size
+    assert height >= 1.4 * size
     # long tokens are shortened where many stand beside one another
     assert longest >= 7
     assert width <= (60 if n_pos == 40 else 400)
     assert len(figure.layout.yaxis.ticktext) == n_rows
 
 
-def test_a_long_text_is_no_figure_unless_its_positions_are_chosen():
-    found = plot_input(MAX_POSITIONS + 1)
-    with pytest.raises(ValueError, match=r"65 positions were read, but .* 64 unasked: choose which with pos"):
-        plot_logit_lens(found)
+def test_of_a_long_text_the_last_positions_are_drawn_that_fit_and_it_says_so():
+    found = plot_input(65)
+    figure = plot_logit_lens(found)
+    n_drawn = len(figure.data[0].x)
+    # six letters of each token and an ellipsis, at some 55 pixels
+    assert 15 <= n_drawn <= 20
+    assert figure.layout.width <= WIDTH
+    assert f"the last {n_drawn} of 65 positions; positions= chooses others" in figure.layout.title.text
+    assert f"position {65 - n_drawn}<" in figure.data[0].hovertext[0][0]
+    assert "position 64<" in figure.data[0].hovertext[0][-1]
     assert len(plot_logit_lens(found, positions=found.positions).data[0].x) == 65
-    assert len(plot_logit_lens(plot_input(MAX_POSITIONS)).data[0].x) == 64
+    short = plot_logit_lens(plot_input(20, token="a"))
+    assert len(short.data[0].x) == 20, "short tokens leave room for more"
+    assert "positions" not in short.layout.title.text
 
 
 def test_the_title_names_the_statistic():
@@ -401,5 +409,5 @@ def test_labels_of_many_layers_keep_their_distance():
 
 def test_a_star_is_no_wider_than_an_ellipsis():
     for token, shown in ((" after", "·after*"), (" afternoon", "·afte…*")):
-        right = plot_logit_lens(plot_input(40, token=token)).layout.xaxis2.ticktext
+        right = plot_logit_lens(plot_input(40, token=token), positions=range(40)).layout.xaxis2.ticktext
         assert right == (shown,) * 39 + ("",)

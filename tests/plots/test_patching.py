@@ -11,6 +11,7 @@ import torch
 
 from mechlens.plots.patching import cell_label, metric_unit, plot_head_effects, plot_patch_grid
 from mechlens.plots.style import DIVERGING, SEQUENTIAL
+from mechlens.results import PatchGridResult
 from tests import hand_made
 
 EFFECTS = [[1.0, 0.5, 0.0], [-0.5, 0.0, 0.25]]
@@ -147,3 +148,59 @@ def test_names_of_cells_and_units():
         "L1H2 at 3",
     ]
     assert [metric_unit(each) for each in ("loss", "logit_diff", "mine")] == ["nats", "logits", ""]
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def by_head(values: torch.Tensor) -> PatchGridResult:
+    """A grid by layer and head, of one prompt, with these effects."""
+    n_layers, n_heads = values.shape
+    return dataclasses.replace(
+        hand_made.patch_grid(axes=("layer", "head")),
+        layers=tuple(range(n_layers)),
+        heads=tuple(range(n_heads)),
+        values=1 + values[None],
+    )
+
+
+def test_cells_of_a_small_grid_hold_their_numbers():
+    (cells,) = plot_patch_grid(hand_made.patch_grid(axes=("layer", "head"))).data
+    assert [list(line) for line in cells.text] == [["1.00", "0.50", "0.00"], ["−0.50", "0.00", "0.25"]]  # noqa: RUF001
+    assert cells.texttemplate == "%{text}"
+    title = plot_patch_grid(hand_made.patch_grid(axes=("layer", "head"))).layout.title.text
+    # L0H1 and L1H0 are as large: the earlier comes first; what changes nothing is not named
+    assert "largest effects: L0H0 1.00, L0H1 0.50, L1H0 −0.50" in title  # noqa: RUF001
+
+
+def test_of_a_large_grid_the_largest_effects_are_written_and_named():
+    effects = torch.zeros(30, 9)
+    effects[23, 3], effects[20, 0], effects[24, 4], effects[29, 0], effects[2, 1] = 3.0, 2.0, -2.5, -0.5, 0.75
+    figure = plot_patch_grid(by_head(effects))
+    written = {
+        (layer, head): text
+        for layer, line in enumerate(figure.data[0].text)
+        for head, text in enumerate(line)
+        if text
+    }
+    assert written == {(23, 3): "3.00", (24, 4): "−2.50", (20, 0): "2.00", (2, 1): "0.75", (29, 0): "−0.50"}  # noqa: RUF001
+    assert "largest effects: L23H3 3.00, L24H4 −2.50, L20H0 2.00<" in figure.layout.title.text  # noqa: RUF001
+
+
+def test_cells_without_room_hold_no_numbers_but_are_named():
+    effects = torch.zeros(2, 64)
+    effects[1, 40] = 1.0
+    figure = plot_patch_grid(by_head(effects))
+    assert figure.data[0].text is None
+    assert "largest effects: L1H40 1.00<" in figure.layout.title.text
+    nothing = plot_patch_grid(by_head(torch.zeros(2, 3)))
+    assert "no effects" in nothing.layout.title.text
+
+
+def test_positions_are_named_with_their_tokens():
+    title = plot_patch_grid(hand_made.patch_grid()).layout.title.text
+    # of position 1 layer 0 alone is named
+    words = "largest by position: L0 at 1 ·a 1.00, L0 at 2 ⏎ 0.50, L1 at 3 &lt;b&gt;&#36;x&#36; 0.25<"
+    assert words in title
+    several = plot_patch_grid(hand_made.patch_grid(n_prompts=2)).layout.title.text
+    assert "L0 at 1 1.12" in several
