@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mechlens.terminal.attention import attention_json, print_attention
+from mechlens.terminal.attribution import attribution_json, print_attribution
 from mechlens.terminal.circuits import (
     circuit_json,
     composition_json,
@@ -33,8 +35,11 @@ from mechlens.terminal.tables import (
     print_table,
     tolerance,
 )
+from mechlens.terminal.tuned_lens import print_tuned_lens, tuned_lens_json
 
 __all__ = [
+    "attention_json",
+    "attribution_json",
     "best_heads",
     "circuit_json",
     "complete_search_json",
@@ -48,6 +53,8 @@ __all__ = [
     "lens_json",
     "number",
     "plain",
+    "print_attention",
+    "print_attribution",
     "print_circuit",
     "print_complete_search",
     "print_composition",
@@ -62,5 +69,7 @@ __all__ = [
     "print_json",
     "print_lens",
     "print_table",
+    "print_tuned_lens",
     "tolerance",
+    "tuned_lens_json",
 ]
