@@ -31,7 +31,8 @@ def announce(text: str, *, seconds: float, progress: bool | None) -> None:
     """One line on standard error before work begins, where there is a bar for it.
 
     Args:
-        seconds: how long the work is going to take: where nobody asked for a bar, short work is not announced.
+        seconds: how long the work is going to take; where nobody asked for a bar, short work is not
+            announced.
         progress: as for `progress_bar`.
     """
     if progress or (progress is None and seconds > DELAY and _is_watched()):

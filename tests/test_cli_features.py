@@ -19,6 +19,7 @@ from mechlens.analyses.features import (
     search_greedy,
 )
 from mechlens.models.load import load_model
+from mechlens.models.sampling import sample_tokens
 from mechlens.models.untrained import random_like
 from mechlens.results import (
     CompleteSearch,
@@ -135,7 +136,6 @@ BEFORE_LOADING = [
     (["gradient", "--layer", "0:2"], "Invalid value for '--layer'"),
     (["align", "--out", "x.safetensors"], "holds one comparison: leave out --against and add --no-random"),
     (["align", "--no-random", "--layer", "3"], "one layer has no other to be compared with"),
-    (["examples"], "Missing argument"),
     (["examples", "nowhere.txt"], "there is no corpus nowhere.txt"),
     (["examples", "/", "--length", "0"], "Invalid value for '--length'"),
     (
@@ -454,6 +454,11 @@ def test_every_option_of_examples_reaches_the_analysis(capsys, tmp_path, directo
     path = saved(capsys, tmp_path, directory, "examples", corpus)
     expected = feature_examples(model, corpus, layers=[1], features=range(4))
     assert_same(FeatureExamples.load(path), expected)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    path = saved(capsys, tmp_path, directory, "examples", corpus, other)
+    expected = feature_examples(model, [corpus, other], layers=[1], features=range(4))
+    assert_same(FeatureExamples.load(path), expected)
     arguments = ["-l", 0, "-f", 3, "--top", 2, "--length", 8, "--limit", 5, "--no-bos", "--site", "post"]
     path = saved(capsys, tmp_path, directory, "examples", corpus, *arguments)
     expected = feature_examples(
@@ -467,6 +472,14 @@ def test_every_option_of_examples_reaches_the_analysis(capsys, tmp_path, directo
         prepend_bos=False,
         site="post",
     )
+    assert_same(FeatureExamples.load(path), expected)
+
+
+def test_examples_without_files_are_of_what_the_model_writes(capsys, tmp_path, directory, model):
+    options = ["--length", 8, "--limit", 5, "--seed", 3]
+    path = saved(capsys, tmp_path, directory, "examples", *options)
+    written = sample_tokens(model, batch=5, seq_len=8, seed=3)
+    expected = feature_examples(model, written, layers=[1], features=range(4))
     assert_same(FeatureExamples.load(path), expected)
 
 

@@ -89,6 +89,7 @@ def test_an_unknown_command_imports_nothing_heavy(words):
         ["lens", "a b", "--dtype", "int8"],
         ["heads", "--threshold", "2"],
         ["heads", "--batch", "many"],
+        ["train-lens", "--out", "x.safetensors", "--learning-rate", "nan"],
         ["patch", "--site", "mlp"],
         ["patch", "--by", "head", "--site", "mlp_out"],
         ["ablate", "heads", "--how", "half"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +37,8 @@ MOST_HELD_OUT = 64
 """Windows that are held out unasked, at most."""
 RESIDUAL_BYTES = 256 * 2**20
 """Memory for the residual vectors of all rows, of as many windows as are run at once."""
+RATE_FLOP = 30 * 10**9
+"""Of the product by which the machine is measured: some tenths of a second."""
 SAVE_SECONDS = 60.0
 """Between two saves of the state."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -176,18 +177,18 @@ def train_tuned_lens(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """The arithmetic of training a tuned lens, before it begins. An addition or a multiplication is a FLOP."""
+    """What training a tuned lens takes. One addition or multiplication of floats is a FLOP."""
 
     step_tokens: int
     step_flop: int
-    """One forward pass over a batch, and for each row its translator and two products with `W_U`: logits, and
-    what comes back from them. The model's own distribution takes as many once."""
+    """One forward pass over a batch, and for each row its translator and two products with `W_U`: logits,
+    and what comes back from them. The model's own distribution takes as many once."""
     held_out_tokens: int
     held_out_flop: int
-    """The same of what is held out: one forward pass, and the logits of each row with and without translator."""
+    """Of all that is held out: one forward pass, and the logits of each row with and without translator."""
     bytes: int
-    """Of memory beside the model: the translators with Adam's two means and, while a step replaces them, their
-    gradients and successors; residual vectors; a float32 `W_U`."""
+    """Of memory beside the model: the translators with Adam's two means and, while a step replaces them,
+    their gradients and successors; residual vectors; a float32 `W_U`."""
 
     def seconds(self, steps: int, rate: float) -> float:
         """How long so many steps and measuring take, at a rate in FLOP per second."""
@@ -252,14 +253,14 @@ def _rate(head: _Head) -> float:
     """FLOP per second of what training does most: a gradient through a part of the vocabulary."""
     reader, draw = head.reader, torch.Generator().manual_seed(0)
     vectors = torch.randn(CHUNK, len(reader.W_U), generator=draw).to(reader.W_U)
-    reader, seconds = dataclasses.replace(reader, soft_cap=None), []
-    for _ in range(6):
+    of_tile = 4 * vectors.numel() * reader.width
+    # of more weights than a cache holds, as while it trains
+    n_tiles = min(max(1, RATE_FLOP // of_tile), -(-reader.d_vocab // reader.width))
+    reader = dataclasses.replace(reader, soft_cap=None)
+    for n in (1, n_tiles):  # the first one also takes memory
         start = time.perf_counter()
-        mean, _log_total = reader.expected_column(vectors, n_tiles=4)
-        float(mean.sum())  # a GPU has not begun before somebody waits for it
-        seconds.append(time.perf_counter() - start)
-    # the first one also takes memory
-    return 4 * vectors.numel() * min(4 * reader.width, reader.d_vocab) / statistics.median(seconds[1:])
+        float(reader.expected_column(vectors, n_tiles=n)[0].sum())  # a GPU begins when somebody waits for it
+    return n_tiles * of_tile / (time.perf_counter() - start)
 
 
 def _minutes(seconds: float) -> str:

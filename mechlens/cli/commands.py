@@ -48,6 +48,21 @@ COMMANDS = {
         "Read every layer as if it were the last.",
         'lens "The captain of the ship" --stat kl --out lens.html',
     ),
+    "train-lens": Command(
+        "train_lens:train_lens",
+        "Train a tuned lens on text.",
+        "train-lens --out lens.safetensors --steps 40",
+    ),
+    "attribution": Command(
+        "attribution:attribution",
+        "Split a logit into what each component adds.",
+        'attribution "The captain of the" --target " ship" --out attribution.html',
+    ),
+    "attention": Command(
+        "attention:attention",
+        "Show what heads attend to.",
+        'attention "Mr. Pickwick met Mr. Pickwick" --head L3H5 --out attention.html',
+    ),
     "patch": Command(
         "patching:patch",
         "Patch one activation at a time.",

@@ -49,7 +49,6 @@ StateOption = Annotated[
 OutOption = Annotated[
     Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
 ]
-NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
 
 _WORDS = {
     "top_k must": "--top must",

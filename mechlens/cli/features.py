@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +12,6 @@ from mechlens.cli.feature_options import (
     BosOption,
     FeaturesOption,
     LayersOption,
-    NoSeedOption,
     OutOption,
     PrefixOption,
     SiteOption,
@@ -27,6 +25,7 @@ from mechlens.cli.options import (
     HelpOption,
     JsonOption,
     ModelOption,
+    NoSeedOption,
     QuietOption,
     RevisionOption,
 )
@@ -458,12 +457,10 @@ def align(
 
 @features.command(
     epilog="Example: mechlens features examples texts.jsonl --layer 3 --feature 7 --limit 1000",
-    short_help="Find the contexts of a corpus that excite each feature most.",
+    short_help="Find the contexts of real text that excite each feature most.",
 )
 def examples(
-    corpus: Annotated[
-        str, typer.Argument(help="A .txt, .jsonl or .jsonl.gz file (field text), or a folder of those.")
-    ],
+    files: options.CorpusArgument = None,
     layer: LayersOption = None,
     feature: FeaturesOption = None,
     top: Annotated[int, typer.Option(min=1, help="How many contexts of each feature to keep.")] = 5,
@@ -471,7 +468,8 @@ def examples(
         int | None, typer.Option(min=1, help="Tokens in a context. [default: 128, or what the model holds]")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Contexts to read at most. [default: the whole corpus]")
+        int | None,
+        typer.Option(min=1, help="Contexts to read at most. [default: all]"),
     ] = None,
     bos: options.BosOption = None,
     site: SiteOption = "resid_post",
@@ -482,17 +480,17 @@ def examples(
     dtype: DtypeOption = "float32",
     revision: RevisionOption = None,
     cache: CacheOption = True,
-    seed: NoSeedOption = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of what the model writes itself.")] = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the contexts of a corpus that excite each feature most, and mark the token that does. Without
-    --layer of the last layer, without --feature of features 0 to 3."""
+    """Find the contexts of real text that excite each feature most, and mark the token that does. Without
+    FILES in what the model writes itself, without --layer of the last layer, without --feature of features 0
+    to 3."""
     given = dict(locals())
     layers, wanted = shared.numbers("--layer", layer) or [-1], shared.numbers("--feature", feature)
     shared.check_common(given)
-    if not Path(corpus).exists():
-        raise ValueError(f"there is no corpus {corpus}: it is a file or a folder")
+    options.check_corpus(files)
     # each in each layer
     shared.check_page(out, len(layers) * len(wanted or range(4)), "contexts")
     loaded = shared.load(given)
@@ -502,7 +500,7 @@ def examples(
     with shared.as_typed(), options.saving_progress(state):
         found = feature_examples(
             loaded,
-            corpus,
+            options.corpus(files, loaded, length=length, windows=limit, bos=bos, seed=seed, quiet=quiet),
             layers=layers,
             features=wanted or range(min(4, shared.n_features(loaded, site))),
             site=site,

@@ -18,6 +18,7 @@ from mechlens.cli.options import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    NoSeedOption,
     QuietOption,
     RevisionOption,
 )
@@ -124,7 +125,7 @@ def lens(
     checkpoint: Annotated[
         int | None, typer.Option(help="A training step of the model, where it has published ones.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="No effect: nothing is drawn.")] = 0,
+    seed: NoSeedOption = 0,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False,

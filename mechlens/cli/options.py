@@ -54,6 +54,7 @@ SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
 ]
 SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="How many seeds.")]
+NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Random tokens in one copy.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per seed.")]
 BosOption = Annotated[
@@ -61,6 +62,17 @@ BosOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+TextArgument = Annotated[str, typer.Argument(help="What the model reads.")]
+CorpusArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILES]...",
+        help=".txt, .jsonl or .jsonl.gz files (field text), or folders of those. [default: what the model "
+        "writes itself]",
+    ),
+]
+OWN_WINDOWS = 128
+"""Windows of text that a model writes itself, where nobody asks for fewer."""
 
 
 _NOT_WRITTEN = ("state", "quiet", "cache", "as_json", "as_csv")
@@ -160,6 +172,38 @@ def check_known(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         one_of = "one of " if len(known) > 1 else ""
         raise ValueError(f"{option} must be {one_of}{', '.join(known)}, but is {given!r}")
+
+
+def check_corpus(files: Sequence[str] | None) -> None:
+    for file in files or ():
+        if not Path(file).exists():
+            raise ValueError(f"there is no corpus {file}: it is a file or a folder")
+
+
+def corpus(
+    files: Sequence[str] | None,
+    model: LensModel,
+    *,
+    length: int | None,
+    windows: int | None,
+    bos: bool | None,
+    seed: int,
+    quiet: bool,
+) -> Any:
+    """The files, or text that the model writes itself."""
+    if files:
+        return [Path(file) for file in files]
+    from mechlens.corpus import LENGTH
+    from mechlens.models.sampling import sample_tokens
+
+    return sample_tokens(
+        model,
+        batch=min(windows or OWN_WINDOWS, OWN_WINDOWS),
+        seq_len=length or min(LENGTH, model.cfg.n_ctx),
+        seed=seed,
+        prepend_bos=bos,
+        progress=progress(quiet),
+    )
 
 
 def check_file(out: Path | None, endings: Sequence[str]) -> None:

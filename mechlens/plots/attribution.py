@@ -50,16 +50,14 @@ def plot_attribution(
         if not -count <= index < count:
             raise ValueError(f"there is no {name} {index}: there are {count}")
     check_counts(largest=largest)
-    values = dict(
-        zip(result.components, result.contributions[:, row, position].double().tolist(), strict=True)
-    )
+    values = _values(result, row, position)
     n_layers, n_heads = result.model.n_layers, result.model.n_heads
     has_mlp = "L0 MLP" in values
     # an empty column sets what is no head apart
     columns = [*(f"H{head}" for head in range(n_heads)), "", " bias", *([" MLP"] if has_mlp else [])]
     names = [[f"L{layer}{column}" if column else "" for column in columns] for layer in range(n_layers)]
     cells = [[values.get(name, math.nan) for name in line] for line in names]
-    of_layers = {name: value for name, value in values.items() if component_place(name)[0] is not None}
+    of_layers = {name: value for name, value in values.items() if _of_layer(name)}
     high = max(1e-6, *map(abs, of_layers.values()))
     digits = 2 if n_heads <= 8 else 1
     # a cell without a component stays empty; more than 16 heads leave no room
@@ -120,7 +118,7 @@ def plot_attribution(
     room = 0.28 * max(high_end - low_end, 1e-6)
     figure.update_layout(
         template=TEMPLATE,
-        title_text=_title(result, row, position),
+        title_text=titles(*attribution_title(result, row=row, position=position)),
         width=min(WIDTH, 560 + len(columns) * (52 if n_heads <= 8 else 40 if n_heads <= 16 else 20)),
         height=max(
             200 + n_layers * (46 if n_layers <= 6 else 30 if n_layers <= 24 else 16), 190 + 21 * len(bars)
@@ -157,7 +155,17 @@ def _bars(values: dict[str, float], of_layers: dict[str, float], largest: int) -
     return bars | ({f"{len(rest)} others": sum(values[name] for name in rest)} if rest else {})
 
 
-def _title(result: LogitAttribution, row: int, position: int) -> str:
+def largest_parts(
+    result: LogitAttribution, *, row: int = 0, position: int = -1, largest: int = 12
+) -> dict[str, float]:
+    """What the bars of `plot_attribution` show: by component what it adds; last what is left."""
+    values = _values(result, row, position)
+    return _bars(values, {name: value for name, value in values.items() if _of_layer(name)}, largest)
+
+
+def attribution_title(result: LogitAttribution, *, row: int = 0, position: int = -1) -> tuple[str, str, str]:
+    """What is explained: the logit, the model, and after which tokens."""
+
     def shown(token: int) -> str:
         return f"“{visible_token(result.strings[str(token)], longest=_LONGEST)}”"
 
@@ -168,8 +176,17 @@ def _title(result: LogitAttribution, row: int, position: int) -> str:
     read = result.tokens[row, : at + 1].tolist()[-6:]
     text = "".join(visible_token(result.strings[str(token)], longest=_LONGEST) for token in read)
     text = ("…" if at >= len(read) else "") + text
-    return titles(
+    return (
         f"Direct attribution of the {of}: {number(float(result.logit[row, position]), 2)}",
         result.model.name,
         f"after {text} (position {at})",
     )
+
+
+def _values(result: LogitAttribution, row: int, position: int) -> dict[str, float]:
+    added = result.contributions[:, row, position].double().tolist()
+    return dict(zip(result.components, added, strict=True))
+
+
+def _of_layer(component: str) -> bool:
+    return component_place(component)[0] is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mechlens.report.attribution import attribution_section
 from mechlens.report.circuits import circuit_section, composition_section
 from mechlens.report.feature_alignment import feature_alignment_section
 from mechlens.report.features import (
@@ -30,6 +31,7 @@ __all__ = [
     "Section",
     "Table",
     "attention_section",
+    "attribution_section",
     "circuit_section",
     "complete_search_section",
     "composition_section",

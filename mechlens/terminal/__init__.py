@@ -7,6 +7,8 @@ from mechlens.terminal.architectures import (
     architectures_markdown,
     print_architectures,
 )
+from mechlens.terminal.attention import attention_json, print_attention
+from mechlens.terminal.attribution import attribution_json, print_attribution
 from mechlens.terminal.circuits import (
     circuit_json,
     composition_json,
@@ -38,10 +40,13 @@ from mechlens.terminal.tables import (
     print_table,
     tolerance,
 )
+from mechlens.terminal.tuned_lens import print_tuned_lens, tuned_lens_json
 
 __all__ = [
     "architectures_json",
     "architectures_markdown",
+    "attention_json",
+    "attribution_json",
     "best_heads",
     "circuit_json",
     "complete_search_json",
@@ -56,6 +61,8 @@ __all__ = [
     "number",
     "plain",
     "print_architectures",
+    "print_attention",
+    "print_attribution",
     "print_circuit",
     "print_complete_search",
     "print_composition",
@@ -70,5 +77,7 @@ __all__ = [
     "print_json",
     "print_lens",
     "print_table",
+    "print_tuned_lens",
     "tolerance",
+    "tuned_lens_json",
 ]

@@ -282,20 +282,18 @@ def test_the_bar_shows_the_loss(tiny_bos_model, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "options", "held_out"),
+    ("count", "steps", "held_out"),
     [
-        (9, {"steps": 50}, 1),  # 3 windows make a batch
-        (62, {"steps": 50}, 6),  # a tenth of what there is
-        (200, {"steps": 6}, 2),  # 18 are trained on; more are not read
-        (2000, {"steps": 400}, 64),
+        (9, 50, 1),  # 3 windows make a batch
+        (62, 50, 6),  # a tenth of what there is
+        (200, 6, 2),  # 18 are trained on; more are not read
+        (2000, 400, 64),
     ],
 )
-def test_a_share_of_what_there_is_is_held_out(tiny_bos_model, count, options, held_out) -> None:
-    train, rest = module._windows(
-        tiny_bos_model, windows(count), None, options["steps"], 24, None, None, None
-    )
+def test_a_share_of_what_there_is_is_held_out(tiny_bos_model, count, steps, held_out) -> None:
+    train, rest = module._windows(tiny_bos_model, windows(count), None, steps, 24, None, None, None)
     assert len(rest) == held_out
-    assert len(train) == min(3 * options["steps"], count - held_out)
+    assert len(train) == min(3 * steps, count - held_out)
     found = {tuple(row) for row in rest.tolist()}
     assert len(found) == held_out
     assert not found & {tuple(row) for row in train.tolist()}
