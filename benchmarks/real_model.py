@@ -2,9 +2,9 @@
 
     python benchmarks/real_model.py [--only heads lens ...]
 
-Every figure is a single run, as a person makes it, on all cores. Beside it stand the arithmetic and how fast it
-was done, as a share of what one large product does in the same minute: seconds depend on the machine and on who
-else uses it, the share much less.
+Every figure is a single run, as a person makes it, on all cores. Beside it stand the arithmetic and how fast
+it was done, as a share of what one large product does in the same minute: seconds depend on the machine and
+on who else uses it, the share much less.
 """
 
 from __future__ import annotations

@@ -154,7 +154,9 @@ def measure_circuits(
             ),
             f"score {names}": Measured(f"induction score of {induction}", evidence["induction_score"], DRAWN),
             f"ablated {names}": Measured(
-                f"induction score of {induction} without {previous} in its keys", evidence["score_path"], DRAWN
+                f"induction score of {induction} without {previous} in its keys",
+                evidence["score_path"],
+                DRAWN,
             ),
         }
     return study, measured
