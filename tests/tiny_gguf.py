@@ -16,15 +16,29 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 288}
 PLAIN = {"F32": np.float32, "F16": np.float16}
 
 
-def write_gguf(path: Path, kind: str = "F32", *, tokenizer: bool = True, **changes: Any) -> Any:
-    """Write a tiny Llama; returns the Hugging Face model that it was made of.
+# What a file cannot say is as in real models: Gemma's scale is that of heads of 256, its caps are 50 and 30.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SHAPE,
+    "qwen2": SHAPE,
+    "gemma2": SHAPE
+    | {"head_dim": 256, "query_pre_attn_scalar": 256}
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+}
+
+
+def write_gguf(
+    path: Path, kind: str = "F32", *, family: str = "llama", tokenizer: bool = True, **changes: Any
+) -> Any:
+    """Write a tiny model; returns the Hugging Face model that it was made of.
 
     Args:
         kind: GGML's type of the matrices; vectors are float32, as in real files.
+        family: one of `FAMILIES`.
         changes: settings of the file, by key; None leaves one out.
     """
-    model = tiny_hf_model("llama", **SHAPE)
+    model = tiny_hf_model(family, **FAMILIES[family])
     config = model.config
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     settings: dict[str, Any] = {
         "llama.block_count": config.num_hidden_layers,
         "llama.context_length": config.max_position_embeddings,
@@ -34,10 +48,19 @@ def write_gguf(path: Path, kind: str = "F32", *, tokenizer: bool = True, **chang
         "llama.attention.head_count_kv": config.num_key_value_heads,
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "llama.rope.freq_base": 500.0,
-        "llama.rope.dimension_count": config.hidden_size // config.num_attention_heads,
+        "llama.rope.dimension_count": d_head,
         "llama.vocab_size": config.vocab_size,
     }
-    architecture = changes.pop("architecture", "llama")
+    settings = {key.replace("llama", family): value for key, value in settings.items()}
+    if family == "gemma2":
+        settings |= {
+            "gemma2.attention.key_length": d_head,
+            "gemma2.attention.value_length": d_head,
+            "gemma2.attention.sliding_window": config.sliding_window,
+            "gemma2.attn_logit_softcapping": config.attn_logit_softcapping,
+            "gemma2.final_logit_softcapping": config.final_logit_softcapping,
+        }
+    architecture = changes.pop("architecture", family)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (settings | changes).items():
         if isinstance(value, bool):
@@ -50,9 +73,13 @@ def write_gguf(path: Path, kind: str = "F32", *, tokenizer: bool = True, **chang
             writer.add_uint32(key, value)
     if tokenizer:
         _add_tokenizer(writer, config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if family != "llama":
+        heads = {}
     for name, weight in model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
         stem, _, suffix = name.rpartition(".")
         values = weight.numpy()
         n_heads = heads.get(stem.rpartition(".")[2])
@@ -60,6 +87,9 @@ def write_gguf(path: Path, kind: str = "F32", *, tokenizer: bool = True, **chang
             # llama.cpp rotates neighbours, Hugging Face the two halves
             halves = values.reshape(n_heads, 2, -1, values.shape[-1])
             values = halves.swapaxes(1, 2).reshape(values.shape)
+        if family == "gemma2" and stem.endswith("norm"):
+            # llama.cpp multiplies by the weight, Hugging Face by 1 + weight
+            values = 1 + values
         own = f"{names.get_name(stem)}.{suffix}"
         if values.ndim == 1 or kind in PLAIN:
             writer.add_tensor(

@@ -264,6 +264,8 @@ _CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1.0,),
 }
 """Values of others that are as if they were not said."""
+_OF_THE_LARGEST = {"gemma2": 46, "gemma3": 62}
+"""Blocks of the one Gemma of its kind whose attention scale is not that of its heads' width."""
 _NO_MATTER = ("tensor_data_layout", "rope.scaling.original_context_length")
 
 
@@ -285,6 +287,12 @@ def check_understood(header: Header, config: Any, path: Path) -> None:
         own = _own_value(config, _SAID_TWICE[name]) if name in _SAID_TWICE else None
         if own is None or isinstance(value, str) or not math.isclose(own, value, rel_tol=1e-6):
             lost.append(f"{key} = {value}")
+    if header.architecture in _OF_THE_LARGEST:
+        # no file says it; llama.cpp goes by the size, transformers' reader takes 256 for all
+        largest = config.num_hidden_layers == _OF_THE_LARGEST[header.architecture]
+        width = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+        if config.query_pre_attn_scalar != width:
+            lost.append(f"an attention scale of 1 / sqrt({width})")
     if lost:
         raise ModelLoadError(
             f"{path} has what transformers' reader of GGUF passes over ({', '.join(lost)}), so the model "

@@ -20,8 +20,9 @@ from mechlens.models import gguf, hub
 from mechlens.models.errors import ModelLoadError
 from mechlens.models.load import load_model
 from mechlens.models.protocol import describe
+from tests import tiny_gguf
 from tests.models.test_load import BACKENDS, TOLERANCE, log_probs, tokens_for
-from tests.tiny_gguf import largest_loss, write_gguf
+from tests.tiny_gguf import FAMILIES, largest_loss, write_gguf
 
 KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")
 
@@ -50,16 +51,30 @@ def test_weights_are_the_sources_within_what_the_format_loses(tmp_path, kind):
 
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_log_probs_are_those_of_the_source(tmp_path, backend, processing):
-    source, tokens = write_gguf(tmp_path / "tiny.gguf"), tokens_for(258)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_those_of_the_source(tmp_path, family, backend, processing):
+    source, tokens = write_gguf(tmp_path / "tiny.gguf", family=family), tokens_for(258)
     model = load_model(tmp_path / "tiny.gguf", backend=backend, processing=processing)
     with torch.no_grad():
         expected = source(tokens).logits.log_softmax(-1)
     assert (log_probs(model, tokens) - expected).abs().max() < TOLERANCE
     info = describe(model)
-    assert (info.name, info.quantization) == ("tiny", "F32 (21 tensors)")
+    # but for an unembedding that is tied
+    n_tensors = len(source.state_dict()) - source.config.tie_word_embeddings
+    assert (info.name, info.quantization) == ("tiny", f"F32 ({n_tensors} tensors)")
+    if family != "llama":
+        return  # whose tokenizers are of other kinds
     assert model.tokenizer.bos_token == "<s>"
     assert model.to_str_tokens("the tree") == ["<s>", "the", " ", "t", "r", "e", "e"]
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 16}, {"num_hidden_layers": 46, "head_dim": 8}], ids=str)
+def test_a_gemma_whose_attention_scale_no_file_says(tmp_path, monkeypatch, changes):
+    """llama.cpp goes by the size of the model; transformers' reader takes that of heads of 256 for all."""
+    monkeypatch.setitem(tiny_gguf.FAMILIES, "gemma2", FAMILIES["gemma2"] | changes)
+    write_gguf(tmp_path / "tiny.gguf", family="gemma2")
+    with pytest.raises(ModelLoadError, match=r"passes over \(an attention scale of 1 / sqrt\(16\)\)"):
+        load_model(tmp_path / "tiny.gguf")
 
 
 def test_how_it_was_quantized_stands_in_saved_results(tmp_path):
