@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rich.cells import cell_len
 
 from mechlens.results import LogitLensResult
-from mechlens.terminal import lens_json, print_lens
+from mechlens.terminal import lens_json, print_json, print_lens
 from mechlens.terminal.lens import LAST_ROWS, MAX_POSITIONS, MAX_ROWS
 from tests.hand_made import deep_lens, lens
 
@@ -229,3 +230,13 @@ def test_json_has_every_cell_with_its_likely_tokens():
         {"guess": " a", "probability": 0.125},
     ]
     assert cell["kl_final"] == 0.5
+
+
+def test_json_of_heads_has_their_layer_and_head(capsys):
+    heads = dataclasses.replace(lens(), component="result", rows=("embed", "L12H3"))
+    print_json(lens_json(heads))
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [(cell["row"], cell["layer"], cell["head"]) for cell in cells[2:4]] == [
+        ("embed", -1, None),
+        ("L12H3", 12, 3),
+    ]
