@@ -22,6 +22,7 @@ from mechlens.plots.style import (
     heatmap,
     number,
     titles,
+    turns,
     visible_token,
 )
 from mechlens.plots.views import View
@@ -273,9 +274,11 @@ def plot_attention(patterns: AttentionPatterns) -> View:
 
     Jupyter shows it without a network, `.write_html("attention.html")` saves it as a page. Attention is
     rounded to 3 decimals; invisible characters of tokens are shown as `visible_token` does, long tokens
-    shortened.
+    shortened. Where a turn of a conversation begins, its role stands before the token.
     """
     check_type("patterns", patterns, AttentionPatterns)
+    begins = turns(patterns.token_strings)
+    labels = [visible_token(token, longest=_LABEL) for token in patterns.token_strings]
     return View(
         "AttentionHeads",
         {
@@ -284,7 +287,9 @@ def plot_attention(patterns: AttentionPatterns) -> View:
                 for pattern in patterns.patterns.double().cpu().tolist()
             ],
             "attentionHeadNames": [head_label(*head) for head in patterns.heads],
-            "tokens": [visible_token(token, longest=_LABEL) for token in patterns.token_strings],
+            "tokens": [
+                f"{begins[at]}: {label}" if at in begins else label for at, label in enumerate(labels)
+            ],
             "maxValue": 1,
             "minValue": -1,
             "positiveColor": SEQUENTIAL[-1],
@@ -297,7 +302,8 @@ def plot_attention(patterns: AttentionPatterns) -> View:
 def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Figure:
     """Draw one head's attention as a heatmap: each row is a position that attends, from top to bottom.
 
-    Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions.
+    Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions. Turns
+    of a conversation have their role before their first token, and lines between them.
 
     Args:
         index: which of the result's heads; negative counts from the end.
@@ -317,9 +323,13 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Fi
     labels = [figure_text(visible_token(token, longest=_LABEL)) for token in patterns.token_strings]
     n_pos = len(tokens)
     step = math.ceil(n_pos / 40)
+    begins = turns(patterns.token_strings)
+    # of what is crowded, the beginnings of turns have labels
+    shown = [at for at in range(0, n_pos, step) if not any(abs(at - start) < step for start in begins)]
+    shown = sorted({*shown, *begins})
     axis = {
-        "tickvals": list(range(0, n_pos, step)),
-        "ticktext": labels[::step],
+        "tickvals": shown,
+        "ticktext": [f"<b>{begins[at]}</b> {labels[at]}" if at in begins else labels[at] for at in shown],
         "showgrid": False,
         **_NO_TICKS,
         "constrain": "domain",
@@ -353,6 +363,9 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int = 0) -> go.Fi
             **axis,
         },
     )
+    for start in filter(None, begins):
+        for add in (figure.add_vline, figure.add_hline):
+            add(start - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"})
     return figure
 
 
