@@ -145,9 +145,9 @@ def patch(
     if text is not None:
         prompt = prompt_tokens(loaded, options.prompt(loaded, text, chat), prepend_bos=bos)
         if corrupted is not None:
-            other = prompt_tokens(loaded, options.prompt(loaded, corrupted, chat), prepend_bos=bos)
-            check_equally_long(loaded, [prompt, other])
-            put = Corrupted(other)
+            there = prompt_tokens(loaded, options.prompt(loaded, corrupted, chat), prepend_bos=bos)
+            check_equally_long(loaded, [prompt, there])
+            put = Corrupted(there)
     else:
         drawn = repeated_tokens(loaded, seq_len=n_tokens, batch=batch or BATCH, seed=seed, prepend_bos=bos)
         prompt = drawn.tokens
