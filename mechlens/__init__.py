@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from mechlens.plots.logit_variance import plot_logit_variance
     from mechlens.plots.patching import plot_head_effects, plot_patch_grid
     from mechlens.plots.tuned_lens import plot_tuned_lens
-    from mechlens.prompts import repeated_tokens, text_tokens
+    from mechlens.prompts import chat_tokens, repeated_tokens, text_tokens
     from mechlens.report import write_report
     from mechlens.results import load
     from mechlens.studies.facts import read_facts
@@ -188,7 +188,7 @@ _HOMES = {
     "mechlens.plots.logit_variance": ("plot_logit_variance",),
     "mechlens.plots.patching": ("plot_head_effects", "plot_patch_grid"),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
-    "mechlens.prompts": ("repeated_tokens", "text_tokens"),
+    "mechlens.prompts": ("chat_tokens", "repeated_tokens", "text_tokens"),
     "mechlens.report": ("write_report",),
     "mechlens.results": ("load",),
     "mechlens.studies.facts": ("read_facts",),

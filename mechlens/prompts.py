@@ -141,10 +141,14 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
     Raises:
         ValueError: no tokenizer, an empty text, or more tokens than the model's context holds.
     """
-    tokens = text_ids(model, text, prepend_bos=prepend_bos)[None]
+    return _in_context(model, text_ids(model, text, prepend_bos=prepend_bos)[None], "text")
+
+
+def _in_context(model: Any, tokens: Int[Tensor, "1 pos"], what: str) -> Int[Tensor, "1 pos"]:
     if tokens.shape[1] > model.cfg.n_ctx:
         raise ValueError(
-            f"the text has {tokens.shape[1]} tokens, but the model's context is {model.cfg.n_ctx}: shorten it"
+            f"the {what} has {tokens.shape[1]} tokens, but the model's context is {model.cfg.n_ctx}: "
+            "shorten it"
         )
     return tokens
 
@@ -172,6 +176,62 @@ def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[T
     return torch.tensor(ids if bos is None or ids[0] == bos else [bos, *ids])
 
 
+def chat_tokens(
+    model: Any, messages: str | Sequence[Mapping[str, Any]], *, generation_prompt: bool = True
+) -> Int[Tensor, "1 pos"]:
+    """The tokens of a conversation as the model's chat template writes it, as one row.
+
+    These are the ids of the tokenizer's own `apply_chat_template`: BOS is where the template puts it, and
+    nowhere else. Every analysis takes them as its prompt, and pictures mark where each turn begins.
+
+    Args:
+        messages: mappings with a `role` (`system`, `user`, `assistant`, or what else the template knows) and
+            a `content`, in their order; a text alone is one message of the user's.
+        generation_prompt: end with what comes before an answer, so that the last position predicts its first
+            token.
+
+    Raises:
+        TypeError: no messages.
+        ValueError: no tokenizer or chat template, messages that the template refuses, or more tokens than the
+            model's context holds.
+    """
+    check_model(model)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not is_chat(messages):
+        raise TypeError(
+            "messages are a list of {'role': ..., 'content': ...}, or one text of the user's, but these are "
+            f"{str(messages)[:80]!r}"
+        )
+    for message in messages:
+        check_text(str(message["content"]), f"message of the {message['role']}")
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "this model has no chat template, so it knows no roles: give the prompt as text"
+            if model.tokenizer is not None
+            else "this model has no tokenizer, so it reads no text: pass token ids"
+        )
+    try:
+        encoded = model.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+    except Exception as error:  # a template is a program of the model's maker
+        raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+    return _in_context(model, torch.tensor(encoded["input_ids"])[None], "conversation")
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is messages, as `chat_tokens` takes them."""
+    return (
+        isinstance(prompt, (list, tuple))
+        and bool(prompt)
+        and all(isinstance(each, Mapping) and {"role", "content"} <= set(each) for each in prompt)
+    )
+
+
 def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
     """The rows of a prompt, on the CPU: texts' tokens, or a copy of ids, one sequence or several.
 
@@ -184,13 +244,7 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
     texts = as_texts(prompt)
     if texts is not None:
         rows = [text_tokens(model, text, prepend_bos=prepend_bos) for text in texts]
-        for row in rows:
-            if row.shape != rows[0].shape:
-                raise ValueError(
-                    "the texts must have equally many tokens, but here are "
-                    f"{rows[0].shape[1]}, {list(token_strings(model, rows[0][0]))}, and "
-                    f"{row.shape[1]}, {list(token_strings(model, row[0]))}"
-                )
+        check_equally_long(model, rows)
         return torch.cat(rows)
     tokens, mask = as_ids(prompt)
     if mask is not None and not bool(mask.all()):
@@ -203,15 +257,32 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
     return tokens
 
 
+def check_equally_long(model: Any, rows: Sequence[Tensor]) -> None:
+    """Make sure that texts have equally many tokens.
+
+    Raises:
+        ValueError: they have not; the tokens are shown.
+    """
+    for row in rows:
+        if row.shape != rows[0].shape:
+            raise ValueError(
+                "the texts must have equally many tokens, but here are "
+                f"{rows[0].shape[1]}, {list(token_strings(model, rows[0][0]))}, and "
+                f"{row.shape[1]}, {list(token_strings(model, row[0]))}"
+            )
+
+
 def as_texts(prompt: Any) -> list[str] | None:
     """The texts of a prompt; None for one of ids.
 
     Raises:
-        TypeError: some texts and something else.
+        TypeError: some texts and something else, or messages.
         ValueError: no text.
     """
     if isinstance(prompt, str):
         return [prompt]
+    if is_chat(prompt):
+        raise TypeError("these are messages: chat_tokens(model, messages) makes a prompt of them")
     if isinstance(prompt, (Tensor, Mapping)) or not isinstance(prompt, Iterable):
         return None
     entries = list(prompt)

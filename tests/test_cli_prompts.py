@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shlex
+import shutil
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from mechlens.analyses.attention import attention_patterns
 from mechlens.analyses.attribution import direct_logit_attribution
 from mechlens.analyses.tuned_lens import train_tuned_lens
 from mechlens.models.sampling import sample_tokens
-from mechlens.results import AttentionPatterns, LogitAttribution, TunedLens
+from mechlens.results import AttentionPatterns, HeadScores, LogitAttribution, TunedLens
 from tests.close import assert_same
 from tests.test_cli import run
 
@@ -44,6 +45,12 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["attention", "a b", "--head", "3.x"], "'3.x'"),
         (["attention", "a b", "--head", "L9H0"], "no head L9H0: the model has 4 layers"),
         (["attention", "a b", "--head", "L1H2", "--out", "no/x.csv"], "there is no folder"),
+        (["attention", "a b", "--head", "L1H2", "--chat"], "this model has no chat template"),
+        (["attention", "a b", "--head", "L1H2", "--chat", "--no-bos"], "leave out --no-bos"),
+        (["attribution", "a b", "--chat", "--bos"], "leave out --bos"),
+        (["lens", "a b", "--chat", "--bos"], "--chat puts BOS where the template has it"),
+        (["heads", "--chat"], "--chat is about a text: add --text"),
+        (["patch", "--chat"], "--chat is about a text: add --text"),
         (["train-lens"], "Missing option '--out'"),
         (["train-lens", "--out", "x.html"], "--out is a .safetensors file"),
         (["train-lens", "no.txt", "--out", "x.safetensors"], "there is no corpus no.txt"),
@@ -171,3 +178,51 @@ def test_a_lens_is_trained_on_what_the_model_writes(capsys, tmp_path, bundled, m
     rows = json.loads(out)["rows"]
     assert [row["row"] for row in rows] == ["embed", "0", "1", "2", "3"]
     assert [row["kl_tuned"] for row in rows] == pytest.approx(expected.kl_tuned.tolist(), rel=1e-3, abs=1e-5)
+
+
+# -- chat ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chatting(tiny_directories, tmp_path):
+    """A tiny model with a chat template."""
+    from transformers import AutoTokenizer
+
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directories / "llama", directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} bot{% endif %}"
+    )
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("command", "read"),
+    [
+        (["attribution", "hi"], lambda found: found["tokens"]),
+        (["attention", "hi", "--head", "L0H0"], lambda found: found["tokens"]),
+        (["patch", "--text", "hi", "--from", "zero"], lambda found: found["tokens"]),
+        (
+            ["patch", "--text", "hi", "--corrupted", "ho", "--metric", "kl"],
+            lambda found: found["tokens"],
+        ),
+        (
+            ["lens", "hi", "--component", "resid_post", "--layer", "0"],
+            lambda found: [cell["token"] for cell in found["cells"] if cell["row"] == "0"],
+        ),
+    ],
+)
+def test_with_chat_the_text_is_a_message_of_the_users(capsys, chatting, command, read):
+    code, out, err = run(capsys, *command, "--chat", "--model", chatting, "--json")
+    assert (code, err) == (0, "")
+    assert read(json.loads(out)) == ["<s>", *"user hi bot"]
+
+
+def test_heads_are_scored_on_a_message(capsys, chatting, tmp_path):
+    path = tmp_path / "x.safetensors"
+    code, _, err = run(capsys, "heads", "--text", "hi", "--chat", "--model", chatting, "--out", path, "-q")
+    assert (code, err) == (0, "")
+    assert {tokens.numel() for tokens in HeadScores.load(path).tokens.values()} == {1 + len("user hi bot")}

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mechlens.arguments import chosen
-from mechlens.prompts import repeated_tokens, text_tokens
+from mechlens.batches import prompt_batch
+from mechlens.prompts import chat_tokens, prompt_tokens, repeated_tokens, text_tokens
 from mechlens.tokens import drawable_tokens, token_strings
 
 
@@ -155,3 +156,65 @@ def test_lone_bytes_are_told_from_letters(bundled):
         assert "\\x" in strings[i]
     # the letter itself is two bytes
     assert "ü" not in strings
+
+
+# -- conversations ---------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de"}]
+TURNS = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+TEMPLATE = "{{ bos_token }}" + TURNS + "{% if add_generation_prompt %}assistant{% endif %}"
+
+
+@pytest.fixture
+def chatting(tiny_directories):
+    """A real tokenizer of a token for each letter, whose BOS `<s>` is not its EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directories / "llama")
+    tokenizer.chat_template = TEMPLATE
+    return model(n_ctx=32, d_vocab=64, tokenizer=tokenizer)
+
+
+def test_a_conversation_is_what_the_tokenizers_own_template_makes_of_it(chatting):
+    tokenizer = chatting.tokenizer
+    for wanted, text in ((True, "<s>userabcassistantdeassistant"), (False, "<s>userabcassistantde")):
+        found = chat_tokens(chatting, MESSAGES, generation_prompt=wanted)
+        own = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=wanted, return_dict=True)
+        assert found.tolist() == [own["input_ids"]]
+        assert "".join(token_strings(chatting, found[0])) == text
+        assert int((found == tokenizer.bos_token_id).sum()) == 1
+        # as text, it does not get another
+        assert torch.equal(text_tokens(chatting, text), found)
+        assert torch.equal(text_tokens(chatting, text, prepend_bos=True), found)
+    one = chat_tokens(chatting, "abc", generation_prompt=False)
+    assert torch.equal(one, chat_tokens(chatting, MESSAGES[:1], generation_prompt=False))
+
+
+def test_a_template_without_bos_gets_none(chatting):
+    chatting.tokenizer.chat_template = TURNS
+    found = chat_tokens(chatting, MESSAGES)
+    assert "".join(token_strings(chatting, found[0])) == "userabcassistantde"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "error", "message"),
+    [
+        (None, MESSAGES, ValueError, "no chat template, so it knows no roles: give the prompt as text"),
+        (TEMPLATE, [], TypeError, "messages are a list of {'role'"),
+        (TEMPLATE, [{"content": "a"}], TypeError, "messages are a list of {'role'"),
+        (TEMPLATE, [{"role": "user"}], TypeError, "messages are a list of {'role'"),
+        (TEMPLATE, "abc" * 10, ValueError, "the conversation has 44 tokens, but the model's context is 32"),
+        (TEMPLATE, "a\udcff", ValueError, "the message of the user is not text"),
+        ("{{ raise_exception('roles alternate') }}", MESSAGES, ValueError, "these messages: roles alternate"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused(chatting, template, messages, error, message):
+    chatting.tokenizer.chat_template = template
+    with pytest.raises(error, match=message):
+        chat_tokens(chatting, messages)
+
+
+@pytest.mark.parametrize("read", [prompt_tokens, prompt_batch])
+def test_messages_as_a_prompt_are_told_the_way(chatting, read):
+    with pytest.raises(TypeError, match=r"these are messages: chat_tokens\(model, messages\) makes"):
+        read(chatting, MESSAGES)

@@ -107,6 +107,25 @@ def test_it_knows_where_the_eiffel_tower_is(load_once, prepend_bos, probability)
     assert float(lens.log_prob[" Paris"][-1, 0, -1].exp()) == pytest.approx(probability, abs=0.005)
 
 
+def test_a_conversation_has_the_one_bos_of_its_template(load_once):
+    from mechlens.plots.style import turns
+
+    model = load_once(NAME)
+    messages = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "In Paris."}]
+    text = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhere is it?<|im_end|>\n<|im_start|>assistant\nIn Paris.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    tokens = mechlens.chat_tokens(model, messages)
+    assert model.tokenizer.decode(tokens[0]) == text
+    own = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert tokens.tolist() == [own["input_ids"]]
+    assert torch.equal(mechlens.text_tokens(model, text), tokens)
+    lens = mechlens.logit_lens(model, tokens, layers=[0])
+    assert list(turns(lens.texts(lens.tokens[0])).values()) == ["system", "user", "assistant", "assistant"]
+
+
 def test_a_copy_in_the_cache_is_of_its_weights():
     with gguf.converted(hub.PACKAGED[NAME].file(), cache=True) as directory:
         size = (directory / "model.safetensors").stat().st_size

@@ -33,6 +33,7 @@ OTHERS: dict[str, Any] = {
     "kind": "k",
     "later": "L1H0",
     "layer": 0,
+    "messages": "a message",
     "mlp": None,
     "n_tokens": 1,
     "previous": "L0H0",

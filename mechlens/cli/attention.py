@@ -12,6 +12,7 @@ from mechlens.cli.options import (
     BUNDLED,
     BosOption,
     CacheOption,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -31,6 +32,7 @@ def attention(
     text: TextArgument,
     head: Annotated[list[str], typer.Option(help="A head, such as L3H5; repeatable.")],
     model: ModelOption = BUNDLED,
+    chat: ChatOption = False,
     bos: BosOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Save to this .html (pictures), .csv or .safetensors file.")
@@ -47,15 +49,17 @@ def attention(
     saves pictures, a table or the whole result."""
     given = dict(locals())
     options.check_file(out, (".html", ".csv", ".safetensors"))
+    options.check_chat(chat, bos)
     from mechlens.results.heads import parse_heads
 
     # before the model is loaded, which takes seconds
     heads = parse_heads(head)
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
+    prompt = options.prompt(loaded, text, chat)
     from mechlens import terminal
     from mechlens.analyses.attention import attention_patterns
 
-    found = attention_patterns(loaded, text, heads, prepend_bos=bos)
+    found = attention_patterns(loaded, prompt, heads, prepend_bos=bos)
 
     def sections() -> list[Section]:
         from mechlens.report import attention_section

@@ -12,6 +12,7 @@ from mechlens.cli.options import (
     BUNDLED,
     BosOption,
     CacheOption,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -43,6 +44,7 @@ def attribution(
     ] = -1,
     top: Annotated[int, typer.Option(min=1, help="How many of the largest components to list.")] = 12,
     model: ModelOption = BUNDLED,
+    chat: ChatOption = False,
     bos: BosOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Save to this .html (picture), .csv or .safetensors file.")
@@ -59,12 +61,14 @@ def attribution(
     its difference from another token's. Prints the largest parts, which with the rest sum to the logit."""
     given = dict(locals())
     options.check_file(out, (".html", ".csv", ".safetensors"))
+    options.check_chat(chat, bos)
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
+    prompt = options.prompt(loaded, text, chat)
     from mechlens import terminal
     from mechlens.analyses.attribution import direct_logit_attribution
 
     found = direct_logit_attribution(
-        loaded, text, target, against=against, positions=[position], prepend_bos=bos
+        loaded, prompt, target, against=against, positions=[position], prepend_bos=bos
     )
 
     def sections() -> list[Section]:

@@ -13,6 +13,7 @@ from mechlens.cli.options import (
     BUNDLED,
     BosOption,
     CacheOption,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -45,6 +46,7 @@ def heads(
     ] = None,
     seed: SeedOption = 0,
     n_seeds: SeedsOption = 5,
+    chat: ChatOption = False,
     bos: BosOption = None,
     out: Annotated[Path | None, typer.Option(help="Save to this .safetensors or .csv file.")] = None,
     device: DeviceOption = None,
@@ -58,6 +60,9 @@ def heads(
     random tokens or on a text; prefix matching and copying on random tokens."""
     given = dict(locals())
     options.check_file(out, (".safetensors", ".csv"))
+    options.check_chat(chat, bos)
+    if chat and text is None:
+        raise ValueError("--chat is about a text: add --text")
     if threshold is not None and not -1 <= threshold <= 1:
         raise ValueError(f"--threshold must lie between -1 and 1, as all scores do, but is {threshold}")
     if text is not None:
@@ -91,7 +96,7 @@ def heads(
             progress=options.progress(quiet),
         )
     else:
-        found = score_heads_on(loaded, text, kind or ON_PROMPT, prepend_bos=bos)
+        found = score_heads_on(loaded, options.prompt(loaded, text, chat), kind or ON_PROMPT, prepend_bos=bos)
     from mechlens import terminal
 
     listed = {

@@ -14,6 +14,7 @@ from mechlens.cli.options import (
     BUNDLED,
     BosOption,
     CacheOption,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -114,6 +115,7 @@ def lens(
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave the weights as they were trained: fold and centre nothing.")
     ] = False,
+    chat: ChatOption = False,
     bos: BosOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Save to this .html (picture), .csv or .safetensors file.")
@@ -134,6 +136,7 @@ def lens(
     guess after every token, coloured by a statistic, and saves a picture, a table or the whole result."""
     given = dict(locals())
     options.check_file(out, _ENDINGS)
+    options.check_chat(chat, bos)
     if as_json and as_csv:
         raise ValueError("--json and --csv exclude each other: both print to standard output")
     options.check_known("--component", component, COMPONENTS)
@@ -165,7 +168,7 @@ def lens(
     try:
         found = logit_lens(
             loaded,
-            text,
+            options.prompt(loaded, text, chat),
             component=component,
             onto_stream=onto_stream,
             heads=head or None,

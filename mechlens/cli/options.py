@@ -63,6 +63,9 @@ BosOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TextArgument = Annotated[str, typer.Argument(help="What the model reads.")]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Make the text a user's message, in the model's own chat template.")
+]
 CorpusArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -172,6 +175,20 @@ def check_known(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         one_of = "one of " if len(known) > 1 else ""
         raise ValueError(f"{option} must be {one_of}{', '.join(known)}, but is {given!r}")
+
+
+def check_chat(chat: bool, bos: bool | None) -> None:
+    if chat and bos is not None:
+        raise ValueError(f"--chat puts BOS where the template has it: leave out --{'' if bos else 'no-'}bos")
+
+
+def prompt(model: LensModel, text: str, chat: bool) -> Any:
+    """What the model reads of a text."""
+    if not chat:
+        return text
+    from mechlens.prompts import chat_tokens
+
+    return chat_tokens(model, text)
 
 
 def check_corpus(files: Sequence[str] | None) -> None:

@@ -12,6 +12,7 @@ from mechlens.cli.options import (
     BUNDLED,
     BosOption,
     CacheOption,
+    ChatOption,
     DeviceOption,
     DtypeOption,
     HelpOption,
@@ -112,6 +113,7 @@ def patch(
     seq_len: LengthOption = None,
     batch: BatchOption = None,
     seed: SeedOption = 0,
+    chat: ChatOption = False,
     bos: BosOption = None,
     out: OutOption = None,
     device: DeviceOption = None,
@@ -129,10 +131,11 @@ def patch(
         source = "first-half" if text is None else "zero" if corrupted is None else "corrupted"
     options.check_file(out, _ENDINGS)
     options.check_state(state, out)
+    options.check_chat(chat, bos)
     _check(given | {"source": source})
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
-    from mechlens.prompts import prompt_tokens, repeated_tokens, text_tokens
+    from mechlens.prompts import check_equally_long, prompt_tokens, repeated_tokens
 
     n_tokens = seq_len or SEQ_LEN
     prompt: Any
@@ -140,10 +143,11 @@ def patch(
     positions: Any = (position or "each") if by == "position" else None
     read: Any = None
     if text is not None:
-        prompt = text_tokens(loaded, text, prepend_bos=bos)
+        prompt = prompt_tokens(loaded, options.prompt(loaded, text, chat), prepend_bos=bos)
         if corrupted is not None:
-            prompt, other = prompt_tokens(loaded, [text, corrupted], prepend_bos=bos).split(1)
-            put = Corrupted(other)
+            there = prompt_tokens(loaded, options.prompt(loaded, corrupted, chat), prepend_bos=bos)
+            check_equally_long(loaded, [prompt, there])
+            put = Corrupted(there)
     else:
         drawn = repeated_tokens(loaded, seq_len=n_tokens, batch=batch or BATCH, seed=seed, prepend_bos=bos)
         prompt = drawn.tokens
@@ -269,8 +273,8 @@ def _check(given: dict[str, Any]) -> None:
     for name, known in (("by", _BY), ("site", SITES), ("metric", _METRICS)):
         options.check_known(f"--{name}", given[name], known)
     if text is None:
-        for name in ("target", "against", "corrupted"):
-            if given[name] is not None:
+        for name in ("target", "against", "corrupted", "chat"):
+            if given[name] not in (None, False):
                 raise ValueError(f"--{name} is about a text: add --text")
         if source == "corrupted":
             raise ValueError("--from corrupted needs --text and --corrupted")

@@ -173,7 +173,7 @@ class Unembedding:
                 tile.clamp_(min=torch.finfo(tile.dtype).min / 2)
             terms, growth = running.add(tile)
             # numbers below the normal ones halve the product's speed, and add nothing
-            torch.nn.functional.threshold_(terms, 1e-30, 0.0)
+            torch.threshold_(terms, 1e-30, 0.0)
             mean.mul_((-growth).exp()[:, None]).addmm_(terms, self.W_U[:, tokens].to(self.dtype).T)
         return mean.div_(running.sum.to(self.dtype)[:, None]), running.total()
 

@@ -18,6 +18,7 @@ from mechlens.plots.style import (
     heatmap,
     number,
     titles,
+    turns,
     visible_token,
 )
 from mechlens.results import LogitAttribution, component_place
@@ -176,10 +177,12 @@ def attribution_title(result: LogitAttribution, *, row: int = 0, position: int =
     read = result.tokens[row, : at + 1].tolist()[-6:]
     text = "".join(visible_token(result.strings[str(token)], longest=_LONGEST) for token in read)
     text = ("…" if at >= len(read) else "") + text
+    texts = [result.strings[str(token)] for token in result.tokens[row, : at + 1].tolist()]
+    turn = list(turns(texts).values())[-1:]
     return (
         f"Direct attribution of the {of}: {number(float(result.logit[row, position]), 2)}",
         result.model.name,
-        f"after {text} (position {at})",
+        f"after {text} (position {at}{''.join(f', turn of the {role}' for role in turn)})",
     )
 
 

@@ -25,6 +25,7 @@ from mechlens.plots.style import (
     number,
     titles,
     top_margin,
+    turns,
     visible_token,
 )
 from mechlens.plots.views import View
@@ -281,9 +282,11 @@ def plot_attention(patterns: AttentionPatterns) -> View:
 
     Jupyter shows it without a network, `.write_html("attention.html")` saves it as a page. Attention is
     rounded to 3 decimals; invisible characters of tokens are shown as `visible_token` does, long tokens
-    shortened.
+    shortened. Where a turn of a conversation begins, its role stands before the token.
     """
     check_type("patterns", patterns, AttentionPatterns)
+    begins = turns(patterns.token_strings)
+    labels = [visible_token(token, longest=_LABEL) for token in patterns.token_strings]
     return View(
         "AttentionHeads",
         {
@@ -292,7 +295,9 @@ def plot_attention(patterns: AttentionPatterns) -> View:
                 for pattern in patterns.patterns.double().cpu().tolist()
             ],
             "attentionHeadNames": [head_label(*head) for head in patterns.heads],
-            "tokens": [visible_token(token, longest=_LABEL) for token in patterns.token_strings],
+            "tokens": [
+                f"{begins[at]}: {label}" if at in begins else label for at, label in enumerate(labels)
+            ],
             "maxValue": 1,
             "minValue": -1,
             "positiveColor": SEQUENTIAL[-1],
@@ -305,7 +310,8 @@ def plot_attention(patterns: AttentionPatterns) -> View:
 def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None) -> go.Figure:
     """Draw heads' attention as heatmaps: each row is a position that attends, from top to bottom.
 
-    Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions.
+    Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions. Turns
+    of a conversation have their role before their first token, and lines between them.
 
     Args:
         index: which of the result's heads; negative counts from the end. None draws all, two in a row; of
@@ -323,12 +329,17 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None
     n_rows = math.ceil(len(shown) / n_columns)
     names = [head_label(*patterns.heads[at]) for at in shown]
     tokens = [figure_text(visible_token(token)) for token in patterns.token_strings]
-    step = math.ceil(len(tokens) / (40 if len(shown) == 1 else 24))
+    n_pos = len(tokens)
+    step = math.ceil(n_pos / (40 if len(shown) == 1 else 24))
     longest = _LABEL if len(shown) == 1 else _LABEL // 2
     labels = [figure_text(visible_token(token, longest=longest)) for token in patterns.token_strings]
+    begins = turns(patterns.token_strings)
+    # of what is crowded, the beginnings of turns have labels
+    ticks = [at for at in range(0, n_pos, step) if not any(abs(at - start) < step for start in begins)]
+    ticks = sorted({*ticks, *begins})
     axis = {
-        "tickvals": list(range(0, len(tokens), step)),
-        "ticktext": labels[::step],
+        "tickvals": ticks,
+        "ticktext": [f"<b>{begins[at]}</b> {labels[at]}" if at in begins else labels[at] for at in ticks],
         "showgrid": False,
         **_NO_TICKS,
         "constrain": "domain",
@@ -386,6 +397,9 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None
         margin={"t": top_margin(title, 24 if len(shown) > 1 else 0)},
         plot_bgcolor=GRID,
     )
+    for start in filter(None, begins):
+        for add in (figure.add_vline, figure.add_hline):
+            add(start - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row="all", col="all")
     return figure
 
 

@@ -30,6 +30,7 @@ from mechlens.plots.style import (
     sequential,
     titles,
     top_margin,
+    turns,
     visible_token,
 )
 from mechlens.results import LogitLensResult
@@ -179,9 +180,9 @@ def plot_logit_lens(
 ) -> go.Figure:
     """Draw the top guess of each layer at each position, coloured by a statistic; layers go upwards.
 
-    Below stand the tokens read, above the tokens that really follow, starred where the model's own guess is
-    right; a guess that is what follows is bold. Under the cursor stand the most likely tokens with their
-    probabilities and the statistic. Padding is left out.
+    Below stand the tokens read, with the role where a turn of a conversation begins, above the tokens that
+    really follow, starred where the model's own guess is right; a guess that is what follows is bold. Under
+    the cursor stand the most likely tokens with their probabilities and the statistic. Padding is left out.
 
     Args:
         stat: one of `probability`, `rank`, `kl`, `kl_input`, `input_rank`, `next_rank`, `entropy`; ranks are
@@ -391,7 +392,11 @@ def _draw(
         width=int(max(520, _BESIDE + column_width * len(columns))),
         height=top_room + 76 + row_height * n_rows,
         margin={"t": top_room, "b": 62, "r": 16},
-        xaxis={"title": {"text": "token read"}, "ticktext": [figure_text(text) for text in below], **axis},
+        xaxis={
+            "title": {"text": "token read"},
+            "ticktext": _with_turns(figure, result, row, columns, [figure_text(text) for text in below]),
+            **axis,
+        },
         xaxis2={
             "title": {"text": "token that follows, * where the model's guess is right", "font": {"size": 12}},
             "overlaying": "x",
@@ -413,6 +418,22 @@ def _draw(
         },
     )
     return figure
+
+
+def _with_turns(
+    figure: go.Figure, result: LogitLensResult, row: int, columns: Sequence[int], labels: Sequence[str]
+) -> list[str]:
+    """The labels with the role below them where a turn of a conversation begins, which gets a line."""
+    begins, named = turns(_read(result, row)), list(labels)
+    for at, column in enumerate(columns):
+        place = result.positions[column]
+        before = [start for start in begins if start <= place]
+        # the first column tells whose turn it is in, wherever that began
+        if before and (at == 0 or before[-1] == place):
+            named[at] += f"<br><b>{begins[before[-1]]}</b>"
+            if at:
+                figure.add_vline(at - 0.5, line={"color": INK, "width": 1.5, "dash": "dot"})
+    return named
 
 
 def _columns(result: LogitLensResult, row: int, positions: Sequence[int] | None) -> list[int]:

@@ -23,6 +23,7 @@ from mechlens.plots.style import (
     number,
     titles,
     top_margin,
+    turns,
     visible_token,
 )
 from mechlens.results import AttributionPatchResult, PatchGridResult, head_label
@@ -306,6 +307,11 @@ def _across(result: Patches, axis: str) -> dict[str, Any]:
     labels = [
         str(position) if several else figure_text(visible_token(result.strings[position], longest=_LABEL))
         for position in result.positions
+    ]
+    begins = {} if several else turns(result.strings)
+    labels = [
+        f"<b>{begins[position]}</b> {label}" if position in begins else label
+        for position, label in zip(result.positions, labels, strict=True)
     ]
     title = "patched position" if several else "patched token"
     return {

@@ -16,10 +16,12 @@ MAX_POSITIONS = 64
 
 def print_attention(found: AttentionPatterns) -> None:
     """Print for each token and head the token that is attended to most, with its position and attention."""
-    from mechlens.plots.style import visible_token
+    from mechlens.plots.style import turns, visible_token
     from mechlens.results import head_label
 
     tokens = [visible_token(token, longest=16) for token in found.token_strings]
+    for start, role in turns(found.token_strings).items():
+        tokens[start] = f"{role}: {tokens[start]}"
     values, places = found.patterns.max(-1)
     n_pos = len(tokens)
     rows = []
