@@ -131,7 +131,7 @@ def gemma2(model):
         mlp=lambda block, x: block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(x))),
         behind="post_attention_layernorm",
         capped=True,
-        theta=10000.0,
+        theta=500.0,
     )
 
 
