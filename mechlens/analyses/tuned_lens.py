@@ -204,10 +204,10 @@ class TrainingPlan:
         step = self.step_flop / rate
         affordable = (600 - (seconds - steps * step)) / step if fixed else 600 * steps / seconds
         said = (
-            f"about {_minutes(seconds)} for {steps} steps of {self.step_tokens:,} tokens, of which "
+            f"about {_minutes(seconds)} for {_steps(steps)} of {self.step_tokens:,} tokens, of which "
             f"{_minutes(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
             f"({self.step_flop / 1e12:.3g} TFLOP a step, {rate / 1e12:.2g} a second here); 10 minutes buy "
-            f"{max(0, int(affordable)):,} steps"
+            f"{_steps(max(0, int(affordable)))}"
         )
         return said, seconds
 
@@ -267,6 +267,10 @@ def _minutes(seconds: float) -> str:
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} minutes"
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' if count != 1 else ''}"
 
 
 # -- what is read ----------------------------------------------------------------------------------

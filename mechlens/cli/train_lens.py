@@ -66,12 +66,12 @@ def train_lens(
     before how long it will take, and prints how far each row is from the model with and without its map.
     Without FILES it is trained on what the model writes itself."""
     given = dict(locals())
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate must be a finite number above 0, but is {learning_rate}")
     options.check_file(out, (".safetensors",))
     options.check_state(state, out)
     options.check_corpus(files)
     options.check_corpus(held_out_file)
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate must be a finite number above 0, but is {learning_rate}")
     loaded = options.load(model, device, dtype, revision, quiet, processing=not raw, cache=cache)
     from mechlens import terminal
     from mechlens.analyses.tuned_lens import train_tuned_lens

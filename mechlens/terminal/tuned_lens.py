@@ -20,7 +20,7 @@ def print_tuned_lens(found: TunedLens) -> None:
     """Print each row's KL from the model on the tokens held out, with and without its translator."""
     table = found.to_dataframe().iloc[::-1].to_dict("records")
     print_table(
-        f"Tuned lens of {found.model.name}, {found.steps} steps: KL(final || row) on "
+        f"Tuned lens of {found.model.name}, steps: {found.steps:,}; KL(final || row) on "
         f"{found.held_out_tokens:,} tokens held out, nats",
         ("row", "plain", "tuned"),
         [(row["row"], f"{row['kl_plain']:.3f}", f"{row['kl_tuned']:.3f}") for row in table],

@@ -320,6 +320,8 @@ def test_the_plan_counts_the_products_of_a_step(load_once, tiny_directories, fam
     batch = windows(4)
     head, training = module._Head.of(model), module._begin(model)
     plan = module.training_plan(model, batch_tokens=batch.numel(), length=8, held_out=4)
+    # 2 rows of 32 x 32 and 32 in 7 copies, 3 residuals of 32 tokens, W_U; of 4 bytes each
+    assert plan.bytes == 4 * (7 * 2 * (32 * 32 + 32) + 3 * 32 * 32 + 32 * 64)
     with counter() as step:
         module._gradients(model, head, batch, training)
     assert plan.step_flop == step.get_total_flops()

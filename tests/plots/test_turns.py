@@ -7,10 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from mechlens.plots.attribution import plot_attribution
 from mechlens.plots.heads import plot_attention, plot_attention_heatmap
 from mechlens.plots.logit_lens import plot_logit_lens
+from mechlens.plots.patching import plot_patch_grid
 from mechlens.plots.style import turns
+from mechlens.terminal import print_attention
 from tests import hand_made
+from tests.plots.test_attribution import attribution
 
 CHAT = ("<|im_start|>", "user", "\n", "Hi", "<|im_end|>", "\n", "<|im_start|>", "ass", "istant", "\n")
 
@@ -77,3 +81,26 @@ def test_the_lens_names_the_roles_and_parts_the_turns():
     ]
     assert torch.equal(chat.tokens, result.tokens)
     assert not plot_logit_lens(result, "kl").layout.shapes
+
+
+def test_an_attribution_says_whose_turn_it_is():
+    result = attribution()
+    assert "(position 1)" in plot_attribution(result).layout.title.text
+    chat = dataclasses.replace(result, strings=dict(result.strings) | {"0": "<|assistant|>"})
+    assert "(position 1, turn of the assistant)" in plot_attribution(chat).layout.title.text
+
+
+def test_a_patch_grid_names_the_roles():
+    result = hand_made.patch_grid()
+    assert not any("<b>" in label for label in plot_patch_grid(result).layout.xaxis.ticktext)
+    # positions 1 to 3 are patched
+    chat = dataclasses.replace(result, strings=("<s>", "<|user|>", "a", "a"))
+    labels = plot_patch_grid(chat).layout.xaxis.ticktext
+    assert list(labels) == ["<b>user</b> &lt;|user|&gt;", "a", "a"]
+
+
+def test_the_terminal_names_the_roles(capsys):
+    print_attention(hand_made.attention(tokens=CHAT))
+    out = capsys.readouterr().out
+    assert "user: <|im_start|>" in out
+    assert "assistant: <|im_start|>" in out
