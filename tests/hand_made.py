@@ -11,6 +11,7 @@ import torch
 from mechlens.analyses.logit_lens import STATISTICS
 from mechlens.results import (
     AttentionPatterns,
+    Facts,
     HeadScores,
     InputProbe,
     LogitLensResult,
@@ -248,6 +249,25 @@ def sub_block_lens(component: str, more: float) -> LogitLensResult:
 
 
 PATCHED = torch.tensor([[2.0, 1.5, 1.0], [0.5, 1.0, 1.25]])
+
+
+def facts(n_layers: int = 2) -> Facts:
+    """Two facts of one kind: one is known after the last layer, of the other a wrong answer is the guess."""
+    rank = torch.full((2, n_layers + 1), 50.0)
+    rank[0, -1], rank[1, -2:] = 1.0, 7.0
+    return Facts(
+        model=model(n_layers=n_layers),
+        relations=("capital",) * 2,
+        prompts=("The capital of A is", "The capital of B is"),
+        answers=(" Alpha", " Beta"),
+        others=(" Beta", " Alpha"),
+        guesses=(" Alpha", " Alpha"),
+        rank=rank,
+        log_prob=-rank.log() - 0.5,
+        other_rank=rank.flip(0),
+        other_log_prob=-rank.flip(0).log() - 0.5,
+        prepend_bos=True,
+    )
 
 
 def patch_grid(

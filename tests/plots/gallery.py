@@ -235,6 +235,7 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
         "lens_rank": mechlens.plot_logit_lens(lens, "rank", target=" a"),
         "lens_long": mechlens.plot_logit_lens(long),
         "lens_lines": mechlens.plot_lens_lines(lens),
+        "facts": mechlens.plot_facts(hand_made.facts(n_layers)),
         "sub_blocks": mechlens.plot_sub_blocks(attn, dataclasses.replace(lens, component="mlp_out")),
         "head_scores": mechlens.plot_head_scores(heads, "induction_score"),
         "copying": mechlens.plot_head_scores(heads, "copying_score"),

@@ -41,7 +41,7 @@ def test_turns_begin_with_a_special_token_and_a_role(tokens, found):
 
 def test_attention_names_the_roles_and_parts_the_turns():
     patterns = hand_made.attention(tokens=CHAT)
-    figure = plot_attention_heatmap(patterns)
+    figure = plot_attention_heatmap(patterns, 0)
     for axis in (figure.layout.xaxis, figure.layout.yaxis):
         labels = dict(zip(axis.tickvals, axis.ticktext, strict=True))
         assert labels[0] == "<b>user</b> &lt;|im_start|&gt;"
