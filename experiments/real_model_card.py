@@ -12,13 +12,15 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import mechlens
 from mechlens.published import Published
-from mechlens.results import head_label
+from mechlens.results import TunedLens, head_label
 from mechlens.studies import findings
 from mechlens.studies.facts import measure_facts
 from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
+from mechlens.studies.logit_lens import LensStudy
 from mechlens.studies.reproduce import Reproduction
 from mechlens.studies.study import Measured, Study
 
@@ -27,6 +29,8 @@ SEEDS = range(SEED, SEED + 5)
 """None that a reproduction draws by default: it must not be held against its own sequences."""
 SOURCE = "the model's card"
 N_PATCHED = 30
+STEPS, STEP_TOKENS = 30, 256
+"""Of the tuned lens."""
 STRONGEST, AGAINST = 5, 2
 """Heads of the indirect object that are claimed."""
 
@@ -80,10 +84,16 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=list(SOURCES), choices=list(SOURCES), help="measure these anew"
     )
+    parser.add_argument("--books", help="text to train a tuned lens on: about twenty minutes more")
+    parser.add_argument("--held-out", help="text to measure it on")
     options = parser.parse_args()
+    if options.books and not options.held_out:
+        parser.error("--books needs --held-out, other text to measure the tuned lens on")
     card = options.into / f"{Path(options.model).stem}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    whole = json.loads(card.read_text()) if card.is_file() else {"seed": SEED, "figures": [], "also": {}}
+    whole: dict[str, Any] = (
+        json.loads(card.read_text()) if card.is_file() else {"seed": SEED, "figures": [], "also": {}}
+    )
     figures = {name: [each for each in whole["figures"] if each["study"] == name] for name in SOURCES}
     model = mechlens.load_model(options.model)
     for name in options.only:
@@ -91,25 +101,64 @@ def main() -> None:
         study.save(options.out)
         figures[name] = [dataclasses.asdict(each) for each in claims]
         whole["figures"] = [each for of in figures.values() for each in of]
-        if name == "logit-lens":
-            whole.setdefault("also", {})[name] = [
-                (each.claim, str(each.measured), each.verdict) for each in study.comparisons
-            ]
+        if isinstance(study, LensStudy):
+            whole["also"] |= of_lens_study(study)
         card.write_text(json.dumps(whole, indent=1) + "\n")
         print(f"{name}: {len(claims)} figures", flush=True)
+    if options.books:
+        lens = mechlens.train_tuned_lens(
+            model,
+            options.books,
+            steps=STEPS,
+            batch_tokens=STEP_TOKENS,
+            held_out=8,
+            held_out_corpus=options.held_out,
+            state=options.out / "tuned_lens_state.safetensors",
+        )
+        lens.save(options.out / "tuned_lens.safetensors")
+        whole["also"]["tuned-lens"] = of_tuned_lens(lens)
+        card.write_text(json.dumps(whole, indent=1) + "\n")
 
 
-def heads(model: object, name: str) -> tuple[Study, list[Published]]:
+def of_lens_study(study: LensStudy) -> dict[str, Any]:
+    """The post's claims, and what becomes of the input on prose: mean KL(input || layer), and the geometric
+    mean of the input token's rank."""
+    prose = study.prose
+    read = prose.mask[:, list(prose.positions)].clone()
+    read[:, 0] = False
+    kl = prose.kl_input[:, read].mean(1)
+    rank = 10 ** prose.rank["input"][:, read].log10().mean(1)
+    half = len(prose.rows) // 2
+    return {
+        "logit-lens": [(each.claim, str(each.measured), each.verdict) for each in study.comparisons],
+        "input": [
+            (prose.rows[row], float(kl[row]), float(rank[row])) for row in (0, 1, half, len(prose.rows) - 1)
+        ],
+    }
+
+
+def of_tuned_lens(lens: TunedLens) -> dict[str, Any]:
+    """Every third row, and the last one that has a translator."""
+    rows = list(zip(lens.rows, lens.kl_plain.tolist(), lens.kl_tuned.tolist(), strict=False))
+    return {
+        "steps": lens.steps,
+        "tokens_per_step": STEP_TOKENS,
+        "held_out": lens.held_out_tokens,
+        "rows": [row for at, row in enumerate(rows) if at % 3 == 1 or at == len(rows) - 1],
+    }
+
+
+def heads(model: Any, name: str) -> tuple[Study, list[Published]]:
     found = mechlens.reproduce(model, seeds=SEEDS, figures=())
     return found, of_heads(found)
 
 
-def facts(model: object, name: str) -> tuple[Study, list[Published]]:
+def facts(model: Any, name: str) -> tuple[Study, list[Published]]:
     study, measured = measure_facts(model)
     return study, of_study("facts", measured)
 
 
-def induction_circuits(model: object, name: str) -> tuple[Study, list[Published]]:
+def induction_circuits(model: Any, name: str) -> tuple[Study, list[Published]]:
     """The three strongest induction heads, each with the three strongest previous-token heads before it."""
     scores = mechlens.score_heads(model, ["induction_score", "previous_token_score"], seeds=SEEDS[:1])
     later = [head for head, _ in list(scores.ranked("induction_score"))[:3]]
@@ -119,7 +168,7 @@ def induction_circuits(model: object, name: str) -> tuple[Study, list[Published]
     return study, of_study("induction-circuits", measured)
 
 
-def indirect_object(model: object, name: str) -> tuple[Study, list[Published]]:
+def indirect_object(model: Any, name: str) -> tuple[Study, list[Published]]:
     study = study_indirect_object(model, n_patched=N_PATCHED, seed=SEED)
     mean = study.heads.recovered
     order = mean.flatten().argsort(descending=True).tolist()
@@ -129,12 +178,12 @@ def indirect_object(model: object, name: str) -> tuple[Study, list[Published]]:
     return study, [dataclasses.replace(each, head=by_label.get(each.what)) for each in claims]
 
 
-def features(model: object, name: str) -> tuple[Study, list[Published]]:
+def features(model: Any, name: str) -> tuple[Study, list[Published]]:
     study, measured = findings.measure_features(mechlens.load_model(name, processing=False))
     return study, of_study("features", measured)
 
 
-def logit_lens(model: object, name: str) -> tuple[Study, list[Published]]:
+def logit_lens(model: Any, name: str) -> tuple[Study, list[Published]]:
     """What the original post claims, which is held against the post and not against the card."""
     return mechlens.reproduce_logit_lens(model, seed=SEED), []
 

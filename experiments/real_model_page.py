@@ -22,9 +22,15 @@ _LENS = (
     "What the post saw in GPT-2, in numbers: on prose, on rare words that are copied, and on loops "
     "(`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is the embedding."
 )
+_INPUT = (
+    "Since the embedding is tied, the row of the embedding is a reading of the input token: its rank is "
+    "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and "
+    "{last[1]:.0f} in the end; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and {last[0]:.1f} nats. "
+    "The input is gone after one layer, as the post says, and rare tokens are not kept better than common ones."
+)
 _TUNED = (
-    "Trained on {text}: {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on {held_out:,} "
-    "tokens that it has not seen, in nats:"
+    "Trained on public-domain books: {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on "
+    "{held_out:,} tokens that it has not seen, in nats:"
 )
 
 
@@ -151,7 +157,9 @@ def _also(also: dict[str, Any]) -> str:
     parts = []
     if "logit-lens" in also:
         table = _table(("claim", "measured", "verdict"), [tuple(each) for each in also["logit-lens"]])
-        parts.append(f"\n## The claims of the original post\n\n{_LENS}\n\n{table}\n")
+        (_, kl, rank), (_, *first), (_, *half), (_, *last) = also["input"]
+        kept = _INPUT.format(kl=kl, rank=rank, first=first, half=half, last=last)
+        parts.append(f"\n## The claims of the original post\n\n{_LENS}\n\n{table}\n\n{kept}\n")
     if "tuned-lens" in also:
         lens = also["tuned-lens"]
         table = _table(

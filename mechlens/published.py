@@ -201,7 +201,12 @@ def read_card(path: Path) -> tuple[Published, ...]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["figures"]
         return tuple(
-            Published(**{name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()})
+            Published(
+                **{
+                    **entry,
+                    **{name: tuple(entry[name]) for name in ("head", "interval") if entry.get(name)},
+                }
+            )
             for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from mechlens.results import (
     AttentionPatterns,
     Facts,
     HeadScores,
+    IndirectObject,
     InputProbe,
     LogitLensResult,
     ModelInfo,
@@ -267,6 +268,24 @@ def facts(n_layers: int = 2) -> Facts:
         other_rank=rank.flip(0),
         other_log_prob=-rank.flip(0).log() - 0.5,
         prepend_bos=True,
+    )
+
+
+def indirect_object(of: ModelInfo | None = None) -> IndirectObject:
+    """Two prompts of five tokens; position 2 holds the second subject, 4 is the last."""
+    return IndirectObject(
+        model=of or model(),
+        templates=("{a}{b}{s}",),
+        template=torch.zeros(2, dtype=torch.long),
+        tokens=torch.tensor([[1, 5, 2, 5, 3]]).repeat(2, 1),
+        corrupted=torch.tensor([[1, 5, 2, 1, 3]]).repeat(2, 1),
+        subjects=("a", "b"),
+        objects=("b", "a"),
+        roles={"IO": torch.tensor([1, 1]), "S2": torch.tensor([2, 2]), "END": torch.tensor([4, 4])},
+        logit_diff=torch.tensor([2.0, -1.0]),
+        null=torch.tensor([0.5, -0.5]),
+        rank=torch.tensor([1.0, 3.0]),
+        seed=0,
     )
 
 

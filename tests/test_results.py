@@ -48,7 +48,7 @@ from mechlens.results import (
     head_label,
     load,
 )
-from tests.hand_made import deep_lens, input_probe
+from tests.hand_made import deep_lens, facts, indirect_object, input_probe
 
 MODEL = ModelInfo(
     name="tiny",
@@ -480,6 +480,8 @@ RESULTS = {
     "patterns": patterns,
     "tuned_lens": tuned_lens,
     "patch_grid": patch_grid_result,
+    "facts": facts,
+    "indirect_object": indirect_object,
 }
 
 

@@ -35,7 +35,7 @@ class Command:
 COMMANDS = {
     "reproduce": Command(
         "reproduce:reproduce",
-        "Reproduce the induction-head findings and draw them.",
+        "Measure published findings again and draw them.",
         "reproduce --model mechlens-books --out out/reproduce",
     ),
     "heads": Command(

@@ -11,7 +11,7 @@ import torch
 
 from mechlens.prompts import text_tokens
 from mechlens.published import STUDIES, Published
-from mechlens.results import Facts, IndirectObject, load
+from mechlens.results import Facts, load
 from mechlens.studies import facts, findings
 from mechlens.studies.facts import FACTS, read_facts
 from mechlens.studies.indirect_object import (
@@ -125,21 +125,7 @@ def test_names_of_several_tokens_are_left_out(bundled):
 def study_by_hand():
     """Three layers of two heads, two prompts; position 2 holds the second subject, 4 is the last."""
     model = dataclasses.replace(hand_made.model(), n_layers=3, n_heads=2)
-    tokens = torch.tensor([[1, 5, 2, 5, 3]]).repeat(2, 1)
-    task = IndirectObject(
-        model=model,
-        templates=("{a}{b}{s}",),
-        template=torch.zeros(2, dtype=torch.long),
-        tokens=tokens,
-        corrupted=tokens,
-        subjects=("a", "b"),
-        objects=("b", "a"),
-        roles={"IO": torch.tensor([1, 1]), "S2": torch.tensor([2, 2]), "END": torch.tensor([4, 4])},
-        logit_diff=torch.tensor([2.0, -1.0]),
-        null=torch.tensor([0.5, -0.5]),
-        rank=torch.tensor([1.0, 3.0]),
-        seed=0,
-    )
+    task = hand_made.indirect_object(model)
     grid = dataclasses.replace(
         hand_made.patch_grid(n_prompts=2),
         model=model,
