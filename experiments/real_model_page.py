@@ -26,7 +26,7 @@ _INPUT = (
     "Since the embedding is tied, the row of the embedding is a reading of the input token: its rank is "
     "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and "
     "{last[1]:.0f} in the end; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and {last[0]:.1f} nats. "
-    "The input is gone after one layer, as the post says, and rare tokens are not kept better than common ones."
+    "The input is gone after one layer, as the post says; rare tokens are not kept better than common ones."
 )
 _TUNED = (
     "Trained on public-domain books: {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on "
