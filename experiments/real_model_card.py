@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import mechlens
+from mechlens.plots.style import visible_token
 from mechlens.published import Published
 from mechlens.results import TunedLens, head_label
 from mechlens.studies import findings
 from mechlens.studies.facts import measure_facts
+from mechlens.studies.findings import FeaturesStudy
 from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
 from mechlens.studies.logit_lens import LensStudy
 from mechlens.studies.reproduce import Reproduction
@@ -101,6 +103,8 @@ def main() -> None:
         study.save(options.out)
         figures[name] = [dataclasses.asdict(each) for each in claims]
         whole["figures"] = [each for of in figures.values() for each in of]
+        if isinstance(study, FeaturesStudy):
+            whole["also"]["feature-tokens"] = of_features(study)
         if isinstance(study, LensStudy):
             whole["also"] |= of_lens_study(study)
         card.write_text(json.dumps(whole, indent=1) + "\n")
@@ -118,6 +122,17 @@ def main() -> None:
         lens.save(options.out / "tuned_lens.safetensors")
         whole["also"]["tuned-lens"] = of_tuned_lens(lens)
         card.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:
+    """The first features of a middle layer, each with the token that excites it most."""
+    search = study.search
+    layer = search.layers[len(search.layers) // 2]
+    table = search.to_dataframe().query(f"layer == {layer} and end == 'highest' and rank == 1")
+    return [
+        (layer, int(row["feature"]), visible_token(row["token"]), float(row["activation"]))
+        for row in table.to_dict("records")[:8]
+    ]
 
 
 def of_lens_study(study: LensStudy) -> dict[str, Any]:

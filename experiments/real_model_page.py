@@ -155,6 +155,15 @@ def _circuit_words(circuits: dict[str, Any]) -> str:
 def _also(also: dict[str, Any]) -> str:
     """What no reproduction makes by itself: the original post's claims, and a tuned lens."""
     parts = []
+    if "feature-tokens" in also:
+        table = _table(
+            ("layer", "feature", "token", "activation"),
+            [
+                (str(layer), str(feature), f"`{token}`", f"{activation:.1f}")
+                for layer, feature, token, activation in also["feature-tokens"]
+            ],
+        )
+        parts.append(f"\nWhat excites some of them most, of all tokens alone:\n\n{table}\n")
     if "logit-lens" in also:
         table = _table(("claim", "measured", "verdict"), [tuple(each) for each in also["logit-lens"]])
         (_, kl, rank), (_, *first), (_, *half), (_, *last) = also["input"]
@@ -171,7 +180,8 @@ def _also(also: dict[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [columns, ["---"] * len(columns), *escaped]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
