@@ -39,6 +39,13 @@ def announce(text: str, *, seconds: float, progress: bool | None) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+def spoken(seconds: float) -> str:
+    """A time as people say it: seconds below a minute, else minutes."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} minutes"
+
+
 def _is_watched() -> bool:
     """Whether this is Jupyter or standard error is a terminal."""
     python = sys.modules.get("IPython")

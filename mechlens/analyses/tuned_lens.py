@@ -20,11 +20,12 @@ from mechlens.arguments import check_counts, check_reals, generator_of
 from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.readout import read_out
 from mechlens.measures.unembedding import Unembedding
-from mechlens.models.properties import check_rows_alike, key_value_heads
+from mechlens.models.arithmetic import block_flop
+from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.readings import check_streamed, final_norm, unembedding
 from mechlens.models.runs import watch
-from mechlens.progress import announce, progress_bar
+from mechlens.progress import announce, progress_bar, spoken
 from mechlens.results import TunedLens
 from mechlens.results.state import load_state, save_state, state_file
 from mechlens.tokens import own_bos_token_id
@@ -204,8 +205,8 @@ class TrainingPlan:
         step = self.step_flop / rate
         affordable = (600 - (seconds - steps * step)) / step if fixed else 600 * steps / seconds
         said = (
-            f"about {_minutes(seconds)} for {_steps(steps)} of {self.step_tokens:,} tokens, of which "
-            f"{_minutes(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
+            f"about {spoken(seconds)} for {_steps(steps)} of {self.step_tokens:,} tokens, of which "
+            f"{spoken(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
             f"({self.step_flop / 1e12:.3g} TFLOP a step, {rate / 1e12:.2g} a second here); 10 minutes buy "
             f"{_steps(max(0, int(affordable)))}"
         )
@@ -220,15 +221,10 @@ def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out:
         length: tokens in a window.
         held_out: windows.
 
-    Counted are products of matrices, 2 FLOP for each number of a matrix and token, and attention's scores and
-    mixtures. Exponentials and norms are not; they take part in the rate that `train_tuned_lens` measures.
+    Counted is what `block_flop` counts; exponentials take part in the rate that `train_tuned_lens` measures.
     """
     cfg = model.cfg
-    d_mlp = 0 if getattr(cfg, "attn_only", False) else cfg.d_mlp
-    heads = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + key_value_heads(model))
-    mlp = (3 if getattr(cfg, "gated_mlp", False) else 2) * cfg.d_model * d_mlp
-    scores = 2 * length * cfg.n_heads * cfg.d_head
-    forward = 2 * cfg.n_layers * (heads + mlp + scores)
+    forward = cfg.n_layers * block_flop(model, length)
     unembed = 2 * cfg.d_model * cfg.d_vocab
     translate = 2 * cfg.d_model**2
     rows = cfg.n_layers
@@ -261,16 +257,6 @@ def _rate(head: _Head) -> float:
         start = time.perf_counter()
         float(reader.expected_column(vectors, n_tiles=n)[0].sum())  # a GPU begins when somebody waits for it
     return n_tiles * of_tile / (time.perf_counter() - start)
-
-
-def _minutes(seconds: float) -> str:
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} minutes"
-
-
-def _steps(count: int) -> str:
-    return f"{count:,} step{'s' if count != 1 else ''}"
 
 
 # -- what is read ----------------------------------------------------------------------------------

@@ -273,6 +273,22 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
     assert rest == []
 
 
+def test_it_says_before_how_long_it_takes(loaded, tmp_path, monkeypatch, capsys):
+    model = loaded("gpt2")
+    state = tmp_path / "state.safetensors"
+    # of each block: query, key, value and output, two matrices of the MLP, and attention to one token
+    d, mlp = model.cfg.d_model, model.cfg.d_mlp
+    block = 2 * (4 * d * d + 2 * d * mlp + 2 * d)
+    monkeypatch.setattr(complete, "block_rate", lambda _: VOCAB * 2 * block / 90)
+    search_complete(model, layers=[0, 1], features=[3], state=state, progress=True)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"search: {VOCAB} tokens through 2 blocks for 1 features of 2 layers (")
+    assert said.endswith(f"TFLOP), about 1.5 minutes; saved in {state}, from where it goes on")
+    monkeypatch.setattr(complete, "block_rate", lambda _: pytest.fail("nothing is measured for nobody"))
+    search_complete(model, layers=[0], features=[3], progress=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
     state = tmp_path / "state.safetensors"
     search_complete(loaded("gpt2"), state=state)

@@ -15,9 +15,10 @@ from torch import Tensor
 from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
 from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
+from mechlens.models.arithmetic import block_flop, block_rate
 from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
-from mechlens.progress import progress_bar
+from mechlens.progress import announce, progress_bar, spoken
 from mechlens.results import CompleteSearch
 from mechlens.results.state import load_state, save_state, state_file
 from mechlens.tokens import vocabulary_hash
@@ -107,6 +108,17 @@ def search_complete(
     def readers(ids: Int[Tensor, " row"]) -> dict[str, functools.partial[None]]:
         return {sought.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in sought.layers}
 
+    if progress is not False:
+        blocks = max(sought.layers) + 1
+        operations = (d_vocab - done.count) * blocks * block_flop(model, len(sought.prefix) + 1)
+        seconds = operations / block_rate(model)
+        announce(
+            f"search: {d_vocab - done.count:,} tokens through {blocks} blocks for {len(sought.features):,} "
+            f"features of {len(sought.layers)} layers ({operations / 1e12:.2g} TFLOP), "
+            f"about {spoken(seconds)}" + (f"; saved in {file}, from where it goes on" if file else ""),
+            seconds=seconds,
+            progress=progress,
+        )
     saved = time.monotonic()
     bar = progress_bar(total=d_vocab, initial=done.count, desc="searching", unit="token", progress=progress)
     try:
