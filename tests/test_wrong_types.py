@@ -38,6 +38,7 @@ OTHERS: dict[str, Any] = {
     "n_tokens": 1,
     "previous": "L0H0",
     "prompt": "a text",
+    "raw": None,
     "receiver": "L1H0",
     "seed": 0,
     "selection": 0,

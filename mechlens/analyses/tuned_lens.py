@@ -248,7 +248,7 @@ def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out:
 def _rate(head: _Head) -> float:
     """FLOP per second of what training does most: a gradient through a part of the vocabulary."""
     reader, draw = head.reader, torch.Generator().manual_seed(0)
-    vectors = torch.randn(CHUNK, len(reader.W_U), generator=draw).to(reader.W_U)
+    vectors = torch.randn(CHUNK, len(reader.W_U), generator=draw, dtype=torch.float32).to(reader.W_U)
     of_tile = 4 * vectors.numel() * reader.width
     # of more weights than a cache holds, as while it trains
     n_tiles = min(max(1, RATE_FLOP // of_tile), -(-reader.d_vocab // reader.width))
@@ -257,6 +257,10 @@ def _rate(head: _Head) -> float:
         start = time.perf_counter()
         float(reader.expected_column(vectors, n_tiles=n)[0].sum())  # a GPU begins when somebody waits for it
     return n_tiles * of_tile / (time.perf_counter() - start)
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' if count != 1 else ''}"
 
 
 # -- what is read ----------------------------------------------------------------------------------

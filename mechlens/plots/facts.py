@@ -10,18 +10,18 @@ from mechlens.plots.style import BLUE, GREEN, MUTED, TEMPLATE, VERMILION, titles
 from mechlens.results import Facts
 
 
-def plot_facts(facts: Facts) -> go.Figure:
+def plot_facts(result: Facts) -> go.Figure:
     """Draw by layer the share of facts whose answer is the first guess, and among the first ten.
 
     Args:
-        facts: of `read_facts`.
+        result: of `read_facts`.
 
     Returns:
         A figure with lines `first guess`, `among the first ten`, `mean probability` and, dotted, the shares
         of wrong answers of the same kind.
     """
-    check_type("facts", facts, Facts)
-    layers = ["emb.", *map(str, range(facts.rank.shape[1] - 1))]
+    check_type("result", result, Facts)
+    layers = ["emb.", *map(str, range(result.rank.shape[1] - 1))]
 
     def line(name: str, values: Tensor, colour: str, dash: str, symbol: str) -> go.Scatter:
         return go.Scatter(
@@ -36,18 +36,18 @@ def plot_facts(facts: Facts) -> go.Figure:
 
     figure = go.Figure(
         [
-            line("among the first ten", facts.share(10), BLUE, "dash", "square-open"),
-            line("first guess", facts.share(1), BLUE, "solid", "square"),
-            line("mean probability", facts.probability(), VERMILION, "solid", "circle"),
-            line("wrong answer among the first ten", facts.share(10, null=True), MUTED, "dot", "x"),
-            line("wrong answer first", facts.share(1, null=True), GREEN, "dot", "cross"),
+            line("among the first ten", result.share(10), BLUE, "dash", "square-open"),
+            line("first guess", result.share(1), BLUE, "solid", "square"),
+            line("mean probability", result.probability(), VERMILION, "solid", "circle"),
+            line("wrong answer among the first ten", result.share(10, null=True), MUTED, "dot", "x"),
+            line("wrong answer first", result.share(1, null=True), GREEN, "dot", "cross"),
         ]
     )
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            f"{len(facts.prompts)} facts, read off each layer",
-            f"{facts.model.name}, {'with' if facts.prepend_bos else 'without'} BOS",
+            f"{len(result.prompts)} facts, read off each layer",
+            f"{result.model.name}, {'with' if result.prepend_bos else 'without'} BOS",
         ),
         width=900,
         height=440,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechlens.analyses.logit_lens import logit_lens
+from mechlens.arguments import check_model
 from mechlens.models.protocol import LensModel, describe
 from mechlens.prompts import text_tokens
 from mechlens.results import Facts, Result
@@ -118,6 +119,7 @@ def read_facts(model: LensModel, facts: Sequence[Fact] = FACTS, *, prepend_bos: 
         >>> found = mechlens.read_facts(model)
         >>> found.share(top=10)  # of the facts, by row: embedding, then layers
     """
+    check_model(model)
     if not facts:
         raise ValueError("facts must have at least one (relation, prompt, answer)")
     others = _other_answers(facts)
@@ -127,7 +129,7 @@ def read_facts(model: LensModel, facts: Sequence[Fact] = FACTS, *, prepend_bos: 
         by_length[ids.shape[1]].append(at)
     n_rows = model.cfg.n_layers + 1
     found = {
-        f"{kind} {name}": torch.zeros(len(facts), n_rows)
+        f"{kind} {name}": torch.zeros(len(facts), n_rows, dtype=torch.float32)
         for kind in ("rank", "log_prob")
         for name in ("answer", "other")
     }

@@ -181,7 +181,8 @@ def measure_features(
 ) -> tuple[FeaturesStudy, dict[str, Measured]]:
     """Search some features of layers from first to last, in a model with raw weights and with random ones."""
     n_layers = trained.cfg.n_layers
-    layers = sorted({round(x) for x in torch.linspace(0, n_layers - 1, min(N_LAYERS, n_layers)).tolist()})
+    spread = torch.linspace(0, n_layers - 1, min(N_LAYERS, n_layers), dtype=torch.float64)
+    layers = sorted({round(x) for x in spread.tolist()})
     features = range(min(N_FEATURES, trained.cfg.d_model))
 
     def search(of: LensModel) -> CompleteSearch:

@@ -9,7 +9,7 @@ import torch
 
 from mechlens.analyses.logit_lens import logit_lens
 from mechlens.analyses.patching import Corrupted, patch_grid
-from mechlens.arguments import check_counts, generator_of
+from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.models.protocol import LensModel, describe
 from mechlens.prompts import text_tokens
 from mechlens.results import IndirectObject, PatchGridResult, Result, head_label
@@ -86,6 +86,7 @@ def indirect_object(
         >>> found = mechlens.indirect_object(model)
         >>> (found.logit_diff > 0).float().mean()  # how often it is right; 0.5 by chance
     """
+    check_model(model)
     check_counts(n_prompts=n_prompts)
     usable = [name for name in names if _is_one_token(model, name)]
     if len(usable) < 4:
@@ -143,7 +144,7 @@ def indirect_object(
             "IO": (tokens == ids["IO"][:, None]).int().argmax(1),
             "S1": is_subject.int().argmax(1),
             "S2": last - is_subject.flip(1).int().argmax(1),
-            "END": torch.full((n_prompts,), last),
+            "END": torch.full((n_prompts,), last, dtype=torch.long),
         },
         logit_diff=log_prob["IO"] - log_prob["S"],
         null=log_prob["one"] - log_prob["other"],

@@ -17,6 +17,7 @@ from mechlens.analyses.heads import (
     kinds_that_fit,
     performance_and_scores,
 )
+from mechlens.arguments import check_model
 from mechlens.models.load import BUNDLED, BUNDLED_DIRECTORY
 from mechlens.models.protocol import LensModel
 from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
@@ -91,6 +92,7 @@ def reproduce(
     Source: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
     Cost: about four forward passes per seed.
     """
+    check_model(model)
     performance, heads = performance_and_scores(
         model,
         kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=prepend_bos),

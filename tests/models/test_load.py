@@ -164,7 +164,6 @@ def test_a_file_that_is_opened_anew_on_the_way_gives_all_its_tensors(tmp_path, m
         assert torch.equal(found[name], each.double()), name
 
 
-@pytest.mark.skipif(HAS_HOOKED, reason="this is said of an engine without HookedTransformer")
 class Copies(TorchDispatchMode):
     """Notes how large the tensors are that are copied."""
 
@@ -191,6 +190,7 @@ def test_a_run_copies_no_weights(tiny_directories, kind, processing):
     assert max(copies.sizes, default=0) < smallest
 
 
+@pytest.mark.skipif(HAS_HOOKED, reason="this is said of an engine without HookedTransformer")
 def test_the_slower_engine_is_told_of_once(tiny_directories, monkeypatch, recwarn):
     monkeypatch.setattr(load, "_told", set())
     for _ in range(2):
