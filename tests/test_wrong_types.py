@@ -38,7 +38,6 @@ OTHERS: dict[str, Any] = {
     "n_tokens": 1,
     "previous": "L0H0",
     "prompt": "a text",
-    "raw": None,
     "receiver": "L1H0",
     "seed": 0,
     "selection": 0,

@@ -60,7 +60,7 @@ def reproduce_findings(
     model: LensModel,
     names: Sequence[str] | None = None,
     *,
-    raw: Raw,
+    raw: Raw | None = None,
     heads: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Findings:
@@ -68,18 +68,25 @@ def reproduce_findings(
 
     Args:
         names: of `STUDIES`, in any order; None takes those of `planned`.
-        raw: gives the same model with raw weights, which the study of features needs.
+        raw: gives the same model with the weights as they were trained, such as
+            `lambda: load_model(name, processing=False)`; the study `features` needs it.
         heads: arguments of `reproduce`, which is the study `heads`.
         progress: show bars; None shows them in a terminal and in Jupyter.
 
     Raises:
-        ValueError: an unknown study, or a model that one of them cannot be made on.
+        ValueError: an unknown study, a model that one of them cannot be made on, or `features` without `raw`.
 
     Cost: that of each study; on two cores about ten minutes for a model of 135 million parameters.
     """
     known = known_figures(describe(model))
+    names = planned(describe(model), names)
+    if "features" in names and raw is None:
+        raise ValueError(
+            "the study 'features' needs raw weights: give raw=lambda: load_model(name, processing=False), or "
+            "name other studies"
+        )
     studies: dict[str, Study] = {}
-    for name in planned(describe(model), names):
+    for name in names:
         if name == "heads":
             studies[name] = reproduce(model, **(heads or {}), progress=progress)
         elif name == "logit-lens":
@@ -116,13 +123,13 @@ def planned(model: ModelInfo, names: Sequence[str] | None = None) -> list[str]:
 
 
 def _facts(
-    model: LensModel, raw: Raw, figures: Sequence[Published], progress: bool | None
+    model: LensModel, raw: Raw | None, figures: Sequence[Published], progress: bool | None
 ) -> tuple[Study, dict[str, Measured]]:
     return measure_facts(model)
 
 
 def _induction_circuits(
-    model: LensModel, raw: Raw, figures: Sequence[Published], progress: bool | None
+    model: LensModel, raw: Raw | None, figures: Sequence[Published], progress: bool | None
 ) -> tuple[Study, dict[str, Measured]]:
     pairs = dict.fromkeys(
         tuple(each.what.split()[1:3]) for each in figures if each.what.startswith("verdict ")
@@ -163,7 +170,7 @@ def measure_circuits(
 
 
 def _indirect_object(
-    model: LensModel, raw: Raw, figures: Sequence[Published], progress: bool | None
+    model: LensModel, raw: Raw | None, figures: Sequence[Published], progress: bool | None
 ) -> tuple[Study, dict[str, Measured]]:
     heads = [each.head for each in figures if each.head is not None]
     study = study_indirect_object(model, n_patched=N_PATCHED, progress=progress)
@@ -171,8 +178,9 @@ def _indirect_object(
 
 
 def _features(
-    model: LensModel, raw: Raw, figures: Sequence[Published], progress: bool | None
+    model: LensModel, raw: Raw | None, figures: Sequence[Published], progress: bool | None
 ) -> tuple[Study, dict[str, Measured]]:
+    assert raw is not None
     return measure_features(raw(), progress=progress)
 
 
@@ -207,7 +215,8 @@ def measure_features(
 
 
 _MEASURES: dict[
-    str, Callable[[LensModel, Raw, Sequence[Published], bool | None], tuple[Study, dict[str, Measured]]]
+    str,
+    Callable[[LensModel, Raw | None, Sequence[Published], bool | None], tuple[Study, dict[str, Measured]]],
 ] = {
     "facts": _facts,
     "induction-circuits": _induction_circuits,

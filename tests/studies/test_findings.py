@@ -223,6 +223,11 @@ def test_a_plan_takes_what_the_card_has_figures_of():
         findings.planned(smollm2, ["head"])
 
 
+def test_features_need_raw_weights_and_say_so_first(bundled):
+    with pytest.raises(ValueError, match="'features' needs raw weights: give raw="):
+        findings.reproduce_findings(bundled, ["heads", "features"])
+
+
 def test_results_are_saved_and_loaded(bundled, tmp_path):
     found = read_facts(bundled, SOME_FACTS)
     assert load(found.save(tmp_path / "facts.safetensors")) == found
