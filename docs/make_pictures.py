@@ -63,9 +63,7 @@ def of_real_model(results: Path) -> None:
     induction = mechlens.plot_head_scores(scores, "induction_score")
     picture(folder / "first.png", (mechlens.plot_logit_lens(lens, "rank", target=" Paris"), induction))
     picture(folder / "facts.png", (mechlens.plot_facts(saved["facts"]),))
-    log_probs = mechlens.plot_log_probs(saved["repeated_tokens"])
-    log_probs.update_layout(width=760, height=450)
-    picture(folder / "heads.png", (log_probs, mechlens.plot_head_scores(scores, "previous_token_score")))
+    picture(folder / "heads.png", (induction, mechlens.plot_head_scores(scores, "previous_token_score")))
     for name, file in (
         ("indirect_object", "indirect_object_heads"),
         ("positions", "indirect_object_positions"),
