@@ -129,7 +129,7 @@ def _circuits_table(circuits: dict[str, Any]) -> str:
                 one,
                 other,
                 f"{circuits[f'K rank {one} {other}']:.0f}",
-                f"{circuits[f'score {one} {other}']:.2f}",
+                f"{circuits[f'score {other}']:.2f}",
                 f"{circuits[f'ablated {one} {other}']:.2f}",
                 circuits[f"verdict {one} {other}"],
             )

@@ -167,7 +167,7 @@ def test_one_previous_token_head_is_in_the_circuit_and_another_is_not(smollm2):
     pairs = [((16, 0), (18, 6)), ((11, 1), (18, 6))]
     _, measured = measure_circuits(smollm2, pairs, progress=False)
     comparisons = held(smollm2, "induction-circuits", measured)
-    assert len(comparisons) == len(measured) == 8
+    assert len(comparisons) == len(measured) == 7
     assert not not_reproduced(comparisons)
     assert measured["ablated L16H0 L18H6"].value < 0.1 < 0.8 < measured["ablated L11H1 L18H6"].value
 

@@ -159,7 +159,9 @@ def measure_circuits(
                 f"rank of {previous} among the earlier heads in K-composition with {induction}",
                 int(rank) if (rank := evidence["k_rank"]) == rank else "none",
             ),
-            f"score {names}": Measured(f"induction score of {induction}", evidence["induction_score"], DRAWN),
+            f"score {induction}": Measured(
+                f"induction score of {induction}", evidence["induction_score"], DRAWN
+            ),
             f"ablated {names}": Measured(
                 f"induction score of {induction} without {previous} in its keys",
                 evidence["score_path"],
