@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def lens(model: Any) -> tuple[float, float, float]:
 
 def circuits(model: Any) -> tuple[float, float, float]:
     """Scores of 8 sequences, and 24 pairs, each with a run from its heads' layers on."""
-    work = lambda: mechlens.find_induction_circuits(model, progress=False)  # noqa: E731
+    work = partial(mechlens.find_induction_circuits, model, progress=False)
     return seconds(work), 120, 8 * 101 * (4 * 30 + 24 * 12) * BLOCK
 
 
@@ -84,15 +85,15 @@ def patch_positions(model: Any) -> tuple[float, float, float]:
 
 def composition(model: Any) -> tuple[float, float, float]:
     """Norms of products of all pairs' thin matrices: 64 x 64 for each of 35,235 pairs, and the baselines."""
-    work = lambda: mechlens.composition_scores(model, "k", relative_position=49)  # noqa: E731
+    work = partial(mechlens.composition_scores, model, "k", relative_position=49)
     return seconds(work), 10, 35235 * 2 * 576 * 64 * 64 * 2
 
 
 def features(model: Any) -> tuple[float, float, float]:
     """Each token of the vocabulary through all blocks but the last, without queries and keys."""
     raw = mechlens.load_model(NAME, processing=False)
-    work = lambda: mechlens.search_complete(  # noqa: E731
-        raw, layers=range(0, 29, 4), features=range(32), top_k=5, progress=False
+    work = partial(
+        mechlens.search_complete, raw, layers=range(0, 29, 4), features=range(32), top_k=5, progress=False
     )
     return seconds(work), 300, 49152 * 29 * BLOCK * 0.84
 

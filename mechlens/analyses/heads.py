@@ -17,7 +17,7 @@ from mechlens.measures import attention as measures
 from mechlens.measures.attention import Stripe, stripe_score
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import next_token_log_probs
+from mechlens.models.readings import Readers, next_token_log_probs
 from mechlens.models.runs import parts, pattern_readers, read_patterns, watch
 from mechlens.models.weights import (
     attention_out_affine,
@@ -202,14 +202,24 @@ def performance_and_scores(
 
     def predictions(random: RandomTokens, stripes: Mapping[str, Stripe]) -> dict[str, Tensor]:
         found, reduce = _stripe_scores(model, len(random.tokens), stripes)
-        beside = lambda rows: pattern_readers(model, reduce(rows))  # noqa: E731
-        predicted.append(next_token_log_probs(model, random.tokens, beside=beside))
+
+        def beside(rows: slice) -> Readers:
+            return pattern_readers(model, reduce(rows))
+
+        predicted.append(next_token_log_probs(model, random.tokens, beside))
         drawn.append(random)
         return found
 
-    shape = {"seq_len": seq_len, "batch": batch, "seeds": seeds, "prepend_bos": prepend_bos}
-    # the dictionary holds what it takes, which a type checker cannot see
-    scores = _scored(model, kinds, **shape, progress=progress, on_repeated_tokens=predictions)  # type: ignore[arg-type]
+    scores = _scored(
+        model,
+        kinds,
+        seq_len=seq_len,
+        batch=batch,
+        seeds=seeds,
+        prepend_bos=prepend_bos,
+        progress=progress,
+        on_repeated_tokens=predictions,
+    )
     return _performance(model, drawn, predicted, scores.confidence), scores
 
 

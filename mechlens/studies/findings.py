@@ -204,6 +204,7 @@ def measure_features(
     )
     shares = {name: getattr(study, name).share() for name in ("trained", "random")}
     words = "share of features whose most exciting token is the same in two layers"
+    # rounding decides between tokens that excite a feature alike, and each engine draws weights of its own
     measured = {
         "trained": Measured(f"{words}, mean over pairs of layers", shares["trained"].value, 0.02),
         "random": Measured(f"{words}, with random weights", shares["random"].value, 0.05),

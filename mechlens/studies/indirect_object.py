@@ -11,7 +11,7 @@ from mechlens.analyses.logit_lens import logit_lens
 from mechlens.analyses.patching import Corrupted, patch_grid
 from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.models.protocol import LensModel, describe
-from mechlens.prompts import text_tokens
+from mechlens.prompts import check_equally_long, text_tokens
 from mechlens.results import IndirectObject, PatchGridResult, Result, head_label
 from mechlens.studies.study import Measured, Study
 from mechlens.tokens import target_id
@@ -107,24 +107,19 @@ def indirect_object(
         objects.append(other)
         firsts.append(c)
         seconds.append(d)
-    lengths = sorted({ids.shape[1] for ids in clean})
-    if len(lengths) > 1:
-        raise ValueError(
-            f"the templates make prompts of {lengths} tokens, but all must have the same number: change "
-            "templates="
-        )
+    check_equally_long(model, clean)
     tokens = torch.cat(clean).cpu()
     ids = {
         name: torch.tensor([target_id(model, text) for text in texts])
         for name, texts in (("IO", objects), ("S", subjects), ("one", firsts), ("other", seconds))
     }
-    last = lengths[0] - 1
+    last = tokens.shape[1] - 1
     lens = logit_lens(
         model,
         tokens,
         layers=[model.cfg.n_layers - 1],
         positions=[last],
-        targets={name: some[:, None].expand(-1, lengths[0]) for name, some in ids.items()},
+        targets={name: some[:, None].expand_as(tokens) for name, some in ids.items()},
         statistics=["rank", "log_prob"],
         top_k=1,
         progress=False,
@@ -223,6 +218,7 @@ def of_indirect_object(
         heads: to report beside the one that recovers most.
     """
     task = study.task
+    # three prompts in sixty, where all are right and resampling them says nothing
     right = (task.logit_diff > 0).float()
     measured = {
         "logit_diff": Measured(

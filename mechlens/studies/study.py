@@ -47,12 +47,12 @@ class Measured:
         return float(low), float(high)
 
 
-def hold(figure: Published, measured: Measured, *, min_draws: int = MIN_DRAWS) -> Comparison:
+def hold(figure: Published, measured: Measured) -> Comparison:
     """One figure beside what was measured.
 
     A figure that is a mean over n draws is reproduced when it differs from our mean over m by no more than
     99% of such differences do: when it lies in the interval of 99% of means over 1 / (1/n + 1/m) draws,
-    resampled from our own. With fewer than `min_draws` of our own nothing is judged.
+    resampled from our own. With fewer than `MIN_DRAWS` of our own nothing is judged.
     """
     low = high = None
     exact = isinstance(measured.value, int) and not measured.tolerance
@@ -61,7 +61,7 @@ def hold(figure: Published, measured: Measured, *, min_draws: int = MIN_DRAWS) -
     elif measured.samples is None:
         low, high = figure.value - measured.tolerance, figure.value + measured.tolerance
         holds = low <= measured.value <= high
-    elif len(measured.samples) < min_draws:
+    elif len(measured.samples) < MIN_DRAWS:
         return Comparison(measured.claim, figure.value, measured.value, None, None, NOT_JUDGED, figure.source)
     else:
         size = max(1, round(1 / (1 / figure.sequences + 1 / len(measured.samples))))

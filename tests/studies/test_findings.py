@@ -118,7 +118,7 @@ def test_names_of_several_tokens_are_left_out(bundled):
         indirect_object(bundled, names=[" Ozymandias", " Constantinople"])
     with pytest.raises(ValueError, match="n_prompts"):
         indirect_object(bundled, n_prompts=0, names=PEOPLE)
-    with pytest.raises(ValueError, match="same number"):
+    with pytest.raises(ValueError, match="equally many tokens"):
         indirect_object(bundled, names=PEOPLE, templates=["{a}{b}{s}", "{a} and{b} and{s}"])
 
 
@@ -197,7 +197,7 @@ def test_what_counts_as_reproduced():
     assert hold(drawn, Measured("mean", 0.0, samples=samples[:19])).verdict == "not judged"
 
 
-def test_every_figure_on_a_card_is_one_that_its_study_measures():
+def test_every_figure_on_a_card_belongs_to_a_study_and_has_a_value():
     for card in CARDS.glob("*.json"):
         figures = json.loads(card.read_text())["figures"]
         assert {each["study"] for each in figures} <= set(STUDIES)
