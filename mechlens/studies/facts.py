@@ -198,7 +198,8 @@ class FactsStudy(Study):
 def measure_facts(model: LensModel) -> tuple[FactsStudy, dict[str, Measured]]:
     """Read `FACTS` off a model, and put into numbers what is to be claimed of it."""
     study = FactsStudy((), read_facts(model), read_facts(model, prepend_bos=False))
-    # rounding may turn over one answer that is as likely as another; probabilities it moves far less than 0.01
+    # rounding may turn over one answer that is as likely as another; it moves probabilities far less than
+    # their tolerance
     one = 1.5 / len(FACTS)
     measured: dict[str, Measured] = {}
     for name, words, facts in (
