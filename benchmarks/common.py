@@ -88,8 +88,8 @@ def random_gpt2_small() -> Any:
 
 def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
     """A model of GPT-2's kind with random weights; see `random_gpt2_small`."""
-    from mechlens.models import engines
-    from mechlens.models.local import HuggingFaceModel
+    from mechlens.models.load import engines
+    from mechlens.models.load.local import HuggingFaceModel
 
     torch.manual_seed(0)
     if int(version("transformer-lens").split(".")[0]) < 4:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import mechlens
 from mechlens.models.protocol import Source, remember
-from mechlens.models.runs import watch
+from mechlens.models.run.forward import watch
 from mechlens.results import CompleteSearch, GreedySearch
 
 THREADS = 2

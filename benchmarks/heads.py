@@ -25,9 +25,9 @@ from mechlens import repeated_tokens, score_heads_on
 # What score_heads runs per seed; the function itself also runs the null, and other kinds of sequence.
 from mechlens.analyses.heads import _score_stripes
 from mechlens.measures import attention
-from mechlens.models.engines import quiet
+from mechlens.models.load.engines import quiet
 from mechlens.models.protocol import engine_of
-from mechlens.models.runs import watch
+from mechlens.models.run.forward import watch
 
 THREADS = 2
 BATCH, SEQ_LEN = 30, 50

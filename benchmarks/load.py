@@ -104,7 +104,7 @@ def measure(way: str, folder: str) -> None:
     start = time.perf_counter()
     if way == "unknown":
         from mechlens import load_model
-        from mechlens.models.errors import ModelLoadError
+        from mechlens.models.load.errors import ModelLoadError
 
         try:
             load_model("EleutherAI/pythia-71m")

@@ -23,8 +23,8 @@ from common import Row, peak_bytes, print_table, random_gpt2_small, seconds
 from torch import Tensor
 
 from mechlens import Earlier, attribution_patching, patch_grid
-from mechlens.models import sweeps
 from mechlens.models.protocol import engine_of
+from mechlens.models.run import patched_runs
 
 THREADS = 2
 SEQ_LEN = 50
@@ -102,7 +102,7 @@ def main() -> None:
         theirs = len(cells) * run_flops(model.cfg, n_pos, n_pos, n_layers, n_pos) / 1e12
         ours_flops = sweep_flops(model, tokens, positions, hooked) / 1e12
         peak = peak_bytes(grid)
-        budget = 4 * sweeps.TOKEN_BUDGET * sweeps.position_floats(model)
+        budget = 4 * patched_runs.TOKEN_BUDGET * patched_runs.position_floats(model)
         rows = [
             Row("the loop, counted", theirs, "TFLOP"),
             Row("the sweep, counted", ours_flops, "TFLOP"),
@@ -134,7 +134,7 @@ def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> f
     """What the sweep runs, group by group, and the clean runs."""
     cfg, end = model.cfg, tokens.shape[1] - 1
     cells = [(layer, pos) for layer in range(cfg.n_layers) for pos in positions]
-    patches = sweeps.Patches(
+    patches = patched_runs.Patches(
         "mlp_out",
         torch.tensor([layer for layer, _ in cells]),
         torch.tensor([pos for _, pos in cells]),
@@ -142,7 +142,7 @@ def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> f
     )
     # four whole runs: for the check, the clean values, the source and the metric
     total = 4.5 * run_flops(cfg, end, end, cfg.n_layers, 0) + run_flops(cfg, 0, 0, 0, len(positions))
-    for start, which in sweeps._groups(model, patches, end, sweeps.TOKEN_BUDGET, whole=False):
+    for start, which in patched_runs._groups(model, patches, end, patched_runs.TOKEN_BUDGET, whole=False):
         for layer in patches.layer[which].tolist():
             layers = cfg.n_layers - 1 - layer if hooked else cfg.n_layers
             total += run_flops(cfg, end - start, end, layers, end - start)

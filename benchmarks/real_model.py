@@ -119,7 +119,7 @@ def main() -> None:
         load = seconds(lambda: mechlens.load_model(NAME))
         rows.append(Row("load, from the cache or not", load, "s"))
         model = mechlens.load_model(NAME)
-    except mechlens.models.errors.ModelLoadError as error:
+    except mechlens.models.load.errors.ModelLoadError as error:
         print(error)
         return
     mechlens.logit_lens(model, FACT)

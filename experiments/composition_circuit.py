@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 import mechlens
-from mechlens.models.errors import ModelLoadError
-from mechlens.report import Plot, Section, induction_circuits_section
+from mechlens.models.load.errors import ModelLoadError
 from mechlens.results import NOT_JUDGED
+from mechlens.show import Plot, Section, induction_circuits_section
 from mechlens.studies.induction_circuits import strongest
 from mechlens.terminal import number, print_induction_circuits, tolerance
 

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 import mechlens
-from mechlens.models.errors import ModelLoadError
+from mechlens.models.load.errors import ModelLoadError
 from mechlens.plots.style import visible_token
-from mechlens.report import (
+from mechlens.show import (
     Section,
     complete_search_section,
     feature_alignment_section,

@@ -21,10 +21,10 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 import mechlens
-from mechlens.models.errors import ModelLoadError
+from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.protocol import LensModel
-from mechlens.report import Plot, Section
 from mechlens.results import InputProbe, LogitLensResult, LogitVariance, Result, TunedLens
+from mechlens.show import Plot, Section
 from mechlens.studies.logit_lens import EIFFEL, LensStudy
 
 Figure = tuple[str, go.Figure, str]

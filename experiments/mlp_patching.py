@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 import mechlens
-from mechlens.models.errors import ModelLoadError
-from mechlens.report import head_scores_section, patching_section
+from mechlens.models.load.errors import ModelLoadError
 from mechlens.results import head_label
+from mechlens.show import head_scores_section, patching_section
 from mechlens.studies.mlp_patching import INDUCTION, PREVIOUS, MlpStudy, first_and_others
 
 SHOWN = 8

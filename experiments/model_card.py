@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 import mechlens
-from mechlens.models.catalogue import ModelSummary, model_summary
-from mechlens.models.load import BUNDLED
+from mechlens.models.load.loading import BUNDLED
+from mechlens.models.load.registry import ModelSummary, model_summary
 from mechlens.published import Published
 from mechlens.results import head_label
-from mechlens.studies.reproduce import Reproduction
+from mechlens.studies.heads import Reproduction
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 PROMPTS = ("It was a dark and stormy night, and", '"My dear," said', "The captain of the ship")

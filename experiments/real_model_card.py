@@ -21,9 +21,9 @@ from mechlens.results import TunedLens, head_label
 from mechlens.studies import findings
 from mechlens.studies.facts import measure_facts
 from mechlens.studies.findings import FeaturesStudy
+from mechlens.studies.heads import Reproduction
 from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
 from mechlens.studies.logit_lens import LensStudy
-from mechlens.studies.reproduce import Reproduction
 from mechlens.studies.study import Measured, Study
 
 SEED = 1000

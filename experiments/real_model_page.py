@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.results import head_label
-from mechlens.studies.reproduce import CARDS
+from mechlens.studies.heads import CARDS
 
 CARD = CARDS / "smollm2-135m.json"
 PAGE = Path(__file__).parents[1] / "docs" / "smollm2-135m.md"

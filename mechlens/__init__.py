@@ -59,12 +59,11 @@ if TYPE_CHECKING:
         path_attention,
     )
     from mechlens.analyses.tuned_lens import train_tuned_lens
-    from mechlens.corpus import read_texts, token_windows
     from mechlens.measures.weights import diagonal_ranks, eigenvalue_copying_score, top_k_accuracy
-    from mechlens.models.load import load_model
-    from mechlens.models.sampling import sample_tokens
-    from mechlens.models.tuned_lens import load_tuned_lens
-    from mechlens.models.untrained import random_like
+    from mechlens.models.load.loading import load_model
+    from mechlens.models.load.published_lens import load_tuned_lens
+    from mechlens.models.run.sampling import sample_tokens
+    from mechlens.models.weights.randomize import random_like
     from mechlens.plots.attribution import plot_attribution
     from mechlens.plots.circuits import (
         plot_circuit_corner,
@@ -92,12 +91,12 @@ if TYPE_CHECKING:
     from mechlens.plots.logit_variance import plot_logit_variance
     from mechlens.plots.patching import plot_head_effects, plot_patch_grid
     from mechlens.plots.tuned_lens import plot_tuned_lens
-    from mechlens.prompts import chat_tokens, repeated_tokens, text_tokens
-    from mechlens.report import write_report
     from mechlens.results import load
+    from mechlens.show import write_report
     from mechlens.studies.facts import read_facts
     from mechlens.studies.feature_search import reproduce_feature_search
     from mechlens.studies.findings import reproduce_findings
+    from mechlens.studies.heads import reproduce
     from mechlens.studies.indirect_object import indirect_object
     from mechlens.studies.induction_circuits import (
         find_induction_circuits,
@@ -105,7 +104,8 @@ if TYPE_CHECKING:
     )
     from mechlens.studies.logit_lens import reproduce_logit_lens
     from mechlens.studies.mlp_patching import reproduce_mlp_patching
-    from mechlens.studies.reproduce import reproduce
+    from mechlens.text.corpus import read_texts, token_windows
+    from mechlens.text.prompts import chat_tokens, repeated_tokens, text_tokens
 
 _HOMES = {
     "mechlens.analyses.attention": ("attention_patterns",),
@@ -154,13 +154,13 @@ _HOMES = {
         "path_attention",
     ),
     "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
-    "mechlens.corpus": ("read_texts", "token_windows"),
+    "mechlens.text.corpus": ("read_texts", "token_windows"),
     "mechlens.analyses.logit_variance": ("logit_variance",),
     "mechlens.measures.weights": ("diagonal_ranks", "eigenvalue_copying_score", "top_k_accuracy"),
-    "mechlens.models.load": ("load_model",),
-    "mechlens.models.sampling": ("sample_tokens",),
-    "mechlens.models.tuned_lens": ("load_tuned_lens",),
-    "mechlens.models.untrained": ("random_like",),
+    "mechlens.models.load.loading": ("load_model",),
+    "mechlens.models.run.sampling": ("sample_tokens",),
+    "mechlens.models.load.published_lens": ("load_tuned_lens",),
+    "mechlens.models.weights.randomize": ("random_like",),
     "mechlens.plots.attribution": ("plot_attribution",),
     "mechlens.plots.circuits": (
         "plot_circuit_corner",
@@ -188,8 +188,8 @@ _HOMES = {
     "mechlens.plots.logit_variance": ("plot_logit_variance",),
     "mechlens.plots.patching": ("plot_head_effects", "plot_patch_grid"),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
-    "mechlens.prompts": ("chat_tokens", "repeated_tokens", "text_tokens"),
-    "mechlens.report": ("write_report",),
+    "mechlens.text.prompts": ("chat_tokens", "repeated_tokens", "text_tokens"),
+    "mechlens.show": ("write_report",),
     "mechlens.results": ("load",),
     "mechlens.studies.facts": ("read_facts",),
     "mechlens.studies.feature_search": ("reproduce_feature_search",),
@@ -198,7 +198,7 @@ _HOMES = {
     "mechlens.studies.induction_circuits": ("find_induction_circuits", "reproduce_composition_circuit"),
     "mechlens.studies.logit_lens": ("reproduce_logit_lens",),
     "mechlens.studies.mlp_patching": ("reproduce_mlp_patching",),
-    "mechlens.studies.reproduce": ("reproduce",),
+    "mechlens.studies.heads": ("reproduce",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -28,7 +28,7 @@ def load_once():
     A fixture with parameters is better of a test's scope, and takes its models from here. Of the session's
     scope, pytest would run all tests of a parameter together, and make what modules share again and again.
     """
-    from mechlens.models.load import load_model
+    from mechlens.models.load.loading import load_model
 
     return functools.cache(load_model)
 
@@ -68,7 +68,7 @@ def fixed_distance_model(tmp_path_factory):
     """An attention-only model, written by hand, whose head attends S - 1 = 5 back whatever the tokens are."""
     from safetensors.torch import save_file
 
-    from mechlens.models.load import load_model
+    from mechlens.models.load.loading import load_model
 
     directory = tmp_path_factory.mktemp("fixed")
     n, seq_len, d_vocab = 16, 6, 64

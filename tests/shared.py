@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mechlens.models import hub
+from mechlens.models.load import hub
 
 ENGINE_IS_TOLD = "ignore:TransformerLens 4 has no HookedTransformer"
 """For `PYTHONWARNINGS` of processes on the bridge whose standard error is looked at."""

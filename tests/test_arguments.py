@@ -11,8 +11,8 @@ from transformers import BatchEncoding
 
 from mechlens import Mean, detect_heads, patch_grid, repeated_token_performance, repeated_tokens
 from mechlens.arguments import chosen, generator_of, names_of, seeds_of, whole_number
-from mechlens.corpus import corpus_ids
 from mechlens.results import parse_heads
+from mechlens.text.corpus import corpus_ids
 from tests.hand_made import head_scores
 
 

@@ -18,11 +18,11 @@ import torch
 import transformers as hf
 
 import mechlens
-from mechlens.models.architectures import architecture, random_model, write_model, write_tokenizer
-from mechlens.models.hooks import user_hooks
-from mechlens.models.load import load_model
-from mechlens.models.readings import next_token_log_probs
-from mechlens.models.sweeps import SITES, start_sweeps
+from mechlens.models.load.loading import load_model
+from mechlens.models.load.tiny_architectures import architecture, random_model, write_model, write_tokenizer
+from mechlens.models.run.patched_runs import SITES, start_sweeps
+from mechlens.models.run.unembedding import next_token_log_probs
+from mechlens.models.run.user_hooks import user_hooks
 from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model
 
 HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
@@ -625,7 +625,7 @@ def test_a_hook_on_one_row_is_refused_where_a_batch_is_read_in_parts(directories
         whole = model(tokens).log_softmax(-1)
     expected = -(whole.exp() * whole).sum(-1)
     torch.testing.assert_close(together[-1], expected, atol=1e-4, rtol=0)
-    for name in ("mechlens.models.runs.MAX_POSITIONS", "mechlens.analyses.logit_lens.MAX_POSITIONS"):
+    for name in ("mechlens.models.run.forward.MAX_POSITIONS", "mechlens.analyses.logit_lens.MAX_POSITIONS"):
         monkeypatch.setattr(name, tokens.shape[1])
     for work in (
         lambda: mechlens.logit_lens(model, tokens),

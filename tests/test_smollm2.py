@@ -10,15 +10,15 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import mechlens
-from mechlens.models import gguf, hub
-from mechlens.models.load import load_model
+from mechlens.models.load import gguf, hub
+from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from mechlens.studies.facts import measure_facts
 from mechlens.studies.findings import measure_circuits
+from mechlens.studies.heads import known_figures
 from mechlens.studies.indirect_object import indirect_object
-from mechlens.studies.reproduce import known_figures
 from mechlens.studies.study import MIN_DRAWS, Measured, hold
-from tests.models.test_load import BACKENDS
+from tests.models.load.test_loading import BACKENDS
 from tests.shared import SMOLLM2, needs_smollm2
 
 NAME = SMOLLM2

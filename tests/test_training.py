@@ -59,7 +59,7 @@ def test_a_small_run_learns_and_ends_in_a_loadable_model(script, corpus, tmp_pat
     assert first == pytest.approx(math.log(280), abs=0.3), "an untrained model guesses evenly"
     assert last < first - 1
     assert "validation loss" in capsys.readouterr().out
-    from mechlens.models.load import load_model
+    from mechlens.models.load.loading import load_model
 
     model = load_model(tmp_path)
     assert model.cfg.n_ctx == 32

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from mechlens.models.architectures import VOCAB, architecture, random_model, write_model, write_tokenizer
+from mechlens.models.load.tiny_architectures import (
+    VOCAB,
+    architecture,
+    random_model,
+    write_model,
+    write_tokenizer,
+)
 
 N_CTX = 32
 # The windows are shorter than the tests' sequences.

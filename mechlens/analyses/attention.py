@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import read_patterns
-from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.models.run.forward import read_patterns
 from mechlens.results import AttentionPatterns, head_label, parse_heads
 from mechlens.results.heads import Heads
-from mechlens.tokens import token_strings
+from mechlens.text.prompts import Prompt, prompt_tokens
+from mechlens.text.tokens import token_strings
 
 
 def attention_patterns(

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import chosen
-from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import check_streamed, final_norm, unembedding
-from mechlens.models.runs import parts, watch
-from mechlens.models.weights import (
+from mechlens.models.run.forward import parts, watch
+from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.models.weights.access import (
     attention_out_affine,
     before_norm,
     final_affine,
@@ -23,9 +23,9 @@ from mechlens.models.weights import (
     output_bias,
     output_weights,
 )
-from mechlens.prompts import Prompt, prompt_tokens
 from mechlens.results import LogitAttribution, head_label
-from mechlens.tokens import own_bos_token_id, target_id, token_strings
+from mechlens.text.prompts import Prompt, prompt_tokens
+from mechlens.text.tokens import own_bos_token_id, target_id, token_strings
 
 Target = str | int | Int[Tensor, "..."]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mechlens.arguments import check_type
 from mechlens.measures import weights as measures
-from mechlens.models.folding import from_tokens, to_logits
 from mechlens.models.protocol import LensModel, describe
+from mechlens.models.weights.folding import from_tokens, to_logits
 from mechlens.results import Circuit
-from mechlens.tokens import target_id, token_strings
+from mechlens.text.tokens import target_id, token_strings
 
 if TYPE_CHECKING:
     import pandas as pd

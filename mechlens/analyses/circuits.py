@@ -30,16 +30,16 @@ from torch import Tensor
 
 from mechlens.arguments import check_model
 from mechlens.measures import weights as weights_measures
-from mechlens.models.folding import (
+from mechlens.models.protocol import LensModel, describe
+from mechlens.models.weights.access import norm_scale
+from mechlens.models.weights.folding import (
     folded_heads,
     from_tokens,
     normalises_queries,
     position_vectors,
     to_logits,
 )
-from mechlens.models.protocol import LensModel, describe
-from mechlens.models.rotary import attention_scale, is_rotary, rotation, unrotated
-from mechlens.models.weights import norm_scale
+from mechlens.models.weights.rotary import attention_scale, is_rotary, rotation, unrotated
 from mechlens.progress import progress_bar
 from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label, parse_head
 

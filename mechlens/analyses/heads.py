@@ -17,9 +17,9 @@ from mechlens.measures import attention as measures
 from mechlens.measures.attention import Stripe, stripe_score
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import Readers, next_token_log_probs
-from mechlens.models.runs import parts, pattern_readers, read_patterns, watch
-from mechlens.models.weights import (
+from mechlens.models.run.forward import parts, pattern_readers, read_patterns, watch
+from mechlens.models.run.unembedding import Readers, next_token_log_probs
+from mechlens.models.weights.access import (
     attention_out_affine,
     direct_unembedding,
     output_weights,
@@ -27,9 +27,9 @@ from mechlens.models.weights import (
     value_bias,
 )
 from mechlens.progress import progress_bar
-from mechlens.prompts import Prompt, RandomTokens, prompt_tokens, repeated_tokens
 from mechlens.results import HeadScores, RepeatedTokenPerformance, half_means, head_label
-from mechlens.tokens import own_bos_token_id
+from mechlens.text.prompts import Prompt, RandomTokens, prompt_tokens, repeated_tokens
+from mechlens.text.tokens import own_bos_token_id
 
 SEEDS = (0, 1, 2, 3, 4)
 PREFIX_LENGTH, PREFIX_COPIES = 25, 4

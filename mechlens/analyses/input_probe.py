@@ -14,15 +14,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_counts, generator_of, whole_number
-from mechlens.corpus import Source, token_windows
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.runs import parts, watch
-from mechlens.models.weights import direct_unembedding
+from mechlens.models.run.forward import parts, watch
+from mechlens.models.weights.access import direct_unembedding
 from mechlens.progress import progress_bar
 from mechlens.results import InputProbe
-from mechlens.tokens import own_bos_token_id
+from mechlens.text.corpus import Source, token_windows
+from mechlens.text.tokens import own_bos_token_id
 
 BASES = ("pca", "nmf")
 COMPONENTS = 64

@@ -14,19 +14,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.arguments import chosen, names_of
-from mechlens.batches import Batch, Pieces, cut, prompt_batch
 from mechlens.measures.readout import Readout, joined, read_out
-from mechlens.models.hooks import user_hooks
-from mechlens.models.properties import check_adds_up, check_rows_alike, reads_alike_in
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import bare_norm, check_streamed, final_norm, unembedding
-from mechlens.models.runs import MAX_POSITIONS, watch, watch_from
-from mechlens.models.weights import check_heads_add_up, head_outputs, is_tied
+from mechlens.models.run.forward import MAX_POSITIONS, watch, watch_from
+from mechlens.models.run.properties import check_adds_up, check_rows_alike, reads_alike_in
+from mechlens.models.run.unembedding import bare_norm, check_streamed, final_norm, unembedding
+from mechlens.models.run.user_hooks import user_hooks
+from mechlens.models.weights.access import check_heads_add_up, head_outputs, is_tied
 from mechlens.progress import progress_bar
-from mechlens.prompts import Prompt
 from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, head_label, parse_heads
 from mechlens.results.heads import Heads
-from mechlens.tokens import own_bos_token_id, target_id, token_strings
+from mechlens.text.batches import Batch, Pieces, cut, prompt_batch
+from mechlens.text.prompts import Prompt
+from mechlens.text.tokens import own_bos_token_id, target_id, token_strings
 
 COMPONENTS = {
     "resid_pre": "blocks.{}.hook_resid_pre",

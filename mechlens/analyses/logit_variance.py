@@ -12,11 +12,11 @@ from torch import Tensor
 from mechlens.arguments import chosen, generator_of, whole_number
 from mechlens.measures.vocabulary_variance import vocabulary_variance
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import check_streamed, final_norm, unembedding
-from mechlens.models.runs import parts, watch
-from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.models.run.forward import parts, watch
+from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
 from mechlens.results import LogitVariance
-from mechlens.tokens import own_bos_token_id
+from mechlens.text.prompts import Prompt, prompt_tokens
+from mechlens.text.tokens import own_bos_token_id
 
 
 def logit_variance(

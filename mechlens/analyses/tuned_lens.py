@@ -17,18 +17,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_counts, check_reals, generator_of
-from mechlens.corpus import LENGTH, Source, token_windows
 from mechlens.measures.readout import read_out
 from mechlens.measures.unembedding import Unembedding
-from mechlens.models.arithmetic import block_flop
-from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import check_streamed, final_norm, unembedding
-from mechlens.models.runs import watch
+from mechlens.models.run.arithmetic import block_flop
+from mechlens.models.run.forward import watch
+from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
 from mechlens.progress import announce, progress_bar, spoken
 from mechlens.results import TunedLens
-from mechlens.results.state import load_state, save_state, state_file
-from mechlens.tokens import own_bos_token_id
+from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.text.corpus import LENGTH, Source, token_windows
+from mechlens.text.tokens import own_bos_token_id
 
 CHUNK = 256
 """Vectors that go through `W_U` together: a tile of their logits stays near the processor."""

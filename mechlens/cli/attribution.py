@@ -25,7 +25,7 @@ from mechlens.cli.options import (
 from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
-    from mechlens.report import Section
+    from mechlens.show import Section
 
 
 def attribution(
@@ -72,7 +72,7 @@ def attribution(
     )
 
     def sections() -> list[Section]:
-        from mechlens.report import attribution_section
+        from mechlens.show import attribution_section
 
         return [attribution_section(found, largest=top)]
 

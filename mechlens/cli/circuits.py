@@ -22,8 +22,8 @@ from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.report import Section
     from mechlens.results import Circuit
+    from mechlens.show import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 _COMPOSED = ("k", "q", "v")
@@ -100,7 +100,7 @@ def circuit(
     from mechlens import terminal
     from mechlens.analyses.circuit_tokens import circuit_corner, largest_pairs
     from mechlens.measures.weights import eigenvalue_copying_score
-    from mechlens.prompts import text_ids
+    from mechlens.text.prompts import text_ids
 
     found, note = _circuit(loaded, heads, kind, embedding, relative_position, rotary)
     shown: list[int] = []
@@ -117,7 +117,7 @@ def circuit(
     shown_of_it = (found, accuracy, eigenvalue_copying_score(found), pairs, corner, note)
 
     def sections() -> list[Section]:
-        from mechlens.report import circuit_section
+        from mechlens.show import circuit_section
 
         return [circuit_section(found, accuracy=accuracy, pairs=pairs, corner=corner, text=note)]
 
@@ -172,7 +172,7 @@ def composition(
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.report import composition_section
+        from mechlens.show import composition_section
 
         return [composition_section(found, top=top)]
 
@@ -227,7 +227,7 @@ def _circuit(
 ) -> tuple[Circuit, str]:
     """The circuit, and what has to be said of it."""
     from mechlens.analyses import circuits
-    from mechlens.models.rotary import is_rotary
+    from mechlens.models.weights.rotary import is_rotary
 
     if kind == "ov":
         return circuits.full_OV(model, heads, embedding=embedding), ""

@@ -140,7 +140,7 @@ def check_other(
     site: str,
 ) -> None:
     """Say so before either is searched that the two do not compare, which takes long for a large one."""
-    from mechlens.tokens import vocabulary_hash
+    from mechlens.text.tokens import vocabulary_hash
 
     if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
         raise ValueError(

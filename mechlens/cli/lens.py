@@ -27,8 +27,8 @@ from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
-    from mechlens.report import Section
     from mechlens.results import TunedLens
+    from mechlens.show import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 STATS = {
@@ -189,7 +189,7 @@ def lens(
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.report import lens_section
+        from mechlens.show import lens_section
 
         # what was chosen is drawn, however much it is
         drawn = found.positions if positions is not None else None
@@ -244,6 +244,6 @@ def _saved_tuned_lens(source: str | None, raw: bool) -> TunedLens | None:
 
 
 def _published_tuned_lens(source: str, model: LensModel) -> TunedLens:
-    from mechlens.models.tuned_lens import load_tuned_lens
+    from mechlens.models.load.published_lens import load_tuned_lens
 
     return load_tuned_lens(source, model=model)

@@ -52,8 +52,8 @@ def models(
         _verify(given)
         return
     from mechlens import terminal
-    from mechlens.models import gguf
-    from mechlens.models.catalogue import known_models, model_summary
+    from mechlens.models.load import gguf
+    from mechlens.models.load.registry import known_models, model_summary
 
     if clear_cache:
         found: Any = {"folder": str(gguf.cache_folder()), "bytes": gguf.cached_size()}

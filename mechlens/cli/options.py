@@ -94,7 +94,7 @@ def load(
 ) -> LensModel:
     check_known("--dtype", dtype.removeprefix("torch."), DTYPES)
     with _loading(name, progress(quiet)) as say:
-        from mechlens.models.load import load_model, parse_device
+        from mechlens.models.load.loading import load_model, parse_device
 
         chosen = parse_device(device)
         say(f" on {chosen} ...")
@@ -186,7 +186,7 @@ def prompt(model: LensModel, text: str, chat: bool) -> Any:
     """What the model reads of a text."""
     if not chat:
         return text
-    from mechlens.prompts import chat_tokens
+    from mechlens.text.prompts import chat_tokens
 
     return chat_tokens(model, text)
 
@@ -210,8 +210,8 @@ def corpus(
     """The files, or text that the model writes itself."""
     if files:
         return [Path(file) for file in files]
-    from mechlens.corpus import LENGTH
-    from mechlens.models.sampling import sample_tokens
+    from mechlens.models.run.sampling import sample_tokens
+    from mechlens.text.corpus import LENGTH
 
     return sample_tokens(
         model,
@@ -237,7 +237,7 @@ def check_state(state: Path | None, out: Path | None) -> None:
     if state is None:
         return
     _check_writable(state)
-    from mechlens.results.state import state_file
+    from mechlens.results.checkpoint import state_file
 
     state_file(state)
     if out is not None and state.resolve() == out.resolve():

@@ -15,8 +15,8 @@ from mechlens.cli import finishing
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mechlens.report import Section
     from mechlens.results import Result
+    from mechlens.show import Section
 
 
 class NotSavedError(Exception):
@@ -110,7 +110,7 @@ def file_of(
         if out.suffix == ".safetensors":
             (result,) = results
             return [result.save(out)]
-        from mechlens.report import write_report
+        from mechlens.show import write_report
 
         assert sections is not None
         # no published figure is about these prompts

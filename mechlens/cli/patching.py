@@ -24,8 +24,8 @@ from mechlens.cli.options import (
 from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
-    from mechlens.report import Section
     from mechlens.results import PatchGridResult
+    from mechlens.show import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 SITES = (
@@ -135,7 +135,7 @@ def patch(
     _check(given | {"source": source})
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.analyses.patching import Corrupted, Earlier, Mean, Resampled, patch_grid
-    from mechlens.prompts import check_equally_long, prompt_tokens, repeated_tokens
+    from mechlens.text.prompts import check_equally_long, prompt_tokens, repeated_tokens
 
     n_tokens = seq_len or SEQ_LEN
     prompt: Any
@@ -312,7 +312,7 @@ def _deliver(found: PatchGridResult, title: str, command: str, given: dict[str, 
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.report import patching_section
+        from mechlens.show import patching_section
 
         return [patching_section(found, top=given["top"])]
 

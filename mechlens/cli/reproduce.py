@@ -66,7 +66,7 @@ def reproduce(
     options.check_folder(out)
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens.models.protocol import describe
-    from mechlens.report.reproduction import write_findings
+    from mechlens.show.reproduction import write_findings
     from mechlens.studies.findings import planned, reproduce_findings
 
     names = planned(describe(loaded), studies or None)
@@ -101,8 +101,8 @@ def reproduce(
 
 def _print(found: Findings) -> None:
     from mechlens import terminal
-    from mechlens.report.page import verdict_statement
-    from mechlens.studies.reproduce import Reproduction, has_card
+    from mechlens.show.page import verdict_statement
+    from mechlens.studies.heads import Reproduction, has_card
 
     model = next(iter(found.results.values())).model
     for study in found.studies.values():
@@ -131,7 +131,7 @@ def _print(found: Findings) -> None:
 
 
 def _as_object(found: Findings, written: Sequence[Path]) -> dict[str, Any]:
-    from mechlens.studies.reproduce import Reproduction
+    from mechlens.studies.heads import Reproduction
     from mechlens.terminal import best_heads
 
     about: dict[str, Any] = {"model": asdict(next(iter(found.results.values())).model)}

@@ -27,14 +27,14 @@ class LensModel(Protocol):
     other names. `W_K` and `W_V` of models with grouped heads have all heads on HookedTransformer and the
     key/value heads only on a bridge. Not here, because the engines differ: biases (a bridge of a model
     without has none), `start_at_layer`, `stop_at_layer`, `past_kv_cache`.
-    `mechlens.models.runs` offers what analyses need of these.
+    `mechlens.models.run.forward` offers what analyses need of these.
     """
 
     cfg: Any
     """Sizes: `n_layers n_heads d_model d_head d_mlp d_vocab n_ctx`; also `device`, `dtype`."""
     tokenizer: Any
     """The Hugging Face tokenizer, or None. Its `bos_token_id` may be the engine's invention in a model
-    that mechlens did not load: ask `mechlens.tokens.own_bos_token_id(model.tokenizer)`."""
+    that mechlens did not load: ask `mechlens.text.tokens.own_bos_token_id(model.tokenizer)`."""
     if TYPE_CHECKING:
         # Not at run time: a module's child is no attribute of the kind that Python 3.12 looks for when
         # it checks a protocol, which beartype does in the tests.

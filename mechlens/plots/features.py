@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.arguments import check_type
+from mechlens.plots.circuitsvis import View
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -26,7 +27,6 @@ from mechlens.plots.style import (
     top_margin,
     visible_token,
 )
-from mechlens.plots.views import View
 from mechlens.results import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
 
 ENDS = {"highest": "most", "lowest": "least"}

@@ -9,6 +9,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_counts, check_type
+from mechlens.plots.circuitsvis import View
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -28,7 +29,6 @@ from mechlens.plots.style import (
     turns,
     visible_token,
 )
-from mechlens.plots.views import View
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
 
 COVERAGE = 0.9

@@ -23,8 +23,12 @@ from torch import Tensor
 
 from mechlens.analyses.attribution import direct_logit_attribution
 from mechlens.analyses.circuits import QK
-from mechlens.models import local, toy
-from mechlens.models.architectures import (
+from mechlens.models.load import local, transformer_lens_format
+from mechlens.models.load.engines import choose_backends
+from mechlens.models.load.errors import ModelLoadError
+from mechlens.models.load.hub import BUNDLED, PACKAGED
+from mechlens.models.load.loading import converted, load_model, locate, parse_device
+from mechlens.models.load.tiny_architectures import (
     ARCHITECTURES,
     CONTEXT,
     Architecture,
@@ -33,14 +37,10 @@ from mechlens.models.architectures import (
     write_model,
     write_tokenizer,
 )
-from mechlens.models.engines import choose_backends
-from mechlens.models.errors import ModelLoadError
-from mechlens.models.hub import BUNDLED, PACKAGED
-from mechlens.models.load import converted, load_model, locate, parse_device
 from mechlens.models.protocol import Engine, LensModel, engine_of
-from mechlens.models.rotary import is_rotary
-from mechlens.models.sweeps import start_sweeps
-from mechlens.models.weights import norm_scale
+from mechlens.models.run.patched_runs import start_sweeps
+from mechlens.models.weights.access import norm_scale
+from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
 from mechlens.results import Circuit
 
@@ -77,7 +77,7 @@ class Verified:
     version: str
     """Of TransformerLens."""
     limits: dict[str, int]
-    """As `mechlens.models.architectures.limits`."""
+    """As `mechlens.models.load.tiny_architectures.limits`."""
     lengths: tuple[int, ...]
     """Tokens in the comparisons: up to all limits and, where there are some, beyond them."""
     differences: tuple[float | None, ...]
@@ -192,7 +192,7 @@ def verify_model(
     given: dict[str, Any] = {"revision": revision, "device": parse_device(device), "cache": cache}
     with converted(locate(name_or_path, revision=revision), cache=cache) as place:
         config = local.read_config(place.directory)
-        if toy.is_toy(config):
+        if transformer_lens_format.is_toy(config):
             raise ValueError(
                 f"{place.name} is in TransformerLens's own format, so there is no Hugging Face model to "
                 "compare it with: give another one"

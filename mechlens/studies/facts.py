@@ -12,10 +12,10 @@ from torch import Tensor
 from mechlens.analyses.logit_lens import logit_lens
 from mechlens.arguments import check_model
 from mechlens.models.protocol import LensModel, describe
-from mechlens.prompts import text_tokens
 from mechlens.results import Facts, Result
 from mechlens.studies.study import Measured, Study
-from mechlens.tokens import target_id
+from mechlens.text.prompts import text_tokens
+from mechlens.text.tokens import target_id
 
 Fact = tuple[str, str, str]
 """Relation, prompt and answer (with the blank before it)."""

@@ -24,11 +24,10 @@ from mechlens.analyses.features import (
     search_greedy,
 )
 from mechlens.arguments import check_counts, check_model, generator_of
-from mechlens.corpus import Source
 from mechlens.measures.statistics import exact_interval
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import watch
-from mechlens.models.untrained import random_like
+from mechlens.models.run.forward import watch
+from mechlens.models.weights.randomize import random_like
 from mechlens.progress import progress_bar
 from mechlens.published import FEATURE_TOKENS, FEATURES, FEATURES_POST, Published, PublishedTokens
 from mechlens.results import (
@@ -42,7 +41,8 @@ from mechlens.results import (
     Result,
 )
 from mechlens.studies.study import Study
-from mechlens.tokens import vocabulary_hash
+from mechlens.text.corpus import Source
+from mechlens.text.tokens import vocabulary_hash
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,14 +10,14 @@ import torch
 
 from mechlens.analyses.features import feature_alignment, search_complete
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.untrained import random_like
+from mechlens.models.weights.randomize import random_like
 from mechlens.published import STUDIES, Published
 from mechlens.results import CompleteSearch, FeatureAlignment, ModelInfo, Result, parse_head
 from mechlens.studies.facts import measure_facts
+from mechlens.studies.heads import known_figures, reproduce
 from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
 from mechlens.studies.induction_circuits import CircuitStudy, reproduce_composition_circuit
 from mechlens.studies.logit_lens import reproduce_logit_lens
-from mechlens.studies.reproduce import known_figures, reproduce
 from mechlens.studies.study import Measured, Study, hold
 
 N_PATCHED = 20

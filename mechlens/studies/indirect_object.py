@@ -11,10 +11,10 @@ from mechlens.analyses.logit_lens import logit_lens
 from mechlens.analyses.patching import Corrupted, patch_grid
 from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.models.protocol import LensModel, describe
-from mechlens.prompts import check_equally_long, text_tokens
 from mechlens.results import IndirectObject, PatchGridResult, Result, head_label
 from mechlens.studies.study import Measured, Study
-from mechlens.tokens import target_id
+from mechlens.text.prompts import check_equally_long, text_tokens
+from mechlens.text.tokens import target_id
 
 TEMPLATES = (
     "When{a} and{b} went to the store,{s} gave a drink to",

@@ -22,13 +22,12 @@ from mechlens.arguments import check_between, check_counts, generator_of
 from mechlens.measures.attention import copies_stripe, stripe_score
 from mechlens.measures.statistics import exact_interval
 from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
-from mechlens.models.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.readings import check_streamed, final_norm, unembedding
-from mechlens.models.rotary import is_rotary
-from mechlens.models.sweeps import SITES
+from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.properties import check_adds_up, key_value_head, key_value_heads
+from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
-from mechlens.prompts import RandomTokens, repeated_tokens
 from mechlens.published import COMPOSITION_GPT2, Published
 from mechlens.results import (
     NOT_JUDGED,
@@ -42,7 +41,8 @@ from mechlens.results import (
 )
 from mechlens.results.induction_circuits import COUNTED, LEAST_FALL, LEAST_Z, UPPER_SHARE
 from mechlens.studies.study import Study
-from mechlens.tokens import own_bos_token_id
+from mechlens.text.prompts import RandomTokens, repeated_tokens
+from mechlens.text.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 REFERENCE = 32

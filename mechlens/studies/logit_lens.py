@@ -20,7 +20,7 @@ from mechlens.models.protocol import LensModel
 from mechlens.published import LOGIT_LENS, Published
 from mechlens.results import NOT_JUDGED, Comparison, LogitLensResult, Result
 from mechlens.studies.study import Study
-from mechlens.tokens import drawable_tokens, token_strings
+from mechlens.text.tokens import drawable_tokens, token_strings
 
 PROSE = (
     "We ask how a language model settles on the next word while it reads. Earlier work looked at single "

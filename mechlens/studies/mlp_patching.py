@@ -20,11 +20,11 @@ from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
 from mechlens.arguments import check_model
 from mechlens.models.protocol import LensModel
-from mechlens.prompts import repeated_tokens
 from mechlens.published import MLP_PATCHING, Published
 from mechlens.results import NOT_JUDGED, Comparison, HeadScores, PatchGridResult, Result
 from mechlens.studies.study import Study
-from mechlens.tokens import own_bos_token_id
+from mechlens.text.prompts import repeated_tokens
+from mechlens.text.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 

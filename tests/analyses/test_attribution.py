@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from mechlens.analyses.attribution import direct_logit_attribution
-from mechlens.models import runs
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
+from mechlens.models.run import forward
 from mechlens.results import LogitAttribution
 from tests.reference import attribution as reference
 from tests.tiny_models import write_model_of, write_tiny_model, write_toy
@@ -135,7 +135,7 @@ def test_positions_are_columns_of_the_whole_and_rows_are_independent(tiny_bos_mo
 def test_a_batch_larger_than_one_pass(tiny_bos_model, monkeypatch):
     tokens = tokens_for(batch=5)
     once = direct_logit_attribution(tiny_bos_model, tokens, against=tokens, positions=[5, 8])
-    monkeypatch.setattr(runs, "MAX_POSITIONS", 2 * 9)
+    monkeypatch.setattr(forward, "MAX_POSITIONS", 2 * 9)
     found = direct_logit_attribution(tiny_bos_model, tokens, against=tokens, positions=[5, 8])
     # other batch sizes sum in another order
     torch.testing.assert_close(found.contributions, once.contributions, **SUM)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mechlens.analyses.patching import Corrupted, attribution_patching, patch_grid
-from mechlens.models.load import load_model
-from mechlens.models.sweeps import SITES
+from mechlens.models.load.loading import load_model
+from mechlens.models.run.patched_runs import SITES
 from mechlens.results import AttributionPatchResult
 from tests.close import assert_close
 

@@ -27,8 +27,8 @@ from mechlens.analyses.circuits import (
     v_composition_circuit,
 )
 from mechlens.measures.weights import top_k_accuracy
-from mechlens.models import engines
-from mechlens.models.load import load_model
+from mechlens.models.load import engines
+from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from tests.close import assert_same
 from tests.reference import circuits as reference

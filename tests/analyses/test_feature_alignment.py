@@ -10,8 +10,8 @@ import torch
 
 from mechlens.analyses.features import feature_alignment, search_complete
 from mechlens.measures.statistics import exact_interval
-from mechlens.models.load import load_model
-from mechlens.models.untrained import random_like
+from mechlens.models.load.loading import load_model
+from mechlens.models.weights.randomize import random_like
 from mechlens.results import CompleteSearch
 from tests import hand_made
 from tests.reference import features as reference

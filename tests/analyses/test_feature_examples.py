@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mechlens.analyses.features import examples, feature_examples
-from mechlens.corpus import token_windows
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
+from mechlens.text.corpus import token_windows
 from tests.close import assert_same
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB

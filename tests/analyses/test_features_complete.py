@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from mechlens.analyses.features import complete, search_complete
-from mechlens.models import candidates as runs
-from mechlens.models.load import load_model
+from mechlens.analyses.features import exhaustive, search_complete
+from mechlens.models.load.loading import load_model
+from mechlens.models.run import next_token_scan as runs
 from tests.close import assert_close, assert_same
 from tests.counting import positions_run
 from tests.reference import features as reference
@@ -194,7 +194,7 @@ def test_the_model_is_left_as_it_was(loaded, monkeypatch):
     def broken(self, activation):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(complete.Sought, "read", broken)
+    monkeypatch.setattr(exhaustive.Sought, "read", broken)
     with pytest.raises(ZeroDivisionError):
         search_complete(model)
     assert all("forward" not in vars(block.attn) for block in model.blocks)
@@ -208,7 +208,7 @@ def test_the_model_is_left_as_it_was(loaded, monkeypatch):
 def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
     model, sizes = loaded("gpt2"), []
     right = search_complete(model, top_k=3)
-    read = complete.Sought.read
+    read = exhaustive.Sought.read
 
     def short_of_memory(self, activation):
         sizes.append(len(activation))
@@ -217,7 +217,7 @@ def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return read(self, activation)
 
-    monkeypatch.setattr(complete.Sought, "read", short_of_memory)
+    monkeypatch.setattr(exhaustive.Sought, "read", short_of_memory)
     found = search_complete(model, top_k=3, batch_size=40)
     assert sizes[:6] == [40, 40, 20, 20, 10, 10]
     assert torch.equal(found.ids, right.ids)
@@ -245,7 +245,7 @@ def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
 def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
     model, state = loaded("gpt2"), tmp_path / "state.safetensors"
     whole = search_complete(model, top_k=3, batch_size=10)
-    read, rows = complete.Sought.read, []
+    read, rows = exhaustive.Sought.read, []
 
     def interrupted(self, activation):
         rows.append(len(activation))
@@ -253,7 +253,7 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return read(self, activation)
 
-    monkeypatch.setattr(complete.Sought, "read", interrupted)
+    monkeypatch.setattr(exhaustive.Sought, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search_complete(model, top_k=3, batch_size=10, state=state)
     # two batches through both layers; the third had noted the first layer
@@ -264,7 +264,7 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
         rest.append(len(activation))
         return read(self, activation)
 
-    monkeypatch.setattr(complete.Sought, "read", counting)
+    monkeypatch.setattr(exhaustive.Sought, "read", counting)
     found = search_complete(model, top_k=3, batch_size=10, state=state)
     assert sum(rest) == 2 * (VOCAB - 20)
     assert_same(found, whole)
@@ -279,12 +279,12 @@ def test_it_says_before_how_long_it_takes(loaded, tmp_path, monkeypatch, capsys)
     # of each block: query, key, value and output, two matrices of the MLP, and attention to one token
     d, mlp = model.cfg.d_model, model.cfg.d_mlp
     block = 2 * (4 * d * d + 2 * d * mlp + 2 * d)
-    monkeypatch.setattr(complete, "block_rate", lambda _: VOCAB * 2 * block / 90)
+    monkeypatch.setattr(exhaustive, "block_rate", lambda _: VOCAB * 2 * block / 90)
     search_complete(model, layers=[0, 1], features=[3], state=state, progress=True)
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"search: {VOCAB} tokens through 2 blocks for 1 features of 2 layers (")
     assert said.endswith(f"TFLOP), about 1.5 minutes; saved in {state}, from where it goes on")
-    monkeypatch.setattr(complete, "block_rate", lambda _: pytest.fail("nothing is measured for nobody"))
+    monkeypatch.setattr(exhaustive, "block_rate", lambda _: pytest.fail("nothing is measured for nobody"))
     search_complete(model, layers=[0], features=[3], progress=False)
     assert capsys.readouterr().err == ""
 

@@ -10,13 +10,20 @@ import pytest
 import torch
 import transformers as hf
 
-from mechlens.analyses.features import gradient, objectives, search_complete, search_gradient, sought, walk
+from mechlens.analyses.features import (
+    gradient,
+    objectives,
+    optimization,
+    search_complete,
+    search_gradient,
+    spec,
+)
 from mechlens.arguments import check_counts, generator_of
-from mechlens.models import embedded
-from mechlens.models.embedded import run_embedded, token_embeddings
-from mechlens.models.load import load_model
-from mechlens.results.state import state_file
-from mechlens.tokens import drawable_tokens
+from mechlens.models.load.loading import load_model
+from mechlens.models.run import from_embeddings
+from mechlens.models.run.from_embeddings import run_embedded, token_embeddings
+from mechlens.results.checkpoint import state_file
+from mechlens.text.tokens import drawable_tokens
 from tests.close import assert_close, assert_same
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model, write_model_of
@@ -312,7 +319,7 @@ def test_what_is_found_is_decoded_at_the_end(kind, prior, objective, loaded):
 def test_decoding(loaded):
     model = loaded("llama")
     E = token_embeddings(model)
-    space = walk.Space.of(E)
+    space = optimization.Space.of(E)
     some = torch.randn(4, 2, WIDTH, generator=torch.Generator().manual_seed(0))
     # float64's pseudo-inverse, rounded once
     expected = (some.double() @ torch.linalg.pinv(E.double())).float()
@@ -330,7 +337,7 @@ def test_decoding_where_the_embedding_is_far_wider_in_some_directions():
     E = ends * torch.logspace(0, -3, WIDTH) @ turned
     some = torch.randn(5, WIDTH, generator=draw)
     expected = (some.double() @ torch.linalg.pinv(E.double())).float()
-    found = walk.Space.of(E).coefficients(some)
+    found = optimization.Space.of(E).coefficients(some)
     # float32 products with an inverse of up to 1e6
     assert float((found - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
@@ -412,7 +419,7 @@ def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_embeddings_are_looked_up_in_parts_when_memory_runs_out(kind, loaded, monkeypatch):
-    right, watch, sizes = token_embeddings(loaded(kind)), embedded.watch, []
+    right, watch, sizes = token_embeddings(loaded(kind)), from_embeddings.watch, []
 
     def short_of_memory(model, tokens, readers):
         sizes.append(len(tokens))
@@ -420,7 +427,7 @@ def test_embeddings_are_looked_up_in_parts_when_memory_runs_out(kind, loaded, mo
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         watch(model, tokens, readers)
 
-    monkeypatch.setattr(embedded, "watch", short_of_memory)
+    monkeypatch.setattr(from_embeddings, "watch", short_of_memory)
     assert_close(token_embeddings(loaded(kind)), right)
     assert sizes == [64, 32, 16, 16, 16, 16]
 
@@ -429,7 +436,7 @@ def test_embeddings_are_looked_up_in_parts_when_memory_runs_out(kind, loaded, mo
 WHOLE = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "objective": "maximise"}
 WHOLE |= {"steps": 11, "restarts": 3, "learning_rate": 2.0}
 WAYS = {optimiser: {"optimiser": optimiser} for optimiser in gradient.OPTIMISERS}
-WAYS |= {prior: {"prior": prior} for prior in walk.PRIORS if prior != "none"}
+WAYS |= {prior: {"prior": prior} for prior in optimization.PRIORS if prior != "none"}
 # the best place is not the last
 WAYS["passed"] = {"objective": "constant", "constant": 2.0, "learning_rate": 0.3}
 WAYS["continuation"] = {
@@ -448,7 +455,7 @@ def noted_judge(monkeypatch, interrupt_at=None):
     steps, call = [], objectives.Judge.__call__
 
     def noting(self, embedded):
-        steps.append(embedded.requires_grad)
+        steps.append(from_embeddings.requires_grad)
         if sum(steps) == interrupt_at and not steps[-1]:
             raise KeyboardInterrupt
         return call(self, embedded)
@@ -703,7 +710,7 @@ def test_so_are_they_in_what_searches_share():
 
 def test_complex_directions_are_refused(loaded):
     with pytest.raises(TypeError, match="directions are real numbers, but these are complex"):
-        inspect.unwrap(sought._directions)(loaded("gpt2"), "resid_post", torch.ones(1, WIDTH) * 1j)
+        inspect.unwrap(spec._directions)(loaded("gpt2"), "resid_post", torch.ones(1, WIDTH) * 1j)
 
 
 def test_another_complete_search_is_refused(loaded):

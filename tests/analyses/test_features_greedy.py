@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mechlens.analyses.features import greedy, search_complete, search_greedy
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from tests.close import assert_close, assert_same
 from tests.counting import positions_run
 from tests.reference import features as reference

@@ -18,7 +18,7 @@ from mechlens.analyses.heads import (
     score_heads,
     score_heads_on,
 )
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.results import HeadScores
 from tests.close import assert_close, assert_same
 from tests.reference import heads as reference

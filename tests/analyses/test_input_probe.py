@@ -7,10 +7,10 @@ import torch
 
 from mechlens.analyses.input_probe import probe_input
 from mechlens.measures.statistics import bootstrap_interval
-from mechlens.models.load import load_model
-from mechlens.models.weights import direct_unembedding
+from mechlens.models.load.loading import load_model
+from mechlens.models.weights.access import direct_unembedding
 from mechlens.results import InputProbe
-from mechlens.tokens import own_bos_token_id
+from mechlens.text.tokens import own_bos_token_id
 from tests import hand_made
 from tests.close import assert_same
 from tests.reference import input_probe as reference

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mechlens.analyses.logit_lens import STATISTICS, lens_vector, logit_lens
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from mechlens.results import LogitLensResult, TunedLens
 from tests.close import assert_close

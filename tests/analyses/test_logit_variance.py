@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mechlens.analyses.logit_variance import logit_variance
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.results import LogitVariance
 from tests.close import assert_close, assert_same
 from tests.reference import vocabulary_variance as reference

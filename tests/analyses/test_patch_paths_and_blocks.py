@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mechlens.analyses.patching import Corrupted, patch_blocks, patch_path, path_attention
-from mechlens.models.load import load_model
-from mechlens.models.sweeps import SITES
+from mechlens.models.load.loading import load_model
+from mechlens.models.run.patched_runs import SITES
 from tests.reference import patching as reference
 from tests.tiny_models import write_tiny_model
 

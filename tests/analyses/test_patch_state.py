@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mechlens.analyses.patching import Corrupted, Mean, grid, patch_grid
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from tests.close import assert_close, assert_same
 
 LENGTH = 6

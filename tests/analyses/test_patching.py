@@ -20,9 +20,9 @@ from mechlens.analyses.patching import (
     grid,
     patch_grid,
 )
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
-from mechlens.models.sweeps import SITES
+from mechlens.models.run.patched_runs import SITES
 from mechlens.results import PatchGridResult
 from tests.close import assert_close
 from tests.reference import patching as reference

@@ -11,9 +11,9 @@ import torch
 
 from mechlens.analyses import tuned_lens as module
 from mechlens.analyses.tuned_lens import train_tuned_lens
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
-from mechlens.models.sampling import sample_tokens
+from mechlens.models.run.sampling import sample_tokens
 from mechlens.results import TunedLens
 from tests.close import assert_close, assert_same
 from tests.reference import tuned_lens as reference

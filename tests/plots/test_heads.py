@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
+from mechlens.plots.circuitsvis import circuitsvis_bundle, script_json
 from mechlens.plots.heads import (
     plot_attention,
     plot_attention_heatmap,
@@ -21,7 +22,6 @@ from mechlens.plots.heads import (
     plot_scores_against_nulls,
 )
 from mechlens.plots.style import DIVERGING, SEQUENTIAL, figure_text, number, visible_token
-from mechlens.plots.views import circuitsvis_bundle, script_json
 from tests import hand_made
 
 MARKUP = "</script><b>&lt;$x$"

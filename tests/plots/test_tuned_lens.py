@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mechlens.plots.tuned_lens import plot_tuned_lens
-from tests.test_results import MODEL, tuned_lens
+from tests.results.test_results import MODEL, tuned_lens
 
 
 def lens():

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechlens.models import engines
-from mechlens.models.architectures import (
+from mechlens.models.load import engines
+from mechlens.models.load.errors import ModelLoadError
+from mechlens.models.load.hub import BUNDLED
+from mechlens.models.load.loading import load_model
+from mechlens.models.load.tiny_architectures import (
     ARCHITECTURES,
     CONTEXT,
     architecture,
@@ -20,9 +23,6 @@ from mechlens.models.architectures import (
     write_model,
     write_tokenizer,
 )
-from mechlens.models.errors import ModelLoadError
-from mechlens.models.hub import BUNDLED
-from mechlens.models.load import load_model
 from mechlens.studies import architectures
 from mechlens.studies.architectures import (
     TOLERANCE,
@@ -33,7 +33,7 @@ from mechlens.studies.architectures import (
     verify_model,
 )
 from mechlens.terminal.architectures import COLUMNS, architecture_row, architectures_markdown
-from tests.models.test_load import BACKENDS, HAS_HOOKED
+from tests.models.load.test_loading import BACKENDS, HAS_HOOKED
 from tests.tiny_models import write_tiny_model, write_toy
 
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"

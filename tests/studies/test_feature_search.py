@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mechlens.analyses.features import feature_alignment, search_complete, search_gradient
-from mechlens.models.load import load_model
-from mechlens.models.untrained import random_like
+from mechlens.models.load.loading import load_model
+from mechlens.models.weights.randomize import random_like
 from mechlens.published import FEATURE_TOKENS, FEATURES
 from mechlens.results import load
 from mechlens.studies import feature_search

@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 
-from mechlens.prompts import text_tokens
 from mechlens.published import STUDIES, Published
 from mechlens.results import Facts, load
 from mechlens.studies import facts, findings
 from mechlens.studies.facts import FACTS, read_facts
+from mechlens.studies.heads import CARDS, known_figures
 from mechlens.studies.indirect_object import (
     NAMES,
     IndirectObjectStudy,
@@ -21,11 +21,11 @@ from mechlens.studies.indirect_object import (
     of_indirect_object,
     share_recovered,
 )
-from mechlens.studies.reproduce import CARDS, known_figures
 from mechlens.studies.study import Measured, hold
+from mechlens.text.prompts import text_tokens
 from tests import hand_made
+from tests.cli.test_cli import run
 from tests.close import assert_close
-from tests.test_cli import run
 
 SOME_FACTS = [
     ("verb", "The captain of the", " ship"),

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from mechlens.analyses.circuits import full_OV
 from mechlens.measures.attention import induction_score
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
-from mechlens.report import induction_circuits_section
 from mechlens.results import InductionCircuits, load
+from mechlens.show import induction_circuits_section
 from mechlens.studies import induction_circuits as study
 from mechlens.studies.induction_circuits import (
     find_induction_circuits,

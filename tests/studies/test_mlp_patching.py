@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from mechlens.models.load import load_model
+from mechlens.models.load.loading import load_model
 from mechlens.published import MLP_PATCHING
 from mechlens.results import load
 from mechlens.studies.mlp_patching import (

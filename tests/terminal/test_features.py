@@ -11,7 +11,7 @@ import torch
 
 from mechlens import terminal
 from mechlens.results import CompleteSearch
-from tests.test_results import (
+from tests.results.test_results import (
     MODEL,
     complete_search,
     feature_alignment,

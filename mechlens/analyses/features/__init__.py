@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mechlens.analyses.features.alignment import feature_alignment
-from mechlens.analyses.features.complete import search_complete
 from mechlens.analyses.features.examples import feature_examples
+from mechlens.analyses.features.exhaustive import search_complete
 from mechlens.analyses.features.gradient import search_gradient
 from mechlens.analyses.features.greedy import search_greedy
 

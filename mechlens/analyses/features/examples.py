@@ -16,20 +16,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
+from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, check_numbers
 from mechlens.arguments import check_counts
-from mechlens.corpus import LENGTH, Source, corpus_ids, token_windows
 from mechlens.measures.accumulators import TopRows
 from mechlens.measures.memory import in_parts
-from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import watch
-from mechlens.models.sweeps import TOKEN_BUDGET, row_charge
+from mechlens.models.run.forward import watch
+from mechlens.models.run.patched_runs import TOKEN_BUDGET, row_charge
+from mechlens.models.run.properties import check_rows_alike
 from mechlens.progress import progress_bar
-from mechlens.prompts import bos_to_prepend
 from mechlens.results import FeatureExamples
-from mechlens.results.state import load_state, save_state, state_file
-from mechlens.tokens import own_bos_token_id, special_ids
+from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.text.corpus import LENGTH, Source, corpus_ids, token_windows
+from mechlens.text.prompts import bos_to_prepend
+from mechlens.text.tokens import own_bos_token_id, special_ids
 
 _TENSORS = ("values", "numbers", "kept", "tokens", "corpus")
 

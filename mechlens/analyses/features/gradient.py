@@ -12,15 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, hashed
-from mechlens.analyses.features.walk import PENALTIES, PRIORS, TENSORS, Space, Walk
+from mechlens.analyses.features.optimization import PENALTIES, PRIORS, TENSORS, Space, Walk
+from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, hashed
 from mechlens.arguments import check_counts, check_model, check_reals, generator_of
-from mechlens.models.embedded import token_embeddings
 from mechlens.models.protocol import LensModel
+from mechlens.models.run.from_embeddings import token_embeddings
 from mechlens.progress import progress_bar
 from mechlens.results import CompleteSearch, GradientSearch
-from mechlens.results.state import load_state, save_state, state_file
-from mechlens.tokens import drawable_tokens
+from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.text.tokens import drawable_tokens
 
 FASTEST = 1e6
 """A learning rate beyond all sense; what is beyond float32 ends within torch's optimisers."""

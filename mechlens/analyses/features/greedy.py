@@ -14,14 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.sought import SAVE_SECONDS, Sought, check_numbers
+from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, check_numbers
 from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
-from mechlens.models.candidates import candidates
 from mechlens.models.protocol import LensModel
+from mechlens.models.run.next_token_scan import candidates
 from mechlens.progress import progress_bar
 from mechlens.results import GreedySearch
-from mechlens.results.state import load_state, save_state, state_file
+from mechlens.results.checkpoint import load_state, save_state, state_file
 
 AGGREGATES = ("last", "sum")
 

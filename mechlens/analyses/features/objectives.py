@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.analyses.features.sought import Sought
+from mechlens.analyses.features.spec import Sought
 from mechlens.measures.memory import in_parts
-from mechlens.models.embedded import run_embedded
-from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
-from mechlens.models.readings import check_streamed, final_norm, unembedding
-from mechlens.models.runs import check_tokens
-from mechlens.prompts import prompt_tokens
+from mechlens.models.run.forward import check_tokens
+from mechlens.models.run.from_embeddings import run_embedded
+from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.text.prompts import prompt_tokens
 
 OBJECTIVES = ("constant", "maximise", "maximin", "l1", "cosine", "continuation")
 _WITH_TARGET = ("l1", "cosine", "continuation")

@@ -7,8 +7,8 @@ from functools import partial
 from mechlens.analyses.patching.grid import patch_grid
 from mechlens.analyses.patching.sources import Earlier, Mean, Resampled, Source
 from mechlens.models.protocol import LensModel
-from mechlens.prompts import repeated_tokens
 from mechlens.results import PatchGridResult
+from mechlens.text.prompts import repeated_tokens
 
 
 def ablate_mlps_from_first_half(

@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.analyses.patching.asked import Asked, Grid
-from mechlens.analyses.patching.judge import Metric, Targets
+from mechlens.analyses.patching.metrics import Metric, Targets
 from mechlens.analyses.patching.sources import ATTENTION, Source, values_of
-from mechlens.models.gradients import gradients
-from mechlens.models.properties import last_residual
+from mechlens.analyses.patching.spec import Asked, Grid
 from mechlens.models.protocol import LensModel
-from mechlens.models.sweeps import SITES
-from mechlens.prompts import Prompt
+from mechlens.models.run.gradients import gradients
+from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.properties import last_residual
 from mechlens.results import AttributionPatchResult, PatchGridResult
+from mechlens.text.prompts import Prompt
 
 
 def attribution_patching(

@@ -9,14 +9,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.judge import Metric, Targets
+from mechlens.analyses.patching.metrics import Metric, Targets
 from mechlens.analyses.patching.sources import Made
 from mechlens.arguments import check_model, chosen
 from mechlens.models.protocol import LensModel, describe, engine_of
-from mechlens.models.runs import watch, watch_from
-from mechlens.models.sweeps import SITES, start_sweeps
-from mechlens.prompts import Prompt
+from mechlens.models.run.forward import watch, watch_from
+from mechlens.models.run.patched_runs import SITES, start_sweeps
 from mechlens.results import PatchGridResult
+from mechlens.text.prompts import Prompt
 
 
 def patch_blocks(

@@ -12,17 +12,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.analyses.patching.asked import Asked
-from mechlens.analyses.patching.judge import Metric, Targets
+from mechlens.analyses.patching.metrics import Metric, Targets
 from mechlens.analyses.patching.sources import Made, Mean, Source, values_of
+from mechlens.analyses.patching.spec import Asked
 from mechlens.arguments import check_counts
-from mechlens.models.properties import last_residual
 from mechlens.models.protocol import LensModel
-from mechlens.models.sweeps import start_sweeps, sweep
+from mechlens.models.run.patched_runs import start_sweeps, sweep
+from mechlens.models.run.properties import last_residual
 from mechlens.progress import progress_bar
-from mechlens.prompts import Prompt
 from mechlens.results import PatchGridResult
-from mechlens.results.state import load_state, save_state, state_file
+from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.text.prompts import Prompt
 
 SAVE_SECONDS = 30.0
 """Between two saves of the state."""

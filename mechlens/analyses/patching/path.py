@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.analyses.patching.batched_runs import Hooks, PatchedRuns
 from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.judge import Metric, Targets
-from mechlens.analyses.patching.patched_runs import Hooks, PatchedRuns
+from mechlens.analyses.patching.metrics import Metric, Targets
 from mechlens.analyses.patching.sources import (
     Made,
     Mean,
@@ -24,12 +24,12 @@ from mechlens.analyses.patching.sources import (
     values_of,
 )
 from mechlens.arguments import check_model, chosen
-from mechlens.models.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import check_tokens
-from mechlens.models.sweeps import SITES
-from mechlens.prompts import Prompt, prompt_tokens
+from mechlens.models.run.forward import check_tokens
+from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.results import PatchGridResult, head_label, parse_head
+from mechlens.text.prompts import Prompt, prompt_tokens
 
 Read = Callable[[Tensor], Tensor]
 """What is kept of an activation."""

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import generator_of
-from mechlens.models.properties import check_rows_alike
 from mechlens.models.protocol import LensModel
-from mechlens.models.runs import check_tokens, watch
-from mechlens.models.sweeps import SITES, TOKEN_BUDGET
-from mechlens.prompts import as_ids, prompt_tokens
+from mechlens.models.run.forward import check_tokens, watch
+from mechlens.models.run.patched_runs import SITES, TOKEN_BUDGET
+from mechlens.models.run.properties import check_rows_alike
+from mechlens.text.prompts import as_ids, prompt_tokens
 
 ATTENTION = ("pattern", "attn_scores")
 

@@ -1,0 +1,220 @@
+"""Published tuned lenses, in the layout of AlignmentResearch/tuned-lens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechlens.models.load import hub, local
+from mechlens.models.load.errors import ModelLoadError
+from mechlens.models.protocol import LensModel, describe
+from mechlens.results import ModelInfo, TunedLens
+
+PUBLISHED = "AlignmentResearch/tuned-lens"
+"""The space on the hub that has the lenses, each in a folder `lens/<model's name>`."""
+FILES = ("config.json", "params.pt")
+# What old checkpoints hold beside the translators: the model's own last norm and unembedding.
+_OF_THE_MODEL = re.compile(r"(unembed(ding)?|layer_norm|final_norm)\..*")
+_TRANSLATOR = re.compile(r"(?:layer_translators\.)?(\d+)\.(weight|bias)")
+
+
+def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> TunedLens:
+    """Read a tuned lens that was trained with AlignmentResearch/tuned-lens.
+
+    Translator i is applied to the residual before block i, so 0 belongs to the row `embed` and l + 1 to
+    layer l. The older checkpoints with an `input_translator` and copies of the model's last norm and
+    unembedding (which are not used) are read, too.
+
+    Args:
+        source: a folder with `config.json` and `params.pt`, or the name of a lens in the space
+            `AlignmentResearch/tuned-lens`, such as `gpt2`, from the local cache or else from the hub.
+        model: the one it was trained for, with unprocessed weights. Its sizes are checked; a different name
+            is warned of.
+
+    Returns:
+        The lens, in float32; what the checkpoint says nothing about (held-out KL, training) is nan or None.
+
+    Raises:
+        ModelLoadError: a model with processed weights or of other sizes, no such lens, files that are damaged
+            or have more in them than tensors (the pickle is read with `weights_only`), or a lens of another
+            kind.
+
+    Source: Belrose et al. 2023, arXiv:2303.08112; https://github.com/AlignmentResearch/tuned-lens.
+    """
+    info = describe(model)
+    if info.processing is not False:
+        raise ModelLoadError(
+            "published tuned lenses belong to unprocessed weights, but this model's are "
+            f"{'processed' if info.processing else 'in a state that cannot be told'}: load it with "
+            "load_model(..., processing=False)"
+        )
+    folder = _folder(source)
+    config = _config(folder / FILES[0], info)
+    translators = _translators(folder / FILES[1], info, has_bias=config.get("bias", True))
+    rows = tuple(translators)
+    unknown = torch.full((len(rows) + 1,), torch.nan, dtype=torch.float32)
+    return TunedLens(
+        model=info,
+        rows=rows,
+        weight=torch.stack([weight for weight, _ in translators.values()]),
+        bias=torch.stack([bias for _, bias in translators.values()]),
+        kl_plain=unknown,
+        kl_tuned=unknown.clone(),
+        source=folder.name if folder == Path(source) else f"{PUBLISHED} {source}",
+        **dict.fromkeys(
+            ("steps", "batch_tokens", "length", "train_tokens", "held_out_tokens", "learning_rate", "seed"),
+        ),
+        prepend_bos=None,
+    )
+
+
+def _folder(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.is_file():
+        raise ModelLoadError(
+            f"{path} is a file, but a published lens is a folder with {' and '.join(FILES)}; what mechlens "
+            "saved is read with TunedLens.load"
+        )
+    if path.is_dir() or not isinstance(source, str) or source.startswith((".", "~", "/")):
+        absent = [name for name in FILES if not (path / name).is_file()]
+        if absent:
+            raise ModelLoadError(f"{path} is no folder with {' and '.join(FILES)}: {absent[0]} is not there")
+        return path
+    return _fetch(source)
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a lens in the space, from the local cache or else from the hub."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
+        raise ModelLoadError(f"{name!r} is neither a folder nor the name of a published lens, such as 'gpt2'")
+    where: dict[str, Any] = {"repo_id": PUBLISHED, "repo_type": "space", "subfolder": f"lens/{name}"}
+    try:
+        return _both(hf_hub_download, local_files_only=True, **where)
+    except LocalEntryNotFoundError:
+        pass
+    lost = (
+        f"the tuned lens {name!r} is no folder and not in the local Hugging Face cache, and the hub cannot be"
+    )
+    if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise ModelLoadError(f"{lost} asked (HF_HUB_OFFLINE is set): give a folder, or train_tuned_lens")
+    try:
+        # One request with a short limit comes first, because a download retries for a long time.
+        HfApi().space_info(PUBLISHED, timeout=hub.PROBE_SECONDS)
+        return _both(hf_hub_download, **where)
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelLoadError(
+                f"{PUBLISHED} has no lens {name!r}: see https://huggingface.co/spaces/{PUBLISHED}/tree/main/lens"
+            ) from error
+        # No connection shows as errors of whichever client library the hub's package uses today.
+        why = local.first_line(error)
+        raise ModelLoadError(f"{lost} reached ({why}): give a folder, or train_tuned_lens") from error
+
+
+def _both(download: Callable[..., str], **where: Any) -> Path:
+    """The folder of both files."""
+    paths = [Path(download(filename=file, **where)) for file in FILES]
+    return paths[0].parent
+
+
+def _config(file: Path, info: ModelInfo) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"{file} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{file} holds no configuration of a lens, but a {type(config).__name__}")
+    kind = config.get("lens_type", "linear_tuned_lens")
+    if kind != "linear_tuned_lens":
+        raise ModelLoadError(f"{file} is of a {kind}, but only a linear_tuned_lens can be read")
+    if config.get("extra_layers"):
+        raise ModelLoadError(f"the lens of {file} runs {config['extra_layers']} extra layers: not supported")
+    if config.get("reuse_unembedding") is False:
+        raise ModelLoadError(
+            f"the lens of {file} has an unembedding of its own for each layer: not supported"
+        )
+    n_layers = config.get("num_hidden_layers", config.get("num_layers", info.n_layers))
+    sizes = {
+        "d_model": (config.get("d_model", info.d_model), info.d_model),
+        "layers": (n_layers, info.n_layers),
+    }
+    for what, (theirs, ours) in sizes.items():
+        if theirs != ours:
+            raise ModelLoadError(f"the lens of {file} has {what} {theirs}, but the model has {ours}")
+    name = str(config.get("base_model_name_or_path") or info.name)
+    if name.rstrip("/").rsplit("/", 1)[-1].lower() != info.name.rsplit("/", 1)[-1].lower():
+        warnings.warn(
+            f"the lens of {file} was trained for {name}, but the model is {info.name}: its sizes agree, its "
+            "weights may not",
+            stacklevel=3,
+        )
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return local.read_pickle(file)
+    except TypeError as error:
+        raise ModelLoadError(f"{file} holds no tensors by name") from error
+
+
+def _translators(file: Path, info: ModelInfo, *, has_bias: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """(weight, bias) by row of the lens, for `x + x @ weight + bias`."""
+    found: dict[str, dict[int, Tensor]] = {"weight": {}, "bias": {}}
+    entry: dict[str, Tensor] = {}
+    for old_key, tensor in _read(file).items():
+        key = str(old_key).replace("probe", "translator").replace("adapter", "translator")
+        if _OF_THE_MODEL.fullmatch(key):
+            continue
+        match = _TRANSLATOR.fullmatch(key)
+        if not isinstance(tensor, Tensor):
+            match = None
+        elif key in ("input_translator.weight", "input_translator.bias"):
+            entry[key.rsplit(".", 1)[-1]] = tensor
+            continue
+        if match:
+            found[match[2]][int(match[1])] = tensor
+        else:
+            raise ModelLoadError(f"{file} has {old_key!r} in it, which a linear tuned lens has not")
+    count = len(found["weight"])
+    if sorted(found["weight"]) != list(range(count)):
+        raise ModelLoadError(f"{file} has translators {sorted(found['weight'])}: some are missing")
+    # before the input's translator was one of the list, the list began with what layer 0 puts out
+    shift = 1 if entry or count == info.n_layers - 1 else 0
+    if count + shift != info.n_layers or not (count or entry):
+        raise ModelLoadError(
+            f"{file} has {count + bool(entry)} translators, but a model of {info.n_layers} layers has "
+            f"{info.n_layers}: one before each block"
+        )
+    for name in found:
+        found[name] = {index + shift: tensor for index, tensor in found[name].items()}
+        if name in entry:
+            found[name][0] = entry[name]
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    for index in sorted(found["weight"]):
+        weight = found["weight"][index]
+        bias = found["bias"].get(index)
+        if bias is None:
+            if has_bias:
+                raise ModelLoadError(f"{file} has no bias of translator {index}")
+            bias = torch.zeros(info.d_model, dtype=torch.float32)
+        if weight.shape != (info.d_model, info.d_model) or bias.shape != (info.d_model,):
+            raise ModelLoadError(
+                f"translator {index} of {file} is {tuple(weight.shape)} with a bias {tuple(bias.shape)}, but "
+                f"the model's d_model is {info.d_model}"
+            )
+        # a linear layer multiplies from the other side
+        rows["embed" if index == 0 else str(index - 1)] = (weight.float().T.contiguous(), bias.float())
+    return rows

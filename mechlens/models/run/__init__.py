@@ -1,0 +1,1 @@
+"""Forward passes: hooks, clean and patched runs, scans over next tokens, gradients, sampling."""

@@ -1,0 +1,39 @@
+"""How much arithmetic a model's blocks take, and how fast this machine does it: for plans of long work."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from mechlens.models.protocol import LensModel
+from mechlens.models.run.properties import key_value_heads
+
+POSITIONS = 1024
+"""Rows of the product that the rate is measured with."""
+
+
+def block_flop(model: LensModel, length: int) -> int:
+    """Operations of one block on one token that attends to `length` tokens.
+
+    An addition or a multiplication is one. Counted are products of matrices, 2 for each number of a matrix,
+    and attention's scores and mixtures; exponentials and norms are not.
+    """
+    cfg = model.cfg
+    d_mlp = 0 if getattr(cfg, "attn_only", False) else cfg.d_mlp
+    heads = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + key_value_heads(model))
+    mlp = (3 if getattr(cfg, "gated_mlp", False) else 2) * cfg.d_model * d_mlp
+    scores = 2 * length * cfg.n_heads * cfg.d_head
+    return 2 * (heads + mlp + scores)
+
+
+def block_rate(model: LensModel) -> float:
+    """Operations in a second of a product of this model's width, on its device."""
+    d_model = model.cfg.d_model
+    vectors, weights = (model.W_E.new_ones(rows, d_model) for rows in (POSITIONS, d_model))
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        float((vectors @ weights)[0, 0])  # a GPU has not begun before somebody waits for it
+        seconds.append(time.perf_counter() - start)
+    # the first one also takes memory
+    return 2 * POSITIONS * d_model**2 / statistics.median(seconds[1:])

@@ -1,0 +1,251 @@
+"""Many tokens, each in a run of its own: alone, or as the next token behind the same prefix."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.measures.memory import in_parts, is_out_of_memory
+from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.run.forward import check_tokens, serve, watch
+from mechlens.models.run.patched_runs import TOKEN_BUDGET, clean_run, row_charge
+from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.user_hooks import alone, user_hooks
+from mechlens.models.weights.access import output_bias, output_weights, per_query_head
+
+MOST_ROWS = 1024
+"""In one run: few enough for what an MLP makes of them to stay near the processor."""
+
+Readers = Mapping[str, Callable[[Float[Tensor, "row width"]], None]]
+"""By hook name, what takes the activations at the candidates' position."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """Runs of the tokens that may stand behind a prefix; made by `candidates`."""
+
+    model: LensModel
+    prefix: Int[Tensor, " prefix"]
+    serve: Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]
+    """Runs candidates and hands out activations whose last position is theirs."""
+    rows: int
+    """How many run together unless somebody says otherwise."""
+
+    def watch(self, ids: Int[Tensor, " row"], readers: Readers) -> None:
+        """Run each id behind the prefix and hand out the activations at it; see `runs.watch`.
+
+        Cost: the blocks up to the deepest activation that is read, for one token per id.
+        """
+
+        def last(activation: Tensor, read: Callable[[Tensor], None]) -> None:
+            read(activation[:, -1])
+
+        self.serve(ids[:, None], {name: functools.partial(last, read=read) for name, read in readers.items()})
+
+    def vocabulary(
+        self,
+        readers: Callable[[Int[Tensor, " row"]], Readers],
+        *,
+        begin: int = 0,
+        batch_size: int | None = None,
+    ) -> Iterator[Int[Tensor, " row"]]:
+        """Run every token of the vocabulary, many at a time, halving the number when memory runs out.
+
+        Args:
+            readers: gives the readers for some ids. It is called anew when they have to be run again, so
+                what readers note counts once the ids are handed out.
+            begin: the first id.
+
+        Yields:
+            Ids that are done.
+        """
+        every = torch.arange(begin, self.model.cfg.d_vocab)
+        rows = self.rows if batch_size is None else batch_size
+        for ids, _ in in_parts(lambda ids: self.watch(ids, readers(ids)), every, rows):
+            yield ids
+
+
+def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence[str]) -> Candidates:
+    """Prepare runs of tokens behind a prefix, in which nothing is computed that all have in common.
+
+    Behind a prefix, each token is run against the prefix's own keys and values. A token that stands alone
+    attends to itself whatever its query and key are, so attention is one linear map, the sum over heads of
+    `W_V @ W_O`. Either is tried on a few tokens, against whole runs, which are made where it fails, and where
+    the user has hooks on the model.
+
+    Args:
+        prefix: token ids, possibly none.
+        names: of the hook points that will be read.
+
+    Raises:
+        ValueError: ids out of range, no room for another token in the context, no such hook point, or a hook
+            of the user's that treats the rows of a batch in different ways.
+
+    Cost: one run of the prefix, and of a few tokens behind it.
+    """
+    n_prefix, n_ctx = len(prefix), model.cfg.n_ctx
+    if n_prefix >= n_ctx:
+        raise ValueError(
+            f"a prefix of {n_prefix} tokens leaves no room for another one in the model's context of "
+            f"{n_ctx}: shorten it"
+        )
+    if n_prefix:
+        check_tokens(model, prefix[None])
+    rows = max(1, min(MOST_ROWS, int(TOKEN_BUDGET / row_charge(model, 1, n_prefix + 1))))
+    whole = Candidates(
+        model, prefix, functools.partial(_whole, model, prefix), max(1, rows // (n_prefix + 1))
+    )
+    tried = torch.linspace(0, model.cfg.d_vocab - 1, 4, dtype=torch.double).long().unique()
+    if user_hooks(model):
+        check_rows_alike(model, _behind(prefix, tried[:, None]))
+        return whole
+    expected = _all(whole, tried, names)
+    try:
+        short = Candidates(model, prefix, _cached(model, prefix) if n_prefix else _alone(model), rows)
+        found = _all(short, tried, names)
+    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
+        return whole
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return whole
+    return short if all(map(_same, found, expected)) else whole
+
+
+def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list[Tensor]:
+    def some(ids: Int[Tensor, " row"]) -> list[Tensor]:
+        kept: dict[str, Tensor] = {}
+        of.watch(ids, {name: functools.partial(kept.__setitem__, name) for name in names})
+        return [kept[name] for name in names]
+
+    # fewer at a time where memory runs out, which it may behind a long prefix
+    parts = [made for _, made in in_parts(some, ids, len(ids))]
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+def _same(found: Float[Tensor, "row width"], expected: Float[Tensor, "row width"]) -> bool:
+    # other shapes sum in another order
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    # by column, since a few of them are larger than all others in trained models
+    scale = expected.float().abs().amax(0)
+    off = (found.float() - expected.float()).abs().amax(0)
+    return bool((off <= tolerance * (scale + 0.01 * scale.max())).all())
+
+
+def _behind(prefix: Int[Tensor, " prefix"], ids: Int[Tensor, "row 1"]) -> Int[Tensor, "row pos"]:
+    return torch.cat([prefix.expand(len(ids), -1), ids], dim=1)
+
+
+def _whole(
+    model: LensModel,
+    prefix: Int[Tensor, " prefix"],
+    ids: Int[Tensor, "row 1"],
+    readers: Mapping[str, Callable[[Tensor], None]],
+) -> None:
+    """Prefix and candidate from the first block on: what any model can do."""
+    watch(model, _behind(prefix, ids), readers)
+
+
+# -- behind a prefix -------------------------------------------------------------------------------
+
+
+def _cached(
+    model: LensModel, prefix: Int[Tensor, " prefix"]
+) -> Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]:
+    """One new token per candidate, against the keys and values of the prefix."""
+    past = clean_run(model, prefix[None]).past
+
+    def on_hooked(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
+
+        # with the prefix, so that what is learned of positions is theirs
+        embedded: list[Tensor] = []
+        watch(model, _behind(prefix, ids), {"blocks.0.hook_resid_pre": embedded.append})
+        some = (len(ids), -1, -1, -1)
+        entries = [Entry(keys.expand(some), values.expand(some), frozen=True) for keys, values in past]
+        serve(model, embedded.pop()[:, -1:], readers, start_at_layer=0, past_kv_cache=entries)
+
+    def on_bridge(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        from transformers import DynamicCache
+
+        cache, some = DynamicCache(), (len(ids), -1, -1, -1)
+        for layer, (keys, values) in enumerate(past):
+            cache.update(keys.expand(some), values.expand(some), layer)
+        serve(model, ids, readers, past_key_values=cache)
+
+    return on_hooked if engine_of(model) == "HookedTransformer" else on_bridge
+
+
+# -- alone -----------------------------------------------------------------------------------------
+
+
+def _alone(
+    model: LensModel,
+) -> Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]:
+    """Tokens without a prefix, without their queries and keys."""
+    # made when a layer is reached, and once
+    map_of = functools.cache(functools.partial(_attention_of_one, model))
+
+    def watch_alone(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        with _linear_attention(model, map_of):
+            watch(model, ids, readers)
+
+    return watch_alone
+
+
+def _attention_of_one(
+    model: LensModel, layer: int
+) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
+    """What attention makes of what it reads where there is one token: a matrix and a bias."""
+    attention, n_heads = model.blocks[layer].attn, model.cfg.n_heads
+    W_O = output_weights(model, layer)
+    # a bridge has values once per group of heads
+    W_V = per_query_head(
+        rearrange(attention.W_V.detach().float(), "kv d_model d_head -> d_model kv d_head"), n_heads
+    )
+    matrix, bias = W_V.flatten(1) @ W_O.flatten(0, 1), output_bias(model, layer)
+    b_V = getattr(attention, "b_V", None)
+    if b_V is not None:
+        values = per_query_head(b_V.detach().float().reshape(-1, W_O.shape[1]), n_heads)
+        bias = bias + values.flatten() @ W_O.flatten(0, 1)
+    return matrix.to(model.W_E.dtype), bias.to(model.W_E.dtype)
+
+
+@contextlib.contextmanager
+def _linear_attention(model: LensModel, map_of: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """In the block, each attention is its matrix and bias; norms, MLPs and hooks stay the engine's."""
+
+    def on_hooked(layer: int, attention: Any, value_input: Tensor, **others: Any) -> Tensor:
+        matrix, bias = map_of(layer)
+        return value_input @ matrix + bias
+
+    def on_bridge(
+        layer: int, attention: Any, hidden_states: Tensor, *others: Any, **named: Any
+    ) -> tuple[Tensor, None]:
+        matrix, bias = map_of(layer)
+        return attention.hook_out(hidden_states @ matrix + bias), None
+
+    forward = on_hooked if engine_of(model) == "HookedTransformer" else on_bridge
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(alone(model))
+        for layer, block in enumerate(model.blocks):
+            # by its own dict, since a bridge passes attributes on to the module that it wraps
+            own = vars(block.attn)
+            stack.callback(_put_back, own, own.get("forward"))
+            own["forward"] = functools.partial(forward, layer, block.attn)
+        yield
+
+
+def _put_back(own: dict[str, Any], forward: Any) -> None:
+    if forward is None:
+        own.pop("forward", None)
+    else:
+        own["forward"] = forward

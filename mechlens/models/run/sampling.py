@@ -1,0 +1,137 @@
+"""Text that a model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.arguments import check_counts, check_model, check_reals, generator_of
+from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.run.forward import Enough, parts, run, running
+from mechlens.models.run.patched_runs import bridge_cache
+from mechlens.models.run.properties import alike, key_value_heads, last_residual, reads_alike_in
+from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.models.run.user_hooks import user_hooks
+from mechlens.progress import progress_bar
+from mechlens.text.prompts import bos_to_prepend
+from mechlens.text.tokens import drawable_tokens
+
+CACHE_BYTES = 2 * 2**30
+"""Memory for the keys and values of all sequences; where they need more, prefixes are read again."""
+
+Read = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch d_model"]]
+"""What the last token's prediction is read from, given all tokens so far."""
+
+
+def sample_tokens(
+    model: LensModel,
+    *,
+    batch: int,
+    seq_len: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    prepend_bos: bool | None = None,
+    progress: bool | None = None,
+) -> Int[Tensor, "batch pos"]:
+    """Let a model write sequences, each token drawn from its own prediction.
+
+    Args:
+        batch: how many sequences.
+        seq_len: tokens in each, the first one included.
+        seed: of the `torch.Generator` that draws; the same seed gives the same tokens.
+        temperature: 1 draws from the model's distribution, less prefers likely tokens.
+        prepend_bos: None begins with BOS where the tokenizer has one. Without, each sequence begins with a
+            token drawn uniformly.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
+
+    Returns:
+        Ids on the CPU, all of them (but BOS) from `drawable_tokens`: a sequence never ends early.
+
+    Raises:
+        ValueError: a size below 1, more tokens than the context holds, a temperature that is not above 0, a
+            BOS wanted but not there, or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
+
+    Cost: one run of each token, behind the keys and values of those before it, and one product with `W_U`. A
+    model with hooks of yours, or whose positions depend on the length of what it reads, reads the tokens
+    before each one again.
+    """
+    check_model(model)
+    check_counts(batch=batch, seq_len=seq_len)
+    check_reals(temperature=temperature)
+    if seq_len > model.cfg.n_ctx:
+        raise ValueError(f"{seq_len} tokens do not fit into the model's context of {model.cfg.n_ctx}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, but is {temperature}")
+    bos = bos_to_prepend(model, prepend_bos)
+    generator = generator_of(seed)
+    drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
+    tokens = torch.empty(batch, seq_len, dtype=torch.long)
+    tokens[:, 0] = (
+        drawable[torch.randint(len(drawable), (batch,), generator=generator)] if bos is None else bos
+    )
+    check_streamed(model, drawable[None, : min(8, model.cfg.n_ctx)])
+    reader, read = unembedding(model), _reader(model, tokens)
+    for pos in progress_bar(range(1, seq_len), desc="sampling", unit="token", progress=progress):
+        residual = read(tokens[:, :pos])
+        with torch.inference_mode():
+            logits = reader.logits(final_norm(model, residual[:, None])[:, 0]).cpu()
+        chances = (logits[:, drawable] / temperature).softmax(-1)
+        tokens[:, pos] = drawable[torch.multinomial(chances, 1, generator=generator)[:, 0]]
+    return tokens
+
+
+def _reader(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Read:
+    """Behind cached keys and values, where that is tried and found right on a few tokens."""
+    whole = partial(_whole, model)
+    cfg, (batch, length) = model.cfg, tokens.shape
+    size = 2 * cfg.n_layers * key_value_heads(model) * cfg.d_head * batch * length * model.W_E.dtype.itemsize
+    tried = tokens[:1, :1].repeat(1, min(3, length))
+    if length < 3 or size > CACHE_BYTES or user_hooks(model) or not reads_alike_in(model, tried[0], length):
+        return whole
+    try:
+        behind = _Cached(model, 1)
+        found = torch.stack([behind(tried[:, : pos + 1]) for pos in range(3)], dim=1)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return whole
+    return _Cached(model, batch) if alike(found, last_residual(model, tried)) else whole
+
+
+def _whole(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_model"]:
+    # a copy, so that the other positions are freed
+    return torch.cat([last_residual(model, rows)[:, -1].clone() for rows in parts(tokens)])
+
+
+class _Cached:
+    """Reads one token more at each call."""
+
+    def __init__(self, model: LensModel, batch: int) -> None:
+        self.model, self.read = model, 0
+        if engine_of(model) == "HookedTransformer":
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            self.name = "past_kv_cache"
+            self.cache: Any = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)
+        else:
+            self.name, self.cache = "past_key_values", bridge_cache()
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_model"]:
+        new = tokens[:, self.read :]
+        kept: list[Tensor] = []
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            kept.append(activation[:, -1])
+            raise Enough
+
+        options: dict[str, Any] = {self.name: self.cache}
+        if self.name == "past_kv_cache":
+            # none is padding, whatever the engine makes of ids
+            options["attention_mask"] = torch.ones_like(new)
+        with running(self.model, [(f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post", keep)]):
+            run(self.model, new, **options)
+        self.read = tokens.shape[1]
+        return kept[0]

@@ -1,0 +1,153 @@
+"""From the residual stream to predictions: the last norm, and what makes logits of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechlens.measures.unembedding import Unembedding
+from mechlens.models.protocol import LensModel
+from mechlens.models.run.forward import parts, running, seen_whole, watch
+from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.user_hooks import hooks_on_logits, probe
+
+Readers = Mapping[str, Callable[[Tensor], None]]
+"""By hook name; see `watch`."""
+
+
+def next_token_log_probs(
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    beside: Callable[[slice], Readers] | None = None,
+) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """How well each position predicts the token after it.
+
+    Args:
+        beside: makes readers of the rows that a forward pass takes; they are served by the same pass.
+
+    Returns:
+        Log-probability in nats of the next token, nan in the last position; and whether no other
+        token was more likely, False in the last position. Both on the CPU.
+
+    Raises:
+        ValueError: a hook that treats rows in different ways, where the batch is read in parts.
+
+    Cost: one forward pass, and one of at most 8 tokens (of one row, where there are hooks of the user's) that
+    tells whether the model's logits are what its last norm and `W_U` say; logits exist for a few positions at
+    a time only. Where they are not, each row's logits are taken from the model itself.
+    """
+    streamed = not _why_not_streamed(model, tokens)
+    log_probs, corrects = [], []
+    several = parts(tokens)
+    if len(several) > 1:
+        check_rows_alike(model, tokens)
+    start = 0
+    for rows in several:
+        readers = {} if beside is None else beside(slice(start, start + len(rows)))
+        start += len(rows)
+        if streamed:
+            log_prob, correct = _streamed(model, rows, readers)
+        else:
+            log_prob, correct = _whole(model, rows)
+            if readers:
+                watch(model, rows, readers)
+        log_probs.append(torch.nn.functional.pad(log_prob.cpu(), (0, 1), value=torch.nan))
+        corrects.append(torch.nn.functional.pad(correct.cpu(), (0, 1), value=False))
+    return torch.cat(log_probs), torch.cat(corrects)
+
+
+def _streamed(
+    model: LensModel, rows: Int[Tensor, "batch pos"], readers: Readers | None = None
+) -> tuple[Tensor, Tensor]:
+    """`[batch, pos - 1]` log-probability of each next token, and whether it is the most likely one."""
+    kept: list[Tensor] = []
+    last_layer = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    watch(model, rows, {**(readers or {}), last_layer: kept.append})
+    with torch.inference_mode():
+        last = final_norm(model, kept.pop()[:, :-1])
+        targets = rows[:, 1:].to(last.device)
+        log_prob, correct = unembedding(model).log_prob(last.flatten(0, 1), targets.flatten())
+    shape = (rows.shape[0], rows.shape[1] - 1)
+    return log_prob.view(shape), correct.view(shape)
+
+
+def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+    """The same from the model's own logits, a row at a time."""
+    log_probs, corrects = [], []
+    for row in rows.to(model.cfg.device).split(1):
+        with running(model, []):
+            logits = model(row, return_type="logits", **seen_whole(model, row))[:, :-1].float()
+        own = logits.gather(2, row[:, 1:, None])[..., 0]
+        log_probs.append(own - logits.logsumexp(2))
+        corrects.append(own == logits.amax(2))
+    return torch.cat(log_probs), torch.cat(corrects)
+
+
+def check_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Refuse a model whose logits are more than its last norm through `W_U`, `b_U` and a soft-cap.
+
+    Granite divides them by a constant, for one, and a user's model or hook may do anything.
+
+    Raises:
+        ValueError: it is such a model; what was found stands in the message.
+
+    Cost: two forward passes of at most 8 tokens.
+    """
+    why = _why_not_streamed(model, tokens)
+    if why:
+        raise ValueError(
+            f"this model's logits are more than its last norm, W_U, b_U and a soft-cap ({why}): reading the "
+            "residual stream through these would not show what it predicts"
+        )
+
+
+def _why_not_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> str:
+    """Empty where logits are what the last norm and the unembedding say."""
+    behind = hooks_on_logits(model)
+    if behind:
+        return f"your hook at {behind[0]} changes them"
+    some = probe(model, tokens)
+    if some.shape[1] < 2:
+        if model.cfg.n_ctx < 2:
+            return ""
+        # one token predicts none that could be compared: let it stand twice
+        some = some.repeat(1, 2)
+    streamed, whole = _streamed(model, some)[0], _whole(model, some)[0]
+    # a narrow dtype rounds the model's own logits, which we keep in float32
+    tolerance = 1e-3 if model.W_U.dtype in (torch.float32, torch.float64) else 0.5
+    # broken weights make both no number, which is no reason to doubt how they are read
+    off = (streamed - whole).abs().masked_fill(streamed.isnan() & whole.isnan(), 0.0).max()
+    return "" if off <= tolerance else f"the next token's log-probability is {float(off):.2g} nats off"
+
+
+def final_norm(
+    model: LensModel, residual: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """The model's last norm with its learned scale and bias; the residual itself where there is none."""
+    norm = getattr(model, "ln_final", None)
+    return residual if norm is None or model.cfg.normalization_type is None else norm(residual)
+
+
+def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """The model's last norm without its learned scale and bias; the residual itself where there is none."""
+    kind = model.cfg.normalization_type
+    if kind is None:
+        return residual
+    wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    if kind.startswith("LN"):
+        wide = wide - wide.mean(-1, keepdim=True)
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+
+
+def unembedding(model: LensModel) -> Unembedding:
+    """What makes logits of the last norm's output."""
+    return Unembedding(model.W_U.detach(), model.b_U.detach(), soft_cap(model))
+
+
+def soft_cap(model: LensModel) -> float | None:
+    """The bound c of `c * tanh(logit / c)`, where the model has one."""
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap if cap is not None and cap > 0 else None

@@ -1,0 +1,1 @@
+"""Weights in one form on both engines: access, folding, rotary embeddings, randomization."""

@@ -1,0 +1,93 @@
+"""A model like another one, but for its weights, which are as before training."""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+from typing import Any
+
+import torch
+
+from mechlens.arguments import generator_of
+from mechlens.models.protocol import LensModel, Source, describe, recall, remember
+from mechlens.models.run.forward import kept_graphs
+from mechlens.models.weights.access import all_parameters
+
+_EMBEDDINGS = ("embed", "pos_embed")
+_WRITERS = {"W_O", "W_out", "o", "c_proj"}
+"""GPT-2's matrices that write to the stream, as the engines and Hugging Face name them."""
+
+
+def random_like(
+    model: LensModel, seed: int, *, keep_embeddings: bool = False, std: float = 0.02
+) -> LensModel:
+    """Copy a model and draw its weights anew, as Hugging Face begins GPT-2, NeoX and Llama models.
+
+    Every matrix is drawn from a normal distribution around 0, biases are 0, and norms neither scale nor
+    shift. GPT-2's matrices that write to the stream are divided by the square root of twice its layers. An
+    unembedding that is the embedding stays so.
+
+    Args:
+        model: of either engine; it is not changed.
+        seed: of the `torch.Generator`. The engines keep weights in other orders, so the same seed gives other
+            weights on each.
+        keep_embeddings: leave the embeddings of tokens and positions as they are (and an unembedding that is
+            the embedding), and draw only the rest.
+        std: standard deviation of the weights; Hugging Face's default.
+
+    Returns:
+        A new model with the same tokenizer, in evaluation mode, on the same device. Its weights are drawn,
+        not processed, whatever the other model's are.
+
+    Raises:
+        TypeError: neither a HookedTransformer nor a TransformerBridge, or a seed or `std` that is no number.
+        ValueError: `std` is not above 0, a seed that torch does not take, or the embeddings of processed
+            weights are to be kept.
+
+    Source: Radford et al. 2019 (GPT-2) for the initialisation; Badger, "Language Model Features", for what it
+    is compared with.
+    Cost: the memory of a second model.
+    """
+    info, source, draw = describe(model), recall(model), generator_of(seed)
+    if isinstance(std, bool) or not isinstance(std, numbers.Real):
+        raise TypeError(f"std must be a number, but is {std!r}")
+    if not std > 0 or not math.isfinite(std):
+        raise ValueError(f"std must be a finite number above 0, but is {std}")
+    if keep_embeddings and info.processing is not False:
+        raise ValueError(
+            f"{info.name}'s embeddings are processed, or may be, and the random blocks would not be: load it "
+            "with load_model(..., processing=False)"
+        )
+    # processing unties the two on one of the engines
+    tied = source.tied if source else torch.equal(model.W_U, model.W_E.T)
+    # an activation with its graph, which a bridge keeps of a run with gradients, is not copied as it is
+    kept = {id(value): value.detach() for _, _, value in kept_graphs(model)}
+    other: Any = copy.deepcopy(model, kept)
+    # HookedTransformer keeps Gemma's embedding multiplied by what others multiply it by on the way
+    wide = math.sqrt(info.d_model) if info.architecture.startswith("Gemma") else 1.0
+    wide = wide if info.engine == "HookedTransformer" else 1.0
+    smaller = math.sqrt(2 * info.n_layers) if info.architecture == "GPT2LMHeadModel" else 1.0
+    with torch.no_grad():
+        for path, owner, name, parameter in all_parameters(other):
+            place = path.split(".")
+            if keep_embeddings and (place[0] in _EMBEDDINGS or (tied and place[0] == "unembed")):
+                continue
+            if "Norm" in type(owner).__name__:
+                # a Gemma norm multiplies by one more than its weight
+                begin = 0.0 if type(owner).__name__.startswith("Gemma") else 1.0
+                parameter.fill_(begin if name in ("w", "weight") else 0.0)
+            elif name.lstrip("_").startswith(("b_", "bias")):
+                parameter.zero_()
+            else:
+                scale = std / smaller if _WRITERS.intersection((*place, name)) else std
+                scale *= wide if place[0] == "embed" else 1.0
+                parameter.copy_(
+                    (torch.randn(parameter.shape, generator=draw, dtype=torch.float32) * scale).to(parameter)
+                )
+        if tied and not keep_embeddings:
+            other.W_U.copy_(other.W_E.T / wide)
+    words = ", trained embeddings" if keep_embeddings else ""
+    name = f"{info.name} (random weights, seed {seed}{words})"
+    remember(other, Source(name, None, info.architecture, processing=False, tied=tied))
+    return other.eval()

@@ -1,0 +1,354 @@
+"""One self-contained HTML page, which opens anywhere without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from mechlens.files import replacing
+from mechlens.plots.circuitsvis import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
+from mechlens.plots.style import MINUS, number
+from mechlens.results import NOT_JUDGED, Comparison, ModelInfo
+from mechlens.show.page_style import CSS, SHOW_PLOTS, SHOW_VIEWS
+
+MOST_NAMED = 4
+"""Figures that are named in a sentence; more are found more easily in the table."""
+_COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plotly figure in a report."""
+
+    figure: go.Figure
+    caption: str
+    """How to read the figure, and its unit."""
+    description: str
+    """What it shows, for readers who cannot see it."""
+    wide: bool = True
+    """Whether it takes the page's whole width; two narrow ones share a row."""
+    keeps_width: bool = False
+    """Whether it keeps its own width, and is scrolled sideways where the page is narrower."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table in a report. Numbers stand right; those that are not whole get 3 decimals."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | int | None]]
+    caption: str
+    folded: bool = False
+    """Whether the reader opens it first."""
+    decimals: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """By column, where they are not 3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interactive:
+    """A circuitsvis view in a report, such as `plot_attention` gives."""
+
+    view: View
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of a report, under its own heading."""
+
+    title: str
+    text: str = ""
+    """Plain text; an empty line starts a paragraph."""
+    parts: Sequence[Plot | Table | Interactive] = ()
+    terms: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What the section's words mean; the report collects them all in one list of definitions."""
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    model: ModelInfo,
+    comparisons: Sequence[Comparison] | None = (),
+    sections: Sequence[Section] = (),
+    command: str | None = None,
+) -> Path:
+    """Write one HTML page that fetches nothing, whole or not at all.
+
+    The same arguments give the same bytes. Scripts and data are inside; a policy in the page forbids it
+    every request. plotly's and circuitsvis's JavaScript (about 5 and 1 MB) are in it once, and only
+    where a part needs them.
+
+    Args:
+        path: the file, ending in `.html`; its folder must exist.
+        model: what the results were measured on.
+        comparisons: published figures beside the measured ones, for the table at the top; None leaves that
+            chapter out.
+        sections: what follows, in this order.
+        command: the command line that makes the same report.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: another ending, or no such folder.
+    """
+    target = Path(path)
+    if target.suffix != ".html":
+        raise ValueError(f"reports are .html files, but the path is {target}")
+    if not target.parent.is_dir():
+        raise ValueError(f"cannot write {target}: there is no folder {target.parent}")
+    page = render_report(
+        title=title, model=model, comparisons=comparisons, sections=sections, command=command
+    )
+    with replacing(target) as part:
+        # A lone surrogate (half a character, from a byte-level token) has no UTF-8 form.
+        part.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+    return target
+
+
+def render_report(
+    *,
+    title: str,
+    model: ModelInfo,
+    comparisons: Sequence[Comparison] | None = (),
+    sections: Sequence[Section] = (),
+    command: str | None = None,
+) -> str:
+    """The page that `write_report` writes, as text."""
+    terms = {term: text for section in sections for term, text in section.terms.items()}
+    chapters = []
+    if comparisons is not None:
+        chapters.append(("published-and-measured", "Published and measured", _comparisons(comparisons)))
+    used: list[Plot | Interactive] = []
+    for at, section in enumerate(sections, start=1):
+        parts = "\n".join(_part(part, used) for part in section.parts)
+        body = _paragraphs(section.text) + (f'\n<div class="parts">\n{parts}\n</div>' if parts else "")
+        chapters.append((f"section-{at}", section.title, body))
+    if terms:
+        items = "".join(
+            f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in sorted(terms.items())
+        )
+        chapters.append(("definitions", "Definitions", f'<dl class="terms">{items}</dl>'))
+    if command:
+        body = f'<p>This page was written by</p>\n<pre tabindex="0"><code>{escape(command)}</code></pre>'
+        chapters.append(("reproduce", "How to reproduce", body))
+    links = "".join(f'<li><a href="#{place}">{escape(name)}</a></li>' for place, name, _ in chapters)
+    main = "\n".join(
+        f'<section aria-labelledby="{place}">\n<h2 id="{place}">{escape(name)}</h2>\n{body}\n</section>'
+        for place, name, body in chapters
+    )
+    return f"""\
+{html_head(title)}
+<style>{CSS}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the results</a>
+<header>
+<h1>{escape(title)}</h1>
+{_facts(model)}
+<nav aria-label="Contents"><ol>{links}</ol></nav>
+</header>
+<noscript><p class="statement">The figures need JavaScript; texts and tables do not.</p></noscript>
+<main id="main" tabindex="-1">
+{main}
+</main>
+{_scripts(used)}
+</body>
+</html>
+"""
+
+
+def verdict_statement(comparisons: Sequence[Comparison]) -> str:
+    """Say in plain words how many published figures came out, and name those that did not, where few."""
+    if not comparisons:
+        return "There is no published figure to compare with."
+    judged = [each for each in comparisons if each.verdict != NOT_JUDGED]
+    missed = [each for each in judged if each.verdict != "reproduced"]
+    sources = " and ".join(dict.fromkeys(each.source for each in comparisons))
+    statement = f"{len(judged) - len(missed)} of {len(judged)} figures came out as claimed ({sources})."
+    if len(judged) < len(comparisons):
+        statement += f" {len(comparisons) - len(judged)} could not be judged: too little was measured."
+    if len(missed) > MOST_NAMED:
+        statement += f" {len(missed)} did not: the table has their figures."
+    elif missed:
+        named = "; ".join(
+            f"{each.claim} (claimed {_value(each.published)}, measured {_value(each.measured)})"
+            for each in missed
+        )
+        statement += f" These did not: {named}."
+    return statement
+
+
+def _facts(model: ModelInfo) -> str:
+    processing = {
+        True: "normalisation folded in",
+        False: "as trained",
+        None: "processing unknown",
+    }
+    facts = {
+        "Model": model.name + (f" ({model.revision})" if model.revision else ""),
+        "Architecture": model.architecture,
+        "Layers": f"{model.n_layers}, with {model.n_heads} heads each",
+        "Width (d_model)": str(model.d_model),
+        "Vocabulary": str(model.d_vocab),
+        "Context": f"{model.n_ctx} tokens",
+        "Engine": f"{model.engine}, TransformerLens {model.engine_version}",
+        "Weights": f"{model.dtype}, {processing[model.processing]}",
+    }
+    if model.quantization is not None:
+        facts["From a GGUF file"] = f"{model.quantization}; figures are those of weights so rounded"
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{items}</dl>'
+
+
+def _comparisons(comparisons: Sequence[Comparison]) -> str:
+    statement = escape(verdict_statement(comparisons))
+    if not comparisons:
+        return f"<p>{statement}</p>"
+    missed = any(each.verdict not in ("reproduced", NOT_JUDGED) for each in comparisons)
+    statement = f'<p class="statement{" missed" if missed else ""}">{statement}</p>'
+    rows = "".join(map(_comparison, comparisons))
+    head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in _COLUMNS)
+    # The roles are said again because the style takes them away where it stacks the cells.
+    return (
+        f'{statement}\n<table class="comparisons" role="table" aria-label="Published and measured">'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{rows}</tbody></table>'
+    )
+
+
+def _comparison(each: Comparison) -> str:
+    look, sign = {"reproduced": ("good", "✓"), NOT_JUDGED: ("open", "?")}.get(each.verdict, ("bad", "✗"))
+    verdict = (
+        f'<span class="verdict {look}"><span aria-hidden="true">{sign}</span> {escape(each.verdict)}</span>'
+    )
+    tolerance = _tolerance(each.low, each.high)
+    cells = (escape(_value(each.published)), escape(_value(each.measured)), tolerance, verdict)
+    return (
+        f'<tr role="row"><th scope="row" role="rowheader">{_breakable(each.claim)}'
+        f"<small>{escape(each.source)}</small></th>"
+        + "".join(
+            f'<td role="cell" data-column="{column}">{cell}</td>'
+            for column, cell in zip(_COLUMNS[1:], cells, strict=True)
+        )
+        + "</tr>"
+    )
+
+
+def _tolerance(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"{_value(low)} to {_value(high)}"
+    if low is not None:
+        return f"at least {_value(low)}"
+    return "—" if high is None else f"at most {_value(high)}"
+
+
+def _value(value: float | str) -> str:
+    """A figure as it was published, a measured one with enough digits beside it."""
+    if isinstance(value, str):
+        return value
+    if value != value:
+        return "not measured"
+    # whole numbers are counts, such as that of a layer
+    return (str(value) if isinstance(value, int) else f"{value:.4f}").replace("-", MINUS)
+
+
+def _part(part: Plot | Table | Interactive, used: list[Plot | Interactive]) -> str:
+    if isinstance(part, Table):
+        return _table(part)
+    used.append(part)
+    place = f"figure-{len(used)}"
+    caption = f"<figcaption>{escape(part.caption)}</figcaption>"
+    if isinstance(part, Interactive):
+        label = escape(part.caption)
+        return (
+            f'<figure class="wide"><div id="{place}" class="view" role="group" aria-label="{label}">'
+            f"</div>{caption}</figure>"
+        )
+    layout = part.figure.layout
+    style = f"height:{layout.height or 450}px"
+    if part.keeps_width and layout.width:
+        style += f";width:{layout.width}px"
+    elif part.wide and layout.width:
+        style += f";max-width:{layout.width}px"
+    label = escape(part.description)
+    plot = f'<div id="{place}" class="plot" role="img" aria-label="{label}" style="{style}"></div>'
+    if part.keeps_width:
+        # who has no mouse scrolls it by keyboard
+        plot = f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{plot}</div>'
+    return f"<figure{' class=wide' if part.wide else ''}>{plot}{caption}</figure>"
+
+
+def _table(table: Table) -> str:
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
+    css = [
+        ' class="number"' if any(isinstance(cell, (int, float)) for cell in column) else ""
+        for column in columns
+    ]
+    head = "".join(
+        f'<th scope="col"{c}>{escape(name)}</th>' for name, c in zip(table.columns, css, strict=True)
+    )
+    decimals = [table.decimals.get(name, 3) for name in table.columns]
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td{c}>{_cell(cell, n)}</td>" for cell, c, n in zip(row, css, decimals, strict=True))
+        + "</tr>"
+        for row in table.rows
+    )
+    caption = escape(table.caption)
+    body = (
+        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table>'
+        f"{'' if table.folded else f'<caption>{caption}</caption>'}"
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    return (
+        f'<details class="wide"><summary>{caption}</summary>{body}</details>'
+        if table.folded
+        else (f'<div class="wide">{body}</div>')
+    )
+
+
+def _cell(cell: str | float | int | None, decimals: int) -> str:
+    if cell is None:
+        return "—"
+    return escape(number(cell, decimals)) if isinstance(cell, float) else escape(str(cell))
+
+
+def _paragraphs(text: str) -> str:
+    paragraphs = filter(None, map(str.strip, re.split(r"\n\s*\n", text)))
+    return "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
+
+
+def _breakable(text: str) -> str:
+    """Escaped text whose long names may break after an underscore, for narrow screens."""
+    return escape(text).replace("_", "_<wbr>")
+
+
+def _scripts(used: Sequence[Plot | Interactive]) -> str:
+    data = []
+    for at, part in enumerate(used, start=1):
+        if isinstance(part, Interactive):
+            value = {"component": part.view.component, "props": part.view.props}
+        else:
+            # The engine is named because another one, where installed, gives other bytes.
+            value = json.loads(plotly.io.to_json(part.figure, validate=False, engine="json"))
+            value["layout"].pop("width", None)
+            # A finger that scrolls the page must not zoom the figures that it crosses.
+            value["layout"]["dragmode"] = False
+        data.append(f'<script type="application/json" id="figure-{at}-data">{script_json(value)}</script>')
+    code = []
+    if any(isinstance(part, Plot) for part in used):
+        code += [get_plotlyjs(), SHOW_PLOTS]
+    if any(isinstance(part, Interactive) for part in used):
+        code += [circuitsvis_bundle(), f"{SHOW_VIEW}\n{SHOW_VIEWS}"]
+    return "\n".join(data + [f"<script>\n{each}\n</script>" for each in code])

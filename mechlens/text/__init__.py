@@ -1,0 +1,1 @@
+"""Token sequences: prompts, batches, corpora; knows no model."""

@@ -1,0 +1,135 @@
+"""Rows of unequal length, and rows longer than a model's context: what is run to read every token of them.
+
+A causal model's activations at a token depend on the tokens before it alone. So a padded row is run with its
+padding moved to the right, where it changes nothing, and a row longer than the context in windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mechlens.text.prompts import Prompt, as_ids, as_texts, text_ids, warn_of_padding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of tokens, padded to one length."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """0 where a position is padding, whatever stood there: ids of padding may lie outside the vocabulary."""
+    mask: Bool[Tensor, "batch pos"]
+    """False where a position is padding; the others of a row stand together."""
+
+    @property
+    def first_tokens(self) -> Int[Tensor, " rows"]:
+        """The first token of each row."""
+        return self.tokens.gather(1, self.mask.int().argmax(1, keepdim=True))[:, 0]
+
+
+def prompt_batch(
+    model: Any,
+    prompt: Prompt,
+    *,
+    attention_mask: Tensor | None = None,
+    prepend_bos: bool | None = None,
+) -> Batch:
+    """A text, several texts (padded on the right) or token ids as a batch, on the CPU.
+
+    Args:
+        model: anything with TransformerLens's `cfg` and `tokenizer`.
+        attention_mask: for token ids: 1 or True for tokens, 0 or False for padding at either end.
+        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
+
+    Raises:
+        TypeError: neither a text, nor a list of texts, nor a tensor.
+        ValueError: no text or an empty one, ids that are no integers, a mask of another shape, with gaps or
+            without any token in a row, or a mask for texts.
+    """
+    texts = as_texts(prompt)
+    if texts is None:
+        tokens, mask = as_ids(prompt)
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise ValueError(
+                f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"
+            )
+        if attention_mask is not None:
+            # a copy, so that a result does not change with what its maker does to the mask afterwards
+            mask = torch.as_tensor(attention_mask).to("cpu", torch.bool, copy=True)
+            mask = mask[None] if mask.ndim == 1 else mask
+        if mask is None:
+            warn_of_padding(model, tokens)
+            return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        _check_mask(mask, tokens)
+        return Batch(tokens.masked_fill(~mask, 0), mask)
+    if attention_mask is not None:
+        raise ValueError("attention_mask says which token ids are padding, but the prompt is text")
+    rows = [text_ids(model, text, prepend_bos=prepend_bos) for text in texts]
+    length = torch.tensor([len(row) for row in rows])
+    return Batch(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.arange(int(length.max())) < length[:, None],
+    )
+
+
+def _check_mask(mask: Bool[Tensor, "rows cols"], tokens: Int[Tensor, "batch pos"]) -> None:
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}, but the tokens are {tuple(tokens.shape)}")
+    for index, row in enumerate(mask.int()):
+        stretches = int(row[0]) + int((row.diff() == 1).sum())
+        if stretches == 0:
+            raise ValueError(f"row {index} of attention_mask is all padding: leave that row out")
+        if stretches > 1:
+            raise ValueError(
+                f"row {index} of attention_mask has padding between tokens: it may stand at the ends only"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """What a model is run on, and where each token of a batch is to be found in it."""
+
+    tokens: Int[Tensor, "piece width"]
+    """Padded on the right."""
+    piece: Int[Tensor, "batch pos"]
+    """In which piece a position is read."""
+    offset: Int[Tensor, "batch pos"]
+    """At which place of its piece; a position sees `offset + 1` tokens. Both are 0 for padding."""
+    lengths: Int[Tensor, " piece"]
+    """Of each piece, without its padding."""
+
+
+def cut(batch: Batch, n_ctx: int, *, bos: int | None) -> Pieces:
+    """Cut a batch into pieces that fit a context.
+
+    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens, each of which but the
+    first begins half a context before the first token that is read in it; where the row begins with BOS,
+    every window does.
+
+    Args:
+        bos: the tokenizer's own BOS, or None.
+    """
+    pieces: list[Tensor] = []
+    piece, offset = torch.zeros_like(batch.tokens), torch.zeros_like(batch.tokens)
+    for row, (ids, real) in enumerate(zip(batch.tokens, batch.mask, strict=True)):
+        places = real.nonzero()[:, 0]
+        own = ids[places]
+        head = own[:1] if bos is not None and int(own[0]) == bos else own[:0]
+        done = 0
+        while done < len(own):
+            begin = 0 if done == 0 else max(len(head), done - n_ctx // 2)
+            lead = head if done and n_ctx > 1 else own[:0]
+            # at least one new token in each window, however small the context
+            begin = max(begin, done - (n_ctx - len(lead) - 1))
+            window = torch.cat([lead, own[begin : begin + n_ctx - len(lead)]])
+            end = begin + len(window) - len(lead)
+            piece[row, places[done:end]] = len(pieces)
+            offset[row, places[done:end]] = torch.arange(done, end) - begin + len(lead)
+            pieces.append(window)
+            done = end
+    lengths = torch.tensor([len(window) for window in pieces])
+    return Pieces(torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True), piece, offset, lengths)

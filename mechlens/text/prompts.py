@@ -1,0 +1,355 @@
+"""Token sequences for experiments: random tokens, the same tokens repeated, and text."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechlens.arguments import check_model, whole_number
+from mechlens.text.tokens import check_text, drawable_tokens, own_bos_token_id, token_strings
+
+Prompt = str | Sequence[Any] | Tensor | np.ndarray | Mapping[str, Any]
+"""Text, texts, or token ids: a tensor, an array, lists of numbers, or what a tokenizer gives."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomTokens:
+    """Random tokens, some of which may be repeated."""
+
+    tokens: Int[Tensor, "batch pos"]
+    """What the model reads: BOS (where `prepend_bos`), then random tokens and their copies."""
+    starts: Int[Tensor, "batch copy"]
+    """The position at which each copy begins."""
+    seq_len: int
+    """Tokens in one copy."""
+    prepend_bos: bool
+    seed: int
+
+
+def repeated_tokens(
+    model: Any,
+    *,
+    seq_len: int = 50,
+    batch: int = 30,
+    copies: int = 2,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    jitter: int = 0,
+) -> RandomTokens:
+    """Draw `[BOS, S random tokens, the same S again, ...]` for each row of a batch.
+
+    BOS is put before the random tokens and overwrites none. Tokens are drawn uniformly and with
+    replacement from `drawable_tokens`.
+
+    Args:
+        model: anything with TransformerLens's `cfg` and `tokenizer`.
+        seq_len: S, the random tokens in one copy.
+        batch: rows, all drawn independently.
+        copies: how often the S tokens come in all; 1 repeats nothing.
+        seed: of the `torch.Generator` that draws; the same seed gives the same tokens.
+        prepend_bos: None prepends BOS where the tokenizer has one. What was done is in the result.
+        jitter: for a repeat at no fixed distance: 0 to `jitter` further random tokens, a number drawn
+            for each row, come between the first and the second copy (and what is left of `jitter`
+            after the last one, so that all rows are equally long).
+
+    Raises:
+        ValueError: a size below 1, jitter with other than 2 copies, a BOS wanted but not there, or
+            more tokens than the model's context holds.
+
+    Source: the repeated-token experiment of Olsson et al. 2022, arXiv:2209.11895.
+    """
+    check_model(model)
+    seq_len, batch, copies, seed = (
+        whole_number(name, value, least=least)
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch", batch, 1),
+            ("copies", copies, 1),
+            ("seed", seed, 0),
+        )
+    )
+    jitter = whole_number("jitter", jitter)
+    if jitter < 0 or (jitter and copies != 2):
+        raise ValueError(f"jitter must be 0 or more, with 2 copies; it is {jitter} with {copies}")
+    bos = bos_to_prepend(model, prepend_bos)
+    first = 0 if bos is None else 1
+    n_ctx = model.cfg.n_ctx
+    if first + copies * seq_len + jitter > n_ctx:
+        fits = (n_ctx - first - jitter) // copies
+        raise ValueError(
+            f"{copies} copies of {seq_len} tokens"
+            + (" after BOS" if first else "")
+            + (f" with a jitter of {jitter}" if jitter else "")
+            + f" make {first + copies * seq_len + jitter} positions, but the model's context is {n_ctx}: "
+            + (f"the largest seq_len that fits is {fits}" if fits > 0 else "no seq_len fits")
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
+
+    def draw(n: int) -> Int[Tensor, "batch drawn"]:
+        return drawable[torch.randint(len(drawable), (batch, n), generator=generator)]
+
+    once = draw(seq_len)
+    starts = first + seq_len * torch.arange(copies).expand(batch, copies).contiguous()
+    if jitter:
+        gap = torch.randint(jitter + 1, (batch,), generator=generator)
+        starts[:, 1] += gap
+        tokens = draw(first + 2 * seq_len + jitter)
+    else:
+        tokens = once.new_empty(batch, first + copies * seq_len)
+    within = torch.arange(seq_len)
+    for copy in range(copies):
+        tokens.scatter_(1, starts[:, copy, None] + within, once)
+    if bos is not None:
+        tokens[:, 0] = bos
+    return RandomTokens(tokens, starts, seq_len, bos is not None, seed)
+
+
+def bos_to_prepend(model: Any, prepend_bos: bool | None) -> int | None:
+    """The id of the BOS token to begin with, or None for none.
+
+    Args:
+        prepend_bos: None asks for BOS where there is one and warns where there is none.
+
+    Raises:
+        ValueError: BOS is asked for, but the tokenizer has none.
+    """
+    if prepend_bos is False:
+        return None
+    bos = own_bos_token_id(model.tokenizer)
+    if bos is None:
+        what = "this model has no BOS token" if model.tokenizer else "this model has no tokenizer, so no BOS"
+        if prepend_bos:
+            raise ValueError(f"{what}: use prepend_bos=False")
+        warnings.warn(f"{what}: its sequences begin with an ordinary token", stacklevel=3)
+    return bos
+
+
+def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, "1 pos"]:
+    """The tokens of a text, as one row.
+
+    Args:
+        prepend_bos: None prepends BOS where the tokenizer has one.
+
+    Raises:
+        ValueError: no tokenizer, an empty text, or more tokens than the model's context holds.
+    """
+    return _in_context(model, text_ids(model, text, prepend_bos=prepend_bos)[None], "text")
+
+
+def _in_context(model: Any, tokens: Int[Tensor, "1 pos"], what: str) -> Int[Tensor, "1 pos"]:
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise ValueError(
+            f"the {what} has {tokens.shape[1]} tokens, but the model's context is {model.cfg.n_ctx}: "
+            "shorten it"
+        )
+    return tokens
+
+
+def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, " pos"]:
+    """The tokens of a text of any length; see `text_tokens`."""
+    check_model(model)
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
+    check_text(text, "text")
+    if not text.strip():
+        raise ValueError(
+            "the text is empty: there is no token to run the model on"
+            if not text
+            else f"the text is blank ({text!r}): if that is meant, give its token ids"
+        )
+    # verbose: longer than the context is no mistake here
+    ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"the tokenizer makes no token of the text {text!r}: there is none to run the model on"
+        )
+    bos = bos_to_prepend(model, prepend_bos)
+    # a rendered chat template and decoded tokens begin with their own
+    return torch.tensor(ids if bos is None or ids[0] == bos else [bos, *ids])
+
+
+def chat_tokens(
+    model: Any, messages: str | Sequence[Mapping[str, Any]], *, generation_prompt: bool = True
+) -> Int[Tensor, "1 pos"]:
+    """The tokens of a conversation as the model's chat template writes it, as one row.
+
+    These are the ids of the tokenizer's own `apply_chat_template`: BOS is where the template puts it, and
+    nowhere else. Every analysis takes them as its prompt, and pictures mark where each turn begins.
+
+    Args:
+        messages: mappings with a `role` (`system`, `user`, `assistant`, or what else the template knows) and
+            a `content`, in their order; a text alone is one message of the user's.
+        generation_prompt: end with what comes before an answer, so that the last position predicts its first
+            token.
+
+    Raises:
+        TypeError: no messages.
+        ValueError: no tokenizer or chat template, messages that the template refuses, or more tokens than the
+            model's context holds.
+    """
+    check_model(model)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not is_chat(messages):
+        raise TypeError(
+            "messages are a list of {'role': ..., 'content': ...}, or one text of the user's, but these are "
+            f"{str(messages)[:80]!r}"
+        )
+    for message in messages:
+        check_text(str(message["content"]), f"message of the {message['role']}")
+    if getattr(model.tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "this model has no chat template, so it knows no roles: give the prompt as text"
+            if model.tokenizer is not None
+            else "this model has no tokenizer, so it reads no text: pass token ids"
+        )
+    try:
+        encoded = model.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+    except Exception as error:  # a template is a program of the model's maker
+        raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+    return _in_context(model, torch.tensor(encoded["input_ids"])[None], "conversation")
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is messages, as `chat_tokens` takes them."""
+    return (
+        isinstance(prompt, (list, tuple))
+        and bool(prompt)
+        and all(isinstance(each, Mapping) and {"role", "content"} <= set(each) for each in prompt)
+    )
+
+
+def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+    """The rows of a prompt, on the CPU: texts' tokens, or a copy of ids, one sequence or several.
+
+    Raises:
+        TypeError: neither text nor ids.
+        ValueError: as `text_tokens`, sequences of different lengths or with padding, or ids that are no
+            integers.
+    """
+    check_model(model)
+    texts = as_texts(prompt)
+    if texts is not None:
+        rows = [text_tokens(model, text, prepend_bos=prepend_bos) for text in texts]
+        check_equally_long(model, rows)
+        return torch.cat(rows)
+    tokens, mask = as_ids(prompt)
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(
+            "the prompt has padding (zeros in its attention_mask), but sequences must be equally long here: "
+            "give those of one length together"
+        )
+    if mask is None:
+        warn_of_padding(model, tokens)
+    return tokens
+
+
+def check_equally_long(model: Any, rows: Sequence[Tensor]) -> None:
+    """Make sure that texts have equally many tokens.
+
+    Raises:
+        ValueError: they have not; the tokens are shown.
+    """
+    for row in rows:
+        if row.shape != rows[0].shape:
+            raise ValueError(
+                "the texts must have equally many tokens, but here are "
+                f"{rows[0].shape[1]}, {list(token_strings(model, rows[0][0]))}, and "
+                f"{row.shape[1]}, {list(token_strings(model, row[0]))}"
+            )
+
+
+def as_texts(prompt: Any) -> list[str] | None:
+    """The texts of a prompt; None for one of ids.
+
+    Raises:
+        TypeError: some texts and something else, or messages.
+        ValueError: no text.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if is_chat(prompt):
+        raise TypeError("these are messages: chat_tokens(model, messages) makes a prompt of them")
+    if isinstance(prompt, (Tensor, Mapping)) or not isinstance(prompt, Iterable):
+        return None
+    entries = list(prompt)
+    if not entries and isinstance(prompt, (list, tuple)):
+        raise ValueError("there is no text: the list of prompts is empty")
+    if not any(isinstance(entry, str) for entry in entries):
+        return None
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise TypeError(
+                f"a list of prompts has texts in it, but there is a {type(entry).__name__}: give token ids "
+                "as a tensor"
+            )
+    return entries
+
+
+def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
+    """Token ids `[batch, pos]` as a copy on the CPU, and their mask where a tokenizer gave one.
+
+    Raises:
+        TypeError: no ids.
+        ValueError: ids that are no integers, or rows of different lengths.
+    """
+    if isinstance(prompt, Mapping) and "input_ids" in prompt:
+        mask = prompt.get("attention_mask")
+        ids, _ = as_ids(prompt["input_ids"])
+        return ids, None if mask is None else as_ids(mask)[0].bool()
+    if isinstance(prompt, (list, tuple, np.ndarray)):
+        try:
+            prompt = torch.as_tensor(np.asarray(prompt))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "token ids are whole numbers [batch, pos], rows of one length; pad shorter ones and say so "
+                f"with attention_mask ({error})"
+            ) from None
+    if not isinstance(prompt, Tensor):
+        raise TypeError(
+            f"a prompt is text or token ids, but this is a {type(prompt).__name__}: give tokens as "
+            "torch.tensor(ids), or what a tokenizer gives"
+        )
+    if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+        raise ValueError(f"token ids are integers, but these are {prompt.dtype}")
+    # a copy, so that a result does not change with what its maker does to the tokens afterwards
+    ids = prompt[None] if prompt.ndim == 1 else prompt
+    return ids.to("cpu", torch.long, copy=True), None
+
+
+def warn_of_padding(model: Any, tokens: Int[Tensor, "batch pos"]) -> None:
+    """Warn of ids that look like padding which nobody told of: they are read like all others."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None or tokens.ndim != 2 or not tokens.numel():
+        return
+    real = tokens != pad
+    counts = {}
+    for side, at in (("begins", real), ("ends", real.flip(1))):
+        count = (at.int().cumsum(1) == 0).sum(1)
+        # a sequence may begin with BOS and end with EOS, which are the padding token in many models
+        counts[side] = (
+            count if bool((count > 1).any()) or len(count.unique()) > 1 else torch.zeros_like(count)
+        )
+    for side, count in counts.items():
+        row = int(count.argmax())
+        if count[row]:
+            warnings.warn(
+                f"row {row} of the prompt {side} with {int(count[row])} padding tokens (id {pad}), which are "
+                "read like any others: leave them out, or tell of them with attention_mask where it can be "
+                "given",
+                stacklevel=4,
+            )
+            return

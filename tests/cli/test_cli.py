@@ -1,0 +1,484 @@
+"""The command line: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from mechlens import cli
+from mechlens.models.load import loading
+from mechlens.models.protocol import describe
+from mechlens.results import HeadScores, LogitLensResult, TunedLens
+from mechlens.results import load as load_result
+from tests.shared import STORIES, needs_shared
+
+SMALL = ["--batch", "2", "--n-seeds", "1"]
+
+
+@functools.cache
+def kept(load_model, name, **options):
+    return load_model(name, **options)
+
+
+def run(capsys, *arguments):
+    """Exit code, what was printed, and complaints; the bundled model is loaded once in all."""
+    own = loading.load_model
+
+    def load_model(name, **options):
+        return kept(own, name, **options) if name == loading.BUNDLED else own(name, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_model", load_model)
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return ended.value.code, out, err
+
+
+@pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["lens"], ["models"]])
+def test_help_has_an_example_and_the_common_options(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    if command:
+        assert "Example: mechlens" in out
+        for option in ("--json", "--quiet", "--seed", "--device"):
+            assert option in out, f"{command} has no {option}"
+
+
+def test_no_arguments_show_the_help(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert "reproduce" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["reproduce", "--bogus"], "No such option: --bogus"),
+        (["reproduce", "--batch", "many"], "Invalid value for '--batch'"),
+        (["reproduce", "--batch", "0"], "Invalid value for '--batch'"),
+        (["reproduce", "--model", "gpt22"], "did you mean gpt2"),
+        (["models", "\udcff"], r"no model is known as '\udcff'"),
+        (["reproduce", "--model", "./nowhere"], "nowhere"),
+        (["reproduce", "--seq-len", "300", *SMALL], "the largest seq_len that fits is 255"),
+        (["reproduce", "--device", "quantum"], "quantum"),
+        (["reproduce", "--dtype", "int3"], "dtype must be"),
+        (["reproduce", "--out", __file__], "--out is a folder, but"),
+        (
+            ["heads", "--kind", "induction", *SMALL],
+            "no score 'induction' here (did you mean induction_score?)",
+        ),
+        (["heads", "--out", "scores.pickle"], "--out is a .safetensors or .csv file"),
+        (["heads", "--out", "no/such/folder/x.csv"], "there is no folder"),
+        (["heads", "--text", ""], "the text is empty"),
+        (
+            ["heads", "--threshold", "2"],
+            "--threshold must lie between -1 and 1, as all scores do, but is 2.0",
+        ),
+        (["heads", "--threshold", "nan"], "--threshold must lie between -1 and 1"),
+        (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
+        (["heads", "--text", "a b", "--kind", "copying_score"], "no score 'copying_score' here"),
+        (["lens"], "Missing argument"),
+        (["lens", "a b", "--stat", "colour"], "--stat must be one of probability"),
+        (["lens", "a b", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
+        (["lens", "a b", "--component", "resid"], "--component must be one of"),
+        (["lens", "a b", "--json", "--csv"], "--json and --csv exclude each other"),
+        (["lens", "a b", "--decoder", "norm_only"], "--decoder norm_only needs the weights as they were"),
+        (["lens", "a b", "--decoder", "some", "--raw"], "decoder must be one of final_norm, norm_only, none"),
+        (["lens", "a b", "--tuned-lens", "x", "--decoder", "none"], "leave out --decoder"),
+        (["lens", "a b", "--tuned-lens", "gpt2"], "a published tuned lens needs the weights as they were"),
+        (["lens", "a b", "--tuned-lens", "no.safetensors"], "no such result file: no.safetensors"),
+        (["lens", "a b", "--stat", "kl_input", "--out", "x.html"], "is not tied to its embedding"),
+        (["lens", "a b", "--stat", "kl_input", "--out", "x.csv"], "is not tied to its embedding"),
+        (["lens", "a b", "--stat", "rank", "--high", "1", "--out", "x.html"], "need a high above 1"),
+        (["lens", "a b", "--stat", "kl", "--of", "input"], "--of is for --stat rank and probability"),
+        (["lens", "a b", "--stat", "rank", "--of", " the"], "--of must be one of 'final', 'input', 'next' ("),
+        (["lens", "a b", "--target", " captain of"], "tokens, not one: ["),
+        (["lens", "a b", "--layer", "4"], "there is no layer 4"),
+        (["lens", ""], "the text is empty"),
+        (
+            ["lens", "a b", "--head", "L1H2"],
+            "--head is for --component result, but --component is resid_post",
+        ),
+        (["lens", "a b", "--component", "result", "--head", "L9H0"], "there is no head L9H0"),
+        (["lens", "a b", "--component", "result", "--head", "L1H2", "-l", "1"], "leave out --layer"),
+        (["lens", "a b", "--position", "99"], "there is no position 99"),
+        (["lens", "a b", "--position", "10:"], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--position", ""], "--position is a number, or a range such as 10:40"),
+        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, but is inf"),
+        (["lens", "a b", "--position", "two"], "--position is a number, or a range such as 10:40"),
+        (
+            ["lens", "a b", "--last-blocks", "9"],
+            "mechlens: --last-blocks must lie between 0 and the model's 4",
+        ),
+        (
+            ["lens", "a b", "--onto-stream"],
+            "--onto-stream is for attn_out, mlp_out, result, but --component is",
+        ),
+        (["models", "gpt22"], "did you mean gpt2"),
+        (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
+        (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
+        (
+            ["models", "--verify", "--like", "nothing at all"],
+            "no architecture has 'nothing at all' in its name",
+        ),
+        (["models", "--verify", "--clear-cache"], "--verify and --clear-cache exclude each other"),
+        (["models", "--clear-cache", "--like", "gpt2"], "--like and --clear-cache exclude each other"),
+        (["models", "gpt2", "--clear-cache"], "a name and --clear-cache exclude each other"),
+        (["models", "gpt2", "--verify", "--like", "gpt2"], "a name and --like exclude each other"),
+        (["models", "--out", "x.md"], "--out is for what --verify finds: add --verify"),
+        (["models", "--verify", "--out", "x.csv"], "--out is a .md file, but it is x.csv"),
+        (["models", "--verify", "--revision", "main"], "--revision is of one model: name it"),
+        (["models", "--verify", "gpt22"], "did you mean gpt2"),
+    ],
+)
+def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("mechlens: ")
+    assert not out
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_reproduce_writes_results_tables_and_a_report(capsys, tmp_path):
+    code, out, _ = run(capsys, "reproduce", "--out", tmp_path / "deep" / "er", "--batch", 30, "--n-seeds", 1)
+    assert code == 0
+    assert "second half accuracy" in out
+    assert "induction_score" in out
+    assert "reproduced" in out
+    folder = tmp_path / "deep" / "er"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "attention_patterns.csv",
+        "attention_patterns.safetensors",
+        "comparison.csv",
+        "head_scores.csv",
+        "head_scores.safetensors",
+        "repeated_tokens.csv",
+        "repeated_tokens.safetensors",
+        "report.html",
+    ]
+    scores = load_result(folder / "head_scores.safetensors")
+    table = pd.read_csv(folder / "head_scores.csv")
+    (layer, head), best = next(scores.ranked("induction_score"))
+    row = table[(table.kind == "induction_score") & (table.label == f"L{layer}H{head}")]
+    assert row.score.item() == pytest.approx(best, abs=1e-6)
+    assert f"L{layer}H{head}" in (folder / "report.html").read_text()
+    assert set(pd.read_csv(folder / "comparison.csv").verdict) == {"reproduced"}
+
+
+def test_json_and_quiet(capsys, tmp_path):
+    code, out, err = run(capsys, "reproduce", "--out", tmp_path, "--json", "--seq-len", 10, *SMALL)
+    assert (code, err) == (0, f"mechlens: wrote {tmp_path / 'report.html'} and 7 other files beside it\n")
+    found = json.loads(out)
+    assert found["model"]["name"] == "mechlens-books"
+    assert set(found["estimates"]) >= {"second_half_accuracy", "first_half_log_prob"}
+    assert found["comparisons"] == [], "nothing is published for 10 tokens"
+    code, out, err = run(capsys, "reproduce", "--out", tmp_path, "--quiet", "--seq-len", 10, *SMALL)
+    assert (code, out, err) == (0, "", "")
+
+
+def test_heads_saves_what_it_lists(capsys, tmp_path):
+    path = tmp_path / "heads.safetensors"
+    arguments = ["--kind", "induction_score", "--threshold", 0.5, "--out", path, "--json", "--seed", 3]
+    code, out, _ = run(capsys, "heads", *arguments, *SMALL)
+    assert code == 0
+    saved = HeadScores.load(path)
+    assert saved.seeds == (3,)
+    listed = json.loads(out)["heads"]["induction_score"]
+    assert listed
+    assert all(row["score"] >= 0.5 > row["null"] for row in listed)
+    above = int((saved.mean("induction_score") >= 0.5).sum())
+    assert len(listed) == above
+
+
+def test_heads_on_a_text_and_as_a_table(capsys, tmp_path):
+    path = tmp_path / "heads.csv"
+    code, out, _ = run(
+        capsys, "heads", "--text", "one two three one two three", "--out", path, "--kind", "induction_score"
+    )
+    assert code == 0
+    assert "1 sequence" in out
+    assert set(pd.read_csv(path).kind) == {"induction_score"}
+    code, out, _ = run(capsys, "heads", "--threshold", 1, "--kind", "induction_score", *SMALL)
+    assert code == 0
+    assert "none" in out
+
+
+def test_models_lists_and_shows(capsys):
+    code, out, _ = run(capsys, "models")
+    assert code == 0
+    assert out.splitlines()[0].startswith("mechlens-books")
+    code, out, _ = run(capsys, "models", "mechlens-books", "--json")
+    shown = json.loads(out)
+    assert shown["tied"] is False
+    assert shown["positions"] == "rotary"
+    assert shown["n_ctx"] == 512
+    assert shown["n_params"] <= 5_000_000
+
+
+def test_models_are_verified(capsys, tiny_directories, tmp_path):
+    code, out, err = run(capsys, "models", "--verify", "--like", "gpt-neo", "--out", tmp_path / "found.md")
+    assert code == 0
+    assert err.endswith(f"wrote {tmp_path / 'found.md'}\n")
+    text = (tmp_path / "found.md").read_text()
+    for name in ("GPT-Neo", "GPT-NeoX", "GPT-NeoX (linear)"):
+        assert f"| {name} | " in text
+        assert f" {name} " in out
+    assert text.count("| GPT-") == 3
+    assert "window 24" in out
+    code, out, _ = run(capsys, "models", "--verify", tiny_directories / "gemma2", "--json")
+    (found,) = json.loads(out)["models"]
+    assert (code, found["name"], found["limits"], found["right"]) == (0, "gemma2", {"window": 8}, True)
+    assert found["lengths"] == [7, 16]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_model_without_bos_says_so_in_one_line(capsys, tiny_directories):
+    options = ["--model", tiny_directories / "qwen2", "--kind", "previous_token_score", "--seq-len", 5]
+    code, out, err = run(capsys, "heads", *options, *SMALL)
+    assert code == 0
+    assert "no BOS" in out
+    assert err.splitlines() == [
+        "mechlens: this model has no BOS token: its sequences begin with an ordinary token"
+    ]
+
+
+def test_the_reports_command_is_the_one_that_was_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["reproduce", "--no-bos", "--seq-len", "5", *SMALL, "--out", "a b", "--dtype", "bfloat16"]
+    code, _, err = run(capsys, *arguments, "--quiet")
+    assert (code, err) == (0, "")
+    page = (tmp_path / "a b" / "report.html").read_text()
+    command = html.unescape(re.search(r"mechlens reproduce [^<]*", page)[0])
+    words = shlex.split(command)[1:]
+    assert sorted(words) == sorted(arguments)
+    assert load_result(tmp_path / "a b" / "head_scores.safetensors").model.dtype == "bfloat16"
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(capsys, tmp_path):
+    (tmp_path / "x.csv").mkdir()
+    code, _, err = run(capsys, "heads", "--out", tmp_path / "x.csv")
+    assert code == 2
+    assert "it is a folder" in err
+
+
+def test_the_version(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert re.fullmatch(r"mechlens \d+\.\d+\.\d+\n", out)
+
+
+TEXT = "one two three one two three one two"
+
+
+def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
+    code, out, _ = run(capsys, "lens", TEXT, "--out", tmp_path / "lens.html")
+    assert code == 0
+    assert "embed" in out
+    assert "*" in out, "the repetition is foretold"
+    page = (tmp_path / "lens.html").read_text()
+    assert "Plotly.newPlot" in page
+    assert "default-src 'none'" in page
+    assert "no published figure" not in page
+    code, out, _ = run(capsys, "lens", TEXT, "--json", "--out", tmp_path / "lens.csv")
+    table = pd.read_csv(tmp_path / "lens.csv", keep_default_na=False, na_values=[""])
+    found = json.loads(out)
+    cells = found["cells"]
+    assert found["rows"] == ["embed", "0", "1", "2", "3"]
+    assert len(cells) == len(table) == 5 * (cells[-1]["pos"] + 1)
+    assert cells[-1]["rank_next"] is None, "the last position has no label"
+    assert cells[0]["kl_final"] == pytest.approx(float(table.kl_final.iloc[0]), abs=1e-6)
+    assert [len(cell["guesses"]) for cell in cells] == [5] * len(cells)
+    code, out, err = run(capsys, "lens", TEXT, "--csv")
+    assert (code, err) == (0, "")
+    assert out == (tmp_path / "lens.csv").read_text()
+    code, out, err = run(capsys, "lens", TEXT, "--quiet")
+    assert (code, out, err) == (0, "", "")
+
+
+def test_every_option_of_lens_reaches_the_analysis(capsys, tmp_path):
+    path = tmp_path / "lens.safetensors"
+    arguments = ["--component", "attn_out", "--onto-stream", "--decoder", "norm_only", "--raw", "--no-bos"]
+    arguments += ["--layer", "1", "--layer", "3", "--target", " two", "--target", " three", "--top-k", "3"]
+    arguments += ["--last-blocks", "1", "--dtype", "bfloat16"]
+    code, out, _ = run(capsys, "lens", TEXT, *arguments, "--out", path)
+    assert code == 0
+    saved = LogitLensResult.load(path)
+    assert (saved.component, saved.onto_stream, saved.decoder) == ("attn_out", True, "norm_only")
+    assert saved.rows == ("embed", "1", "3")
+    assert saved.top_ids.shape[-1] == 3
+    assert list(saved.target_ids) == [" two", " three"]
+    assert saved.last_blocks == 1
+    assert (saved.prepend_bos, saved.model.processing, saved.model.dtype) == (False, False, "bfloat16")
+    assert "·two rank" in out
+    assert "Targets after" in out
+    assert "attn_out onto the stream, decoder norm_only, through the last block\n" in out
+
+
+def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
+    path = tmp_path / "lens.html"
+    arguments = ["--stat", "rank", "--of", " two", "--target", " two", "--high", "50.0"]
+    code, _, _ = run(capsys, "lens", TEXT, *arguments, "--out", path, "--quiet")
+    assert code == 0
+    page = path.read_text()
+    assert "rank of ·two" in page
+    assert json.dumps("≥ 50") in page
+    command = html.unescape(re.search(r"mechlens lens [^<]*", page)[0])
+    words = shlex.split(command)[1:]
+    assert words == ["lens", *arguments[:4], "--high", "50.0", "--target", " two", "--out", str(path), TEXT]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stat", "probability"],
+        ["--stat", "next_rank"],
+        ["--stat", "probability", "--of", " two", "--target", " two"],
+        ["--stat", "entropy", "--target", " two"],
+    ],
+    ids=str,
+)
+def test_lens_prints_the_same_whether_or_not_the_rest_is_computed(capsys, tmp_path, options):
+    """What is neither printed nor saved is not computed."""
+    code, printed, _ = run(capsys, "lens", TEXT, *options)
+    assert code == 0
+    assert run(capsys, "lens", TEXT, *options, "--out", tmp_path / "lens.csv")[1].startswith(printed)
+
+
+def test_lens_reads_a_text_longer_than_the_context(capsys):
+    code, out, _ = run(capsys, "lens", "one two three " * 250, "--layer", "3", "--csv")
+    assert code == 0
+    assert len(out.splitlines()) > 2 * 512
+    code, out, _ = run(capsys, "lens", "one two three " * 250, "--layer", "3")
+    assert "Shown: the last 64 of" in out
+
+
+@pytest.mark.parametrize(
+    ("chosen", "positions"),
+    [
+        (["--position", "1", "--position", "-1"], (1, 8)),
+        (["-p", "2:4", "-p", ":2", "-p", "-1"], (2, 3, 0, 1, 8)),
+        (["-p", "-3:", "-p", "-5:-3"], (6, 7, 8, 4, 5)),
+    ],
+)
+def test_positions_are_chosen_by_number_and_range(capsys, chosen, positions):
+    code, out, _ = run(capsys, "lens", "a b c d e f g h", *chosen, "--json", "--layer", 0, "--bos")
+    assert code == 0
+    cells = json.loads(out)["cells"]
+    assert tuple(cell["pos"] for cell in cells if cell["row"] == "0") == positions
+
+
+def test_a_page_of_a_long_text_draws_what_was_chosen_or_its_end(capsys, tmp_path):
+    def drawn(*chosen):
+        path = tmp_path / "lens.html"
+        code, _, err = run(capsys, "lens", "one two three " * 250, "-l", 3, *chosen, "--out", path, "--quiet")
+        assert (code, err) == (0, "")
+        page = path.read_text()
+        data = [json.loads(each) for each in re.findall(r'data">(\{"data".*)</script>', page)]
+        heat = [each["data"][0] for each in data if each["data"][0]["type"] == "heatmap"]
+        return sum(len(each["x"]) for each in heat), page
+
+    count, page = drawn()
+    assert count == 64
+    assert re.search("Shown: the last 64 of [0-9,]+ positions", page)
+    count, page = drawn("--position", "5:75")
+    assert count == 70
+    assert "Shown: the last" not in page
+    assert "--position 5:75" in page, "the page says how it was made"
+
+
+def test_heads_are_chosen_by_name(capsys):
+    arguments = ["--component", "result", "--head", "L3H5", "--head", "1.2", "--json"]
+    code, out, _ = run(capsys, "lens", TEXT, *arguments)
+    assert code == 0
+    assert set(json.loads(out)["rows"]) == {"embed", "L1H2", "L3H5"}
+
+
+def test_the_help_of_lens_says_what_is_accepted(capsys):
+    out = " ".join(run(capsys, "lens", "--help")[1].split())
+    assert "kl_input (input || layer; tied models only)" in out
+    assert "float32, bfloat16, float16, float64" in out
+    assert "--head" in out
+    assert "10:40" in out
+
+
+def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
+    model = describe(bundled)
+    size = (4, model.d_model, model.d_model)
+    nan = torch.full((5,), torch.nan)
+    names = ("steps", "batch_tokens", "length", "train_tokens", "held_out_tokens")
+    identity = TunedLens(
+        model=model,
+        rows=("embed", "0", "1", "2"),
+        weight=torch.zeros(size),
+        bias=torch.zeros(size[:2]),
+        kl_plain=nan,
+        kl_tuned=nan,
+        source="trained",
+        **dict.fromkeys(names),
+        learning_rate=None,
+        seed=None,
+        prepend_bos=None,
+    )
+    path = identity.save(tmp_path / "tuned.safetensors")
+    code, out, _ = run(capsys, "lens", TEXT, "--tuned-lens", path, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["decoder"] == "tuned_lens"
+    plain = json.loads(run(capsys, "lens", TEXT, "--json")[1])
+    # what does nothing changes nothing
+    for cell, own in zip(found["cells"], plain["cells"], strict=True):
+        # of the last layer it is 0 but for rounding, which depends on what is computed beside it
+        assert cell["kl_final"] == pytest.approx(own["kl_final"], rel=1e-5, abs=1e-6)
+    code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
+    assert code == 2
+    assert "this tuned lens was trained on processed weights: leave out --raw" in err
+    raw = dataclasses.replace(identity, model=dataclasses.replace(model, processing=False))
+    code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", raw.save(tmp_path / "raw.safetensors"))
+    assert code == 2
+    assert "this tuned lens needs the weights as they were trained: add --raw" in err
+
+
+@needs_shared
+def test_models_shows_a_directory(capsys):
+    code, out, _ = run(capsys, "models", STORIES)
+    assert code == 0
+    assert any(line.split() == ["tied", "yes"] for line in out.splitlines())
+    assert "260,032" in out
+
+
+def test_as_a_program_it_ends_in_one_line_without_a_traceback():
+    """With what only a real process has: an exit code, and what Python prints as it goes."""
+    program = """
+import atexit, sys
+from mechlens.cli import main
+atexit.register(lambda: print(*sys.modules))
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "reproduce", "--model", "gpt22"],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    # whose import takes longer than everything else that a mistyped name needs
+    assert not {"transformers", "transformer_lens"} & set(done.stdout.split())

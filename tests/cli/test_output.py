@@ -1,0 +1,422 @@
+"""What the command line writes and prints arrives: at targets that cannot be written, in every encoding."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mechlens.cli import commands, main, options
+from mechlens.results import load
+from tests.cli.test_cli import run
+
+SMALL = ["--seq-len", "5", "--batch", "2"]
+PAGES = {
+    "lens": ["lens", "abc"],
+    "patch": ["patch", *SMALL],
+    "ablate heads": ["ablate", "heads", *SMALL],
+    "ablate mlps": ["ablate", "mlps", *SMALL],
+    "circuit": ["circuit", "0.0", "1.0"],
+    "composition": ["composition", "--draws", "2"],
+    "induction-circuits": ["induction-circuits", "--pair", "0.0,1.0", *SMALL],
+    "features complete": ["features", "complete"],
+    "features greedy": ["features", "greedy", "--tokens", "1"],
+    "features gradient": ["features", "gradient", "--restarts", "2", "--steps", "1"],
+    "features align": ["features", "align", "--no-random"],
+    "features examples": ["features", "examples", "CORPUS", "--length", "8"],
+}
+FILES = {**PAGES, "heads": ["heads", "--n-seeds", "1", *SMALL]}
+FOLDERS = {"reproduce": ["reproduce", "--n-seeds", "1", *SMALL]}
+COMMANDS = {**FILES, **FOLDERS}
+
+
+@pytest.fixture
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("the cat sat on the mat and the dog sat on the cat " * 4)
+    return path
+
+
+@pytest.fixture
+def temporary(tmp_path_factory, monkeypatch):
+    """The system's folder for temporary files."""
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def arguments_of(command, model, corpus):
+    return [*(str(corpus) if each == "CORPUS" else each for each in COMMANDS[command]), "--model", str(model)]
+
+
+# -- targets that cannot be written ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", FILES)
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("none/x.csv", "cannot write none/x.csv: there is no folder none"),
+        ("file/x.csv", "cannot write file/x.csv: file is no folder"),
+        ("folder.csv", "cannot write folder.csv: it is a folder"),
+        (f"{'x' * 300}.csv", f"cannot write {'x' * 300}.csv: File name too long"),
+        pytest.param(
+            "/proc/x.csv",
+            "cannot write /proc/x.csv: No such file or directory",
+            marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc here"),
+        ),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(
+    capsys, monkeypatch, tmp_path, corpus, command, out, message
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    monkeypatch.chdir(tmp_path)
+    # a model that is not there would be refused first, if it were asked for
+    code, printed, err = run(capsys, *arguments_of(command, "./nowhere", corpus), "--out", out)
+    assert (code, printed, err) == (2, "", f"mechlens: {message}\n")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder.csv"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for out, message in (
+        ("file", "--out is a folder, but file is a file"),
+        ("file/a/b", f"--out is a folder, but {tmp_path / 'file'} is a file"),
+        *([("/proc/a/b", "cannot write to /proc/a/b: No such")] if Path("/proc/self").exists() else []),
+    ):
+        code, printed, err = run(capsys, "reproduce", "--model", "./nowhere", "--out", out)
+        assert (code, printed) == (2, "")
+        assert err.startswith(f"mechlens: {message}")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_state_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    state = tmp_path / f"{'x' * 300}.safetensors"
+    code, _, err = run(capsys, "patch", "--model", "./nowhere", "--state", state)
+    assert (code, err) == (2, f"mechlens: cannot write {state}: File name too long\n")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused_before_the_work(capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    target = tmp_path / "x.csv"
+    code, _, err = run(capsys, "heads", "--model", "./nowhere", "--out", target)
+    assert (code, err) == (2, f"mechlens: cannot write {target}: Permission denied\n")
+
+
+# -- writing that fails after the work -------------------------------------------------------------
+
+
+def losing_its_folder(monkeypatch, folder):
+    """The folder of the result goes away during the work."""
+    real = options.load
+
+    def load_and_remove(*given, **more):
+        shutil.rmtree(folder)
+        if folder.name == "out":
+            folder.touch()  # nor can it be made again
+        return real(*given, **more)
+
+    monkeypatch.setattr(options, "load", load_and_remove)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(
+    capsys, monkeypatch, tmp_path, temporary, tiny_directories, corpus, command
+):
+    arguments = arguments_of(command, tiny_directories / "gpt2", corpus)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    target = folder if command == "reproduce" else folder / "x.csv"
+    code, expected, err = run(capsys, *arguments, "--out", target)
+    assert code == 0
+    wrote = f"{target / 'report.html'} and 7 other files beside it" if command == "reproduce" else target
+    assert err.splitlines()[-1] == f"mechlens: wrote {wrote}"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    losing_its_folder(monkeypatch, folder)
+    code, printed, err = run(capsys, *arguments, "--out", target)
+    assert (code, printed) == (1, expected)
+    said = re.fullmatch(
+        rf"mechlens: cannot write {re.escape(str(target))}: .*; the result is in (.*)", err.splitlines()[-1]
+    )
+    kept = Path(said[1])
+    assert kept.parent.parent == temporary
+    assert kept.name == target.name
+    saved = {path.name: path.read_bytes() for path in (kept.iterdir() if kept.is_dir() else [kept])}
+    assert set(saved) == set(whole)
+    tables = [name for name in whole if name.endswith(".csv")]
+    assert [saved[name] for name in tables] == [whole[name] for name in tables]
+    assert not re.search(r"\.part|Error", err)
+
+
+@pytest.mark.parametrize("ending", [".html", ".safetensors"])
+def test_a_page_and_a_whole_result_are_kept_as_well(
+    capsys, monkeypatch, tmp_path, temporary, tiny_directories, ending
+):
+    (tmp_path / "out").mkdir()
+    losing_its_folder(monkeypatch, tmp_path / "out")
+    arguments = ["composition", "--model", tiny_directories / "gpt2", "--json"]
+    code, printed, err = run(capsys, *arguments, "--out", tmp_path / "out" / f"x{ending}")
+    assert code == 1
+    kept = Path(err.rpartition(" is in ")[2].strip())
+    if ending == ".html":
+        assert "Plotly.newPlot" in kept.read_text()
+    else:
+        assert load(kept).to_dataframe()["score"].max() == json.loads(printed)["pairs"][0]["score"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
+@pytest.mark.filterwarnings("ignore:prefix_matching_score is left out")
+@pytest.mark.parametrize(
+    ("command", "out"),
+    [
+        ("composition", "x.html"),
+        ("composition", "x.safetensors"),
+        ("composition", "x.csv"),
+        ("reproduce", "x"),
+    ],
+)
+def test_on_a_full_disk_what_was_found_is_printed_even_if_quiet(
+    capsys, monkeypatch, tmp_path, temporary, tiny_directories, command, out
+):
+    """With a real limit of what a file may hold, which bounds the folder for temporary files, too."""
+    import resource
+
+    load, (soft, hard) = options.load, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def load_and_limit(*given, **more):
+        model = load(*given, **more)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        return model
+
+    monkeypatch.setattr(options, "load", load_and_limit)
+    # or the halves of compiled modules stay beside their sources, and no later process can import them
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", tiny_directories / "gpt2", "--quiet", "--out", out, *FEW[command]]
+    try:
+        code, printed, err = run(capsys, command, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = f"cannot write {out}: File too large; it could not be kept in {temporary} either"
+    assert err.splitlines()[-1] == f"mechlens: {said}"
+    assert code == 1
+    assert "of gpt2" in printed
+    assert list(temporary.iterdir()) == []
+    assert {each.name for each in tmp_path.iterdir()} <= {"x"}
+
+
+FEW = {"composition": ["--draws", "2"], "reproduce": ["--n-seeds", "1", *SMALL]}
+
+
+def test_a_result_that_cannot_be_drawn_is_printed_and_the_reason_said(
+    capsys, monkeypatch, tmp_path, temporary
+):
+    from mechlens import show
+
+    def refuse(*given, **more):
+        raise ValueError("these scores cannot be drawn")
+
+    monkeypatch.setattr(show, "composition_section", refuse)
+    code, printed, err = run(capsys, "composition", "--out", tmp_path / "x.html")
+    assert (code, err) == (2, "mechlens: these scores cannot be drawn\n")
+    assert "K-composition of mechlens-books" in printed
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_was_written_is_said_beside_json_and_csv_not_in_them(capsys, tmp_path, tiny_directories):
+    model = ["--model", tiny_directories / "gpt2"]
+    path = tmp_path / "a  b.csv"
+    code, out, err = run(capsys, "lens", "abc", *model, "--csv", "--out", path)
+    assert (code, err) == (0, f"mechlens: wrote {path}\n")
+    assert out == path.read_text()
+    code, out, err = run(capsys, "lens", "abc", *model, "--json", "--out", path)
+    assert (code, err) == (0, f"mechlens: wrote {path}\n")
+    assert json.loads(out)["component"] == "resid_post"
+    assert run(capsys, "lens", "abc", *model, "--quiet", "--out", path) == (0, "", "")
+
+
+# -- standard output -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize(("argument", "unbuffered"), [("--version", ""), ("--help", ""), ("--help", "1")])
+def test_an_output_that_takes_nothing_gives_one_line(argument, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mechlens", argument],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr == "mechlens: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX's")
+def test_a_reader_that_leaves_early_gets_no_complaint():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "mechlens", "--help"], stdout=pipe, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+TEXT = "Mr. Pickwick sät naïf — „он“ sat 東京 🚢"
+WRONG = [["lens", TEXT, "--stat", TEXT], [TEXT], ["models", TEXT], ["patch", "--text", TEXT, "--site", TEXT]]
+FEW_RUNS = [["lens", "Mr. Pickwick sat"], ["composition", "--draws", "2", "--model", "MODEL"]]
+"""The one that failed for a caption, and one more."""
+RUNS = [
+    *FEW_RUNS,
+    ["lens", TEXT, "--target", " the", "--stat", "rank"],
+    ["lens", TEXT, "--csv", "--model", "MODEL"],
+    ["lens", TEXT, "--json", "--model", "MODEL"],
+    ["heads", "--text", TEXT, "--top", "1", "--model", "MODEL"],
+    ["patch", "--text", TEXT, "--by", "layer", "--model", "MODEL"],
+    ["circuit", "0.2", "1.1", "--tokens", TEXT, "--top", "2", "--model", "MODEL"],
+    ["induction-circuits", "--pair", "0.2,1.1", "--batch", "2", "--seq-len", "9", "--model", "MODEL"],
+    ["features", "complete", "--feature", "0:2", "--model", "MODEL"],
+    ["features", "greedy", "--tokens", "1", "--prefix", TEXT, "--model", "MODEL"],
+    ["features", "gradient", "--steps", "1", "--restarts", "2", "--prefix", TEXT, "--model", "MODEL"],
+    ["features", "examples", "CORPUS", "--length", "9", "--feature", "1", "--model", "MODEL"],
+    ["features", "align", "--no-random", "--feature", "0:4", "--model", "MODEL"],
+    ["models", "--like", "gpt2"],
+    *([*words, "--help"] for words in commands.every()),
+]
+FRAMES = "─━│┃┌┏┡└"
+
+
+@pytest.fixture(scope="module")
+def in_encoding(tiny_directories, tmp_path_factory):
+    """Exit codes of wrong input and some runs, and the lines of both outputs, files of an encoding."""
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text("The ship—the “captain” sät\t東京 🚢\n" * 30, encoding="utf-8")
+
+    model = tmp_path_factory.mktemp("models") / "sät 東京 🚢"
+    shutil.copytree(tiny_directories / "gpt2", model)
+    places = {"MODEL": str(model), "CORPUS": str(corpus)}
+
+    @functools.cache
+    def outputs(encoding, n_runs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", "100")
+            files = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
+            patch.setattr(sys, "stdout", files[0])
+            patch.setattr(sys, "stderr", files[1])
+            codes = []
+            for arguments in [*WRONG, *RUNS[:n_runs]]:
+                with pytest.raises(SystemExit) as ended:
+                    main([places.get(each, each) for each in arguments])
+                codes.append(ended.value.code)
+        return codes, *(file.buffer.getvalue().decode(encoding).splitlines() for file in files)
+
+    return outputs
+
+
+# warnings are printed, as they are outside of the tests
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("encoding", "n_runs"),
+    [("ascii", len(RUNS)), *((encoding, len(FEW_RUNS)) for encoding in ("cp1252", "latin-1", "cp932"))],
+)
+def test_every_command_survives_every_encoding(in_encoding, encoding, n_runs):
+    codes, everything, complaints = in_encoding("utf-8", n_runs)
+    assert codes == [2] * len(WRONG) + [0] * n_runs
+    codes_here, out, err = in_encoding(encoding, n_runs)
+    assert codes_here == codes
+
+    def in_this(lines):
+        """As they are, with what the encoding lacks as Python writes it."""
+        return [line.encode(encoding, "backslashreplace").decode(encoding) for line in lines]
+
+    # frames are drawn in another way
+    whole = [line for line in everything if not set(line) & set(FRAMES)]
+    assert any("東京" in line for line in whole)
+    assert [line for line in in_this(whole) if line not in out] == []
+    assert err == in_this(complaints)
+    assert len(err) >= len(WRONG)
+
+
+def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
+    """The process itself, with the encoding that a terminal or a file was given."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mechlens", *FEW_RUNS[0]],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0
+    # on a bridge it says which engine it is
+    assert all(line.startswith(b"mechlens: ") for line in done.stderr.splitlines())
+    assert done.stdout.decode("cp1252").startswith("Logit lens: mechlens-books")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="arguments are bytes on POSIX alone")
+@pytest.mark.parametrize(
+    ("encoding", "arguments", "message"),
+    [
+        ("ascii", [b"\xff"], r"No such command '\udcff'"),
+        ("ascii", [b"lens", b"a", b"--out", b"\xff"], r"but it is \udcff"),
+        (
+            "utf-8",
+            [b"heads", b"--out", b"\xff/x.csv"],
+            r"cannot write \udcff/x.csv: there is no folder \udcff",
+        ),
+        ("ascii", [b"reproduce", b"--out", __file__.encode() + b"/\xff"], r"--out is a folder, but"),
+        ("utf-8", [b"lens", b"a", b"--of", b"\xff", b"--stat", b"rank"], r"(add --target), but is '\udcff'"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_in_one_line(arguments, message, encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "mechlens", *arguments],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "HF_HUB_OFFLINE": "1"},
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    (line,) = done.stderr.decode(encoding).splitlines()
+    assert message in line
+
+
+# -- what else is said -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+def test_each_warning_is_printed_once(capsys, tmp_path):
+    from tests.tiny_models import write_toy
+
+    write_toy(tmp_path)
+    capsys.readouterr()
+    code, _, err = run(capsys, "heads", "--model", tmp_path, "--n-seeds", 2, *SMALL)
+    assert code == 0
+    assert len(err.splitlines()) == len(set(err.splitlines()))
+    assert "this model has no tokenizer, so no BOS: its sequences begin with an ordinary token" in err
+
+
+def test_a_terminal_is_told_what_is_loaded_and_where(capsys, monkeypatch):
+    monkeypatch.setattr(options, "progress", lambda quiet: not quiet)
+    _, _, err = run(capsys, "composition", "--draws", 2, "--device", "cpu")
+    assert err.splitlines()[0] == "loading mechlens-books on cpu ..."
+    # the line is whole also where there is no such place
+    _, _, err = run(capsys, "composition", "--device", "cuda:99")
+    loading, refused = err.splitlines()
+    assert loading == "loading mechlens-books"
+    assert refused.startswith("mechlens: device 'cuda:99' is not available")
+    _, _, err = run(capsys, "composition", "--draws", 2, "--quiet")
+    assert err == ""

@@ -1,0 +1,228 @@
+"""`mechlens patch` and `mechlens ablate`: what they print and write, and how they refuse."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+
+import pandas as pd
+import pytest
+
+from mechlens.analyses.patching import (
+    Corrupted,
+    Mean,
+    Resampled,
+    ablate_heads,
+    ablate_mlps_from_first_half,
+    patch_grid,
+)
+from mechlens.results import PatchGridResult
+from mechlens.text.prompts import repeated_tokens, text_tokens
+from tests.cli.test_cli import run
+from tests.close import assert_same
+
+SMALL = ["--seq-len", "6", "--batch", "2"]
+TEXT, OTHER = "one two three one two", "one two four one two"
+
+
+@pytest.mark.parametrize("command", [["patch"], ["ablate", "heads"], ["ablate", "mlps"]])
+def test_help_has_an_example_and_the_common_options(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    assert f"Example: mechlens {' '.join(command)}" in " ".join(out.split())
+    for option in ("--json", "--quiet", "--seed", "--device", "--dtype", "--revision", "--out"):
+        assert option in out, f"{command} has no {option}"
+    code, out, _ = run(capsys, "ablate", "--help")
+    assert code == 0
+    assert "Example: mechlens ablate heads" in out
+    assert "mlps" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["patch", "--site", "mlp"], "--site must be one of resid_pre, resid_mid"),
+        (["patch", "--from", "second-half"], "--from must be one of first-half, zero, mean, resample"),
+        (["patch", "--by", "neuron"], "--by must be one of position, head, layer"),
+        (["patch", "--metric", "accuracy"], "--metric must be one of loss, log_prob"),
+        (["patch", "--by", "head", *SMALL], "--by head is for --site q, k, v, z"),
+        (["patch", "--layer", "4", *SMALL], "there is no layer 4"),
+        (["patch", "--target", " a"], "--target is about a text: add --text"),
+        (["patch", "--from", "corrupted"], "--from corrupted needs --text and --corrupted"),
+        (["patch", "--metric", "logit_diff"], "needs --text, --target and --against"),
+        (["patch", "--text", "a b", "--from", "first-half"], "--from first-half is about random tokens"),
+        (["patch", "--text", "a b", "--from", "zero", "--batch", "2"], "--batch is about random tokens"),
+        (["patch", "--text", "a b", "--from", "zero", "--metric", "log_prob"], "needs --target"),
+        (["patch", "--text", "a b", "--from", "corrupted"], "belong together"),
+        (["patch", "--text", "a b", "--from", "zero", "--corrupted", "a c"], "belong together"),
+        (["patch", "--text", "a b", "--from", "zero", "--denoise"], "--denoise patches a corrupted run"),
+        (
+            ["patch", "--text", "a b", "--from", "corrupted", "--corrupted", "a b c"],
+            "the texts must have equally many tokens, but here are 3, [",
+        ),
+        (
+            ["patch", "--text", "a b", "--from", "zero", "--metric", "log_prob", "--target", " captain of"],
+            "tokens, not one: [",
+        ),
+        (["patch", "--head", "1"], "--head is for --by head, but it is position"),
+        (["patch", "--text", "a b", "--target", " a"], "--target is for log_prob and logit_diff"),
+        (["patch", "--text", "a b", "--against", " a"], "--against is for --metric logit_diff"),
+        (["patch", "--seq-len", "300"], "the largest seq_len that fits is 255"),
+        (["patch", "--state", "x.json"], "the state is saved as a .safetensors file"),
+        (
+            ["patch", "--state", "x.safetensors", "--out", "x.safetensors"],
+            "--out and --state are the same file x.safetensors: give two",
+        ),
+        (["patch", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
+        (["ablate", "heads", "--how", "half"], "--how must be one of mean, resample, zero"),
+        (["ablate", "heads", "--out", "no/such/x.csv"], "there is no folder"),
+        (["ablate", "mlps", "--seq-len", "300"], "the largest seq_len that fits is 255"),
+        (["ablate", "mlps", "--out", "x.pickle"], "--out is a .html or .csv or .safetensors file"),
+        (["ablate", "heads", "--bogus"], "No such option: --bogus"),
+        (["ablate", "neurons"], "No such command 'neurons'"),
+    ],
+)
+def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("mechlens: ")
+    assert not out
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def saved(capsys, tmp_path, *arguments) -> PatchGridResult:
+    path = tmp_path / "x.safetensors"
+    code, out, err = run(capsys, *arguments, "--out", path, "--quiet")
+    assert (code, out, err) == (0, "", "")
+    return PatchGridResult.load(path)
+
+
+def test_the_articles_experiment_by_both_of_its_names(capsys, tmp_path, bundled):
+    expected = ablate_mlps_from_first_half(bundled, seq_len=6, batch=2, seed=3)
+    assert_same(saved(capsys, tmp_path, "patch", *SMALL, "--seed", 3), expected)
+    assert_same(saved(capsys, tmp_path, "ablate", "mlps", *SMALL, "--seed", 3), expected)
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path):
+    from mechlens.analyses.patching import grid
+
+    state = tmp_path / "state.safetensors"
+    arguments = ["patch", *SMALL, "--json"]
+    whole = run(capsys, *arguments)
+    note = grid._Done.note
+    calls = []
+
+    def interrupted(self, *args):
+        note(self, *args)
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(grid._Done, "note", interrupted)
+        code, out, err = run(capsys, *arguments, "--state", state)
+    assert (code, out, len(calls)) == (130, "", 1)
+    assert err.strip() == f"mechlens: progress is saved in {state}: the same command goes on from there"
+    code, out, err = run(capsys, *arguments, "--state", state)
+    assert (code, err) == (0, whole[2])
+    assert_same(json.loads(out), json.loads(whole[1]))
+
+
+@pytest.mark.parametrize("how", ["mean", "zero", "resample"])
+def test_heads_by_both_of_their_names(capsys, tmp_path, bundled, how):
+    expected = ablate_heads(bundled, how=how, seq_len=6, batch=2, seed=3, prepend_bos=False)
+    arguments = [*SMALL, "--seed", 3, "--no-bos"]
+    assert_same(saved(capsys, tmp_path, "ablate", "heads", "--how", how, *arguments), expected)
+    patched = ["patch", "--site", "z", "--by", "head", "--from", how]
+    assert_same(saved(capsys, tmp_path, *patched, *arguments), expected)
+
+
+def test_every_option_of_patch_reaches_the_analysis(capsys, tmp_path, bundled):
+    drawn = repeated_tokens(bundled, seq_len=6, batch=2, seed=1)
+    other = repeated_tokens(bundled, seq_len=6, batch=32, seed=2)
+    resampled = repeated_tokens(bundled, seq_len=6, batch=2, seed=2)
+    options = ["--site", "resid_post", "--layer", 1, "--layer", 3, "--metric", "kl", "--seed", 1]
+    for source, put in (("mean", Mean(other.tokens)), ("resample", Resampled(resampled.tokens, seed=1))):
+        expected = patch_grid(
+            bundled,
+            drawn.tokens,
+            site="resid_post",
+            source=put,
+            layers=[1, 3],
+            positions=None,
+            metric="kl",
+            read=range(7, 12),
+        )
+        assert_same(
+            saved(capsys, tmp_path, "patch", "--from", source, "--by", "layer", *options, *SMALL), expected
+        )
+
+
+def test_a_text_is_denoised(capsys, tmp_path, bundled):
+    expected = patch_grid(
+        bundled,
+        text_tokens(bundled, TEXT),
+        site="resid_pre",
+        source=Corrupted(text_tokens(bundled, OTHER)),
+        metric="logit_diff",
+        targets=" three",
+        against=" four",
+        direction="denoising",
+    )
+    arguments = ["--site", "resid_pre", "--text", TEXT, "--from", "corrupted", "--corrupted", OTHER]
+    arguments += ["--denoise", "--metric", "logit_diff", "--target", " three", "--against", " four"]
+    assert_same(saved(capsys, tmp_path, "patch", *arguments), expected)
+    code, out, _ = run(capsys, "patch", *arguments, "--top", 2)
+    assert code == 0
+    assert "recovered" in out
+    ranked = expected.effect.abs().flatten().argsort(descending=True).tolist()
+    # layers of 6 positions
+    best, third = (divmod(ranked[at], 6) for at in (0, 2))
+    assert f"L{best[0]} at {best[1]} " in out
+    assert f"{float(expected.effect[best]):+.3f}" in out
+    assert f"L{third[0]} at {third[1]} " not in out
+
+
+def test_the_table_lists_the_largest_and_json_has_all(capsys):
+    code, out, _ = run(capsys, "ablate", "heads", *SMALL, "--top", 3)
+    assert code == 0
+    listed = re.findall(r"L\dH\d", out)
+    assert len(listed) == 3
+    assert "L1H2" in listed, "the previous-token head"
+    assert "standard error" in out
+    code, out, _ = run(capsys, "ablate", "heads", *SMALL, "--json")
+    found = json.loads(out)
+    assert len(found["cells"]) == 24
+    ranked = sorted(found["cells"], key=lambda cell: -abs(cell["effect"]))
+    assert [cell["label"] for cell in ranked[:3]] == listed
+    assert found["cells"][0]["recovered"] is None, "there is no corrupted run"
+
+
+def test_a_page_has_the_pictures_and_the_command_that_wrote_it(capsys, tmp_path):
+    path = tmp_path / "x.html"
+    arguments = ["--site", "z", "--from", "zero", "--by", "head", "--no-bos", "--seq-len", "6", "--top", "4"]
+    arguments += ["--out", str(path)]
+    code, _, err = run(capsys, "patch", *arguments, "--quiet")
+    assert (code, err) == (0, "")
+    page = path.read_text()
+    command = html.unescape(re.search(r"mechlens patch [^<]*", page)[0])
+    assert sorted(shlex.split(command)[2:]) == sorted(arguments)
+    assert page.count('class="plot"') == 2
+    assert "no published figure" not in page
+    code, _, _ = run(capsys, "ablate", "mlps", *SMALL, "--out", path, "--quiet")
+    assert code == 0
+    assert "mechlens ablate mlps --seq-len 6 --batch 2" in html.unescape(path.read_text())
+
+
+def test_a_table_has_a_row_for_each_cell(capsys, tmp_path):
+    path = tmp_path / "x.csv"
+    code, _, _ = run(capsys, "patch", *SMALL, "--out", path, "--quiet")
+    assert code == 0
+    table = pd.read_csv(path)
+    assert len(table) == 4 * 6
+    assert set(table.pos) == set(range(7, 13))

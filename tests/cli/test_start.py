@@ -1,0 +1,148 @@
+"""The command line starts at once: nothing heavy is imported before a command has work to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mechlens.analyses import circuits, logit_lens
+from mechlens.analyses.features import gradient, greedy, objectives, optimization, spec
+from mechlens.analyses.patching import spec as patching_spec
+from mechlens.cli import circuits as cli_circuits
+from mechlens.cli import commands, feature_options, options
+from mechlens.cli import lens as cli_lens
+from mechlens.cli import patching as cli_patching
+from mechlens.models.load import loading
+from mechlens.models.run import patched_runs
+from mechlens.plots import features as plots_features
+from mechlens.plots import logit_lens as plots_logit_lens
+
+HEAVY = {
+    *("torch", "transformers", "transformer_lens", "tokenizers", "safetensors", "huggingface_hub"),
+    *("numpy", "pandas", "scipy", "sklearn", "plotly", "circuitsvis", "jaxtyping", "tqdm", "rich"),
+}
+# typer checks values with it, which takes 0.1 to 0.3 s
+FOR_VALUES = {"pydantic"}
+AFTER = """
+import atexit, json, sys
+sys.argv = ["mechlens", *{arguments}]
+modules = lambda: sorted({{name.partition(".")[0] for name in sys.modules}})
+atexit.register(lambda: print(json.dumps(modules()), file=sys.stderr))
+{work}
+"""
+COMMAND = "from mechlens.cli import main; main()"
+WORDS = list(commands.every())
+
+
+def after(*arguments, work=COMMAND):
+    """Exit code, what was printed, complaints and imported packages of a process of its own."""
+    code = AFTER.format(arguments=list(arguments), work=work)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    *said, modules = done.stderr.splitlines()
+    return done.returncode, done.stdout, said, set(json.loads(modules))
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code, _, _, modules = after(work="import mechlens; import mechlens.cli")
+    assert code == 0
+    assert not modules & (HEAVY | FOR_VALUES | {"typer"})
+
+
+def test_all_commands_are_found():
+    assert {("lens",), ("ablate", "mlps"), ("features", "gradient"), ("models",)} < set(WORDS)
+    assert len(WORDS) == 1 + len(commands.COMMANDS) + 2 + 5
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_help_imports_nothing_heavy(words):
+    code, out, said, modules = after(*words, "--help")
+    assert (code, said) == (0, [])
+    assert f"Usage: {' '.join(['mechlens', *words])} " in out
+    assert not modules & (HEAVY | FOR_VALUES)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_wrong_option_imports_nothing_heavy(words):
+    code, _, said, modules = after(*words, "--bogus")
+    assert (code, len(said)) == (2, 1)
+    assert "No such option: --bogus" in said[0]
+    assert not modules & (HEAVY | FOR_VALUES)
+
+
+@pytest.mark.parametrize("words", [(), ("features",), ("ablate",)])
+def test_an_unknown_command_imports_nothing_heavy(words):
+    code, _, said, modules = after(*words, "bogus")
+    assert (code, len(said)) == (2, 1)
+    assert "No such command 'bogus'" in said[0]
+    assert not modules & (HEAVY | FOR_VALUES)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lens", "a b", "--stat", "colour"],
+        ["lens", "a b", "--component", "mlp"],
+        ["lens", "a b", "--decoder", "norm"],
+        ["lens", "a b", "--high", "nan"],
+        ["lens", "a b", "--dtype", "int8"],
+        ["heads", "--threshold", "2"],
+        ["heads", "--batch", "many"],
+        ["train-lens", "--out", "x.safetensors", "--learning-rate", "nan"],
+        ["patch", "--site", "mlp"],
+        ["patch", "--by", "head", "--site", "mlp_out"],
+        ["ablate", "heads", "--how", "half"],
+        ["circuit", "1.2", "--embedding", "W_U"],
+        ["composition", "--kind", "ov"],
+        ["induction-circuits", "--how", "half"],
+        ["features", "complete", "--site", "z"],
+        ["features", "greedy", "--aggregate", "mean"],
+        ["features", "gradient", "--optimiser", "LBFGS"],
+        ["features", "gradient", "--prior", "l2"],
+        ["features", "gradient", "--objective", "l2"],
+    ],
+)
+def test_a_wrong_value_imports_no_torch(arguments):
+    code, _, said, modules = after(*arguments)
+    assert (code, len(said)) == (2, 1)
+    assert f"{arguments[-2]}" in said[0]
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("ending", ["csv", "safetensors"])
+def test_a_target_that_cannot_be_written_imports_no_torch(ending):
+    code, _, said, modules = after("heads", "--out", f"no/such/folder/x.{ending}")
+    assert (code, len(said)) == (2, 1)
+    assert not modules & (HEAVY - {"safetensors"})
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (options.BUNDLED, loading.BUNDLED),
+        (set(cli_lens.STATS), set(plots_logit_lens.STATS)),
+        (cli_lens.OF_TARGET, plots_logit_lens.OF_TARGET),
+        (set(cli_lens.COMPONENTS), set(logit_lens.COMPONENTS)),
+        (cli_lens.DECODERS, logit_lens.DECODERS),
+        (set(cli_patching.SITES), set(patched_runs.SITES)),
+        (set(cli_patching.PER_HEAD), set(patching_spec.PER_HEAD)),
+        (cli_circuits.EMBEDDINGS, circuits.EMBEDDINGS),
+        (set(feature_options.SITES), set(spec.SITES)),
+        (feature_options.AGGREGATES, greedy.AGGREGATES),
+        (feature_options.EXCITING, plots_features.EXCITING),
+        (feature_options.OBJECTIVES, objectives.OBJECTIVES),
+        (feature_options.PRIORS, optimization.PRIORS),
+        (feature_options.PENALTIES, optimization.PENALTIES),
+        (feature_options.OPTIMISERS, gradient.OPTIMISERS),
+        (feature_options.FASTEST, gradient.FASTEST),
+    ],
+)
+def test_words_that_are_written_again_are_those_of_the_analyses(ours, theirs):
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", options.DTYPES)
+def test_every_dtype_of_the_help_is_one_of_the_loader(dtype):
+    assert str(loading.parse_dtype(dtype)) == f"torch.{dtype}"

@@ -1,0 +1,360 @@
+"""The report is one page that is whole, fetches nothing, and lets nothing in it become markup."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from mechlens.plots.heads import plot_attention_heatmap
+from mechlens.results import Comparison, LogitLensResult
+from mechlens.show import (
+    Plot,
+    Section,
+    Table,
+    attention_section,
+    head_scores_section,
+    lens_section,
+    render_report,
+    repeated_token_section,
+    sub_blocks_section,
+    verdict_statement,
+    write_report,
+)
+from tests import hand_made
+
+EVIL = "<script>alert(1)</script></script><!--<img src=x onerror=alert(1)>\"' onclick='x'&lt;"
+GOOD = Comparison("accuracy", 0.93, 0.912361, 0.9, None, "reproduced", "an article")
+MISSED = Comparison(
+    "induction_score of L5H5", -0.91, float("nan"), 0.88, 0.95, "not reproduced", "an article"
+)
+BUNDLES = {"plotly": "window.Plotly = Plotly;", "circuitsvis": "var CircuitsVis="}
+
+
+class Page(HTMLParser):
+    """A page's elements, and what stands in its scripts and outside of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self.inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def sections(name: str = "tiny", token: str = " a") -> list[Section]:
+    patterns = hand_made.attention(name, tokens=("<bos>", token, "\n"))
+    return [
+        repeated_token_section(hand_made.performance(name)),
+        head_scores_section(hand_made.head_scores(name)),
+        attention_section(patterns),
+        Section("More", parts=[Plot(plot_attention_heatmap(patterns), "caption", "description")]),
+    ]
+
+
+def report(name: str = "tiny", token: str = " a", *, comparisons: tuple[Comparison, ...] = ()) -> str:
+    return render_report(
+        title=name,
+        model=hand_made.model(name),
+        comparisons=comparisons,
+        sections=sections(name, token),
+        command=f"mechlens reproduce --model {name}",
+    )
+
+
+def figure_data(page: str) -> list[dict[str, Any]]:
+    scripts = [each for each in Page(page).scripts if each.startswith('{"data"')]
+    return [json.loads(each) for each in scripts]
+
+
+def test_each_script_library_is_in_the_page_once() -> None:
+    page = report()
+    assert page.count(BUNDLES["plotly"]) == 1
+    assert page.count(BUNDLES["circuitsvis"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "libraries"), [(slice(0, 0), set()), (slice(0, 2), {"plotly"}), (slice(2, 3), {"circuitsvis"})]
+)
+def test_page_has_only_the_libraries_it_needs(chosen: slice, libraries: set[str]) -> None:
+    page = render_report(title="t", model=hand_made.model(), sections=sections()[chosen])
+    assert {name for name, mark in BUNDLES.items() if mark in page} == libraries
+
+
+def test_page_fetches_nothing_and_forbids_it() -> None:
+    page = Page(report(comparisons=(GOOD, MISSED)))
+    fetching = {"src", "srcset", "action", "data", "poster", "background", "xlink:href"}
+    for tag, attributes in page.elements:
+        assert not fetching & set(attributes), tag
+        assert attributes.get("href", "#").startswith("#")  # type: ignore[union-attr]
+    assert not page.of("link")
+    (policy,) = [each["content"] for each in page.of("meta") if "http-equiv" in each]
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+    assert "http" not in policy
+
+
+def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    written = []
+    for name in ("a.html", "b.html"):
+        path = write_report(
+            tmp_path / name, title="t", model=hand_made.model(), comparisons=(GOOD,), sections=sections()
+        )
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+
+
+def test_every_figure_has_its_place_its_data_and_its_words() -> None:
+    page = Page(report())
+    places = [each for each in page.of("div") if each.get("class") in ("plot", "view")]
+    data = [each["id"] for each in page.of("script") if each.get("type") == "application/json"]
+    # one curve, two kinds of score with two figures each, the view, one heatmap
+    assert [each["id"] for each in places] == [f"figure-{at}" for at in range(1, 8)]
+    assert data == [f"{each['id']}-data" for each in places]
+    assert all(each["aria-label"] for each in places)
+    assert page.text.count("Point at a cell for the head's name") == 2
+
+
+def test_heatmaps_data_names_the_head_under_the_cursor() -> None:
+    figures = figure_data(report())
+    named = [each["data"][0]["hovertext"][1][2] for each in figures if "hovertext" in each["data"][0]]
+    assert named[0].startswith("<b>L1H2</b><br>induction score 0.875<br>")
+    assert named[1].startswith("<b>L1H2</b><br>copying score 0.750<br>")
+
+
+def test_figures_fit_the_page_whatever_their_own_width() -> None:
+    layouts = [each["layout"] for each in figure_data(report())]
+    assert len(layouts) == 6
+    assert not any("width" in layout for layout in layouts)
+
+
+def counts(page: str) -> Counter[tuple[str, ...]]:
+    """How often each element stands in a page, with the names of its attributes."""
+    return Counter((tag, *sorted(attributes)) for tag, attributes in Page(page).elements)
+
+
+@pytest.mark.parametrize(("name", "token"), [(EVIL, " a"), ("tiny", EVIL), (EVIL, EVIL)])
+def test_a_name_or_token_with_markup_adds_no_element(name: str, token: str) -> None:
+    plain, attacked = report(), report(name, token)
+    assert counts(attacked) == counts(plain)
+    assert "alert(1)" in attacked
+    assert "<script>alert" not in attacked
+    assert "<img src=x" not in attacked
+
+
+def test_markup_is_shown_as_it_is() -> None:
+    page = Page(report(EVIL, EVIL))
+    assert page.text.count(EVIL) == 4  # title, heading, model, command
+    (views,) = [json.loads(each) for each in page.scripts if each.startswith('{"component"')]
+    assert views["props"]["tokens"][1] == EVIL.replace(" ", "·")[:16] + "…"
+
+
+def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() -> None:
+    def page(text: str) -> str:
+        figure = go.Figure(go.Scatter(x=[1], y=[1], text=[text]))
+        parts = [
+            Plot(figure, text, text),
+            Table((text, text), [(text, 1.0)], text),
+            Table((text,), [(text,)], text, folded=True),
+        ]
+        claim = Comparison(text, text, text, None, None, text, text)
+        section = Section(text, text, parts, {text: text})
+        return render_report(
+            title=text, model=hand_made.model(), comparisons=[claim], sections=[section], command=text
+        )
+
+    assert counts(page(EVIL)) == counts(page("plain"))
+
+
+def test_table_sets_published_beside_measured() -> None:
+    text = re.sub(r"<[^>]*>", " ", report(comparisons=(GOOD, MISSED)).split("<main")[1].split("</table>")[0])
+    cells = " ".join(text.split())
+    assert "accuracy an article 0.9300 0.9124 at least 0.9000 ✓ reproduced" in cells
+    assert "L5H5 an article −0.9100 not measured 0.8800 to 0.9500 ✗ not reproduced" in cells  # noqa: RUF001
+
+
+def test_what_did_not_come_out_is_said_plainly() -> None:
+    assert verdict_statement([GOOD]) == "1 of 1 figures came out as claimed (an article)."
+    assert verdict_statement([GOOD, MISSED]) == (
+        "1 of 2 figures came out as claimed (an article). These did not: induction_score of L5H5 "
+        "(claimed −0.9100, measured not measured)."  # noqa: RUF001
+    )
+    open_ = dataclasses.replace(MISSED, verdict="not judged")
+    assert verdict_statement([GOOD, open_]) == (
+        "1 of 1 figures came out as claimed (an article). 1 could not be judged: too little was measured."
+    )
+    assert verdict_statement([GOOD, *[MISSED] * 5]) == (
+        "1 of 6 figures came out as claimed (an article). 5 did not: the table has their figures."
+    )
+    assert verdict_statement([]) == "There is no published figure to compare with."
+
+
+def test_terms_of_all_sections_are_defined_once() -> None:
+    page = report()
+    assert page.count("<dt>Interval</dt>") == 1
+    assert "<dt>Copying score</dt>" in page
+    assert "<dt>Prefix matching score</dt>" not in page
+
+
+def test_numbers_in_tables_are_the_results() -> None:
+    text = " ".join(re.sub(r"<[^>]*>", " ", report()).split())
+    assert "second copy, log-probability, nats −0.250 −0.500 to −0.125 −1.000 to −0.062" in text  # noqa: RUF001
+    assert "Induction score L1H2 0.875 0.750 to 0.938 0.062" in text
+    assert "Copying score L1H0 1.000 0.875 to 1.062 —" in text
+
+
+def test_half_a_character_does_not_stop_the_report(tmp_path: Path) -> None:
+    path = write_report(
+        tmp_path / "r.html", title="t", model=hand_made.model(), sections=[Section("\ud800", "\ud800")]
+    )
+    assert "&#55296;" in path.read_text(encoding="utf-8")
+
+
+def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(path, title="t", model=hand_made.model())
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_wrong_paths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"reports are \.html files, but the path is .*r\.txt"):
+        write_report(tmp_path / "r.txt", title="t", model=hand_made.model())
+    with pytest.raises(ValueError, match=r"there is no folder .*missing"):
+        write_report(tmp_path / "missing" / "r.html", title="t", model=hand_made.model())
+
+
+# -- the lens --------------------------------------------------------------------------------------
+
+
+def long_lens(n_pos: int) -> LogitLensResult:
+    """Rows embed and 0 of equal tokens; the KL at position p is p."""
+    values = torch.arange(float(n_pos)).expand(2, 1, n_pos)
+    return dataclasses.replace(
+        hand_made.lens(),
+        tokens=torch.ones(1, n_pos, dtype=torch.long),
+        mask=torch.ones(1, n_pos, dtype=torch.bool),
+        positions=tuple(range(n_pos)),
+        context_length=torch.arange(1, n_pos + 1)[None],
+        top_ids=torch.ones(2, 1, n_pos, 1, dtype=torch.long),
+        top_probabilities=torch.ones(2, 1, n_pos, 1),
+        entropy=values,
+        kl_final=values,
+        kl_input=values,
+        final_ids=torch.ones(1, n_pos, dtype=torch.long),
+        log_prob={"final": -values},
+        rank={"final": 1 + values},
+        target_ids={},
+    )
+
+
+def test_a_long_lens_is_drawn_in_stretches_of_one_scale() -> None:
+    section = lens_section(long_lens(40), ("kl", "probability"))
+    heatmaps = [part for part in section.parts if part.keeps_width]  # type: ignore[union-attr]
+    assert len(heatmaps) == 8
+    drawn = [part.figure.data[0] for part in heatmaps[:4]]  # type: ignore[union-attr]
+    assert [len(each.x) for each in drawn] == [10, 10, 10, 10]
+    assert [each.zmax for each in drawn] == [39.0] * 4
+    assert [value for each in drawn for value in each.z[0]] == list(range(40))
+    (lines,) = [part for part in section.parts if part not in heatmaps]
+    assert [trace.name.split()[0] for trace in lines.figure.data[::2]] == [*map(str, range(34, 40))]  # type: ignore[union-attr]
+    assert set(section.terms) >= {"KL(final ‖ layer)", "Rank", "Probability of the top guess"}
+    assert "Entropy" not in section.terms
+
+
+@pytest.mark.parametrize("n_pos", range(1, 25))
+def test_no_stretch_is_wider_than_the_page(n_pos: int) -> None:
+    found = dataclasses.replace(long_lens(n_pos), strings={"1": "a very long token"})
+    parts = lens_section(found, "kl", lines=()).parts
+    # what the page leaves between its margins
+    assert max(part.figure.layout.width for part in parts) <= 1120  # type: ignore[union-attr]
+
+
+def test_a_page_draws_the_end_of_a_long_text_and_says_so() -> None:
+    section = lens_section(long_lens(3000), "kl", text="What to look for.")
+    drawn = [value for part in section.parts[:-1] for value in part.figure.data[0].z[0]]  # type: ignore[union-attr]
+    assert drawn == [*range(2936, 3000)]
+    first, said = section.text.split("\n\n")
+    assert first == "What to look for."
+    assert said.startswith("Shown: the last 64 of 3,000 positions.")
+    chosen = lens_section(long_lens(3000), "kl", positions=range(100))
+    assert sum(part.figure.data[0].z.shape[1] for part in chosen.parts[:-1]) == 100  # type: ignore[union-attr]
+    assert chosen.text == lens_section(long_lens(64), "kl").text == ""
+
+
+def test_lens_section_takes_what_is_drawn() -> None:
+    section = lens_section(hand_made.lens(), "rank", target=" a", high=50, lines=(), positions=[0, 1])
+    (part,) = section.parts
+    assert isinstance(part, Plot)
+    assert part.figure.data[0].colorbar.title.text == "rank of ·a"
+    assert part.figure.data[0].zmax == pytest.approx(math.log10(50))
+    assert "Tokens read: <s> ·a" in part.description
+    assert len(lens_section(hand_made.lens(), "kl", target=" a").parts) == 2, "the lines are of the target"
+    with pytest.raises(ValueError, match="high is of one statistic, but there are rank, kl"):
+        lens_section(hand_made.lens(), ("rank", "kl"), high=5)
+
+
+def test_sub_blocks_have_a_section() -> None:
+    attn, mlp = (hand_made.sub_block_lens(name, 0.5) for name in ("attn_out", "mlp_out"))
+    section = sub_blocks_section(attn, mlp, ("kl", "rank"))
+    assert [part.figure.layout.yaxis.ticktext[1] for part in section.parts] == ["0 attn"] * 2  # type: ignore[union-attr]
+
+
+def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
+    page = render_report(
+        title="t", model=hand_made.model(), comparisons=None, sections=[lens_section(hand_made.lens(), "kl")]
+    )
+    elements = Page(page)
+    (scrolled,) = [each for each in elements.of("div") if each.get("class") == "scroll"]
+    assert scrolled["tabindex"] == "0"
+    assert "Heatmap of top guesses" in str(scrolled["aria-label"])
+    styles = [each["style"] for each in elements.of("div") if each.get("class") == "plot"]
+    assert re.fullmatch(r"height:\d+px;width:\d+px", str(styles[0]))
+    assert "max-width" in str(styles[1])
+    assert "Published and measured" not in page
+    assert "Kullback-Leibler divergence" in page
+
+
+def test_markup_in_a_token_of_a_lens_adds_no_element() -> None:
+    def page(token: str) -> str:
+        found = dataclasses.replace(hand_made.lens(), strings=dict.fromkeys("0123", token))
+        return render_report(title="t", model=hand_made.model(), sections=[lens_section(found)])
+
+    assert counts(page(EVIL)) == counts(page("plain"))

@@ -1,0 +1,51 @@
+"""A page's section on patched runs says what its result holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from mechlens.show import Plot, Table, patching_section, render_report
+from tests import hand_made
+
+
+def test_a_grid_is_drawn_and_its_largest_changes_are_listed():
+    section = patching_section(hand_made.patch_grid(), top=3, text="What to look for.")
+    plot, table = section.parts
+    assert isinstance(plot, Plot)
+    assert isinstance(table, Table)
+    assert "Largest: L0 at 1 1.000, L0 at 2 0.500" in plot.description
+    # equal sizes stay in their order
+    assert table.rows == [("L0 at 1", 1.0, 2.0), ("L0 at 2", 0.5, 1.5), ("L1 at 1", -0.5, 0.5)]
+    assert section.text == ("What to look for.\n\n1 prompt of 4 tokens. Without a patch the loss is 1.000.")
+    assert "Standard error" not in section.terms
+
+
+def test_heads_of_several_prompts_have_bars_and_errors():
+    section = patching_section(hand_made.patch_grid(axes=("layer", "head"), n_prompts=2), top=2)
+    _, bars, table = section.parts
+    assert list(bars.figure.data[0].y) == ["L0H0", "L0H1"]
+    assert table.rows[0] == pytest.approx(("L0H0", 1.125, 0.125, 2.125))
+    assert set(section.terms) == {"Patch", "Effect", "Standard error", "Nat"}
+
+
+def test_of_heads_and_positions_the_strongest_head_is_drawn():
+    plot, _ = patching_section(hand_made.patch_grid(axes=("layer", "head", "pos"))).parts
+    assert "Drawn is head 1, which has the largest effect." in plot.caption
+    assert plot.figure.data[0].z[0][0] == 2.0
+
+
+def test_a_corrupted_run_and_a_note_are_named_and_the_page_is_safe():
+    result = dataclasses.replace(
+        hand_made.patch_grid(), corrupted=torch.tensor([5.0]), note="every patch was a whole run"
+    )
+    section = patching_section(result)
+    assert "in the corrupted run 5.000. Note: every patch was a whole run." in section.text
+    assert "Recovered" in section.terms
+    assert section.parts[-1].columns[-1] == "recovered"
+    page = render_report(title="Patching", model=result.model, comparisons=None, sections=[section])
+    assert "<b>$x$" not in page
+    with pytest.raises(ValueError, match="at least 1 cell"):
+        patching_section(result, top=0)

@@ -1,0 +1,175 @@
+"""What counts as reproduced, on results with values known by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from mechlens.analyses.heads import SEEDS
+from mechlens.models.load.loading import BUNDLED_DIRECTORY
+from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
+from mechlens.studies.heads import compare, known_figures
+from tests import hand_made
+
+
+def spread_performance():
+    """100 sequences of 3 tokens twice; the mean log-probability of the second half is 0, -0.01 .. -0.99."""
+    base = hand_made.performance()
+    log_prob = torch.full((1, 100, 7), torch.nan)
+    log_prob[0, :, :3] = -5.0
+    log_prob[0, :, 3:6] = -torch.arange(100.0)[:, None] / 100
+    return dataclasses.replace(
+        base,
+        log_prob=log_prob,
+        correct=torch.zeros(1, 100, 7, dtype=torch.bool),
+        tokens=torch.zeros(1, 100, 7, dtype=torch.long),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(-0.5, "reproduced"), (-0.98, "reproduced"), (-1.2, "not reproduced")]
+)
+def test_one_draw_is_held_against_single_sequences(value, verdict):
+    figure = Published("second_half_log_prob", value, "an article", sequences=1)
+    found = compare(figure, spread_performance(), hand_made.head_scores())
+    assert found.verdict == verdict
+    # 99% of single sequences lie between -0.99 and 0; the quantiles are those of 20000 draws
+    assert (found.low, found.high) == pytest.approx((-0.99, 0.0), abs=0.011)
+    assert found.measured == pytest.approx(-0.495, abs=1e-6)
+
+
+def test_a_mean_of_many_is_held_against_means_of_as_many():
+    figure = Published("second_half_log_prob", -0.6, "an article", sequences=30)
+    found = compare(figure, spread_performance(), hand_made.head_scores())
+    # 1 / (1/30 + 1/100) = 23 sequences of standard deviation 0.2887: 2.576 * 0.2887 / sqrt(23)
+    assert found.high - found.measured == pytest.approx(0.155, abs=0.012)
+    assert found.verdict == "reproduced"
+    assert (
+        compare(
+            dataclasses.replace(figure, value=-0.7), spread_performance(), hand_made.head_scores()
+        ).verdict
+        == "not reproduced"
+    )
+
+
+def test_halves_are_told_apart():
+    figure = Published("first_half_log_prob", -5.0, "an article")
+    found = compare(figure, spread_performance(), hand_made.head_scores())
+    assert found.measured == -5
+    assert found.verdict == "reproduced"
+
+
+def test_a_head_and_a_head_that_is_not_there():
+    figure = Published("score", 0.875, "an article", head=(1, 2), kind="induction_score", sequences=30)
+    scores = hand_made.head_scores()
+    many = {kind: values.repeat(15, 1, 1, 1) for kind, values in scores.scores.items()}
+    scores = dataclasses.replace(
+        scores, scores=many, nulls={}, tokens={"repeated": scores.tokens["repeated"].repeat(15, 1, 1)}
+    )
+    found = compare(figure, hand_made.performance(), scores)
+    assert (found.claim, found.measured, found.verdict) == ("induction_score of L1H2", 0.875, "reproduced")
+    absent = dataclasses.replace(figure, head=(5, 5))
+    found = compare(absent, hand_made.performance(), hand_made.head_scores())
+    assert (found.measured, found.verdict) == ("no such head", "not reproduced")
+
+
+def test_claims_about_heads():
+    heads, performance = hand_made.head_scores(), hand_made.performance()
+    highest = Published("highest_head", "L1H2", "an article", kind="induction_score")
+    assert compare(highest, performance, heads).verdict == "reproduced"
+    assert compare(dataclasses.replace(highest, value="L0H2"), performance, heads).verdict == "not reproduced"
+    above = Published("heads_above", "L0H2 L1H2", "an article", kind="induction_score", threshold=0.4)
+    found = compare(above, performance, heads)
+    assert (found.measured, found.verdict) == ("L0H2 L1H2", "reproduced")
+    fewer = compare(dataclasses.replace(above, threshold=0.6), performance, heads)
+    assert (fewer.measured, fewer.verdict) == ("L1H2", "not reproduced")
+    none = compare(dataclasses.replace(above, threshold=0.99), performance, heads)
+    assert none.measured == "none"
+
+
+def circuit_scores(previous: tuple[int, int], induction: tuple[int, int], *, null: float = 0.02):
+    scores = {kind: torch.zeros(1, 2, 2, 3) for kind in ("induction_score", "previous_token_score")}
+    scores["previous_token_score"][:, :, previous[0], previous[1]] = 0.95
+    scores["induction_score"][:, :, induction[0], induction[1]] = 0.85
+    nulls = {kind: torch.full((1, 2, 2, 3), null) for kind in scores}
+    return dataclasses.replace(hand_made.head_scores(), scores=scores, nulls=nulls)
+
+
+@pytest.mark.parametrize(
+    ("previous", "induction", "null", "holds"),
+    [
+        ((0, 1), (1, 2), 0.02, True),
+        ((1, 1), (1, 2), 0.02, False),  # not in an earlier layer
+        ((1, 1), (0, 2), 0.02, False),
+        ((0, 1), (1, 2), 0.2, False),  # its null is a quarter of it: it may attend at a fixed distance
+    ],
+)
+def test_an_induction_circuit_needs_the_right_order_and_clear_nulls(previous, induction, null, holds):
+    figure = Published("induction_circuit", "yes", "a card")
+    heads = circuit_scores(previous, induction, null=null)
+    found = compare(figure, hand_made.performance(), heads)
+    assert found.verdict == ("reproduced" if holds else "not reproduced")
+    assert found.measured == ("L1H2 0.850 after L0H1 0.950" if holds else "none")
+
+
+def test_a_threshold():
+    figure = Published("at_least", ">= 0.90", "a card", kind="second_half_accuracy", threshold=0.9)
+    assert compare(figure, hand_made.performance(), hand_made.head_scores()).verdict == "not reproduced"
+    low = dataclasses.replace(figure, threshold=0.7)
+    assert compare(low, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
+    most = dataclasses.replace(figure, what="at_most", threshold=0.8)
+    assert compare(most, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
+    least = dataclasses.replace(most, threshold=0.7)
+    assert compare(least, hand_made.performance(), hand_made.head_scores()).verdict == "not reproduced"
+
+
+def test_only_models_with_published_figures_are_compared():
+    sizes = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
+    gpt2 = dataclasses.replace(hand_made.model("gpt2"), **sizes)
+    for name in GPT2_SMALL:
+        assert known_figures(dataclasses.replace(gpt2, name=name)) == REPEATED_TOKENS_GPT2
+    assert known_figures(dataclasses.replace(gpt2, name="EleutherAI/pythia-160m")) == ()
+    assert known_figures(hand_made.model("gpt2")) == (), "another model in a folder of that name"
+    assert known_figures(dataclasses.replace(gpt2, revision="main~1")) == ()
+
+
+def test_the_card_is_not_of_the_sequences_it_is_held_against():
+    card = json.loads((BUNDLED_DIRECTORY / "card.json").read_text())
+    assert not set(card["seeds"]) & set(SEEDS)
+
+
+def test_too_few_sequences_judge_nothing():
+    figure = Published("second_half_log_prob", -0.5, "an article")
+    found = compare(figure, hand_made.performance(), hand_made.head_scores())
+    assert (found.verdict, found.low, found.high) == ("not judged", None, None)
+
+
+def test_a_card_is_read_and_a_broken_one_refused(tmp_path):
+    path = tmp_path / "card.json"
+    assert read_card(path) == ()
+    figure = Published("score", 0.9, "a card", head=(1, 2), kind="induction_score", sequences=30)
+    path.write_text(json.dumps({"figures": [dataclasses.asdict(figure)]}))
+    assert read_card(path) == (figure,)
+    path.write_text(json.dumps({"figures": [{"nonsense": 1}]}))
+    with pytest.raises(ValueError, match="is no model card"):
+        read_card(path)
+
+
+def test_the_study_on_the_bundled_model(bundled, tmp_path):
+    """Few sequences: enough to see that every part arrives, is saved and agrees with its card."""
+    from mechlens import load
+    from mechlens.studies.heads import reproduce
+
+    found = reproduce(bundled, batch=30, seeds=(11,))
+    assert [c.claim for c in found.comparisons if c.verdict != "reproduced"] == []
+    assert len(found.comparisons) >= 8
+    written = found.save(tmp_path)
+    assert load(tmp_path / "head_scores.safetensors") == found.heads
+    assert load(tmp_path / "repeated_tokens.safetensors") == found.performance
+    assert load(tmp_path / "attention_patterns.safetensors") == found.patterns
+    assert all(path.stat().st_size > 0 for path in written)
+    shorter = reproduce(bundled, seq_len=20, batch=2, seeds=(0,))
+    assert shorter.comparisons == (), "nothing is published for 20 tokens"
