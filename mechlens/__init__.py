@@ -105,7 +105,7 @@ if TYPE_CHECKING:
     from mechlens.studies.logit_lens import reproduce_logit_lens
     from mechlens.studies.mlp_patching import reproduce_mlp_patching
     from mechlens.text.corpus import read_texts, token_windows
-    from mechlens.text.prompts import chat_tokens, repeated_tokens, text_tokens
+    from mechlens.text.prompts import RepeatedTokens, chat_tokens, repeated_tokens, text_tokens
 
 _HOMES = {
     "mechlens.analyses.attention": ("attention_patterns",),
@@ -188,7 +188,7 @@ _HOMES = {
     "mechlens.plots.logit_variance": ("plot_logit_variance",),
     "mechlens.plots.patching": ("plot_head_effects", "plot_patch_grid"),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
-    "mechlens.text.prompts": ("chat_tokens", "repeated_tokens", "text_tokens"),
+    "mechlens.text.prompts": ("RepeatedTokens", "chat_tokens", "repeated_tokens", "text_tokens"),
     "mechlens.show": ("write_report",),
     "mechlens.results": ("load",),
     "mechlens.studies.facts": ("read_facts",),

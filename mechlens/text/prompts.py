@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.arguments import check_model, whole_number
+from mechlens.arguments import check_model, seeds_of, whole_number
 from mechlens.text.tokens import check_text, drawable_tokens, own_bos_token_id, token_strings
 
 Prompt = str | Sequence[Any] | Tensor | np.ndarray | Mapping[str, Any]
@@ -31,6 +31,58 @@ class RandomTokens:
     """Tokens in one copy."""
     prepend_bos: bool
     seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RepeatedTokens:
+    """Random tokens that are repeated once, for experiments on induction: what to draw, for any model.
+
+    Args:
+        seq_len: random tokens in one copy, S; the model reads `[BOS, S tokens, the same S]`.
+        batch: sequences per seed.
+        seeds: each seed draws its own sequences; a single number is one seed.
+        jitter: insert 0 to `jitter` other random tokens between the copies, a number drawn for each sequence,
+            so that a head that attends at a fixed distance gains nothing.
+        prepend_bos: None prepends BOS where the tokenizer has one.
+
+    Raises:
+        TypeError: a size that is not a whole number.
+        ValueError: a size below 1, a negative jitter, or seeds that are not distinct.
+
+    Example:
+        >>> on = mechlens.RepeatedTokens(seq_len=10, batch=2, seeds=[0])
+        >>> on.draw(model, 0).tokens.shape
+        torch.Size([2, 21])
+
+    References: Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv:2209.11895.
+    """
+
+    seq_len: int = 50
+    batch: int = 30
+    seeds: Sequence[int] | int = (0, 1, 2, 3, 4)
+    jitter: int = 0
+    prepend_bos: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 1), ("batch", 1), ("jitter", 0)):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=least))
+        given = self.seeds if isinstance(self.seeds, (Iterable, Tensor, np.ndarray)) else [self.seeds]
+        object.__setattr__(self, "seeds", seeds_of(given))
+
+    def draw(self, model: Any, seed: int) -> RandomTokens:
+        """The sequences of one seed for a model; see `repeated_tokens`.
+
+        Raises:
+            ValueError: the sequences do not fit the model's context, or a BOS is wanted and there is none.
+        """
+        return repeated_tokens(
+            model,
+            seq_len=self.seq_len,
+            batch=self.batch,
+            seed=seed,
+            prepend_bos=self.prepend_bos,
+            jitter=self.jitter,
+        )
 
 
 def repeated_tokens(

@@ -11,7 +11,7 @@ import torch
 
 from mechlens.arguments import chosen
 from mechlens.text.batches import prompt_batch
-from mechlens.text.prompts import chat_tokens, prompt_tokens, repeated_tokens, text_tokens
+from mechlens.text.prompts import RepeatedTokens, chat_tokens, prompt_tokens, repeated_tokens, text_tokens
 from mechlens.text.tokens import drawable_tokens, token_strings
 
 
@@ -218,3 +218,26 @@ def test_a_conversation_that_is_none_is_refused(chatting, template, messages, er
 def test_messages_as_a_prompt_are_told_the_way(chatting, read):
     with pytest.raises(TypeError, match=r"these are messages: chat_tokens\(model, messages\) makes"):
         read(chatting, MESSAGES)
+
+
+def test_the_arguments_of_a_repeated_token_experiment_draw_what_repeated_tokens_does():
+    on = RepeatedTokens(seq_len=7, batch=3, seeds=range(2), jitter=2)
+    assert on.seeds == (0, 1)
+    expected = repeated_tokens(model(), seq_len=7, batch=3, seed=1, jitter=2)
+    assert torch.equal(on.draw(model(), 1).tokens, expected.tokens)
+    assert RepeatedTokens(seeds=3).seeds == (3,)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"seq_len": 0}, "seq_len must be at least 1"),
+        ({"batch": 2.5}, "batch must be a whole number"),
+        ({"jitter": -1}, "jitter must be at least 0"),
+        ({"seeds": (0, 0)}, "seeds must be distinct"),
+        ({"seeds": "0"}, "seeds must be a list"),
+    ],
+)
+def test_wrong_arguments_of_a_repeated_token_experiment_are_refused_without_a_model(wrong, complaint):
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        RepeatedTokens(**wrong)
