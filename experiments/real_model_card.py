@@ -117,7 +117,7 @@ def main() -> None:
             batch_tokens=STEP_TOKENS,
             held_out=8,
             held_out_corpus=options.held_out,
-            state=options.out / "tuned_lens_state.safetensors",
+            resume=options.out / "tuned_lens_training.safetensors",
         )
         lens.save(options.out / "tuned_lens.safetensors")
         whole["also"]["tuned-lens"] = of_tuned_lens(lens)

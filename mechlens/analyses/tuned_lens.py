@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +22,9 @@ from mechlens.models.run.arithmetic import block_flop
 from mechlens.models.run.forward import watch
 from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
-from mechlens.progress import announce, progress_bar, spoken
+from mechlens.progress import announce, spoken
 from mechlens.results import TunedLens
-from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.results.checkpoint import Checkpoint, checkpoint_path
 from mechlens.text.corpus import LENGTH, Source, token_windows
 from mechlens.text.tokens import own_bos_token_id
 
@@ -40,8 +38,6 @@ RESIDUAL_BYTES = 256 * 2**20
 """Memory for the residual vectors of all rows, of as many windows as are run at once."""
 RATE_FLOP = 30 * 10**9
 """Of the product by which the machine is measured: some tenths of a second."""
-SAVE_SECONDS = 60.0
-"""Between two saves of the state."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
@@ -58,7 +54,7 @@ def train_tuned_lens(
     held_out_corpus: Source | Int[Tensor, "other pos"] | None = None,
     seed: int = 0,
     prepend_bos: bool | None = None,
-    state: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> TunedLens:
     """Train one affine translator for each row of the lens but the last, to predict what the model does.
@@ -84,9 +80,9 @@ def train_tuned_lens(
             tenth of the windows that are read, at least 1 and at most 64.
         held_out_corpus: text or ids to measure on, instead of a part of `corpus`.
         prepend_bos: for text: None begins each window with BOS where the tokenizer has one.
-        state: a `.safetensors` file to which the training is saved every minute, when it ends and when it is
-            interrupted. If it is there, the training goes on where it stopped; the result
-            is that of an uninterrupted one, to rounding.
+        resume: a `.safetensors` file to save progress to, every half minute and when training ends or is
+            interrupted. If the file exists, training resumes from it; the result is that of an uninterrupted
+            training, to rounding.
         progress: show a bar with the loss (the mean over rows of the KL on the batch, in nats), and say
             before how many minutes it is going to take and what ten minutes buy; None shows them in a
             terminal and in Jupyter.
@@ -95,9 +91,9 @@ def train_tuned_lens(
         The lens, with the KL on the windows held out of each row with and without its translator.
 
     Raises:
-        ValueError: a size below 1, a corpus of fewer windows than a batch and what is held out, a state that
-            was begun with other arguments, another model or corpus (what differs is named), or a model whose
-            logits are more than norm, `W_U`, `b_U` and soft-cap.
+        ValueError: a size below 1, a corpus of fewer windows than a batch and what is held out, a
+            checkpoint that was begun with other arguments, another model or corpus (the error names what
+            differs), or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
 
     Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens",
     arXiv:2303.08112, who train with SGD on larger batches.
@@ -110,7 +106,7 @@ def train_tuned_lens(
     learning_rate = 0.5 / model.cfg.d_model if learning_rate is None else learning_rate
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, but is {learning_rate}")
-    file = state_file(state)
+    checkpoint_path(resume)
     train, rest = _windows(model, corpus, held_out_corpus, steps, batch_tokens, length, held_out, prepend_bos)
     check_streamed(model, train)
     per_step = max(1, batch_tokens // train.shape[1])
@@ -125,33 +121,35 @@ def train_tuned_lens(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    training = _begin(model) if file is None or not file.exists() else _load(file, arguments, model)
     head = _Head.of(model)
-    if progress is not False and training.step < steps:
-        plan = training_plan(
-            model, batch_tokens=per_step * train.shape[1], length=train.shape[1], held_out=len(rest)
-        )
-        said, seconds = plan.words(steps - training.step, _rate(head), fixed=held_out is not None)
-        announce(f"tuned lens: {said}", seconds=seconds, progress=progress)
-    saved = time.monotonic()
-    bar = progress_bar(total=steps, initial=training.step, desc="tuned lens", unit="step", progress=progress)
-    try:
-        while training.step < steps:
-            batch = train[_chosen(training.step, per_step, len(train), seed)]
+    with Checkpoint(
+        resume, "training", lambda: arguments, owner="the training of a tuned lens", names=_TENSORS
+    ) as saved:
+        training = _begin(model, saved)
+        if progress is not False and training.step < steps:
+            plan = training_plan(
+                model, batch_tokens=per_step * train.shape[1], length=train.shape[1], held_out=len(rest)
+            )
+            said, seconds = plan.words(steps - training.step, _rate(head), fixed=held_out is not None)
+            announce(f"tuned lens: {said}", seconds=seconds, progress=progress)
+
+        def state() -> tuple[dict[str, Tensor], int]:
+            return training.tensors(), training.step
+
+        for step in saved.loop(
+            range(training.step, steps),
+            state,
+            total=steps,
+            desc="tuned lens",
+            unit="step",
+            progress=progress,
+        ):
+            batch = train[_chosen(step, per_step, len(train), seed)]
             loss, gradients = _gradients(model, head, batch, training)
-            rate = learning_rate * (1 - training.step / steps)
-            # in one assignment, so that whatever interrupts finds a whole state
-            training = training.after(gradients, rate)
-            bar.update()
-            if not bar.disable:
-                bar.set_postfix(loss=f"{loss:.4f}")
-            if file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                _save(file, training, arguments)
-                saved = time.monotonic()
-    finally:
-        bar.close()
-        if file is not None:
-            _save(file, training, arguments)
+            # in one assignment, so that an interruption finds a whole state
+            training = training.after(gradients, learning_rate * (1 - step / steps))
+            if not saved.bar.disable:
+                saved.bar.set_postfix(loss=f"{loss:.4f}")
     plain, tuned = _held_out_kl(model, head, rest, training)
     bos = own_bos_token_id(model.tokenizer)
     return TunedLens(
@@ -464,6 +462,9 @@ class _Training:
             new |= {f"{name}_mean": mean, f"{name}_square": square}
         return _Training(**new, step=step)
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSORS}
+
     def translate(self, row: int, x: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_model"]:
         wide = x.to(self.weight.dtype)
         return wide + wide @ self.weight[row] + self.bias[row]
@@ -472,9 +473,14 @@ class _Training:
 _TENSORS = tuple(field.name for field in dataclasses.fields(_Training) if field.name != "step")
 
 
-def _begin(model: LensModel) -> _Training:
+def _begin(model: LensModel, saved: Checkpoint) -> _Training:
+    """From a checkpoint, or from zero."""
     rows, d_model = model.cfg.n_layers, model.cfg.d_model
     like = model.W_U.detach()
+    if saved.tensors:
+        return _Training(
+            **{name: tensor.to(like.device) for name, tensor in saved.tensors.items()}, step=saved.step
+        )
     dtype = torch.promote_types(like.dtype, torch.float32)
     shapes = {name: (rows, d_model, d_model) if "weight" in name else (rows, d_model) for name in _TENSORS}
     zeros = {name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()}
@@ -530,17 +536,3 @@ def _held_out_kl(
         )
     plain, tuned = (torch.stack([plain, tuned]) / tokens.numel()).float()
     return plain, tuned
-
-
-# -- the state -------------------------------------------------------------------------------------
-
-
-def _save(file: Path, training: _Training, arguments: dict[str, Any]) -> None:
-    tensors = {name: getattr(training, name) for name in _TENSORS}
-    save_state(file, "training", tensors, arguments, step=training.step)
-
-
-def _load(file: Path, arguments: dict[str, Any], model: LensModel) -> _Training:
-    tensors, step = load_state(file, "training", "a tuned lens's training", _TENSORS, arguments)
-    device = model.W_U.device
-    return _Training(**{name: tensor.to(device) for name, tensor in tensors.items()}, step=step)

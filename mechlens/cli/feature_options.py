@@ -40,12 +40,6 @@ PrefixOption = Annotated[
     str | None, typer.Option(help="A text that stands before the searched tokens. [default: none]")
 ]
 BosOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS, which these searches leave out.")]
-StateOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Save progress to this .safetensors file; if it is there, go on where the search stopped."
-    ),
-]
 OutOption = Annotated[
     Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
 ]
@@ -65,7 +59,7 @@ def numbers(option: str, given: list[str] | None) -> list[int] | None:
 def check_common(given: dict[str, Any]) -> None:
     """Say so before the model is loaded, which takes seconds."""
     options.check_file(given["out"], _ENDINGS)
-    options.check_state(given.get("state"), given["out"])
+    options.check_resume(given.get("resume"), given["out"])
     options.check_known("--site", given["site"], SITES)
 
 

@@ -15,7 +15,6 @@ from mechlens.cli.feature_options import (
     OutOption,
     PrefixOption,
     SiteOption,
-    StateOption,
 )
 from mechlens.cli.options import (
     BUNDLED,
@@ -27,6 +26,7 @@ from mechlens.cli.options import (
     ModelOption,
     NoSeedOption,
     QuietOption,
+    ResumeOption,
     RevisionOption,
 )
 from mechlens.cli.output import deliver, file_of
@@ -57,7 +57,7 @@ def complete(
     bos: BosOption = False,
     top: Annotated[int, typer.Option(min=1, help="How many tokens of each feature to keep.")] = 1,
     model: ModelOption = BUNDLED,
-    state: StateOption = None,
+    resume: ResumeOption = None,
     out: OutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -78,7 +78,7 @@ def complete(
     from mechlens import terminal
     from mechlens.analyses.features import search_complete
 
-    with shared.as_typed(), options.saving_progress(state):
+    with shared.as_typed(), options.saving_progress(resume):
         found = search_complete(
             loaded,
             layers=layers,
@@ -87,7 +87,7 @@ def complete(
             prefix=prefix,
             prepend_bos=bos,
             top_k=top,
-            state=state,
+            resume=resume,
             progress=options.progress(quiet),
         )
 
@@ -129,7 +129,7 @@ def greedy(
     prefix: PrefixOption = None,
     bos: BosOption = False,
     model: ModelOption = BUNDLED,
-    state: StateOption = None,
+    resume: ResumeOption = None,
     out: OutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -145,8 +145,8 @@ def greedy(
     layers, wanted = shared.numbers("--layer", layer) or [-1], shared.numbers("--feature", feature)
     shared.check_common(given)
     if len(layers) > 1:
-        if state is not None:
-            raise ValueError(f"--state is of one search, but {len(layers)} layers are asked for: give one")
+        if resume is not None:
+            raise ValueError(f"--resume is for the search of one layer, but {len(layers)} are given")
         if out is not None and out.suffix == ".safetensors":
             raise ValueError(
                 f"a .safetensors file holds one search, but {len(layers)} layers are asked for: give one, or "
@@ -158,7 +158,7 @@ def greedy(
     from mechlens.analyses.features import search_greedy
 
     found = []
-    with shared.as_typed(), options.saving_progress(state):
+    with shared.as_typed(), options.saving_progress(resume):
         for each in shared.chosen("layer", layers, loaded.cfg.n_layers):
             found.append(
                 search_greedy(
@@ -171,7 +171,7 @@ def greedy(
                     prefix=prefix,
                     prepend_bos=bos,
                     beam=beam,
-                    state=state,
+                    resume=resume,
                     progress=options.progress(quiet),
                 )
             )
@@ -256,7 +256,7 @@ def gradient(
     prefix: PrefixOption = None,
     bos: BosOption = False,
     model: ModelOption = BUNDLED,
-    state: StateOption = None,
+    resume: ResumeOption = None,
     out: OutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -285,7 +285,7 @@ def gradient(
         selection = (each if position is None else position, each if picked is None else picked)
     same: dict[str, Any] = {"site": site, "prefix": prefix, "prepend_bos": bos, "progress": progress}
     known = None
-    with shared.as_typed(), options.saving_progress(state):
+    with shared.as_typed(), options.saving_progress(resume):
         (deepest,) = shared.chosen("layer", [-1 if layer is None else layer], loaded.cfg.n_layers)
         place = None if objective == "continuation" else deepest
         one = picked is not None and len(picked) == tokens == 1 and not isolated
@@ -311,7 +311,7 @@ def gradient(
             seed=seed,
             isolated=isolated,
             complete=known,
-            state=state,
+            resume=resume,
             **same,
         )
 
@@ -474,7 +474,7 @@ def examples(
     bos: options.BosOption = None,
     site: SiteOption = "resid_post",
     model: ModelOption = BUNDLED,
-    state: StateOption = None,
+    resume: ResumeOption = None,
     out: OutOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -497,7 +497,7 @@ def examples(
     from mechlens import terminal
     from mechlens.analyses.features import feature_examples
 
-    with shared.as_typed(), options.saving_progress(state):
+    with shared.as_typed(), options.saving_progress(resume):
         found = feature_examples(
             loaded,
             options.corpus(files, loaded, length=length, windows=limit, bos=bos, seed=seed, quiet=quiet),
@@ -508,7 +508,7 @@ def examples(
             length=length,
             prepend_bos=bos,
             limit=limit,
-            state=state,
+            resume=resume,
             progress=options.progress(quiet),
         )
 

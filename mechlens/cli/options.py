@@ -62,6 +62,10 @@ BosOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(help="Save progress to this .safetensors file, and resume from it if it exists."),
+]
 TextArgument = Annotated[str, typer.Argument(help="What the model reads.")]
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="Make the text a user's message, in the model's own chat template.")
@@ -78,7 +82,7 @@ OWN_WINDOWS = 128
 """Windows of text that a model writes itself, where nobody asks for fewer."""
 
 
-_NOT_WRITTEN = ("state", "quiet", "cache", "as_json", "as_csv")
+_NOT_WRITTEN = ("state", "resume", "quiet", "cache", "as_json", "as_csv")
 
 
 def load(
@@ -232,16 +236,16 @@ def check_file(out: Path | None, endings: Sequence[str]) -> None:
     _check_writable(out)
 
 
-def check_state(state: Path | None, out: Path | None) -> None:
-    """Say so before the work is done; progress is not saved where the result is to be, either."""
-    if state is None:
+def check_resume(resume: Path | None, out: Path | None) -> None:
+    """Refuse, before any work is done, a checkpoint that cannot be written or is the output file."""
+    if resume is None:
         return
-    _check_writable(state)
-    from mechlens.results.checkpoint import state_file
+    _check_writable(resume)
+    from mechlens.results.checkpoint import checkpoint_path
 
-    state_file(state)
-    if out is not None and state.resolve() == out.resolve():
-        raise ValueError(f"--out and --state are the same file {out}: give two")
+    checkpoint_path(resume)
+    if out is not None and resume.resolve() == out.resolve():
+        raise ValueError(f"--out and --resume are the same file {out}: give two")
 
 
 def check_folder(folder: Path) -> None:
@@ -275,9 +279,9 @@ def _check_writable(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def saving_progress(state: Path | None) -> Iterator[None]:
-    """Say what Ctrl-C leaves behind."""
-    if state is None:
+def saving_progress(resume: Path | None) -> Iterator[None]:
+    """Say after Ctrl-C where the progress is saved."""
+    if resume is None:
         yield
         return
     try:
@@ -285,7 +289,7 @@ def saving_progress(state: Path | None) -> Iterator[None]:
             yield
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(
-            f"progress is saved in {state}: the same command goes on from there"
-            if state.is_file()
-            else f"stopped before there was progress to save in {state}"
+            f"progress is saved in {resume}: run the same command to resume"
+            if resume.is_file()
+            else f"interrupted before any progress was saved in {resume}"
         ) from stopped

@@ -19,6 +19,7 @@ from mechlens.cli.options import (
     JsonOption,
     ModelOption,
     QuietOption,
+    ResumeOption,
     RevisionOption,
 )
 from mechlens.cli.output import deliver, file_of
@@ -103,12 +104,7 @@ def patch(
         list[int] | None,
         typer.Option("--position", help="A position, for --by position; repeatable. [default: all]"),
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            help="Save finished runs to this .safetensors file; if it is there, go on where it stopped."
-        ),
-    ] = None,
+    resume: ResumeOption = None,
     top: TopOption = 10,
     seq_len: LengthOption = None,
     batch: BatchOption = None,
@@ -130,7 +126,7 @@ def patch(
     if source is None:
         source = "first-half" if text is None else "zero" if corrupted is None else "corrupted"
     options.check_file(out, _ENDINGS)
-    options.check_state(state, out)
+    options.check_resume(resume, out)
     options.check_chat(chat, bos)
     _check(given | {"source": source})
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
@@ -160,7 +156,7 @@ def patch(
             count = REFERENCE if source == "mean" else len(prompt)
             other = repeated_tokens(loaded, seq_len=n_tokens, batch=count, seed=seed + 1, prepend_bos=bos)
             put = Mean(other.tokens) if source == "mean" else Resampled(other.tokens, seed=seed)
-    with options.saving_progress(state):
+    with options.saving_progress(resume):
         found = patch_grid(
             loaded,
             prompt,
@@ -174,7 +170,7 @@ def patch(
             targets=target,
             against=against,
             direction="denoising" if denoise else "noising",
-            state=state,
+            state=resume,
             progress=options.progress(quiet),
         )
     _deliver(found, "Patching", options.command("patch", patch, given), given)

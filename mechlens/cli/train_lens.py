@@ -18,6 +18,7 @@ from mechlens.cli.options import (
     JsonOption,
     ModelOption,
     QuietOption,
+    ResumeOption,
     RevisionOption,
 )
 from mechlens.cli.output import deliver, file_of
@@ -41,12 +42,7 @@ def train_lens(
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the first step. [default: 0.5 / d_model]")
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            help="Save progress to this .safetensors file; if it is there, go on where the training stopped."
-        ),
-    ] = None,
+    resume: ResumeOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Leave the weights as they were trained: fold and centre nothing.")
     ] = False,
@@ -69,7 +65,7 @@ def train_lens(
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise ValueError(f"--learning-rate must be a finite number above 0, but is {learning_rate}")
     options.check_file(out, (".safetensors",))
-    options.check_state(state, out)
+    options.check_resume(resume, out)
     options.check_corpus(files)
     options.check_corpus(held_out_file)
     loaded = options.load(model, device, dtype, revision, quiet, processing=not raw, cache=cache)
@@ -77,7 +73,7 @@ def train_lens(
     from mechlens.analyses.tuned_lens import train_tuned_lens
 
     text = options.corpus(files, loaded, length=length, windows=None, bos=bos, seed=seed, quiet=quiet)
-    with options.saving_progress(state):
+    with options.saving_progress(resume):
         found = train_tuned_lens(
             loaded,
             text,
@@ -89,7 +85,7 @@ def train_lens(
             held_out_corpus=[Path(file) for file in held_out_file] if held_out_file else None,
             seed=seed,
             prepend_bos=bos,
-            state=state,
+            resume=resume,
             progress=options.progress(quiet),
         )
     deliver(

@@ -126,7 +126,7 @@ def test_half_as_many_run_together_where_memory_runs_out(tiny_directories, windo
     torch.testing.assert_close(found.activations, whole.activations, equal_nan=True, **CLOSE)
 
 
-class TestState:
+class TestResume:
     def interrupted(self, model, windows, file, monkeypatch, after=2):
         calls, watch = [], examples.watch
 
@@ -138,12 +138,12 @@ class TestState:
 
         monkeypatch.setattr(examples, "watch", breaks)
         with pytest.raises(KeyboardInterrupt):
-            feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, state=file)
+            feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, resume=file)
         monkeypatch.setattr(examples, "watch", watch)
 
-    def test_it_goes_on_where_it_was_interrupted(self, tiny_directories, windows, tmp_path, monkeypatch):
+    def test_an_interrupted_search_resumes(self, tiny_directories, windows, tmp_path, monkeypatch):
         model = load_model(tiny_directories / "gpt_neox", processing=False)
-        file = tmp_path / "state.safetensors"
+        file = tmp_path / "checkpoint.safetensors"
         self.interrupted(model, windows, file, monkeypatch)
         runs, watch = [], examples.watch
 
@@ -152,34 +152,34 @@ class TestState:
             watch(model, tokens, readers)
 
         monkeypatch.setattr(examples, "watch", counted)
-        found = feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, state=file)
+        found = feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, resume=file)
         # three batches are left, and one run of what was kept
         assert runs[:3] == [5, 5, 3]
         assert_same(found, feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5))
 
     def test_another_corpus_or_question_is_refused(self, tiny_directories, windows, tmp_path, monkeypatch):
         model = load_model(tiny_directories / "gpt_neox", processing=False)
-        file = tmp_path / "state.safetensors"
+        file = tmp_path / "checkpoint.safetensors"
         self.interrupted(model, windows, file, monkeypatch)
         with pytest.raises(ValueError, match="another corpus"):
-            feature_examples(model, windows.flip(0), features=[1, 2], top_k=3, state=file)
+            feature_examples(model, windows.flip(0), features=[1, 2], top_k=3, resume=file)
         with pytest.raises(ValueError, match="has read 10 windows already, more than the limit of 4"):
-            feature_examples(model, windows, features=[1, 2], top_k=3, state=file, limit=4)
+            feature_examples(model, windows, features=[1, 2], top_k=3, resume=file, limit=4)
         other = load_model(tiny_directories / "gpt_neox", processing=False)
         with torch.no_grad():
             other.W_E[1:] = other.W_E[1:].flip(0)
         with pytest.raises(ValueError, match="other weights"):
-            feature_examples(other, windows, features=[1, 2], top_k=3, state=file)
+            feature_examples(other, windows, features=[1, 2], top_k=3, resume=file)
         with pytest.raises(ValueError, match="top_k 3, not 4"):
-            feature_examples(model, windows, features=[1, 2], top_k=4, state=file)
+            feature_examples(model, windows, features=[1, 2], top_k=4, resume=file)
 
 
-def test_a_state_knows_whether_windows_began_with_bos(tiny_directories, tmp_path):
+def test_a_checkpoint_of_windows_with_bos_is_refused_without_bos(tiny_directories, tmp_path):
     model = load_model(tiny_directories / "gpt2", processing=False)
     texts, file = ["the cat sat on the mat and the dog sat on the log"] * 3, tmp_path / "s.safetensors"
-    feature_examples(model, texts, layers=[0], features=[3], length=8, state=file)
+    feature_examples(model, texts, layers=[0], features=[3], length=8, resume=file)
     with pytest.raises(ValueError, match="begun with BOS 0, not None"):
-        feature_examples(model, texts, layers=[0], features=[3], length=8, state=file, prepend_bos=False)
+        feature_examples(model, texts, layers=[0], features=[3], length=8, resume=file, prepend_bos=False)
 
 
 def test_ids_that_begin_with_bos(tiny_directories, windows):

@@ -242,8 +242,8 @@ def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
     assert sizes == [4, 2, 1, 1, 1, 1]
 
 
-def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
-    model, state = loaded("gpt2"), tmp_path / "state.safetensors"
+def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
+    model, file = loaded("gpt2"), tmp_path / "checkpoint.safetensors"
     whole = search_complete(model, top_k=3, batch_size=10)
     read, rows = exhaustive.Sought.read, []
 
@@ -255,7 +255,7 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
 
     monkeypatch.setattr(exhaustive.Sought, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        search_complete(model, top_k=3, batch_size=10, state=state)
+        search_complete(model, top_k=3, batch_size=10, resume=file)
     # two batches through both layers; the third had noted the first layer
     assert sum(rows) == 60
     rest = []
@@ -265,33 +265,33 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
         return read(self, activation)
 
     monkeypatch.setattr(exhaustive.Sought, "read", counting)
-    found = search_complete(model, top_k=3, batch_size=10, state=state)
+    found = search_complete(model, top_k=3, batch_size=10, resume=file)
     assert sum(rest) == 2 * (VOCAB - 20)
     assert_same(found, whole)
     rest.clear()
-    assert_same(search_complete(model, top_k=3, state=state), whole)
+    assert_same(search_complete(model, top_k=3, resume=file), whole)
     assert rest == []
 
 
 def test_it_says_before_how_long_it_takes(loaded, tmp_path, monkeypatch, capsys):
     model = loaded("gpt2")
-    state = tmp_path / "state.safetensors"
+    file = tmp_path / "checkpoint.safetensors"
     # of each block: query, key, value and output, two matrices of the MLP, and attention to one token
     d, mlp = model.cfg.d_model, model.cfg.d_mlp
     block = 2 * (4 * d * d + 2 * d * mlp + 2 * d)
     monkeypatch.setattr(exhaustive, "block_rate", lambda _: VOCAB * 2 * block / 90)
-    search_complete(model, layers=[0, 1], features=[3], state=state, progress=True)
+    search_complete(model, layers=[0, 1], features=[3], resume=file, progress=True)
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"search: {VOCAB} tokens through 2 blocks for 1 features of 2 layers (")
-    assert said.endswith(f"TFLOP), about 1.5 minutes; saved in {state}, from where it goes on")
+    assert said.endswith(f"TFLOP), about 1.5 minutes; progress is saved to {file}")
     monkeypatch.setattr(exhaustive, "block_rate", lambda _: pytest.fail("nothing is measured for nobody"))
     search_complete(model, layers=[0], features=[3], progress=False)
     assert capsys.readouterr().err == ""
 
 
 def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
-    state = tmp_path / "state.safetensors"
-    search_complete(loaded("gpt2"), state=state)
+    file = tmp_path / "checkpoint.safetensors"
+    search_complete(loaded("gpt2"), resume=file)
     for change, message in (
         ({"top_k": 2}, "begun with top_k 1, not 2"),
         ({"layers": [0]}, r"begun with layers \[0, 1\], not \[0\]"),
@@ -300,13 +300,13 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         ({"site": "mlp_out"}, "begun with site 'resid_post'"),
     ):
         with pytest.raises(ValueError, match=message):
-            search_complete(loaded("gpt2"), state=state, **change)
+            search_complete(loaded("gpt2"), resume=file, **change)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         # the same numbers for other tokens
         other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
-        search_complete(other, state=state)
+        search_complete(other, resume=file)
 
 
 @pytest.mark.parametrize(
@@ -318,30 +318,30 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         ("gemma2", {"sliding_window": 4}),
     ],
 )
-def test_a_state_is_of_the_settings_that_the_model_computes_with(kind, change, tiny_directories, tmp_path):
-    here, state = tmp_path / kind, tmp_path / "state.safetensors"
+def test_a_checkpoint_of_other_settings_of_the_model_is_refused(kind, change, tiny_directories, tmp_path):
+    here, file = tmp_path / kind, tmp_path / "checkpoint.safetensors"
     shutil.copytree(tiny_directories / kind, here)
-    found = search_complete(load_model(tiny_directories / kind, processing=False), state=state)
+    found = search_complete(load_model(tiny_directories / kind, processing=False), resume=file)
     # of the same name, in another place
     moved = load_model(here, processing=False)
-    assert search_complete(moved, state=state) == found
+    assert search_complete(moved, resume=file) == found
     # nor does it matter what was run before, or what hooks are wanted
     moved(torch.tensor([[1, 2, 3]]))
     moved.cfg.use_attn_result = True
-    assert search_complete(moved, state=state) == found
+    assert search_complete(moved, resume=file) == found
     config = json.loads((here / "config.json").read_text()) | change
     (here / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="begun with another configuration: use the same"):
-        search_complete(load_model(here, processing=False), state=state)
+        search_complete(load_model(here, processing=False), resume=file)
 
 
 def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
-    state = tmp_path / "state.safetensors"
-    search_complete(loaded("gpt2"), features=[4], state=state)
+    file = tmp_path / "checkpoint.safetensors"
+    search_complete(loaded("gpt2"), features=[4], resume=file)
     with pytest.raises(ValueError, match=r"begun with features \[4\], not \[5\]"):
-        search_complete(loaded("gpt2"), features=[5], state=state)
+        search_complete(loaded("gpt2"), features=[5], resume=file)
     with pytest.raises(ValueError, match=r"begun with features \[4\], not '32 of them \("):
-        search_complete(loaded("gpt2"), state=state)
+        search_complete(loaded("gpt2"), resume=file)
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from mechlens.arguments import check_counts, generator_of
 from mechlens.models.load.loading import load_model
 from mechlens.models.run import from_embeddings
 from mechlens.models.run.from_embeddings import run_embedded, token_embeddings
-from mechlens.results.checkpoint import state_file
+from mechlens.results import checkpoint
 from mechlens.text.tokens import drawable_tokens
 from tests.close import assert_close, assert_same
 from tests.reference import features as reference
@@ -455,7 +455,7 @@ def noted_judge(monkeypatch, interrupt_at=None):
     steps, call = [], objectives.Judge.__call__
 
     def noting(self, embedded):
-        steps.append(from_embeddings.requires_grad)
+        steps.append(embedded.requires_grad)
         if sum(steps) == interrupt_at and not steps[-1]:
             raise KeyboardInterrupt
         return call(self, embedded)
@@ -465,43 +465,48 @@ def noted_judge(monkeypatch, interrupt_at=None):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_search_goes_on_where_it_was_interrupted(way, loaded, tmp_path, monkeypatch):
-    model, state, options = loaded("gpt2"), tmp_path / "state.safetensors", WHOLE | WAYS[way]
+def test_an_interrupted_search_resumes(way, loaded, tmp_path, monkeypatch):
+    model, file, options = loaded("gpt2"), tmp_path / "checkpoint.safetensors", WHOLE | WAYS[way]
     whole = search_gradient(model, **options)
     with monkeypatch.context() as patched:
         # the optimiser has made the 10th step, and the walk has noted it
         noted_judge(patched, interrupt_at=10)
         with pytest.raises(KeyboardInterrupt):
-            search_gradient(model, state=state, **options)
+            search_gradient(model, resume=file, **options)
     with monkeypatch.context() as patched:
         rest = noted_judge(patched)
-        assert_same(search_gradient(model, state=state, **options), whole)
+        assert_same(search_gradient(model, resume=file, **options), whole)
         # the 10th step again, the 11th, and the end
         assert sum(rest) == 3
         rest.clear()
-        assert_same(search_gradient(model, state=state, **options), whole)
+        assert_same(search_gradient(model, resume=file, **options), whole)
         assert sum(rest) == 1
 
 
-def test_a_search_is_saved_now_and_then(loaded, tmp_path, monkeypatch):
-    steps, save = [], gradient.save_state
+def test_progress_is_saved_during_a_search(loaded, tmp_path, monkeypatch):
+    steps, save = [], checkpoint.Checkpoint.save
 
-    def noting(*args, step):
-        steps.append(step)
-        save(*args, step=step)
+    def noting(self):
+        steps.append(self._state()[1])
+        save(self)
 
-    monkeypatch.setattr(gradient, "save_state", noting)
-    search_gradient(loaded("gpt2"), state=tmp_path / "state.safetensors", **GOOD)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", noting)
+    search_gradient(loaded("gpt2"), resume=tmp_path / "checkpoint.safetensors", **GOOD)
     assert steps == [5]
-    monkeypatch.setattr(gradient, "SAVE_SECONDS", 0.0)
-    search_gradient(loaded("gpt2"), state=tmp_path / "other.safetensors", **GOOD)
+    monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
+    search_gradient(loaded("gpt2"), resume=tmp_path / "other.safetensors", **GOOD)
     assert steps == [5, 1, 2, 3, 4, 5, 5]
 
 
-def test_a_stalled_search_goes_on_stalling(loaded, tmp_path, monkeypatch):
+def test_a_stalled_search_is_still_stalled_when_it_resumes(loaded, tmp_path, monkeypatch):
     options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimiser": "SGD", "restarts": 2}
     # steps too small to change a float32
-    options |= {"learning_rate": 1e-12, "steps": 50, "patience": 7, "state": tmp_path / "state.safetensors"}
+    options |= {
+        "learning_rate": 1e-12,
+        "steps": 50,
+        "patience": 7,
+        "resume": tmp_path / "checkpoint.safetensors",
+    }
     with monkeypatch.context() as patched:
         noted_judge(patched, interrupt_at=5)
         with pytest.raises(KeyboardInterrupt):
@@ -511,8 +516,8 @@ def test_a_stalled_search_goes_on_stalling(loaded, tmp_path, monkeypatch):
 
 
 def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
-    state = tmp_path / "state.safetensors"
-    asked = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 2, "state": state} | FEW
+    file = tmp_path / "checkpoint.safetensors"
+    asked = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 2, "resume": file} | FEW
     search_gradient(loaded("gpt2"), **asked)
     for change, message in (
         ({"layer": 1}, r"begun with layers \[0\], not \[1\]"),
@@ -544,21 +549,21 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
         search_gradient(other, **asked)
-    asked["state"] = tmp_path / "complete.safetensors"
-    search_complete(loaded("gpt2"), state=asked["state"])
-    with pytest.raises(ValueError, match="is not the state of a gradient search"):
+    asked["resume"] = tmp_path / "complete.safetensors"
+    search_complete(loaded("gpt2"), resume=asked["resume"])
+    with pytest.raises(ValueError, match="is not a checkpoint of a gradient search"):
         search_gradient(loaded("gpt2"), **asked)
 
 
 def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_directories):
-    state = tmp_path / "state.safetensors"
+    file = tmp_path / "checkpoint.safetensors"
     asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
-    search_gradient(loaded("gpt2"), state=state, **asked)
+    search_gradient(loaded("gpt2"), resume=file, **asked)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         other.blocks[1].mlp.W_out.mul_(1.5)
     with pytest.raises(ValueError, match="begun with other weights"):
-        search_gradient(other, state=state, **asked)
+        search_gradient(other, resume=file, **asked)
 
 
 def test_the_constant_lies_beyond_what_is_there(tiny_directories):
@@ -702,8 +707,8 @@ def test_values_of_another_kind_are_refused_where_nobody_checks_types(options, m
 def test_so_are_they_in_what_searches_share():
     with pytest.raises(TypeError, match="seed must be a whole number, but is 'a'"):
         inspect.unwrap(generator_of)("a")
-    with pytest.raises(TypeError, match=r"the state is the path of a \.safetensors file, but is 5"):
-        inspect.unwrap(state_file)(5)
+    with pytest.raises(TypeError, match=r"resume must be the path of a \.safetensors file, but is 5"):
+        inspect.unwrap(checkpoint.checkpoint_path)(5)
     with pytest.raises(TypeError, match="top_k must be a whole number, but is True"):
         check_counts(top_k=True)
 

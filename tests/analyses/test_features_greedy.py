@@ -130,8 +130,8 @@ def test_of_equal_inputs_those_of_the_first_input_come_first(tiny_directories):
     assert result.ids.tolist() == [[[0, 0], [0, 1], [0, 2]]] * 2
 
 
-def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch):
-    model, state = loaded("gpt2"), tmp_path / "state.safetensors"
+def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
+    model, file = loaded("gpt2"), tmp_path / "checkpoint.safetensors"
     options = {"layer": 1, "features": [1, 2, 3], "n_tokens": 3, "beam": 2}
     whole, run, passes = search_greedy(model, **options), greedy._best_behind, []
 
@@ -144,12 +144,12 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
     monkeypatch.setattr(greedy, "_best_behind", interrupted)
     stop = 4
     with pytest.raises(KeyboardInterrupt):
-        search_greedy(model, state=state, **options)
+        search_greedy(model, resume=file, **options)
     stop = None
-    assert_same(search_greedy(model, state=state, **options), whole)
+    assert_same(search_greedy(model, resume=file, **options), whole)
     assert len({tuple(each) for each in passes}) == len(passes), "no pass is made twice"
     before = len(passes)
-    assert_same(search_greedy(model, state=state, **options), whole)
+    assert_same(search_greedy(model, resume=file, **options), whole)
     assert len(passes) == before
     for change, message in (
         ({"beam": 1}, "begun with beam 2, not 1"),
@@ -157,9 +157,9 @@ def test_a_search_goes_on_where_it_was_interrupted(loaded, tmp_path, monkeypatch
         ({"layer": 0}, r"begun with layers \[1\], not \[0\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            search_greedy(model, state=state, **(options | change))
-    with pytest.raises(ValueError, match="is not the state of a complete search"):
-        search_complete(model, layers=[1], features=[1, 2, 3], state=state)
+            search_greedy(model, resume=file, **(options | change))
+    with pytest.raises(ValueError, match="is not a checkpoint of an exhaustive search"):
+        search_complete(model, layers=[1], features=[1, 2, 3], resume=file)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_state_needs_functions_with_a_name(tiny_bos_model, tmp_path):
         )
     folder = tmp_path / "d.safetensors"
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"saved as a file, but .* is a folder"):
+    with pytest.raises(ValueError, match=r"must be a .safetensors file, but .* is a folder"):
         patch_grid(tiny_bos_model, tokens_for(), state=folder, **OPTIONS)
 
 
@@ -137,9 +137,9 @@ def test_a_state_that_is_none_is_said_to_be_none(tiny_bos_model, tmp_path):
     found = patch_grid(tiny_bos_model, tokens_for(), **OPTIONS)
     saved = found.save(tmp_path / "grid.safetensors")
     for state, message in (
-        (saved, "is not the state of a sweep of patches"),
-        (tmp_path / "state.pt", "saved as a .safetensors file"),
-        (tmp_path / "no" / "state.safetensors", "there is no folder"),
+        (saved, "is not a checkpoint of a sweep of patches"),
+        (tmp_path / "state.pt", "must be a .safetensors file"),
+        (tmp_path / "no" / "state.safetensors", "does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
             patch_grid(tiny_bos_model, tokens_for(), state=state, **OPTIONS)

@@ -180,28 +180,28 @@ def interrupted(model, *, after: int, **options) -> None:
         handle.remove()
 
 
-def test_a_training_goes_on_where_it_was_interrupted(load_once, tiny_directories, tmp_path) -> None:
-    model, state = load_once(tiny_directories / "gpt2", dtype="float64"), tmp_path / "state.safetensors"
+def test_an_interrupted_training_resumes(load_once, tiny_directories, tmp_path) -> None:
+    model, file = load_once(tiny_directories / "gpt2", dtype="float64"), tmp_path / "checkpoint.safetensors"
     whole = train_tuned_lens(model, windows(), **SMALL)
     for after in (9, 7):
-        interrupted(model, after=after, state=state, **SMALL)
+        interrupted(model, after=after, resume=file, **SMALL)
     # two runs before each training tell whether the model can be read; as the counter is a hook, four more
     # tell whether it treats rows alike; each step takes one
-    assert _step(state) == 4
-    resumed = train_tuned_lens(model, windows(), state=state, **SMALL)
+    assert _step(file) == 4
+    resumed = train_tuned_lens(model, windows(), resume=file, **SMALL)
     assert_same(resumed, whole)
-    assert _step(state) == 6
+    assert _step(file) == 6
     # nothing is left to do
-    assert_same(train_tuned_lens(model, windows(), state=state, **SMALL), whole)
+    assert_same(train_tuned_lens(model, windows(), resume=file, **SMALL), whole)
     assert list(tmp_path.glob(".*")) == []
 
 
-def _step(state) -> int:
+def _step(path) -> int:
     import json
 
     from safetensors import safe_open
 
-    with safe_open(state, "pt") as file:
+    with safe_open(path, "pt") as file:
         return int(json.loads(file.metadata()["mechlens_training"])["step"])
 
 
@@ -218,34 +218,34 @@ def _step(state) -> int:
         ({"corpus": windows(count=41)[1:]}, "begun with another corpus: use"),
     ],
 )
-def test_another_training_is_not_gone_on_with(tiny_bos_model, tmp_path, change, message) -> None:
-    state = tmp_path / "state.safetensors"
-    train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+def test_a_checkpoint_of_another_training_is_refused(tiny_bos_model, tmp_path, change, message) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    train_tuned_lens(tiny_bos_model, windows(), resume=file, **SMALL)
     options = {"corpus": windows(), **SMALL, **change}
     with pytest.raises(ValueError, match=message):
-        train_tuned_lens(tiny_bos_model, options.pop("corpus"), state=state, **options)
+        train_tuned_lens(tiny_bos_model, options.pop("corpus"), resume=file, **options)
 
 
-def test_another_models_training_is_not_gone_on_with(tiny_directories, tiny_bos_model, tmp_path) -> None:
-    state = tmp_path / "state.safetensors"
-    train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+def test_a_checkpoint_of_another_model_is_refused(tiny_directories, tiny_bos_model, tmp_path) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    train_tuned_lens(tiny_bos_model, windows(), resume=file, **SMALL)
     raw = load_model(tiny_directories / "gpt2", processing=False)
     with pytest.raises(ValueError, match="model's processing True, not False"):
-        train_tuned_lens(raw, windows(), state=state, **SMALL)
+        train_tuned_lens(raw, windows(), resume=file, **SMALL)
 
 
-def test_a_state_that_is_none_is_said_to_be_none(tiny_bos_model, tmp_path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(tiny_bos_model, tmp_path) -> None:
     lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
     saved = lens.save(tmp_path / "lens.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    for state, message in (
-        (saved, "is not the state of a tuned lens's training"),
-        (tmp_path / "junk.safetensors", "is no whole .safetensors file"),
-        (tmp_path / "state.pt", "saved as a .safetensors file"),
-        (tmp_path / "no" / "state.safetensors", "there is no folder"),
+    for file, message in (
+        (saved, "is not a checkpoint of the training of a tuned lens"),
+        (tmp_path / "junk.safetensors", "is damaged or not a .safetensors file"),
+        (tmp_path / "lens.pt", "must be a .safetensors file"),
+        (tmp_path / "no" / "checkpoint.safetensors", "does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_tuned_lens(tiny_bos_model, windows(), state=state, **SMALL)
+            train_tuned_lens(tiny_bos_model, windows(), resume=file, **SMALL)
     assert TunedLens.load(saved) == lens, "what was refused is not overwritten"
 
 

@@ -96,10 +96,10 @@ sys.argv =""",
 
 def test_ctrl_c_during_work_ends_in_one_line_and_leaves_no_half_of_a_file(tmp_path, tiny_directories):
     model = ["--model", str(tiny_directories / "gpt2")]
-    state = tmp_path / "state.safetensors"
+    file = tmp_path / "progress.safetensors"
     commands = [
         ["patch", *SMALL, *model],
-        ["patch", *SMALL, *model, "--state", str(state)],
+        ["patch", *SMALL, *model, "--resume", str(file)],
         ["composition", "--draws", "2", *model, "--out", str(tmp_path / "x.csv")],
     ]
     code, out, err = ended(AT_WORK.format(commands=commands))
@@ -107,12 +107,12 @@ def test_ctrl_c_during_work_ends_in_one_line_and_leaves_no_half_of_a_file(tmp_pa
     assert err.splitlines() == [
         "mechlens: interrupted",
         "130",
-        f"mechlens: progress is saved in {state}: the same command goes on from there",
+        f"mechlens: progress is saved in {file}: run the same command to resume",
         "130",
         "mechlens: interrupted",
         "130",
     ]
-    assert [each.name for each in tmp_path.iterdir()] == [state.name]
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
 
 
 def test_the_handler_of_before_is_back_afterwards():

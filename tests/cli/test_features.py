@@ -28,6 +28,7 @@ from mechlens.results import (
     GradientSearch,
     GreedySearch,
 )
+from mechlens.results.checkpoint import Checkpoint
 from tests.cli.test_cli import run
 from tests.close import assert_same
 
@@ -78,8 +79,8 @@ BEFORE_LOADING = [
         "such as 10:40 or -20: that has some, but is '1,2': repeat the option for several",
     ),
     (
-        ["complete", "--state", "x.safetensors", "--out", "./x.safetensors"],
-        "--out and --state are the same file x.safetensors: give two",
+        ["complete", "--resume", "x.safetensors", "--out", "./x.safetensors"],
+        "--out and --resume are the same file x.safetensors: give two",
     ),
     (
         ["complete", "--site", "resid_pre"],
@@ -89,12 +90,15 @@ BEFORE_LOADING = [
     (["complete", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
     (["complete", "--out", "no/such/x.csv"], "there is no folder"),
     (["complete", "-f", "0:65", "--out", "x.html"], "the tokens of at most 64 features, but 65 are"),
-    (["complete", "--state", "x.json"], "the state is saved as a .safetensors file"),
+    (["complete", "--resume", "x.json"], "resume must be a .safetensors file"),
     (["greedy", "--aggregate", "mean"], "--aggregate must be one of last, sum, but is 'mean'"),
     (["greedy", "--tokens", "0"], "Invalid value for '--tokens'"),
     (["greedy", "--beam", "0"], "Invalid value for '--beam'"),
     (["greedy", "-l", "0:2", "--out", "x.safetensors"], "holds one search, but 2 layers are asked for"),
-    (["greedy", "-l", "0", "-l", "1", "--state", "x.safetensors"], "--state is of one search, but 2 layers"),
+    (
+        ["greedy", "-l", "0", "-l", "1", "--resume", "x.safetensors"],
+        "--resume is for the search of one layer",
+    ),
     (["gradient", "--objective", "l2"], "--objective must be one of constant, maximise, maximin, l1, cosine"),
     (["gradient", "--objective", "l1"], "--objective l1 needs --target TEXT"),
     (
@@ -496,15 +500,13 @@ def test_a_corpus_that_is_none_is_refused(capsys, tmp_path, directory, corpus):
 
 
 @pytest.mark.parametrize("arguments", [["complete"], ["greedy", "--tokens", 1], ["examples", "CORPUS"]])
-def test_a_search_goes_on_from_its_state_and_says_if_it_cannot(
-    capsys, tmp_path, directory, corpus, arguments
-):
-    state = tmp_path / "state.safetensors"
+def test_a_search_resumes_and_says_if_it_cannot(capsys, tmp_path, directory, corpus, arguments):
+    file = tmp_path / "progress.safetensors"
     arguments = [corpus if each == "CORPUS" else each for each in arguments]
-    arguments += ["--model", directory, "--state", state]
+    arguments += ["--model", directory, "--resume", file]
     first = run(capsys, "features", *arguments)
     assert first[0] == 0
-    assert state.is_file()
+    assert file.is_file()
     assert run(capsys, "features", *arguments) == first
     code, _, err = run(capsys, "features", *arguments, "--feature", 9)
     assert code == 2
@@ -513,47 +515,45 @@ def test_a_search_goes_on_from_its_state_and_says_if_it_cannot(
 
 
 @pytest.mark.parametrize(
-    ("command", "module"),
+    "command",
     [
-        (["complete"], "complete"),
-        (["greedy", "--tokens", "3"], "greedy"),
-        (["gradient", "--tokens", "2", "--restarts", "4", "--steps", "9"], "gradient"),
-        (["examples", "CORPUS", "--length", "2"], "examples"),
+        ["complete"],
+        ["greedy", "--tokens", "3"],
+        ["gradient", "--tokens", "2", "--restarts", "4", "--steps", "9"],
+        ["examples", "CORPUS", "--length", "2"],
     ],
 )
-def test_ctrl_c_says_that_the_same_command_goes_on(
-    capsys, monkeypatch, tmp_path, directory, corpus, command, module
-):
-    import importlib
-
-    state, never = tmp_path / "state.safetensors", tmp_path / "whole.safetensors"
+def test_ctrl_c_says_that_the_same_command_resumes(capsys, monkeypatch, tmp_path, directory, corpus, command):
+    file, never = tmp_path / "progress.safetensors", tmp_path / "whole.safetensors"
     arguments = ["features", *[corpus if each == "CORPUS" else each for each in command], "-f", 3, "--json"]
-    arguments += ["--model", directory, "--state"]
+    arguments += ["--model", directory, "--resume"]
     whole = run(capsys, *arguments, never)
-    analyses = importlib.import_module(f"mechlens.analyses.features.{module}")
-    save = analyses.save_state
+    save = Checkpoint.save
 
-    def interrupted(file, *args, **options):
-        save(file, *args, **options)
+    def interrupted(self):
+        save(self)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(analyses, "save_state", interrupted)
-        code, out, err = run(capsys, *arguments, state)
+        patched.setattr(Checkpoint, "save", interrupted)
+        code, out, err = run(capsys, *arguments, file)
     assert (code, out) == (130, "")
-    assert err.strip() == f"mechlens: progress is saved in {state}: the same command goes on from there"
-    code, out, err = run(capsys, *arguments, state)
+    assert err.strip() == f"mechlens: progress is saved in {file}: run the same command to resume"
+    code, out, err = run(capsys, *arguments, file)
     assert (code, err) == (0, whole[2])
     assert_same(json.loads(out), json.loads(whole[1]))
-    # without anything saved, and without --state
+    # without anything saved, and without --resume
     never.unlink()
 
-    def at_once(*args, **options):
+    def at_once(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(analyses, "save_state", at_once)
+    monkeypatch.setattr(Checkpoint, "save", at_once)
     code, _, err = run(capsys, *arguments, never)
-    assert (code, err.strip()) == (130, f"mechlens: stopped before there was progress to save in {never}")
+    assert (code, err.strip()) == (
+        130,
+        f"mechlens: interrupted before any progress was saved in {never}",
+    )
 
 
 def test_several_layers_are_searched_greedily_one_by_one(capsys, tmp_path, directory, model):

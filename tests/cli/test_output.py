@@ -102,10 +102,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, monkeyp
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_state_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
-    state = tmp_path / f"{'x' * 300}.safetensors"
-    code, _, err = run(capsys, "patch", "--model", "./nowhere", "--state", state)
-    assert (code, err) == (2, f"mechlens: cannot write {state}: File name too long\n")
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    file = tmp_path / f"{'x' * 300}.safetensors"
+    code, _, err = run(capsys, "patch", "--model", "./nowhere", "--resume", file)
+    assert (code, err) == (2, f"mechlens: cannot write {file}: File name too long\n")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

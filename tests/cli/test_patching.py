@@ -70,10 +70,10 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["patch", "--text", "a b", "--target", " a"], "--target is for log_prob and logit_diff"),
         (["patch", "--text", "a b", "--against", " a"], "--against is for --metric logit_diff"),
         (["patch", "--seq-len", "300"], "the largest seq_len that fits is 255"),
-        (["patch", "--state", "x.json"], "the state is saved as a .safetensors file"),
+        (["patch", "--resume", "x.json"], "resume must be a .safetensors file"),
         (
-            ["patch", "--state", "x.safetensors", "--out", "x.safetensors"],
-            "--out and --state are the same file x.safetensors: give two",
+            ["patch", "--resume", "x.safetensors", "--out", "x.safetensors"],
+            "--out and --resume are the same file x.safetensors: give two",
         ),
         (["patch", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
         (["ablate", "heads", "--how", "half"], "--how must be one of mean, resample, zero"),
@@ -112,7 +112,7 @@ def test_the_articles_experiment_by_both_of_its_names(capsys, tmp_path, bundled)
 def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path):
     from mechlens.analyses.patching import grid
 
-    state = tmp_path / "state.safetensors"
+    file = tmp_path / "progress.safetensors"
     arguments = ["patch", *SMALL, "--json"]
     whole = run(capsys, *arguments)
     note = grid._Done.note
@@ -125,10 +125,10 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path
 
     with monkeypatch.context() as patched:
         patched.setattr(grid._Done, "note", interrupted)
-        code, out, err = run(capsys, *arguments, "--state", state)
+        code, out, err = run(capsys, *arguments, "--resume", file)
     assert (code, out, len(calls)) == (130, "", 1)
-    assert err.strip() == f"mechlens: progress is saved in {state}: the same command goes on from there"
-    code, out, err = run(capsys, *arguments, "--state", state)
+    assert err.strip() == f"mechlens: progress is saved in {file}: run the same command to resume"
+    code, out, err = run(capsys, *arguments, "--resume", file)
     assert (code, err) == (0, whole[2])
     assert_same(json.loads(out), json.loads(whole[1]))
 

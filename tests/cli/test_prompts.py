@@ -55,7 +55,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["train-lens", "--out", "x.html"], "--out is a .safetensors file"),
         (["train-lens", "no.txt", "--out", "x.safetensors"], "there is no corpus no.txt"),
         (["train-lens", "--out", "x.safetensors", "--held-out-file", "no.txt"], "there is no corpus no.txt"),
-        (["train-lens", "--out", "x.safetensors", "--state", "x.safetensors"], "are the same file"),
+        (["train-lens", "--out", "x.safetensors", "--resume", "x.safetensors"], "are the same file"),
         (["train-lens", "--out", "x.safetensors", "--learning-rate", "0"], "--learning-rate must be"),
     ],
 )
@@ -138,9 +138,9 @@ def test_a_lens_is_trained_on_files_and_read_through(capsys, tmp_path, bundled):
     text, other = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text("The captain of the ship was on the deck. " * 40)
     other.write_text("He saw the sea, and the sea saw him. " * 20)
-    path, state = tmp_path / "lens.safetensors", tmp_path / "state.safetensors"
+    path, file = tmp_path / "lens.safetensors", tmp_path / "progress.safetensors"
     arguments = ["train-lens", text, "--held-out-file", other, "--held-out", 3, "--learning-rate", 0.001]
-    arguments += ["--seed", 2, "--no-bos", *TRAINED, "--state", state, "--out", path]
+    arguments += ["--seed", 2, "--no-bos", *TRAINED, "--resume", file, "--out", path]
     code, out, err = run(capsys, *arguments)
     assert code == 0
     assert err == f"mechlens: wrote {path}\n"

@@ -1,4 +1,4 @@
-"""The state of work that is interrupted."""
+"""Checkpoints of long work."""
 
 from __future__ import annotations
 
@@ -8,25 +8,71 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mechlens
-from mechlens.results.checkpoint import load_state, save_state
+from mechlens.results import checkpoint
+from mechlens.results.checkpoint import Checkpoint
+
+MODEL = {"n_layers": 2}
+
+
+def squares(path, n=5, stop=None, *, arguments=None):
+    """Square the numbers below n one by one, with a checkpoint; interrupted before `stop`."""
+    made = []
+    with Checkpoint(
+        path, "search", lambda: {"model": MODEL, "n": n} | (arguments or {}), owner="a sum", names=["done"]
+    ) as saved:
+        done = saved.tensors.get("done", torch.zeros(n))
+        for i in saved.loop(
+            range(saved.step, n),
+            lambda: ({"done": done}, saved.step + len(made)),
+            desc="squares",
+            unit="number",
+            total=n,
+            progress=False,
+        ):
+            if i == stop:
+                raise KeyboardInterrupt
+            done[i] = i**2
+            made.append(i)
+    return done, made
+
+
+def test_work_without_a_path_is_done_whole():
+    done, made = squares(None)
+    assert (done.tolist(), made) == ([0, 1, 4, 9, 16], [0, 1, 2, 3, 4])
+
+
+def test_interrupted_work_resumes_after_its_last_step(tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        squares(file, stop=3)
+    assert load_file(file)["done"].tolist() == [0, 1, 4, 0, 0]
+    done, made = squares(file)
+    assert (done.tolist(), made) == ([0, 1, 4, 9, 16], [3, 4])
+    assert squares(file)[1] == []
+
+
+def test_progress_is_saved_every_save_seconds(tmp_path, monkeypatch):
+    saves = []
+    monkeypatch.setattr(checkpoint, "save_state", lambda *_, step: saves.append(step))
+    squares(tmp_path / "checkpoint.safetensors")
+    assert saves == [5]
+    monkeypatch.setattr(checkpoint, "SAVE_SECONDS", -1.0)
+    squares(tmp_path / "checkpoint.safetensors")
+    assert saves == [5, 1, 2, 3, 4, 5, 5]
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
-    file, tensors = tmp_path / "state.safetensors", {"found": torch.tensor([1.5, 2.5])}
-    rest = {"model": {"n_layers": 2}, "text": "a"}
-    arguments = rest | {"seed": np.int64(3), "rate": np.float32(0.1), "which": [np.int32(1), 2]}
-    save_state(file, "search", tensors, arguments, step=4)
-    plain = rest | {"seed": 3, "rate": float(np.float32(0.1)), "which": [1, 2]}
-    for given in (arguments, plain):
-        read, step = load_state(file, "search", "a search", ["found"], given)
-        assert torch.equal(read["found"], tensors["found"])
-        assert step == 4
+    file = tmp_path / "checkpoint.safetensors"
+    given = {"seed": np.int64(3), "rate": np.float32(0.1), "which": [np.int32(1), 2]}
+    squares(file, arguments=given)
+    squares(file, arguments={"seed": 3, "rate": float(np.float32(0.1)), "which": [1, 2]})
     with pytest.raises(ValueError, match="begun with seed 3, not "):
-        load_state(file, "search", "a search", ["found"], arguments | {"seed": np.int64(5)})
+        squares(file, arguments=given | {"seed": np.int64(5)})
     with pytest.raises(TypeError, match="tensors, numbers and texts, but here is a set"):
-        save_state(file, "search", tensors, rest | {"which": {1}}, step=0)
+        squares(tmp_path / "other.safetensors", arguments={"which": {1}})
 
 
 def test_searches_take_numbers_of_numpy(tmp_path, tiny_directories):
@@ -34,7 +80,7 @@ def test_searches_take_numbers_of_numpy(tmp_path, tiny_directories):
     model = mechlens.load_model(tiny_directories / "gpt2", processing=False)
     asked = {"layer": np.int64(0), "selection": np.s_[:, 3], "n_tokens": np.int64(1), "steps": np.int64(3)}
     asked |= {"restarts": np.int64(4), "seed": np.int64(3), "learning_rate": np.float32(0.1)}
-    asked["state"] = tmp_path / "state.safetensors"
+    asked["resume"] = tmp_path / "checkpoint.safetensors"
     with unchecked():
         found = [mechlens.search_gradient(model, **asked) for _ in range(2)]
         best = mechlens.search_complete(model, layers=np.arange(2), features=np.arange(4), top_k=np.int64(2))

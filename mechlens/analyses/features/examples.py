@@ -7,16 +7,14 @@ import functools
 import hashlib
 import itertools
 import os
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, check_numbers
+from mechlens.analyses.features.spec import Sought, check_numbers
 from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
 from mechlens.measures.memory import in_parts
@@ -24,9 +22,8 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.run.forward import watch
 from mechlens.models.run.patched_runs import TOKEN_BUDGET, row_charge
 from mechlens.models.run.properties import check_rows_alike
-from mechlens.progress import progress_bar
 from mechlens.results import FeatureExamples
-from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.results.checkpoint import Checkpoint
 from mechlens.text.corpus import LENGTH, Source, corpus_ids, token_windows
 from mechlens.text.prompts import bos_to_prepend
 from mechlens.text.tokens import own_bos_token_id, special_ids
@@ -47,7 +44,7 @@ def feature_examples(
     prepend_bos: bool | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    state: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> FeatureExamples:
     """Find the windows of a corpus in which each feature gets largest: real contexts, to hold a searched
@@ -66,16 +63,16 @@ def feature_examples(
         limit: how many windows to read at most; None reads to the end.
         batch_size: windows that run together; None takes what memory allows. It is halved when memory runs
             out.
-        state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
-            interrupted; a search of the same corpus that finds the file goes on from there.
+        resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
+            interrupted. If the file exists, the search resumes from it; the corpus must be the same.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         The windows, with each feature's activations in the model's own units, float32.
 
     Raises:
-        ValueError: as `search_complete` and `token_windows`; a corpus without one whole window, or a state
-            that was begun on another one.
+        ValueError: as `search_complete` and `token_windows`; a corpus without one whole window, or a
+            checkpoint that was begun on another one.
 
     Source: for the comparison with searched tokens, Badger, "Language Model Features"; maximal contexts are
     common practice.
@@ -91,7 +88,6 @@ def feature_examples(
         prefix=None,
         prepend_bos=False,
     )
-    file = state_file(state)
     check_counts(top_k=top_k, batch_size=batch_size, length=length, limit=limit)
     ids = corpus_ids(corpus)
     if ids is not None:
@@ -102,24 +98,29 @@ def feature_examples(
     )
     bos = None if ids is not None else bos_to_prepend(model, prepend_bos)
     heap = _Heap(sought, top_k, length, bos)
-    if file is not None and file.exists():
-        heap.load(file, windows, limit)
     rows = batch_size or _rows(model, length)
-    saved = time.monotonic()
-    bar = progress_bar(total=limit, initial=heap.read, desc="reading", unit="window", progress=progress)
-    try:
+
+    def batches() -> Iterator[Int[Tensor, "row pos"]]:
         for index, batch in enumerate(_batches(windows, rows)):
             if index == 0:
                 check_rows_alike(model, batch[:2])
-            for tokens, _ in in_parts(heap.add, batch, len(batch)):
-                bar.update(len(tokens))
-            if file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                heap.save(file)
-                saved = time.monotonic()
-    finally:
-        bar.close()
-        if file is not None:
-            heap.save(file)
+            yield from (tokens for tokens, _ in in_parts(heap.add, batch, len(batch)))
+
+    with Checkpoint(
+        resume, "search", heap.arguments, owner="a search for examples in a corpus", names=_TENSORS
+    ) as saved:
+        if saved.tensors:
+            heap.resume(saved, windows, limit)
+        for _ in saved.loop(
+            batches(),
+            lambda: (heap.tensors(), heap.read),
+            total=limit,
+            desc="reading",
+            unit="window",
+            progress=progress,
+            size=len,
+        ):
+            pass
     if not heap.read:
         raise ValueError(
             f"the corpus is shorter than one window of {length} tokens: give more, or less length"
@@ -241,39 +242,39 @@ class _Heap:
             begin += len(part)
         return found
 
-    # -- the state ---------------------------------------------------------------------------------
+    # -- the checkpoint ----------------------------------------------------------------------------
 
-    def _arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, object]:
         return self.sought.fingerprint | {"top_k": self.top_k, "length": self.length, "BOS": self.bos}
 
-    def save(self, file: Path) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
         seen = self.seen
         best = [seen.best[layer] for layer in self.sought.layers]
         kept = list(seen.kept.values())
-        tensors = {
+        return {
             "values": torch.stack([each.values for each in best]).clone(),
             "numbers": torch.stack([each.rows for each in best]).clone(),
             "kept": torch.tensor(list(seen.kept), dtype=torch.long),
             "tokens": torch.stack(kept) if kept else torch.zeros(0, self.length, dtype=torch.long),
             "corpus": torch.tensor(list(seen.corpus.digest()), dtype=torch.uint8),
         }
-        save_state(file, "search", tensors, self._arguments(), step=seen.read)
 
-    def load(self, file: Path, windows: Iterator[Tensor], limit: int | None) -> None:
-        """Take up a state, and pass over the windows that it has read."""
-        tensors, read = load_state(file, "search", "a search for real contexts", _TENSORS, self._arguments())
+    def resume(self, saved: Checkpoint, windows: Iterator[Tensor], limit: int | None) -> None:
+        """Restore a checkpoint, and skip the windows that it has read."""
+        tensors, read = saved.tensors, saved.step
         if limit is not None and read > limit:
             raise ValueError(
-                f"the search in {file} has read {read} windows already, more than the limit of {limit}: give "
-                "a larger limit, or another state"
+                f"the search in {saved.path} has read {read} windows already, more than the limit of "
+                f"{limit}: give a larger limit, or another file"
             )
         corpus = hashlib.sha256()
         for window in itertools.islice(windows, read):
             corpus.update(window.numpy().tobytes())
         if list(corpus.digest()) != tensors["corpus"].tolist():
             raise ValueError(
-                f"the search in {file} was begun on another corpus: use the same one to go on with it, or "
-                "another state"
+                f"the search in {saved.path} was begun on another corpus: use the same one to resume it, or "
+                "another file"
             )
         device = self.sought.model.W_E.device
         best = {

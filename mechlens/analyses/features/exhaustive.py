@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, check_numbers
+from mechlens.analyses.features.spec import Sought, check_numbers
 from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.arithmetic import block_flop, block_rate
 from mechlens.models.run.next_token_scan import candidates
-from mechlens.progress import announce, progress_bar, spoken
+from mechlens.progress import announce, spoken
 from mechlens.results import CompleteSearch
-from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.results.checkpoint import Checkpoint
 from mechlens.text.tokens import vocabulary_hash
 
 _TENSORS = ("highest", "highest_ids", "lowest", "lowest_ids")
@@ -37,7 +36,7 @@ def search_complete(
     prepend_bos: bool = False,
     top_k: int = 1,
     batch_size: int | None = None,
-    state: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> CompleteSearch:
     """Find the tokens that excite each feature most, and least, among all tokens of the vocabulary.
@@ -57,8 +56,8 @@ def search_complete(
         top_k: how many tokens to keep at either end.
         batch_size: tokens that run together; None takes 1024, or what memory allows behind a long prefix. It
             is halved when memory runs out.
-        state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
-            interrupted; a search that finds the file goes on from there.
+        resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
+            interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
@@ -66,8 +65,8 @@ def search_complete(
 
     Raises:
         ValueError: processed weights, a layer, feature or site that is not there, a prefix that the model
-            cannot be run on, `top_k` beyond the vocabulary, activations that are nan, or a state of another
-            search.
+            cannot be run on, `top_k` beyond the vocabulary, activations that are nan, or a checkpoint of
+            another search.
 
     Source: Badger, "Language Model Features", "Complete Search Features"; there one feature of one layer at a
     time.
@@ -84,55 +83,52 @@ def search_complete(
         prefix=prefix,
         prepend_bos=prepend_bos,
     )
-    d_vocab, file = model.cfg.d_vocab, state_file(state)
+    d_vocab = model.cfg.d_vocab
     check_counts(top_k=top_k, batch_size=batch_size)
     if top_k > d_vocab:
         raise ValueError(f"top_k must be at most the vocabulary's {d_vocab}, but is {top_k}")
     runs = candidates(model, sought.prefix, sought.names)
-    done = _Done(sought, top_k, file)
     found: dict[int, tuple[TopRows, TopRows]] = {}
+    with Checkpoint(
+        resume,
+        "search",
+        lambda: sought.fingerprint | {"top_k": top_k},
+        owner="an exhaustive search",
+        names=_TENSORS,
+    ) as saved:
+        done = _Done(sought, top_k, saved)
 
-    def note(activation: Tensor, layer: int, ids: Tensor) -> None:
-        rows = sought.read(activation)
-        # few columns have anything new after the first tokens: the rest of the work is done on those alone
-        # (aminmax takes ten times as long along this axis)
-        low, high = rows.amin(0), rows.amax(0)
-        check_numbers(torch.stack([low, high]), sought.name(layer))
-        highest, lowest = done.best[layer]
-        numbers, above, below = ids.to(rows.device), highest.changed_by(high), lowest.changed_by(-low)
-        found[layer] = (
-            highest.joined(rows[:, above], numbers, above),
-            lowest.joined(-rows[:, below], numbers, below),
-        )
+        def note(activation: Tensor, layer: int, ids: Tensor) -> None:
+            rows = sought.read(activation)
+            # few columns have anything new after the first tokens: the rest of the work is done on those
+            # alone (aminmax takes ten times as long along this axis)
+            low, high = rows.amin(0), rows.amax(0)
+            check_numbers(torch.stack([low, high]), sought.name(layer))
+            highest, lowest = done.best[layer]
+            numbers, above, below = ids.to(rows.device), highest.changed_by(high), lowest.changed_by(-low)
+            found[layer] = (
+                highest.joined(rows[:, above], numbers, above),
+                lowest.joined(-rows[:, below], numbers, below),
+            )
 
-    def readers(ids: Int[Tensor, " row"]) -> dict[str, functools.partial[None]]:
-        return {sought.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in sought.layers}
+        def readers(ids: Int[Tensor, " row"]) -> dict[str, functools.partial[None]]:
+            return {
+                sought.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in sought.layers
+            }
 
-    if progress is not False:
-        blocks = max(sought.layers) + 1
-        operations = (d_vocab - done.count) * blocks * block_flop(model, len(sought.prefix) + 1)
-        seconds = operations / block_rate(model)
-        announce(
-            f"search: {d_vocab - done.count:,} tokens through {blocks} blocks for {len(sought.features):,} "
-            f"features of {len(sought.layers)} layers ({operations / 1e12:.2g} TFLOP), "
-            f"about {spoken(seconds)}" + (f"; saved in {file}, from where it goes on" if file else ""),
-            seconds=seconds,
+        if progress is not False:
+            _announce(sought, d_vocab - done.count, saved.path, progress)
+        for ids in saved.loop(
+            runs.vocabulary(readers, begin=done.count, batch_size=batch_size),
+            lambda: (done.tensors(), done.count),
+            total=d_vocab,
+            desc="searching",
+            unit="token",
             progress=progress,
-        )
-    saved = time.monotonic()
-    bar = progress_bar(total=d_vocab, initial=done.count, desc="searching", unit="token", progress=progress)
-    try:
-        for ids in runs.vocabulary(readers, begin=done.count, batch_size=batch_size):
-            # at once, so that whatever interrupts finds neither a layer nor the count ahead of the rest
+            size=len,
+        ):
+            # at once, so that an interruption finds neither a layer nor the count ahead of the rest
             done.so_far = (done.count + len(ids), dict(found))
-            bar.update(len(ids))
-            if file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                done.save(file)
-                saved = time.monotonic()
-    finally:
-        bar.close()
-        if file is not None:
-            done.save(file)
     tensors = done.tensors()
     return CompleteSearch(
         **sought.fields(),
@@ -146,16 +142,38 @@ def search_complete(
     )
 
 
+def _announce(sought: Sought, n_tokens: int, path: Path | None, progress: bool | None) -> None:
+    """Say how much there is to compute, and how long it takes."""
+    model, blocks = sought.model, max(sought.layers) + 1
+    operations = n_tokens * blocks * block_flop(model, len(sought.prefix) + 1)
+    seconds = operations / block_rate(model)
+    announce(
+        f"search: {n_tokens:,} tokens through {blocks} blocks for {len(sought.features):,} features of "
+        f"{len(sought.layers)} layers ({operations / 1e12:.2g} TFLOP), about {spoken(seconds)}"
+        + (f"; progress is saved to {path}" if path else ""),
+        seconds=seconds,
+        progress=progress,
+    )
+
+
 class _Done:
     """The best of the tokens so far, by layer; of the lowest, their negatives."""
 
-    def __init__(self, sought: Sought, top_k: int, file: Path | None) -> None:
-        self.sought, self.top_k = sought, top_k
-        device, columns = sought.model.W_E.device, len(sought.features)
-        empty = TopRows.empty(top_k, columns, device)
-        self.so_far = (0, dict.fromkeys(sought.layers, (empty, empty)))
-        if file is not None and file.exists():
-            self._load(file, device)
+    def __init__(self, sought: Sought, top_k: int, saved: Checkpoint) -> None:
+        self.layers = sought.layers
+        device = sought.model.W_E.device
+        empty = TopRows.empty(top_k, len(sought.features), device)
+
+        def rows(end: str, index: int) -> TopRows:
+            if not saved.tensors:
+                return empty
+            values, ids = saved.tensors[end][index], saved.tensors[f"{end}_ids"][index]
+            return TopRows(values.T.to(device), ids.T.to(device))
+
+        best = {
+            layer: (rows("highest", index), rows("lowest", index)) for index, layer in enumerate(self.layers)
+        }
+        self.so_far = (saved.step, best)
 
     @property
     def count(self) -> int:
@@ -165,28 +183,9 @@ class _Done:
     def best(self) -> dict[int, tuple[TopRows, TopRows]]:
         return self.so_far[1]
 
-    def _arguments(self) -> dict[str, object]:
-        return self.sought.fingerprint | {"top_k": self.top_k}
-
-    def _load(self, file: Path, device: torch.device) -> None:
-        owner = "a complete search"
-        tensors, count = load_state(file, "search", owner, _TENSORS, self._arguments())
-
-        def rows(end: str, index: int) -> TopRows:
-            return TopRows(tensors[end][index].T.to(device), tensors[f"{end}_ids"][index].T.to(device))
-
-        best = {
-            layer: (rows("highest", index), rows("lowest", index))
-            for index, layer in enumerate(self.sought.layers)
-        }
-        self.so_far = (count, best)
-
-    def save(self, file: Path) -> None:
-        save_state(file, "search", self.tensors(), self._arguments(), step=self.count)
-
     def tensors(self) -> dict[str, Tensor]:
         """`[layer, feature, k]`, by name."""
-        both = [self.best[layer] for layer in self.sought.layers]
+        both = [self.best[layer] for layer in self.layers]
         found = {}
         for index, end in enumerate(("highest", "lowest")):
             # a copy: what leaves inference mode can be computed with

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from mechlens.analyses.features.objectives import OBJECTIVES, Judge
 from mechlens.analyses.features.optimization import PENALTIES, PRIORS, TENSORS, Space, Walk
-from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, hashed
+from mechlens.analyses.features.spec import Sought, hashed
 from mechlens.arguments import check_counts, check_model, check_reals, generator_of
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.from_embeddings import token_embeddings
-from mechlens.progress import progress_bar
 from mechlens.results import CompleteSearch, GradientSearch
-from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.results.checkpoint import Checkpoint
 from mechlens.text.tokens import drawable_tokens
 
 FASTEST = 1e6
@@ -52,7 +50,7 @@ def search_gradient(
     prefix: str | Int[Tensor, "*one prefix"] | None = None,
     prepend_bos: bool = False,
     complete: CompleteSearch | None = None,
-    state: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> GradientSearch:
     """Change embeddings by gradients until they excite features, and read them as tokens.
@@ -92,8 +90,8 @@ def search_gradient(
         site: as in `search_complete`; so are `directions`, `prefix` and `prepend_bos`.
         complete: a complete search of the same features, to compare with; for one token and one feature that
             is to get large.
-        state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
-            interrupted; a search that finds the file goes on from there.
+        resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
+            interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
@@ -105,7 +103,7 @@ def search_gradient(
         TypeError: a value of the wrong kind.
         ValueError: as `search_complete`; an index that selects nothing or is out of range, an unknown
             objective, prior or optimiser, a target that is missing, too many or of another length, a complete
-            search of something else or of more than the constant, a state of another search, or
+            search of something else or of more than the constant, a checkpoint of another search, or
             (`continuation`) logits that are more than norm, `W_U` and `b_U`.
 
     Source: Badger, "Language Model Features"; it has one start, plain gradient descent, and the decoding by
@@ -144,7 +142,7 @@ def search_gradient(
         raise ValueError(f"learning_rate must be above 0 and at most {FASTEST:g}, but is {learning_rate}")
     if prior_weight < 0:
         raise ValueError(f"prior_weight must be a finite number from 0 on, but is {prior_weight}")
-    file, draw = state_file(state), generator_of(seed)
+    draw = generator_of(seed)
     with torch.inference_mode(False), torch.enable_grad():
         E = token_embeddings(model).float()
         judge = Judge.of(
@@ -190,10 +188,14 @@ def search_gradient(
             "seed": seed,
             "isolated": isolated,
         }
-        if file is not None:
-            # which reads all weights
-            arguments = sought.fingerprint | arguments
-        _run(walk, file, arguments, steps, patience, progress)
+        with Checkpoint(
+            resume,
+            "search",
+            lambda: sought.fingerprint | arguments,
+            owner="a gradient search",
+            names=TENSORS,
+        ) as saved:
+            _run(walk, saved, steps, patience, progress)
         decoded = walk.end()
         selected = {way: judge.of_tokens(each.ids, walk.rows) for way, each in walk.decoded.items()}
         found = walk.embedded(walk.best)
@@ -229,37 +231,32 @@ def search_gradient(
     )
 
 
-def _run(
-    walk: Walk,
-    file: Path | None,
-    arguments: dict[str, Any],
-    steps: int,
-    patience: int,
-    progress: bool | None,
-) -> None:
-    """Make the steps that a state has not made yet."""
-    done: dict[str, Tensor] | None = None
-    if file is not None and file.exists():
-        done, _ = load_state(file, "search", "a gradient search", TENSORS, arguments)
-        walk.go_on(done)
+def _run(walk: Walk, saved: Checkpoint, steps: int, patience: int, progress: bool | None) -> None:
+    """Make the steps that the checkpoint has not made yet."""
+    if saved.tensors:
+        walk.restore(saved.tensors)
     else:
         walk.begin()
-    saved = time.monotonic()
-    bar = progress_bar(total=steps, initial=walk.steps, desc="searching", unit="step", progress=progress)
-    try:
+    # a step changes tensors in place, so what is saved is a copy from before it
+    whole = saved.tensors
+
+    def made() -> Iterator[None]:
+        nonlocal whole
         while walk.steps < steps and walk.stalled < patience:
             walk.step()
-            bar.update()
-            if file is not None:
-                # at once, so that whatever interrupts the next step leaves nothing of it
-                done = walk.tensors()
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    save_state(file, "search", done, arguments, step=walk.steps)
-                    saved = time.monotonic()
-    finally:
-        bar.close()
-        if file is not None and done is not None:
-            save_state(file, "search", done, arguments, step=done["objectives"].shape[1])
+            if saved.path is not None:
+                whole = walk.tensors()
+            yield
+
+    for _ in saved.loop(
+        made(),
+        lambda: (whole, whole["objectives"].shape[1] if whole else 0),
+        total=steps,
+        desc="searching",
+        unit="step",
+        progress=progress,
+    ):
+        pass
 
 
 def _first_tokens(

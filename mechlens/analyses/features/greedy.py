@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.spec import SAVE_SECONDS, Sought, check_numbers
+from mechlens.analyses.features.spec import Sought, check_numbers
 from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.next_token_scan import candidates
-from mechlens.progress import progress_bar
 from mechlens.results import GreedySearch
-from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.results.checkpoint import Checkpoint
 
 AGGREGATES = ("last", "sum")
 
@@ -39,7 +36,7 @@ def search_greedy(
     prepend_bos: bool = False,
     beam: int = 1,
     batch_size: int | None = None,
-    state: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> GreedySearch:
     """Build inputs from left to right, each token the one of the whole vocabulary that excites the feature
@@ -54,8 +51,8 @@ def search_greedy(
             nothing before it: they differ in which inputs a beam keeps.
         site: as in `search_complete`; so are `directions`, `prefix`, `prepend_bos`, `batch_size`.
         beam: how many inputs to go on with at each step; 1 is the source's search.
-        state: a `.safetensors` file. Progress is saved there now and then, and whenever the search is
-            interrupted; a search that finds the file goes on from there.
+        resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
+            interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
@@ -79,7 +76,7 @@ def search_greedy(
         prefix=prefix,
         prepend_bos=prepend_bos,
     )
-    d_vocab, n_ctx, file = model.cfg.d_vocab, model.cfg.n_ctx, state_file(state)
+    d_vocab, n_ctx = model.cfg.d_vocab, model.cfg.n_ctx
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, but is {aggregate!r}")
     check_counts(n_tokens=n_tokens, beam=beam, batch_size=batch_size)
@@ -90,28 +87,30 @@ def search_greedy(
             f"{n_tokens} tokens behind a prefix of {len(sought.prefix)} do not fit into the model's context "
             f"of {n_ctx}: search fewer"
         )
-    beams, arguments = _Beams.begin(len(sought.features), beam), dict[str, object]()
-    if file is not None:
-        arguments = sought.fingerprint | {"n_tokens": n_tokens, "aggregate": aggregate, "beam": beam}
-        if file.exists():
-            beams = _Beams.load(file, arguments)
-    saved = time.monotonic()
-    bar = progress_bar(total=0, desc="searching", unit="token", progress=progress)
-    try:
-        while beams.ids.shape[-1] < n_tokens:
-            groups = list(beams.unread())
-            bar.total += len(groups) * d_vocab
-            for before, users in groups:
-                top = _best_behind(sought, before, users[:, 0].unique(), beam, batch_size, bar)
-                beams.note(users, top)
-                if file is not None and time.monotonic() - saved > SAVE_SECONDS:
-                    beams.save(file, arguments)
-                    saved = time.monotonic()
-            beams = beams.extended(aggregate)
-    finally:
-        bar.close()
-        if file is not None:
-            beams.save(file, arguments)
+    asked = {"n_tokens": n_tokens, "aggregate": aggregate, "beam": beam}
+    with Checkpoint(
+        resume, "search", lambda: sought.fingerprint | asked, owner="a greedy search", names=_TENSORS
+    ) as saved:
+        beams = _Beams(**saved.tensors) if saved.tensors else _Beams.begin(len(sought.features), beam)
+
+        def passes() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal beams
+            while beams.ids.shape[-1] < n_tokens:
+                groups = beams.unread()
+                saved.bar.total += len(groups) * d_vocab
+                yield from groups
+                beams = beams.extended(aggregate)
+
+        for before, users in saved.loop(
+            passes(),
+            lambda: (beams.tensors(), beams.ids.shape[-1]),
+            total=0,
+            desc="searching",
+            unit="token",
+            progress=progress,
+            size=lambda _: 0,
+        ):
+            beams.note(users, _best_behind(sought, before, users[:, 0].unique(), beam, batch_size, saved.bar))
     return GreedySearch(
         **sought.fields(),
         layer=sought.layers[0],
@@ -175,15 +174,8 @@ class _Beams:
         unknown = torch.zeros(*ids.shape[:2], k, dtype=torch.float32)
         return cls(ids, activations, unknown.long(), unknown, unknown[..., 0].bool())
 
-    @classmethod
-    def load(cls, file: Path, arguments: dict[str, object]) -> _Beams:
-        names = [field.name for field in dataclasses.fields(cls)]
-        tensors, _ = load_state(file, "search", "a greedy search", names, arguments)
-        return cls(**tensors)
-
-    def save(self, file: Path, arguments: dict[str, object]) -> None:
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        save_state(file, "search", tensors, arguments, step=self.ids.shape[-1])
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _TENSORS}
 
     def unread(self) -> list[tuple[Int[Tensor, " pos"], Int[Tensor, "user 2"]]]:
         """Inputs behind which nothing is known, and the (feature, beam) pairs that have each."""
@@ -216,3 +208,6 @@ class _Beams:
         order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k, None]
         order = order.expand(-1, -1, longer.shape[-1])
         return self._unread(longer_ids.gather(1, order), longer.gather(1, order), k)
+
+
+_TENSORS = tuple(field.name for field in dataclasses.fields(_Beams))

@@ -69,7 +69,7 @@ TENSORS = (
     *("free", "optimiser", "objectives", "activations", "lowest", "best", "stalled"),
     *(f"{way}_{field.name}" for way in WAYS for field in _DECODED),
 )
-"""What goes into a state."""
+"""What a checkpoint holds."""
 
 
 class Walk:
@@ -130,7 +130,7 @@ class Walk:
     def embedded(self, free: Tensor) -> Float[Tensor, "restart pos d_model"]:
         return free @ self.space.E if self.prior == "softmax" else free
 
-    # -- to go on later ----------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next steps depend on, by the names in `TENSORS`; no step changes it."""
@@ -153,8 +153,8 @@ class Walk:
             "stalled": torch.tensor(self.stalled),
         }
 
-    def go_on(self, tensors: dict[str, Tensor]) -> None:
-        """Stand where another walk stood."""
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
         # after a step, wherever it leads, the optimiser has tensors to copy into
         self.free.grad = torch.zeros_like(self.free)
         self.optimiser.step()

@@ -24,8 +24,6 @@ from mechlens.text.tokens import own_bos_token_id, token_strings
 
 SITES = {name: patched_runs.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
 SITES |= {"post": "blocks.{}.mlp.hook_post"}
-SAVE_SECONDS = 30.0
-"""Between two saves of a state."""
 MOST_NAMED = 16
 """Features or tokens that a message lists."""
 _OF_MLPS = ("mlp_out", "post")
@@ -114,7 +112,7 @@ class Sought:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What a state must have been begun with, to be gone on with; reads all weights."""
+        """The arguments that a checkpoint must agree with; reads all weights."""
         return {
             "model": dataclasses.asdict(self.info),
             "site": self.site,

@@ -21,7 +21,7 @@ from mechlens.models.run.patched_runs import start_sweeps, sweep
 from mechlens.models.run.properties import last_residual
 from mechlens.progress import progress_bar
 from mechlens.results import PatchGridResult
-from mechlens.results.checkpoint import load_state, save_state, state_file
+from mechlens.results.checkpoint import checkpoint_path, load_state, save_state
 from mechlens.text.prompts import Prompt
 
 SAVE_SECONDS = 30.0
@@ -100,7 +100,7 @@ def patch_grid(
     Cost: on HookedTransformer what lies behind each patch, in layers and positions; on a bridge what lies
     behind it in positions, through all layers. Three runs for each prompt, and what the source needs.
     """
-    file = state_file(state)
+    file = checkpoint_path(state)
     for what, function in (("source", source), ("metric", metric)):
         if file is not None and getattr(function, "__name__", "") == "<lambda>":
             raise ValueError(f"a state cannot tell one lambda from another: make the {what} by def")
