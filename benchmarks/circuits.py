@@ -23,7 +23,7 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import Row, check_peak_bytes, peak_bytes, print_table, random_smollm2, seconds
+from common import Row, check_peak_bytes, peak_bytes, print_rows, random_smollm2, seconds
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
@@ -87,7 +87,7 @@ def accuracy(runs: int) -> None:
         Row("  over queries", peaks["query"], "MiB", 1024),
         Row("  of the 100 largest entries", peaks["largest"], "MiB"),
     ]
-    print_table(f"{D_VOCAB} x {D_VOCAB} entries, inner dimension {D_HEAD}, {THREADS} threads", rows)
+    print_rows(f"{D_VOCAB} x {D_VOCAB} entries, inner dimension {D_HEAD}, {THREADS} threads", rows)
 
 
 def composition(runs: int, n_pairs: int) -> None:
@@ -130,7 +130,7 @@ def composition(runs: int, n_pairs: int) -> None:
         Row("peak memory", peak_bytes(all_pairs) / 2**20, "MiB"),
         Row("the random baseline, 100 pairs", baseline, "s"),
     ]
-    print_table(f"K-composition of {count} heads, d_model {D_MODEL}, {THREADS} threads", rows)
+    print_rows(f"K-composition of {count} heads, d_model {D_MODEL}, {THREADS} threads", rows)
 
 
 def induction_circuits() -> None:
@@ -160,7 +160,7 @@ def induction_circuits() -> None:
         Row(f"{len(pairs)} pairs, all tokens counted, from that", times["all pairs"] + more, "s"),
     ]
     title = f"Induction circuits, {model.cfg.n_layers} layers, {model.cfg.d_vocab} tokens, {THREADS} threads"
-    print_table(title, rows)
+    print_rows(title, rows)
 
 
 def one_pair(OV: FactoredMatrix, QK: FactoredMatrix) -> Tensor:

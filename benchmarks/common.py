@@ -31,7 +31,7 @@ class Row:
         return "met" if self.measured <= self.target else "MISSED"
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
+def print_rows(title: str, rows: Sequence[Row]) -> None:
     print(f"\n{title}")
     width = max(len(row.what) for row in rows)
     print(f"  {'':{width}}  {'measured':>10}  {'target':>8}")

@@ -23,7 +23,7 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import Row, check_peak_bytes, peak_bytes, print_table, random_gpt2_small, seconds
+from common import Row, check_peak_bytes, peak_bytes, print_rows, random_gpt2_small, seconds
 from torch import Tensor
 
 import mechlens
@@ -96,7 +96,7 @@ def one_token(model: Any) -> None:
         Row("  their ratio", peaks["all"] / peaks["one"], "", 1.1),
         Row("peak memory of the loop's batch", peaks["loop"] / 2**20, "MiB"),
     ]
-    print_table(f"one token of {d_vocab}, {BATCH} in a batch, {THREADS} threads", rows)
+    print_rows(f"one token of {d_vocab}, {BATCH} in a batch, {THREADS} threads", rows)
 
 
 def greedy(model: Any, n_tokens: int, batches: int) -> None:
@@ -132,7 +132,7 @@ def greedy(model: Any, n_tokens: int, batches: int) -> None:
         Row("greedy search / the loop", ours / loop, "", GREEDY_GOALS.get(n_tokens)),
         Row("largest difference in an activation", worst, "", 1e-3),
     ]
-    print_table(f"{n_tokens} tokens of {d_vocab}, {BATCH} in a batch, {THREADS} threads", rows)
+    print_rows(f"{n_tokens} tokens of {d_vocab}, {BATCH} in a batch, {THREADS} threads", rows)
 
 
 def one_token_on_gpu(model: Any) -> None:
@@ -171,7 +171,7 @@ def one_token_on_gpu(model: Any) -> None:
         ),
         Row("peak memory, all features", peak / 2**20, "MiB"),
     ]
-    print_table(f"one token of {model.cfg.d_vocab}, {BATCH} in a batch, {torch.cuda.get_device_name()}", rows)
+    print_rows(f"one token of {model.cfg.d_vocab}, {BATCH} in a batch, {torch.cuda.get_device_name()}", rows)
 
 
 def block_flop(model: Any, *, queries_and_keys: bool = True) -> float:

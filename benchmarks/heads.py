@@ -17,7 +17,7 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import Row, check_peak_bytes, peak_bytes, print_table, random_gpt2_small, seconds
+from common import Row, check_peak_bytes, peak_bytes, print_rows, random_gpt2_small, seconds
 from torch import Tensor
 
 from mechlens import repeated_tokens, score_heads_on
@@ -96,7 +96,7 @@ def against_forward(model: Any, tokens: Tensor, stripes: dict[str, attention.Str
         products.append(min(seconds(lambda: a @ b) for _ in range(3)))
     ratios = [score / bare for score, bare in zip(scores, bares, strict=True)]
     flops = forward_flops(model.cfg, *tokens.shape)
-    print_table(
+    print_rows(
         f"time of {len(stripes)} pattern scores of all heads, {pairs} pairs after a warm-up",
         [
             Row("arithmetic of a forward pass", flops / 1e9, "GFLOP"),
@@ -116,7 +116,7 @@ def against_forward(model: Any, tokens: Tensor, stripes: dict[str, attention.Str
     everything = model.cfg.n_layers * layer
     pattern = torch.rand(batch, model.cfg.n_heads, n_pos, n_pos)
     read = peak_bytes(lambda: [attention.stripe_score(pattern, stripe) for stripe in stripes.values()])
-    print_table(
+    print_rows(
         "peak memory, all blocks of PyTorch's allocator",
         [
             Row("patterns of one layer", layer / 2**20, "MiB"),
@@ -166,7 +166,7 @@ def against_detect_head(model: Any, tokens: Tensor) -> None:
         ours = (result.scores[kind][0] * entries / tokens.shape[1]).mean(0)
         worst = float((ours - theirs[kind].cpu()).abs().max())
         rows.append(Row(f"largest difference of {kind}", worst, ""))
-    print_table("against TransformerLens's detect_head on the same tokens", rows)
+    print_rows("against TransformerLens's detect_head on the same tokens", rows)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from common import Row, print_table
+from common import Row, print_rows
 
 THREADS = "2"
 LAYERS, D_MODEL, D_MLP, VOCABULARY = 30, 576, 1536, 49152
@@ -43,7 +43,7 @@ def main() -> None:
         for dtype in ("float32", "bfloat16"):
             compare(Path(folder), dtype, options.pairs)
     taken = alone("unknown", "")["seconds"]
-    print_table(
+    print_rows(
         "an unknown name without a network",
         [Row("load_model, the import of torch not counted", taken, "s", UNKNOWN_SECONDS)],
     )
@@ -72,7 +72,7 @@ def compare(folder: Path, dtype: str, pairs: int) -> None:
         title = NAMES[way]
         rows.append(Row(f"{title}, time", seconds, "s", SECONDS if ours else None))
         rows.append(Row(f"{title}, peak / weights", added / weights, "", round(allowed, 2) if ours else None))
-    print_table(f"SmolLM2-135M's shape in {dtype}, {weights:.0f} MiB of weights, {THREADS} threads", rows)
+    print_rows(f"SmolLM2-135M's shape in {dtype}, {weights:.0f} MiB of weights, {THREADS} threads", rows)
 
 
 NAMES = {
@@ -104,7 +104,7 @@ def measure(way: str, folder: str) -> None:
     start = time.perf_counter()
     if way == "unknown":
         from mechlens import load_model
-        from mechlens.models.load.errors import ModelLoadError
+        from mechlens.errors import ModelLoadError
 
         try:
             load_model("EleutherAI/pythia-71m")

@@ -29,7 +29,7 @@ from common import (
     Row,
     check_peak_bytes,
     peak_bytes,
-    print_table,
+    print_rows,
     random_gpt2,
     random_gpt2_small,
     seconds,
@@ -181,7 +181,7 @@ def against_product(shape: Shape, pairs: int, threads: int) -> None:
         Row("all statistics", taken["ours"], "s"),
         Row("all statistics / best-shaped product", taken["ours"] / taken["product"], "", 1.4),
     ]
-    print_table(f"{shape.name}'s shape: {shape.rows} rows x {POSITIONS} positions, {threads} thread(s)", rows)
+    print_rows(f"{shape.name}'s shape: {shape.rows} rows x {POSITIONS} positions, {threads} thread(s)", rows)
 
 
 def against_others(shape: Shape, pairs: int) -> None:
@@ -192,7 +192,7 @@ def against_others(shape: Shape, pairs: int) -> None:
         Row("all statistics / the usual loop", taken["ours"] / taken["loop"], "", 1.3),
         Row("all statistics / dense (once)", taken["ours"] / once, "", 1 / 3),
     ]
-    print_table(f"{shape.name}'s shape, {THREADS[-1]} threads", rows)
+    print_rows(f"{shape.name}'s shape, {THREADS[-1]} threads", rows)
     check_peak_bytes()
     ours, loop = peak_bytes(case.ours), peak_bytes(case.loop)
     vectors = case.vectors.numel() * 4
@@ -207,7 +207,7 @@ def against_others(shape: Shape, pairs: int) -> None:
         Row("the usual loop, peak", loop / 2**20, "MiB"),
         Row("all statistics / the usual loop", (ours - vectors) / loop, "", 0.1),
     ]
-    print_table("peak memory, all blocks of PyTorch's allocator", rows)
+    print_rows("peak memory, all blocks of PyTorch's allocator", rows)
 
 
 def against_peer(pairs: int) -> None:
@@ -228,7 +228,7 @@ def against_peer(pairs: int) -> None:
     theirs = taken.pop("theirs")
     rows = [Row("TransformerLens's logit_lens, top five and entropy", theirs, "s")]
     rows += [Row(f"{name} / theirs", value / theirs, "", 1.0) for name, value in taken.items()]
-    print_table(f"from the model on, {POSITIONS} tokens, {THREADS[-1]} threads", rows)
+    print_rows(f"from the model on, {POSITIONS} tokens, {THREADS[-1]} threads", rows)
 
 
 def run_xl() -> None:
@@ -246,7 +246,7 @@ def run_xl() -> None:
         Row("peak memory of the process, the model made", gib, "GiB"),
         Row("  at the end", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB", 24),
     ]
-    print_table(f"GPT-2 XL's shape, float32: {n_rows} rows x {XL_POSITIONS} positions", rows)
+    print_rows(f"GPT-2 XL's shape, float32: {n_rows} rows x {XL_POSITIONS} positions", rows)
 
 
 if __name__ == "__main__":

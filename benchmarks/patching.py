@@ -19,7 +19,7 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import Row, peak_bytes, print_table, random_gpt2_small, seconds
+from common import Row, peak_bytes, print_rows, random_gpt2_small, seconds
 from torch import Tensor
 
 from mechlens import Earlier, attribution_patching, patch_grid
@@ -119,7 +119,7 @@ def main() -> None:
             Row("peak memory of the sweep", peak / 2**20, "MiB"),
             Row("peak memory / the budget", peak / budget, "", 1.0),
         ]
-    print_table(f"MLP patching, {n_layers} x {SEQ_LEN} cells, {THREADS} threads, {engine_of(model)}", rows)
+    print_rows(f"MLP patching, {n_layers} x {SEQ_LEN} cells, {THREADS} threads, {engine_of(model)}", rows)
     growth(model)
 
 
@@ -166,7 +166,7 @@ def growth(model: Any) -> None:
         )
         what = f"{length} tokens, {n_cells} positions from the middle on, {layers} layers"
         rows.append(Row(what, time.perf_counter() - start, "s"))
-    print_table("how it grows", rows)
+    print_rows("how it grows", rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Row, print_table, seconds
+from common import Row, print_rows, seconds
 
 import mechlens
 
@@ -119,7 +119,7 @@ def main() -> None:
         load = seconds(lambda: mechlens.load_model(NAME))
         rows.append(Row("load, from the cache or not", load, "s"))
         model = mechlens.load_model(NAME)
-    except mechlens.models.load.errors.ModelLoadError as error:
+    except mechlens.errors.ModelLoadError as error:
         print(error)
         return
     mechlens.logit_lens(model, FACT)
@@ -129,7 +129,7 @@ def main() -> None:
         rows.append(Row(what, taken, "s", most))
         rows.append(Row("  arithmetic", operations / 1e12, "TFLOP"))
         rows.append(Row("  of the rate of one large product", operations / taken / rate(), ""))
-    print_table("single runs after loading", rows)
+    print_rows("single runs after loading", rows)
 
 
 if __name__ == "__main__":

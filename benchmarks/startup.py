@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Row, print_table
+from common import Row, print_rows
 
 from mechlens.cli.commands import every
 
@@ -68,7 +68,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
             job = [*COMMAND, "reproduce", "--quiet", "--out", folder]
             rows.append(Row("mechlens reproduce, bundled model", seconds(job, 1), "s", 60))
-    print_table(f"start-up: wall time of fresh processes, median of {REPEATS}, the main job once", rows)
+    print_rows(f"start-up: wall time of fresh processes, median of {REPEATS}, the main job once", rows)
 
 
 if __name__ == "__main__":

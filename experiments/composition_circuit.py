@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 import mechlens
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 from mechlens.results import NOT_JUDGED
-from mechlens.show import Plot, Section, induction_circuits_section
+from mechlens.show.induction_circuits import induction_circuits_section
+from mechlens.show.section import Figure, Section
 from mechlens.studies.induction_circuits import strongest
 from mechlens.terminal import number, print_induction_circuits, tolerance
 
@@ -86,7 +87,7 @@ def main() -> None:
             Section(
                 "Composition",
                 "What each head could read of what earlier heads write, by the weights alone.",
-                [Plot(figure, captions[name], captions[name]) for name, figure in figures.items()],
+                [Figure(figure, captions[name], captions[name]) for name, figure in figures.items()],
                 {},
             ),
         ],

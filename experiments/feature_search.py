@@ -19,17 +19,17 @@ import sys
 from pathlib import Path
 
 import mechlens
-from mechlens.models.load.errors import ModelLoadError
-from mechlens.plots.style import visible_token
-from mechlens.show import (
-    Section,
+from mechlens.errors import ModelLoadError
+from mechlens.show.feature_alignment import feature_alignment_section
+from mechlens.show.features import (
     complete_search_section,
-    feature_alignment_section,
     feature_examples_section,
     gradient_search_section,
     greedy_search_section,
 )
+from mechlens.show.section import Section
 from mechlens.studies.feature_search import FeatureStudy
+from mechlens.text.display import visible_token
 
 LAYERS = {
     "trained": "trained",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mechlens
 from mechlens.analyses.heads import detect_heads
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 from mechlens.results import head_label
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 import mechlens
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 from mechlens.models.protocol import LensModel
 from mechlens.results import InputProbe, LogitLensResult, LogitVariance, Result, TunedLens
-from mechlens.show import Plot, Section
+from mechlens.show.section import Figure, Section
 from mechlens.studies.logit_lens import EIFFEL, LensStudy
 
-Figure = tuple[str, go.Figure, str]
+Drawn = tuple[str, go.Figure, str]
 """Name of the file, the figure, and what it shows."""
 STRETCH = 12
 """Tokens beside one another."""
@@ -78,7 +78,9 @@ def main() -> None:
             written.append(path)
     sections = [
         Section(
-            title, text, [Plot(figure, caption, caption, keeps_width=True) for _, figure, caption in figures]
+            title,
+            text,
+            [Figure(figure, caption, keeps_width=True) for _, figure, caption in figures],
         )
         for title, text, figures in chapters
     ]
@@ -107,7 +109,7 @@ def top_guesses(study: LensStudy) -> str:
 # -- the post's figures ----------------------------------------------------------------------------
 
 
-def post_figures(study: LensStudy) -> list[tuple[str, str, list[Figure]]]:
+def post_figures(study: LensStudy) -> list[tuple[str, str, list[Drawn]]]:
     """Title, text and figures of each chapter."""
     prose, tied = study.prose, not study.prose.kl_input.isnan().all()
     some = stretch(int(prose.mask[0].sum()) // 2)
@@ -252,7 +254,7 @@ def first_copy(copying: LogitLensResult) -> int:
 
 def ask_comments(
     model: LensModel, study: LensStudy, corpus: Sequence[Path] | None, seed: int, training: bool
-) -> tuple[list[tuple[str, str, list[Figure]]], dict[str, Result]]:
+) -> tuple[list[tuple[str, str, list[Drawn]]], dict[str, Result]]:
     """Figures and results for the questions below the post."""
     ids = study.prose.tokens[0][study.prose.mask[0]]
     variance = mechlens.logit_variance(model, ids)

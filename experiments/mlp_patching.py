@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 import mechlens
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 from mechlens.results import head_label
-from mechlens.show import head_scores_section, patching_section
+from mechlens.show.heads import head_scores_section
+from mechlens.show.patching import patching_section
 from mechlens.studies.mlp_patching import INDUCTION, PREVIOUS, MlpStudy, first_and_others
 
 SHOWN = 8

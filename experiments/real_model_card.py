@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mechlens
-from mechlens.plots.style import visible_token
 from mechlens.published import Published
 from mechlens.results import TunedLens, head_label
 from mechlens.studies import findings
@@ -25,6 +24,7 @@ from mechlens.studies.heads import Reproduction
 from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
 from mechlens.studies.logit_lens import LensStudy
 from mechlens.studies.study import Measured, Study
+from mechlens.text.display import visible_token
 
 SEED = 1000
 SEEDS = range(SEED, SEED + 5)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         path_attention,
     )
     from mechlens.analyses.tuned_lens import train_tuned_lens
+    from mechlens.errors import ArgumentError, ModelLoadError
     from mechlens.measures.weights import diagonal_ranks, eigenvalue_copying_score, top_k_accuracy
     from mechlens.models.load.loading import load_model
     from mechlens.models.load.published_lens import load_tuned_lens
@@ -92,7 +93,8 @@ if TYPE_CHECKING:
     from mechlens.plots.patching import plot_head_effects, plot_patch_grid
     from mechlens.plots.tuned_lens import plot_tuned_lens
     from mechlens.results import load
-    from mechlens.show import write_report
+    from mechlens.show.page import write_report
+    from mechlens.show.section import Section, section
     from mechlens.studies.facts import read_facts
     from mechlens.studies.feature_search import reproduce_feature_search
     from mechlens.studies.findings import reproduce_findings
@@ -156,6 +158,7 @@ _HOMES = {
     "mechlens.analyses.tuned_lens": ("train_tuned_lens",),
     "mechlens.text.corpus": ("read_texts", "token_windows"),
     "mechlens.analyses.logit_variance": ("logit_variance",),
+    "mechlens.errors": ("ArgumentError", "ModelLoadError"),
     "mechlens.measures.weights": ("diagonal_ranks", "eigenvalue_copying_score", "top_k_accuracy"),
     "mechlens.models.load.loading": ("load_model",),
     "mechlens.models.run.sampling": ("sample_tokens",),
@@ -189,7 +192,8 @@ _HOMES = {
     "mechlens.plots.patching": ("plot_head_effects", "plot_patch_grid"),
     "mechlens.plots.tuned_lens": ("plot_tuned_lens",),
     "mechlens.text.prompts": ("RepeatedTokens", "chat_tokens", "repeated_tokens", "text_tokens"),
-    "mechlens.show": ("write_report",),
+    "mechlens.show.page": ("write_report",),
+    "mechlens.show.section": ("Section", "section"),
     "mechlens.results": ("load",),
     "mechlens.studies.facts": ("read_facts",),
     "mechlens.studies.feature_search": ("reproduce_feature_search",),

@@ -1,4 +1,4 @@
-"""Arguments as people give them, made what analyses need, or refused with their name."""
+"""Arguments as people give them: checked, converted, or refused by name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechlens.errors import ArgumentError
+
 
 def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
-    """A whole number, also one of numpy's or a tensor's.
+    """A whole number; one of numpy or a tensor will do.
 
     Raises:
-        TypeError: no whole number.
-        ValueError: less than `least`.
+        TypeError: the value is not a whole number.
+        ArgumentError: it is less than `least`.
     """
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
@@ -28,7 +30,7 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
     if number is None:
         raise TypeError(f"{name} must be a whole number, but is {value!r}")
     if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, but is {number}")
+        raise ArgumentError(name, f"at least {least}", number)
     return number
 
 
@@ -41,7 +43,7 @@ def generator_of(seed: Any) -> torch.Generator:
     """
     number = whole_number("seed", seed, least=0)
     if number >= 2**64:
-        raise ValueError(f"seed must be below 2**64, but is {number}")
+        raise ArgumentError("seed", "below 2**64", number)
     return torch.Generator().manual_seed(number)
 
 
@@ -60,14 +62,14 @@ def check_reals(**given: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, but is {value!r}")
         if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, but is {value}")
+            raise ArgumentError(name, "a finite number", value)
 
 
 def check_between(name: str, value: Any, low: float, high: float) -> None:
     """Refuse a number outside of a range."""
     check_reals(**{name: value})
     if not low <= value <= high:
-        raise ValueError(f"{name} must lie between {low:g} and {high:g}, but is {value:g}")
+        raise ArgumentError(name, f"between {low:g} and {high:g}", value)
 
 
 def seeds_of(seeds: Any) -> tuple[int, ...]:
@@ -134,7 +136,7 @@ def chosen(what: str, given: Sequence[SupportsIndex] | SupportsIndex | None, cou
         raise TypeError(f"{what}s are given as numbers, such as [0, 1], but here is {given!r}") from None
     for index in indices:
         if not -count <= index < count:
-            raise ValueError(f"there is no {what} {index}: there are {count}, 0 to {count - 1}")
+            raise ValueError(f"{what} {index} is out of range: there are {what}s 0 to {count - 1}")
     if not indices:
         raise ValueError(f"no {what} is asked for; there are {count}")
     found = tuple(index % count for index in indices)

@@ -16,6 +16,7 @@ FLOORS = {
     "results": 0,
     "measures": 0,
     "arguments": 0,
+    "errors": 0,
     "progress": 0,
     "text": 0,
     "published": 0,

@@ -108,7 +108,7 @@ def test_it_knows_where_the_eiffel_tower_is(load_once, prepend_bos, probability)
 
 
 def test_a_conversation_has_the_one_bos_of_its_template(load_once):
-    from mechlens.plots.style import turns
+    from mechlens.text.display import turns
 
     model = load_once(NAME)
     messages = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "In Paris."}]

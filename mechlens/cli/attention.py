@@ -25,7 +25,7 @@ from mechlens.cli.options import (
 from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 
 def attention(
@@ -62,7 +62,7 @@ def attention(
     found = attention_patterns(loaded, prompt, heads, prepend_bos=bos)
 
     def sections() -> list[Section]:
-        from mechlens.show import attention_section
+        from mechlens.show.heads import attention_section
 
         return [attention_section(found)]
 

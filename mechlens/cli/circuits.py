@@ -23,7 +23,7 @@ from mechlens.cli.output import deliver, file_of
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
     from mechlens.results import Circuit
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 _COMPOSED = ("k", "q", "v")
@@ -117,7 +117,7 @@ def circuit(
     shown_of_it = (found, accuracy, eigenvalue_copying_score(found), pairs, corner, note)
 
     def sections() -> list[Section]:
-        from mechlens.show import circuit_section
+        from mechlens.show.circuits import circuit_section
 
         return [circuit_section(found, accuracy=accuracy, pairs=pairs, corner=corner, text=note)]
 
@@ -172,7 +172,7 @@ def composition(
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.show import composition_section
+        from mechlens.show.circuits import composition_section
 
         return [composition_section(found, top=top)]
 

@@ -34,7 +34,7 @@ from mechlens.cli.output import deliver, file_of
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
     from mechlens.results import CompleteSearch, FeatureAlignment
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 features = typer.Typer(rich_markup_mode=None, add_help_option=False)
 
@@ -92,7 +92,7 @@ def complete(
         )
 
     def sections() -> list[Section]:
-        from mechlens.show import complete_search_section
+        from mechlens.show.features import complete_search_section
 
         # without it the section chooses some
         return [complete_search_section(found, features=found.features)]
@@ -177,7 +177,7 @@ def greedy(
             )
 
     def sections() -> list[Section]:
-        from mechlens.show import greedy_search_section
+        from mechlens.show.features import greedy_search_section
 
         return [greedy_search_section(found)]
 
@@ -316,7 +316,7 @@ def gradient(
         )
 
     def sections() -> list[Section]:
-        from mechlens.show import gradient_search_section
+        from mechlens.show.features import gradient_search_section
 
         return [gradient_search_section([found])]
 
@@ -437,7 +437,7 @@ def align(
             found[f"{own} vs. {compared.other.name}"] = compared
 
     def sections() -> list[Section]:
-        from mechlens.show import feature_alignment_section
+        from mechlens.show.feature_alignment import feature_alignment_section
 
         return [feature_alignment_section(list(found.values()), names=list(found))]
 
@@ -513,7 +513,7 @@ def examples(
         )
 
     def sections() -> list[Section]:
-        from mechlens.show import feature_examples_section
+        from mechlens.show.features import feature_examples_section
 
         places = [(one, other) for one in found.layers for other in found.features]
         return [feature_examples_section(found, places)]

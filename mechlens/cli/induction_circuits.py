@@ -22,7 +22,7 @@ from mechlens.cli.options import (
 from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 
@@ -90,7 +90,7 @@ def induction_circuits(
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.show import induction_circuits_section
+        from mechlens.show.induction_circuits import induction_circuits_section
 
         return [induction_circuits_section(found)]
 

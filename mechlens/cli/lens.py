@@ -28,7 +28,7 @@ from mechlens.cli.output import deliver, file_of
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
     from mechlens.results import TunedLens
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 STATS = {
@@ -189,7 +189,7 @@ def lens(
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.show import lens_section
+        from mechlens.show.lens import lens_section
 
         # what was chosen is drawn, however much it is
         drawn = found.positions if positions is not None else None

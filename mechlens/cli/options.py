@@ -163,12 +163,26 @@ def command(name: str, function: Callable[..., None], given: Mapping[str, Any]) 
         if isinstance(about, ArgumentInfo):
             arguments += map(str, several)
         elif each not in _NOT_WRITTEN and value != about.default:
-            long = [word for word in about.param_decls if word.startswith("--")]
-            on, _, off = (long[0] if long else f"--{each.replace('_', '-')}").partition("/")
+            on, _, off = _long_name(each, about).partition("/")
             for one in several:
                 options += [on] if one is True else [off] if one is False else [on, str(one)]
     ambiguous = any(word.startswith("-") for word in arguments)
     return shlex.join([*options, *(["--"] if ambiguous else []), *arguments])
+
+
+def option_name(function: Callable[..., None], argument: str) -> str:
+    """How an argument of a command is typed, such as `--top` or `TEXT`; its own name where there is none."""
+    about = get_params_from_function(function).get(argument)
+    if about is None:
+        return argument
+    return (
+        argument.upper() if isinstance(about.default, ArgumentInfo) else _long_name(argument, about.default)
+    )
+
+
+def _long_name(argument: str, about: Any) -> str:
+    long = [word for word in about.param_decls or () if word.startswith("--")]
+    return str(long[0]) if long else f"--{argument.replace('_', '-')}"
 
 
 def progress(quiet: bool) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mechlens.results import Result
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 
 class NotSavedError(Exception):
@@ -110,7 +110,7 @@ def file_of(
         if out.suffix == ".safetensors":
             (result,) = results
             return [result.save(out)]
-        from mechlens.show import write_report
+        from mechlens.show.page import write_report
 
         assert sections is not None
         # no published figure is about these prompts

@@ -26,7 +26,7 @@ from mechlens.cli.output import deliver, file_of
 
 if TYPE_CHECKING:
     from mechlens.results import PatchGridResult
-    from mechlens.show import Section
+    from mechlens.show.section import Section
 
 _ENDINGS = (".html", ".csv", ".safetensors")
 SITES = (
@@ -308,7 +308,7 @@ def _deliver(found: PatchGridResult, title: str, command: str, given: dict[str, 
     from mechlens import terminal
 
     def sections() -> list[Section]:
-        from mechlens.show import patching_section
+        from mechlens.show.patching import patching_section
 
         return [patching_section(found, top=given["top"])]
 

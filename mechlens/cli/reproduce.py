@@ -113,7 +113,7 @@ def _print(found: Findings) -> None:
         print(f"No published figures of {model.name} at these settings to compare with.")
         return
     own = has_card(model)
-    terminal.print_table(
+    terminal.print_rows(
         f"{model.name} against {'its model card' if own else 'published figures'}",
         ("claim", "on the card" if own else "published", "measured", "tolerance", "verdict"),
         [

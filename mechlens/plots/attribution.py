@@ -1,4 +1,4 @@
-"""Pictures of direct logit attribution: which components speak for a token and which against it."""
+"""Figures of direct logit attribution: which components raise a token's logit and which lower it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_counts, check_type
-from mechlens.plots.style import (
-    BLUE,
-    INK,
-    MUTED,
-    TEMPLATE,
-    VERMILION,
-    WIDTH,
-    heatmap,
-    number,
-    titles,
-    turns,
-    visible_token,
-)
+from mechlens.plots.style import BLUE, INK, MUTED, TEMPLATE, VERMILION, WIDTH, heatmap, titles
 from mechlens.results import LogitAttribution, component_place
+from mechlens.text.display import number
 
-_LONGEST = 24
 _NO_TICKS = {"ticks": "", "showgrid": False}
 
 
@@ -32,34 +20,37 @@ def plot_attribution(
 ) -> go.Figure:
     """Draw what each component adds to the logit at one position: by layer and head, and the largest as bars.
 
-    In the heatmap layer 0 is at the bottom; the bias of the attention and the MLP stand beside the heads.
-    Blue speaks for the token, orange against it. Embeddings and the final bias, which belong to no layer, are
-    among the bars however small they are, and the bars together are the whole logit. Under the cursor stand
-    the numbers.
+    Blue raises the logit, orange lowers it. In the heatmap layer 0 is at the bottom, and the attention bias
+    and the MLP have columns beside the heads. The bars include the embeddings and the final bias, and sum to
+    the logit.
 
     Args:
         row: which sequence of the batch; negative counts from the end.
         position: which of the positions that were read; negative counts from the end.
-        largest: how many of the components of layers get a bar.
+        largest: how many components of layers get a bar.
+
+    Returns:
+        A plotly figure.
 
     Raises:
-        ValueError: there is no such sequence or position, or `largest` is below 1.
+        TypeError: the result is not a `LogitAttribution`.
+        ArgumentError: there is no such sequence or position, or `largest` is below 1.
+
+    Example:
+        >>> found = mechlens.direct_logit_attribution(model, "The captain of the")
+        >>> mechlens.plot_attribution(found).layout.xaxis.title.text
+        'head'
     """
     check_type("result", result, LogitAttribution)
-    given = (("sequence", row, len(result.tokens)), ("position", position, len(result.positions)))
-    for name, index, count in given:
-        if not -count <= index < count:
-            raise ValueError(f"there is no {name} {index}: there are {count}")
     check_counts(largest=largest)
-    values = _values(result, row, position)
+    values = result.parts(row=row, position=position)
     n_layers, n_heads = result.model.n_layers, result.model.n_heads
     has_mlp = "L0 MLP" in values
     # an empty column sets what is no head apart
     columns = [*(f"H{head}" for head in range(n_heads)), "", " bias", *([" MLP"] if has_mlp else [])]
     names = [[f"L{layer}{column}" if column else "" for column in columns] for layer in range(n_layers)]
     cells = [[values.get(name, math.nan) for name in line] for line in names]
-    of_layers = {name: value for name, value in values.items() if _of_layer(name)}
-    high = max(1e-6, *map(abs, of_layers.values()))
+    high = max(1e-6, *(abs(v) for name, v in values.items() if component_place(name)[0] is not None))
     digits = 2 if n_heads <= 8 else 1
     # a cell without a component stays empty; more than 16 heads leave no room
     written = [
@@ -67,7 +58,7 @@ def plot_attribution(
         for line in cells
     ]
 
-    bars = _bars(values, of_layers, largest)
+    bars = result.largest(largest, row=row, position=position)
     figure = make_subplots(
         cols=2,
         column_widths=[0.62, 0.38],
@@ -119,7 +110,7 @@ def plot_attribution(
     room = 0.28 * max(high_end - low_end, 1e-6)
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(*attribution_title(result, row=row, position=position)),
+        title_text=titles(*result.describe(row=row, position=position)),
         width=min(WIDTH, 560 + len(columns) * (52 if n_heads <= 8 else 40 if n_heads <= 16 else 20)),
         height=max(
             200 + n_layers * (46 if n_layers <= 6 else 30 if n_layers <= 24 else 16), 190 + 21 * len(bars)
@@ -145,51 +136,3 @@ def _written(value: float, digits: int) -> str:
     """A number with one digit more where it would round to nothing, and without a sign if it still does."""
     digits += abs(value) < 0.5 * 10**-digits
     return number(value if abs(value) >= 0.5 * 10**-digits else 0.0, digits)
-
-
-def _bars(values: dict[str, float], of_layers: dict[str, float], largest: int) -> dict[str, float]:
-    """The largest components of layers and all that belong to no layer, by size; last what is left."""
-    ranked = sorted(of_layers, key=lambda name: -abs(values[name]))
-    shown = ranked[:largest] + [name for name in values if name not in of_layers]
-    bars = {name: values[name] for name in sorted(shown, key=lambda name: -abs(values[name]))}
-    rest = ranked[largest:]
-    return bars | ({f"{len(rest)} others": sum(values[name] for name in rest)} if rest else {})
-
-
-def largest_parts(
-    result: LogitAttribution, *, row: int = 0, position: int = -1, largest: int = 12
-) -> dict[str, float]:
-    """What the bars of `plot_attribution` show: by component what it adds; last what is left."""
-    values = _values(result, row, position)
-    return _bars(values, {name: value for name, value in values.items() if _of_layer(name)}, largest)
-
-
-def attribution_title(result: LogitAttribution, *, row: int = 0, position: int = -1) -> tuple[str, str, str]:
-    """What is explained: the logit, the model, and after which tokens."""
-
-    def shown(token: int) -> str:
-        return f"“{visible_token(result.strings[str(token)], longest=_LONGEST)}”"
-
-    at = result.positions[position]
-    of = f"logit of {shown(int(result.target_ids[row, position]))}"
-    if result.against_ids is not None:
-        of += f" less that of {shown(int(result.against_ids[row, position]))}"
-    read = result.tokens[row, : at + 1].tolist()[-6:]
-    text = "".join(visible_token(result.strings[str(token)], longest=_LONGEST) for token in read)
-    text = ("…" if at >= len(read) else "") + text
-    texts = [result.strings[str(token)] for token in result.tokens[row, : at + 1].tolist()]
-    turn = list(turns(texts).values())[-1:]
-    return (
-        f"Direct attribution of the {of}: {number(float(result.logit[row, position]), 2)}",
-        result.model.name,
-        f"after {text} (position {at}{''.join(f', turn of the {role}' for role in turn)})",
-    )
-
-
-def _values(result: LogitAttribution, row: int, position: int) -> dict[str, float]:
-    added = result.contributions[:, row, position].double().tolist()
-    return dict(zip(result.components, added, strict=True))
-
-
-def _of_layer(component: str) -> bool:
-    return component_place(component)[0] is not None

@@ -26,13 +26,12 @@ from mechlens.plots.style import (
     WIDTH,
     figure_text,
     heatmap,
-    number,
     sequential,
     titles,
     top_margin,
-    visible_token,
 )
 from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label
+from mechlens.text.display import number, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,9 +13,10 @@ import torch
 from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_type
-from mechlens.plots.style import GRID, MUTED, TEMPLATE, figure_text, heatmap, number, titles
+from mechlens.plots.style import GRID, MUTED, TEMPLATE, figure_text, heatmap, titles
 from mechlens.results import FeatureAlignment, Share
 from mechlens.results.feature_alignment import CHANCE
+from mechlens.text.display import number
 
 WORDS = {"same": "the same best token", "overlap": "the same best tokens"}
 _WRITTEN = 12

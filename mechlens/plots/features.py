@@ -22,12 +22,11 @@ from mechlens.plots.style import (
     WIDTH,
     figure_text,
     heatmap,
-    number,
     titles,
     top_margin,
-    visible_token,
 )
 from mechlens.results import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
+from mechlens.text.display import number, visible_token
 
 ENDS = {"highest": "most", "lowest": "least"}
 NO_TOKEN = "—"

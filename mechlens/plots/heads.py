@@ -23,13 +23,11 @@ from mechlens.plots.style import (
     WIDTH,
     figure_text,
     heatmap,
-    number,
     titles,
     top_margin,
-    turns,
-    visible_token,
 )
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
+from mechlens.text.display import number, turns, visible_token
 
 COVERAGE = 0.9
 """Share of the sequences inside the band of `plot_log_probs`."""

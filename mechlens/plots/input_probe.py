@@ -6,19 +6,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_type
-from mechlens.plots.style import (
-    ABSENT,
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    TEMPLATE,
-    VERMILION,
-    figure_text,
-    number,
-    titles,
-)
+from mechlens.plots.style import ABSENT, BLUE, GREEN, INK, MUTED, TEMPLATE, VERMILION, figure_text, titles
 from mechlens.results import InputProbe
+from mechlens.text.display import number
 
 _BASES = {
     "embedding": ("embedding", BLUE, "circle"),

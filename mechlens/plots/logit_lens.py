@@ -26,14 +26,12 @@ from mechlens.plots.style import (
     figure_text,
     heatmap,
     is_dark,
-    number,
     sequential,
     titles,
     top_margin,
-    turns,
-    visible_token,
 )
 from mechlens.results import LogitLensResult
+from mechlens.text.display import number, turns, visible_token
 
 STATS = {
     "probability": "probability of the top guess",

@@ -7,8 +7,9 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from mechlens.arguments import check_type
-from mechlens.plots.style import INK, MUTED, TEMPLATE, number, titles
+from mechlens.plots.style import INK, MUTED, TEMPLATE, titles
 from mechlens.results import LogitVariance
+from mechlens.text.display import number
 
 # blue to orange without the pale middle, which white paper swallows; the symbol says the same
 _COLOURS = ["#08306b", "#2270b2", "#5aa2cf", "#dd8a3c", "#a85204", "#5c2c00"]

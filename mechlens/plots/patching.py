@@ -20,13 +20,11 @@ from mechlens.plots.style import (
     WIDTH,
     figure_text,
     heatmap,
-    number,
     titles,
     top_margin,
-    turns,
-    visible_token,
 )
 from mechlens.results import AttributionPatchResult, PatchGridResult, head_label
+from mechlens.text.display import number, turns, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd

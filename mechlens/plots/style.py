@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -74,60 +72,10 @@ TEMPLATE = go.layout.Template(
     }
 )
 
-MINUS = "\N{MINUS SIGN}"
-_ROLES = ("system", "developer", "user", "assistant", "model", "tool")
-_INSTRUCTIONS = {"[INST]": "user", "[/INST]": "assistant"}
-_SPECIAL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
-_VISIBLE = {" ": "·", "\n": "⏎", "\r": "␍", "\t": "⇥"}
-
-
-def visible_token(token: str, *, longest: int | None = None) -> str:
-    """Show a token so that nothing in it is invisible.
-
-    Args:
-        longest: characters after which an ellipsis stands for the rest; None shows all.
-
-    A space becomes `·`, a newline `⏎`, a carriage return `␍`, a tab `⇥`, an empty token `∅`; whatever
-    else does not print (control characters, zero-width and bidirectional marks, lone surrogates)
-    becomes its Python escape. Markup is left as it is: escape it where it is put into a page.
-    """
-    shown = (_VISIBLE.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in token)
-    text = "".join(shown) or "∅"
-    return text if longest is None or len(text) <= longest else text[:longest] + "…"
-
-
-def turns(tokens: Sequence[str]) -> dict[int, str]:
-    """The positions at which a turn of a conversation begins, and whose it is.
-
-    A turn begins with a token that is written as special tokens are and names a role (`<|user|>`), or with
-    one that is followed by the name of a role and a new line or another special token (`<|im_start|>user`).
-    """
-    found: dict[int, str] = {}
-    for at, token in enumerate(tokens):
-        if not _SPECIAL.fullmatch(token):
-            continue
-        inner = token.strip("<|>")
-        if token in _INSTRUCTIONS or inner in _ROLES:
-            found[at] = _INSTRUCTIONS.get(token, inner)
-            continue
-        name = ""
-        for following in tokens[at + 1 : at + 5]:
-            if following.startswith("\n") or _SPECIAL.fullmatch(following):
-                if name.strip() in _ROLES:
-                    found[at] = name.strip()
-                break
-            name += following
-    return found
-
 
 def figure_text(text: str) -> str:
     """Make a text safe for plotly, which reads tags, entities and formulas in every text it draws."""
     return html.escape(text, quote=False).replace("$", "&#36;")
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for reading: `digits` decimals and a real minus sign; `not measured` for nan."""
-    return "not measured" if value != value else f"{value:.{digits}f}".replace("-", MINUS)
 
 
 def sequential(share: float) -> tuple[int, int, int]:

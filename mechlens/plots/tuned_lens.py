@@ -5,8 +5,9 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from mechlens.arguments import check_type
-from mechlens.plots.style import BLUE, TEMPLATE, VERMILION, WIDTH, figure_text, number, titles
+from mechlens.plots.style import BLUE, TEMPLATE, VERMILION, WIDTH, figure_text, titles
 from mechlens.results import TunedLens
+from mechlens.text.display import number
 
 _TICKS = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
 

@@ -1,23 +1,30 @@
-"""Results about what each component of a model adds to the logit of a token."""
+"""The result of direct logit attribution."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.errors import ArgumentError
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
+from mechlens.text.display import number, turns, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+_LONGEST, _SHOWN = 24, 6
+"""Characters of a token, and tokens of the text, that a title shows."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution(Result):
-    """What each component adds to the logit of a target or to a difference of logits, norm scales held."""
+    """What each component adds to a token's logit, or to a difference of two; the norm's scale is held fixed."""
 
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
@@ -26,18 +33,23 @@ class LogitAttribution(Result):
     components: tuple[str, ...]
     """`embed`, `pos_embed` where the model adds positions to its stream, then of each layer its heads
     (`L0H0`, ...), the bias of its attention (`L0 bias`) and its MLP (`L0 MLP`, where it has one), last
-    `final bias`: the last norm's bias seen through `W_U`, and `b_U`."""
+    `final bias`: the bias of the last norm through `W_U`, and `b_U`."""
     contributions: Float[Tensor, "component batch read"]
     """In logits; their sum over components is `logit`, up to rounding."""
     logit: Float[Tensor, "batch read"]
-    """The model's own logit of the target before a soft-cap, less that of `against_ids` where there are."""
+    """The model's own logit of the target before any soft-cap, minus that of `against_ids` where given."""
     target_ids: Int[Tensor, "batch read"]
-    """The tokens whose logits are explained; position i speaks of the token after it."""
+    """The tokens whose logits are explained; position i predicts the token after it."""
     against_ids: Int[Tensor, "batch read"] | None
     """The tokens whose logits are subtracted; None where a logit alone is explained."""
     strings: dict[str, str]
     """The text of every token above, by its id as text."""
     prepend_bos: bool
+
+    columns: ClassVar = (
+        Column("component"),
+        Column("contribution", "added to the logit", signed=True, help="All of them sum to the logit."),
+    )
 
     def of(self, component: str) -> Float[Tensor, "batch read"]:
         """What one component adds.
@@ -51,6 +63,58 @@ class LogitAttribution(Result):
                 f"{self.components[-1]}"
             )
         return self.contributions[self.components.index(component)]
+
+    def parts(self, *, row: int = 0, position: int = -1) -> dict[str, float]:
+        """What every component adds for one sequence and position, in logits.
+
+        Args:
+            row: which sequence of the batch; negative counts from the end.
+            position: which of the positions that were read; negative counts from the end.
+
+        Raises:
+            ArgumentError: there is no such sequence or position.
+        """
+        for name, index, n in (("row", row, len(self.tokens)), ("position", position, len(self.positions))):
+            if not -n <= index < n:
+                raise ArgumentError(name, f"between {-n} and {n - 1}", index)
+        added = self.contributions[:, row, position].double().tolist()
+        return dict(zip(self.components, added, strict=True))
+
+    def largest(self, top: int = 12, *, row: int = 0, position: int = -1) -> dict[str, float]:
+        """The `top` components of layers that add or subtract most, with the embeddings and the final bias
+        however small they are; last the sum of the others, so that all together are the logit."""
+        values = self.parts(row=row, position=position)
+        of_layers = [name for name in values if component_place(name)[0] is not None]
+        ranked = sorted(of_layers, key=lambda name: -abs(values[name]))
+        shown = ranked[:top] + [name for name in values if name not in of_layers]
+        rest = ranked[top:]
+        found = {name: values[name] for name in sorted(shown, key=lambda name: -abs(values[name]))}
+        return found | ({f"{len(rest)} others": sum(values[name] for name in rest)} if rest else {})
+
+    def summary(self, top: int = 12) -> pd.DataFrame:
+        """The largest components at the last position; the sum of the others; the logit."""
+        import pandas as pd
+
+        rows = [*self.largest(top).items(), ("sum", float(self.logit[0, -1]))]
+        return pd.DataFrame(rows, columns=[each.name for each in self.columns])
+
+    def describe(self, *, row: int = 0, position: int = -1) -> tuple[str, str]:
+        """What is explained, in two lines: the logit, and the text before it."""
+
+        def shown(token: int) -> str:
+            return f"“{visible_token(self.strings[str(token)], longest=_LONGEST)}”"
+
+        at = self.positions[position]
+        of = f"logit of {shown(int(self.target_ids[row, position]))}"
+        if self.against_ids is not None:
+            of += f" minus that of {shown(int(self.against_ids[row, position]))}"
+        texts = [self.strings[str(token)] for token in self.tokens[row, : at + 1].tolist()]
+        read = "".join(visible_token(text, longest=_LONGEST) for text in texts[-_SHOWN:])
+        turn = "".join(f", turn of the {role}" for role in list(turns(texts).values())[-1:])
+        return (
+            f"Direct attribution of the {of}: {number(float(self.logit[row, position]), 2)}",
+            f"{self.model.name}, after {'…' if at >= _SHOWN else ''}{read} (position {at}{turn})",
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per component, sequence and position: component, layer and head (absent where it has none),

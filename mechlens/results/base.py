@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechlens.files import replacing
+from mechlens.results.columns import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +68,8 @@ class Result:
     model: ModelInfo
 
     types: ClassVar[dict[str, type[Result]]] = {}
+    columns: ClassVar[tuple[Column, ...]] = ()
+    """The columns of `to_dataframe()` that have more to say than their name."""
 
     def __init_subclass__(cls) -> None:
         Result.types[cls.__name__] = cls
@@ -77,6 +81,46 @@ class Result:
         the text of what the model read there and `id` its number; no column's name has a blank.
         """
         raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What this is, in a few words."""
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).removesuffix(" Result")
+        return f"{words.capitalize()} of {self.model.name}"
+
+    def column(self, name: str) -> Column:
+        """One column of `to_dataframe()`, with its words."""
+        return next((each for each in self.columns if each.name == name), Column(name))
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The `top` rows of the table that are worth reading first."""
+        return self.to_dataframe().head(top)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that is plain (names, numbers, arguments), and the table's rows: for other programs."""
+        plain = {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if field.name not in ("model", "strings")
+            and not isinstance(value := getattr(self, field.name), Tensor)
+            and not (isinstance(value, Mapping) and value and _is_tensor_dict(value))
+        }
+        rows = self.to_dataframe().to_dict("records")
+        return {"model": dataclasses.asdict(self.model), **plain, "rows": rows}
+
+    def _repr_html_(self) -> str:
+        """The title and the first rows of the table, for Jupyter."""
+        table, shown = self.to_dataframe(), self.summary()
+        head = "".join(f"<th>{escape(self.column(str(name)).heading)}</th>" for name in shown.columns)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{escape(self.column(str(n)).text(v))}</td>' for n, v in row.items())}</tr>"
+            for row in shown.to_dict("records")
+        )
+        more = f"{len(shown)} of {len(table):,} rows; <code>to_dataframe()</code> has all"
+        return (
+            f"<p><b>{escape(self.title)}</b></p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+            f"</table>{f'<p><small>{more}</small></p>' if len(shown) < len(table) else ''}"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result as one `.safetensors` file, whole or not at all.

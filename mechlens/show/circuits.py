@@ -15,9 +15,9 @@ from mechlens.plots.circuits import (
     rotation_words,
     strongest_pairs,
 )
-from mechlens.plots.style import number, visible_token
 from mechlens.results import Circuit, CompositionScores
-from mechlens.show.page import Plot, Section, Table
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import number, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ def circuit_section(
 
     Cost: eigenvalues of a matrix of the inner dimension.
     """
-    parts: list[Plot | Table] = []
+    parts: list[Figure | Table] = []
     said = [f"{circuit.shape[0]:,} x {circuit.shape[1]:,}, {' by '.join(circuit.axes)}."]
     if circuit.embedding not in ("W_E", "none"):
         said.append(f"Tokens come in by the {circuit.embedding} embedding.")
@@ -83,7 +83,7 @@ def circuit_section(
     if corner is not None:
         one, other = circuit.axes
         parts.append(
-            Plot(
+            Figure(
                 plot_circuit_corner(corner, circuit),
                 f"A part of the circuit, {one} down and {other} across. Where a token meets itself in blue, "
                 "it looks for itself or copies itself.",
@@ -98,7 +98,7 @@ def circuit_section(
         score_name = eigenvalue_score_name(circuit)
         said.append(f"{score_name.capitalize()} {score}.")
         parts.append(
-            Plot(
+            Figure(
                 plot_eigenvalues(circuit),
                 "The eigenvalues in the complex plane; the radius is the logarithm of their magnitude. "
                 f"Those to the right {'match' if score_name == 'matching score' else 'copy'}.",
@@ -164,15 +164,15 @@ def composition_section(
     )
     if rotation_words(result):
         said += f" In the scores: {rotation_words(result)}."
-    parts: list[Plot | Table] = [
-        Plot(
+    parts: list[Figure | Table] = [
+        Figure(
             plot_composition_scores(result),
             "Score of each pair less the baseline's: blue is more than random weights give, grey is no pair "
             "of an earlier and a later layer. Point at a cell for its heads.",
             f"{kind} of all pairs of heads. Highest: {named or 'none above the baseline'}.",
             keeps_width=True,
         ),
-        Plot(
+        Figure(
             plot_head_graph(result, top=top),
             f"The {len(best)} pairs with the highest scores, layer 0 at the bottom: wider and darker edges "
             "are further above the baseline.",

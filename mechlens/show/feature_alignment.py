@@ -14,10 +14,10 @@ from mechlens.plots.feature_alignment import (
     share_lines,
 )
 from mechlens.plots.features import feature_noun, place_words
-from mechlens.plots.style import number
 from mechlens.results import FeatureAlignment, Share
 from mechlens.show.features import feature_terms
-from mechlens.show.page import Plot, Section, Table
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import number
 
 _TERMS = {
     "Aligned features": (
@@ -68,13 +68,13 @@ def feature_alignment_section(
     )
     any_within = any(result.within for result in results)
     overlaps = [result for result in results if result.top_k > 1]
-    parts: list[Plot | Table] = [
+    parts: list[Figure | Table] = [
         Table(
             ("compared", *(head for words in shown.values() for head in (words, "chance", "verdict"))),
             rows,
             "Share of features (95% interval), mean over pairs of layers",
         ),
-        Plot(
+        Figure(
             plot_feature_alignment(*results, names=called),
             "Share of features with the same best token in two layers, from 0 (light) to 1 (dark); layer 0 "
             "is at the bottom left"
@@ -87,7 +87,7 @@ def feature_alignment_section(
     if overlaps:
         kept = [name for result, name in zip(results, called, strict=True) if result.top_k > 1]
         parts.append(
-            Plot(
+            Figure(
                 plot_feature_alignment(*overlaps, names=kept, what="overlap"),
                 f"The same of the {tops} best tokens, in any order.",
                 f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",

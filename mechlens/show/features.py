@@ -20,14 +20,14 @@ from mechlens.plots.features import (
     shown_tokens,
     visible_cut,
 )
-from mechlens.plots.style import number
 from mechlens.results import (
     CompleteSearch,
     FeatureExamples,
     GradientSearch,
     GreedySearch,
 )
-from mechlens.show.page import Interactive, Plot, Section, Table
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import number
 
 Search = TypeVar("Search", GreedySearch, GradientSearch)
 NAMED = 8
@@ -123,7 +123,7 @@ def complete_search_section(
         title,
         _joined(text, said),
         [
-            Plot(
+            Figure(
                 plot_feature_tokens(result, layers=layers, features=features),
                 f"The token that excites each {noun} most"
                 + (
@@ -298,7 +298,7 @@ def gradient_search_section(
                 rows,
                 "The best tokens of each search" if len(rows) > 1 else "The best tokens",
             ),
-            Plot(
+            Figure(
                 plot_gradient_search(first),
                 "Each line is a restart, the strong one that of the best tokens; marks to the right are what "
                 "the tokens reach that were found, run as tokens."
@@ -330,11 +330,11 @@ def feature_examples_section(
     if not len(places):
         raise ValueError("there is nothing to show: give at least one (layer, feature)")
     noun = feature_noun(result.site)
-    parts: list[Interactive | Table] = []
+    parts: list[Figure | Table] = []
     rows: list[tuple[str | float, ...]] = []
     for layer, feature in places:
         parts.append(
-            Interactive(
+            Figure(
                 plot_feature_examples(result, layer, feature),
                 f"{noun.capitalize()} {feature} of {place_words(result.site, layer)}: windows with the "
                 "largest activation first, each token shaded by its own (blue above 0, red below, on one "

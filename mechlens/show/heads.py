@@ -11,9 +11,9 @@ from mechlens.plots.heads import (
     plot_scores_against_nulls,
     score_range,
 )
-from mechlens.plots.style import number
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
-from mechlens.show.page import Interactive, Plot, Section, Table
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import number
 
 KIND_TERMS = {
     "induction_score": (
@@ -68,7 +68,7 @@ def repeated_token_section(result: RepeatedTokenPerformance) -> Section:
         "first copy cannot be guessed; the second can, by a model that looks up what came next last time. "
         f"{n_seeds * batch} sequences, from {n_seeds} {'seeds' if n_seeds != 1 else 'seed'}.",
         (
-            Plot(
+            Figure(
                 plot_log_probs(result),
                 "How likely the model found the right token at each position: higher is better, 0 nats is "
                 f"certainty. The line is the mean, the band holds {COVERAGE:.0%} of the sequences.",
@@ -91,7 +91,7 @@ def head_scores_section(result: HeadScores, *, top: int = 10) -> Section:
     Args:
         top: how many heads of each kind are drawn beside their nulls and listed.
     """
-    parts: list[Plot | Table] = []
+    parts: list[Figure | Table] = []
     rows = []
     for kind in result.kinds:
         title = kind_title(kind)
@@ -105,14 +105,14 @@ def head_scores_section(result: HeadScores, *, top: int = 10) -> Section:
         named = ", ".join(f"{head_label(*head)} {number(score, 2)}" for head, score in ranked[:5])
         named = named or "no head has a score"
         parts += [
-            Plot(
+            Figure(
                 plot_head_scores(result, kind),
                 f"{title} of every head, from {number(low, 0)} to {number(high, 0)}; layer 0 is at the "
                 "bottom, a head without a score is grey. Point at a cell for the head's name and numbers.",
                 f"Heatmap of the {title.lower()} by layer and head. Highest: {named}.",
                 wide=False,
             ),
-            Plot(
+            Figure(
                 plot_scores_against_nulls(result, kind, top=top),
                 f"The heads with the highest {title.lower()}: dots are scores with their "
                 f"{result.confidence:.0%} intervals"
@@ -162,7 +162,7 @@ def attention_section(
         f"Attention of {names}, from 0 (white) to 1 (dark); each row is a token that attends, each column a "
         "token attended to, with its position. Choose a head above, point at a cell for its numbers."
     )
-    return Section(title, text, (Interactive(plot_attention(patterns), caption),))
+    return Section(title, text, (Figure(plot_attention(patterns), caption),))
 
 
 def _range(low: float, high: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mechlens.results import InductionCircuits
+from mechlens.results.columns import Column
 from mechlens.results.induction_circuits import VERDICT_RULE
-from mechlens.show.page import Section, Table
+from mechlens.show.section import Section, Table
 
 _PAIR = {"previous": "previous token", "induction": "induction head"}
 BEHAVIOUR_AND_WEIGHTS = {
@@ -68,10 +69,9 @@ def induction_circuits_section(
     pairs = result.to_dataframe().to_dict("records")
     parts = [
         Table(
-            tuple(columns.values()),
+            [Column(name, title, digits=1 if name == "k_z" else 3) for name, title in columns.items()],
             [[_defined(row[name]) for name in columns] for row in pairs],
             caption,
-            decimals={BEHAVIOUR_AND_WEIGHTS["k_z"]: 1},
         )
         for columns, caption in (
             (BEHAVIOUR_AND_WEIGHTS, "The induction score of each pair, and what its weights say"),

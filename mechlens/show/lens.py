@@ -17,9 +17,9 @@ from mechlens.plots.logit_lens import (
     shown_positions,
     stacked,
 )
-from mechlens.plots.style import visible_token
 from mechlens.results import LogitLensResult
-from mechlens.show.page import Plot, Section
+from mechlens.show.section import Figure, Section
+from mechlens.text.display import visible_token
 
 MAX_POSITIONS = 64
 """As many as are drawn unasked."""
@@ -96,7 +96,7 @@ def lens_section(
         last = positions[-6:]
         read = ", ".join(_read(result, row, last))
         parts.append(
-            Plot(
+            Figure(
                 plot_lens_lines(result, lines, row=row, positions=last, target=_for(target, lines)),
                 f"The last {len(last)} positions, {named} by {named}.",
                 f"Lines of {' and '.join(lines)} by {named} after {read}.",
@@ -151,7 +151,7 @@ def _heatmaps(
     target: str | None,
     high: float | None,
     named: str,
-) -> list[Plot]:
+) -> list[Figure]:
     if high is not None and len(stats) != 1:
         raise ValueError(f"high is of one statistic, but there are {', '.join(stats)}")
     count = max(1, math.ceil(len(positions) / STRETCH))
@@ -168,7 +168,7 @@ def _heatmaps(
         for at, stretch in enumerate(stretches, start=1):
             where = f", part {at} of {len(stretches)}" if len(stretches) > 1 else ""
             parts.append(
-                Plot(
+                Figure(
                     draw(stat, positions=stretch, target=of, high=whole),
                     f"Each {named}'s top guess after each token{where}; the darker, the higher the "
                     f"{shown.title}. Point at a cell for the most likely tokens.",

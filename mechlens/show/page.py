@@ -2,75 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-import plotly.graph_objects as go
 import plotly.io
 from plotly.offline import get_plotlyjs
 
 from mechlens.files import replacing
 from mechlens.plots.circuitsvis import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
-from mechlens.plots.style import MINUS, number
+from mechlens.plots.style import is_dark, sequential
 from mechlens.results import NOT_JUDGED, Comparison, ModelInfo
 from mechlens.show.page_style import CSS, SHOW_PLOTS, SHOW_VIEWS
+from mechlens.show.section import Cell, Figure, Section, Table
+from mechlens.text.display import MINUS
 
 MOST_NAMED = 4
 """Figures that are named in a sentence; more are found more easily in the table."""
 _COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """A plotly figure in a report."""
-
-    figure: go.Figure
-    caption: str
-    """How to read the figure, and its unit."""
-    description: str
-    """What it shows, for readers who cannot see it."""
-    wide: bool = True
-    """Whether it takes the page's whole width; two narrow ones share a row."""
-    keeps_width: bool = False
-    """Whether it keeps its own width, and is scrolled sideways where the page is narrower."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table in a report. Numbers stand right; those that are not whole get 3 decimals."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str | float | int | None]]
-    caption: str
-    folded: bool = False
-    """Whether the reader opens it first."""
-    decimals: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """By column, where they are not 3."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Interactive:
-    """A circuitsvis view in a report, such as `plot_attention` gives."""
-
-    view: View
-    caption: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A part of a report, under its own heading."""
-
-    title: str
-    text: str = ""
-    """Plain text; an empty line starts a paragraph."""
-    parts: Sequence[Plot | Table | Interactive] = ()
-    terms: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What the section's words mean; the report collects them all in one list of definitions."""
 
 
 def write_report(
@@ -129,10 +82,14 @@ def render_report(
     chapters = []
     if comparisons is not None:
         chapters.append(("published-and-measured", "Published and measured", _comparisons(comparisons)))
-    used: list[Plot | Interactive] = []
+    used: list[tuple[Figure, Any]] = []
     for at, section in enumerate(sections, start=1):
-        parts = "\n".join(_part(part, used) for part in section.parts)
-        body = _paragraphs(section.text) + (f'\n<div class="parts">\n{parts}\n</div>' if parts else "")
+        parts = "\n".join(
+            _part(part, used)
+            for part in section.parts
+            if not (isinstance(part, Table) and part.where == "terminal")
+        )
+        body = paragraphs(section.text) + (f'\n<div class="parts">\n{parts}\n</div>' if parts else "")
         chapters.append((f"section-{at}", section.title, body))
     if terms:
         items = "".join(
@@ -263,47 +220,41 @@ def _value(value: float | str) -> str:
     return (str(value) if isinstance(value, int) else f"{value:.4f}").replace("-", MINUS)
 
 
-def _part(part: Plot | Table | Interactive, used: list[Plot | Interactive]) -> str:
+def _part(part: Table | Figure, used: list[tuple[Figure, Any]]) -> str:
     if isinstance(part, Table):
-        return _table(part)
-    used.append(part)
+        return table_html(part)
+    drawn = part.figure
+    used.append((part, drawn))
     place = f"figure-{len(used)}"
     caption = f"<figcaption>{escape(part.caption)}</figcaption>"
-    if isinstance(part, Interactive):
-        label = escape(part.caption)
+    label = escape(part.description or part.caption)
+    if isinstance(drawn, View):
         return (
             f'<figure class="wide"><div id="{place}" class="view" role="group" aria-label="{label}">'
             f"</div>{caption}</figure>"
         )
-    layout = part.figure.layout
+    layout = drawn.layout
     style = f"height:{layout.height or 450}px"
     if part.keeps_width and layout.width:
         style += f";width:{layout.width}px"
     elif part.wide and layout.width:
         style += f";max-width:{layout.width}px"
-    label = escape(part.description)
     plot = f'<div id="{place}" class="plot" role="img" aria-label="{label}" style="{style}"></div>'
     if part.keeps_width:
-        # who has no mouse scrolls it by keyboard
+        # without a mouse it is scrolled by keyboard
         plot = f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{plot}</div>'
     return f"<figure{' class=wide' if part.wide else ''}>{plot}{caption}</figure>"
 
 
-def _table(table: Table) -> str:
-    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
-    css = [
-        ' class="number"' if any(isinstance(cell, (int, float)) for cell in column) else ""
-        for column in columns
-    ]
+def table_html(table: Table) -> str:
+    """A table as HTML; texts in it are escaped."""
+    css = [' class="number"' if table.is_number(at) else "" for at in range(len(table.columns))]
     head = "".join(
-        f'<th scope="col"{c}>{escape(name)}</th>' for name, c in zip(table.columns, css, strict=True)
+        f'<th scope="col"{c}>{escape(name)}</th>' for name, c in zip(table.headings, css, strict=True)
     )
-    decimals = [table.decimals.get(name, 3) for name in table.columns]
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td{c}>{_cell(cell, n)}</td>" for cell, c, n in zip(row, css, decimals, strict=True))
-        + "</tr>"
-        for row in table.rows
+        f"<tr>{''.join(_cell(cell, c) for cell, c in zip(row, css, strict=True))}</tr>"
+        for row in table.cells()
     )
     caption = escape(table.caption)
     body = (
@@ -311,22 +262,23 @@ def _table(table: Table) -> str:
         f"{'' if table.folded else f'<caption>{caption}</caption>'}"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-    return (
-        f'<details class="wide"><summary>{caption}</summary>{body}</details>'
-        if table.folded
-        else (f'<div class="wide">{body}</div>')
-    )
+    if table.folded:
+        return f'<details class="wide"><summary>{caption}</summary>{body}</details>'
+    return f'<div class="wide">{body}</div>'
 
 
-def _cell(cell: str | float | int | None, decimals: int) -> str:
-    if cell is None:
-        return "—"
-    return escape(number(cell, decimals)) if isinstance(cell, float) else escape(str(cell))
+def _cell(cell: Cell, css: str) -> str:
+    if cell.shade != cell.shade:
+        return f"<td{css}>{escape(cell.text)}</td>"
+    ground = sequential(cell.shade)
+    ink = "#fff" if is_dark(ground) else "#000"
+    return f'<td style="background:rgb{ground};color:{ink}">{escape(cell.text)}</td>'
 
 
-def _paragraphs(text: str) -> str:
-    paragraphs = filter(None, map(str.strip, re.split(r"\n\s*\n", text)))
-    return "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs)
+def paragraphs(text: str) -> str:
+    """Plain text as HTML; an empty line starts a paragraph."""
+    found = filter(None, map(str.strip, re.split(r"\n\s*\n", text)))
+    return "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in found)
 
 
 def _breakable(text: str) -> str:
@@ -334,21 +286,21 @@ def _breakable(text: str) -> str:
     return escape(text).replace("_", "_<wbr>")
 
 
-def _scripts(used: Sequence[Plot | Interactive]) -> str:
+def _scripts(used: Sequence[tuple[Figure, Any]]) -> str:
     data = []
-    for at, part in enumerate(used, start=1):
-        if isinstance(part, Interactive):
-            value = {"component": part.view.component, "props": part.view.props}
+    for at, (_, drawn) in enumerate(used, start=1):
+        if isinstance(drawn, View):
+            value = {"component": drawn.component, "props": drawn.props}
         else:
             # The engine is named because another one, where installed, gives other bytes.
-            value = json.loads(plotly.io.to_json(part.figure, validate=False, engine="json"))
+            value = json.loads(plotly.io.to_json(drawn, validate=False, engine="json"))
             value["layout"].pop("width", None)
             # A finger that scrolls the page must not zoom the figures that it crosses.
             value["layout"]["dragmode"] = False
         data.append(f'<script type="application/json" id="figure-{at}-data">{script_json(value)}</script>')
     code = []
-    if any(isinstance(part, Plot) for part in used):
+    if any(not isinstance(drawn, View) for _, drawn in used):
         code += [get_plotlyjs(), SHOW_PLOTS]
-    if any(isinstance(part, Interactive) for part in used):
+    if any(isinstance(drawn, View) for _, drawn in used):
         code += [circuitsvis_bundle(), f"{SHOW_VIEW}\n{SHOW_VIEWS}"]
     return "\n".join(data + [f"<script>\n{each}\n</script>" for each in code])

@@ -10,9 +10,9 @@ from mechlens.plots.patching import (
     plot_patch_grid,
     put_there,
 )
-from mechlens.plots.style import number
 from mechlens.results import PatchGridResult
-from mechlens.show.page import Plot, Section, Table
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import number
 
 _TERMS = {
     "Patch": (
@@ -51,8 +51,8 @@ def patching_section(
     named = ", ".join(f"{row['cell']} {number(row['effect'])}" for row in best[:5])
     unit = metric_unit(result.metric)
     what = f"change of the {metric_words(result)}{f' in {unit}' if unit else ''}"
-    parts: list[Plot | Table] = [
-        Plot(
+    parts: list[Figure | Table] = [
+        Figure(
             plot_patch_grid(result, head=head),
             f"The {what} by each patch of {result.site} ({put_there(result)}); blue raises it, orange lowers "
             "it. Point at a cell for its numbers."
@@ -65,7 +65,7 @@ def patching_section(
     several, recovers = len(result.tokens) > 1, not bool(result.recovered.isnan().all())
     if recovers:
         parts.append(
-            Plot(
+            Figure(
                 plot_patch_grid(result, value="recovered", head=head),
                 "The same as a share of the difference between the two runs: 1 is all the way.",
                 f"Share of the way to the other run by {' and '.join(result.axes)}.",
@@ -75,7 +75,7 @@ def patching_section(
         )
     if result.axes == ("layer", "head"):
         parts.append(
-            Plot(
+            Figure(
                 plot_head_effects(result, top=top),
                 f"The heads whose patch changes the {result.metric} most"
                 + (", with standard errors over prompts." if len(result.tokens) > 1 else "."),

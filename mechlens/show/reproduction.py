@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechlens.plots.facts import plot_facts
-from mechlens.plots.style import number
 from mechlens.results import head_label
 from mechlens.show.circuits import composition_section
 from mechlens.show.feature_alignment import feature_alignment_section
@@ -13,8 +12,9 @@ from mechlens.show.features import complete_search_section
 from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
 from mechlens.show.induction_circuits import induction_circuits_section
 from mechlens.show.lens import lens_section
-from mechlens.show.page import Plot, Section, Table, write_report
+from mechlens.show.page import write_report
 from mechlens.show.patching import patching_section
+from mechlens.show.section import Figure, Section, Table
 from mechlens.studies.facts import FactsStudy
 from mechlens.studies.findings import FeaturesStudy, Findings
 from mechlens.studies.heads import TIMES_NULL, Reproduction, detect_clear_heads
@@ -22,6 +22,7 @@ from mechlens.studies.indirect_object import IndirectObjectStudy
 from mechlens.studies.induction_circuits import CircuitStudy
 from mechlens.studies.logit_lens import LensStudy
 from mechlens.studies.study import Study
+from mechlens.text.display import number
 
 CLEAR_SCORE = 0.4
 """A head that scores this much is named among the findings."""
@@ -103,7 +104,7 @@ def _facts(study: FactsStudy) -> Section:
         "The logit lens reads the answer to each prompt off the residual stream after every layer. The null "
         "is the answer to another fact of the same kind, which is wrong here.",
         (
-            Plot(
+            Figure(
                 plot_facts(facts),
                 "Share of facts whose answer is the most likely token, or among the ten most likely, and its "
                 "mean probability, after each layer; dotted, the same of wrong answers.",

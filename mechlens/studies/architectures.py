@@ -23,9 +23,9 @@ from torch import Tensor
 
 from mechlens.analyses.attribution import direct_logit_attribution
 from mechlens.analyses.circuits import QK
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import local, transformer_lens_format
 from mechlens.models.load.engines import choose_backends
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.hub import BUNDLED, PACKAGED
 from mechlens.models.load.loading import converted, load_model, locate, parse_device
 from mechlens.models.load.tiny_architectures import (

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from mechlens.show.terminal import (
+    best_heads,
+    number,
+    plain,
+    print_estimates,
+    print_heads,
+    print_json,
+    print_rows,
+    tolerance,
+)
 from mechlens.terminal.architectures import (
     architectures_json,
     architectures_markdown,
     print_architectures,
 )
 from mechlens.terminal.attention import attention_json, print_attention
-from mechlens.terminal.attribution import attribution_json, print_attribution
 from mechlens.terminal.circuits import (
     circuit_json,
     composition_json,
@@ -30,23 +39,12 @@ from mechlens.terminal.features import (
 from mechlens.terminal.induction_circuits import induction_circuits_json, print_induction_circuits
 from mechlens.terminal.lens import lens_json, print_lens
 from mechlens.terminal.patching import effects_json, print_effects
-from mechlens.terminal.tables import (
-    best_heads,
-    number,
-    plain,
-    print_estimates,
-    print_heads,
-    print_json,
-    print_table,
-    tolerance,
-)
 from mechlens.terminal.tuned_lens import print_tuned_lens, tuned_lens_json
 
 __all__ = [
     "architectures_json",
     "architectures_markdown",
     "attention_json",
-    "attribution_json",
     "best_heads",
     "circuit_json",
     "complete_search_json",
@@ -62,7 +60,6 @@ __all__ = [
     "plain",
     "print_architectures",
     "print_attention",
-    "print_attribution",
     "print_circuit",
     "print_complete_search",
     "print_composition",
@@ -76,7 +73,7 @@ __all__ = [
     "print_induction_circuits",
     "print_json",
     "print_lens",
-    "print_table",
+    "print_rows",
     "print_tuned_lens",
     "tolerance",
     "tuned_lens_json",

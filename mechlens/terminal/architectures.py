@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     from mechlens.studies.architectures import Verified
@@ -31,7 +31,7 @@ def architecture_row(found: Verified) -> tuple[str, ...]:
 
 
 def print_architectures(found: Sequence[Verified]) -> None:
-    print_table(f"Models on {_versions()}", COLUMNS, map(architecture_row, found))
+    print_rows(f"Models on {_versions()}", COLUMNS, map(architecture_row, found))
     for each in found:
         for reason in each.reasons:
             print(f"{each.name}: {reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     from mechlens.results import AttentionPatterns
@@ -16,8 +16,8 @@ MAX_POSITIONS = 64
 
 def print_attention(found: AttentionPatterns) -> None:
     """Print for each token and head the token that is attended to most, with its position and attention."""
-    from mechlens.plots.style import turns, visible_token
     from mechlens.results import head_label
+    from mechlens.text.display import turns, visible_token
 
     tokens = [visible_token(token, longest=16) for token in found.token_strings]
     for start, role in turns(found.token_strings).items():
@@ -32,7 +32,7 @@ def print_attention(found: AttentionPatterns) -> None:
         ]
         rows.append((str(dest), tokens[dest], *cells))
     left_out = f", the last {MAX_POSITIONS} of {n_pos} tokens" if n_pos > MAX_POSITIONS else ""
-    print_table(
+    print_rows(
         f"Attention of {found.model.name}: what each token attends to most{left_out}",
         ("pos", "token", *(head_label(*head) for head in found.heads)),
         rows,

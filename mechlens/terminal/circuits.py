@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ def print_circuit(
         corner: of `circuit_corner`.
     """
     from mechlens.plots.circuits import eigenvalue_score_name, rotation_words
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     rotation = rotation_words(circuit)
     embedding = "" if circuit.embedding == "W_E" else f", {circuit.embedding} embedding"
@@ -45,7 +45,7 @@ def print_circuit(
         (searched[axis], *("undefined" if circuit.is_zero else f"{shares[k]:.4f}" for k in ks))
         for axis, shares in accuracy.items()
     ]
-    print_table(
+    print_rows(
         f"{circuit.name[0].upper()}{circuit.name[1:]} of {circuit.model.name}, {n_rows:,} x {n_columns:,} "
         f"tokens{embedding}{f'; {rotation}' if rotation else ''}",
         ("the token itself is among the largest", *(f"top {k}" for k in ks)),
@@ -53,7 +53,7 @@ def print_circuit(
     )
     score = f"{copying_score:.3f}" if copying_score == copying_score else "undefined"
     print(f"{eigenvalue_score_name(circuit).capitalize()} of its eigenvalues (-1 to 1): {score}")
-    print_table(
+    print_rows(
         f"The {len(pairs)} largest entries",
         (one, other, "entry"),
         [
@@ -61,7 +61,7 @@ def print_circuit(
             for row in pairs.to_dict("records")
         ],
     )
-    print_table(
+    print_rows(
         f"A part of it: {one} down, {other} across",
         ("", *(visible_token(str(label), longest=_LONGEST) for label in corner.columns)),
         [
@@ -112,7 +112,7 @@ def print_composition(found: CompositionScores, top: int) -> None:
     from mechlens.plots.circuits import rotation_words
 
     rotation = rotation_words(found)
-    print_table(
+    print_rows(
         f"{found.kind.upper()}-composition of {found.model.name}; random weights give "
         f"{found.baseline_mean:.4f} with a standard deviation of {found.baseline_std:.4f}"
         f"{f'; {rotation}' if rotation else ''}",

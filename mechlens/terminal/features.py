@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table, tolerance
+from mechlens.show.terminal import print_rows, tolerance
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -40,7 +40,7 @@ def print_complete_search(found: CompleteSearch) -> None:
     from rich.console import Console
 
     from mechlens.plots.features import NO_TOKEN, feature_noun, place_words, prefix_words
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     noun, shown = feature_noun(found.site), found.features[:MAX_FEATURES]
     ids, values = found.ids[:, : len(shown)].tolist(), found.activations[:, : len(shown)].tolist()
@@ -82,7 +82,7 @@ def print_complete_search(found: CompleteSearch) -> None:
             for rank in range(found.ids.shape[-1])
         ]
         heads = ("layer", *(["rank"] if several else []), *(f"{noun} {shown[j]}" for j in columns))
-        print_table(title if at == 0 else "", heads, rows)
+        print_rows(title if at == 0 else "", heads, rows)
     some = found.excites[:, : len(shown)]
     if not some.all():
         print(
@@ -119,7 +119,7 @@ def print_greedy_search(results: Sequence[GreedySearch]) -> None:
                 cells += [str(rank + 1)] if several else []
                 cells += [_tokens(found, tokens), " ".join(map(_number, numbers[i][rank]))]
                 rows.append([*cells, _number(scores[i][rank])] if summed else cells)
-    print_table(
+    print_rows(
         f"Greedy search of {first.ids.shape[-1]} {_plural(first.ids.shape[-1], 'token')} that excite "
         f"{feature_noun(first.site)}s of {place_words(first.site)} in {first.model.name}, "
         f"{prefix_words(first)}",
@@ -155,7 +155,7 @@ def print_gradient_search(found: GradientSearch, complete: CompleteSearch | None
         complete: the search that told the optimum, whose token is named.
     """
     from mechlens.plots.features import drawn_values, prefix_words
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     name, _, true = drawn_values(found)
     rows, selected = [], len(found.selected)
@@ -169,7 +169,7 @@ def print_gradient_search(found: GradientSearch, complete: CompleteSearch | None
             cells += (", ".join(map(_number, each)) if selected <= _NAMED else _number(min(each)),)
         rows.append((*cells, f"{equal} of {len(ids)} {_plural(len(ids), 'restart')}"))
     n_steps = found.objectives.shape[1] - 1
-    print_table(
+    print_rows(
         f"Gradient search in {found.model.name}, {_sought(found)}, {prefix_words(found)}; {n_steps} "
         f"{_plural(n_steps, 'step')} of {found.optimiser}{_prior(found)}",
         (
@@ -251,14 +251,14 @@ def print_feature_alignment(results: Mapping[str, FeatureAlignment]) -> None:
     if first.top_k > 1:
         titles["overlap"] = f"The same tokens among the best {first.top_k}"
     for what, title in titles.items():
-        print_table(
+        print_rows(
             title,
             ("compared", "share", "95% interval", "chance", "verdict"),
             [(name, *_share(each.share(what))) for name, each in zip(names, found, strict=True)],
         )
     own = index_shares(found)
     if own:
-        print_table(
+        print_rows(
             f"The best token's id is the feature's own number (by chance 1 in {first.model.d_vocab:,})",
             ("features of", "share", "95% interval", "verdict"),
             [(name, *_share(share)[:2], index_verdict(share)) for name, share in own.items()],
@@ -326,7 +326,7 @@ def print_feature_examples(found: FeatureExamples) -> None:
             )
             if window >= 0
         ]
-        print_table(
+        print_rows(
             f"{noun.capitalize()} {place} in {found.model.name}: the strongest of {found.read:,} "
             f"{_plural(found.read, 'context')} of {found.tokens.shape[1]} tokens"
             f"{', which begin with BOS' if found.prepend_bos else ''}",
@@ -366,7 +366,7 @@ def _about(found: CompleteSearch | GreedySearch | GradientSearch) -> dict[str, A
 
 
 def _tokens(found: GreedySearch | GradientSearch, ids: Int[Tensor, " pos"]) -> str:
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     return " ".join(visible_token(found.strings[str(token)], longest=16) for token in ids.tolist())
 
@@ -421,7 +421,7 @@ def _share_json(share: Share) -> dict[str, Any]:
 
 def _context(found: FeatureExamples, window: int, pos: int) -> str:
     """Text around a token, with the token between marks."""
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     tokens = [found.strings[str(token)] for token in found.tokens[window].tolist()]
     before, after = _readable("".join(tokens[:pos])), _readable("".join(tokens[pos + 1 :]))
@@ -434,6 +434,6 @@ def _context(found: FeatureExamples, window: int, pos: int) -> str:
 
 def _readable(text: str) -> str:
     """Line breaks and the like made visible; blanks stay blanks."""
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     return " ".join(visible_token(part) if part else "" for part in text.split(" "))

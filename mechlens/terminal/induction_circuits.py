@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     from mechlens.results import InductionCircuits
@@ -52,7 +52,7 @@ def print_induction_circuits(found: InductionCircuits) -> None:
         ),
     ):
         rows = [[_cell(name, pair[name]) for name in shown] for pair in pairs]
-        print_table(title, tuple(shown.values()), rows)
+        print_rows(title, tuple(shown.values()), rows)
     for (previous, induction), why in zip(found.labels, found.reasons, strict=True):
         print(f"{previous} and {induction}: {why}.")
     print(f"\n{found.counted} {VERDICT_RULE}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -215,7 +215,7 @@ def _fit(token: str, size: int, *, star: bool = False) -> str:
     """A token in so many columns of the terminal, with a star in the last where it is asked for."""
     from rich.cells import cell_len, set_cell_size
 
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     text = visible_token(token)
     if cell_len(text) > size - 1:
@@ -226,7 +226,7 @@ def _fit(token: str, size: int, *, star: bool = False) -> str:
 def _widest(found: LogitLensResult, positions: Sequence[int]) -> int:
     from rich.cells import cell_len
 
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     columns = [found.positions.index(position) for position in positions]
     texts = {*found.texts(found.tokens[0]), *found.texts(found.top_ids[:, 0, columns, 0])}
@@ -242,7 +242,7 @@ def _style(colour: tuple[int, int, int]) -> str:
 
 def _print_targets(found: LogitLensResult, position: int) -> None:
     """Rank and probability of each target after one position, by row: all rows, however many."""
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     column = found.positions.index(position)
     lines = []
@@ -255,4 +255,4 @@ def _print_targets(found: LogitLensResult, position: int) -> None:
     names = [visible_token(name) for name in found.target_ids]
     heads = [head for name in names for head in (f"{name} rank", "probability")]
     read = visible_token(found.strings[str(int(found.tokens[0, position]))])
-    print_table(f"Targets after {read}, position {position}", ("row", *heads), lines)
+    print_rows(f"Targets after {read}, position {position}", ("row", *heads), lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     from mechlens.results import PatchGridResult
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def print_effects(found: PatchGridResult, top: int) -> None:
     """Print the cells that change the metric most, either way, with their standard errors."""
     from mechlens.plots.patching import largest_effects, metric_unit, metric_words, put_there
-    from mechlens.plots.style import visible_token
+    from mechlens.text.display import visible_token
 
     several = len(found.tokens) > 1
     with_tokens = "pos" in found.axes and not several
@@ -33,7 +33,7 @@ def print_effects(found: PatchGridResult, top: int) -> None:
     unit = metric_unit(found.metric)
     base = found.clean if found.direction == "noising" else found.corrupted
     has_recovered = not bool(found.recovered.isnan().all())
-    print_table(
+    print_rows(
         f"{found.site} of {found.model.name}, patched with: {put_there(found)}; {metric_words(found)} "
         f"without a patch {float(base.mean()):.3f}{f' {unit}' if unit else ''}",
         (

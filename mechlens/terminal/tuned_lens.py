@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mechlens.terminal.tables import print_table
+from mechlens.show.terminal import print_rows
 
 if TYPE_CHECKING:
     from mechlens.results import TunedLens
@@ -19,7 +19,7 @@ _ABOUT = (
 def print_tuned_lens(found: TunedLens) -> None:
     """Print each row's KL from the model on the tokens held out, with and without its translator."""
     table = found.to_dataframe().iloc[::-1].to_dict("records")
-    print_table(
+    print_rows(
         f"Tuned lens of {found.model.name}, steps: {found.steps:,}; KL(final || row) on "
         f"{found.held_out_tokens:,} tokens held out, nats",
         ("row", "plain", "tuned"),

@@ -9,8 +9,7 @@ import re
 import pytest
 
 from mechlens.results import InductionCircuits, load
-from mechlens.show import induction_circuits_section
-from mechlens.show.induction_circuits import BEHAVIOUR_AND_WEIGHTS, CAUSE
+from mechlens.show.induction_circuits import BEHAVIOUR_AND_WEIGHTS, CAUSE, induction_circuits_section
 from mechlens.studies.induction_circuits import find_induction_circuits
 from tests.cli.test_patching import run
 

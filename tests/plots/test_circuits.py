@@ -19,8 +19,9 @@ from mechlens.plots.circuits import (
     plot_positional_attention,
     rotation_words,
 )
-from mechlens.plots.style import ABSENT, DIVERGING, MINUS, figure_text
+from mechlens.plots.style import ABSENT, DIVERGING, figure_text
 from mechlens.results import Circuit, CompositionScores, PositionalAttention
+from mechlens.text.display import MINUS
 from tests import hand_made
 
 

@@ -11,8 +11,8 @@ from mechlens.plots.attribution import plot_attribution
 from mechlens.plots.heads import plot_attention, plot_attention_heatmap
 from mechlens.plots.logit_lens import plot_logit_lens
 from mechlens.plots.patching import plot_patch_grid
-from mechlens.plots.style import turns
 from mechlens.terminal import print_attention
+from mechlens.text.display import turns
 from tests import hand_made
 from tests.plots.test_attribution import attribution
 

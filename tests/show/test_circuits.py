@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from mechlens.measures.weights import top_k_accuracy
-from mechlens.plots.style import MINUS
-from mechlens.show import Plot, Table, circuit_section, composition_section, render_report
+from mechlens.show.circuits import circuit_section, composition_section
+from mechlens.show.page import render_report
+from mechlens.show.section import Figure, Table
 from mechlens.terminal import circuit_json, print_circuit
+from mechlens.text.display import MINUS
 from tests.plots.test_circuits import circuit, composition, corner
 
 
@@ -26,7 +28,7 @@ def test_a_circuit_has_its_part_its_eigenvalues_and_its_tables():
         found, accuracy=accuracy, pairs=pairs, corner=corner(), text="What to look for."
     )
     part, eigenvalues, accuracies, largest = section.parts
-    assert isinstance(part, Plot)
+    assert isinstance(part, Figure)
     assert list(part.figure.data[0].z[0]) == [1.5, -3.0, 0.0]
     assert "Eigenvalues" in eigenvalues.figure.layout.title.text
     assert isinstance(accuracies, Table)

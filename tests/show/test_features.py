@@ -6,19 +6,16 @@ import pytest
 import torch
 
 from mechlens.plots.feature_alignment import index_verdict
-from mechlens.plots.style import MINUS
-from mechlens.show import (
-    Interactive,
-    Plot,
-    Section,
-    Table,
+from mechlens.show.feature_alignment import feature_alignment_section
+from mechlens.show.features import (
     complete_search_section,
-    feature_alignment_section,
     feature_examples_section,
     gradient_search_section,
     greedy_search_section,
-    render_report,
 )
+from mechlens.show.page import render_report
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import MINUS
 from tests.plots.test_features import (
     MARKUP,
     alignment,
@@ -40,7 +37,7 @@ def page(section: Section) -> str:
 def test_a_complete_search_has_its_picture_and_its_table():
     section = complete_search_section(complete(), layers=[0, 3], text="What to look for.")
     picture, table = section.parts
-    assert isinstance(picture, Plot)
+    assert isinstance(picture, Figure)
     assert list(picture.figure.data[0].text[0]) == ["·a", "·a"]
     assert "feature 4 of layer 3: b" in picture.description
     assert isinstance(table, Table)
@@ -195,7 +192,7 @@ def test_alignment_stands_beside_chance():
 
 def test_one_best_token_has_no_overlap():
     section = feature_alignment_section([alignment(top_k=1)])
-    assert [type(part) for part in section.parts] == [Table, Plot, Table, Table]
+    assert [type(part) for part in section.parts] == [Table, Figure, Table, Table]
     assert section.parts[0].columns == ("compared", "the same best token", "chance", "verdict")
     assert section.parts[0].rows[0][0] == "tiny"
     assert section.text == "Compared are 4 features of resid_post, each layer with each later one."
@@ -235,7 +232,7 @@ def test_the_page_says_how_many_features_have_no_best_token():
 def test_directions_have_no_numbers_and_one_feature_no_chance():
     section = feature_alignment_section([alignment(site="direction", other_site="direction")])
     # only the pairs' table is left
-    assert [type(part) for part in section.parts] == [Table, Plot, Plot, Table]
+    assert [type(part) for part in section.parts] == [Table, Figure, Figure, Table]
     alone = {
         name: getattr(alignment(), name)[..., :1]
         for name in ("same", "overlap", "is_index", "other_is_index", "excited", "other_excited")
@@ -249,7 +246,7 @@ def test_directions_have_no_numbers_and_one_feature_no_chance():
 def test_examples_have_their_windows_and_where_the_peaks_are():
     section = feature_examples_section(examples(), [(1, 2), (1, 6)], text="What to look for.")
     one, other, table = section.parts
-    assert isinstance(one, Interactive)
+    assert isinstance(one, Figure)
     assert one.view.props["activations"][0][0][0][:3] == [0, -1.0, 2.123]
     assert other.view.props["activations"][0][0][0][:3] == [0, 9.0, 8.0]
     assert "Feature 2 of mlp_out of layer 1" in one.caption

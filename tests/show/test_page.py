@@ -18,19 +18,10 @@ import torch
 
 from mechlens.plots.heads import plot_attention_heatmap
 from mechlens.results import Comparison, LogitLensResult
-from mechlens.show import (
-    Plot,
-    Section,
-    Table,
-    attention_section,
-    head_scores_section,
-    lens_section,
-    render_report,
-    repeated_token_section,
-    sub_blocks_section,
-    verdict_statement,
-    write_report,
-)
+from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.show.lens import lens_section, sub_blocks_section
+from mechlens.show.page import render_report, verdict_statement, write_report
+from mechlens.show.section import Figure, Section, Table
 from tests import hand_made
 
 EVIL = "<script>alert(1)</script></script><!--<img src=x onerror=alert(1)>\"' onclick='x'&lt;"
@@ -78,7 +69,7 @@ def sections(name: str = "tiny", token: str = " a") -> list[Section]:
         repeated_token_section(hand_made.performance(name)),
         head_scores_section(hand_made.head_scores(name)),
         attention_section(patterns),
-        Section("More", parts=[Plot(plot_attention_heatmap(patterns), "caption", "description")]),
+        Section("More", parts=[Figure(plot_attention_heatmap(patterns), "caption", "description")]),
     ]
 
 
@@ -183,7 +174,7 @@ def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() ->
     def page(text: str) -> str:
         figure = go.Figure(go.Scatter(x=[1], y=[1], text=[text]))
         parts = [
-            Plot(figure, text, text),
+            Figure(figure, text, text),
             Table((text, text), [(text, 1.0)], text),
             Table((text,), [(text,)], text, folded=True),
         ]
@@ -322,7 +313,7 @@ def test_a_page_draws_the_end_of_a_long_text_and_says_so() -> None:
 def test_lens_section_takes_what_is_drawn() -> None:
     section = lens_section(hand_made.lens(), "rank", target=" a", high=50, lines=(), positions=[0, 1])
     (part,) = section.parts
-    assert isinstance(part, Plot)
+    assert isinstance(part, Figure)
     assert part.figure.data[0].colorbar.title.text == "rank of ·a"
     assert part.figure.data[0].zmax == pytest.approx(math.log10(50))
     assert "Tokens read: <s> ·a" in part.description

@@ -7,14 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from mechlens.show import Plot, Table, patching_section, render_report
+from mechlens.show.page import render_report
+from mechlens.show.patching import patching_section
+from mechlens.show.section import Figure, Table
 from tests import hand_made
 
 
 def test_a_grid_is_drawn_and_its_largest_changes_are_listed():
     section = patching_section(hand_made.patch_grid(), top=3, text="What to look for.")
     plot, table = section.parts
-    assert isinstance(plot, Plot)
+    assert isinstance(plot, Figure)
     assert isinstance(table, Table)
     assert "Largest: L0 at 1 1.000, L0 at 2 0.500" in plot.description
     # equal sizes stay in their order

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import engines
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.hub import BUNDLED
 from mechlens.models.load.loading import load_model
 from mechlens.models.load.tiny_architectures import (

@@ -16,7 +16,7 @@ from mechlens.measures.attention import induction_score
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.results import InductionCircuits, load
-from mechlens.show import induction_circuits_section
+from mechlens.show.induction_circuits import induction_circuits_section
 from mechlens.studies import induction_circuits as study
 from mechlens.studies.induction_circuits import (
     find_induction_circuits,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 from mechlens.models.load.local import HuggingFaceModel
 from mechlens.models.load.processing import processing_by_blocks
 

@@ -17,8 +17,8 @@ import urllib.request
 from fnmatch import fnmatch
 from pathlib import Path
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import local
-from mechlens.models.load.errors import ModelLoadError
 
 BUNDLED = "mechlens-books"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import engines, gguf, hub, local, transformer_lens_format
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.hub import BUNDLED
 from mechlens.models.load.verification import Reference, check_converted, check_on_device
 from mechlens.models.protocol import LensModel, Source, remember

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _MAPPED_AT_ONCE = 2**24

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import hub, local
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import ModelInfo, TunedLens
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import engines, hub, local
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.verification import Reference, check_converted
 from mechlens.models.protocol import Source
 

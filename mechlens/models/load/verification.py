@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import engines
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.run.forward import seen_whole
 
 FACTOR = 16.0

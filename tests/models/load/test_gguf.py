@@ -16,8 +16,8 @@ import torch
 
 import mechlens
 from mechlens import cli
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import gguf, hub
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from tests import tiny_gguf

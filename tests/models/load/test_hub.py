@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import hub as names
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from mechlens.text.tokens import own_bos_token_id

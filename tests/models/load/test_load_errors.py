@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import loading
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
 from tests.close import assert_close

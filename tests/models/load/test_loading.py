@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import loading, local
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.loading import BUNDLED, load_model
 from mechlens.models.protocol import describe, engine_of
 from mechlens.text.tokens import own_bos_token_id

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechlens.models.load.errors import ModelLoadError
+from mechlens.errors import ModelLoadError
 from mechlens.models.load.published_lens import load_tuned_lens
 from mechlens.results import TunedLens
 from tests.reference.tuned_lens import PublishedLens, residuals

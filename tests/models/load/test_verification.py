@@ -10,8 +10,8 @@ import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mechlens import load_model
+from mechlens.errors import ModelLoadError
 from mechlens.models.load import loading
-from mechlens.models.load.errors import ModelLoadError
 from mechlens.models.load.verification import Reference, check_on_device, widened
 from tests.counting import peak_bytes
 from tests.models.load.test_loading import BACKENDS

@@ -1,4 +1,4 @@
-"""Results as a terminal shows them: tables for people, JSON for programs."""
+"""Sections in a terminal: titles, sentences and tables; and results as JSON for other programs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,81 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mechlens.show.section import Cell, Section, Table
+
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from mechlens.results import HeadScores, RepeatedTokenPerformance
+
+
+def print_section(section: Section) -> None:
+    """Print a section's title, its text, and those of its tables that a terminal shows."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(section.title, style="bold"), soft_wrap=True)
+    for paragraph in filter(None, section.text.split("\n\n")):
+        console.print(Text(" ".join(paragraph.split())), soft_wrap=not console.is_terminal)
+    for table in section.tables("terminal"):
+        print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print a table under its caption; without a terminal it is as wide as it needs."""
+    from rich.console import Console
+    from rich.table import Table as Drawn
+    from rich.text import Text
+
+    drawn = Drawn()
+    for at, heading in enumerate(table.headings):
+        drawn.add_column(heading, overflow="fold", justify="right" if table.is_number(at) else "left")
+    for row in table.cells():
+        drawn.add_row(*map(_text, row))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=Console(width=10_000).measure(drawn).maximum, highlight=False)
+    console.print(Text(table.caption, style="bold"), soft_wrap=True)
+    console.print(drawn)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print texts that belong to no section as a table."""
+    print_table(Table(columns, [*rows], title))
+
+
+def shaded_style(cell: Cell) -> str:
+    """The style of a cell: its ground, a text color that can be read on it, and bold type."""
+    from mechlens.plots.style import is_dark, sequential
+
+    ground = ""
+    if not math.isnan(cell.shade):
+        color = sequential(cell.shade)
+        ground = f"{'#ffffff' if is_dark(color) else '#000000'} on #{{:02x}}{{:02x}}{{:02x}}".format(*color)
+    return f"{ground} {'bold' if cell.strong else ''}".strip()
+
+
+def _text(cell: Cell) -> Text:
+    from rich.text import Text
+
+    return Text(cell.text, shaded_style(cell) if cell.strong or not math.isnan(cell.shade) else "")
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value. JSON has neither nan nor infinity, so both are null."""
+    print(json.dumps(_finite(value), indent=2, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- until each result has its section --
 
 
 def best_heads(found: HeadScores, top: int | dict[str, int]) -> dict[str, list[dict[str, Any]]]:
@@ -41,7 +114,7 @@ def print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
             rows.append((kind, "none", "", "", ""))
     sequences = max(values.shape[0] * values.shape[1] for values in found.scores.values())
     plural = "s" if sequences != 1 else ""
-    print_table(
+    print_rows(
         f"Head scores of {found.model.name}, {sequences} sequence{plural}"
         + ("" if found.prepend_bos else ", no BOS"),
         ("score", "head", "mean", f"{found.confidence:.0%} interval", "null"),
@@ -60,29 +133,11 @@ def print_estimates(performance: RepeatedTokenPerformance) -> None:
         for name, (mean, low, high) in performance.estimates.items()
     ]
     tokens = f"{'BOS + ' if performance.prepend_bos else ''}{performance.seq_len} random tokens"
-    print_table(
+    print_rows(
         f"{performance.model.name} on {tokens} + the same again, {sequences} sequences",
         ("", "mean", f"{performance.confidence:.0%} interval"),
         rows,
     )
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        # a file or a pipe has no width: the table decides
-        console = Console(width=Console(width=10_000).measure(table).maximum)
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
 
 
 def number(value: float | str) -> str:
@@ -102,16 +157,3 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, default=str))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither nan nor infinity: what is undefined is null, and so is the logarithm of 0."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

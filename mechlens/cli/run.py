@@ -1,0 +1,179 @@
+"""How every command runs: shared options, checks before the work, and what is done with the result.
+
+A command is a function whose first argument is a `Run`. `@command` adds the shared options to its signature,
+which typer reads, and turns errors about arguments into errors about options.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from mechlens.cli import options
+from mechlens.cli.output import deliver
+from mechlens.files import replacing
+
+if TYPE_CHECKING:
+    from mechlens.models.protocol import LensModel
+    from mechlens.results import Result
+    from mechlens.show.section import Section
+
+SHARED: dict[str, tuple[Any, Any]] = {
+    "model": (options.ModelOption, options.BUNDLED),
+    "out": (Path | None, None),
+    "device": (options.DeviceOption, None),
+    "dtype": (options.DtypeOption, "float32"),
+    "revision": (options.RevisionOption, None),
+    "cache": (options.CacheOption, True),
+    "quiet": (options.QuietOption, False),
+    "as_json": (options.JsonOption, False),
+}
+"""Type and default of each option that commands share."""
+PAGE, TABLE, WHOLE = ".html", ".csv", ".safetensors"
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_OUT = {PAGE: ".html (a page)", TABLE: ".csv", WHOLE: ".safetensors"}
+
+
+class Run:
+    """One call of a command: what was asked for, and the steps that every command takes."""
+
+    def __init__(
+        self, name: str, function: Callable[..., None], given: Mapping[str, Any], renamed: Mapping[str, str]
+    ) -> None:
+        self.name, self.function, self.given, self.renamed = name, function, dict(given), renamed
+
+    @property
+    def progress(self) -> bool:
+        """Whether bars are shown."""
+        return options.progress(self.given["quiet"])
+
+    def option(self, argument: str) -> str:
+        """The option of an argument of Python's: `--top` for `top_k`."""
+        if argument in self.renamed:
+            return self.renamed[argument]
+        return options.option_name(self.function, argument)
+
+    def load(self, *, processing: bool = True, checkpoint: int | None = None) -> LensModel:
+        """The model."""
+        names = ("model", "device", "dtype", "revision", "quiet")
+        return options.load(
+            *(self.given[name] for name in names),
+            processing=processing,
+            checkpoint=checkpoint,
+            cache=self.given["cache"],
+        )
+
+    def show(
+        self,
+        *results: Result,
+        sections: Callable[[], Sequence[Section]] | None = None,
+        title: str = "",
+        **about: Any,
+    ) -> None:
+        """Save the results, and print them as the user asked.
+
+        Args:
+            sections: what a terminal and a page show; None is the results' own, made with `about`.
+            title: of the page; empty is that of the first section.
+            about: options of the results' sections.
+        """
+
+        def made() -> Sequence[Section]:
+            from mechlens.show.section import section
+
+            return [section(each, **about) for each in results] if sections is None else sections()
+
+        def tables() -> None:
+            from mechlens.show.terminal import print_section
+
+            for each in made():
+                print_section(each)
+
+        def as_object() -> Any:
+            found = [each.to_json() for each in results]
+            return found[0] if len(found) == 1 else found
+
+        def frame() -> Any:
+            import pandas as pd
+
+            return pd.concat([each.to_dataframe() for each in results], ignore_index=True)
+
+        def save(out: Path) -> list[Path]:
+            if out.suffix == WHOLE:
+                (result,) = results
+                return [result.save(out)]
+            if out.suffix == TABLE:
+                with replacing(out) as part:
+                    frame().to_csv(part, index=False)
+                return [out]
+            from mechlens.show.page import write_report
+
+            shown = made()
+            return [
+                write_report(
+                    out,
+                    title=title or shown[0].title,
+                    model=results[0].model,
+                    comparisons=None,
+                    sections=shown,
+                    command=options.command(self.name, self.function, self.given),
+                )
+            ]
+
+        deliver(self.given, save=save, tables=tables, as_object=as_object, frame=frame)
+
+
+def command(
+    name: str,
+    *,
+    endings: Sequence[str] = (PAGE, TABLE, WHOLE),
+    without: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function `(run, its own options)`.
+
+    Args:
+        name: as typed after `mechlens`, such as `ablate heads`.
+        endings: of the files that `--out` may name.
+        without: shared options that the command does not have, or declares itself.
+        renamed: options by the names that their arguments have in Python, where they differ.
+    """
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[parameter.name])
+            for parameter in list(inspect.signature(function).parameters.values())[1:]
+        ]
+        out_help = f"Save to this {', '.join(_OUT[e] for e in endings[:-1])} or {_OUT[endings[-1]]} file."
+        shared = []
+        for option, (kind, default) in SHARED.items():
+            if option in without or option in hints:
+                continue
+            kind = Annotated[Path | None, typer.Option(help=out_help)] if option == "out" else kind
+            shared.append(inspect.Parameter(option, _KEYWORD, default=default, annotation=kind))
+
+        @functools.wraps(function)
+        def called(**given: Any) -> None:
+            from mechlens.errors import ArgumentError
+
+            run = Run(name, called, given, renamed or {})
+            options.check_file(given.get("out"), endings)
+            options.check_chat(given.get("chat", False), given.get("bos"))
+            try:
+                function(run, **{parameter.name: given[parameter.name] for parameter in own})
+            except ArgumentError as error:
+                raise ValueError(error.said_of(run.option(error.name))) from error
+
+        parameters = [each.replace(kind=_KEYWORD) for each in own] + shared
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
+        del called.__wrapped__  # typer would read its signature
+        return called
+
+    return made

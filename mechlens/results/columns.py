@@ -1,0 +1,54 @@
+"""What a result's columns are called, and how their values are written: said once, shown everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from typing import Any
+
+from mechlens.text.display import ABSENT, number
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of a table: its name in code and its words for people."""
+
+    name: str
+    """In `to_dataframe()`, `.csv` and JSON."""
+    title: str = ""
+    """In tables and on axes; empty is the name with spaces."""
+    unit: str = ""
+    """Such as `nats`; empty for counts, shares and names."""
+    digits: int = 3
+    """Decimals of a number that is not whole."""
+    signed: bool = False
+    """Whether positive numbers are written with a plus sign."""
+    help: str = ""
+    """Definition, in one sentence."""
+
+    @property
+    def words(self) -> str:
+        """The title, or the name with spaces."""
+        return self.title or self.name.replace("_", " ")
+
+    @property
+    def heading(self) -> str:
+        """The words with the unit: `effect, nats`."""
+        return f"{self.words}, {self.unit}" if self.unit else self.words
+
+    def text(self, value: Any) -> str:
+        """A value of this column, for people; a dash where there is none (None or nan)."""
+        if value is None or value != value:
+            return ABSENT
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, numbers.Integral):
+            return f"{int(value):,}"
+        if isinstance(value, numbers.Real):
+            return number(float(value), self.digits, signed=self.signed)
+        return str(value)
+
+
+def column(name: str | Column) -> Column:
+    """A column, also by its words alone."""
+    return name if isinstance(name, Column) else Column(name)

@@ -1,0 +1,131 @@
+"""What there is to show of a result: text, tables and figures, whatever renders them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mechlens.results.columns import Column, column
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechlens.results import Result
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A table's cell on a colored ground."""
+
+    text: str
+    shade: float = float("nan")
+    """Share of the sequential color scale, from 0 (light) to 1 (dark); nan leaves the ground as it is."""
+    strong: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of a section. Each column writes its own values; numbers stand at the right."""
+
+    columns: Sequence[Column | str]
+    rows: Sequence[Sequence[Any]]
+    """Values by column: numbers, texts, `Cell`s, or None where there is no value."""
+    caption: str
+    folded: bool = False
+    """Whether a page hides it until the reader opens it."""
+    where: Literal["everywhere", "terminal", "page"] = "everywhere"
+    """Which renderer shows it; a notebook shows what a page does."""
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, columns: Sequence[Column], caption: str, **options: Any) -> Table:
+        """Some columns of a data frame, in this order."""
+        return cls(columns, frame[[each.name for each in columns]].to_numpy().tolist(), caption, **options)
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        return tuple(column(each).heading for each in self.columns)
+
+    def cells(self) -> list[list[Cell]]:
+        """Every value as text."""
+        columns = [column(each) for each in self.columns]
+        return [
+            [
+                value if isinstance(value, Cell) else Cell(each.text(value))
+                for value, each in zip(row, columns, strict=True)
+            ]
+            for row in self.rows
+        ]
+
+    def is_number(self, at: int) -> bool:
+        """Whether a column holds numbers."""
+        return any(isinstance(row[at], (int, float)) and row[at] == row[at] for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A picture of a section: a plotly figure or a circuitsvis view."""
+
+    draw: Callable[[], Any] | Any
+    """Draws it. A terminal never calls this, so it never loads plotly."""
+    caption: str
+    """How to read the figure, and its unit."""
+    description: str = ""
+    """What it shows, for readers who cannot see it."""
+    wide: bool = True
+    """Whether it takes the page's whole width; two narrow ones share a row."""
+    keeps_width: bool = False
+    """Whether it keeps its own width, and scrolls sideways where the page is narrower."""
+
+    @property
+    def figure(self) -> Any:
+        """The picture, drawn."""
+        return self.draw() if callable(self.draw) else self.draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What there is to show of a result, under its own heading; Jupyter shows it as it is."""
+
+    title: str
+    text: str = ""
+    """Plain text; an empty line starts a paragraph."""
+    parts: Sequence[Table | Figure] = ()
+    terms: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Definitions of the section's words; a page collects them in one list."""
+
+    def tables(self, where: str) -> list[Table]:
+        """The tables that one renderer shows."""
+        return [
+            part for part in self.parts if isinstance(part, Table) and part.where in ("everywhere", where)
+        ]
+
+    def _ipython_display_(self) -> None:
+        from mechlens.show.notebook import display_section
+
+        display_section(self)
+
+
+def section(result: Result, **options: Any) -> Section:
+    """What there is to show of a result.
+
+    Args:
+        result: any result of mechlens.
+        options: those of its kind, such as `top`, how many rows are worth reading; `title` and `text` replace
+            the heading and add a paragraph before the others.
+
+    Raises:
+        TypeError: nothing is shown of such results, or there is no such option.
+
+    Example:
+        >>> found = mechlens.direct_logit_attribution(model, "The captain of the")
+        >>> mechlens.section(found, top=3).title
+        'Direct logit attribution'
+    """
+    home = type(result).__module__.rsplit(".", 1)[1]
+    makers = getattr(importlib.import_module(f"mechlens.show.{home}"), "SECTIONS", {})
+    if type(result) not in makers:
+        raise TypeError(f"there is no section for a {type(result).__name__}")
+    made: Section = makers[type(result)](result, **options)
+    return made
