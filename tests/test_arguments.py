@@ -30,7 +30,7 @@ def test_seeds_come_in_any_list(seeds):
         ("01", TypeError, "seeds must be a list of whole numbers"),
         ([0.5], TypeError, "each of seeds must be a whole number, but is 0.5"),
         ([True], TypeError, "each of seeds must be a whole number, but is True"),
-        ([-1], ValueError, "each of seeds must be at least 0, but is -1"),
+        ([-1], ValueError, "each of seeds must be at least 0, got -1"),
         ([], ValueError, "at least one seed is needed"),
         ([0, 0], ValueError, "seeds must be distinct"),
     ],
@@ -78,7 +78,7 @@ def test_one_head_is_a_list_of_one(heads):
 
 @pytest.mark.parametrize("threshold", [2, -1.5])
 def test_no_score_can_pass_such_a_threshold(threshold):
-    with pytest.raises(ValueError, match=f"threshold must lie between -1 and 1, but is {threshold}"):
+    with pytest.raises(ValueError, match=f"threshold must be between -1 and 1, got {threshold}"):
         detect_heads(head_scores(), "induction_score", threshold=threshold)
 
 

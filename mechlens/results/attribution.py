@@ -24,7 +24,7 @@ _LONGEST, _SHOWN = 24, 6
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution(Result):
-    """What each component adds to a token's logit, or to a difference of two; the norm's scale is held fixed."""
+    """What each component adds to a token's logit, or to a difference of two, with the norm's scale fixed."""
 
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""

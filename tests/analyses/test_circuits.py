@@ -509,7 +509,7 @@ def test_a_circuit_of_another_model(gpt2, llama):
     for look in (largest_pairs, circuit_corner, singular_tokens):
         with pytest.raises(ValueError, match=r"of another model \(its name is 'gpt2', here 'llama'\): "):
             look(llama, full_OV(gpt2, EARLIER))
-    with pytest.raises(ValueError, match="k must lie between 1 and 64, the circuit's tokens, but is 65"):
+    with pytest.raises(ValueError, match="k must be between 1 and 64, the circuit's tokens, got 65"):
         singular_tokens(gpt2, full_OV(gpt2, EARLIER), k=65)
 
 

@@ -191,7 +191,7 @@ def test_ids_that_begin_with_bos(tiny_directories, windows):
 
 def test_bad_input(tiny_directories, windows, tmp_path):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    with pytest.raises(ValueError, match="top_k must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         feature_examples(model, windows, top_k=0)
     with pytest.raises(ValueError, match="shorter than one window of 16 tokens"):
         feature_examples(model, ["a b"], length=16)

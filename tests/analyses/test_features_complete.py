@@ -360,7 +360,7 @@ def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
         ({"directions": torch.ones(2, 5)}, r"directions must be \[direction, d_model\] with d_model 32"),
         ({"directions": torch.ones(2, WIDTH), "site": "post"}, "directions are of resid_post"),
         ({"directions": torch.full((1, WIDTH), torch.nan)}, "some of the directions' numbers are not finite"),
-        ({"top_k": 0}, "top_k must be at least 1, but is 0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_k": 65}, "but is 65"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prefix": torch.ones(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),

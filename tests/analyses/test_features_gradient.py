@@ -674,12 +674,12 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ),
         ({"layer": None}, "the objective 'constant' reads features of a layer"),
         ({"objective": "cosine", "target": torch.tensor([3])}, "a cosine of one number is 1 or -1"),
-        ({"constant": math.nan}, "constant must be a finite number, but is nan"),
+        ({"constant": math.nan}, "constant must be a finite number, got nan"),
         (
             {"prior": "norm", "prior_weight": -1.0},
-            "prior_weight must be a finite number from 0 on, but is -1",
+            "prior_weight must be a finite number from 0 on, got -1",
         ),
-        ({"seed": 2**70}, r"seed must be below 2\*\*64, but is 1180591620717411303424"),
+        ({"seed": 2**70}, r"seed must be below 2\*\*64, got 1180591620717411303424"),
         ({"n_tokens": 33}, "33 tokens, of which 33 are searched, do not fit"),
     ],
 )

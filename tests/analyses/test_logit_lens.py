@@ -194,7 +194,7 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
             {"decoder": "bare"},
             "decoder must be one of final_norm, norm_only, none, a function or a TunedLens",
         ),
-        ({"last_blocks": 3}, "last_blocks must lie between 0 and the model's 2, but is 3"),
+        ({"last_blocks": 3}, "last_blocks must be between 0 and the model's 2, got 3"),
         ({"decoder": "norm_only"}, "load the model with processing=False"),
         ({"layers": [2]}, "there is no layer 2: there are 2"),
         ({"layers": [1, -1]}, "the same layer is asked for twice"),

@@ -255,7 +255,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tiny_bos_model, tmp_path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, but is 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"held_out": 0}, "held_out must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"held_out": 38}, "makes 40 windows, but a batch takes 3 and 38 are held out: give more text"),

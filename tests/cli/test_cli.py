@@ -84,7 +84,7 @@ def test_no_arguments_show_the_help(capsys):
         (["heads", "--text", ""], "the text is empty"),
         (
             ["heads", "--threshold", "2"],
-            "--threshold must lie between -1 and 1, as all scores do, but is 2.0",
+            "--threshold must be between -1 and 1, as all scores do, got 2.0",
         ),
         (["heads", "--threshold", "nan"], "--threshold must lie between -1 and 1"),
         (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
@@ -116,7 +116,7 @@ def test_no_arguments_show_the_help(capsys):
         (["lens", "a b", "--position", "99"], "there is no position 99"),
         (["lens", "a b", "--position", "10:"], "--position is a number, or a range such as 10:40"),
         (["lens", "a b", "--position", ""], "--position is a number, or a range such as 10:40"),
-        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, but is inf"),
+        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, got inf"),
         (["lens", "a b", "--position", "two"], "--position is a number, or a range such as 10:40"),
         (
             ["lens", "a b", "--last-blocks", "9"],

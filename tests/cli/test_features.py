@@ -122,7 +122,7 @@ BEFORE_LOADING = [
         ["gradient", "--objective", "maximise", "--constant", "5"],
         "--constant is for --objective constant, but it is maximise",
     ),
-    (["gradient", "--constant", "inf"], "--constant must be a finite number, but is inf"),
+    (["gradient", "--constant", "inf"], "--constant must be a finite number, got inf"),
     (["gradient", "--patience", "0"], "Invalid value for '--patience'"),
     (["gradient", "--prior", "l2"], "--prior must be one of none, softmax, norm, nearest, but is 'l2'"),
     (["gradient", "--prior-weight", "2"], "--prior-weight is for --prior norm and nearest, but it is none"),

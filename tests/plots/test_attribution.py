@@ -84,10 +84,10 @@ def test_small_numbers_are_written_and_nothing_has_no_sign():
 
 def test_the_title_says_what_is_explained():
     figure = plot_attribution(attribution())
-    assert "logit of “&lt;b&gt;” less that of “·a”" in figure.layout.title.text
+    assert "logit of “&lt;b&gt;” minus that of “·a”" in figure.layout.title.text
     assert "after &lt;s&gt;·a (position 1)" in figure.layout.title.text
     alone = dataclasses.replace(attribution(), against_ids=None)
-    assert "less" not in plot_attribution(alone).layout.title.text
+    assert "minus" not in plot_attribution(alone).layout.title.text
 
 
 def test_a_model_without_mlps_and_one_that_adds_nothing():
@@ -98,9 +98,9 @@ def test_a_model_without_mlps_and_one_that_adds_nothing():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="there is no sequence 2: there are 2"):
+    with pytest.raises(ValueError, match="row must be between -2 and 1, got 2"):
         plot_attribution(attribution(), row=2)
-    with pytest.raises(ValueError, match="there is no position -3: there are 2"):
+    with pytest.raises(ValueError, match="position must be between -2 and 1, got -3"):
         plot_attribution(attribution(), position=-3)
-    with pytest.raises(ValueError, match="largest must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="largest must be at least 1, got 0"):
         plot_attribution(attribution(), largest=0)

@@ -383,7 +383,7 @@ def test_bad_input(tiny_directories):
     with pytest.raises(ValueError, match="processing=False"):
         reproduce_feature_search(load_model(tiny_directories / "gpt2"))
     model = load_model(tiny_directories / "gpt2", processing=False)
-    with pytest.raises(ValueError, match="n_features must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="n_features must be at least 1, got 0"):
         reproduce_feature_search(model, n_features=0)
 
 

@@ -105,7 +105,7 @@ def test_a_model_without_bos_is_handled_and_says_so():
         ({"seq_len": 33, "prepend_bos": False}, "the largest seq_len that fits is 32"),
         ({"seq_len": 20, "jitter": 40}, "with a jitter of 40.*the largest seq_len that fits is 11"),
         ({"seq_len": 20, "jitter": 64}, "no seq_len fits"),
-        ({"seq_len": 0}, "seq_len must be at least 1, but is 0"),
+        ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"jitter": 2, "copies": 3, "seq_len": 3}, "with 2 copies; it is 2 with 3"),
     ],

@@ -64,7 +64,7 @@ def test_a_narrow_model_writes_too(tiny_directories) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": 0}, "batch must be at least 1, but is 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"seq_len": 33}, "33 tokens do not fit into the model's context of 32"),
         ({"temperature": 0.0}, "temperature must be above 0"),
     ],
