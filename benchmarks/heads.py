@@ -23,7 +23,7 @@ from torch import Tensor
 from mechlens import repeated_tokens, score_heads_on
 
 # What score_heads runs per seed; the function itself also runs the null, and other kinds of sequence.
-from mechlens.analyses.heads import _score_stripes
+from mechlens.analyses.heads import _score_masks
 from mechlens.measures import attention
 from mechlens.models.load.engines import quiet
 from mechlens.models.protocol import engine_of
@@ -48,18 +48,18 @@ def forward_flops(cfg: Any, batch: int, pos: int) -> float:
     return 2.0 * batch * pos * cfg.n_layers * (weights + scores_and_values)
 
 
-def sequences(model: Any) -> tuple[Tensor, dict[str, attention.Stripe]]:
-    """BOS + 50 random tokens + the same 50, and the stripe of every score on them."""
+def sequences(model: Any) -> tuple[Tensor, dict[str, attention.Mask]]:
+    """BOS + 50 random tokens + the same 50, and the mask of every score on them."""
     random = repeated_tokens(model, seq_len=SEQ_LEN, batch=BATCH, prepend_bos=False)
     # The model has no tokenizer that could say what its BOS is.
     bos = torch.full((BATCH, 1), ENDOFTEXT)
     tokens, starts = torch.cat([bos, random.tokens], 1), random.starts + 1
     n_pos = tokens.shape[1]
     return tokens, {
-        "induction_score": attention.copies_stripe(starts, SEQ_LEN, 1),
-        "duplicate_token_score": attention.copies_stripe(starts, SEQ_LEN, 0),
-        "previous_token_score": attention.previous_token_stripe(n_pos),
-        "first_token_score": attention.first_token_stripe(n_pos),
+        "induction_score": attention.copies_mask(starts, SEQ_LEN, 1),
+        "duplicate_token_score": attention.copies_mask(starts, SEQ_LEN, 0),
+        "previous_token_score": attention.previous_token_mask(n_pos),
+        "first_token_score": attention.first_token_mask(n_pos),
     }
 
 
@@ -78,12 +78,12 @@ def bare_forward(model: Any, tokens: Tensor) -> Callable[[], None]:
     )
 
 
-def against_forward(model: Any, tokens: Tensor, stripes: dict[str, attention.Stripe], pairs: int) -> None:
+def against_forward(model: Any, tokens: Tensor, masks: dict[str, attention.Mask], pairs: int) -> None:
     bare = bare_forward(model, tokens)
     found: list[dict[str, Tensor]] = []
 
     def score() -> None:
-        found[:] = [_score_stripes(model, tokens, stripes)]
+        found[:] = [_score_masks(model, tokens, masks)]
 
     size = 2048
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -97,7 +97,7 @@ def against_forward(model: Any, tokens: Tensor, stripes: dict[str, attention.Str
     ratios = [score / bare for score, bare in zip(scores, bares, strict=True)]
     flops = forward_flops(model.cfg, *tokens.shape)
     print_rows(
-        f"time of {len(stripes)} pattern scores of all heads, {pairs} pairs after a warm-up",
+        f"time of {len(masks)} pattern scores of all heads, {pairs} pairs after a warm-up",
         [
             Row("arithmetic of a forward pass", flops / 1e9, "GFLOP"),
             Row("bare forward pass, median", statistics.median(bares), "s"),
@@ -115,7 +115,7 @@ def against_forward(model: Any, tokens: Tensor, stripes: dict[str, attention.Str
     bare_peak, score_peak = peak_bytes(bare), peak_bytes(score)
     everything = model.cfg.n_layers * layer
     pattern = torch.rand(batch, model.cfg.n_heads, n_pos, n_pos)
-    read = peak_bytes(lambda: [attention.stripe_score(pattern, stripe) for stripe in stripes.values()])
+    read = peak_bytes(lambda: [attention.mask_score(pattern, mask) for mask in masks.values()])
     print_rows(
         "peak memory, all blocks of PyTorch's allocator",
         [
@@ -133,7 +133,7 @@ def against_forward(model: Any, tokens: Tensor, stripes: dict[str, attention.Str
 def against_detect_head(model: Any, tokens: Tensor) -> None:
     """Time, and the largest difference of scores after rescaling.
 
-    `detect_head` divides the attention on a stripe by all attention, one per position; ours by the
+    `detect_head` divides the attention on a mask by all attention, one per position; ours by the
     number of entries. It takes texts only, so that it is handed the tokens in place of a text.
     """
     from transformer_lens.head_detector import detect_head
@@ -153,8 +153,8 @@ def against_detect_head(model: Any, tokens: Tensor) -> None:
     our_seconds = seconds(lambda: score_heads_on(model, tokens, tuple(DETECTED)))
     masks = {
         "induction_score": attention.induction_mask(tokens),
-        "duplicate_token_score": attention.duplicate_mask(tokens),
-        "previous_token_score": torch.ones(1, tokens.shape[1], tokens.shape[1]).tril(-1).triu(-1),
+        "duplicate_token_score": attention.duplicate_token_mask(tokens),
+        "previous_token_score": attention.previous_token_mask(tokens.shape[1]),
     }
     rows = [
         Row("detect_head, 3 kinds", their_seconds, "s"),
@@ -162,7 +162,7 @@ def against_detect_head(model: Any, tokens: Tensor) -> None:
         Row("detect_head / mechlens", their_seconds / our_seconds, "x"),
     ]
     for kind, mask in masks.items():
-        entries = mask.sum((1, 2))[:, None, None]
+        entries = mask.dest.shape[1] if mask.real is None else mask.real.sum(1)[:, None, None]
         ours = (result.scores[kind][0] * entries / tokens.shape[1]).mean(0)
         worst = float((ours - theirs[kind].cpu()).abs().max())
         rows.append(Row(f"largest difference of {kind}", worst, ""))
@@ -176,12 +176,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     model = random_gpt2_small()
-    tokens, stripes = sequences(model)
+    tokens, masks = sequences(model)
     print(
         f"head scores: a random model of GPT-2 small's shape on {engine_of(model)}, "
         f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {THREADS} threads"
     )
-    against_forward(model, tokens, stripes, max(1, options.pairs))
+    against_forward(model, tokens, masks, max(1, options.pairs))
     if not options.no_detect_head:
         against_detect_head(model, tokens)
 

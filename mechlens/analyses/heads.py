@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechlens.arguments import check_between, check_type, names_of, seeds_of
 from mechlens.measures import attention as measures
-from mechlens.measures.attention import Stripe, stripe_score
+from mechlens.measures.attention import Mask, mask_score
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import parts, pattern_readers, read_patterns, watch
@@ -37,12 +37,12 @@ PREFIX_LENGTH, PREFIX_COPIES = 25, 4
 SAMPLE_LENGTH = 25
 """Random tokens of one sample of the copying score."""
 
-_ON_REPEATED: dict[str, Callable[[RandomTokens], Stripe]] = {
-    "induction_score": lambda r: measures.copies_stripe(r.starts, r.seq_len, 1),
-    "previous_token_score": lambda r: measures.previous_token_stripe(r.tokens.shape[1]),
-    "duplicate_token_score": lambda r: measures.copies_stripe(r.starts, r.seq_len, 0),
-    "first_token_score": lambda r: measures.first_token_stripe(r.tokens.shape[1]),
-    "induction_diagonal_score": lambda r: measures.diagonal_stripe(r.tokens.shape[1], 1 - r.seq_len),
+_ON_REPEATED: dict[str, Callable[[RandomTokens], Mask]] = {
+    "induction_score": lambda r: measures.copies_mask(r.starts, r.seq_len, 1),
+    "previous_token_score": lambda r: measures.previous_token_mask(r.tokens.shape[1]),
+    "duplicate_token_score": lambda r: measures.copies_mask(r.starts, r.seq_len, 0),
+    "first_token_score": lambda r: measures.first_token_mask(r.tokens.shape[1]),
+    "induction_diagonal_score": lambda r: measures.diagonal_mask(r.tokens.shape[1], 1 - r.seq_len),
 }
 _POSITIONAL = ("previous_token_score", "first_token_score")
 VARIANTS = ("induction_diagonal_score",)
@@ -157,7 +157,7 @@ def score_heads(
 
     Returns:
         The scores of each sequence and their nulls. The null of a score that depends on content is
-        the same stripe on as many *unrelated* random tokens, where a head that merely attends at a
+        the same mask on as many *unrelated* random tokens, where a head that merely attends at a
         fixed distance scores as high. Unrelated tokens leave the scores of positions alone
         (previous, first token), so their null is the expected score when each position's attention
         is shuffled over what it can see. The null of copying gives each source the identity of
@@ -200,8 +200,8 @@ def performance_and_scores(
     drawn: list[RandomTokens] = []
     predicted: list[tuple[Tensor, Tensor]] = []
 
-    def predictions(random: RandomTokens, stripes: Mapping[str, Stripe]) -> dict[str, Tensor]:
-        found, reduce = _stripe_scores(model, len(random.tokens), stripes)
+    def predictions(random: RandomTokens, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+        found, reduce = _mask_scores(model, len(random.tokens), masks)
 
         def beside(rows: slice) -> Readers:
             return pattern_readers(model, reduce(rows))
@@ -234,7 +234,7 @@ def _scored(
     jitter: int = 0,
     confidence: float = 0.95,
     progress: bool | None,
-    on_repeated_tokens: Callable[[RandomTokens, Mapping[str, Stripe]], dict[str, Tensor]] | None = None,
+    on_repeated_tokens: Callable[[RandomTokens, Mapping[str, Mask]], dict[str, Tensor]] | None = None,
 ) -> HeadScores:
     """`score_heads`; `on_repeated_tokens` may run the two copies in its place and return their scores."""
     info, seeds = describe(model), seeds_of(seeds)
@@ -267,33 +267,31 @@ def _scored(
         total=len(seeds) * (len(families) + len(lengths)), desc="head scores", unit="run", progress=progress
     ) as bar:
         for at, seed in enumerate(seeds):
-            # stripes of families whose sequences are of one length share a run on unrelated tokens
-            unrelated: dict[int, dict[str, Stripe]] = {}
+            # masks of families whose sequences are of one length share a run on unrelated tokens
+            unrelated: dict[int, dict[str, Mask]] = {}
             names: dict[int, list[str]] = {}
             for name in [name for name in of_family if name in families]:
                 random = drawn[name][at]
                 tokens.setdefault(name, []).append(random.tokens)
-                stripes = {kind: _stripe(kind, random) for kind in of_family[name]}
+                masks = {kind: _mask(kind, random) for kind in of_family[name]}
                 run_here = on_repeated_tokens if name == "repeated" else None
                 found = (
-                    _score_stripes(model, random.tokens, stripes)
-                    if run_here is None
-                    else run_here(random, stripes)
+                    _score_masks(model, random.tokens, masks) if run_here is None else run_here(random, masks)
                 )
                 bar.update()
                 length = random.tokens.shape[1] - int(random.prepend_bos)
-                for kind, stripe in stripes.items():
+                for kind, mask in masks.items():
                     scores[kind][at] = found[kind]
                     if kind in _POSITIONAL:
-                        nulls[kind][at] = measures.uniform_attention(stripe)
+                        nulls[kind][at] = measures.uniform_attention(mask)
                     else:
-                        unrelated.setdefault(length, {})[kind] = stripe
+                        unrelated.setdefault(length, {})[kind] = mask
                 if length in unrelated:
                     names.setdefault(length, []).append(f"{name}_unrelated")
-            for length, stripes in unrelated.items():
+            for length, masks in unrelated.items():
                 # another seed, or the first tokens would be those of the repeated sequence
                 ids = draw(seq_len=length, copies=1, seed=seed + 2**32).tokens
-                for kind, values in _score_stripes(model, ids, stripes).items():
+                for kind, values in _score_masks(model, ids, masks).items():
                     nulls[kind][at] = values
                 for name in names[length]:
                     tokens.setdefault(name, []).append(ids)
@@ -322,20 +320,20 @@ def score_heads_on(
     prompt: Prompt,
     kinds: Sequence[str] | str = ON_PROMPT,
     *,
-    stripes: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     cache: Any = None,
     prepend_bos: bool | None = None,
     confidence: float = 0.95,
 ) -> HeadScores:
-    """Score every attention head on a text or on tokens of your own, with the field's or your own stripes.
+    """Score every attention head on a text or on your own tokens, on the field's masks or your own.
 
     Args:
         prompt: a text, or token ids (used as they are: BOS is yours to put).
         kinds: `induction_score` (all tokens after earlier occurrences of the same token),
             `duplicate_token_score` (all earlier occurrences), `previous_token_score`,
             `first_token_score`.
-        stripes: further scores by name: a mask `[dest, src]` or `[batch, dest, src]` of zeros and ones: the
-            entries whose mean attention is wanted.
+        masks: further scores by name, each the mean attention on a mask `[dest, src]` or
+            `[batch, dest, src]` of zeros and ones.
         cache: an `ActivationCache` of this prompt, or anything that gives patterns by hook name;
             nothing is run then.
         prepend_bos: for a text: None prepends BOS where the tokenizer has one.
@@ -355,26 +353,26 @@ def score_heads_on(
     info = describe(model)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     n_pos = tokens.shape[1]
-    known: dict[str, Callable[[], Stripe]] = {
-        "induction_score": lambda: Stripe.of_mask(measures.induction_mask(tokens)),
-        "duplicate_token_score": lambda: Stripe.of_mask(measures.duplicate_mask(tokens)),
-        "previous_token_score": lambda: measures.previous_token_stripe(n_pos),
-        "first_token_score": lambda: measures.first_token_stripe(n_pos),
+    known: dict[str, Callable[[], Mask]] = {
+        "induction_score": lambda: measures.induction_mask(tokens),
+        "duplicate_token_score": lambda: measures.duplicate_token_mask(tokens),
+        "previous_token_score": lambda: measures.previous_token_mask(n_pos),
+        "first_token_score": lambda: measures.first_token_mask(n_pos),
     }
-    wanted: dict[str, Stripe] = {}
-    if len(kinds) or not stripes:
+    wanted: dict[str, Mask] = {}
+    if len(kinds) or not masks:
         kinds = names_of("score", kinds, PROMPT_KINDS)
     for kind in kinds:
         wanted[kind] = known[kind]()
-    for name, mask in (stripes or {}).items():
-        if mask.shape[-2:] != (n_pos, n_pos) or mask.ndim not in (2, 3):
+    for name, where in (masks or {}).items():
+        if where.shape[-2:] != (n_pos, n_pos) or where.ndim not in (2, 3):
             raise ValueError(
-                f"the stripe {name!r} is {tuple(mask.shape)}, but the prompt needs [{n_pos}, {n_pos}]"
+                f"the mask {name!r} is {tuple(where.shape)}, but the prompt needs [{n_pos}, {n_pos}]"
             )
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"the stripe {name!r} must be a mask of zeros and ones, but has other values")
-        wanted[name] = Stripe.of_mask(mask.bool().cpu())
-    found = _score_stripes(model, tokens, wanted, cache=cache)
+        if not ((where == 0) | (where == 1)).all():
+            raise ValueError(f"the mask {name!r} must be zeros and ones, but has other values")
+        wanted[name] = Mask.of(where.bool().cpu())
+    found = _score_masks(model, tokens, wanted, cache=cache)
     scores = {kind: values[None] for kind, values in found.items()}
     bos = own_bos_token_id(model.tokenizer)
     return HeadScores(
@@ -431,40 +429,37 @@ def _check_jitter(kinds: Sequence[str], jitter: int) -> None:
             raise ValueError(f"{kind} has a fixed period: leave jitter at 0, or this score out")
 
 
-def _stripe(kind: str, random: RandomTokens) -> Stripe:
+def _mask(kind: str, random: RandomTokens) -> Mask:
     make = _ON_REPEATED["induction_score" if kind == "prefix_matching_score" else kind]
     return make(random)
 
 
 def _reduce(
-    into: Mapping[str, Tensor], stripes: Mapping[str, Stripe], layer: int, pattern: Tensor, rows: slice
+    into: Mapping[str, Tensor], masks: Mapping[str, Mask], layer: int, pattern: Tensor, rows: slice
 ) -> None:
-    for kind, stripe in stripes.items():
-        if stripe.dest.shape[0] > 1:
-            real = None if stripe.real is None else stripe.real[rows]
-            stripe = Stripe(stripe.dest[rows], stripe.src[rows], real)
-        into[kind][rows, layer] = stripe_score(pattern, stripe.to(pattern.device)).cpu()
+    for kind, mask in masks.items():
+        into[kind][rows, layer] = mask_score(pattern, mask.of_rows(rows).to(pattern.device)).cpu()
 
 
-def _stripe_scores(
-    model: LensModel, n_rows: int, stripes: Mapping[str, Stripe]
+def _mask_scores(
+    model: LensModel, n_rows: int, masks: Mapping[str, Mask]
 ) -> tuple[dict[str, Float[Tensor, "batch layer head"]], Callable[[slice], Callable[[int, Tensor], None]]]:
-    """Room for every stripe's score in every layer, and what makes the reader of patterns of some rows that
+    """Room for every mask's score in every layer, and what makes the reader of patterns of some rows that
     fills it."""
     shape = (n_rows, model.cfg.n_layers, model.cfg.n_heads)
-    found = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in stripes}
+    found = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in masks}
 
     def of_rows(rows: slice) -> Callable[[int, Tensor], None]:
-        return lambda layer, pattern: _reduce(found, stripes, layer, pattern, rows)
+        return lambda layer, pattern: _reduce(found, masks, layer, pattern, rows)
 
     return found, of_rows
 
 
-def _score_stripes(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], stripes: Mapping[str, Stripe], *, cache: Any = None
+def _score_masks(
+    model: LensModel, tokens: Int[Tensor, "batch pos"], masks: Mapping[str, Mask], *, cache: Any = None
 ) -> dict[str, Float[Tensor, "batch layer head"]]:
-    """Every stripe's score in every layer, from one run or from a cache."""
-    found, reduce = _stripe_scores(model, len(tokens), stripes)
+    """Every mask's score in every layer, from one run or from a cache."""
+    found, reduce = _mask_scores(model, len(tokens), masks)
     start = 0
     # a cache holds all rows at once
     for part in parts(tokens) if cache is None else (tokens,):

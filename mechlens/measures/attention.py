@@ -1,7 +1,6 @@
 """Scores of attention patterns: how much of a head's attention lies where a mechanism would put it.
 
-A *stripe* is a list of (dest, src) pairs, and a score is the mean attention on a stripe. All scores
-lie in [0, 1].
+A mask is a list of (dest, src) entries, and a score is the mean attention on a mask, in [0, 1].
 """
 
 from __future__ import annotations
@@ -9,31 +8,32 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stripe:
-    """Which entries of an attention pattern a score reads, for each row of a batch."""
+class Mask:
+    """The entries of an attention pattern that a score reads, for each row of a batch."""
 
     dest: Int[Tensor, "batch entry"]
     """Query position of each entry; a batch of 1 holds for all rows."""
     src: Int[Tensor, "batch entry"]
     """Key position of each entry, at most its `dest`."""
     real: Bool[Tensor, "batch entry"] | None = None
-    """Which entries count, where rows have different numbers of them; None: all do."""
+    """Which entries count, where rows have different numbers of them; None if all do."""
 
     @staticmethod
-    def of_mask(mask: Bool[Tensor, "*batch dest src"]) -> Stripe:
-        """The stripe of the true entries of a mask, one for all rows or one for each.
+    def of(where: Bool[Tensor, "*batch dest src"]) -> Mask:
+        """The mask of the true entries, one for all rows or one for each row.
 
         Raises:
             ValueError: an entry above the diagonal, where a causal model cannot attend.
         """
-        rows = mask if mask.ndim == 3 else mask[None]
+        rows = where if where.ndim == 3 else where[None]
         if rows.triu(1).any():
-            raise ValueError("a stripe lies on or below the diagonal: src must not come after dest")
+            raise ValueError("a mask lies on or below the diagonal: src must not come after dest")
         counts = rows.sum((1, 2))
         width = int(counts.max()) if len(counts) else 0
         row, dest, src = rows.nonzero(as_tuple=True)
@@ -41,221 +41,145 @@ class Stripe:
         entries = torch.zeros(2, len(rows), width, dtype=torch.long)
         entries[:, row, place] = torch.stack([dest, src])
         real = torch.arange(width) < counts[:, None]
-        return Stripe(entries[0], entries[1], None if bool(real.all()) else real)
+        return Mask(entries[0], entries[1], None if bool(real.all()) else real)
 
-    def to(self, device: torch.device | str) -> Stripe:
+    def to(self, device: torch.device | str) -> Mask:
         real = None if self.real is None else self.real.to(device)
-        return Stripe(self.dest.to(device), self.src.to(device), real)
+        return Mask(self.dest.to(device), self.src.to(device), real)
+
+    def of_rows(self, rows: slice) -> Mask:
+        """The mask of some rows of the batch."""
+        if len(self.dest) == 1:
+            return self
+        return Mask(self.dest[rows], self.src[rows], None if self.real is None else self.real[rows])
 
 
-def stripe_score(
-    pattern: Float[Tensor, "batch head dest src"], stripe: Stripe
-) -> Float[Tensor, "batch head"]:
-    """Mean attention on a stripe, for each row and head.
+def mask_score(pattern: Float[Tensor, "batch head dest src"], mask: Mask) -> Float[Tensor, "batch head"]:
+    """Mean attention on a mask, for each row and head.
 
     Args:
         pattern: attention after softmax; each row of it sums to 1.
 
     Returns:
-        Probability in [0, 1]; nan for a row whose stripe is empty.
+        Probability in [0, 1]; nan for a row whose mask is empty.
 
     Raises:
-        ValueError: the stripe reaches beyond the pattern, or belongs to another number of rows.
+        ValueError: the mask has entries outside the pattern, or another number of rows.
+
+    Example:
+        >>> from mechlens.measures.attention import mask_score, previous_token_mask
+        >>> pattern = torch.eye(4).roll(-1, 1)  # each position attends to the one before it
+        >>> mask_score(pattern[None, None], previous_token_mask(4))
+        tensor([[1.]])
+
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", for the
+    previous-token and induction masks.
     """
     batch, _, n_dest, n_src = pattern.shape
-    if stripe.dest.shape[0] not in (1, batch):
-        raise ValueError(f"the stripe belongs to {stripe.dest.shape[0]} rows, but the pattern has {batch}")
-    if stripe.dest.numel() and (stripe.dest.max() >= n_dest or stripe.src.max() >= n_src):
+    if mask.dest.shape[0] not in (1, batch):
+        raise ValueError(f"the mask has {mask.dest.shape[0]} rows, but the pattern has {batch}")
+    if mask.dest.numel() and (mask.dest.max() >= n_dest or mask.src.max() >= n_src):
         raise ValueError(
-            f"the stripe reaches ({int(stripe.dest.max())}, {int(stripe.src.max())}), "
-            f"but the pattern has {n_dest} x {n_src} positions"
+            f"the mask reaches ({int(mask.dest.max())}, {int(mask.src.max())}), but the pattern has "
+            f"{n_dest} x {n_src} positions"
         )
     rows = torch.arange(batch, device=pattern.device)[:, None]
-    entries = pattern[rows, :, stripe.dest, stripe.src].float()  # [batch, entry, head]
-    if stripe.real is None:
+    entries = pattern[rows, :, mask.dest, mask.src].float()  # [batch, entry, head]
+    if mask.real is None:
         return entries.mean(1)
-    real = stripe.real[..., None]
+    real = mask.real[..., None]
     return entries.where(real, 0).sum(1) / real.sum(1)
 
 
-# -- the stripes of the field's scores -------------------------------------------------------------
+def uniform_attention(mask: Mask) -> float:
+    """The score of a head that attends equally to every position it can see.
+
+    This is also the expected score of any head whose attention at each destination is shuffled over the
+    positions it can see, so it is the null baseline of scores that depend on positions alone.
+    """
+    chance = 1 / (mask.dest + 1).double()
+    return float(chance.mean() if mask.real is None else chance[mask.real].mean())
 
 
-def previous_token_stripe(n_pos: int) -> Stripe:
-    """From every position but the first to the one before it."""
+# -- the masks of the field's scores ---------------------------------------------------------------
+
+
+def previous_token_mask(n_pos: int) -> Mask:
+    """From every position but the first to the one before it.
+
+    A perfect previous-token head scores 1.
+    """
     if n_pos < 2:
         raise ValueError(f"a previous-token score needs at least 2 positions, but there is {n_pos}")
     dest = torch.arange(1, n_pos)[None]
-    return Stripe(dest, dest - 1)
+    return Mask(dest, dest - 1)
 
 
-def first_token_stripe(n_pos: int) -> Stripe:
-    """From every position but the first to the first, which can attend nowhere else."""
+def first_token_mask(n_pos: int) -> Mask:
+    """From every position but the first, which can attend nowhere else, to the first.
+
+    Heads that are at rest attend there.
+    """
     if n_pos < 2:
         raise ValueError(f"a first-token score needs at least 2 positions, but there is {n_pos}")
     dest = torch.arange(1, n_pos)[None]
-    return Stripe(dest, torch.zeros_like(dest))
+    return Mask(dest, torch.zeros_like(dest))
 
 
-def copies_stripe(starts: Int[Tensor, "batch copy"], seq_len: int, shift: int) -> Stripe:
-    """From each position of a later copy to the same place of every earlier copy, plus `shift`.
+def copies_mask(starts: Int[Tensor, "batch copy"], seq_len: int, shift: int) -> Mask:
+    """From each position of a later copy to the same position of every earlier copy, plus `shift`.
 
-    `shift` 0 is the duplicate token, 1 the token after it. Copy c has c earlier copies, each an
-    entry of its own.
+    Args:
+        starts: where each copy of the tokens begins.
+        seq_len: tokens in one copy.
+        shift: 0 for the duplicate token; 1 for the token after it, where an induction head attends.
+
+    Copy c has c earlier copies, and each is an entry of its own. So a head that spends all its attention on
+    the entries scores 1 with two copies, and 1 / (mean number of earlier copies) with more: 0.5 with four.
+
+    References: Olsson et al. 2022, arXiv:2209.11895.
     """
     if starts.shape[1] < 2:
         raise ValueError(f"tokens must come at least twice, but there is {starts.shape[1]} copy of them")
     within = torch.arange(seq_len)
-    dest, src = [], []
-    for later in range(1, starts.shape[1]):
-        for earlier in range(later):
-            dest.append(starts[:, later, None] + within)
-            src.append(starts[:, earlier, None] + within + shift)
-    return Stripe(torch.cat(dest, 1), torch.cat(src, 1))
+    later, earlier = torch.tril_indices(starts.shape[1], starts.shape[1], offset=-1)
+    dest, src = (
+        rearrange(starts[:, copy, None] + within, "batch pair pos -> batch (pair pos)")
+        for copy in (later, earlier)
+    )
+    return Mask(dest, src + shift)
 
 
-def diagonal_stripe(n_pos: int, offset: int) -> Stripe:
-    """The whole diagonal of a pattern: src = dest + offset, offset <= 0."""
+def diagonal_mask(n_pos: int, offset: int) -> Mask:
+    """The whole diagonal src = dest + offset of a pattern, with offset <= 0.
+
+    With offset 1 - S on `[BOS, S tokens, the same S]` it is the induction score of "How one can Interpret
+    GPT2-Small". Its first two entries of S + 2 are not induction, so a perfect induction head scores
+    S / (S + 2) plus what lies on them.
+    """
     if not -n_pos < offset <= 0:
         raise ValueError(f"a pattern of {n_pos} positions has diagonals {1 - n_pos} to 0, not {offset}")
     dest = torch.arange(-offset, n_pos)[None]
-    return Stripe(dest, dest + offset)
+    return Mask(dest, dest + offset)
 
 
-def duplicate_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch dest src"]:
-    """Where src is an earlier occurrence of the token at dest."""
+def duplicate_token_mask(tokens: Int[Tensor, "batch pos"]) -> Mask:
+    """From each position to every earlier occurrence of the same token."""
+    return Mask.of(_duplicates(tokens))
+
+
+def induction_mask(tokens: Int[Tensor, "batch pos"]) -> Mask:
+    """From each position to the token after every earlier occurrence of the same token, itself excluded."""
+    where = _duplicates(tokens).roll(1, dims=2)
+    where[:, :, 0] = False
+    return Mask.of(where.tril(-1))
+
+
+def _duplicates(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch dest src"]:
     return (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
 
 
-def induction_mask(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch dest src"]:
-    """Where src comes right after an earlier occurrence of the token at dest (dest itself excluded)."""
-    mask = duplicate_mask(tokens).roll(1, dims=2)
-    mask[:, :, 0] = False
-    return mask.tril(-1)
-
-
-# -- the field's scores, on patterns of the canonical layouts --------------------------------------
-
-
-def _starts(n_pos: int, seq_len: int, copies: int) -> Int[Tensor, "1 copy"]:
-    first = n_pos - copies * seq_len
-    if seq_len < 1 or first not in (0, 1):
-        raise ValueError(
-            f"{copies} copies of {seq_len} tokens, with or without BOS, make {copies * seq_len + 1} or "
-            f"{copies * seq_len} positions, but the pattern has {n_pos}"
-        )
-    return (first + seq_len * torch.arange(copies))[None]
-
-
-def _score(pattern: Tensor, stripe: Stripe) -> Tensor:
-    """`stripe_score` for patterns with any leading axes, or none."""
-    flat = pattern.reshape(1, -1, *pattern.shape[-2:])
-    return stripe_score(flat, stripe.to(pattern.device))[0].reshape(pattern.shape[:-2])
-
-
-def previous_token_score(pattern: Float[Tensor, "*batch dest src"]) -> Float[Tensor, "*batch"]:
-    """Mean attention that each position pays to the one before it.
-
-    Args:
-        pattern: attention after softmax; each row sums to 1.
-
-    Returns:
-        Probability in [0, 1]; 1 is a perfect previous-token head.
-
-    Raises:
-        ValueError: fewer than two positions, so no token has a predecessor.
-
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
-    """
-    return _score(pattern, previous_token_stripe(pattern.shape[-1]))
-
-
-def first_token_score(pattern: Float[Tensor, "*batch dest src"]) -> Float[Tensor, "*batch"]:
-    """Mean attention that each position but the first pays to the first: a head at rest.
-
-    Returns:
-        Probability in [0, 1].
-
-    Raises:
-        ValueError: fewer than two positions.
-    """
-    return _score(pattern, first_token_stripe(pattern.shape[-1]))
-
-
-def induction_score(pattern: Float[Tensor, "*batch dest src"], seq_len: int) -> Float[Tensor, "*batch"]:
-    """Mean attention from the second copy to the token after the first copy of the same token.
-
-    Args:
-        pattern: attention after softmax on `[BOS, S tokens, the same S]` or the same without BOS.
-        seq_len: S.
-
-    Returns:
-        Probability in [0, 1], the mean over the S positions of the second copy; 1 is a perfect
-        induction head.
-
-    Raises:
-        ValueError: the pattern is not that of two copies of S tokens.
-
-    Source: Olsson et al. 2022, arXiv:2209.11895. The article "How one can Interpret GPT2-Small"
-    averages over the whole diagonal instead: `induction_diagonal_score`.
-    """
-    starts = _starts(pattern.shape[-1], seq_len, 2)
-    return _score(pattern, copies_stripe(starts, seq_len, 1))
-
-
-def induction_diagonal_score(
-    pattern: Float[Tensor, "*batch dest src"], seq_len: int
-) -> Float[Tensor, "*batch"]:
-    """Mean over the whole diagonal at offset 1 - S, as "How one can Interpret GPT2-Small" has it.
-
-    After BOS the diagonal has S + 2 entries, and its first two are no induction: a perfect induction
-    head scores S / (S + 2) plus whatever lies on them. Kept for comparison with published figures.
-
-    Raises:
-        ValueError: the pattern is not that of two copies of S tokens.
-    """
-    _starts(pattern.shape[-1], seq_len, 2)
-    return _score(pattern, diagonal_stripe(pattern.shape[-1], 1 - seq_len))
-
-
-def duplicate_token_score(pattern: Float[Tensor, "*batch dest src"], seq_len: int) -> Float[Tensor, "*batch"]:
-    """Mean attention from the second copy to the first occurrence of the same token.
-
-    Returns:
-        Probability in [0, 1], the mean over the S positions of the second copy.
-
-    Raises:
-        ValueError: the pattern is not that of two copies of S tokens.
-    """
-    starts = _starts(pattern.shape[-1], seq_len, 2)
-    return _score(pattern, copies_stripe(starts, seq_len, 0))
-
-
-def prefix_matching_score(
-    pattern: Float[Tensor, "*batch dest src"], seq_len: int = 25, copies: int = 4
-) -> Float[Tensor, "*batch"]:
-    """Mean attention to the tokens after *every* earlier copy of the same token.
-
-    Every (position, earlier copy) pair is an entry, so a head that spends all its attention on them
-    scores 1 / mean(number of earlier copies): 0.5 with four copies.
-
-    Raises:
-        ValueError: the pattern is not that of `copies` copies of `seq_len` tokens.
-
-    Source: Olsson et al. 2022, arXiv:2209.11895.
-    """
-    starts = _starts(pattern.shape[-1], seq_len, copies)
-    return _score(pattern, copies_stripe(starts, seq_len, 1))
-
-
-def uniform_attention(stripe: Stripe) -> float:
-    """What a head that attends equally to all it can see scores on a stripe.
-
-    It is also the expected score of any head whose attention, at each destination, is shuffled over
-    the positions it can see, which makes it the null of scores that depend on positions alone.
-    """
-    chance = 1 / (stripe.dest + 1).double()
-    return float(chance.mean() if stripe.real is None else chance[stripe.real].mean())
+# -- copying ---------------------------------------------------------------------------------------
 
 
 def copying_score(
@@ -266,7 +190,7 @@ def copying_score(
 ) -> Float[Tensor, "*batch"]:
     """How much of what a head raises in the logits is the very token it attends to.
 
-    For each source, the head's direct contribution to the logits of the sample's tokens is centred
+    For each source, the head's direct contribution to the logits of the sample's tokens is centered
     by its mean over the vocabulary and passed through ReLU; the source token's share of the sum over
     the sample's tokens is that source's r. The shares are averaged with the attention that each
     source receives. Scaling a source's contribution (by attention, or by a final norm) changes none
@@ -282,7 +206,7 @@ def copying_score(
         2 r - 1, in [-1, 1]: 1 raises only the attended token, -1 never raises it. nan where the head
         raises no token of the sample from any source that it attends to.
 
-    Source: Olsson et al. 2022, arXiv:2209.11895. They publish no formula for sources that share the
+    References: Olsson et al. 2022, arXiv:2209.11895. They publish no formula for sources that share the
     attention: the average by attention is our reading.
     """
     raised = (contribution - mean_contribution[..., None]).relu()

@@ -19,7 +19,7 @@ from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Mean, Resampled
 from mechlens.analyses.patching.path import HeadPath, PathRuns
 from mechlens.arguments import check_between, check_counts, generator_of
-from mechlens.measures.attention import copies_stripe, stripe_score
+from mechlens.measures.attention import copies_mask, mask_score
 from mechlens.measures.statistics import exact_interval
 from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
 from mechlens.models.protocol import LensModel, describe
@@ -427,8 +427,8 @@ class _Effects:
         return -log_prob.view(shape).mean(1).float().cpu()
 
     def _score(self, pattern: Float[Tensor, "sequence dest src"]) -> float:
-        stripe = copies_stripe(self.random.starts, self.random.seq_len, 1)
-        return float(stripe_score(pattern.float().cpu()[:, None], stripe).mean())
+        mask = copies_mask(self.random.starts, self.random.seq_len, 1)
+        return float(mask_score(pattern.float().cpu()[:, None], mask).mean())
 
 
 def _last(model: LensModel) -> str:

@@ -63,7 +63,7 @@ def test_pattern_scores_equal_the_articles_loops(tiny_model):
                         assert got == pytest.approx(value, abs=1e-6), (kind, layer, head)
 
 
-def test_nulls_are_the_same_stripe_on_unrelated_tokens(tiny_model):
+def test_nulls_are_the_same_mask_on_unrelated_tokens(tiny_model):
     result = score_heads(tiny_model, ON_REPEATED, seq_len=6, batch=2, seeds=(1,))
     bos = int(result.prepend_bos)
     unrelated = result.tokens["repeated_unrelated"][0]
@@ -86,7 +86,7 @@ def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distanc
     """It attends S - 1 back whatever the tokens are: only the null, or a jitter, gives it away."""
     model, seq_len = fixed_distance_model
     fixed = score_heads(model, ["induction_score"], seq_len=seq_len, batch=8, seeds=(0,), prepend_bos=False)
-    # all attention on the stripe, in both
+    # all attention on the mask, in both
     assert float(fixed.mean("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     assert float(fixed.null("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     jittered = score_heads(
@@ -217,7 +217,7 @@ def test_scores_on_a_text_agree_with_detect_head(tiny_model):
     for kind, theirs in kinds.items():
         mask = getattr(head_detector, f"get_{theirs}_detection_pattern")(tokens)
         expected = head_detector.detect_head(tiny_model, text, theirs, error_measure="mul")
-        on_mask = score_heads_on(tiny_model, tokens, (), stripes={"theirs": mask})
+        on_mask = score_heads_on(tiny_model, tokens, (), masks={"theirs": mask})
         # theirs divides by all attention (1 per position), ours by the number of entries
         entries = int(mask.bool().sum())
         rescaled = on_mask.mean("theirs") * entries / n_pos
@@ -339,8 +339,8 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
         (lambda m: score_heads_on(m, "abc", ("copying_score",)), "no score 'copying_score' here"),
         (lambda m: score_heads_on(m, ""), "the text is empty"),
         (
-            lambda m: score_heads_on(m, torch.arange(4, 9), stripes={"x": torch.ones(3, 3)}),
-            r"the stripe 'x' is \(3, 3\), but the prompt needs \[5, 5\]",
+            lambda m: score_heads_on(m, torch.arange(4, 9), masks={"x": torch.ones(3, 3)}),
+            r"the mask 'x' is \(3, 3\), but the prompt needs \[5, 5\]",
         ),
         (
             lambda m: attention_patterns(m, torch.arange(5), [(2, 0)]),

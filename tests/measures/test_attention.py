@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechlens.measures import attention as measures
-from mechlens.measures.attention import Stripe, stripe_score
+from mechlens.measures.attention import Mask, mask_score
 from tests.reference import heads as reference
 
 S = 5
@@ -32,6 +32,23 @@ def random_pattern(*shape: int, n: int, seed: int = 0) -> torch.Tensor:
     return scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
 
 
+def score(pattern: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """`mask_score` of patterns with any leading axes."""
+    flat = pattern.reshape(1, -1, *pattern.shape[-2:])
+    return mask_score(flat, mask)[0].reshape(pattern.shape[:-2])
+
+
+def copies(count: int, seq_len: int, bos: int, shift: int) -> Mask:
+    return measures.copies_mask(bos + seq_len * torch.arange(count)[None], seq_len, shift)
+
+
+MASKS = {
+    "induction": copies(2, S, 1, 1),
+    "duplicate": copies(2, S, 1, 0),
+    "previous": measures.previous_token_mask(N),
+    "first": measures.first_token_mask(N),
+    "diagonal": measures.diagonal_mask(N, 1 - S),
+}
 # 1 / (dest + 1) at dest = 6 .. 10
 UNIFORM_SECOND_COPY = (1 / 7 + 1 / 8 + 1 / 9 + 1 / 10 + 1 / 11) / 5
 UNIFORM_ALL = sum(1 / (dest + 1) for dest in range(1, N)) / (N - 1)
@@ -51,24 +68,17 @@ UNIFORM_ALL = sum(1 / (dest + 1) for dest in range(1, N)) / (N - 1)
     ],
 )
 def test_hand_known_patterns_give_the_closed_form(pattern, expected):
-    scores = {
-        "induction": measures.induction_score(pattern, S),
-        "duplicate": measures.duplicate_token_score(pattern, S),
-        "previous": measures.previous_token_score(pattern),
-        "first": measures.first_token_score(pattern),
-        "diagonal": measures.induction_diagonal_score(pattern, S),
-    }
     for name, value in expected.items():
         # float32 sums of ten terms
-        assert float(scores[name]) == pytest.approx(value, abs=1e-6), name
+        assert float(score(pattern, MASKS[name])) == pytest.approx(value, abs=1e-6), name
 
 
 def test_the_articles_diagonal_counts_two_entries_more():
     pattern = attending(S - 1)
     pattern[S - 1], pattern[S] = 0, 0
     pattern[S - 1, 1], pattern[S, 2] = 1, 1  # no attention on the two entries before the second copy
-    assert float(measures.induction_diagonal_score(pattern, S)) == pytest.approx(S / (S + 2), abs=1e-6)
-    assert float(measures.induction_score(pattern, S)) == 1
+    assert float(score(pattern, MASKS["diagonal"])) == pytest.approx(S / (S + 2), abs=1e-6)
+    assert float(score(pattern, MASKS["induction"])) == 1
 
 
 def test_a_perfect_head_scores_half_in_prefix_matching():
@@ -80,21 +90,21 @@ def test_a_perfect_head_scores_half_in_prefix_matching():
         for k in range(25):
             for earlier in range(copy):
                 pattern[1 + copy * 25 + k, 1 + earlier * 25 + k + 1] = 1 / copy
-    assert float(measures.prefix_matching_score(pattern)) == pytest.approx(0.5, abs=1e-6)
+    assert float(score(pattern, copies(4, 25, 1, 1))) == pytest.approx(0.5, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
-@given(seq_len=st.integers(2, 7), bos=st.integers(0, 1), copies=st.integers(2, 4), seed=st.integers(0, 2**31))
-def test_every_score_equals_the_literal_loop(seq_len, bos, copies, seed):
+@given(seq_len=st.integers(2, 7), bos=st.integers(0, 1), count=st.integers(2, 4), seed=st.integers(0, 2**31))
+def test_every_score_equals_the_literal_loop(seq_len, bos, count, seed):
     two = random_pattern(2, 3, n=bos + 2 * seq_len, seed=seed)
-    many = random_pattern(2, 3, n=bos + copies * seq_len, seed=seed)
+    many = random_pattern(2, 3, n=bos + count * seq_len, seed=seed)
     got = {
-        "induction": measures.induction_score(two, seq_len),
-        "diagonal": measures.induction_diagonal_score(two, seq_len),
-        "duplicate": measures.duplicate_token_score(two, seq_len),
-        "previous": measures.previous_token_score(two),
-        "first": measures.first_token_score(two),
-        "prefix": measures.prefix_matching_score(many, seq_len, copies),
+        "induction": score(two, copies(2, seq_len, bos, 1)),
+        "diagonal": score(two, measures.diagonal_mask(two.shape[-1], 1 - seq_len)),
+        "duplicate": score(two, copies(2, seq_len, bos, 0)),
+        "previous": score(two, measures.previous_token_mask(two.shape[-1])),
+        "first": score(two, measures.first_token_mask(two.shape[-1])),
+        "prefix": score(many, copies(count, seq_len, bos, 1)),
     }
     for row in range(2):
         for head in range(3):
@@ -105,7 +115,7 @@ def test_every_score_equals_the_literal_loop(seq_len, bos, copies, seed):
                 "duplicate": reference.duplicate(p, seq_len, bos),
                 "previous": reference.previous(p),
                 "first": reference.first(p),
-                "prefix": reference.prefix_matching(q, seq_len, copies, bos),
+                "prefix": reference.prefix_matching(q, seq_len, count, bos),
             }
             for name, value in expected.items():
                 # float32 means of at most some hundred entries below 1
@@ -114,18 +124,22 @@ def test_every_score_equals_the_literal_loop(seq_len, bos, copies, seed):
 
 def test_masks_of_a_text_find_what_the_eye_finds():
     tokens = torch.tensor([[7, 1, 2, 1, 3, 1]])
-    assert measures.duplicate_mask(tokens).nonzero().tolist() == [[0, 3, 1], [0, 5, 1], [0, 5, 3]]
+    assert entries(measures.duplicate_token_mask(tokens)) == [(3, 1), (5, 1), (5, 3)]
     # after the earlier 1s come 2 (position 2) and 3 (position 4)
-    assert measures.induction_mask(tokens).nonzero().tolist() == [[0, 3, 2], [0, 5, 2], [0, 5, 4]]
+    assert entries(measures.induction_mask(tokens)) == [(3, 2), (5, 2), (5, 4)]
     # A A: what follows the first A is the destination itself, which is no induction
-    assert not measures.induction_mask(torch.tensor([[4, 4]])).any()
+    assert entries(measures.induction_mask(torch.tensor([[4, 4]]))) == []
+
+
+def entries(mask: Mask) -> list[tuple[int, int]]:
+    return list(zip(mask.dest[0].tolist(), mask.src[0].tolist(), strict=True))
 
 
 def test_rows_with_different_numbers_of_entries():
     mask = torch.zeros(3, 4, 4, dtype=torch.bool)
     mask[0, 3, 0] = mask[0, 3, 2] = mask[1, 2, 1] = True
     pattern = random_pattern(3, 2, n=4)
-    score = stripe_score(pattern, Stripe.of_mask(mask))
+    score = mask_score(pattern, Mask.of(mask))
     for head in range(2):
         expected = (pattern[0, head, 3, 0] + pattern[0, head, 3, 2]) / 2
         assert float(score[0, head]) == pytest.approx(float(expected), abs=1e-7)
@@ -134,8 +148,8 @@ def test_rows_with_different_numbers_of_entries():
 
 
 def test_the_null_of_positions_is_the_mean_over_shuffles():
-    stripe = measures.previous_token_stripe(4)
-    assert measures.uniform_attention(stripe) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+    mask = measures.previous_token_mask(4)
+    assert measures.uniform_attention(mask) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
 
 
 def test_copying_score_by_hand():
@@ -157,24 +171,19 @@ def test_copying_score_by_hand():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: measures.previous_token_score(torch.ones(1, 1)), "at least 2 positions, but there is 1"),
-        (lambda: measures.induction_score(uniform(N), 6), "but the pattern has 11"),
+        (lambda: measures.previous_token_mask(1), "at least 2 positions, but there is 1"),
+        (lambda: measures.copies_mask(torch.tensor([[1]]), 3, 1), "at least twice, but there is 1 copy"),
+        (lambda: measures.diagonal_mask(3, 1), "diagonals -2 to 0, not 1"),
+        (lambda: Mask.of(torch.ones(2, 2).bool()), "src must not come after dest"),
         (
-            lambda: measures.prefix_matching_score(uniform(N)),
-            "make 101 or 100 positions, but the pattern has 11",
-        ),
-        (lambda: measures.copies_stripe(torch.tensor([[1]]), 3, 1), "at least twice, but there is 1 copy"),
-        (lambda: measures.diagonal_stripe(3, 1), "diagonals -2 to 0, not 1"),
-        (lambda: Stripe.of_mask(torch.ones(2, 2).bool()), "src must not come after dest"),
-        (
-            lambda: stripe_score(uniform(3)[None, None], measures.previous_token_stripe(5)),
+            lambda: mask_score(uniform(3)[None, None], measures.previous_token_mask(5)),
             r"reaches \(4, 3\), but the pattern has 3 x 3",
         ),
         (
-            lambda: stripe_score(
-                uniform(3).expand(4, 1, 3, 3), Stripe(torch.zeros(2, 1).long(), torch.zeros(2, 1).long())
+            lambda: mask_score(
+                uniform(3).expand(4, 1, 3, 3), Mask(torch.zeros(2, 1).long(), torch.zeros(2, 1).long())
             ),
-            "belongs to 2 rows, but the pattern has 4",
+            "has 2 rows, but the pattern has 4",
         ),
     ],
 )

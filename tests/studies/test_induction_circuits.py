@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from mechlens.analyses.circuits import full_OV
-from mechlens.measures.attention import induction_score
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.results import InductionCircuits, load
@@ -25,6 +24,7 @@ from mechlens.studies.induction_circuits import (
 )
 from mechlens.terminal import induction_circuits_json, print_induction_circuits, print_json
 from tests.counting import positions_run
+from tests.reference import heads as reference
 from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 
 V, SEQ_LEN = 48, 12
@@ -236,16 +236,11 @@ def test_the_scores_of_a_pair_are_those_of_its_own_runs(by_hand):
         log_probs = logits.double().log_softmax(-1)[:, SEQ_LEN:-1]
         return -log_probs.gather(2, found.tokens[:, SEQ_LEN + 1 :, None]).mean()
 
-    score = torch.stack([induction_score(p, SEQ_LEN) for p in _with_bos(kept["pattern"])]).mean()
-    assert float(found.evidence["score_removed"][0]) == pytest.approx(float(score), abs=1e-5)
+    score = sum(reference.induction(p, SEQ_LEN, bos=0) for p in kept["pattern"]) / len(kept["pattern"])
+    assert float(found.evidence["score_removed"][0]) == pytest.approx(score, abs=1e-5)
     assert found.clean_loss == pytest.approx(float(loss(clean)), abs=1e-4)
     expected = float(loss(logits) - loss(clean))
     assert float(found.evidence["loss_removed"][0]) == pytest.approx(expected, abs=1e-4)
-
-
-def _with_bos(patterns):
-    """`induction_score` is of sequences that begin with BOS, which these have not."""
-    return torch.nn.functional.pad(patterns, (1, 0, 1, 0))
 
 
 def test_the_bundled_models_own_circuit(bundled):
