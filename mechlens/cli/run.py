@@ -16,7 +16,6 @@ import typer
 
 from mechlens.cli import options
 from mechlens.cli.output import deliver
-from mechlens.files import replacing
 
 if TYPE_CHECKING:
     from mechlens.models.protocol import LensModel
@@ -108,6 +107,8 @@ class Run:
                 (result,) = results
                 return [result.save(out)]
             if out.suffix == TABLE:
+                from mechlens.files import replacing
+
                 with replacing(out) as part:
                     frame().to_csv(part, index=False)
                 return [out]

@@ -123,6 +123,10 @@ def section(result: Result, **options: Any) -> Section:
         >>> mechlens.section(found, top=3).title
         'Direct logit attribution'
     """
+    from mechlens.arguments import check_type
+    from mechlens.results import Result
+
+    check_type("result", result, Result)
     home = type(result).__module__.rsplit(".", 1)[1]
     makers = getattr(importlib.import_module(f"mechlens.show.{home}"), "SECTIONS", {})
     if type(result) not in makers:

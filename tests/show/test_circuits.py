@@ -72,7 +72,7 @@ def test_of_a_circuit_of_zeros_nothing_is_perfect(capsys):
 def test_a_circuit_alone_is_its_eigenvalues_if_it_is_square(capsys):
     of_values = circuit(axes=("source", "destination"), name="full OV of L0H1")
     section = circuit_section(of_values, title="Copying")
-    assert [type(part) for part in section.parts] == [Plot]
+    assert [type(part) for part in section.parts] == [Figure]
     assert section.parts[0].caption.endswith("Those to the right copy.")
     assert section.parts[0].description == "Eigenvalues of the full OV of L0H1: copying score 0.333."
     assert "Copying score 0.333." in section.text
@@ -111,7 +111,7 @@ def test_pairs_below_the_baseline_are_not_called_strong():
     assert section.parts[-1].rows == []
     assert "none above the baseline" in section.parts[0].description
     assert MINUS not in section.text
-    with pytest.raises(ValueError, match="at least 1, but is 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         composition_section(composition(), top=0)
     with pytest.raises(ValueError, match="has only one"):
         composition_section(composition(n_layers=1))

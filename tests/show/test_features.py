@@ -247,7 +247,7 @@ def test_examples_have_their_windows_and_where_the_peaks_are():
     section = feature_examples_section(examples(), [(1, 2), (1, 6)], text="What to look for.")
     one, other, table = section.parts
     assert isinstance(one, Figure)
-    assert one.view.props["activations"][0][0][0][:3] == [0, -1.0, 2.123]
+    assert one.figure.props["activations"][0][0][0][:3] == [0, -1.0, 2.123]
     assert other.view.props["activations"][0][0][0][:3] == [0, 9.0, 8.0]
     assert "Feature 2 of mlp_out of layer 1" in one.caption
     assert table.rows == [
