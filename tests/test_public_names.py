@@ -27,22 +27,14 @@ def test_import_costs_nothing() -> None:
 def test_name_resolves_and_is_documented(name: str) -> None:
     value = getattr(mechlens, name)
     assert (value.__doc__ or "").strip()
-    assert value.__name__ == name
+    assert getattr(value, "__name__", name) == name
 
 
-def test_lazy_names_are_those_that_type_checkers_see() -> None:
-    tree = ast.parse(Path(mechlens.__file__).read_text(encoding="utf-8"))
-    block = next(
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
-    seen: dict[str, tuple[str, ...]] = {}
-    for node in block.body:
-        assert isinstance(node, ast.ImportFrom)
-        assert node.module
-        assert all(alias.asname is None for alias in node.names)
-        seen[node.module] = tuple(alias.name for alias in node.names)
-    assert seen == mechlens._HOMES
-    assert sorted(name for names in seen.values() for name in names) == mechlens.__all__
+def test_every_line_of_the_stub_is_a_public_name() -> None:
+    """A line that the pattern misses would drop a name without a word."""
+    stub = Path(mechlens.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    imported = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
+    assert sorted(alias.name for node in imported for alias in node.names) == mechlens.__all__
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
