@@ -25,7 +25,7 @@ from mechlens.models.weights.access import (
 )
 from mechlens.results import LogitAttribution, head_label
 from mechlens.text.prompts import Prompt, prompt_tokens
-from mechlens.text.tokens import own_bos_token_id, target_id, token_strings
+from mechlens.text.tokens import all_bos, target_id, token_strings
 
 Target = str | int | Int[Tensor, "..."]
 
@@ -91,7 +91,6 @@ def direct_logit_attribution(
     target_ids = torch.cat(wanted)
     against_ids = None if subtracted is None else subtracted[:, list(read)]
     seen = torch.cat([ids.flatten() for ids in (tokens, target_ids, against_ids) if ids is not None]).unique()
-    bos = own_bos_token_id(model.tokenizer)
     return LogitAttribution(
         model=info,
         tokens=tokens,
@@ -102,7 +101,7 @@ def direct_logit_attribution(
         target_ids=target_ids,
         against_ids=against_ids,
         strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
-        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, tokens[:, 0]),
     )
 
 

@@ -28,8 +28,9 @@ from mechlens.models.weights.access import (
 )
 from mechlens.progress import progress_bar
 from mechlens.results import HeadScores, RepeatedTokenPerformance, half_means, head_label
+from mechlens.results.heads import CLEAR_SCORE
 from mechlens.text.prompts import Prompt, RandomTokens, prompt_tokens, repeated_tokens
-from mechlens.text.tokens import own_bos_token_id
+from mechlens.text.tokens import all_bos, own_bos_token_id
 
 SEEDS = (0, 1, 2, 3, 4)
 PREFIX_LENGTH, PREFIX_COPIES = 25, 4
@@ -374,7 +375,6 @@ def score_heads_on(
         wanted[name] = Mask.of(where.bool().cpu())
     found = _score_masks(model, tokens, wanted, cache=cache)
     scores = {kind: values[None] for kind, values in found.items()}
-    bos = own_bos_token_id(model.tokenizer)
     return HeadScores(
         model=info,
         scores=scores,
@@ -384,12 +384,14 @@ def score_heads_on(
         seq_len=None,
         jitter=0,
         seeds=(),
-        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, tokens[:, 0]),
         confidence=confidence,
     )
 
 
-def detect_heads(result: HeadScores, kind: str = "induction_score", threshold: float = 0.4) -> list[str]:
+def detect_heads(
+    result: HeadScores, kind: str = "induction_score", threshold: float = CLEAR_SCORE
+) -> list[str]:
     """The heads that score at least `threshold`, as `L5H5`, the highest first.
 
     Raises:
@@ -397,7 +399,7 @@ def detect_heads(result: HeadScores, kind: str = "induction_score", threshold: f
     """
     check_type("result", result, HeadScores)
     check_between("threshold", threshold, -1, 1)
-    return [head_label(*head) for head, score in result.ranked(kind) if score >= threshold]
+    return [head_label(*head) for head, _ in result.clear_heads(kind, threshold, times_null=0)]
 
 
 # -- steps -----------------------------------------------------------------------------------------

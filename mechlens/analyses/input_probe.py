@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_counts, generator_of, whole_number
-from mechlens.measures.statistics import bootstrap_interval
+from mechlens.measures.statistics import bootstrap_interval, rank_correlation
 from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import parts, watch
@@ -22,7 +22,7 @@ from mechlens.models.weights.access import direct_unembedding
 from mechlens.progress import progress_bar
 from mechlens.results import InputProbe
 from mechlens.text.corpus import Source, token_windows
-from mechlens.text.tokens import own_bos_token_id
+from mechlens.text.tokens import all_bos, own_bos_token_id
 
 BASES = ("pca", "nmf")
 COMPONENTS = 64
@@ -164,7 +164,7 @@ def probe_input(
         ridge=float(ridge),
         null_draws=null_draws,
         seed=seed,
-        prepend_bos=bos is not None and bool((torch.cat([train, held_out])[:, 0] == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, torch.cat([train, held_out])[:, 0]),
         **{name: _narrow(values) for name, values in compared.items()},
     )
 
@@ -530,7 +530,7 @@ class _Look:
         return self._joined([cosine.of_factors(U, self.singular, V) for cosine in self.cosines], weight)
 
     def _joined(self, cosines: list[Tensor], weight: Tensor) -> Tensor:
-        correlation = _rank_correlation(weight, self.basis.importance)
+        correlation = rank_correlation(weight, self.basis.importance.expand_as(weight))
         absent = [torch.full_like(correlation, torch.nan)] * (2 - len(cosines))
         return torch.stack([*cosines, *absent, correlation])
 
@@ -570,17 +570,3 @@ def _orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
 def _mean_and_range(draws: Float[Tensor, "draw measure fit"]) -> Float[Tensor, "measure fit 3"]:
     ends = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device), dim=0)
     return torch.stack([draws.mean(0), *ends], -1)
-
-
-def _rank_correlation(
-    rows: Float[Tensor, "fit element"], against: Float[Tensor, " element"]
-) -> Float[Tensor, " fit"]:
-    """Spearman's, ties having their mean rank."""
-
-    def ranks(values: Tensor) -> Tensor:
-        ordered = values.sort(-1).values
-        places = [torch.searchsorted(ordered, values, right=right).double() for right in (False, True)]
-        return places[0] + places[1] - (places[0] + places[1]).mean(-1, keepdim=True)
-
-    a, b = ranks(rows.contiguous()), ranks(against.contiguous())
-    return (a @ b) / (a.norm(dim=-1) * b.norm())

@@ -26,7 +26,7 @@ from mechlens.results import LogitLensResult, ModelInfo, TunedLens, VectorLens, 
 from mechlens.results.heads import Heads
 from mechlens.text.batches import Batch, Pieces, cut, prompt_batch
 from mechlens.text.prompts import Prompt
-from mechlens.text.tokens import own_bos_token_id, target_id, token_strings
+from mechlens.text.tokens import all_bos, own_bos_token_id, target_id, token_strings
 
 COMPONENTS = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -148,8 +148,7 @@ def logit_lens(
             "a tuned lens translates the stream between two blocks (resid_pre or resid_post), but this asks "
             f"for {component} with last_blocks={last_blocks}"
         )
-    bos = own_bos_token_id(model.tokenizer)
-    pieces = cut(batch, model.cfg.n_ctx, bos=bos)
+    pieces = cut(batch, model.cfg.n_ctx, bos=own_bos_token_id(model.tokenizer))
     check_streamed(model, pieces.tokens)
     if onto_stream:
         check_adds_up(model, pieces.tokens)
@@ -207,7 +206,7 @@ def logit_lens(
         onto_stream=onto_stream,
         decoder=decoder_name,
         last_blocks=last_blocks,
-        prepend_bos=bos is not None and bool((batch.first_tokens == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, batch.first_tokens),
     )
 
 

@@ -16,7 +16,7 @@ from mechlens.models.run.forward import parts, watch
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
 from mechlens.results import LogitVariance
 from mechlens.text.prompts import Prompt, prompt_tokens
-from mechlens.text.tokens import own_bos_token_id
+from mechlens.text.tokens import all_bos
 
 
 def logit_variance(
@@ -83,7 +83,6 @@ def logit_variance(
     def apart(values: Tensor) -> Tensor:
         return values.cpu().unflatten(-1, shape).clone()
 
-    bos = own_bos_token_id(model.tokenizer)
     return LogitVariance(
         model=info,
         tokens=tokens,
@@ -98,7 +97,7 @@ def logit_variance(
         spread=apart(found.spread),
         excess=apart(found.excess),
         seed=seed,
-        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, tokens[:, 0]),
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_counts, check_reals, generator_of
+from mechlens.measures.divergence import Reference, reference_of
 from mechlens.measures.readout import read_out
 from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel, describe
@@ -26,7 +27,7 @@ from mechlens.progress import announce, spoken
 from mechlens.results import TunedLens
 from mechlens.results.checkpoint import Checkpoint, checkpoint_path
 from mechlens.text.corpus import LENGTH, Source, token_windows
-from mechlens.text.tokens import own_bos_token_id
+from mechlens.text.tokens import all_bos
 
 CHUNK = 256
 """Vectors that go through `W_U` together: a tile of their logits stays near the processor."""
@@ -125,7 +126,7 @@ def train_tuned_lens(
     with Checkpoint(
         resume, "training", lambda: arguments, owner="the training of a tuned lens", names=_TENSORS
     ) as saved:
-        training = _begin(model, saved)
+        training = _begin(model, saved.tensors, saved.step)
         if progress is not False and training.step < steps:
             plan = training_plan(
                 model, batch_tokens=per_step * train.shape[1], length=train.shape[1], held_out=len(rest)
@@ -151,7 +152,6 @@ def train_tuned_lens(
             if not saved.bar.disable:
                 saved.bar.set_postfix(loss=f"{loss:.4f}")
     plain, tuned = _held_out_kl(model, head, rest, training)
-    bos = own_bos_token_id(model.tokenizer)
     return TunedLens(
         model=info,
         rows=_rows(model),
@@ -167,7 +167,7 @@ def train_tuned_lens(
         held_out_tokens=rest.numel(),
         learning_rate=learning_rate,
         seed=seed,
-        prepend_bos=bos is not None and bool((train[:, 0] == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, train[:, 0]),
     )
 
 
@@ -371,12 +371,9 @@ class _Head:
             yield chunk.clone()
 
     @torch.no_grad()
-    def final(self, vectors: Float[Tensor, "some d_model"]) -> _Final | _CappedFinal:
-        """The distributions that all rows are to predict."""
-        normed = self.norm(vectors).to(self.reader.dtype)
-        if self.reader.soft_cap is not None:
-            return _CappedFinal(self.reader, self.reader.logits(normed).log_softmax(-1))
-        return _Final(self.reader, normed, *self.reader.expected_column(normed))
+    def final(self, vectors: Float[Tensor, "some d_model"]) -> Reference:
+        """The model's own distributions, which all rows are to predict."""
+        return reference_of(self.reader, self.norm(vectors).to(self.reader.dtype))
 
     @torch.no_grad()
     def kl(
@@ -394,48 +391,6 @@ class _Head:
         )
         assert found.kl is not None
         return found.kl[..., 0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Final:
-    """The model's own distributions, as far as KL and its gradient depend on them: no logits are kept."""
-
-    reader: Unembedding
-    normed: Float[Tensor, "some d_model"]
-    column: Float[Tensor, "some d_model"]
-    """The mean column of `W_U` under each of them."""
-    log_total: Float[Tensor, " some"]
-
-    def kl(
-        self, normed: Float[Tensor, "some d_model"]
-    ) -> tuple[Float[Tensor, " some"], Float[Tensor, "some d_model"]]:
-        """KL(final || normed) in nats, and its gradient by the normed vectors.
-
-        KL is the mean under final of the logits' difference, in which `b_U` cancels, less the difference of
-        the logs of their totals; so its gradient is the difference of the two mean columns.
-        """
-        column, log_total = self.reader.expected_column(normed)
-        linear = torch.linalg.vecdot(self.normed - normed, self.column)
-        return linear + log_total - self.log_total, column - self.column
-
-
-@dataclasses.dataclass(frozen=True)
-class _CappedFinal:
-    """The same where a soft-cap bends the logits: they are held, and each has a slope of its own."""
-
-    reader: Unembedding
-    log_probs: Float[Tensor, "some d_vocab"]
-
-    def kl(
-        self, normed: Float[Tensor, "some d_model"]
-    ) -> tuple[Float[Tensor, " some"], Float[Tensor, "some d_model"]]:
-        """As of `_Final`. A soft-cap's slope is 1 - (logit / cap)^2."""
-        logits, cap = self.reader.logits(normed), self.reader.soft_cap
-        assert cap is not None
-        slope = 1 - (logits / cap) ** 2
-        own, final = logits.log_softmax(-1), self.log_probs.exp()
-        kl = torch.linalg.vecdot(final, self.log_probs - own)
-        return kl, own.exp_().sub_(final).mul_(slope) @ self.reader.W_U.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,14 +428,12 @@ class _Training:
 _TENSORS = tuple(field.name for field in dataclasses.fields(_Training) if field.name != "step")
 
 
-def _begin(model: LensModel, saved: Checkpoint) -> _Training:
-    """From a checkpoint, or from zero."""
+def _begin(model: LensModel, tensors: Mapping[str, Tensor] | None = None, step: int = 0) -> _Training:
+    """From the tensors of a checkpoint, or from zero."""
     rows, d_model = model.cfg.n_layers, model.cfg.d_model
     like = model.W_U.detach()
-    if saved.tensors:
-        return _Training(
-            **{name: tensor.to(like.device) for name, tensor in saved.tensors.items()}, step=saved.step
-        )
+    if tensors:
+        return _Training(**{name: tensor.to(like.device) for name, tensor in tensors.items()}, step=step)
     dtype = torch.promote_types(like.dtype, torch.float32)
     shapes = {name: (rows, d_model, d_model) if "weight" in name else (rows, d_model) for name in _TENSORS}
     zeros = {name: torch.zeros(shape, dtype=dtype, device=like.device) for name, shape in shapes.items()}
@@ -505,7 +458,7 @@ def _gradients(
 
 
 def _backward(
-    head: _Head, final: _Final | _CappedFinal, translated: Float[Tensor, "some d_model"]
+    head: _Head, final: Reference, translated: Float[Tensor, "some d_model"]
 ) -> tuple[float, Float[Tensor, "some d_model"]]:
     """The sum of KL(final || translated), and its gradient by the translated vectors.
 
@@ -515,7 +468,7 @@ def _backward(
         leaf = translated.requires_grad_()
         normed = head.norm(leaf)
     with torch.no_grad():
-        kl, by_normed = final.kl(normed.to(head.reader.dtype))
+        kl, by_normed = final.kl_and_gradient(normed.to(head.reader.dtype))
     (gradient,) = torch.autograd.grad(normed, leaf, by_normed.to(normed.dtype))
     return float(kl.sum()), gradient
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_counts, whole_number
+from mechlens.measures.divergence import kl
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.measures.unembedding import TILE_ROWS, LogSumExp, Unembedding
 
@@ -134,9 +135,7 @@ def kl_from(
     if torch.is_grad_enabled() and vectors.requires_grad:
         own = unembedding.logits(reference).log_softmax(-1)
         other = unembedding.logits(vectors.flatten(0, 1)).log_softmax(-1).view(*vectors.shape[:2], -1)
-        # a token that the reference excludes adds nothing, however likely the other finds it
-        terms = torch.where(own.isneginf(), 0.0, own.exp() * (own - other))
-        return terms.sum(-1).clamp(min=0)
+        return kl(own.expand_as(other), other)
     found = read_out(
         torch.cat([reference[None], vectors]),
         unembedding,

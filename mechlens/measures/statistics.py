@@ -1,4 +1,4 @@
-"""Intervals."""
+"""Intervals and rank correlation."""
 
 from __future__ import annotations
 
@@ -102,3 +102,26 @@ def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[f
     low = 0.0 if fewer == 0 else float(betaincinv(fewer, n - fewer + 1, tail))
     high = 1.0 if more == n else float(betaincinv(more + 1, n - more, 1 - tail))
     return low, high
+
+
+def rank_correlation(
+    a: Float[Tensor, "*batch value"], b: Float[Tensor, "*batch value"]
+) -> Float[Tensor, "*batch"]:
+    """Spearman's rank correlation along the last axis; equal values share the mean of their ranks.
+
+    Returns:
+        In [-1, 1]; nan where all values of a side are equal.
+
+    References: Spearman 1904, "The proof and measurement of association between two things".
+    """
+    first, second = _centered_ranks(a), _centered_ranks(b)
+    return torch.linalg.vecdot(first, second) / (first.norm(dim=-1) * second.norm(dim=-1))
+
+
+def _centered_ranks(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch value"]:
+    """Twice the ranks, less their mean, in float64."""
+    values = values.contiguous()
+    ordered = values.sort(-1).values
+    below, up_to = (torch.searchsorted(ordered, values, right=right).double() for right in (False, True))
+    ranks = below + up_to
+    return ranks - ranks.mean(-1, keepdim=True)

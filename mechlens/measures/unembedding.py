@@ -98,6 +98,10 @@ class Unembedding:
         """`c * tanh(logit / c)`; None leaves them."""
         return logits if self.soft_cap is None else self.soft_cap * (logits / self.soft_cap).tanh()
 
+    def cap_slope(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The derivative of the soft-cap where it gives these logits: `1 - (logit / c)^2`."""
+        return torch.ones_like(logits) if self.soft_cap is None else 1 - (logits / self.soft_cap) ** 2
+
     def of(self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         """The logit of one token per vector; no others are made. A gradient may be taken of it."""
         columns = self.W_U.index_select(1, tokens).T.to(self.dtype)

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+CLEAR_SCORE = 0.4
+"""The mean score at which a head counts as one of its kind, where no other threshold is given."""
+TIMES_NULL = 5.0
+"""How many times its null baseline a clear score is."""
+
+
 def head_label(layer: int, head: int) -> str:
     """A head's name in text, such as `L5H5`."""
     return f"L{layer}H{head}"
@@ -165,6 +171,25 @@ class HeadScores(Result):
         for index in flat.argsort(descending=True, stable=True).tolist():
             if not torch.isnan(flat[index]):
                 yield (index // n_heads, index % n_heads), float(flat[index])
+
+    def clear_heads(
+        self, kind: str, threshold: float = CLEAR_SCORE, times_null: float = TIMES_NULL
+    ) -> list[tuple[tuple[int, int], float]]:
+        """((layer, head), mean score) of the heads that are clearly of a kind, the highest first.
+
+        Args:
+            threshold: the least mean score.
+            times_null: the least multiple of the head's null baseline; 0 ignores the null, which scores on a
+                prompt do not have.
+
+        Raises:
+            ValueError: the result has no such kind, or no null of it.
+        """
+        above = [(head, score) for head, score in self.ranked(kind) if score >= threshold]
+        if times_null == 0:
+            return above
+        null = self.null(kind)
+        return [(head, score) for head, score in above if score >= times_null * float(null[head])]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per kind and head: kind, layer, head, label, score, low, high, null, sequences."""

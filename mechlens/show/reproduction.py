@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mechlens.plots.facts import plot_facts
 from mechlens.results import head_label
+from mechlens.results.heads import CLEAR_SCORE, TIMES_NULL
 from mechlens.show.circuits import composition_section
 from mechlens.show.feature_alignment import feature_alignment_section
 from mechlens.show.features import complete_search_section
@@ -17,15 +18,12 @@ from mechlens.show.patching import patching_section
 from mechlens.show.section import Figure, Section, Table
 from mechlens.studies.facts import FactsStudy
 from mechlens.studies.findings import FeaturesStudy, Findings
-from mechlens.studies.heads import TIMES_NULL, Reproduction, detect_clear_heads
+from mechlens.studies.heads import Reproduction
 from mechlens.studies.indirect_object import IndirectObjectStudy
 from mechlens.studies.induction_circuits import CircuitStudy
 from mechlens.studies.logit_lens import LensStudy
 from mechlens.studies.study import Study
 from mechlens.text.display import number
-
-CLEAR_SCORE = 0.4
-"""A head that scores this much is named among the findings."""
 
 
 def write_findings(findings: Findings, folder: Path, *, command: str) -> list[Path]:
@@ -167,10 +165,10 @@ def _findings(reproduction: Reproduction) -> str:
     )
     named = {}
     for kind in ("induction_score", "previous_token_score"):
-        clear = detect_clear_heads(heads, kind, CLEAR_SCORE)
+        clear = heads.clear_heads(kind)
         named[kind] = ", ".join(f"{head_label(*head)} ({score:.2f})" for head, score in clear[:5])
     return (
         f"{accuracy}\n\nInduction heads: {named['induction_score'] or 'none'}. Previous-token heads: "
         f"{named['previous_token_score'] or 'none'}. Named are heads with a score of at least {CLEAR_SCORE} "
-        f"and at least {TIMES_NULL} times their null, the highest five."
+        f"and at least {TIMES_NULL:g} times their null, the highest five."
     )

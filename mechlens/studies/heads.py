@@ -32,6 +32,7 @@ from mechlens.results import (
     half_means,
     head_label,
 )
+from mechlens.results.heads import TIMES_NULL
 from mechlens.studies.study import Measured, Study, hold
 
 CARDS = Path(__file__).parent / "cards"
@@ -43,8 +44,6 @@ _FIGURES: tuple[tuple[tuple[str, ...], tuple[Any, ...], tuple[Published, ...] | 
 """Names, sizes (layers, heads, d_model, d_vocab, and no revision) and figures of models, or their card."""
 INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
 PUBLISHED_SEQ_LEN = 50
-TIMES_NULL = 5
-"""How many times its null a score must be to count as far above it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +169,6 @@ def _per_sequence(performance: RepeatedTokenPerformance, estimate: str) -> Tenso
     return means.flatten()
 
 
-def detect_clear_heads(heads: HeadScores, kind: str, threshold: float) -> list[tuple[tuple[int, int], float]]:
-    """((layer, head), score) of heads that score at least `threshold` and `TIMES_NULL` times their null."""
-    null = heads.null(kind)
-    return [(h, s) for h, s in heads.ranked(kind) if s >= threshold and s >= TIMES_NULL * float(null[h])]
-
-
 # -- claims that are no single number --------------------------------------------------------------
 
 _Claim = Callable[[Published, RepeatedTokenPerformance, HeadScores], tuple[str, float | str, bool]]
@@ -207,10 +200,10 @@ def _induction_circuit(
 
     claim = (
         f"an induction head >= {INDUCTION_THRESHOLD} in a layer after a previous-token head "
-        f">= {PREVIOUS_THRESHOLD}, each at least {TIMES_NULL} times its null"
+        f">= {PREVIOUS_THRESHOLD}, each at least {TIMES_NULL:g} times its null"
     )
-    previous = detect_clear_heads(heads, "previous_token_score", PREVIOUS_THRESHOLD)
-    for head, score in detect_clear_heads(heads, "induction_score", INDUCTION_THRESHOLD):
+    previous = heads.clear_heads("previous_token_score", PREVIOUS_THRESHOLD)
+    for head, score in heads.clear_heads("induction_score", INDUCTION_THRESHOLD):
         before = [(h, s) for h, s in previous if h[0] < head[0]]
         if before:
             measured = f"{head_label(*head)} {score:.3f} after {head_label(*before[0][0])} {before[0][1]:.3f}"

@@ -25,7 +25,7 @@ from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.patched_runs import SITES
 from mechlens.models.run.properties import check_adds_up, key_value_head, key_value_heads
-from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.models.run.unembedding import check_streamed, token_log_probs
 from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
 from mechlens.published import COMPOSITION_GPT2, Published
@@ -51,6 +51,8 @@ N_TOKENS = 2048
 """Of the vocabulary, over which top-1 accuracies are counted: in 95 draws of 100 one is then at most 0.022
 off."""
 CONFIDENCE = 0.95
+TIMES_NULL = 2.0
+"""The multiple of its null from which a head is a candidate; the tests of its pairs are stricter."""
 
 Pair = tuple[str | tuple[int, int], str | tuple[int, int]]
 Heads = tuple[tuple[int, int], tuple[int, int]]
@@ -211,7 +213,10 @@ def _pairs(
     scores: HeadScores, composition: CompositionScores, threshold: float, per_head: int
 ) -> tuple[list[Heads], str]:
     """The pairs that are worth trying, or why there is none."""
-    induction, previous = (_above(scores, kind, threshold) for kind in (INDUCTION, PREVIOUS))
+    induction, previous = (
+        [head for head, _ in scores.clear_heads(kind, threshold, TIMES_NULL)]
+        for kind in (INDUCTION, PREVIOUS)
+    )
     if not induction:
         most = _most(scores, INDUCTION, threshold)
         return [], f"no head has an induction score of {threshold:g} and of twice its null{most}"
@@ -239,11 +244,6 @@ def _most(scores: HeadScores, kind: str, threshold: float, before: int | None = 
     head, score = best
     null = f", but its null is {float(scores.null(kind)[head]):.3f}" if score >= threshold else ""
     return f"; the highest is {head_label(*head)} with {score:.3f}{null}"
-
-
-def _above(scores: HeadScores, kind: str, threshold: float) -> list[tuple[int, int]]:
-    null = scores.null(kind)
-    return [head for head, score in scores.ranked(kind) if score >= threshold and score >= 2 * null[head]]
 
 
 # -- what speaks for a pair ------------------------------------------------------------------------
@@ -419,12 +419,10 @@ class _Effects:
         return last[:, int(self.random.starts[0, 1]) : -1]
 
     def _loss(self, read: Float[Tensor, "sequence read d_model"]) -> Float[Tensor, " sequence"]:
-        shape = read.shape[:2]
-        following = self.random.tokens[:, -shape[1] :].to(read.device)
+        following = self.random.tokens[:, -read.shape[1] :]
         with torch.inference_mode():
-            vectors = final_norm(self.model, read).flatten(0, 1)
-            log_prob, _ = unembedding(self.model).log_prob(vectors, following.flatten())
-        return -log_prob.view(shape).mean(1).float().cpu()
+            log_prob, _ = token_log_probs(self.model, read, following)
+        return -log_prob.mean(1).float().cpu()
 
     def _score(self, pattern: Float[Tensor, "sequence dest src"]) -> float:
         mask = copies_mask(self.random.starts, self.random.seq_len, 1)

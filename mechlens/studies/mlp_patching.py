@@ -12,13 +12,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
 from mechlens.arguments import check_model
+from mechlens.measures.statistics import rank_correlation
 from mechlens.models.protocol import LensModel
 from mechlens.published import MLP_PATCHING, Published
 from mechlens.results import NOT_JUDGED, Comparison, HeadScores, PatchGridResult, Result
@@ -53,7 +50,7 @@ class MlpStudy(Study):
         known = ~score.isnan() & ~effect.isnan()
         if int(known.sum()) < 3:
             return math.nan
-        return float(torch.corrcoef(torch.stack([_ranks(score[known]), _ranks(effect[known])]))[0, 1])
+        return float(rank_correlation(score[known], effect[known]))
 
 
 def reproduce_mlp_patching(
@@ -153,13 +150,6 @@ def _others_in_loss(grid: PatchGridResult) -> float:
 def _first_in_others(grid: PatchGridResult) -> float:
     first, others = first_and_others(grid)
     return first / others if others > 0 else math.nan
-
-
-def _ranks(values: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
-    """From 0, equal values sharing the mean of their ranks."""
-    below = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return (below + (equal - 1) / 2).double()
 
 
 CLAIMS: dict[str, tuple[str, bool, Callable[[MlpStudy], float]]] = {

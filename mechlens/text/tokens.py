@@ -41,6 +41,12 @@ def own_bos_token_id(tokenizer: Any) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
+def all_bos(tokenizer: Any, ids: Int[Tensor, " id"]) -> bool:
+    """Whether every one of some ids, such as the first of each sequence, is the tokenizer's own BOS."""
+    bos = own_bos_token_id(tokenizer)
+    return bos is not None and len(ids) > 0 and bool((ids == bos).all())
+
+
 def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
     """The ids that may be drawn at random: no special token, nothing past the tokenizer's length.
 

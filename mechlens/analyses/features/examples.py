@@ -26,7 +26,7 @@ from mechlens.results import FeatureExamples
 from mechlens.results.checkpoint import Checkpoint
 from mechlens.text.corpus import LENGTH, Source, corpus_ids, token_windows
 from mechlens.text.prompts import bos_to_prepend
-from mechlens.text.tokens import own_bos_token_id, special_ids
+from mechlens.text.tokens import all_bos, special_ids
 
 _TENSORS = ("values", "numbers", "kept", "tokens", "corpus")
 
@@ -125,8 +125,7 @@ def feature_examples(
         raise ValueError(
             f"the corpus is shorter than one window of {length} tokens: give more, or less length"
         )
-    own = own_bos_token_id(model.tokenizer)
-    given = ids is not None and own is not None and bool((ids[:, 0] == own).all())
+    given = ids is not None and all_bos(model.tokenizer, ids[:, 0])
     return heap.result(bos is not None or given)
 
 

@@ -16,7 +16,7 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.run.forward import check_tokens
 from mechlens.models.run.from_embeddings import run_embedded
 from mechlens.models.run.properties import check_rows_alike
-from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.models.run.unembedding import check_streamed, token_log_probs
 from mechlens.text.prompts import prompt_tokens
 
 OBJECTIVES = ("constant", "maximise", "maximin", "l1", "cosine", "continuation")
@@ -150,10 +150,8 @@ class Judge:
         assert self.target is not None
         last = self._run(embedded, f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
         # each position predicts the token after it
-        ahead = final_norm(model, last[:, -len(self.target) - 1 : -1])
-        ids = self.target.to(ahead.device).expand(len(ahead), -1)
-        log_prob, _ = unembedding(model).log_prob(ahead.flatten(0, 1), ids.flatten())
-        return log_prob.view(ids.shape).sum(-1)
+        ahead = last[:, -len(self.target) - 1 : -1]
+        return token_log_probs(model, ahead, self.target.expand(len(ahead), -1))[0].sum(-1)
 
 
 def _target(

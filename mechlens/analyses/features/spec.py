@@ -20,7 +20,7 @@ from mechlens.models.weights.access import settings_hash, weights_hash
 from mechlens.models.weights.folding import is_blind_to_mean
 from mechlens.results import ModelInfo
 from mechlens.text.prompts import bos_to_prepend, prompt_tokens
-from mechlens.text.tokens import own_bos_token_id, token_strings
+from mechlens.text.tokens import all_bos, token_strings
 
 SITES = {name: patched_runs.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
 SITES |= {"post": "blocks.{}.mlp.hook_post"}
@@ -100,14 +100,13 @@ class Sought:
 
     def fields(self) -> dict[str, Any]:
         """What every result says of them."""
-        bos = own_bos_token_id(self.model.tokenizer)
         return {
             "model": self.info,
             "site": self.site,
             "features": self.features,
             "directions": self.directions,
             "prefix": self.prefix,
-            "prepend_bos": bos is not None and bool((self.prefix[:1] == bos).any()),
+            "prepend_bos": all_bos(self.model.tokenizer, self.prefix[:1]),
         }
 
     @functools.cached_property

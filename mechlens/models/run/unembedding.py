@@ -67,11 +67,7 @@ def _streamed(
     last_layer = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     watch(model, rows, {**(readers or {}), last_layer: kept.append})
     with torch.inference_mode():
-        last = final_norm(model, kept.pop()[:, :-1])
-        targets = rows[:, 1:].to(last.device)
-        log_prob, correct = unembedding(model).log_prob(last.flatten(0, 1), targets.flatten())
-    shape = (rows.shape[0], rows.shape[1] - 1)
-    return log_prob.view(shape), correct.view(shape)
+        return token_log_probs(model, kept.pop()[:, :-1], rows[:, 1:])
 
 
 def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
@@ -140,6 +136,21 @@ def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Fl
     if kind.startswith("LN"):
         wide = wide - wide.mean(-1, keepdim=True)
     return wide / (wide.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+
+
+def token_log_probs(
+    model: LensModel, residual: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Log-probability in nats of one token at each position, and whether it is the most likely one.
+
+    Args:
+        residual: the last `resid_post`; a gradient may be taken by it.
+        tokens: one for each position, on any device.
+    """
+    vectors = final_norm(model, residual)
+    ids = tokens.to(vectors.device)
+    log_prob, correct = unembedding(model).log_prob(vectors.flatten(0, 1), ids.flatten())
+    return log_prob.view(ids.shape), correct.view(ids.shape)
 
 
 def unembedding(model: LensModel) -> Unembedding:

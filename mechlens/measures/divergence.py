@@ -1,0 +1,73 @@
+"""KL divergence to reference distributions, and its gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.measures.unembedding import Unembedding
+
+
+def kl(
+    log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch"]:
+    """KL(p || q) in nats, from log-probabilities; a gradient may be taken of it.
+
+    A token that p excludes adds nothing, however likely q makes it. Rounding alone would make the divergence
+    of a distribution from itself negative, so it is clamped at 0.
+    """
+    apart = (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)
+    return torch.linalg.vecdot(log_p.exp(), apart).clamp(min=0)
+
+
+def reference_of(unembedding: Unembedding, normed: Float[Tensor, "pos d_model"]) -> Reference:
+    """The distributions of some vectors after the last norm, to take KL divergences and gradients to."""
+    if unembedding.soft_cap is not None:
+        return _Capped(unembedding, unembedding.logits(normed).log_softmax(-1))
+    return _Linear(unembedding, normed, *unembedding.expected_column(normed))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Linear:
+    """Distributions as far as KL and its gradient depend on them: no logits are kept."""
+
+    unembedding: Unembedding
+    normed: Float[Tensor, "pos d_model"]
+    column: Float[Tensor, "pos d_model"]
+    """The mean column of `W_U` under each distribution."""
+    log_total: Float[Tensor, " pos"]
+
+    def kl_and_gradient(
+        self, normed: Float[Tensor, "pos d_model"]
+    ) -> tuple[Float[Tensor, " pos"], Float[Tensor, "pos d_model"]]:
+        """KL(reference || normed) in nats, and its gradient by the vectors after the last norm.
+
+        KL is the mean under the reference of the difference of the logits, in which `b_U` cancels, less the
+        difference of the logs of their totals. So its gradient is the difference of the two mean columns.
+        """
+        column, log_total = self.unembedding.expected_column(normed)
+        linear = torch.linalg.vecdot(self.normed - normed, self.column)
+        return linear + log_total - self.log_total, column - self.column
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Capped:
+    """The same with a soft-cap: all logits are held, and each has its own slope."""
+
+    unembedding: Unembedding
+    log_probs: Float[Tensor, "pos d_vocab"]
+
+    def kl_and_gradient(
+        self, normed: Float[Tensor, "pos d_model"]
+    ) -> tuple[Float[Tensor, " pos"], Float[Tensor, "pos d_model"]]:
+        logits = self.unembedding.logits(normed)
+        own = logits.log_softmax(-1)
+        slope = self.unembedding.cap_slope(logits)
+        found = kl(self.log_probs, own)
+        return found, own.exp_().sub_(self.log_probs.exp()).mul_(slope) @ self.unembedding.W_U.T
+
+
+Reference = _Linear | _Capped
