@@ -1,6 +1,7 @@
 """The public names: `__init__.py` imports each from where this file says, when it is first used."""
 
 from mechlens.analyses.attention import attention_patterns as attention_patterns
+from mechlens.analyses.attention_spread import attention_spread as attention_spread
 from mechlens.analyses.attribution import direct_logit_attribution as direct_logit_attribution
 from mechlens.analyses.circuit_tokens import circuit_corner as circuit_corner
 from mechlens.analyses.circuit_tokens import largest_pairs as largest_pairs
@@ -52,6 +53,7 @@ from mechlens.models.load.published_lens import load_tuned_lens as load_tuned_le
 from mechlens.models.protocol import LensModel as LensModel
 from mechlens.models.run.sampling import sample_tokens as sample_tokens
 from mechlens.models.weights.randomize import random_like as random_like
+from mechlens.plots.attention_spread import plot_attention_spread as plot_attention_spread
 from mechlens.plots.attribution import plot_attribution as plot_attribution
 from mechlens.plots.circuits import plot_circuit_corner as plot_circuit_corner
 from mechlens.plots.circuits import plot_composition_scores as plot_composition_scores
@@ -77,6 +79,7 @@ from mechlens.plots.patching import plot_head_effects as plot_head_effects
 from mechlens.plots.patching import plot_patch_grid as plot_patch_grid
 from mechlens.plots.tuned_lens import plot_tuned_lens as plot_tuned_lens
 from mechlens.results import AttentionPatterns as AttentionPatterns
+from mechlens.results import AttentionSpread as AttentionSpread
 from mechlens.results import AttributionPatchResult as AttributionPatchResult
 from mechlens.results import Circuit as Circuit
 from mechlens.results import CompleteSearch as CompleteSearch

@@ -11,6 +11,7 @@ import torch
 from mechlens.analyses.logit_lens import STATISTICS
 from mechlens.results import (
     AttentionPatterns,
+    AttentionSpread,
     Facts,
     HeadScores,
     IndirectObject,
@@ -323,4 +324,14 @@ def patch_grid(
         seed=None,
         prepend_bos=True,
         note="",
+    )
+
+
+def attention_spread(n_layers: int = 2, n_heads: int = 3) -> AttentionSpread:
+    values = torch.arange(3.0 * n_layers * n_heads).view(n_layers, n_heads, 3) / (3 * n_layers * n_heads)
+    return AttentionSpread(
+        model(n_layers=n_layers, n_heads=n_heads),
+        tokens=torch.tensor([[0, 3, 1]]),
+        values=values,
+        prepend_bos=True,
     )

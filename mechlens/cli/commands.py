@@ -63,6 +63,11 @@ COMMANDS = {
         "Show what heads attend to.",
         'attention "Mr. Pickwick met Mr. Pickwick" --head L3H5 --out attention.html',
     ),
+    "attention-spread": Command(
+        "attention_spread:attention_spread",
+        "Measure how widely heads spread their attention.",
+        'attention-spread "Mr. Pickwick met Mr. Winkle." --out spread.html',
+    ),
     "patch": Command(
         "patching:patch",
         "Patch one activation at a time.",

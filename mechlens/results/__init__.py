@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mechlens.results.attention_spread import AttentionSpread
 from mechlens.results.attribution import LogitAttribution, component_place
 from mechlens.results.base import (
     FORMAT,
@@ -36,6 +37,7 @@ __all__ = [
     "FORMAT",
     "NOT_JUDGED",
     "AttentionPatterns",
+    "AttentionSpread",
     "AttributionPatchResult",
     "Circuit",
     "Comparison",

@@ -250,6 +250,7 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
         "patch_recovered": mechlens.plot_patch_grid(grids, value="recovered"),
         "patch_positions": mechlens.plot_patch_grid(made["patch_positions"]),
         "head_effects": mechlens.plot_head_effects(grids),
+        "spread": mechlens.plot_attention_spread(hand_made.attention_spread(n_layers, n_heads)),
         "attribution": mechlens.plot_attribution(made["attribution"]),
         "probe": mechlens.plot_input_probe(made["probe"]),
         "variance": mechlens.plot_logit_variance(made["variance"]),

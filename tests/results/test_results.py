@@ -48,7 +48,7 @@ from mechlens.results import (
     head_label,
     load,
 )
-from tests.hand_made import deep_lens, facts, indirect_object, input_probe
+from tests.hand_made import attention_spread, deep_lens, facts, indirect_object, input_probe
 
 MODEL = ModelInfo(
     name="tiny",
@@ -460,6 +460,7 @@ def gradient_search() -> GradientSearch:
 
 
 RESULTS = {
+    "attention_spread": attention_spread,
     "gradient_search": gradient_search,
     "complete_search": complete_search,
     "feature_alignment": feature_alignment,
