@@ -87,7 +87,7 @@ def test_a_model_is_checked_where_it_was_put(tiny_directories, monkeypatch):
     seen = []
     monkeypatch.setattr(loading, "parse_device", lambda _: torch.device("meta"))
     monkeypatch.setattr(
-        load, "check_on_device", lambda model, reference, device: seen.append((model, device))
+        loading, "check_on_device", lambda model, reference, device: seen.append((model, device))
     )
     model = load_model(tiny_directories / "gpt2")
     assert seen == [(model, torch.device("meta"))]
