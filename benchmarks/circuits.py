@@ -29,7 +29,8 @@ from transformer_lens import FactoredMatrix
 
 from mechlens import find_induction_circuits
 from mechlens.measures import weights
-from mechlens.measures.weights import composition_scores, largest_entries, random_composition, top_k_accuracy
+from mechlens.measures.composition import composition_scores, random_composition
+from mechlens.measures.weights import largest_entries, top_k_accuracy
 from mechlens.models.protocol import engine_of
 from mechlens.models.run.properties import last_residual
 

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.arguments import check_model
-from mechlens.measures import weights as weights_measures
+from mechlens.measures import composition
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.weights.access import norm_scale
 from mechlens.models.weights.folding import (
@@ -412,10 +412,8 @@ def composition_scores(
         factors.append((weights.W_V, weights.W_O, *later))
     A1, B1, A2, B2 = (torch.cat(parts) for parts in zip(*factors, strict=True))
     layers = torch.arange(info.n_layers, device=A1.device).repeat_interleave(info.n_heads)
-    scores = weights_measures.composition_scores(
-        A1, B1, A2, B2, source_layers=layers, destination_layers=layers
-    )
-    mean, std = weights_measures.random_composition(info.d_model, model.cfg.d_head, n=draws, seed=seed)
+    scores = composition.composition_scores(A1, B1, A2, B2, source_layers=layers, destination_layers=layers)
+    mean, std = composition.random_composition(info.d_model, model.cfg.d_head, n=draws, seed=seed)
     return CompositionScores(
         model=info,
         kind=kind,

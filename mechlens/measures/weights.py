@@ -1,7 +1,7 @@
-"""Measures of matrices that are kept as a product of two thin ones, `A [row, inner] @ B [inner, column]`.
+"""Measures of matrices that are stored as a product of two thin ones, `A [row, inner] @ B [inner, column]`.
 
-The product itself is never built: GPT-2's over its vocabulary has 10 GB. It is read in tiles that are small
-enough to stay near the processor while they are reduced.
+The product is never built: GPT-2's over its vocabulary would take 10 GB. It is computed in tiles that are
+small enough to stay in the processor's cache while they are reduced.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ import torch
 from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
-from mechlens.arguments import generator_of
 from mechlens.progress import progress_bar
 
 TILE_ROWS = 1024
 TILE_COLUMNS = 1024
-"""Of a tile, 4 MiB in float32: a shape at which product and reduction are fast. A multiple of `TILE_ROWS`, so
-that the diagonal of a block of rows lies in one tile."""
+"""A tile takes 4 MiB in float32, a shape at which product and reduction are fast. A multiple of `TILE_ROWS`,
+so that the diagonal of a block of rows lies in one tile."""
 AXES = ("query", "key")
-"""What rows and columns are called where a circuit does not say."""
+"""The names of rows and columns of a circuit that does not name its axes."""
 
 
 @runtime_checkable
 class Factored(Protocol):
-    """A matrix as a product `A @ B`: a `Circuit`, or a `FactoredMatrix` of TransformerLens.
+    """A matrix as a product `A @ B`: a `Circuit` or TransformerLens's `FactoredMatrix`.
 
-    Where it has `axes`, they are the names of its rows and columns; else these are `AXES`.
+    Its `axes`, if it has any, name its rows and columns; `AXES` do otherwise.
     """
 
     @property
@@ -49,10 +48,10 @@ class Entries(NamedTuple):
 
 
 class Singular(NamedTuple):
-    """The largest singular values of a circuit and their vectors, which is about `U @ S.diag() @ V.T`."""
+    """The largest singular values of a circuit, which is about `U @ S.diag() @ V.T`, and their vectors."""
 
     U: Float[Tensor, "row n"]
-    """Orthonormal columns; of each, the entry that is largest in magnitude is positive."""
+    """Orthonormal columns; the entry of each column that is largest in magnitude is positive."""
     S: Float[Tensor, " n"]
     """Descending."""
     V: Float[Tensor, "column n"]
@@ -67,26 +66,31 @@ def diagonal_ranks(
     ties: str = "for",
     progress: bool | None = None,
 ) -> Int[Tensor, " token"]:
-    """Rank of each token's entry with itself, `(i, i)`, among its entries with all tokens.
+    """Rank each token's entry with itself, `(i, i)`, among its entries with all tokens.
 
     Args:
-        over: the axis along which candidates lie, by its name. The second axis (`key`; the default, None)
-            ranks entry `(i, i)` within row `i`: for each query, among all keys. The first (`query`) ranks it
-            within column `i`: for each key, among all queries.
-        tokens: for which it is asked; None asks for all. Candidates are the whole vocabulary all the same.
+        over: the axis along which the other entries lie, by its name. The second axis (`key`; the default,
+            None) ranks entry `(i, i)` within row `i`: for each query, among all keys. The first axis
+            (`query`) ranks it within column `i`: for each key, among all queries.
+        tokens: ids to rank, compared with the whole vocabulary; None ranks all tokens.
         ties: `for` the diagonal counts strictly larger entries only; `against` it counts equal ones too.
-        progress: show a bar; None shows one in a terminal and in Jupyter.
+        progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        1 is the largest entry; `d_vocab` at most. In the order of `tokens`.
+        One rank per token, in the order of `tokens`; 1 is the largest entry, `d_vocab` the smallest.
 
     Raises:
-        TypeError: tokens that are no integers.
-        ValueError: a circuit that is not square or not finite, an axis that it does not have, a token out of
-            range, or another word for `ties`.
+        TypeError: tokens that are not integers.
+        ValueError: a circuit that is not square or not finite, an unknown axis, a token out of range, or an
+            unknown value of `ties`.
 
-    Cost: the product of the asked rows with all columns, and two passes over each tile of it. Memory for a
-    tile (4 MiB), and for a copy of the factors where they are narrower than float32 or tokens are asked for.
+    Example:
+        >>> circuit = mechlens.full_OV(model, "L3H5")
+        >>> mechlens.diagonal_ranks(circuit, tokens=[100, 200]).shape
+        torch.Size([2])
+
+    Cost: the product of the ranked rows with all columns, and two passes over each tile of it. Memory for a
+    tile (4 MiB), and for a copy of the factors if they are narrower than float32 or `tokens` are given.
     """
     rows, columns = _square(circuit, over)
     compare = {"for": torch.gt, "against": torch.ge}.get(ties)
@@ -95,24 +99,24 @@ def diagonal_ranks(
     place = None
     if tokens is not None:
         ids, place = _ids("token", tokens, len(rows)).to(rows.device).unique(return_inverse=True)
-        # the asked tokens' own columns come first, so that a block's diagonal lies in one tile here as well
+        # the columns of `tokens` come first, so that a block's diagonal lies in one tile here as well
         others = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         others[ids] = False
         rows, columns = rows[ids], columns[:, torch.cat([ids, others.nonzero()[:, 0]])]
     ranks = torch.empty(len(rows), dtype=torch.long, device=rows.device)
-    room = _room(rows)
+    room = room_for_a_tile(rows)
     blocks = _slices(len(rows), TILE_ROWS)
     for block in progress_bar(blocks, desc="ranks", unit="tile", progress=progress):
         some = rows[block]
         tiles = _slices(columns.shape[1], TILE_COLUMNS)
-        # the tile with the diagonal comes first and is multiplied once: another product may round its entries
-        # otherwise, and rank them by that
+        # the tile with the diagonal comes first and is multiplied once: a second product might round its
+        # entries differently and change their ranks
         home = tiles.pop(block.start // TILE_COLUMNS)
         own, rank = None, torch.full_like(ranks[block], 1 if ties == "for" else 0)
         for tile in (home, *tiles):
-            # a narrow product may round otherwise as well: the last one takes columns of the one before along
+            # a narrow product might round differently, too: the last tile repeats columns of the one before
             start = max(0, min(tile.start, columns.shape[1] - TILE_COLUMNS))
-            entries = _product(some, columns[:, start : tile.stop], room)
+            entries = product(some, columns[:, start : tile.stop], room)
             if own is None:
                 own = entries.diagonal(block.start - start)[:, None].clone()
             counted = entries[:, tile.start - start :]
@@ -132,24 +136,34 @@ def top_k_accuracy(
     ties: str = "for",
     progress: bool | None = None,
 ) -> float:
-    """How often a token's entry with itself is among the k largest of its entries with all tokens.
+    """The share of tokens whose entry with itself is among the k largest of its entries with all tokens.
 
     Args:
-        k: 1 asks whether none is larger.
-        over, tokens, ties, progress: as for `diagonal_ranks`.
-        weights: of each token that is asked for, such as its frequency; they need not sum to 1. None weighs
-            all alike.
+        k: 1 asks whether no entry is larger.
+        over: the axis along which the other entries lie, by its name; None takes the second one (`key`): for
+            each query, among all keys.
+        tokens: ids to count, compared with the whole vocabulary; None counts all tokens.
+        weights: one weight per counted token, such as its frequency; they need not sum to 1. None weighs all
+            tokens alike.
+        ties: `for` the diagonal counts strictly larger entries only; `against` it counts equal ones too.
+        progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
         A share in [0, 1].
 
     Raises:
-        TypeError: as `diagonal_ranks`, or k that is no whole number.
-        ValueError: as `diagonal_ranks`; or k that the vocabulary does not have, no tokens, or
-            weights that are negative, not finite, all zero or not one for each token.
+        TypeError: tokens or k that are not integers.
+        ValueError: a circuit that is not square or not finite, an unknown axis, a token or k out of range, an
+            unknown value of `ties`, no tokens, or weights that are negative, not finite, all zero or not one
+            per token.
 
-    Source: the seed's "top 1 accuracy" is `over="key"`, which is here the default.
-    Cost: that of `diagonal_ranks`.
+    Example:
+        >>> circuit = mechlens.full_OV(model, "L3H5")
+        >>> 0 <= mechlens.top_k_accuracy(circuit, k=5, tokens=range(100)) <= 1
+        True
+
+    References: "How one can Interpret GPT2-Small", whose top-1 accuracy corresponds to `over="key"`.
+    Cost: the product of the counted rows with all columns, and two passes over each tile of it.
     """
     d_vocab = len(_square(circuit, over)[0])
     try:
@@ -176,32 +190,29 @@ def top_k_accuracy(
 
 
 def largest_entries(circuit: Factored, n: int, *, progress: bool | None = None) -> Entries:
-    """The n largest of all entries, in descending order; equal ones by their row, then by their column.
-
-    Args:
-        progress: show a bar; None shows one in a terminal and in Jupyter.
+    """The n largest of all entries, in descending order; equal ones by row, then by column.
 
     Raises:
-        ValueError: n that the circuit does not have, or a circuit that is not finite.
+        ValueError: n out of range, or a circuit that is not finite.
 
-    Cost: the whole product and one pass over each tile of it, and a few over rows that may hold one of the n.
+    Cost: the whole product, one pass over each tile of it, and a few over rows that may hold one of the n.
     """
     A, B = _factors(circuit)
     n_columns = B.shape[1]
     if not 1 <= n <= len(A) * n_columns:
         raise ValueError(f"n must lie between 1 and the circuit's {len(A)} x {n_columns} entries, but is {n}")
-    room = _room(A)
+    room = room_for_a_tile(A)
     values, places = A.new_empty(0), torch.empty(0, dtype=torch.long, device=A.device)
     lowest, last = -math.inf, len(A) * n_columns
     blocks = _slices(len(A), TILE_ROWS)
     for block in progress_bar(blocks, desc="largest entries", unit="tile", progress=progress):
         for tile in _slices(n_columns, TILE_COLUMNS):
-            entries = _product(A[block], B[:, tile], room)
+            entries = product(A[block], B[:, tile], room)
             best = entries.amax(1)
             largest = float(best.max())
             if largest < lowest or (largest == lowest and block.start * n_columns + tile.start > last):
                 continue
-            # most often only a row or two have what is wanted
+            # usually only one or two rows have an entry that is large enough
             some = (best >= lowest).nonzero()[:, 0]
             entries = entries[some]
             high = entries >= lowest
@@ -219,20 +230,12 @@ def largest_entries(circuit: Factored, n: int, *, progress: bool | None = None) 
 
 
 def row(circuit: Factored, index: int) -> Float[Tensor, " column"]:
-    """One row of a circuit: of a query with all keys, or of a source with all destinations.
-
-    Raises:
-        ValueError: no such row.
-    """
+    """One row of a circuit: a query with all keys, or a source with all destinations."""
     return corner(circuit, [index], None)[0]
 
 
 def column(circuit: Factored, index: int) -> Float[Tensor, " row"]:
-    """One column of a circuit: of a key with all queries, or of a destination with all sources.
-
-    Raises:
-        ValueError: no such column.
-    """
+    """One column of a circuit: a key with all queries, or a destination with all sources."""
     return corner(circuit, None, [index])[:, 0]
 
 
@@ -241,13 +244,13 @@ def corner(
     rows: Int[Tensor, " row"] | Sequence[int] | None,
     columns: Int[Tensor, " column"] | Sequence[int] | None,
 ) -> Float[Tensor, "row column"]:
-    """The entries of some rows with some columns, in their order; None takes all.
+    """The entries of some rows with some columns, in the given order; None takes all.
 
     Raises:
-        TypeError: rows or columns that are no integers.
-        ValueError: one out of range.
+        TypeError: rows or columns that are not integers.
+        ValueError: one of them is out of range.
 
-    Cost: memory for what is asked for, which is yours to keep small.
+    Cost: memory for all entries, which is the caller's to keep small.
     """
     A, B = _factors(circuit)
     if rows is not None:
@@ -274,7 +277,7 @@ def singular(circuit: Factored, n: int) -> Singular:
     right, right_R = torch.linalg.qr(B.mT)
     U, S, Vh = torch.linalg.svd(left_R @ right_R.mT)
     U, V = left @ U[:, :n], right @ Vh[:n].mT
-    # vectors are given up to a common sign only
+    # the two vectors of a pair are defined up to a common sign
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     return Singular(U * sign, S[:n], V * sign)
 
@@ -283,34 +286,37 @@ def eigenvalues(circuit: Factored) -> Complex[Tensor, " eigenvalue"]:
     """The eigenvalues of a circuit that can differ from 0, the largest in magnitude first.
 
     Returns:
-        As many as the inner dimension, or as the vocabulary where that is smaller.
+        As many as the inner dimension or the vocabulary, whichever is smaller.
 
     Raises:
         ValueError: a circuit that is not square or not finite.
 
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", "Eigenvalue analysis".
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     Cost: the eigenvalues of `B @ A`, `[inner, inner]`, which are those of `A @ B` up to zeros.
     """
     A, B = _square(circuit, None)
     small = B @ A if A.shape[1] <= len(A) else A @ B
-    # on the processor: what solves this on a GPU is not in every build
+    # on the CPU, because not every build can solve this on a GPU
     found = torch.linalg.eigvals(small.cpu())
     return found[found.abs().argsort(descending=True, stable=True)].to(A.device)
 
 
 def eigenvalue_copying_score(circuit: Factored) -> float:
-    """How far a circuit's eigenvalues are positive, so that a token raises itself: `Σ Re λ / Σ |λ|`.
+    """How positive a circuit's eigenvalues are, so that a token raises itself: `Σ Re λ / Σ |λ|`.
 
     Returns:
-        In [-1, 1]: 1 where all are real and positive. nan where all are zero, up to what the product of the
-        factors is rounded by.
+        In [-1, 1]: 1 if all are real and positive. nan if all are zero, up to rounding.
 
     Raises:
         ValueError: a circuit that is not square or not finite.
 
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", whose `Σ λ / Σ |λ|` is
-    the same, because complex eigenvalues come in pairs.
-    Cost: that of `eigenvalues`.
+    Example:
+        >>> -1 <= mechlens.eigenvalue_copying_score(mechlens.full_OV(model, "L3H5")) <= 1
+        True
+
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", whose `Σ λ / Σ |λ|`
+    is the same, because complex eigenvalues come in pairs.
+    Cost: the eigenvalues of an `[inner, inner]` matrix.
     """
     A, B = _factors(circuit)
     found = eigenvalues(circuit)
@@ -320,128 +326,41 @@ def eigenvalue_copying_score(circuit: Factored) -> float:
     return max(-1.0, min(1.0, float(found.real.sum()) / total))
 
 
-def composition_scores(
-    A1: Float[Tensor, "source input inner1"],
-    B1: Float[Tensor, "source inner1 d_model"],
-    A2: Float[Tensor, "destination d_model inner2"],
-    B2: Float[Tensor, "destination inner2 output"],
-    *,
-    source_layers: Int[Tensor, " source"] | None = None,
-    destination_layers: Int[Tensor, " destination"] | None = None,
-) -> Float[Tensor, "source destination"]:
-    """How much of what one head writes is read by another: `‖M1 M2‖ / (‖M1‖ ‖M2‖)`, Frobenius norms.
-
-    Args:
-        A1, B1: the thin factors of the sources' matrices `M1 = A1 @ B1`, for example `W_V` and `W_O`.
-        A2, B2: those of the destinations, `M2 = A2 @ B2`: `W_Q`, `W_K.mT` (q composition), `W_K`, `W_Q.mT`
-            (k), `W_V`, `W_O` (v).
-        source_layers, destination_layers: of each matrix, both or neither. Only pairs with the source in an
-            earlier layer than the destination are then computed.
-
-    Returns:
-        In [0, 1]; about `d_model ** -0.5` for random matrices (`random_composition`). nan where a matrix is
-        zero, and for pairs that are not earlier to later.
-
-    Raises:
-        ValueError: layers of one side only.
-
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", in row-vector form and
-    without the baseline taken off.
-    Cost: QR decompositions of the outer factors, then one product of all `[source * inner1, d_model]` with
-    `[d_model, destination * inner2]`, in tiles.
-    """
-    if (source_layers is None) != (destination_layers is None):
-        raise ValueError("layers must be given of sources and destinations both, or of neither")
-    # the orthonormal columns of A1 = QR change no norm, and neither do those of B2's transpose
-    left = _of_norm_1(_triangle(_wide(A1)) @ _wide(B1))
-    right = _of_norm_1(_triangle(_wide(B2).mT) @ _wide(A2).mT)
-    scores = left.new_full((len(left), len(right)), torch.nan)
-    if source_layers is None or destination_layers is None:
-        pairs = [(torch.arange(len(left)), torch.arange(len(right)))]
-    else:
-        pairs = [
-            ((source_layers == layer).nonzero()[:, 0], (destination_layers > layer).nonzero()[:, 0])
-            for layer in source_layers.unique()
-        ]
-    room = left.new_empty(0)
-    for sources, destinations in pairs:
-        if len(destinations) == 0:
-            continue
-        for some in sources.to(left.device).split(max(1, TILE_ROWS // left.shape[1])):
-            rows = left[some].flatten(0, 1)
-            for others in destinations.to(left.device).split(max(1, TILE_COLUMNS // right.shape[1])):
-                columns = right[others].flatten(0, 1).mT
-                if room.numel() < len(rows) * columns.shape[1]:
-                    room = left.new_empty(len(rows) * columns.shape[1])
-                blocks = _product(rows, columns, room).view(len(some), -1, len(others), right.shape[1])
-                scores[some[:, None], others] = torch.linalg.vector_norm(blocks, dim=(1, 3))
-    return scores
-
-
-def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0) -> tuple[float, float]:
-    """What `composition_scores` says of heads with random weights, `W_V W_O` and the like.
-
-    Args:
-        n: how many independent pairs are drawn, at least 2.
-
-    Returns:
-        Mean and standard deviation over pairs whose factors are Gaussian. The mean square of the score is
-        `1 / d_model`.
-
-    Raises:
-        ValueError: sizes below 1, or fewer than 2 pairs.
-
-    Cost: the QR decompositions of 2 n factors `[d_model, d_head]`.
-    """
-    if min(d_model, d_head) < 1:
-        raise ValueError(f"d_model and d_head must be at least 1, but are {d_model} and {d_head}")
-    if n < 2:
-        raise ValueError(f"a spread needs at least 2 pairs, but n is {n}")
-    generator = generator_of(seed)
-    scores = []
-    for _ in range(n):
-        A1, A2 = torch.randn(2, 1, d_model, d_head, generator=generator, dtype=torch.float32)
-        B1, B2 = torch.randn(2, 1, d_head, d_model, generator=generator, dtype=torch.float32)
-        scores.append(float(composition_scores(A1, B1, A2, B2)))
-    found = torch.tensor(scores, dtype=torch.double)
-    return float(found.mean()), float(found.std())
-
-
 def _factors(circuit: Factored) -> tuple[Float[Tensor, "row inner"], Float[Tensor, "inner column"]]:
-    """The thin factors, in float32 at least."""
+    """The thin factors, in float32 or wider."""
     if not isinstance(circuit, Factored):
         raise TypeError(f"circuit must be a Circuit or a FactoredMatrix, but is {circuit!r:.80}")
     A, B = circuit.A, circuit.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(
-            f"a circuit is a product [row, inner] @ [inner, column], but A is {tuple(A.shape)} and B is "
-            f"{tuple(B.shape)}: of a stack of circuits take one"
+            f"a circuit must be a product [row, inner] @ [inner, column], but A is {tuple(A.shape)} and B is "
+            f"{tuple(B.shape)}: take one circuit of a stack"
         )
     if not (A.isfinite().all() and B.isfinite().all()):
-        raise ValueError("a circuit must be finite, but its factors hold nan or infinity")
-    return _wide(A), _wide(B)
+        raise ValueError("a circuit must be finite, but its factors contain nan or infinity")
+    return wide(A), wide(B)
 
 
 def _square(
     circuit: Factored, over: str | None
 ) -> tuple[Float[Tensor, "token inner"], Float[Tensor, "inner token"]]:
-    """The factors of a square circuit, transposed where its first axis is to lie along the columns."""
+    """The factors of a square circuit, transposed if `over` is its first axis."""
     A, B = _factors(circuit)
     if len(A) != B.shape[1]:
-        raise ValueError(f"a circuit with a diagonal is square, but this one is {len(A)} x {B.shape[1]}")
+        raise ValueError(f"the circuit must be square, but is {len(A)} x {B.shape[1]}")
     axes = tuple(getattr(circuit, "axes", AXES))
     if over is not None and over not in axes:
         raise ValueError(f"over must be an axis of the circuit, {axes[0]!r} or {axes[1]!r}, but is {over!r}")
     return (B.mT, A.mT) if over == axes[0] else (A, B)
 
 
-def _wide(weights: Tensor) -> Tensor:
-    """In float32 at least: rounded entries tie."""
+def wide(weights: Tensor) -> Tensor:
+    """In float32 or wider, because rounded entries tie."""
     return weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
 
 
 def _ids(what: str, given: Tensor | Sequence[int], count: int) -> Int[Tensor, " id"]:
-    """Indices from 0, checked; any of them may come twice."""
+    """Indices from 0, checked; one may occur several times."""
     ids = torch.as_tensor(given)
     if ids.ndim != 1:
         raise ValueError(f"{what}s must be a list of ids, but have shape {tuple(ids.shape)}")
@@ -459,23 +378,14 @@ def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _room(like: Tensor) -> Float[Tensor, " entry"]:
-    """Memory for one tile, to be used again for each: fresh memory for every tile would cost more than it."""
+def room_for_a_tile(like: Tensor) -> Float[Tensor, " entry"]:
+    """Memory for one tile, reused for each: allocating every tile would take longer than computing it."""
     return like.new_empty(TILE_ROWS * TILE_COLUMNS)
 
 
-def _product(
+def product(
     rows: Float[Tensor, "row inner"], columns: Float[Tensor, "inner column"], room: Float[Tensor, " entry"]
 ) -> Float[Tensor, "row column"]:
     """`rows @ columns`, in `room`."""
     size = len(rows), columns.shape[1]
     return torch.mm(rows, columns, out=room[: size[0] * size[1]].view(size))
-
-
-def _triangle(matrices: Float[Tensor, "*batch row column"]) -> Float[Tensor, "*batch small column"]:
-    return torch.linalg.qr(matrices, mode="r").R
-
-
-def _of_norm_1(matrices: Float[Tensor, "batch row column"]) -> Float[Tensor, "batch row column"]:
-    """Divided by their Frobenius norms; nan where that is zero."""
-    return matrices / torch.linalg.matrix_norm(matrices)[:, None, None]
