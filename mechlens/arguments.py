@@ -1,4 +1,4 @@
-"""Arguments as people give them: checked, converted, or refused by name."""
+"""Check and convert arguments. Every error names the argument, what it must be and what was passed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mechlens.errors import ArgumentError
 
 
 def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
-    """A whole number; one of numpy or a tensor will do.
+    """An integer as a plain int; numpy integers and tensors with one element are accepted.
 
     Raises:
-        TypeError: the value is not a whole number.
+        TypeError: the value is not an integer.
         ArgumentError: it is less than `least`.
     """
     try:
@@ -28,18 +28,18 @@ def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} must be a whole number, but is {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if least is not None and number < least:
         raise ArgumentError(name, f"at least {least}", number)
     return number
 
 
 def generator_of(seed: Any) -> torch.Generator:
-    """Draws on the CPU that a seed decides.
+    """A seeded random generator on the CPU.
 
     Raises:
-        TypeError: no whole number.
-        ValueError: one below 0, or that torch does not take.
+        TypeError: the seed is not an integer.
+        ArgumentError: it is negative, or has more than 64 bits.
     """
     number = whole_number("seed", seed, least=0)
     if number >= 2**64:
@@ -48,79 +48,84 @@ def generator_of(seed: Any) -> torch.Generator:
 
 
 def check_counts(**counts: Any) -> None:
-    """Refuse what is no whole number of at least 1; None stands for no choice."""
+    """Check that each argument is an integer of at least 1, or None."""
     for name, value in counts.items():
         if value is not None:
             whole_number(name, value, least=1)
 
 
 def check_reals(**given: Any) -> None:
-    """Refuse what is no finite number; None stands for no choice."""
+    """Check that each argument is a finite real number, or None."""
     for name, value in given.items():
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, but is {value!r}")
+            raise TypeError(f"{name} must be a number, got {value!r}")
         if not math.isfinite(value):
             raise ArgumentError(name, "a finite number", value)
 
 
 def check_between(name: str, value: Any, low: float, high: float) -> None:
-    """Refuse a number outside of a range."""
+    """Check that a number lies in a range, both ends included."""
     check_reals(**{name: value})
     if not low <= value <= high:
         raise ArgumentError(name, f"between {low:g} and {high:g}", value)
 
 
 def seeds_of(seeds: Any) -> tuple[int, ...]:
-    """Several different seeds.
+    """Distinct seeds as a tuple of plain ints.
 
     Raises:
-        TypeError: a single number, or something else that is no list of whole numbers.
-        ValueError: none, one below 0, or one twice.
+        TypeError: not a list of integers, such as a single number.
+        ArgumentError: there are none, one is negative, or one occurs twice.
     """
     if isinstance(seeds, (str, bytes)) or not isinstance(seeds, (Iterable, Tensor)):
-        raise TypeError(f"seeds must be a list of whole numbers, such as range(5) or [0], but is {seeds!r}")
-    found = tuple(whole_number("each of seeds", seed, least=0) for seed in seeds)
+        raise TypeError(f"seeds must be a list of integers such as range(5) or [0], got {seeds!r}")
+    found = tuple(whole_number("each seed", seed, least=0) for seed in seeds)
     if not found:
-        raise ValueError("at least one seed is needed, but seeds is empty")
+        raise ArgumentError("seeds", "a list of at least one integer", found)
     if len(set(found)) < len(found):
-        raise ValueError(
-            f"seeds must be distinct, because the same seed draws the same tokens, but are {found}"
-        )
+        raise ArgumentError("seeds", "distinct", found, "a repeated seed draws the same tokens again")
     return found
 
 
 def names_of(what: str, given: Any, known: Sequence[str], *, may_be_empty: bool = False) -> tuple[str, ...]:
-    """One or several of some names; a text by itself is one.
+    """One or more of the known names, as a tuple; a single string counts as one name.
+
+    Args:
+        what: what the names are called in errors, in the singular, such as `score`.
 
     Raises:
-        TypeError: something else.
-        ValueError: none, or a name that is not known (the nearest is named).
+        TypeError: neither a string nor a list.
+        ValueError: there are none, or one is unknown; the error suggests the closest known name.
     """
     names = (given,) if isinstance(given, str) else given
     if not isinstance(names, Iterable):
-        raise TypeError(f"{what}s are given by name, as a list, but this is {given!r}")
+        raise TypeError(f"{what}s must be a list of names such as [{known[0]!r}], got {given!r}")
     found = tuple(names)
     for name in found:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1, 0.5)
             meant = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"no {what} {name!r} here{meant}; there are {', '.join(known)}")
+            raise ValueError(f"unknown {what} {name!r}{meant}: choose from {', '.join(known)}")
     if not found and not may_be_empty:
-        raise ValueError(f"no {what} is asked for; there are {', '.join(known)}")
+        raise ValueError(f"no {what} selected: choose from {', '.join(known)}")
     return found
 
 
 def chosen(what: str, given: Sequence[SupportsIndex] | SupportsIndex | None, count: int) -> tuple[int, ...]:
-    """Indices of positions, layers or the like from 0; None is all of them, negative ones count from the end.
+    """Indices of positions, layers and the like, as a tuple of ints from 0 to `count - 1`.
 
     Args:
-        given: numbers, a single number, or a mask of `count` truth values.
+        what: what is indexed, in the singular, such as `layer`.
+        given: one index, several, or a mask of `count` booleans. Negative indices count from the end; None
+            selects all.
+        count: how many there are.
 
     Raises:
-        TypeError: neither.
-        ValueError: none is asked for, one that is not there, or one twice, or a mask of another length.
+        TypeError: not an integer, a list of integers or a mask.
+        ValueError: nothing is selected, an index is out of range or occurs twice, or a mask has another
+            length.
     """
     if given is None:
         return tuple(range(count))
@@ -128,25 +133,27 @@ def chosen(what: str, given: Sequence[SupportsIndex] | SupportsIndex | None, cou
     if mask is not None:
         given = [index for index, wanted in enumerate(mask) if wanted]
     try:
-        # plain ints also where they come from an array or a table, because results save them
+        # convert numpy integers and tensors too, because results save these values
         if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
             given = (given,)  # type: ignore[assignment]
         indices = tuple(whole_number(what, index) for index in given)  # type: ignore[union-attr]
     except TypeError:
-        raise TypeError(f"{what}s are given as numbers, such as [0, 1], but here is {given!r}") from None
+        raise TypeError(f"{what}s must be integers such as [0, 1], got {given!r}") from None
     for index in indices:
         if not -count <= index < count:
-            raise ValueError(f"{what} {index} is out of range: there are {what}s 0 to {count - 1}")
+            there = f"there are {what}s 0 to {count - 1}" if count > 1 else f"the only {what} is 0"
+            raise ValueError(f"{what} {index} is out of range: {there}")
     if not indices:
-        raise ValueError(f"no {what} is asked for; there are {count}")
+        raise ValueError(f"no {what} selected: give at least one of 0 to {count - 1}")
     found = tuple(index % count for index in indices)
     if len(set(found)) < len(found):
-        raise ValueError(f"the same {what} is asked for twice: {indices}")
+        twice = next(index for index in found if found.count(index) > 1)
+        raise ValueError(f"{what} {twice} is given twice: {list(indices)}")
     return found
 
 
 def _as_mask(what: str, given: Any, count: int) -> list[bool] | None:
-    """The truth values of a mask; None for what is none."""
+    """The values of a boolean mask; None if `given` is not a mask."""
     if isinstance(given, (np.ndarray, Tensor)):
         if given.dtype not in (np.dtype(bool), torch.bool):
             return None
@@ -157,31 +164,31 @@ def _as_mask(what: str, given: Any, count: int) -> list[bool] | None:
         return None
     if np.ndim(values) != 1 or len(values) != count:
         raise ValueError(
-            f"a mask of {what}s needs {count} truth values, but this has shape {np.shape(values)}"
+            f"a mask of {what}s must have {count} booleans in one row, got shape {np.shape(values)}"
         )
     return values
 
 
 def check_type(name: str, value: Any, *types: type) -> None:
-    """Refuse what is of another type, such as the result of another analysis."""
+    """Check an argument's type, such as that a figure gets the result it draws."""
     if not isinstance(value, types):
         wanted = " or ".join(_one(each) for each in types)
         plain = value is None or isinstance(value, (str, int, float))
-        raise TypeError(f"{name} must be {wanted}, but is {repr(value) if plain else _one(type(value))}")
+        raise TypeError(f"{name} must be {wanted}, got {repr(value) if plain else _one(type(value))}")
 
 
 def check_model(model: Any) -> None:
-    """Refuse what has neither a configuration nor a place for a tokenizer, such as a model's name."""
+    """Check that a model was passed, and not, for example, its name."""
     if not (hasattr(model, "cfg") and hasattr(model, "tokenizer")):
-        raise no_model(model)
+        raise not_a_model(model)
 
 
-def no_model(given: Any) -> TypeError:
-    """The error for what is no model of TransformerLens."""
-    came = f"{type(given).__module__}.{type(given).__qualname__}"
+def not_a_model(given: Any) -> TypeError:
+    """The error for an argument that should be a TransformerLens model."""
+    kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
     return TypeError(
-        f"this needs a HookedTransformer or a TransformerBridge, but got {came}: "
-        "load the model with mechlens.load_model(name or directory)"
+        f"model must be a HookedTransformer or a TransformerBridge, got {kind}: "
+        "load one with mechlens.load_model(name or directory)"
     )
 
 

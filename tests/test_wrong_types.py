@@ -120,9 +120,11 @@ def told() -> dict[str, str]:
 def test_one_sentence_names_what_was_needed(told, name, value):
     models = name in dict(OF_MODELS)
     if models:
-        wanted = r"this needs a HookedTransformer .* but got builtins.str: load the model with .*"
+        wanted = r"model must be a HookedTransformer .* got str: load one with .*"
     else:
-        wanted = rf"{first(dict(OF_RESULTS)[name]).name.removesuffix('s')}s? must be an? \w+.*, but is .*"
+        wanted = (
+            rf"{first(dict(OF_RESULTS)[name]).name.removesuffix('s')}s? must be an? \w+.*, (but is|got) .*"
+        )
     assert re.fullmatch(f"TypeError: {wanted}", told[f"{name}-{value}"]), told[f"{name}-{value}"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from mechlens.arguments import no_model
+from mechlens.arguments import not_a_model
 from mechlens.results import ModelInfo
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def engine_of(model: object) -> Engine:
                 return "HookedTransformer"
             if cls.__name__ == "TransformerBridge":
                 return "TransformerBridge"
-    raise no_model(model)
+    raise not_a_model(model)
 
 
 def describe(model: Any) -> ModelInfo:

@@ -218,9 +218,9 @@ def test_a_text_its_table_and_its_file(tiny_bos_model, tmp_path):
             r"targets must be one id for every position of the prompt, \(1",
         ),
         ({"targets": 1, "against": torch.tensor([[1]])}, "against must be one id for every position"),
-        ({"positions": [4]}, "there is no position 4: there are 4"),
-        ({"positions": [1, -3]}, "the same position is asked for twice"),
-        ({"positions": []}, "no position is asked for"),
+        ({"positions": [4]}, "position 4 is out of range"),
+        ({"positions": [1, -3]}, "position 1 is given twice"),
+        ({"positions": []}, "no position selected"),
     ],
 )
 def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, options, message):

@@ -350,9 +350,9 @@ def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": [2]}, "there is no layer 2: there are 2"),
-        ({"features": [WIDTH]}, f"there is no feature {WIDTH}: there are {WIDTH}"),
-        ({"features": []}, "no feature is asked for"),
+        ({"layers": [2]}, "layer 2 is out of range"),
+        ({"features": [WIDTH]}, f"feature {WIDTH} is out of range"),
+        ({"features": []}, "no feature selected"),
         (
             {"site": "resid_pre"},
             "site must be one of resid_post, attn_out, mlp_out, post, but",

@@ -691,11 +691,11 @@ def test_bad_arguments(loaded, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": "x"}, "learning_rate must be a number, but is 'x'"),
-        ({"prior_weight": "a"}, "prior_weight must be a number, but is 'a'"),
-        ({"constant": "5"}, "constant must be a number, but is '5'"),
+        ({"learning_rate": "x"}, "learning_rate must be a number, got 'x'"),
+        ({"prior_weight": "a"}, "prior_weight must be a number, got 'a'"),
+        ({"constant": "5"}, "constant must be a number, got '5'"),
         ({"isolated": "no"}, "isolated must be True or False, but is 'no'"),
-        ({"steps": True}, "steps must be a whole number, but is True"),
+        ({"steps": True}, "steps must be an integer, got True"),
     ],
 )
 def test_values_of_another_kind_are_refused_where_nobody_checks_types(options, message, loaded):
@@ -705,7 +705,7 @@ def test_values_of_another_kind_are_refused_where_nobody_checks_types(options, m
 
 
 def test_so_are_they_in_what_searches_share():
-    with pytest.raises(TypeError, match="seed must be a whole number, but is 'a'"):
+    with pytest.raises(TypeError, match="seed must be an integer, got 'a'"):
         inspect.unwrap(generator_of)("a")
     with pytest.raises(TypeError, match=r"resume must be the path of a \.safetensors file, but is 5"):
         inspect.unwrap(checkpoint.checkpoint_path)(5)

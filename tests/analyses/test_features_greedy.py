@@ -166,7 +166,7 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"layer": 2}, "there is no layer 2"),
-        ({"features": []}, "no feature is asked for"),
+        ({"features": []}, "no feature selected"),
         ({"n_tokens": 0}, "n_tokens must be at least 1, got 0"),
         ({"n_tokens": 33}, "33 tokens behind a prefix of 0 do not fit into the model's context of 32"),
         ({"n_tokens": 3, "prefix": torch.ones(30, dtype=torch.long)}, "3 tokens behind a prefix of 30"),

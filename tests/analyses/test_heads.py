@@ -328,15 +328,15 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
     [
         (
             lambda m: score_heads(m, ["induction"]),
-            r"no score 'induction' here \(did you mean induction_score\?\); there are",
+            r"unknown score 'induction' \(did you mean induction_score\?\): choose from",
         ),
-        (lambda m: score_heads(m, []), "no score is asked for"),
-        (lambda m: score_heads(m, seeds=()), "seeds is empty"),
+        (lambda m: score_heads(m, []), "no score selected"),
+        (lambda m: score_heads(m, seeds=()), "seeds must be a list of at least one integer"),
         (lambda m: score_heads(m, seeds=(1, 1)), "seeds must be distinct"),
         (lambda m: score_heads(m, ["induction_score"], seq_len=16), "the largest seq_len that fits is 15"),
         (lambda m: score_heads(m, list(VARIANTS), seq_len=5, jitter=2), "leave jitter at 0"),
         (lambda m: repeated_token_performance(m, seq_len=50), "the largest seq_len that fits is 15"),
-        (lambda m: score_heads_on(m, "abc", ("copying_score",)), "no score 'copying_score' here"),
+        (lambda m: score_heads_on(m, "abc", ("copying_score",)), "unknown score 'copying_score'"),
         (lambda m: score_heads_on(m, ""), "the text is empty"),
         (
             lambda m: score_heads_on(m, torch.arange(4, 9), masks={"x": torch.ones(3, 3)}),

@@ -118,7 +118,7 @@ def test_its_table_and_its_file(tiny_bos_model, tmp_path):
         ({"bins": [10, 5]}, r"bins must be increasing ranks between 1 and the vocabulary of 64, but"),
         ({"bins": [0]}, "bins must be increasing ranks"),
         ({"bins": [65]}, "bins must be increasing ranks"),
-        ({"positions": [4]}, "there is no position 4: there are 4"),
+        ({"positions": [4]}, "position 4 is out of range"),
         ({"nulls": 0}, "nulls must be at least 1"),
     ],
 )

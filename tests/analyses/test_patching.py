@@ -373,10 +373,10 @@ def test_induction_heads_show_by_what_their_absence_costs(bundled):
     ("options", "message"),
     [
         ({"site": "resid"}, "site must be one of resid_pre"),
-        ({"layers": [2]}, "there is no layer 2: there are 2"),
-        ({"positions": [10]}, "there is no position 10: there are 10"),
+        ({"layers": [2]}, "layer 2 is out of range"),
+        ({"positions": [10]}, "position 10 is out of range"),
         ({"heads": [0]}, "heads are for q, k, v, z"),
-        ({"site": "z", "heads": [4]}, "there is no head 4: there are 4"),
+        ({"site": "z", "heads": [4]}, "head 4 is out of range"),
         ({"source": "mean"}, "source must be 'zero', Earlier"),
         ({"source": Earlier(10)}, "must be between 1 and 9 for 10 tokens, got 10"),
         ({"source": Corrupted(torch.ones(1, 9, dtype=torch.long))}, "give one sequence of the same length"),

@@ -161,7 +161,7 @@ def test_positions_are_chosen_by_their_number():
     for positions in ([3], [-4]):
         with pytest.raises(ValueError, match="was not read"):
             plot_logit_lens(lens(), positions=positions)
-    with pytest.raises(ValueError, match="no position is asked for"):
+    with pytest.raises(ValueError, match="no position selected"):
         plot_logit_lens(lens(), positions=[])
 
 
@@ -397,7 +397,7 @@ def test_a_target_is_that_of_the_statistics_that_have_one():
     assert [trace.y for trace in figure.data] == [(7.0, 2.0), (8.0, 0.0)]
     with pytest.raises(ValueError, match="only rank and probability are of a target"):
         plot_lens_lines(lens(), "kl", target=" a")
-    with pytest.raises(ValueError, match="no stat is asked for"):
+    with pytest.raises(ValueError, match="no stat selected"):
         plot_lens_lines(lens(), [])
 
 

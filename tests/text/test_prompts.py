@@ -232,10 +232,10 @@ def test_the_arguments_of_a_repeated_token_experiment_draw_what_repeated_tokens_
     ("wrong", "complaint"),
     [
         ({"seq_len": 0}, "seq_len must be at least 1"),
-        ({"batch": True}, "batch must be a whole number"),
+        ({"batch": True}, "batch must be an integer"),
         ({"jitter": -1}, "jitter must be at least 0"),
         ({"seeds": (0, 0)}, "seeds must be distinct"),
-        ({"seeds": ()}, "at least one seed"),
+        ({"seeds": ()}, "at least one integer"),
     ],
 )
 def test_wrong_arguments_of_a_repeated_token_experiment_are_refused_without_a_model(wrong, complaint):
