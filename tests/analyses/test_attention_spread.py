@@ -9,6 +9,7 @@ import torch
 
 import mechlens
 from mechlens.measures.attention_spread import attention_spread as spread
+from tests.close import assert_close
 
 
 def test_a_head_that_attends_evenly_has_the_largest_entropy():
