@@ -20,6 +20,21 @@ import mechlens
 DOCS = Path(__file__).parent
 
 
+def screenshot(page: str, target: Path, width: int, height: int) -> None:
+    """A page as a PNG file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "page.html"
+        file.write_text(page, encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+        options += ["--disable-background-networking", f"--user-data-dir={folder}/profile"]
+        options += ["--virtual-time-budget=5000", "--force-device-scale-factor=1.25"]
+        options += [f"--window-size={width},{height}"]
+        target.parent.mkdir(exist_ok=True)
+        subprocess.run(
+            ["chromium", *options, f"--screenshot={target}", file.as_uri()], check=True, capture_output=True
+        )
+
+
 def picture(target: Path, figures: Sequence[go.Figure]) -> None:
     """Draw figures side by side."""
     parts: list[str] = []
@@ -30,17 +45,8 @@ def picture(target: Path, figures: Sequence[go.Figure]) -> None:
     width = 20 + sum(figure.layout.width for figure in figures)
     height = 20 + max(figure.layout.height for figure in figures)
     style = "body{margin:10px;display:flex;align-items:start;background:white}"
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "page.html"
-        page.write_text(f"<meta charset=utf-8><style>{style}</style>{''.join(parts)}", encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-        options += ["--disable-background-networking", f"--user-data-dir={folder}/profile"]
-        options += ["--virtual-time-budget=5000", "--force-device-scale-factor=1.25"]
-        options += [f"--window-size={width},{height}"]
-        target.parent.mkdir(exist_ok=True)
-        subprocess.run(
-            ["chromium", *options, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True
-        )
+    page = f"<meta charset=utf-8><style>{style}</style>{''.join(parts)}"
+    screenshot(page, target, width, height)
     print(target)
 
 
