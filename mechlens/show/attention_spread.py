@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import mechlens
 from mechlens.results import AttentionSpread
 from mechlens.show.section import Figure, Section, Table
@@ -11,21 +9,17 @@ from mechlens.text.display import count
 
 
 def spread_section(result: AttentionSpread, *, top: int = 10, title: str = "Attention spread") -> Section:
-    """A heatmap of each measure, and the most focused heads as a table."""
+    """The most focused heads as a table, and a heatmap of each measure."""
     n, n_pos = result.tokens.shape
-    figures = [
-        Figure(
-            partial(mechlens.plot_attention_spread, result, measure),
-            f"{column.heading.capitalize()}. {column.help} Hover for numbers.",
-            wide=False,
-        )
-        for measure in result.measures
-        for column in [result.column(measure)]
-    ]
-    table = Table.of(
-        result.summary(top), result.columns, "The most focused heads not at rest on the first token"
-    )
+    table = Table.of(result.summary(top), result.columns, "The most focused heads, without those at rest")
+    figures = [_figure(result, measure) for measure in result.measures]
     return Section(title, f"{count(n, 'sequence')} of {count(n_pos, 'token')}.", [table, *figures])
+
+
+def _figure(result: AttentionSpread, measure: str) -> Figure:
+    column = result.column(measure)
+    caption = f"{column.heading.capitalize()}. {column.help} Hover for numbers."
+    return Figure(lambda: mechlens.plot_attention_spread(result, measure), caption, wide=False)
 
 
 SECTIONS = {AttentionSpread: spread_section}

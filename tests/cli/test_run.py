@@ -1,0 +1,88 @@
+"""The command runner: shared options, errors by the option's name, and what happens to a result."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import pandas as pd
+import pytest
+import typer
+
+import mechlens
+from mechlens.cli import options
+from mechlens.cli.commands import build
+from mechlens.cli.run import Run, command
+from mechlens.errors import ArgumentError
+from tests import hand_made
+
+
+def called(function, *arguments):
+    """Run a command of its own."""
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    made = typer.main.get_command(app)
+    with made.make_context("mechlens", list(arguments)) as context:
+        return made.invoke(context)
+
+
+@command("spread", renamed={"top_k": "--top"})
+def spread(
+    run: Run,
+    text: Annotated[str, typer.Argument()],
+    top: Annotated[int, typer.Option(help="How many.")] = 2,
+    layer_index: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Show a result that is there already."""
+    if top < 1:
+        raise ArgumentError("top_k", "at least 1", top)
+    if layer_index > 3:
+        raise ArgumentError("layer_index", "at most 3", layer_index)
+    run.show(hand_made.attention_spread(4, 3), top=top)
+
+
+def test_every_command_of_the_runner_has_the_shared_options():
+    shared = {"model", "out", "device", "dtype", "revision", "cache", "quiet", "as_json"}
+    for name in ("attribution", "attention-spread"):
+        found = {each.name for each in build(name).commands[name].params}
+        assert shared <= found, name
+
+
+def test_an_error_about_an_argument_names_the_option():
+    with pytest.raises(ValueError, match=r"^--top must be at least 1, got 0$"):
+        called(spread, "a", "--top", "0")
+    with pytest.raises(ValueError, match=r"^--layer-index must be at most 3, got 9$"):
+        called(spread, "a", "--layer-index", "9")
+
+
+def test_a_terminal_gets_tables_and_programs_get_json(capsys):
+    called(spread, "a")
+    assert "The most focused heads" in capsys.readouterr().out
+    called(spread, "a", "--json")
+    made = json.loads(capsys.readouterr().out)
+    assert len(made["rows"]) == 12
+    assert made["model"]["name"] == "tiny"
+
+
+@pytest.mark.parametrize("ending", [".csv", ".safetensors", ".html"])
+def test_a_file_holds_the_result_and_the_page_the_command_that_made_it(tmp_path, ending, capsys):
+    out = tmp_path / f"found{ending}"
+    called(spread, "it's", "--top", "1", "--out", str(out), "--quiet")
+    assert capsys.readouterr().out == ""
+    if ending == ".csv":
+        assert len(pd.read_csv(out)) == 12
+    elif ending == ".safetensors":
+        assert mechlens.load(out) == hand_made.attention_spread(4, 3)
+    else:
+        assert "mechlens spread --top 1" in out.read_text(encoding="utf-8")
+
+
+def test_another_ending_is_refused_before_the_work():
+    with pytest.raises(ValueError, match=r"--out is a \.html or \.csv or \.safetensors file"):
+        called(spread, "a", "--out", "found.txt")
+
+
+def test_the_names_of_options_are_those_that_typer_reads():
+    assert options.option_name(spread, "text") == "TEXT"
+    assert options.option_name(spread, "as_json") == "--json"
+    assert options.option_name(spread, "not_an_option") == "not_an_option"
