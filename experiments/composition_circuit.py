@@ -77,12 +77,9 @@ def main() -> None:
     }
     judged = any(c.verdict != NOT_JUDGED for c in study.comparisons)
     page = mechlens.write_report(
-        options.out / "report.html",
-        title="The induction circuit from weights",
-        model=study.circuits.model,
-        # of another model nothing is published
+        options.out / "report.html",  # of another model nothing is published
         comparisons=study.comparisons if judged else None,
-        sections=[
+        *[
             induction_circuits_section(study.circuits),
             Section(
                 "Composition",
@@ -91,6 +88,8 @@ def main() -> None:
                 {},
             ),
         ],
+        title="The induction circuit from weights",
+        model=study.circuits.model,
         command=shlex.join(["python", *sys.argv]),
     )
     print(f"\nwrote {len(written) + 1} files to {options.out}; all figures are on {page}")

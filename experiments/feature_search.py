@@ -106,10 +106,10 @@ def main() -> None:
         saved.append(path)
     page = mechlens.write_report(
         options.out / "report.html",
+        *sections(study, "text that the model wrote" if written else "the corpus"),
         title="What excites a model's features",
         model=study.complete["trained"].model,
         comparisons=study.comparisons,
-        sections=sections(study, "text that the model wrote" if written else "the corpus"),
         command=shlex.join(["python", *sys.argv]),
     )
     print(f"\nwrote {len(saved) + 1} files to {options.out}; all figures are on {page}")

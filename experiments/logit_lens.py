@@ -86,10 +86,10 @@ def main() -> None:
     ]
     page = mechlens.write_report(
         options.out / "report.html",
+        *sections,
         title="The logit lens",
         model=study.prose.model,
         comparisons=study.comparisons,
-        sections=sections,
         command=shlex.join(["python", *sys.argv]),
     )
     print(f"\nwrote {len(written) + 1} files to {options.out}; all figures are on {page}")

@@ -80,24 +80,22 @@ def main() -> None:
         written.append(path)
     page = mechlens.write_report(
         options.out / "report.html",
+        patching_section(
+            study.as_written,
+            title="MLP outputs from the first half, as the loop is written",
+            text="The loop starts at position seq_len. Counted with BOS, that is the last token of "
+            "the first copy, and it gets what the MLP gives at BOS.",
+        ),
+        patching_section(
+            study.aligned,
+            title="MLP outputs from the first copy, aligned",
+            text="Each position of the second copy gets the MLP's output at the same token of the first.",
+        ),
+        patching_section(study.heads, title="Heads taken away"),
+        head_scores_section(study.scores),
         title="How do MLP layers contribute?",
         model=study.aligned.model,
         comparisons=study.comparisons,
-        sections=[
-            patching_section(
-                study.as_written,
-                title="MLP outputs from the first half, as the loop is written",
-                text="The loop starts at position seq_len. Counted with BOS, that is the last token of "
-                "the first copy, and it gets what the MLP gives at BOS.",
-            ),
-            patching_section(
-                study.aligned,
-                title="MLP outputs from the first copy, aligned",
-                text="Each position of the second copy gets the MLP's output at the same token of the first.",
-            ),
-            patching_section(study.heads, title="Heads taken away"),
-            head_scores_section(study.scores),
-        ],
         command=shlex.join(["python", *sys.argv]),
     )
     print(f"\nwrote {len(written) + 1} files to {options.out}; all figures are on {page}")

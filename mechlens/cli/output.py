@@ -114,16 +114,7 @@ def file_of(
 
         assert sections is not None
         # no published figure is about these prompts
-        return [
-            write_report(
-                out,
-                title=title,
-                model=results[0].model,
-                comparisons=None,
-                sections=sections(),
-                command=command,
-            )
-        ]
+        return [write_report(out, *sections(), title=title, model=results[0].model, command=command)]
 
     return save
 

@@ -118,10 +118,9 @@ class Run:
             return [
                 write_report(
                     out,
+                    *shown,
                     title=title or shown[0].title,
                     model=results[0].model,
-                    comparisons=None,
-                    sections=shown,
                     command=options.command(self.name, self.function, self.given),
                 )
             ]

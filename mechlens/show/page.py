@@ -13,12 +13,13 @@ from typing import Any
 import plotly.io
 from plotly.offline import get_plotlyjs
 
+from mechlens.errors import ArgumentError
 from mechlens.files import replacing
 from mechlens.plots.circuitsvis import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
 from mechlens.plots.style import is_dark, sequential
-from mechlens.results import NOT_JUDGED, Comparison, ModelInfo
+from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, Result
 from mechlens.show.page_style import CSS, SHOW_PLOTS, SHOW_VIEWS
-from mechlens.show.section import Cell, Figure, Section, Table
+from mechlens.show.section import Cell, Figure, Section, Table, section
 from mechlens.text.display import MINUS
 
 MOST_NAMED = 4
@@ -28,41 +29,43 @@ _COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
 
 def write_report(
     path: str | os.PathLike[str],
-    *,
-    title: str,
-    model: ModelInfo,
-    comparisons: Sequence[Comparison] | None = (),
-    sections: Sequence[Section] = (),
-    command: str | None = None,
+    *shown: Result | Section,
+    title: str = "",
+    model: ModelInfo | None = None,
+    comparisons: Sequence[Comparison] | None = None,
+    command: str = "",
 ) -> Path:
-    """Write one HTML page that fetches nothing, whole or not at all.
+    """Write results to one HTML page that opens anywhere without a network.
 
-    The same arguments give the same bytes. Scripts and data are inside; a policy in the page forbids it
-    every request. plotly's and circuitsvis's JavaScript (about 5 and 1 MB) are in it once, and only
-    where a part needs them.
+    The same arguments give the same bytes. Scripts and data are inside, and a policy in the page forbids
+    every request. The JavaScript of plotly (5 MB) and circuitsvis (1 MB) is included once, and only if it is
+    needed.
 
     Args:
         path: the file, ending in `.html`; its folder must exist.
-        model: what the results were measured on.
-        comparisons: published figures beside the measured ones, for the table at the top; None leaves that
-            chapter out.
-        sections: what follows, in this order.
-        command: the command line that makes the same report.
+        shown: results or sections, in the order of the page.
+        title: empty takes that of the first section.
+        model: the facts at the top; None takes those of the first result.
+        comparisons: claims with their verdicts, for the table at the top; None leaves the chapter out.
+        command: the command line that makes the same page.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: another ending, or no such folder.
+        ValueError: nothing to show, another ending, or no such folder.
+
+    Example:
+        >>> found = mechlens.direct_logit_attribution(model, "The captain of the")
+        >>> mechlens.write_report(tmp / "attribution.html", found).name
+        'attribution.html'
     """
     target = Path(path)
     if target.suffix != ".html":
-        raise ValueError(f"reports are .html files, but the path is {target}")
+        raise ArgumentError("path", "an .html file", str(target))
     if not target.parent.is_dir():
         raise ValueError(f"cannot write {target}: there is no folder {target.parent}")
-    page = render_report(
-        title=title, model=model, comparisons=comparisons, sections=sections, command=command
-    )
+    page = render_report(*shown, title=title, model=model, comparisons=comparisons, command=command)
     with replacing(target) as part:
         # A lone surrogate (half a character, from a byte-level token) has no UTF-8 form.
         part.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
@@ -70,27 +73,31 @@ def write_report(
 
 
 def render_report(
-    *,
-    title: str,
-    model: ModelInfo,
-    comparisons: Sequence[Comparison] | None = (),
-    sections: Sequence[Section] = (),
-    command: str | None = None,
+    *shown: Result | Section,
+    title: str = "",
+    model: ModelInfo | None = None,
+    comparisons: Sequence[Comparison] | None = None,
+    command: str = "",
 ) -> str:
     """The page that `write_report` writes, as text."""
-    terms = {term: text for section in sections for term, text in section.terms.items()}
+    if not shown and comparisons is None:
+        raise ValueError("there is nothing to show: give at least one result or section")
+    sections = [each if isinstance(each, Section) else section(each) for each in shown]
+    model = model or next((each.model for each in shown if isinstance(each, Result)), None)
+    title = title or sections[0].title
+    terms = {term: text for each in sections for term, text in each.terms.items()}
     chapters = []
     if comparisons is not None:
         chapters.append(("published-and-measured", "Published and measured", _comparisons(comparisons)))
     used: list[tuple[Figure, Any]] = []
-    for at, section in enumerate(sections, start=1):
+    for at, each in enumerate(sections, start=1):
         parts = "\n".join(
             _part(part, used)
-            for part in section.parts
+            for part in each.parts
             if not (isinstance(part, Table) and part.where == "terminal")
         )
-        body = paragraphs(section.text) + (f'\n<div class="parts">\n{parts}\n</div>' if parts else "")
-        chapters.append((f"section-{at}", section.title, body))
+        body = paragraphs(each.text) + (f'\n<div class="parts">\n{parts}\n</div>' if parts else "")
+        chapters.append((f"section-{at}", each.title, body))
     if terms:
         items = "".join(
             f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in sorted(terms.items())
@@ -112,7 +119,7 @@ def render_report(
 <a class="skip" href="#main">Skip to the results</a>
 <header>
 <h1>{escape(title)}</h1>
-{_facts(model)}
+{_facts(model) if model else ""}
 <nav aria-label="Contents"><ol>{links}</ol></nav>
 </header>
 <noscript><p class="statement">The figures need JavaScript; texts and tables do not.</p></noscript>
@@ -148,7 +155,7 @@ def verdict_statement(comparisons: Sequence[Comparison]) -> str:
 
 def _facts(model: ModelInfo) -> str:
     processing = {
-        True: "normalisation folded in",
+        True: "LayerNorm folded in, centered",
         False: "as trained",
         None: "processing unknown",
     }
@@ -163,7 +170,7 @@ def _facts(model: ModelInfo) -> str:
         "Weights": f"{model.dtype}, {processing[model.processing]}",
     }
     if model.quantization is not None:
-        facts["From a GGUF file"] = f"{model.quantization}; figures are those of weights so rounded"
+        facts["From a GGUF file"] = f"{model.quantization}; results are those of the rounded weights"
     items = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="facts">{items}</dl>'
 

@@ -44,10 +44,10 @@ def write_findings(findings: Findings, folder: Path, *, command: str) -> list[Pa
     sections = [section for study in findings.studies.values() for section in study_sections(study)]
     page = write_report(
         folder / "report.html",
+        *sections,
         title="Induction heads" if list(findings.studies) == ["heads"] else f"What {model.name} does",
         model=model,
         comparisons=findings.comparisons,
-        sections=sections,
         command=command,
     )
     return [*findings.save(folder), page]

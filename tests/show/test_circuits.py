@@ -49,7 +49,7 @@ def test_a_circuit_has_its_part_its_eigenvalues_and_its_tables():
         eigenvalues.description == "Eigenvalues of the K-composition of L0H1 with L1H2: matching score 0.333."
     )
     assert set(section.terms) == {"QK circuit", "Matching score", "Top-k accuracy"}
-    page = render_report(title="A circuit", model=found.model, comparisons=None, sections=[section])
+    page = render_report(section, title="A circuit", model=found.model)
     assert "<b>$x$" not in page
     assert "positive" in page
 

@@ -31,7 +31,7 @@ from tests.plots.test_features import (
 
 
 def page(section: Section) -> str:
-    return render_report(title="Features", model=own(), comparisons=None, sections=[section])
+    return render_report(section, title="Features", model=own())
 
 
 def test_a_complete_search_has_its_picture_and_its_table():
@@ -248,7 +248,7 @@ def test_examples_have_their_windows_and_where_the_peaks_are():
     one, other, table = section.parts
     assert isinstance(one, Figure)
     assert one.figure.props["activations"][0][0][0][:3] == [0, -1.0, 2.123]
-    assert other.view.props["activations"][0][0][0][:3] == [0, 9.0, 8.0]
+    assert other.figure.props["activations"][0][0][0][:3] == [0, 9.0, 8.0]
     assert "Feature 2 of mlp_out of layer 1" in one.caption
     assert table.rows == [
         (1, 2, 1, 7, 2, pytest.approx(2.123456), f"<s>{MARKUP}[b]"),

@@ -75,10 +75,10 @@ def sections(name: str = "tiny", token: str = " a") -> list[Section]:
 
 def report(name: str = "tiny", token: str = " a", *, comparisons: tuple[Comparison, ...] = ()) -> str:
     return render_report(
+        *sections(name, token),
         title=name,
         model=hand_made.model(name),
         comparisons=comparisons,
-        sections=sections(name, token),
         command=f"mechlens reproduce --model {name}",
     )
 
@@ -98,7 +98,7 @@ def test_each_script_library_is_in_the_page_once() -> None:
     ("chosen", "libraries"), [(slice(0, 0), set()), (slice(0, 2), {"plotly"}), (slice(2, 3), {"circuitsvis"})]
 )
 def test_page_has_only_the_libraries_it_needs(chosen: slice, libraries: set[str]) -> None:
-    page = render_report(title="t", model=hand_made.model(), sections=sections()[chosen])
+    page = render_report(*sections()[chosen], title="t", model=hand_made.model(), comparisons=())
     assert {name for name, mark in BUNDLES.items() if mark in page} == libraries
 
 
@@ -119,7 +119,7 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     written = []
     for name in ("a.html", "b.html"):
         path = write_report(
-            tmp_path / name, title="t", model=hand_made.model(), comparisons=(GOOD,), sections=sections()
+            tmp_path / name, *sections(), title="t", model=hand_made.model(), comparisons=(GOOD,)
         )
         written.append(path.read_bytes())
     assert written[0] == written[1]
@@ -180,9 +180,7 @@ def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() ->
         ]
         claim = Comparison(text, text, text, None, None, text, text)
         section = Section(text, text, parts, {text: text})
-        return render_report(
-            title=text, model=hand_made.model(), comparisons=[claim], sections=[section], command=text
-        )
+        return render_report(section, title=text, model=hand_made.model(), comparisons=[claim], command=text)
 
     assert counts(page(EVIL)) == counts(page("plain"))
 
@@ -226,7 +224,7 @@ def test_numbers_in_tables_are_the_results() -> None:
 
 def test_half_a_character_does_not_stop_the_report(tmp_path: Path) -> None:
     path = write_report(
-        tmp_path / "r.html", title="t", model=hand_made.model(), sections=[Section("\ud800", "\ud800")]
+        tmp_path / "r.html", Section("\ud800", "\ud800"), title="t", model=hand_made.model(), comparisons=()
     )
     assert "&#55296;" in path.read_text(encoding="utf-8")
 
@@ -240,16 +238,16 @@ def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fsync", die)
     with pytest.raises(KeyboardInterrupt):
-        write_report(path, title="t", model=hand_made.model())
+        write_report(path, title="t", model=hand_made.model(), comparisons=())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_wrong_paths_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reports are \.html files, but the path is .*r\.txt"):
-        write_report(tmp_path / "r.txt", title="t", model=hand_made.model())
+    with pytest.raises(ValueError, match=r"path must be an .html file, got .*r\.txt"):
+        write_report(tmp_path / "r.txt", title="t", model=hand_made.model(), comparisons=())
     with pytest.raises(ValueError, match=r"there is no folder .*missing"):
-        write_report(tmp_path / "missing" / "r.html", title="t", model=hand_made.model())
+        write_report(tmp_path / "missing" / "r.html", title="t", model=hand_made.model(), comparisons=())
 
 
 # -- the lens --------------------------------------------------------------------------------------
@@ -329,9 +327,7 @@ def test_sub_blocks_have_a_section() -> None:
 
 
 def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
-    page = render_report(
-        title="t", model=hand_made.model(), comparisons=None, sections=[lens_section(hand_made.lens(), "kl")]
-    )
+    page = render_report(lens_section(hand_made.lens(), "kl"), title="t", model=hand_made.model())
     elements = Page(page)
     (scrolled,) = [each for each in elements.of("div") if each.get("class") == "scroll"]
     assert scrolled["tabindex"] == "0"
@@ -346,6 +342,6 @@ def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
 def test_markup_in_a_token_of_a_lens_adds_no_element() -> None:
     def page(token: str) -> str:
         found = dataclasses.replace(hand_made.lens(), strings=dict.fromkeys("0123", token))
-        return render_report(title="t", model=hand_made.model(), sections=[lens_section(found)])
+        return render_report(lens_section(found), title="t", model=hand_made.model(), comparisons=())
 
     assert counts(page(EVIL)) == counts(page("plain"))

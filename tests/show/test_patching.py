@@ -47,7 +47,7 @@ def test_a_corrupted_run_and_a_note_are_named_and_the_page_is_safe():
     assert "in the corrupted run 5.000. Note: every patch was a whole run." in section.text
     assert "Recovered" in section.terms
     assert section.parts[-1].columns[-1] == "recovered"
-    page = render_report(title="Patching", model=result.model, comparisons=None, sections=[section])
+    page = render_report(section, title="Patching", model=result.model)
     assert "<b>$x$" not in page
     with pytest.raises(ValueError, match="at least 1 cell"):
         patching_section(result, top=0)
