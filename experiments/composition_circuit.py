@@ -77,8 +77,7 @@ def main() -> None:
     }
     judged = any(c.verdict != NOT_JUDGED for c in study.comparisons)
     page = mechlens.write_report(
-        options.out / "report.html",  # of another model nothing is published
-        comparisons=study.comparisons if judged else None,
+        options.out / "report.html",
         *[
             induction_circuits_section(study.circuits),
             Section(
@@ -88,6 +87,7 @@ def main() -> None:
                 {},
             ),
         ],
+        comparisons=study.comparisons if judged else None,
         title="The induction circuit from weights",
         model=study.circuits.model,
         command=shlex.join(["python", *sys.argv]),
