@@ -236,9 +236,7 @@ def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
 def test_a_hook_on_one_row_of_a_batch_is_refused_where_rows_are_runs_of_their_own(directories, backend, work):
     model = load_model(directories / "gpt2", backend=backend, processing=False)
     model.add_hook("blocks.0.hook_resid_mid", of_the_first_row)
-    with pytest.raises(
-        ValueError, match=r"your hook at blocks\.0.* treats the rows of a batch in different ways"
-    ):
+    with pytest.raises(ValueError, match=r"your hook at blocks\.0.* treats the rows of a batch differently"):
         work(model)
 
 
@@ -634,7 +632,7 @@ def test_a_hook_on_one_row_is_refused_where_a_batch_is_read_in_parts(directories
         lambda: mechlens.train_tuned_lens(model, tokens, steps=1, batch_tokens=24, held_out=1),
         lambda: mechlens.patch_grid(model, tokens[:1], site="z", source=mechlens.Mean(tokens)),
     ):
-        with pytest.raises(ValueError, match=r"your hook at .* treats the rows of a batch in different ways"):
+        with pytest.raises(ValueError, match=r"your hook at .* treats the rows of a batch differently"):
             work()
 
 

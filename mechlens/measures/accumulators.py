@@ -1,4 +1,4 @@
-"""What is gathered batch by batch, without keeping the batches."""
+"""Running results over batches that are not kept."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopRows:
-    """The k largest values of each column so far, and the numbers of the rows that have them."""
+    """The k largest values of each column so far, and the numbers of their rows."""
 
     values: Float[Tensor, "k column"]
-    """Largest first; minus infinity where fewer than k rows were seen."""
+    """Largest first; minus infinity if there were fewer than k rows."""
     rows: Int[Tensor, "k column"]
 
     @classmethod
@@ -25,7 +25,7 @@ class TopRows:
         )
 
     def changed_by(self, largest: Float[Tensor, " column"]) -> Int[Tensor, " some"]:
-        """The columns that change when rows are joined whose largest values are these."""
+        """The columns that change when rows with these largest values are joined."""
         return (largest > self.values[-1]).nonzero()[:, 0]
 
     def joined(
@@ -34,12 +34,13 @@ class TopRows:
         numbers: Int[Tensor, " row"],
         columns: Int[Tensor, " some"] | None = None,
     ) -> TopRows:
-        """With more rows. Of equal values that which came first is the larger one; nan is never kept.
+        """The k largest values with more rows. Of equal values the earlier one ranks higher; nan is never
+        kept.
 
         Args:
-            columns: which columns the values are of, where these are not all: those of `changed_by`.
+            columns: the columns of the values, as from `changed_by`; None if they are all columns.
 
-        Cost: one comparison per value, and k more in the columns that change: fewer and fewer.
+        Cost: one comparison per value, and k more in columns that change, which become fewer and fewer.
         """
         if columns is None:
             columns = self.changed_by(values.amax(0))
@@ -50,7 +51,7 @@ class TopRows:
         pool_rows = torch.cat([self.rows[:, columns], numbers[:, None].expand(-1, len(columns))])
         best, best_rows = self.values.clone(), self.rows.clone()
         for rank in range(len(best)):
-            # of several largest values, the first
+            # of equal values, the first
             top, at = pool.max(0)
             best[rank, columns] = top
             best_rows[rank, columns] = pool_rows.gather(0, at[None])[0]

@@ -1,4 +1,4 @@
-"""What running out of memory looks like, and what is done about it."""
+"""Recognizing that memory ran out, and working in smaller parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory for a tensor was not to be had, on whichever device.
+    """Whether an error says that memory for a tensor ran out, on any device.
 
-    PyTorch has a type of its own for GPUs; on the CPU it is a `RuntimeError` with a sentence in it.
+    PyTorch has an error type for GPUs; on the CPU it raises a `RuntimeError` that says so.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Give memory that was freed back to the system, where glibc keeps it between what is still in use."""
+    """Return freed memory to the system, where glibc would keep it."""
     if sys.platform == "linux":
         trim = _trim()
         if trim is not None:
@@ -35,22 +35,22 @@ def give_back() -> None:
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
-    # musl has none
+    # musl does not have it
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def in_parts(work: Callable[[Tensor], T], rows: Tensor, size: int) -> Iterator[tuple[Tensor, T]]:
-    """Do some work on rows, so many at a time, and on half as many from where memory runs out.
+    """Call `work` on some rows at a time, and on half as many from where memory runs out.
 
     Args:
-        work: what is done with some of the rows; it is done anew, with fewer, where memory ran out.
+        work: called again with fewer rows if memory runs out.
         size: rows at a time, at least 1.
 
     Yields:
-        Rows that are done, and what came of them.
+        The rows of each part, and its result.
 
     Raises:
-        RuntimeError, MemoryError: memory ran out for a single row, or something else went wrong.
+        RuntimeError, MemoryError: memory ran out for a single row, or `work` raised something else.
     """
     begin = 0
     while begin < len(rows):

@@ -1,4 +1,4 @@
-"""What residual vectors say about the next token: statistics of distributions that never exist as a whole."""
+"""Statistics of next-token distributions that are never held as a whole."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from mechlens.measures.memory import is_out_of_memory
 from mechlens.measures.unembedding import TILE_ROWS, LogSumExp, Unembedding
 
 STATISTICS = ("entropy", "kl", "log_prob", "rank")
-"""What may be asked for beside the most likely tokens."""
+"""The statistics besides the most likely tokens."""
 CPU_BUDGET, GPU_BUDGET = 64 * 2**20, 2**30
 GROUP = 64
-"""Tokens whose largest logit says whether one of them can be among the most likely."""
+"""Tokens in a group; the largest logit of a group tells whether it can hold one of the most likely tokens."""
 
 Decode = Callable[[int, Float[Tensor, "1 pos d_model"]], Float[Tensor, "1 pos d_model"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Readout:
-    """Statistics of rows of residual vectors. What was not asked for is None."""
+    """Statistics of rows of residual vectors; None if they were not requested."""
 
     top_ids: Int[Tensor, "row pos k"]
-    """The most likely tokens, the likeliest first."""
+    """The most likely tokens, in order."""
     top_probabilities: Float[Tensor, "row pos k"]
     entropy: Float[Tensor, "row pos"] | None
     """Nats."""
     kl: Float[Tensor, "row pos reference"] | None
     """KL(reference row || row) in nats."""
     log_prob: Float[Tensor, "row pos target"] | None
-    """Of the targets, in nats; where there are references, the first is the top token of the first of
-    them."""
+    """Log-probability of the targets in nats. With references, the first target is the first reference's top
+    token."""
     rank: Int[Tensor, "row pos target"] | None
-    """Of the targets; 1 is the most likely, ties count strictly larger logits."""
+    """Rank of the targets; 1 is the most likely, and ties count strictly larger logits."""
 
 
 def read_out(
@@ -59,16 +59,16 @@ def read_out(
     """Reduce residual vectors to statistics of their next-token distributions.
 
     Args:
-        vectors: one row per layer (or whatever is compared), the same positions in each.
-        targets: tokens whose rank and log-probability are wanted at each position.
-        references: rows that all rows are compared with; the top token of the first of them becomes
-            the first target.
-        top_k: how many of the most likely tokens to keep, at least 1.
-        statistics: which of `STATISTICS` are wanted; no others are computed.
+        vectors: one row per layer (or per item to compare), with the same positions in each.
+        targets: tokens to take the rank and log-probability of, at each position.
+        references: rows that all rows are compared with; the top token of the first one becomes the first
+            target.
+        top_k: number of most likely tokens to keep, at least 1.
+        statistics: the `STATISTICS` to compute.
         decode: `(row, vectors [1, pos, d_model]) -> vectors` before the unembedding, such as a norm. It is
             called once for each row and block of positions.
-        memory_budget: bytes for logits and what is made of them; None takes 64 MiB, on a GPU 1 GiB. It is
-            halved when memory runs out, and exceeded when one position does not fit.
+        memory_budget: bytes for logits and temporaries; None takes 64 MiB, on a GPU 1 GiB. It is halved when
+            memory runs out, and exceeded if one position does not fit.
         advance: called with the number of positions that are done.
 
     Returns:
@@ -76,11 +76,11 @@ def read_out(
         nothing.
 
     Raises:
-        ValueError: a budget below 1 byte, or a `top_k` that the vocabulary does not have.
+        ValueError: a budget below 1 byte, or a `top_k` below 1 or above the vocabulary's size.
 
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    References: nostalgebraist 2020, "interpreting GPT: the logit lens".
     Cost: one product with `W_U`, in tiles, and up to thirteen passes over each tile while it is in the cache.
-    Memory for the logits of the references at some positions, and for two tiles, however many rows there are.
+    Memory for the references' logits at some positions and for two tiles, however many rows there are.
     """
     _, n_pos, _ = vectors.shape
     d_vocab = unembedding.d_vocab
@@ -92,10 +92,10 @@ def read_out(
     work = _Work(vectors, unembedding, targets, tuple(references), top_k, frozenset(statistics), decode)
     parts: list[Readout] = []
     start, at_once = 0, work.positions(memory_budget)
-    # two tiles, and what is made of one for the most likely tokens
+    # two tiles, and temporaries for the most likely tokens
     tile_bytes = max(1, memory_budget // 16)
     while start < n_pos:
-        # equal blocks, so that the last one is not of a few positions
+        # equal blocks, so that the last one is not small
         left = n_pos - start
         where = slice(start, start + -(-left // -(-left // at_once)))
         try:
@@ -113,7 +113,7 @@ def read_out(
 
 
 def joined(parts: Sequence[Readout], *, dim: int) -> Readout:
-    """Several readouts as one, along rows (0) or positions (1)."""
+    """Several readouts as one, along rows (dim 0) or positions (dim 1)."""
 
     def whole(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
@@ -130,7 +130,7 @@ def kl_from(
 ) -> Float[Tensor, "row pos"]:
     """KL(reference || vector) in nats at each position of each row; a gradient may be taken of it.
 
-    Cost: one product with `W_U`, in tiles, or whole where a gradient is taken.
+    Cost: one product with `W_U`, in tiles; all logits at once with a gradient.
     """
     if torch.is_grad_enabled() and vectors.requires_grad:
         own = unembedding.logits(reference).log_softmax(-1)
@@ -150,7 +150,7 @@ def kl_from(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Work:
-    """What is read, and what is wanted of it."""
+    """The vectors, and what to compute of them."""
 
     vectors: Float[Tensor, "row pos d_model"]
     unembedding: Unembedding
@@ -161,7 +161,7 @@ class _Work:
     decode: Decode | None
 
     def positions(self, budget: int) -> int:
-        """How many positions are read together: the references' logits are held for as many."""
+        """Positions in a block; the references' logits are held for as many."""
         if not self.references:
             return TILE_ROWS
         one = len(self.references) * self.unembedding.d_vocab * self.unembedding.dtype.itemsize
@@ -182,7 +182,7 @@ class _Work:
             held = _References.of(self.unembedding, self.decoded(self.references, where))
             wanted = torch.cat([held.probabilities[0].argmax(-1, keepdim=True), wanted], dim=1)
             own = held.probabilities.gather(2, wanted.expand(len(self.references), -1, -1))
-            # no product is made here, so tiles may be as wide as they are few
+            # there is no product here, so tiles may be wide
             width = self._width(len(own) * n_pos, tile_bytes, self.unembedding.d_vocab)
             reduced = self._reduced(held.tiles(width), wanted, own, held)
             found |= zip(self.references, _rows(reduced), strict=True)
@@ -190,10 +190,10 @@ class _Work:
         others = [row for row in range(len(self.vectors)) if row not in found]
         n_parts = min(len(others), max(1, round(len(others) * n_pos / TILE_ROWS)))
         for part in range(n_parts):
-            # equal parts, because a product of few vectors is a slow one
+            # equal parts, because a product of few vectors is slow
             rows = others[part * len(others) // n_parts : (part + 1) * len(others) // n_parts]
             decoded = self.decoded(rows, where)
-            # before any others are known, so that ranks can be counted on the way
+            # before all other logits, so that ranks can be counted tile by tile
             some = self.unembedding.of_each(decoded.flatten(0, 1), unique).view(len(rows), n_pos, -1)
             own = some.gather(2, place.expand(len(rows), -1, -1))
             width = self._width(len(rows) * n_pos, tile_bytes, self.unembedding.width)
@@ -203,7 +203,7 @@ class _Work:
 
     def _width(self, rows: int, tile_bytes: int, widest: int) -> int:
         width = min(widest, max(1, tile_bytes // (self.unembedding.dtype.itemsize * rows)))
-        # whole groups, where there is room for some
+        # whole groups, if there is room for one
         return width - width % GROUP if GROUP <= width < self.unembedding.d_vocab else width
 
     def _reduced(
@@ -213,16 +213,16 @@ class _Work:
         own: Float[Tensor, "some here target"],
         references: _References | None,
     ) -> Readout:
-        """All statistics of some rows, whose tiles are overwritten."""
+        """All statistics of some rows; their tiles are overwritten."""
         lowest = torch.finfo(own.dtype).min / 2
         if self.unembedding.excludes:
-            # finite, because 0 * -inf is no number
+            # finite, because 0 * -inf is nan
             own = own.clamp(min=lowest)
         shape, n_rows = own.shape[:2], own.shape[0] * own.shape[1]
         running = LogSumExp(n_rows, own)
         top = _Top(n_rows, self.top_k, own)
         targets = _Targets(wanted, own, counted="rank" in self.statistics)
-        # what is summed over tiles is summed in float64
+        # sums over tiles are in float64
         weighted = own.new_zeros(n_rows, dtype=torch.double)
         kl = references if "kl" in self.statistics else None
         n_references = 0 if kl is None else len(kl.probabilities)
@@ -238,7 +238,7 @@ class _Work:
             targets.add(tile, tokens, scratch)
             fading = running.sum
             terms, growth = running.add(tile, largest=largest, out=scratch)
-            # -inf grows to a finite number at first, where there is nothing to be moved
+            # in the first tile -inf grows to a finite number, and there is nothing to rescale
             growth = growth.nan_to_num(posinf=0.0) if tokens.start == 0 else growth
             if "entropy" in self.statistics or "kl" in self.statistics:
                 weighted = (weighted - fading * growth) * (-growth).exp() + terms.mul_(tile).sum(1)
@@ -269,8 +269,7 @@ def _kl(
     cross: Float[Tensor, "reference some here"],
     log_sum: Float[Tensor, "some here"],
 ) -> Float[Tensor, "some here reference"]:
-    """Sum of p (log p - log q), q's logits being relative to its largest. Rounding alone makes a
-    distribution's distance to itself negative."""
+    """Sum of p (log p - log q), with q's logits relative to its largest; clamped at 0 as in `kl`."""
     assert entropy is not None
     apart = (log_sum - cross - entropy[:, None]).clamp(min=0).float()
     return rearrange(apart, "reference some here -> some here reference")
@@ -287,15 +286,15 @@ def _rows(found: Readout) -> Iterable[Readout]:
 
 @dataclasses.dataclass(eq=False)
 class _References:
-    """The rows that all are compared with, at some positions."""
+    """The rows that all rows are compared with, at some positions."""
 
     probabilities: Float[Tensor, "reference here d_vocab"]
-    """Logits, until `tiles` has come by."""
+    """Logits, until `tiles` has turned them into probabilities."""
     largest: Float[Tensor, "reference here 1"]
-    """Of the logits."""
+    """The largest logit."""
     sum: Float[Tensor, "reference here 1"]
-    """Of the exponentials of logits less the largest. Both are in the logits' dtype: in a wider one, all
-    that is made with them would be wider too."""
+    """The sum of exponentials of logits less the largest. Both are in the logits' dtype, because a wider one
+    would widen all results."""
     entropy: Float[Tensor, "reference here"] | None = None
 
     @classmethod
@@ -313,7 +312,7 @@ class _References:
         return cls(logits.view(*shape, -1), largest.view(*shape, 1), total.view(*shape, 1))
 
     def tiles(self, width: int) -> Iterable[tuple[slice, Float[Tensor, "row some"]]]:
-        """The logits; those that were given out are probabilities from then on."""
+        """The logits, tile by tile; those that were given out become probabilities."""
         room = None
         for start in range(0, self.probabilities.shape[2], width):
             some = self.probabilities[:, :, start : start + width]
@@ -331,17 +330,17 @@ class _Top:
         self.ids = torch.zeros(rows, k, dtype=torch.long, device=like.device)
 
     def add(self, tile: Float[Tensor, "row some"], start: int) -> Float[Tensor, " row"]:
-        """Add a tile; returns the largest logit of each row of it.
+        """Add a tile, and return the largest logit of each of its rows.
 
-        Looked at are the rows that have something new, and in them the groups of tokens with the largest
-        logits: the k largest are in the k groups whose own largest are.
+        Only rows with a new top-k logit are searched, and in them only the k groups of tokens with the
+        largest logits, which must hold the k largest.
         """
         n_rows, width = tile.shape
         k = self.values.shape[1]
         groups = tile.view(n_rows, -1, GROUP if width % GROUP == 0 else width)
         most = groups.amax(2)
         largest = most.amax(1)
-        # what is no number is larger than nothing, but is to be seen
+        # written so that nan, which compares false, is kept and shows
         rows = (~(largest <= self.values[:, -1])).nonzero()[:, 0]
         if len(rows):
             chosen = most[rows].topk(min(k, most.shape[1])).indices
@@ -357,7 +356,7 @@ class _Top:
 
 
 class _Targets:
-    """What is seen of the targets so far: their logits, and how many are larger."""
+    """The targets' logits, and how many logits so far are larger."""
 
     def __init__(
         self,
@@ -384,6 +383,6 @@ class _Targets:
             pos, target = places // self.n_targets, places % self.n_targets
             columns = torch.tensor(self.ids[first:last], device=tile.device) - tokens.start
             logits = by_row[:, pos, columns]
-            # however it is rounded, a target is not larger than itself
+            # a target is not larger than itself, however it is rounded
             self.larger[:, pos, target] -= (logits > self.own[:, pos, target]).to(self.larger.dtype)
             self.logits[:, pos, target] = logits

@@ -17,18 +17,18 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean over independent samples.
 
     Args:
-        samples: one row per independent observation; nan rows of a value are left out of its mean.
+        samples: one row per independent observation; nan values are left out of the mean.
         confidence: coverage of the interval, in (0, 1).
-        resamples: how many resamples are drawn.
-        seed: of the generator that draws them.
+        resamples: number of resamples.
+        seed: seed of the generator that draws them.
 
     Returns:
-        Lower and upper bound, in the samples' unit; nan where there is only one sample.
+        Lower and upper bound, in the samples' unit; nan if there is only one sample.
 
     Raises:
         ValueError: no samples, or a confidence outside (0, 1).
 
-    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    References: Efron 1979, "Bootstrap methods: another look at the jackknife".
     Cost: one matrix product of [resamples, sample] with the samples.
     """
     if len(samples) == 0:
@@ -41,7 +41,7 @@ def bootstrap_interval(
         return unknown, unknown.clone()
     generator = generator_of(seed)
     drawn = torch.randint(n, (resamples, n), generator=generator)
-    # how often each sample was drawn in each resample: means of all values are then one product
+    # how often each resample draws each sample: the means of all values are then one matrix product
     counts = torch.zeros(resamples, n, dtype=torch.double)
     counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
     flat = samples.detach().cpu().double().reshape(n, -1)
@@ -54,7 +54,7 @@ def bootstrap_interval(
 
 
 def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> tuple[float, float]:
-    """The interval that leaves out an equal share of the samples at either end.
+    """The interval that holds the central `share` of the samples, with equal shares left out at either end.
 
     Raises:
         ValueError: no samples, or a share outside (0, 1).
@@ -69,21 +69,21 @@ def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> 
 
 
 def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a share: a single hit by chance is within it as rarely as is said.
+    """Clopper and Pearson's exact interval of a share.
 
-    It also holds for means of values within [0, 1] that are no whole number of hits: its ends are then those
-    of the next smaller and the next larger number.
+    It also covers means of values in [0, 1] that are not a whole number of hits: its ends are then those of
+    the next smaller and the next larger number.
 
     Args:
         share: in [0, 1]; nan gives nan.
-        n: independent observations.
-        confidence: coverage of the interval, in (0, 1); it misses at either end by half of the rest at most.
+        n: number of independent observations.
+        confidence: coverage of the interval, in (0, 1), with at most half of the rest missed at either end.
 
     Raises:
         ValueError: a share outside [0, 1], no observation, or a confidence outside (0, 1).
 
-    Source: Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of the
-    binomial".
+    References: Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of
+    the binomial".
     """
     if n < 1:
         raise ValueError(f"an interval needs at least 1 observation, but n is {n}")
@@ -93,11 +93,11 @@ def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"confidence must lie between 0 and 1, but it is {confidence}")
     if share != share:
         return math.nan, math.nan
-    # here, because it takes a while to import
+    # imported here, because it takes a while
     from scipy.special import betaincinv
 
     tail = (1 - confidence) / 2
-    # a share of n hits times n may miss the whole number by a rounding
+    # share * n may differ from a whole number by rounding
     fewer, more = math.floor(share * n + 1e-6), math.ceil(share * n - 1e-6)
     low = 0.0 if fewer == 0 else float(betaincinv(fewer, n - fewer + 1, tail))
     high = 1.0 if more == n else float(betaincinv(more + 1, n - more, 1 - tail))

@@ -1,7 +1,7 @@
-"""The one way from vectors after the last norm to the vocabulary.
+"""The one path from vectors after the last norm to logits.
 
-Logits are made in tiles, many vectors by some of the tokens: the shape at which the product with `W_U` is
-fastest, and small enough for a tile to stay near the processor while it is reduced.
+Logits are computed in tiles of many vectors by some tokens. In this shape the product with `W_U` is fastest,
+and a tile stays in the processor's cache while it is reduced.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 TILE_ROWS = 1024
-"""Vectors that go through `W_U` together."""
+"""Vectors in one product with `W_U`."""
 TILE_COLUMNS = 1024
-"""Tokens of a tile on a CPU. Wider ones halve the product's speed where there are few vectors."""
+"""Tokens of a tile on a CPU. Wider tiles halve the speed if there are few vectors."""
 GPU_TILE_COLUMNS = 16384
-"""The same on a GPU, which fills up with larger products only."""
+"""The same on a GPU, which only larger products fill."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unembedding:
-    """From vectors after the last norm to logits, in float32 at least: rounded logits tie."""
+    """The map from vectors after the last norm to logits, in float32 or wider, because rounded logits tie."""
 
     W_U: Float[Tensor, "d_model d_vocab"]
-    """In any dtype. A narrow one is widened a tile at a time."""
+    """In any dtype; a narrow one is widened one tile at a time."""
     b_U: Float[Tensor, " d_vocab"]
     soft_cap: float | None = None
-    """c where the model's logits are `c * tanh(logit / c)`."""
+    """c, if the model's logits are `c * tanh(logit / c)`."""
 
     @property
     def d_vocab(self) -> int:
@@ -39,30 +39,30 @@ class Unembedding:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
+        """The dtype of the logits."""
         return torch.promote_types(self.W_U.dtype, torch.float32)
 
     @cached_property
     def _bias(self) -> Float[Tensor, " d_vocab"] | None:
-        """None where it is zero, which saves a pass over the logits."""
+        """None if it is zero, which saves a pass over the logits."""
         return self.b_U.to(self.dtype) if bool(self.b_U.any()) else None
 
     @cached_property
     def excludes(self) -> bool:
-        """Whether some token can never come, by a bias of minus infinity."""
+        """Whether a bias of minus infinity excludes some token."""
         return bool(self.b_U.isneginf().any())
 
     @property
     def width(self) -> int:
-        """How many tokens make a tile."""
+        """Tokens in a tile."""
         return min(self.d_vocab, TILE_COLUMNS if self.W_U.device.type == "cpu" else GPU_TILE_COLUMNS)
 
     def tiles(
         self, vectors: Float[Tensor, "row d_model"], width: int | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "row some"]]]:
-        """The logits of some tokens after the other, and which tokens these are.
+        """The logits of some tokens at a time, and which tokens they belong to.
 
-        A tile may be written to, and is overwritten by the next one. To be called without gradients.
+        A tile may be written to, and the next one overwrites it. Call it without gradients.
         """
         wide, rows = vectors.to(self.dtype), len(vectors)
         width = self.width if width is None else width
@@ -82,8 +82,7 @@ class Unembedding:
         return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
 
     def logits(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        """All logits of some vectors; how many of these are held at once is up to the caller. A gradient may
-        be taken of them."""
+        """All logits of some vectors; a gradient may be taken of them. Keep the number of vectors small."""
         if torch.is_grad_enabled() and vectors.requires_grad:
             logits = torch.addmm(self.b_U.to(self.dtype), vectors.to(self.dtype), self.W_U.to(self.dtype))
             return self.capped(logits)
@@ -95,7 +94,7 @@ class Unembedding:
         return whole
 
     def capped(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """`c * tanh(logit / c)`; None leaves them."""
+        """`c * tanh(logit / c)`; the logits themselves without a soft-cap."""
         return logits if self.soft_cap is None else self.soft_cap * (logits / self.soft_cap).tanh()
 
     def cap_slope(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -103,7 +102,7 @@ class Unembedding:
         return torch.ones_like(logits) if self.soft_cap is None else 1 - (logits / self.soft_cap) ** 2
 
     def of(self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """The logit of one token per vector; no others are made. A gradient may be taken of it."""
+        """The logit of one token per vector, without computing the others; a gradient may be taken of it."""
         columns = self.W_U.index_select(1, tokens).T.to(self.dtype)
         logits = torch.linalg.vecdot(vectors.to(self.dtype), columns) + self.b_U[tokens].to(self.dtype)
         return self.capped(logits)
@@ -112,8 +111,11 @@ class Unembedding:
     def of_each(
         self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " token"]
     ) -> Float[Tensor, "row token"]:
-        """The logits of some tokens for every vector, by the kind of product that `tiles` makes: so that
-        tokens with the same weights have the same logit where the processor rounds all columns alike."""
+        """The logits of some tokens for every vector.
+
+        By the same kind of product as `tiles`, so that tokens with equal weights get equal logits wherever
+        the processor rounds all columns alike.
+        """
         columns = self.W_U.index_select(1, tokens).to(self.dtype)
         logits = torch.addmm(self.b_U[tokens].to(self.dtype), vectors.to(self.dtype), columns)
         return self._capped_in_place(logits)
@@ -124,11 +126,10 @@ class Unembedding:
         """Log-probability of one token per vector, and whether it is the most likely one.
 
         Returns:
-            Log-probability in nats, in float32, of which a gradient may be taken where the vectors have one;
-            and whether no logit is strictly larger (rank 1).
+            Log-probability in nats, in float32, with a gradient if the vectors have one; and whether no logit
+            is strictly larger (rank 1).
 
-        Cost: one product with `W_U`; no more than a tile of logits exists at any time, all of them where a
-        gradient is taken.
+        Cost: one product with `W_U`. One tile of logits exists at a time; all of them with a gradient.
         """
         if torch.is_grad_enabled() and vectors.requires_grad:
             logits = self.logits(vectors)
@@ -151,39 +152,39 @@ class Unembedding:
     def expected_column(
         self, vectors: Float[Tensor, "row d_model"], *, n_tiles: int | None = None
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"]]:
-        """The mean column of `W_U` under each vector's distribution, and the log of the sum of exponentials.
+        """The mean column of `W_U` under each vector's distribution, and the log-sum-exp of its logits.
 
-        The mean is the gradient of that log by the vector, and all that a cross-entropy needs of a
-        distribution: the sum over tokens of p(token) times another vector's logit is a product of two vectors
-        of d_model, and a product with `b_U` that is the same for all vectors.
+        The mean column is the gradient of the log-sum-exp by the vector, and all that a cross-entropy needs
+        of a distribution. The sum over tokens of p(token) times another vector's logit is a product of two
+        vectors of d_model, plus a product with `b_U` that is the same for all vectors.
 
         Args:
-            n_tiles: of the vocabulary, which is cut there; None reads all of it.
+            n_tiles: read this many tiles of the vocabulary only; None reads all of it.
 
         Returns:
-            The mean in the dtype of logits, the log in float64.
+            The mean in the logits' dtype, the log-sum-exp in float64.
 
         Raises:
-            ValueError: there is a soft-cap, after which logits are not linear in the vector.
+            ValueError: there is a soft-cap, so logits are not linear in the vector.
 
-        Cost: two products with `W_U` and one exponential for each logit, of which no more than a tile exists.
+        Cost: two products with `W_U` and one exponential per logit. One tile of logits exists at a time.
         """
         if self.soft_cap is not None:
-            raise ValueError("with a soft-cap no mean column is a gradient")
+            raise ValueError("with a soft-cap, the mean column is not a gradient")
         mean = torch.zeros_like(vectors, dtype=self.dtype)
         running = LogSumExp(len(vectors), mean)
         for tokens, tile in islice(self.tiles(vectors), n_tiles):
             if self.excludes:
                 tile.clamp_(min=torch.finfo(tile.dtype).min / 2)
             terms, growth = running.add(tile)
-            # numbers below the normal ones halve the product's speed, and add nothing
+            # subnormal numbers halve the product's speed and add nothing
             torch.threshold_(terms, 1e-30, 0.0)
             mean.mul_((-growth).exp()[:, None]).addmm_(terms, self.W_U[:, tokens].to(self.dtype).T)
         return mean.div_(running.sum.to(self.dtype)[:, None]), running.total()
 
     @torch.no_grad()
     def most_likely(self, vectors: Float[Tensor, "row d_model"]) -> Int[Tensor, " row"]:
-        """The token with the largest logit, of equal ones the first.
+        """The token with the largest logit; of equal ones, the first.
 
         Cost: one product with `W_U`.
         """
@@ -200,25 +201,25 @@ class Unembedding:
 
 
 class LogSumExp:
-    """The logarithm of a sum of exponentials whose terms come in tiles."""
+    """The log-sum-exp of terms that come in tiles."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self.largest = like.new_full((rows,), -torch.inf)
         """The largest term of each row so far."""
         self.sum = like.new_zeros(rows, dtype=torch.double)
-        """Of the exponentials, each divided by that of the largest."""
+        """The sum of the exponentials, each divided by that of the largest term."""
 
     def add(
         self, tile: Float[Tensor, "row some"], *, largest: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Float[Tensor, "row some"], Float[Tensor, " row"]]:
-        """Add a tile, of which the largest term of its row is subtracted in place.
+        """Add a tile. The largest term so far is subtracted from it in place.
 
         Args:
-            largest: of each row of the tile, where somebody knows it.
+            largest: the largest term of each row of the tile, if it is known.
             out: memory for the exponentials; None overwrites the tile.
 
         Returns:
-            The exponentials, and by how much the largest term has grown.
+            The exponentials, and by how much each row's largest term has grown.
         """
         before = self.largest
         self.largest = torch.maximum(before, tile.amax(1) if largest is None else largest)
@@ -229,7 +230,7 @@ class LogSumExp:
         return terms, growth
 
     def total(self) -> Float[Tensor, " row"]:
-        """In float64."""
+        """The log-sum-exp so far, in float64."""
         return self.largest + self.sum.log()
 
 

@@ -1,4 +1,4 @@
-"""How the logits of finally probable and improbable tokens move over layers, some positions at a time."""
+"""How the logits of finally probable and improbable tokens vary over layers, some positions at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mechlens.measures.unembedding import Unembedding
 
 CHUNK_BYTES = 16 * 2**20
-"""Memory for the logits of all rows at some positions, which are sorted as a whole."""
+"""Memory for the logits of all rows at some positions, which are sorted together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,19 +20,19 @@ class VocabularyVariance:
     """Means over the tokens of each bin, in logits less their mean over the vocabulary."""
 
     variance: Float[Tensor, "bin pos"]
-    """Of a token's logit over rows."""
+    """Variance of a token's logit over rows."""
     null_variance: Float[Tensor, "null bin pos"]
-    """The same, with every token in a bin drawn at random."""
+    """The same with tokens assigned to bins at random."""
     elsewhere_variance: Float[Tensor, "bin pos"]
-    """The same, with every token in the bin that it has at another position; nan without one."""
+    """The same with each token in its bin of another position; nan without another position."""
     mean: Float[Tensor, "row bin pos"]
-    """Of the logits."""
+    """Mean of the logits."""
     spread: Float[Tensor, "row bin pos"]
     """Standard deviation of the logits over the tokens of the bin."""
     excess: Float[Tensor, "row bin pos"]
-    """Of the distance |logit - logit in the last row|."""
+    """Mean distance |logit - logit in the last row|."""
     probability: Float[Tensor, "bin pos"]
-    """What the tokens of a bin have together in the last row, with a soft-cap where there is one."""
+    """Total probability of a bin's tokens in the last row, with the soft-cap if there is one."""
 
 
 def vocabulary_variance(
@@ -46,26 +46,26 @@ def vocabulary_variance(
     generator: torch.Generator | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> VocabularyVariance:
-    """Reduce residual vectors to how their logits vary over rows, by the tokens' rank in the last row.
+    """Measure how logits vary over rows, for tokens binned by their rank in the last row.
 
-    Logits are before a soft-cap, less their mean over the vocabulary at the same row and position. The
-    variance is that of the rows as a population (divided by their number).
+    Logits are before the soft-cap, minus their mean over the vocabulary at the same row and position. The
+    variance is that of a population (divided by the number of rows).
 
     Args:
-        vectors: one row per layer, the same positions in each; the last row is the model's final one.
-        bins: first and last rank of each bin, in order, without a gap, from 1 to `d_vocab`. Every token has a
-            rank of its own here, equal logits in the order of their ids.
-        over: the rows whose variance is taken.
-        elsewhere: for each position another one, by whose ranks the tokens are binned a second time.
-        nulls: how many random assignments to bins; of each one draw, every position has other tokens.
-        generator: of the nulls, on the CPU.
-        decode: what is done to vectors `[..., d_model]` before the unembedding, such as a norm.
+        vectors: one row per layer, with the same positions in each; the last row is the model's final one.
+        bins: first and last rank of each bin, in order and without gaps, from 1 to `d_vocab`. Tokens with
+            equal logits are ranked in the order of their ids.
+        over: the rows that the variance is over.
+        elsewhere: for each position another one, whose ranks bin the tokens a second time.
+        nulls: number of random assignments to bins. Each assigns different tokens at every position.
+        generator: draws the nulls, on the CPU.
+        decode: applied to vectors `[..., d_model]` before the unembedding, such as a norm.
 
     Raises:
-        ValueError: the bins are not as above.
+        ValueError: bins that are not in order or have gaps.
 
-    Cost: one product with `W_U` per row (one more with `elsewhere`), and a sort of the last. Memory for
-    about three chunks of logits, however many positions there are; a chunk has all rows of a position.
+    Cost: one product with `W_U` per row (one more with `elsewhere`), and a sort of the last row. Memory for
+    about three chunks of logits; a chunk holds all rows of some positions.
     """
     n_rows, n_pos, _ = vectors.shape
     d_vocab, device = unembedding.d_vocab, vectors.device
@@ -96,7 +96,7 @@ def vocabulary_variance(
         found["variance"].append(by_bin(variance.gather(-1, order)))
         columns = torch.arange(d_vocab, device=device)
         nulls_here = [
-            # the same draw, begun at another token for each position
+            # the same draw, shifted differently at each position
             by_bin(variance.gather(-1, draw[(columns + offset[here, None]) % d_vocab]))
             for draw, offset in zip(draws, offsets, strict=True)
         ]
@@ -122,5 +122,5 @@ def vocabulary_variance(
 
 
 def _order(logits: Float[Tensor, "pos d_vocab"]) -> Int[Tensor, "pos d_vocab"]:
-    """Tokens from the likeliest on."""
+    """Tokens in the order of their logits, the most likely first."""
     return torch.sort(logits, dim=-1, descending=True, stable=True).indices

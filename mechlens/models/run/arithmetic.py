@@ -1,4 +1,4 @@
-"""How much arithmetic a model's blocks take, and how fast this machine does it: for plans of long work."""
+"""FLOP of a model's blocks and FLOP per second of this machine, to estimate how long work takes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.run.properties import key_value_heads
 
 POSITIONS = 1024
-"""Rows of the product that the rate is measured with."""
+"""Rows of the matrix product that measures the machine."""
 
 
 def block_flop(model: LensModel, length: int) -> int:
-    """Operations of one block on one token that attends to `length` tokens.
+    """FLOP of one block for one token that attends to `length` tokens.
 
-    An addition or a multiplication is one. Counted are products of matrices, 2 for each number of a matrix,
-    and attention's scores and mixtures; exponentials and norms are not.
+    An addition or a multiplication is one FLOP. Matrix products (2 FLOP per weight) and attention are
+    counted; exponentials and norms are not.
     """
     cfg = model.cfg
     d_mlp = 0 if getattr(cfg, "attn_only", False) else cfg.d_mlp
@@ -27,13 +27,13 @@ def block_flop(model: LensModel, length: int) -> int:
 
 
 def block_rate(model: LensModel) -> float:
-    """Operations in a second of a product of this model's width, on its device."""
+    """FLOP per second of a matrix product of the model's width, on its device."""
     d_model = model.cfg.d_model
     vectors, weights = (model.W_E.new_ones(rows, d_model) for rows in (POSITIONS, d_model))
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        float((vectors @ weights)[0, 0])  # a GPU has not begun before somebody waits for it
+        float((vectors @ weights)[0, 0])  # reading a value waits for a GPU
         seconds.append(time.perf_counter() - start)
-    # the first one also takes memory
+    # the first run also allocates memory
     return 2 * POSITIONS * d_model**2 / statistics.median(seconds[1:])

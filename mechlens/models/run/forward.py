@@ -1,4 +1,4 @@
-"""Running models: only the activations that are asked for, handed out as they are made."""
+"""Forward passes that hand out single activations as they are computed and keep nothing else."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.run.user_hooks import alone, every_module, user_hooks
 
 MAX_POSITIONS = 16384
-"""Positions (rows x length) in one forward pass; longer batches are run in parts."""
+"""Positions (rows x length) in one forward pass; larger batches are run in parts."""
 
 
 class Enough(Exception):
-    """Raised by a hook to end a run whose rest nobody reads: later layers and, on a bridge, all logits."""
+    """Raised by a hook to stop the forward pass once all activations have been read.
+
+    It saves the later layers and, on a bridge, all logits.
+    """
 
 
 def run(model: LensModel, given: Tensor, **options: Any) -> None:
-    """Run the model, for its hooks, until the end or until one of them has had `Enough`."""
+    """Run the model for its hooks, until the end or until one of them raises `StopForward`."""
     given = given.to(model.cfg.device)
     with contextlib.suppress(Enough):
         model(given, return_type=None, **(seen_whole(model, given) | options))
 
 
 def seen_whole(model: LensModel, given: Tensor) -> dict[str, Tensor]:
-    """What keeps an engine from hiding tokens: HookedTransformer takes leading ids that equal the padding
-    token for padding where its tokenizer pads on the left, and what is padding, only the caller knows."""
+    """The options that keep an engine from masking tokens.
+
+    With a tokenizer that pads on the left, HookedTransformer takes leading ids that equal the padding token
+    for padding. Only the caller knows what is padding.
+    """
     if (
         given.is_floating_point()
         or getattr(model.tokenizer, "padding_side", None) != "left"
@@ -45,21 +51,19 @@ def seen_whole(model: LensModel, given: Tensor) -> dict[str, Tensor]:
 def watch(
     model: LensModel, tokens: Int[Tensor, "batch pos"], readers: Mapping[str, Callable[[Tensor], None]]
 ) -> None:
-    """Run the model once and hand each named activation to its reader the moment it is made.
+    """Run the model once and hand each named activation to its reader as soon as it is computed.
 
-    Nothing is kept: an activation is freed when its reader returns, unless the reader keeps it. The
-    run ends when the last reader has been served, so later layers and the unembedding cost nothing.
+    An activation is freed when its reader returns, unless the reader keeps it. The forward pass stops after
+    the last reader, so later layers and the unembedding cost nothing. All hooks are removed, also when a
+    reader raises.
 
     Args:
-        readers: by hook name, such as `blocks.0.attn.hook_pattern`. Readers must not change what
-            they are given.
+        readers: by hook name, such as `blocks.0.attn.hook_pattern`. Readers must not modify what they get.
 
     Raises:
-        ValueError: a hook name that this model does not have, or at which it makes nothing, or token ids out
-            of range.
+        ValueError: a hook that this model does not have or never calls, or token ids out of range.
 
-    Cost: one forward pass, up to the deepest activation that is read. No hook is left behind, also
-    when a reader raises.
+    Cost: one forward pass, up to the deepest activation that is read.
     """
     check_tokens(model, tokens)
     serve(model, tokens, readers)
@@ -71,44 +75,43 @@ def watch_from(
     residual: Float[Tensor, "batch pos d_model"],
     readers: Mapping[str, Callable[[Tensor], None]],
 ) -> None:
-    """Run the blocks from `layer` on, on a residual that takes the place of `resid_pre`; see `watch`.
+    """Run the blocks from `layer` on, with a given residual stream as their `resid_pre`; see `watch`.
 
     Args:
-        readers: by hook name; of blocks before `layer` nothing may be read.
+        readers: by hook name; none in the blocks before `layer`.
 
     Raises:
-        ValueError: a model that gives its blocks more than the stream, or with hooks of the user's, which
-            would act on what they made; or a hook name that it does not have.
+        ValueError: a model whose blocks read more than the residual stream, a model with the user's own
+            hooks, which would act twice, or a hook that it does not have.
 
-    Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier ones
-    run, too, and their work is thrown away.
+    Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier blocks
+    run, too, and their results are discarded.
     """
     if getattr(model.cfg, "positional_embedding_type", None) == "shortformer":
         raise ValueError(
-            "this model gives each block its positions beside the stream (shortformer), so a run cannot "
-            "begin in the middle"
+            "this model adds positions in each block (shortformer), so a run cannot start at a middle layer"
         )
     hooks = user_hooks(model)
     if hooks:
         raise ValueError(
-            f"blocks are run again on what others made, and your hook at {hooks[0]} would act on that, too: "
-            "remove it with model.reset_hooks(including_permanent=True)"
+            f"your hook at {hooks[0]} would act a second time when blocks are run again: remove it with "
+            "model.reset_hooks(including_permanent=True)"
         )
     try:
         serve(model, residual, readers, start_at_layer=layer)
     except NotImplementedError as error:
         raise ValueError(
-            "this engine cannot run a model from the middle on: use transformer-lens 4, or backend='hooked'"
+            "this engine cannot start a run at a middle layer: use transformer-lens 4, or backend='hooked'"
         ) from error
 
 
 def serve(
     model: LensModel, given: Tensor, readers: Mapping[str, Callable[[Tensor], None]], **options: Any
 ) -> None:
-    """`watch` of whatever the engine can be given, with the engine's own options."""
+    """`watch`, for any input and options that the engine takes."""
     waiting = set(readers)
 
-    # the engine names the hook point by its own alias, so each hook carries the name asked for
+    # the engine may name the hook point by an alias, so each hook carries the requested name
     def hand_out(activation: Tensor, hook: Any, name: str) -> None:
         readers[name](activation)
         waiting.discard(name)
@@ -119,16 +122,19 @@ def serve(
     with running(model, hooks):
         run(model, given, **options)
     if waiting:
-        # HookedTransformer has `hook_mlp_out` in a model without MLPs, too
-        raise ValueError(f"this model makes nothing at the hook point {min(waiting)!r}")
+        # HookedTransformer has `hook_mlp_out` even in a model without MLPs
+        raise ValueError(f"this model never calls the hook point {min(waiting)!r}")
 
 
 @contextlib.contextmanager
 def running(
     model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]], *, gradients: bool = False
 ) -> Iterator[None]:
-    """Hooks that are gone when the block ends, no other thread's run in between, no dropout, and no gradients
-    unless they are asked for. A run of the user's in another thread does not meet the hooks."""
+    """Add hooks for the duration of the block, without dropout and, by default, without gradients.
+
+    No other thread can run the model through this package meanwhile, and the user's own runs in other threads
+    do not call the hooks.
+    """
     owner = threading.get_ident()
 
     def ours(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +156,7 @@ def running(
 
 @contextlib.contextmanager
 def _hooked(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-    """`model.hooks`, which on TransformerLens 3.9's bridge collects all hook points again for each hook."""
+    """`model.hooks`, which on TransformerLens 3.9's bridge would collect all hook points for each hook."""
     points = model.hook_dict if hooks else {}
     unknown = sorted({name for name, _ in hooks} - set(points))
     if unknown:
@@ -169,8 +175,7 @@ def _hooked(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -
 
 @contextlib.contextmanager
 def _without_graphs(model: LensModel) -> Iterator[None]:
-    """Afterwards, no module keeps an activation with all that it was made of: a bridge's attention keeps its
-    last pattern."""
+    """Afterwards, detach what modules keep: a bridge's attention keeps its last pattern with its graph."""
     try:
         yield
     finally:
@@ -179,7 +184,7 @@ def _without_graphs(model: LensModel) -> Iterator[None]:
 
 
 def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """(attributes of a module, name, activation) of what modules keep with the graph that it was made by."""
+    """(attributes of a module, name, activation) of every activation that a module keeps with its graph."""
     return [
         (vars(module), name, value)
         for module in every_module(model)
@@ -190,7 +195,7 @@ def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
 
 @contextlib.contextmanager
 def _evaluating(model: LensModel) -> Iterator[None]:
-    """Without dropout, which would make every result a draw of its own; modes are restored at the end."""
+    """Switch dropout off, which would make results random, and restore the modes afterwards."""
     training = [module for module in every_module(model) if module.training]
     for module in training:
         module.training = False
@@ -202,7 +207,7 @@ def _evaluating(model: LensModel) -> Iterator[None]:
 
 
 def check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Refuse tokens that the model cannot be run on.
+    """Check that the model can be run on tokens.
 
     Raises:
         ValueError: no tokens, ids out of range, or more tokens than the context holds.
@@ -232,11 +237,11 @@ def read_patterns(
     """Hand the attention patterns of all or some layers to `reader(layer, pattern)`; see `watch`.
 
     Args:
-        cache: an `ActivationCache` of these tokens, or anything that gives activations by hook name;
-            nothing is run then.
+        cache: an `ActivationCache` of these tokens, or any mapping from hook names to activations; with it
+            the model is not run.
 
     Raises:
-        ValueError: as `watch`, or the cache belongs to other tokens.
+        ValueError: token ids out of range, or a cache of other tokens.
     """
     wanted = pattern_readers(model, reader, layers)
     if cache is None:
@@ -260,7 +265,7 @@ def pattern_readers(
     reader: Callable[[int, Float[Tensor, "batch head dest src"]], None],
     layers: Iterable[int] | None = None,
 ) -> dict[str, Callable[[Tensor], None]]:
-    """For `watch`: hands the patterns of all or some layers to `reader(layer, pattern)`."""
+    """Readers for `watch` that hand the patterns of all or some layers to `reader(layer, pattern)`."""
     return {
         f"blocks.{layer}.attn.hook_pattern": partial(reader, layer)
         for layer in (range(model.cfg.n_layers) if layers is None else layers)
@@ -268,5 +273,5 @@ def pattern_readers(
 
 
 def parts(tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, "part pos"], ...]:
-    """The rows of a batch in parts that one forward pass takes."""
+    """Split a batch into parts that each fit into one forward pass."""
     return tokens.split(max(1, MAX_POSITIONS // max(1, tokens.shape[1])))

@@ -1,4 +1,4 @@
-"""Runs whose embeddings are given instead of looked up, so that they can be changed by gradients."""
+"""Runs from given token embeddings, so that these can be optimized by gradients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ _FIRST = "blocks.0.hook_resid_pre"
 
 
 def token_embeddings(model: LensModel) -> Float[Tensor, "d_vocab d_model"]:
-    """What every token's embedding is, before anything is made of its position.
-
-    That is `W_E`, scaled where the engine scales it (Gemma-2).
-    """
+    """The embedding of every token without its position: `W_E`, scaled if the engine scales it (Gemma-2)."""
 
     def some(ids: Int[Tensor, "row 1"]) -> Float[Tensor, "row d_model"]:
         kept: list[Tensor] = []
@@ -30,7 +27,7 @@ def token_embeddings(model: LensModel) -> Float[Tensor, "d_vocab d_model"]:
         return kept.pop()[:, 0]
 
     parts = in_parts(some, torch.arange(model.cfg.d_vocab)[:, None], 1024)
-    # a copy: what leaves inference mode can be computed with
+    # a copy, because tensors made in inference mode take no gradients
     return torch.cat([made for _, made in parts]).clone()
 
 
@@ -43,25 +40,28 @@ def run_embedded(
     *,
     alone: int | None = None,
 ) -> Float[Tensor, "row pos ..."]:
-    """An activation of runs in which some tokens' embeddings are replaced, on the graph of these.
+    """An activation of runs in which the embeddings of some tokens are replaced, with its graph.
 
     Args:
-        tokens: what every run, or each of them, reads, but for the positions from `start` on that are
-            replaced.
-        embedded: what comes there.
-        name: of the hook point; the run ends there.
-        alone: a layer that gets the first block's input, as if no blocks came before it.
+        tokens: one sequence for all rows, or one for each.
+        embedded: the embeddings to use from position `start` on.
+        name: the hook point of the activation, where the run stops.
+        alone: a layer that reads the first block's input, as if there were no blocks before it.
 
-    Cost: one forward pass up to `name`; on a bridge, `alone` runs the earlier blocks, too, and throws their
-    work away.
+    Raises:
+        ValueError: the user's own hooks would act differently than on tokens, or the model never calls
+            `name`.
+
+    Cost: one forward pass up to `name`; on a bridge, `alone` also runs the earlier blocks and discards their
+    results.
     """
 
     hooks = user_hooks(model)
     overwritten = [name for name in hooks if name.split(".")[0] in ("embed", EMBED)]
     if overwritten or (alone is not None and hooks):
         raise ValueError(
-            f"your hook at {(overwritten or hooks)[0]} would act otherwise on embeddings that are searched "
-            f"{'in a block alone' if not overwritten else 'than on tokens'}: remove it"
+            f"your hook at {(overwritten or hooks)[0]} would act differently "
+            f"{'on embeddings than on tokens' if overwritten else 'in an isolated block'}: remove it"
         )
     replace = functools.partial(_replace, embedded=embedded, start=start)
     rows = tokens.expand(len(embedded), -1).clone()
@@ -75,7 +75,7 @@ def _end_at(model: LensModel, given: Tensor, name: str, hooks: list[Any], **opti
     with running(model, [*hooks, (name, functools.partial(_keep, kept=kept))], gradients=True):
         run(model, given, **options)
     if not kept:
-        raise ValueError(f"this model makes nothing at the hook point {name!r}")
+        raise ValueError(f"this model never calls the hook point {name!r}")
     return kept.pop()
 
 

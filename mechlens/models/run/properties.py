@@ -1,7 +1,7 @@
-"""What shortcuts need of a model, tried where a shortcut is taken: at its lengths, its layers, on its tokens.
+"""Properties of a model that shortcuts rely on, measured where a shortcut is taken.
 
-Kinds of attention, rotary tables, hooks of the user's and what an engine makes of padding are too many to
-list, so each property is measured on the model itself.
+Kinds of attention, rotary tables, the user's hooks and engines' treatment of padding are too many to list. So
+each property is measured on the model itself, with the tokens, lengths and layers of the computation.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from mechlens.models.run.user_hooks import probe, user_hooks
 
 
 def key_value_heads(model: LensModel) -> int:
-    """How many heads the activations `k` and `v` have: fewer than queries where several share one, unless the
-    model was told to give each query head its own (`set_ungroup_grouped_query_attention`)."""
+    """The number of heads of the activations `k` and `v`.
+
+    It is smaller than that of `q` with grouped-query attention, unless the model repeats them for each query
+    head (`set_ungroup_grouped_query_attention`).
+    """
     cfg = model.cfg
     apart = getattr(cfg, "ungroup_grouped_query_attention", False)
     return int((None if apart else getattr(cfg, "n_key_value_heads", None)) or cfg.n_heads)
 
 
 def key_value_head(model: LensModel, head: int) -> int:
-    """The head of `k` and `v` that a query head reads."""
+    """The head of `k` and `v` that a query head attends with."""
     return head // (model.cfg.n_heads // key_value_heads(model))
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two computations of the same numbers agree but for rounding: other shapes sum in another
-    order."""
+    """Whether two results agree up to rounding: computations of other shapes sum in another order."""
     if found.shape != expected.shape:
         return False
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
@@ -39,17 +41,17 @@ def alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def last_residual(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-    """What the logits are read from."""
+    """The last `resid_post`, which the logits are made from."""
     kept: list[Tensor] = []
     watch(model, tokens, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
     return kept.pop()
 
 
 def reads_alike_in(model: LensModel, tokens: Int[Tensor, " pos"], width: int) -> bool:
-    """Whether a sequence is read alone as it is at the beginning of one of `width` tokens.
+    """Whether a sequence has the same residual stream alone and at the beginning of `width` tokens.
 
-    Not so with tables of rotary positions that depend on how long the sequence is (longrope, dynamic NTK),
-    and with hooks.
+    It does not if rotary positions depend on the sequence's length (longrope, dynamic NTK); with the user's
+    own hooks it is not assumed.
 
     Cost: two forward passes.
     """
@@ -63,9 +65,11 @@ def reads_alike_in(model: LensModel, tokens: Int[Tensor, " pos"], width: int) ->
 
 
 def rows_run_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> bool:
-    """Whether sequences that run together are each read as one that runs alone.
+    """Whether each row of a batch gets the same residual stream as when it runs alone.
 
-    Cost: nothing for a model without hooks of the user's, which may act at one row; else two forward passes.
+    Only the user's own hooks can make a difference, by acting on one row.
+
+    Cost: none without such hooks; two forward passes with them.
     """
     if not user_hooks(model):
         return True
@@ -74,28 +78,27 @@ def rows_run_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> bool:
 
 
 def check_rows_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Refuse a hook of the user's that treats the rows of a batch in different ways, where many runs that
-    have nothing to do with each other make a batch.
+    """Check that unrelated runs can share a batch.
 
     Raises:
-        ValueError: there is such a hook.
+        ValueError: a hook of the user's treats the rows of a batch differently.
 
-    Cost: as `rows_run_alike`.
+    Cost: none without such hooks; two forward passes with them.
     """
     if not rows_run_alike(model, tokens):
         raise ValueError(
-            f"your hook at {user_hooks(model)[0]} treats the rows of a batch in different ways, so that runs "
-            "cannot share one: remove it, or let it act on all rows alike"
+            f"your hook at {user_hooks(model)[0]} treats the rows of a batch differently, so runs cannot "
+            "share a batch: remove it, or make it act on all rows alike"
         )
 
 
 def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Refuse a model whose `attn_out` and `mlp_out` are not what its blocks add to the stream.
+    """Check that a model's blocks add exactly `attn_out` and `mlp_out` to the residual stream.
 
     Raises:
-        ValueError: such a model.
+        ValueError: they add something else.
 
-    Cost: a forward pass of at most 8 tokens; of one row, where there are hooks of the user's.
+    Cost: one forward pass of at most 8 tokens.
     """
     names = {name: f"blocks.{{}}.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")}
     if getattr(model.cfg, "attn_only", False):
@@ -111,7 +114,6 @@ def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
         before, *added, after = (kept[name.format(layer)] for name in names.values())
         if not alike(sum(added, before), after.to(model.W_U.dtype)):
             raise ValueError(
-                f"layer {layer} of this model does not add attn_out and mlp_out to the residual stream as "
-                "they are, or a hook changes what it adds: what they write cannot be read or patched by "
-                "itself"
+                f"layer {layer} of this model does not add attn_out and mlp_out to the residual stream "
+                "unchanged, or a hook changes them: they cannot be read or patched separately"
             )

@@ -1,4 +1,4 @@
-"""Text that a model writes itself."""
+"""Sampling text from a model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mechlens.text.prompts import bos_to_prepend
 from mechlens.text.tokens import drawable_tokens
 
 CACHE_BYTES = 2 * 2**30
-"""Memory for the keys and values of all sequences; where they need more, prefixes are read again."""
+"""Memory for the keys and values of all sequences; if they need more, prefixes are run again."""
 
 Read = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch d_model"]]
-"""What the last token's prediction is read from, given all tokens so far."""
+"""The last `resid_post` at the last token, given all tokens so far."""
 
 
 def sample_tokens(
@@ -38,27 +38,32 @@ def sample_tokens(
     prepend_bos: bool | None = None,
     progress: bool | None = None,
 ) -> Int[Tensor, "batch pos"]:
-    """Let a model write sequences, each token drawn from its own prediction.
+    """Sample sequences from a model, each token from the model's own prediction.
 
     Args:
-        batch: how many sequences.
-        seq_len: tokens in each, the first one included.
-        seed: of the `torch.Generator` that draws; the same seed gives the same tokens.
-        temperature: 1 draws from the model's distribution, less prefers likely tokens.
-        prepend_bos: None begins with BOS where the tokenizer has one. Without, each sequence begins with a
-            token drawn uniformly.
-        progress: show a bar; None shows one in a terminal and in Jupyter.
+        batch: number of sequences.
+        seq_len: tokens in each sequence, including the first.
+        seed: seed of the `torch.Generator`; the same seed gives the same tokens.
+        temperature: 1 samples from the model's distribution; a lower one prefers likely tokens.
+        prepend_bos: None begins with BOS if the tokenizer has one. Without BOS, the first token is drawn
+            uniformly.
+        progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Ids on the CPU, all of them (but BOS) from `drawable_tokens`: a sequence never ends early.
+        Token ids on the CPU. Except for BOS there are no special tokens among them, so sequences never end
+        early.
 
     Raises:
-        ValueError: a size below 1, more tokens than the context holds, a temperature that is not above 0, a
-            BOS wanted but not there, or a model whose logits are more than norm, `W_U`, `b_U` and soft-cap.
+        ValueError: a size below 1, more tokens than the context holds, a temperature that is not above 0,
+            `prepend_bos=True` with a tokenizer that has no BOS, or a model whose logits are not its last norm
+            through `W_U`, `b_U` and a soft-cap.
 
-    Cost: one run of each token, behind the keys and values of those before it, and one product with `W_U`. A
-    model with hooks of yours, or whose positions depend on the length of what it reads, reads the tokens
-    before each one again.
+    Example:
+        >>> mechlens.sample_tokens(model, batch=2, seq_len=5, progress=False).shape
+        torch.Size([2, 5])
+
+    Cost: one forward pass for each token, with cached keys and values, and one product with `W_U`. A model
+    with hooks of yours, or whose positions depend on the sequence's length, runs all earlier tokens again.
     """
     check_model(model)
     check_counts(batch=batch, seq_len=seq_len)
@@ -86,7 +91,7 @@ def sample_tokens(
 
 
 def _reader(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Read:
-    """Behind cached keys and values, where that is tried and found right on a few tokens."""
+    """A reader with cached keys and values, if it agrees with whole runs on a few tokens."""
     whole = partial(_whole, model)
     cfg, (batch, length) = model.cfg, tokens.shape
     size = 2 * cfg.n_layers * key_value_heads(model) * cfg.d_head * batch * length * model.W_E.dtype.itemsize
@@ -102,12 +107,12 @@ def _reader(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Read:
 
 
 def _whole(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_model"]:
-    # a copy, so that the other positions are freed
+    # a copy, so that the other positions can be freed
     return torch.cat([last_residual(model, rows)[:, -1].clone() for rows in parts(tokens)])
 
 
 class _Cached:
-    """Reads one token more at each call."""
+    """Runs only the new tokens at each call."""
 
     def __init__(self, model: LensModel, batch: int) -> None:
         self.model, self.read = model, 0
@@ -129,7 +134,7 @@ class _Cached:
 
         options: dict[str, Any] = {self.name: self.cache}
         if self.name == "past_kv_cache":
-            # none is padding, whatever the engine makes of ids
+            # no token is padding, whatever its id
             options["attention_mask"] = torch.ones_like(new)
         with running(self.model, [(f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post", keep)]):
             run(self.model, new, **options)

@@ -1,4 +1,4 @@
-"""From the residual stream to predictions: the last norm, and what makes logits of it."""
+"""From the residual stream to predictions: the last norm and the unembedding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.user_hooks import hooks_on_logits, probe
 
 Readers = Mapping[str, Callable[[Tensor], None]]
-"""By hook name; see `watch`."""
+"""By hook name, as for `watch`."""
 
 
 def next_token_log_probs(
@@ -23,21 +23,21 @@ def next_token_log_probs(
     tokens: Int[Tensor, "batch pos"],
     beside: Callable[[slice], Readers] | None = None,
 ) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """How well each position predicts the token after it.
+    """How well each position predicts the next token.
 
     Args:
-        beside: makes readers of the rows that a forward pass takes; they are served by the same pass.
+        beside: makes further readers for the rows of each forward pass.
 
     Returns:
-        Log-probability in nats of the next token, nan in the last position; and whether no other
-        token was more likely, False in the last position. Both on the CPU.
+        Log-probability in nats of the next token, nan at the last position; and whether no other token is
+        more likely, False at the last position. Both on the CPU.
 
     Raises:
-        ValueError: a hook that treats rows in different ways, where the batch is read in parts.
+        ValueError: a batch that has to be split, with a hook of the user's that treats its rows differently.
 
-    Cost: one forward pass, and one of at most 8 tokens (of one row, where there are hooks of the user's) that
-    tells whether the model's logits are what its last norm and `W_U` say; logits exist for a few positions at
-    a time only. Where they are not, each row's logits are taken from the model itself.
+    Cost: one forward pass, and one of at most 8 tokens that checks whether the logits are the last norm's
+    output through `W_U`. If so, logits exist for a few positions at a time; if not, they are the model's own,
+    row by row.
     """
     streamed = not _why_not_streamed(model, tokens)
     log_probs, corrects = [], []
@@ -62,7 +62,7 @@ def next_token_log_probs(
 def _streamed(
     model: LensModel, rows: Int[Tensor, "batch pos"], readers: Readers | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`[batch, pos - 1]` log-probability of each next token, and whether it is the most likely one."""
+    """`[batch, pos - 1]`: log-probability of each next token, and whether it is the most likely one."""
     kept: list[Tensor] = []
     last_layer = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     watch(model, rows, {**(readers or {}), last_layer: kept.append})
@@ -71,7 +71,7 @@ def _streamed(
 
 
 def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-    """The same from the model's own logits, a row at a time."""
+    """The same from the model's own logits, one row at a time."""
     log_probs, corrects = [], []
     for row in rows.to(model.cfg.device).split(1):
         with running(model, []):
@@ -83,25 +83,25 @@ def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Te
 
 
 def check_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Refuse a model whose logits are more than its last norm through `W_U`, `b_U` and a soft-cap.
+    """Check that a model's logits are its last norm's output through `W_U`, `b_U` and a soft-cap.
 
-    Granite divides them by a constant, for one, and a user's model or hook may do anything.
+    Granite's are not, for example: it divides them by a constant. A hook of the user's may do anything.
 
     Raises:
-        ValueError: it is such a model; what was found stands in the message.
+        ValueError: they are not; the message says what was found.
 
     Cost: two forward passes of at most 8 tokens.
     """
     why = _why_not_streamed(model, tokens)
     if why:
         raise ValueError(
-            f"this model's logits are more than its last norm, W_U, b_U and a soft-cap ({why}): reading the "
-            "residual stream through these would not show what it predicts"
+            f"this model's logits are not its last norm through W_U, b_U and a soft-cap ({why}), so reading "
+            "the residual stream through these would not show what it predicts"
         )
 
 
 def _why_not_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> str:
-    """Empty where logits are what the last norm and the unembedding say."""
+    """Empty if the logits are the last norm's output through the unembedding."""
     behind = hooks_on_logits(model)
     if behind:
         return f"your hook at {behind[0]} changes them"
@@ -109,12 +109,12 @@ def _why_not_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> str
     if some.shape[1] < 2:
         if model.cfg.n_ctx < 2:
             return ""
-        # one token predicts none that could be compared: let it stand twice
+        # a single token has no next token to compare, so it is repeated
         some = some.repeat(1, 2)
     streamed, whole = _streamed(model, some)[0], _whole(model, some)[0]
-    # a narrow dtype rounds the model's own logits, which we keep in float32
+    # a narrow dtype rounds the model's own logits; ours are in float32
     tolerance = 1e-3 if model.W_U.dtype in (torch.float32, torch.float64) else 0.5
-    # broken weights make both no number, which is no reason to doubt how they are read
+    # damaged weights make both nan, which does not show that they are read differently
     off = (streamed - whole).abs().masked_fill(streamed.isnan() & whole.isnan(), 0.0).max()
     return "" if off <= tolerance else f"the next token's log-probability is {float(off):.2g} nats off"
 
@@ -122,13 +122,13 @@ def _why_not_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> str
 def final_norm(
     model: LensModel, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
-    """The model's last norm with its learned scale and bias; the residual itself where there is none."""
+    """The model's last norm with its learned scale and bias; the residual itself if it has no norm."""
     norm = getattr(model, "ln_final", None)
     return residual if norm is None or model.cfg.normalization_type is None else norm(residual)
 
 
 def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """The model's last norm without its learned scale and bias; the residual itself where there is none."""
+    """The model's last norm without its learned scale and bias; the residual itself if it has no norm."""
     kind = model.cfg.normalization_type
     if kind is None:
         return residual
@@ -154,11 +154,11 @@ def token_log_probs(
 
 
 def unembedding(model: LensModel) -> Unembedding:
-    """What makes logits of the last norm's output."""
+    """The map from the last norm's output to logits."""
     return Unembedding(model.W_U.detach(), model.b_U.detach(), soft_cap(model))
 
 
 def soft_cap(model: LensModel) -> float | None:
-    """The bound c of `c * tanh(logit / c)`, where the model has one."""
+    """The bound c of `c * tanh(logit / c)`, if the model has one."""
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap if cap is not None and cap > 0 else None

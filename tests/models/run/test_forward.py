@@ -72,7 +72,7 @@ def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
     expected, _ = reference.log_probs(logits[0], tokens[0])
     assert log_prob[0, :-1].tolist() == pytest.approx(expected, abs=2e-5)
     # a single token says it, too
-    with pytest.raises(ValueError, match="logits are more than its last norm"):
+    with pytest.raises(ValueError, match="logits are not its last norm"):
         check_streamed(model, tokens[:1, :1])
 
 

@@ -140,7 +140,7 @@ def test_blocks_that_want_more_than_the_stream_are_not_called_one_by_one(tiny_bo
     torch.nn.init.normal_(model.pos_embed.W_pos)
     tokens = tokens_for()
     assert not is_safe(model, tokens)
-    with pytest.raises(ValueError, match="a run cannot begin in the middle"):
+    with pytest.raises(ValueError, match="cannot start at a middle layer"):
         watch_from(model, 1, torch.zeros(1, LENGTH, 16), {"blocks.1.hook_resid_post": print})
     patches = patches_for(model, "resid_post", LENGTH)
     for part in sweep(model, tokens, patches):
