@@ -20,17 +20,16 @@ from mechlens.plots.style import (
     HEIGHT,
     INK,
     MUTED,
-    SEQUENTIAL,
     TEMPLATE,
     VERMILION,
     WIDTH,
     figure_text,
     heatmap,
-    sequential,
     titles,
     top_margin,
 )
 from mechlens.results import Circuit, CompositionScores, PositionalAttention, head_label
+from mechlens.text.color import SEQUENTIAL, sequential
 from mechlens.text.display import number, visible_token
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Interactive views from circuitsvis, shown without a network.
 
-circuitsvis's own display asks the network on every call and gives each view another copy of its
-JavaScript. Here a view is its component's name and properties: in Jupyter it brings the JavaScript of
-the installed package along, in a page many views share one copy.
+The display of circuitsvis itself makes a network request on every call, and gives each view its own copy of
+the JavaScript. Here a view is the name and the properties of a component. In Jupyter it includes the
+JavaScript of the installed package; on a page many views share one copy.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mechlens.files import replacing
 
 _displays = itertools.count()
 
-# Inline code only: the page can fetch nothing, and send nothing anywhere.
+# Only inline code runs: the page can neither fetch nor send anything.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
 )
 
-# circuitsvis picks a head by mouse only; this makes the same choice possible by keyboard.
+# In circuitsvis a head is chosen by mouse only. This allows the same by keyboard.
 SHOW_VIEW = """\
 function showView(id, component, props) {
   const place = document.getElementById(id);
@@ -55,25 +55,25 @@ function showView(id, component, props) {
 
 @functools.cache
 def circuitsvis_bundle() -> str:
-    """The JavaScript of the installed circuitsvis, fit for an inline script; defines `CircuitsVis`."""
+    """The JavaScript of the installed circuitsvis, for an inline script; it defines `CircuitsVis`."""
     source = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
     code, _, _ = source.rpartition("//# sourceMappingURL=")
-    # The one closing tag is inside a string, where the escape means the same.
+    # The only closing tag is inside a string, where the escape means the same.
     return (code or source).replace("</script", r"<\/script").strip()
 
 
 def script_json(value: object) -> str:
-    """JSON that can stand inside a script element: no `<` can end the element or open a comment.
+    """JSON for the inside of a script element: no `<` can end the element or open a comment.
 
     Raises:
-        ValueError: a number in it is nan or infinite, which JSON cannot say.
+        ValueError: a number is nan or infinite, which JSON does not have.
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", r"\u003c")
 
 
 def html_head(title: str) -> str:
-    """How a page of ours begins, up to its title: it may run its own code, and fetch nothing."""
+    """The start of a page, up to its title. The page may run its own code, and fetches nothing."""
     return f"""\
 <!doctype html>
 <html lang="en">
@@ -86,26 +86,26 @@ def html_head(title: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A circuitsvis component with its properties; Jupyter shows it as the last line of a cell.
+    """A circuitsvis component with its properties, which Jupyter displays.
 
-    `write_html` saves it as a page, as it does plotly's figures.
+    `write_html` saves it as a page, as for plotly's figures.
     """
 
     component: str
     """Such as `AttentionHeads`."""
     props: Mapping[str, Any] = dataclasses.field(repr=False)
-    """As the component's documentation names them; JSON. Not in the repr, which notebooks store too."""
+    """By the names in the component's documentation; JSON. Left out of the repr, which notebooks store."""
 
     def _repr_html_(self) -> str:
-        # Several notebooks can share a page, and one view can be shown twice in it.
+        # Several notebooks can share a page, and one view can be shown twice on it.
         digest = hashlib.sha256(script_json(self.props).encode()).hexdigest()[:8]
         return self._html(f"mechlens-{digest}-{next(_displays)}")
 
     def write_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the view as one HTML page (about 1 MB) that fetches nothing, whole or not at all.
+        """Write the view as one HTML page (about 1 MB) that fetches nothing.
 
         Args:
-            path: the file; its folder must exist. Of the same view it gets the same bytes.
+            path: the file; its folder must exist. The same view gives the same bytes.
 
         Returns:
             The path written.
@@ -130,7 +130,7 @@ class View:
         return target
 
     def _html(self, place: str) -> str:
-        """The element of this id, with the script that fills it."""
+        """An element with this id, and the script that fills it."""
         return (
             f'<div id="{place}" style="background:white;color:black;font-family:sans-serif"></div>\n'
             f"<script>(() => {{\n{circuitsvis_bundle()}\n{SHOW_VIEW}\n"

@@ -17,7 +17,6 @@ from mechlens.plots.style import (
     GRID,
     INK,
     MUTED,
-    SEQUENTIAL,
     TEMPLATE,
     VERMILION,
     WIDTH,
@@ -27,6 +26,7 @@ from mechlens.plots.style import (
     top_margin,
 )
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
+from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import number, turns, visible_token
 
 COVERAGE = 0.9

@@ -25,12 +25,11 @@ from mechlens.plots.style import (
     WIDTH,
     figure_text,
     heatmap,
-    is_dark,
-    sequential,
     titles,
     top_margin,
 )
 from mechlens.results import LogitLensResult
+from mechlens.text.color import is_dark, sequential
 from mechlens.text.display import number, turns, visible_token
 
 STATS = {

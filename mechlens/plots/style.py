@@ -1,4 +1,4 @@
-"""What all figures share: colours, the template, and how tokens and other texts are shown."""
+"""What all figures share: colors, the template, heatmaps and titles."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-# Okabe and Ito's colours, told apart with every common form of colour blindness. Figures never rely
-# on hue alone: shape, dash or position says the same, so that they survive a greyscale printer.
+from mechlens.text.color import SEQUENTIAL
+
+# Okabe and Ito's colors, which people with any common color blindness can distinguish. Figures never rely
+# on hue alone: shape, dash or position says the same, so they survive a black-and-white printer.
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 GREEN = "#009E73"
@@ -18,15 +20,14 @@ MUTED = "#5b6770"
 GRID = "#e4e7eb"
 ABSENT = "#c9ced4"
 
-# Both scales darken with the magnitude; the negative end stays lighter than the positive one, so
-# that the sign can be told in greyscale.
-SEQUENTIAL = ["#f5f9fd", "#d3e4f3", "#9fc8e3", "#5aa2cf", "#2270b2", "#08306b"]
+# Like the sequential scale it darkens with the magnitude. The negative end stays lighter than the positive
+# one, so the sign can be seen in grayscale.
 DIVERGING = ["#a85204", "#dd8a3c", "#f8cf9f", "#f7f7f7", "#9fc8e3", "#2270b2", "#08306b"]
 
 WIDTH = 1100
-"""No figure is wider unasked: as wide as the pages that hold it; in pixels."""
+"""The largest default width of a figure, that of a page, in pixels."""
 HEIGHT = 1400
-"""No figure of 30 layers is higher unasked."""
+"""The largest default height of a figure of 30 layers."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -57,15 +58,15 @@ TEMPLATE = go.layout.Template(
             "x": 0,
             "xanchor": "left",
             "xref": "container",
-            # plotly measures it from a first line's middle, where there are more lines
+            # plotly measures it from the middle of the first of several lines
             "pad": {"l": 2, "t": 20},
             "y": 1,
             "yanchor": "top",
             "yref": "container",
             "font": {"size": 15},
         },
-        # Beside one another the buttons would cover the title, and as many as plotly has the colour bar: a
-        # mouse zooms without them. None may send a chart anywhere.
+        # In a row the buttons would cover the title, and all of plotly's would cover the color bar. A mouse
+        # zooms without them, and no button may send a chart anywhere.
         "modebar": {"orientation": "v", "remove": _BUTTONS},
         "hoverlabel": {"bgcolor": "white", "bordercolor": MUTED, "font": {"family": FONT, "color": INK}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
@@ -74,32 +75,15 @@ TEMPLATE = go.layout.Template(
 
 
 def figure_text(text: str) -> str:
-    """Make a text safe for plotly, which reads tags, entities and formulas in every text it draws."""
+    """Escape a text for plotly, which interprets tags, entities and formulas in every text."""
     return html.escape(text, quote=False).replace("$", "&#36;")
 
 
-def sequential(share: float) -> tuple[int, int, int]:
-    """The colour at a share of the sequential scale, from 0 to 1, as red, green and blue up to 255."""
-    place = min(max(share, 0.0), 1.0) * (len(SEQUENTIAL) - 1)
-    left = min(int(place), len(SEQUENTIAL) - 2)
-    low, high = ([int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in SEQUENTIAL[left : left + 2])
-    red, green, blue = (round(a + (b - a) * (place - left)) for a, b in zip(low, high, strict=True))
-    return red, green, blue
-
-
-def is_dark(colour: tuple[int, int, int]) -> bool:
-    """Whether white text on this colour has more contrast than ink, by WCAG's relative luminance."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    ink = 0.0215  # of INK
-    return (1.05 / (luminance + 0.05)) > ((luminance + 0.05) / (ink + 0.05))
-
-
 def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **options: Any) -> go.Heatmap:
-    """A heatmap on the whole range of its values: diverging around 0 where `low` is negative.
+    """A heatmap from `low` to `high`, with colors that diverge around 0 where `low` is negative.
 
     Args:
-        hovers: what stands under the cursor, with texts made safe; cells without a value show nothing.
+        hovers: the hover text of each cell, with texts escaped; cells without a value show none.
         options: further properties of the trace.
     """
     ticks = {"tickvals": [low, 0, high]} if low < 0 else {"dtick": (high - low) / 4}
@@ -117,16 +101,16 @@ def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **
 
 
 def top_margin(title: str, more: int = 0) -> int:
-    """Room for a title of `titles`, and for plotly's three buttons at the right; in pixels.
+    """Height in pixels of a title from `titles`, with room for plotly's three buttons at the right.
 
     Args:
-        more: what stands between the title and the plot, such as ticks.
+        more: height of what is between the title and the plot, such as ticks.
     """
     return max(100, 46 + round(19.5 * title.count("<br>")) + more)
 
 
 def titles(title: str, *subtitles: str) -> str:
-    """A figure's title with smaller lines below it; the texts are made safe here."""
+    """A figure's title with smaller lines below it; the texts are escaped here."""
     lines = [f"<b>{figure_text(title)}</b>"]
     lines += [
         f'<span style="font-size:12px;color:{MUTED}">{figure_text(subtitle)}</span>' for subtitle in subtitles

@@ -16,10 +16,10 @@ from plotly.offline import get_plotlyjs
 from mechlens.errors import ArgumentError
 from mechlens.files import replacing
 from mechlens.plots.circuitsvis import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
-from mechlens.plots.style import is_dark, sequential
 from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, Result
 from mechlens.show.page_style import CSS, SHOW_PLOTS, SHOW_VIEWS
 from mechlens.show.section import Cell, Figure, Section, Table, section
+from mechlens.text.color import is_dark, sequential
 from mechlens.text.display import MINUS
 
 MOST_NAMED = 4

@@ -53,7 +53,7 @@ def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 def shaded_style(cell: Cell) -> str:
     """The style of a cell: its ground, a text color that can be read on it, and bold type."""
-    from mechlens.plots.style import is_dark, sequential
+    from mechlens.text.color import is_dark, sequential
 
     ground = ""
     if not math.isnan(cell.shade):

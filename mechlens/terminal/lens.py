@@ -157,7 +157,7 @@ def _legend(shown: Any, top: float) -> Text:
     """What the colours mean, with their range."""
     from rich.text import Text
 
-    from mechlens.plots.style import sequential
+    from mechlens.text.color import sequential
 
     low = shown.written(1.0) if shown.is_rank else "0"
     line = Text(f"Colour: {_named(shown)}, from {low} ")
@@ -183,7 +183,7 @@ def _stretch(
     from rich.text import Text
 
     from mechlens.plots.logit_lens import followers
-    from mechlens.plots.style import sequential
+    from mechlens.text.color import sequential
 
     columns = [found.positions.index(position) for position in positions]
     read, follows = found.texts(found.tokens[0]), followers(found, 0)
@@ -235,7 +235,7 @@ def _widest(found: LogitLensResult, positions: Sequence[int]) -> int:
 
 def _style(colour: tuple[int, int, int]) -> str:
     """Ground of a colour, with a text that stands out from it."""
-    from mechlens.plots.style import is_dark
+    from mechlens.text.color import is_dark
 
     return f"{'#ffffff' if is_dark(colour) else '#000000'} on #{{:02x}}{{:02x}}{{:02x}}".format(*colour)
 

@@ -16,7 +16,7 @@ from mechlens.plots.features import (
     plot_gradient_search,
     searched_words,
 )
-from mechlens.plots.style import SEQUENTIAL, figure_text
+from mechlens.plots.style import figure_text
 from mechlens.results import (
     CompleteSearch,
     FeatureAlignment,
@@ -25,6 +25,7 @@ from mechlens.results import (
     GreedySearch,
     ModelInfo,
 )
+from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import MINUS
 from tests import hand_made
 

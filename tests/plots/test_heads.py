@@ -21,7 +21,8 @@ from mechlens.plots.heads import (
     plot_log_probs,
     plot_scores_against_nulls,
 )
-from mechlens.plots.style import DIVERGING, SEQUENTIAL, figure_text
+from mechlens.plots.style import DIVERGING, figure_text
+from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import number, visible_token
 from tests import hand_made
 

@@ -18,8 +18,9 @@ from mechlens.plots.logit_lens import (
     plot_logit_lens,
     plot_sub_blocks,
 )
-from mechlens.plots.style import SEQUENTIAL, WIDTH, is_dark, sequential
+from mechlens.plots.style import WIDTH
 from mechlens.results import LogitLensResult
+from mechlens.text.color import SEQUENTIAL, is_dark, sequential
 from tests.hand_made import lens, sub_block_lens
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mechlens.plots.patching import cell_label, metric_unit, plot_head_effects, plot_patch_grid
-from mechlens.plots.style import DIVERGING, SEQUENTIAL
+from mechlens.plots.style import DIVERGING
 from mechlens.results import PatchGridResult
+from mechlens.text.color import SEQUENTIAL
 from tests import hand_made
 
 EFFECTS = [[1.0, 0.5, 0.0], [-0.5, 0.0, 0.25]]
