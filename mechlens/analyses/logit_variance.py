@@ -13,6 +13,7 @@ from mechlens.arguments import chosen, generator_of, whole_number
 from mechlens.measures.vocabulary_variance import vocabulary_variance
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import parts, watch
+from mechlens.models.run.sites import SITES
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
 from mechlens.results import LogitVariance
 from mechlens.text.prompts import Prompt, prompt_tokens
@@ -129,8 +130,8 @@ def _residuals(model: LensModel, tokens: Int[Tensor, "batch pos"], read: Sequenc
     def keep(activation: Tensor) -> None:
         kept.append(activation[:, where.to(activation.device)])
 
-    names = ["blocks.0.hook_resid_pre"]
-    names += [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    names = [SITES["resid_pre"].format(0)]
+    names += [SITES["resid_post"].format(layer) for layer in range(model.cfg.n_layers)]
     readers: dict[str, Callable[[Tensor], None]] = dict.fromkeys(names, keep)
     watch(model, tokens, readers)
     return torch.stack(kept)

@@ -34,8 +34,9 @@ class TopRows:
         numbers: Int[Tensor, " row"],
         columns: Int[Tensor, " some"] | None = None,
     ) -> TopRows:
-        """The k largest values with more rows. Of equal values the earlier one ranks higher; nan is never
-        kept.
+        """The k largest values of these and more rows.
+
+        Of equal values the earlier one ranks higher; nan is never kept.
 
         Args:
             columns: the columns of the values, as from `changed_by`; None if they are all columns.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.forward import watch
+from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.user_hooks import probe, user_hooks
 
 
@@ -43,7 +44,7 @@ def alike(found: Tensor, expected: Tensor) -> bool:
 def last_residual(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
     """The last `resid_post`, which the logits are made from."""
     kept: list[Tensor] = []
-    watch(model, tokens, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": kept.append})
+    watch(model, tokens, {last_hook(model): kept.append})
     return kept.pop()
 
 
@@ -100,7 +101,7 @@ def check_adds_up(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
 
     Cost: one forward pass of at most 8 tokens.
     """
-    names = {name: f"blocks.{{}}.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")}
+    names = {name: SITES[name] for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")}
     if getattr(model.cfg, "attn_only", False):
         del names["mlp_out"]
     kept: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.run.forward import Enough, parts, run, running
 from mechlens.models.run.patched_runs import bridge_cache
 from mechlens.models.run.properties import alike, key_value_heads, last_residual, reads_alike_in
+from mechlens.models.run.sites import last_hook
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
 from mechlens.models.run.user_hooks import user_hooks
 from mechlens.progress import progress_bar
@@ -136,7 +137,7 @@ class _Cached:
         if self.name == "past_kv_cache":
             # no token is padding, whatever its id
             options["attention_mask"] = torch.ones_like(new)
-        with running(self.model, [(f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post", keep)]):
+        with running(self.model, [(last_hook(self.model), keep)]):
             run(self.model, new, **options)
         self.read = tokens.shape[1]
         return kept[0]

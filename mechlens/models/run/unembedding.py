@@ -12,6 +12,7 @@ from mechlens.measures.unembedding import Unembedding
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.forward import parts, running, seen_whole, watch
 from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.sites import last_hook
 from mechlens.models.run.user_hooks import hooks_on_logits, probe
 
 Readers = Mapping[str, Callable[[Tensor], None]]
@@ -64,8 +65,7 @@ def _streamed(
 ) -> tuple[Tensor, Tensor]:
     """`[batch, pos - 1]`: log-probability of each next token, and whether it is the most likely one."""
     kept: list[Tensor] = []
-    last_layer = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    watch(model, rows, {**(readers or {}), last_layer: kept.append})
+    watch(model, rows, {**(readers or {}), last_hook(model): kept.append})
     with torch.inference_mode():
         return token_log_probs(model, kept.pop()[:, :-1], rows[:, 1:])
 

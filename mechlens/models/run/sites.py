@@ -1,0 +1,34 @@
+"""Where a model can be patched: the sites by name, and the hooks they are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mechlens.models.protocol import LensModel
+
+SITES = {
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "q": "blocks.{}.attn.hook_q",
+    "k": "blocks.{}.attn.hook_k",
+    "v": "blocks.{}.attn.hook_v",
+    "z": "blocks.{}.attn.hook_z",
+    "attn_scores": "blocks.{}.attn.hook_attn_scores",
+    "pattern": "blocks.{}.attn.hook_pattern",
+}
+ATTENTION = ("pattern", "attn_scores")
+"""The sites whose activations are `[batch, head, dest, src]`."""
+PER_HEAD = ("q", "k", "v", "z", *ATTENTION)
+
+
+def last_hook(model: LensModel) -> str:
+    """The hook of the residual stream that the logits are made from."""
+    return SITES["resid_post"].format(model.cfg.n_layers - 1)
+
+
+def by_position(activation: Tensor, site: str) -> Tensor:
+    """`[batch, pos, ...]`; scores and patterns become `[batch, dest, head, src]`."""
+    return activation.movedim(1, 2) if site in ATTENTION else activation
