@@ -1,4 +1,4 @@
-"""Many tokens, each in a run of its own: alone, or as the next token behind the same prefix."""
+"""A scan of the vocabulary: every token run alone, or as the next token after one prefix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,25 +22,25 @@ from mechlens.models.run.user_hooks import alone, user_hooks
 from mechlens.models.weights.access import output_bias, output_weights, per_query_head
 
 MOST_ROWS = 1024
-"""In one run: few enough for what an MLP makes of them to stay near the processor."""
+"""Rows in one run: few enough for the MLP's activations to stay in the processor's cache."""
 
 Readers = Mapping[str, Callable[[Float[Tensor, "row width"]], None]]
-"""By hook name, what takes the activations at the candidates' position."""
+"""By hook name, what reads the activations at the candidates' position."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates:
-    """Runs of the tokens that may stand behind a prefix; made by `candidates`."""
+    """Runs of candidate tokens after a prefix; made by `candidates`."""
 
     model: LensModel
     prefix: Int[Tensor, " prefix"]
     serve: Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]
-    """Runs candidates and hands out activations whose last position is theirs."""
+    """Runs candidates and hands out activations whose last position is the candidate's."""
     rows: int
-    """How many run together unless somebody says otherwise."""
+    """The default number of candidates that run together."""
 
     def watch(self, ids: Int[Tensor, " row"], readers: Readers) -> None:
-        """Run each id behind the prefix and hand out the activations at it; see `runs.watch`.
+        """Run each id after the prefix and hand out the activations at its position; see `forward.watch`.
 
         Cost: the blocks up to the deepest activation that is read, for one token per id.
         """
@@ -57,15 +57,16 @@ class Candidates:
         begin: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[Int[Tensor, " row"]]:
-        """Run every token of the vocabulary, many at a time, halving the number when memory runs out.
+        """Run every token of the vocabulary, many at a time; half as many from where memory runs out.
 
         Args:
-            readers: gives the readers for some ids. It is called anew when they have to be run again, so
-                what readers note counts once the ids are handed out.
+            readers: makes the readers for some ids. It is called again if these ids have to be run again, so
+                what readers record counts only when the ids are yielded.
             begin: the first id.
+            batch_size: ids that run together; None takes `rows`.
 
         Yields:
-            Ids that are done.
+            The ids that are done.
         """
         every = torch.arange(begin, self.model.cfg.d_vocab)
         rows = self.rows if batch_size is None else batch_size
@@ -74,22 +75,22 @@ class Candidates:
 
 
 def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence[str]) -> Candidates:
-    """Prepare runs of tokens behind a prefix, in which nothing is computed that all have in common.
+    """Prepare runs of tokens after a prefix that do not recompute what all candidates share.
 
-    Behind a prefix, each token is run against the prefix's own keys and values. A token that stands alone
+    After a prefix, each token is run against the prefix's cached keys and values. A token without a prefix
     attends to itself whatever its query and key are, so attention is one linear map, the sum over heads of
-    `W_V @ W_O`. Either is tried on a few tokens, against whole runs, which are made where it fails, and where
-    the user has hooks on the model.
+    `W_V @ W_O`. Either shortcut is compared with whole runs of a few tokens. If they differ, or the user has
+    hooks on the model, whole runs are used.
 
     Args:
         prefix: token ids, possibly none.
-        names: of the hook points that will be read.
+        names: the hook points that will be read.
 
     Raises:
-        ValueError: ids out of range, no room for another token in the context, no such hook point, or a hook
-            of the user's that treats the rows of a batch in different ways.
+        ValueError: ids out of range, no room for another token in the context, an unknown hook point, or a
+            hook of the user's that treats the rows of a batch differently.
 
-    Cost: one run of the prefix, and of a few tokens behind it.
+    Cost: one run of the prefix, and of a few tokens after it.
     """
     n_prefix, n_ctx = len(prefix), model.cfg.n_ctx
     if n_prefix >= n_ctx:
@@ -105,7 +106,7 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
     )
     tried = torch.linspace(0, model.cfg.d_vocab - 1, 4, dtype=torch.double).long().unique()
     if user_hooks(model):
-        check_rows_alike(model, _behind(prefix, tried[:, None]))
+        check_rows_alike(model, _after(prefix, tried[:, None]))
         return whole
     expected = _all(whole, tried, names)
     try:
@@ -126,7 +127,7 @@ def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list
         of.watch(ids, {name: functools.partial(kept.__setitem__, name) for name in names})
         return [kept[name] for name in names]
 
-    # fewer at a time where memory runs out, which it may behind a long prefix
+    # fewer at a time if memory runs out, as it may after a long prefix
     parts = [made for _, made in in_parts(some, ids, len(ids))]
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
@@ -134,13 +135,13 @@ def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list
 def _same(found: Float[Tensor, "row width"], expected: Float[Tensor, "row width"]) -> bool:
     # other shapes sum in another order
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
-    # by column, since a few of them are larger than all others in trained models
+    # by column, since a few columns are much larger than all others in trained models
     scale = expected.float().abs().amax(0)
     off = (found.float() - expected.float()).abs().amax(0)
     return bool((off <= tolerance * (scale + 0.01 * scale.max())).all())
 
 
-def _behind(prefix: Int[Tensor, " prefix"], ids: Int[Tensor, "row 1"]) -> Int[Tensor, "row pos"]:
+def _after(prefix: Int[Tensor, " prefix"], ids: Int[Tensor, "row 1"]) -> Int[Tensor, "row pos"]:
     return torch.cat([prefix.expand(len(ids), -1), ids], dim=1)
 
 
@@ -150,11 +151,11 @@ def _whole(
     ids: Int[Tensor, "row 1"],
     readers: Mapping[str, Callable[[Tensor], None]],
 ) -> None:
-    """Prefix and candidate from the first block on: what any model can do."""
-    watch(model, _behind(prefix, ids), readers)
+    """Run prefix and candidate from the first block on, which works for any model."""
+    watch(model, _after(prefix, ids), readers)
 
 
-# -- behind a prefix -------------------------------------------------------------------------------
+# -- after a prefix --------------------------------------------------------------------------------
 
 
 def _cached(
@@ -166,9 +167,9 @@ def _cached(
     def on_hooked(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
 
-        # with the prefix, so that what is learned of positions is theirs
+        # run with the prefix, so that candidates get their learned positions
         embedded: list[Tensor] = []
-        watch(model, _behind(prefix, ids), {"blocks.0.hook_resid_pre": embedded.append})
+        watch(model, _after(prefix, ids), {"blocks.0.hook_resid_pre": embedded.append})
         some = (len(ids), -1, -1, -1)
         entries = [Entry(keys.expand(some), values.expand(some), frozen=True) for keys, values in past]
         serve(model, embedded.pop()[:, -1:], readers, start_at_layer=0, past_kv_cache=entries)
@@ -184,14 +185,14 @@ def _cached(
     return on_hooked if engine_of(model) == "HookedTransformer" else on_bridge
 
 
-# -- alone -----------------------------------------------------------------------------------------
+# -- no prefix -------------------------------------------------------------------------------------
 
 
 def _alone(
     model: LensModel,
 ) -> Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]:
-    """Tokens without a prefix, without their queries and keys."""
-    # made when a layer is reached, and once
+    """Run tokens without a prefix, and so without queries and keys."""
+    # computed when a layer is reached, and once
     map_of = functools.cache(functools.partial(_attention_of_one, model))
 
     def watch_alone(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
@@ -204,24 +205,25 @@ def _alone(
 def _attention_of_one(
     model: LensModel, layer: int
 ) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, " d_model"]]:
-    """What attention makes of what it reads where there is one token: a matrix and a bias."""
+    """Attention to a single token as a matrix and a bias."""
     attention, n_heads = model.blocks[layer].attn, model.cfg.n_heads
     W_O = output_weights(model, layer)
     # a bridge has values once per group of heads
     W_V = per_query_head(
         rearrange(attention.W_V.detach().float(), "kv d_model d_head -> d_model kv d_head"), n_heads
     )
-    matrix, bias = W_V.flatten(1) @ W_O.flatten(0, 1), output_bias(model, layer)
+    matrix = einsum(W_V, W_O, "read head d_head, head d_head write -> read write")
+    bias = output_bias(model, layer)
     b_V = getattr(attention, "b_V", None)
     if b_V is not None:
         values = per_query_head(b_V.detach().float().reshape(-1, W_O.shape[1]), n_heads)
-        bias = bias + values.flatten() @ W_O.flatten(0, 1)
+        bias = bias + einsum(values, W_O, "head d_head, head d_head write -> write")
     return matrix.to(model.W_E.dtype), bias.to(model.W_E.dtype)
 
 
 @contextlib.contextmanager
 def _linear_attention(model: LensModel, map_of: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """In the block, each attention is its matrix and bias; norms, MLPs and hooks stay the engine's."""
+    """Replace each attention by its matrix and bias; norms, MLPs and hooks stay the engine's."""
 
     def on_hooked(layer: int, attention: Any, value_input: Tensor, **others: Any) -> Tensor:
         matrix, bias = map_of(layer)
@@ -237,7 +239,7 @@ def _linear_attention(model: LensModel, map_of: Callable[[int], tuple[Tensor, Te
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(model))
         for layer, block in enumerate(model.blocks):
-            # by its own dict, since a bridge passes attributes on to the module that it wraps
+            # in its own dict, since a bridge passes attributes on to the module that it wraps
             own = vars(block.attn)
             stack.callback(_put_back, own, own.get("forward"))
             own["forward"] = functools.partial(forward, layer, block.attn)
