@@ -8,7 +8,12 @@ import random
 import pytest
 import torch
 
-from mechlens.measures.statistics import bootstrap_interval, central_interval, exact_interval
+from mechlens.measures.statistics import (
+    bootstrap_interval,
+    central_interval,
+    exact_interval,
+    rank_correlation,
+)
 
 
 def test_interval_of_many_samples_is_the_normal_one():
@@ -117,3 +122,14 @@ def test_what_is_no_whole_number_of_hits_gets_the_wider_interval():
     assert high == exact_interval(0.3, 10)[1]
     # in float64 7 / 49 * 49 is not 7
     assert exact_interval(7 / 49, 49) == (pytest.approx(0.0594, abs=1e-3), pytest.approx(0.2718, abs=1e-3))
+
+
+def test_rank_correlations_equal_scipys_with_ties():
+    from scipy.stats import spearmanr
+
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randint(0, 5, (2, 3, 12), generator=draw).float()
+    found = rank_correlation(a, b)
+    for row in range(3):
+        assert float(found[row]) == pytest.approx(spearmanr(a[row], b[row]).statistic, abs=1e-12)
+    assert rank_correlation(torch.ones(4), torch.arange(4.0)).isnan()
