@@ -27,7 +27,7 @@ from common import Row, check_peak_bytes, peak_bytes, print_rows, random_gpt2_sm
 from torch import Tensor
 
 import mechlens
-from mechlens.models.protocol import Source, remember
+from mechlens.models.protocol import Provenance, set_provenance
 from mechlens.models.run.forward import watch
 from mechlens.results import CompleteSearch, GreedySearch
 
@@ -50,7 +50,7 @@ def main() -> None:
     check_peak_bytes()
     model = random_gpt2_small()
     # of the engine's own random weights, nothing is told by looking
-    remember(model, Source("random", None, "GPT2LMHeadModel", processing=False, tied=False))
+    set_provenance(model, Provenance("random", None, "GPT2LMHeadModel", processing=False, tied=False))
     with torch.inference_mode():
         one_token(model)
         for n_tokens in options.tokens:

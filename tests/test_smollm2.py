@@ -58,7 +58,7 @@ def read_by_hugging_face():
 
     file = hub.PACKAGED[NAME].file()
     given = {"gguf_file": file.name, "local_files_only": True}
-    with gguf.looked_up_once():
+    with gguf.cached_gguf_lookups():
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **given)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, attn_implementation="eager", **given

@@ -1,4 +1,4 @@
-"""What an analysis may use of a model, whichever engine runs it."""
+"""The model interface that analyses use, the same on both of TransformerLens's engines."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ if TYPE_CHECKING:
     import torch
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
-"""(name of the hook, function) pairs."""
+"""(hook name, function) pairs."""
 Engine = Literal["HookedTransformer", "TransformerBridge"]
-_RECORD = "_mechlens_source"
+_RECORD = "_mechlens_provenance"
 
 
 @runtime_checkable
 class LensModel(Protocol):
-    """The surface of HookedTransformer and TransformerBridge that behaves alike on both.
+    """The members that HookedTransformer and TransformerBridge share and that behave alike on both.
 
-    A bridge must be in compatibility mode, as `load_model` leaves it: without that its hooks have
-    other names. `W_K` and `W_V` of models with grouped heads have all heads on HookedTransformer and the
-    key/value heads only on a bridge. Not here, because the engines differ: biases (a bridge of a model
-    without has none), `start_at_layer`, `stop_at_layer`, `past_kv_cache`.
-    `mechlens.models.run.forward` offers what analyses need of these.
+    A bridge must be in compatibility mode, as `load_model` returns it; otherwise its hooks have other names.
+    With grouped-query attention, `W_K` and `W_V` have one entry per query head on HookedTransformer and one
+    per key/value head on a bridge. Biases, `start_at_layer`, `stop_at_layer` and `past_kv_cache` are left out
+    because the engines differ; `mechlens.models.run.forward` provides what analyses need of them.
     """
 
     cfg: Any
     """Sizes: `n_layers n_heads d_model d_head d_mlp d_vocab n_ctx`; also `device`, `dtype`."""
     tokenizer: Any
-    """The Hugging Face tokenizer, or None. Its `bos_token_id` may be the engine's invention in a model
-    that mechlens did not load: ask `mechlens.text.tokens.own_bos_token_id(model.tokenizer)`."""
+    """The Hugging Face tokenizer, or None. In a model that mechlens did not load, the engine may have made up
+    its `bos_token_id`: use `mechlens.text.tokens.own_bos_token_id(model.tokenizer)`."""
     if TYPE_CHECKING:
-        # Not at run time: a module's child is no attribute of the kind that Python 3.12 looks for when
-        # it checks a protocol, which beartype does in the tests.
+        # Not at run time: Python 3.12's protocol check, which beartype runs in the tests, does not find a
+        # module's children.
         blocks: Any
         """One module per layer."""
 
-        # Nor these: to ask whether a model has them stacks the weights of all layers.
+        # Nor these: checking that a model has them would stack the weights of all layers.
         @property
         def W_E(self) -> torch.Tensor:
             """`[d_vocab, d_model]`."""
@@ -60,11 +59,11 @@ class LensModel(Protocol):
 
         @property
         def W_V(self) -> torch.Tensor:
-            """`[layer, head, d_model, d_head]`, see above for grouped heads."""
+            """`[layer, head, d_model, d_head]`; see above for grouped-query attention."""
 
         @property
         def W_K(self) -> torch.Tensor:
-            """`[layer, head, d_model, d_head]`, see above for grouped heads."""
+            """`[layer, head, d_model, d_head]`; see above for grouped-query attention."""
 
         @property
         def W_O(self) -> torch.Tensor:
@@ -72,16 +71,16 @@ class LensModel(Protocol):
 
     @property
     def hook_dict(self) -> Mapping[str, Any]:
-        """Every hook by its name, such as `blocks.0.attn.hook_pattern`."""
+        """All hook points by name, such as `blocks.0.attn.hook_pattern`."""
 
     def __call__(self, tokens: torch.Tensor, *, return_type: str | None = "logits", **options: Any) -> Any:
         """Logits `[batch, pos, d_vocab]`."""
 
     def to_tokens(self, text: str | list[str], *, prepend_bos: bool) -> torch.Tensor:
-        """Text as `[batch, pos]` token ids."""
+        """Tokenize text: ids `[batch, pos]`."""
 
     def run_with_hooks(self, tokens: torch.Tensor, *, fwd_hooks: Hooks, **options: Any) -> Any:
-        """One forward pass; a hook `(value, hook) -> value | None` sees or replaces an activation."""
+        """One forward pass; a hook `(value, hook) -> value | None` reads or replaces an activation."""
 
     def run_with_cache(
         self, tokens: torch.Tensor, *, names_filter: Callable[[str], bool], **options: Any
@@ -89,41 +88,40 @@ class LensModel(Protocol):
         """One forward pass: `(logits, cache)` with the activations whose names pass the filter."""
 
     def hooks(self, *, fwd_hooks: Hooks, **options: Any) -> AbstractContextManager[Any]:
-        """Hooks that are gone when the `with` block ends, after an exception too."""
+        """Add hooks until the `with` block ends, also when it raises."""
 
     def modules(self) -> Iterable[Any]:
-        """All parts, itself included."""
+        """All modules, the model itself included."""
 
     def parameters(self, recurse: bool = True) -> Iterable[torch.Tensor]:
         """All weights."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What only the loader knows of a model; kept on the model for `describe`."""
+class Provenance:
+    """What only the loader knows about a model. It is kept on the model for `describe`."""
 
     name: str
     revision: str | None
     architecture: str
     processing: bool
     tied: bool
-    """Whether the raw unembedding is the embedding, number for number."""
+    """Whether the unprocessed unembedding equals the embedding."""
     quantization: str | None = None
-    """As `ModelInfo` has it."""
+    """As in `ModelInfo`."""
 
 
-def remember(model: Any, source: Source) -> None:
-    """Note on a model where it came from."""
-    setattr(model, _RECORD, source)
+def set_provenance(model: Any, provenance: Provenance) -> None:
+    setattr(model, _RECORD, provenance)
 
 
-def recall(model: Any) -> Source | None:
-    # Not getattr: a bridge passes unknown names on to the model it wraps.
+def provenance_of(model: Any) -> Provenance | None:
+    # not getattr: a bridge looks up unknown names in the model it wraps
     return vars(model).get(_RECORD)
 
 
 def engine_of(model: object) -> Engine:
-    """Which of TransformerLens's two engines runs a model.
+    """The TransformerLens engine that a model runs on.
 
     Raises:
         TypeError: it is neither a HookedTransformer nor a TransformerBridge.
@@ -138,32 +136,32 @@ def engine_of(model: object) -> Engine:
 
 
 def describe(model: Any) -> ModelInfo:
-    """Say which model this is and in what state, for a result to carry.
+    """The facts about a model that each result carries.
 
-    Works for models of `load_model` and for a HookedTransformer or bridge that the user made.
+    Works for models from `load_model` and for any other HookedTransformer or TransformerBridge.
 
     Raises:
-        TypeError: no such model.
+        TypeError: the model is neither.
     """
     from importlib.metadata import version
 
     engine = engine_of(model)
-    cfg, source = model.cfg, recall(model)
+    cfg, known = model.cfg, provenance_of(model)
     return ModelInfo(
-        # A bridge booted from a directory has the whole path for a name.
-        name=source.name if source else str(cfg.model_name).rstrip("/").rsplit("/", 1)[-1],
-        revision=source.revision if source else None,
-        architecture=source.architecture if source else _architecture(cfg),
+        # a bridge made from a directory is named after the whole path
+        name=known.name if known else str(cfg.model_name).rstrip("/").rsplit("/", 1)[-1],
+        revision=known.revision if known else None,
+        architecture=known.architecture if known else _architecture(cfg),
         engine=engine,
         engine_version=version("transformer-lens"),
-        processing=source.processing if source else _is_processed(model),
+        processing=known.processing if known else _is_processed(model),
         dtype=str(model.W_E.dtype).removeprefix("torch."),
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
         d_model=cfg.d_model,
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
-        quantization=source.quantization if source else None,
+        quantization=known.quantization if known else None,
     )
 
 
@@ -174,18 +172,18 @@ def _architecture(cfg: Any) -> str:
 
 
 def _is_processed(model: Any) -> bool | None:
-    """Whether norms are folded and the unembedding is centred; None when the signs disagree."""
+    """Whether norms are folded and the unembedding is centered; None if only one of them is."""
     import torch
 
     W_U = model.W_U.detach().float()
-    centred = bool(W_U.mean(-1).abs().max() < 1e-3 * W_U.abs().mean())
+    centered = bool(W_U.mean(-1).abs().max() < 1e-3 * W_U.abs().mean())
     if (getattr(model.cfg, "output_logits_soft_cap", None) or -1.0) > 0:
-        return None  # such a model is never centred, so there is no second sign
+        return None  # the unembedding of such a model is never centered
     norm = getattr(model, "ln_final", None)
-    # HookedTransformer drops the weights of a folded norm; a bridge keeps them at 1, as untrained ones are.
+    # HookedTransformer drops the weights of a folded norm; a bridge sets them to 1, as before training
     weight = getattr(norm, "w", getattr(norm, "weight", None))
     if engine_of(model) == "HookedTransformer":
         folded = weight is None
     else:
         folded = weight is None or bool(torch.all(weight == 1))
-    return folded if folded == centred else None
+    return folded if folded == centered else None

@@ -192,7 +192,7 @@ def verify_model(
     given: dict[str, Any] = {"revision": revision, "device": parse_device(device), "cache": cache}
     with converted(locate(name_or_path, revision=revision), cache=cache) as place:
         config = local.read_config(place.directory)
-        if transformer_lens_format.is_toy(config):
+        if transformer_lens_format.is_own(config):
             raise ValueError(
                 f"{place.name} is in TransformerLens's own format, so there is no Hugging Face model to "
                 "compare it with: give another one"

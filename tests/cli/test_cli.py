@@ -69,7 +69,7 @@ def test_no_arguments_show_the_help(capsys):
         (["reproduce", "--batch", "many"], "Invalid value for '--batch'"),
         (["reproduce", "--batch", "0"], "Invalid value for '--batch'"),
         (["reproduce", "--model", "gpt22"], "did you mean gpt2"),
-        (["models", "\udcff"], r"no model is known as '\udcff'"),
+        (["models", "\udcff"], r"unknown model '\udcff'"),
         (["reproduce", "--model", "./nowhere"], "nowhere"),
         (["reproduce", "--seq-len", "300", *SMALL], "the largest seq_len that fits is 255"),
         (["reproduce", "--device", "quantum"], "quantum"),

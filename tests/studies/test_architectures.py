@@ -129,7 +129,7 @@ def test_a_scaling_of_some_layers_alone_is_not_passed_over(tmp_path, backend):
     write_model(tmp_path / "olmo3", random_model(config))
     write_tokenizer(tmp_path / "olmo3")
     if backend == "hooked":
-        with pytest.raises(ModelLoadError, match="Olmo3ForCausalLM has no 'longrope' scaling of rotary"):
+        with pytest.raises(ModelLoadError, match="Olmo3ForCausalLM does not support 'longrope' scaling of rotary"):
             load_model(tmp_path / "olmo3", backend=backend)
         return
     assert verify_model(tmp_path / "olmo3").right
@@ -244,7 +244,7 @@ def test_what_cannot_be_verified_is_an_error_and_no_verdict(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelLoadError, match="is truncated or corrupt"):
         verify_model(tmp_path / "cut")
-    with pytest.raises(ModelLoadError, match="invalid device 'quantum'"):
+    with pytest.raises(ValueError, match=r"device must be .* got 'quantum'"):
         verify_model(BUNDLED, device="quantum")
 
 

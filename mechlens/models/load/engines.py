@@ -1,7 +1,7 @@
-"""From a Hugging Face model to one of TransformerLens's two engines.
+"""Convert a Hugging Face model to one of TransformerLens's two engines.
 
-No step looks anything up by the model's name: TransformerLens's own loaders do, over the network and by
-guessing the architecture from words in a path.
+Nothing depends on the model's name. TransformerLens's own loaders look it up on the network, and guess the
+architecture from words in a path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from mechlens.errors import ModelLoadError
+from mechlens.errors import ArgumentError, ModelLoadError
 from mechlens.models.load.local import HuggingFaceModel
 from mechlens.models.load.processing import processing_by_blocks
 
@@ -27,10 +27,11 @@ Backend = Literal["hooked", "bridge"]
 
 
 def choose_backends(backend: str) -> tuple[Backend, ...]:
-    """The engines to try with the installed TransformerLens, the preferred one first.
+    """The engines to try, the preferred one first.
 
     Raises:
-        ModelLoadError: no such engine, or the installed version lacks it.
+        ArgumentError: there is no such engine.
+        ModelLoadError: the installed TransformerLens does not have it.
     """
     from importlib.metadata import version
 
@@ -40,31 +41,31 @@ def choose_backends(backend: str) -> tuple[Backend, ...]:
         return ("hooked", "bridge") if has_hooked else ("bridge",)
     if backend == "hooked" and not has_hooked:
         raise ModelLoadError(
-            f"backend='hooked' needs HookedTransformer, which TransformerLens {installed} no longer has: "
+            f"backend='hooked' needs HookedTransformer, which TransformerLens {installed} does not have: "
             "use backend='bridge', or install transformer-lens 3.9"
         )
     if backend not in ("hooked", "bridge"):
-        raise ModelLoadError(f"backend must be 'auto', 'hooked' or 'bridge', but is {backend!r}")
+        raise ArgumentError("backend", "'auto', 'hooked' or 'bridge'", backend)
     return (backend,)  # type: ignore[return-value]  # mypy does not narrow by `in`
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the engine's prints and its log lines away from the user, and one warning that we answer for."""
+    """Suppress what TransformerLens prints and logs, and the warnings that do not concern the user."""
 
     def not_the_engine(record: logging.LogRecord) -> bool:
         return "transformer_lens" not in record.pathname
 
     root = logging.getLogger()
-    # Without any handler `logging.warning` would install one for the whole program.
+    # without any handler, `logging.warning` would install one for the whole program
     handler = logging.NullHandler()
     root.addHandler(handler)
     root.addFilter(not_the_engine)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            # Known: we support the versions that have it, and the bridge for those that do not.
+            # both kinds of version are supported
             warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-            # What is not folded is read off the norms; see `weights.norm_affine`.
+            # norms that are not folded are measured; see `access.norm_affine`
             warnings.filterwarnings("ignore", ".* does not support (fold_ln|center_writing)", UserWarning)
             yield
     finally:
@@ -74,7 +75,7 @@ def quiet() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Processing:
-    """Which of TransformerLens's changes to the weights are sound for a model."""
+    """Which of TransformerLens's processing steps leave a model's predictions unchanged."""
 
     fold_ln: bool
     center_writing_weights: bool
@@ -85,20 +86,20 @@ class Processing:
 def sound_processing(
     processing: bool, *, architecture: str | None, soft_cap: float | None, positions: str | None = None
 ) -> Processing:
-    """What processing may do without changing the model's predictions.
+    """Select the processing steps that leave a model's predictions unchanged.
 
     Args:
-        processing: whether any is wanted.
-        architecture: the Hugging Face name, where there is one.
-        soft_cap: of the logits; None or a value <= 0 is none.
+        processing: False selects none.
+        architecture: Hugging Face's name, if it has one.
+        soft_cap: of the logits; None or a value up to 0 means there is none.
         positions: TransformerLens's name for the kind of position embedding.
     """
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-    # A norm after the block takes the mean and the scale of its output out by itself, and the shortformer
-    # adds positions behind the norm: both see what folding and centring change.
+    # Norms after a block, and shortformer positions, which are added after a norm, depend on the mean and
+    # scale that centering and folding change.
     movable = processing and architecture not in POST_NORM_ARCHITECTURES and positions != "shortformer"
-    # tanh of a shifted logit is no shifted tanh.
+    # tanh(x - c) is not tanh(x) - c
     capped = soft_cap is not None and soft_cap > 0
     return Processing(
         fold_ln=movable,
@@ -109,11 +110,12 @@ def sound_processing(
 
 
 def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, name: str) -> Any:
-    """A HookedTransformer with a Hugging Face model's weights, on the CPU. The Hugging Face model is let go
-    of, tensor by tensor.
+    """A HookedTransformer with a Hugging Face model's weights, on the CPU.
+
+    The Hugging Face model loses its weights.
 
     Raises:
-        ModelLoadError: HookedTransformer does not have this architecture or a feature of it.
+        ModelLoadError: HookedTransformer does not support this architecture, or a setting of it.
     """
     with quiet():
         from transformer_lens import HookedTransformer
@@ -123,8 +125,8 @@ def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
         with tempfile.TemporaryDirectory(prefix="mechlens-") as neutral:
             if any(word in neutral.lower() for word in ("llama", "gemma")):
                 raise ModelLoadError(
-                    f"TransformerLens would guess the architecture from the temporary folder {neutral}: "
-                    "set TMPDIR to one without the name of a model in its path"
+                    f"TransformerLens would guess the architecture from the path {neutral}: set TMPDIR to a "
+                    "folder without a model's name in its path"
                 )
             settings = _hooked_settings(hf.model.config, Path(neutral), loading)
             settings |= {
@@ -137,7 +139,7 @@ def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
             cfg = HookedTransformerConfig.from_dict(settings)
             with torch.no_grad():
                 state = loading.get_pretrained_state_dict(neutral, cfg, hf.model, dtype=dtype)
-            hf.let_go()
+            hf.release()
         sound = sound_processing(
             processing, architecture=cfg.original_architecture, soft_cap=cfg.output_logits_soft_cap
         )
@@ -148,13 +150,13 @@ def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
 
 @torch.no_grad()
 def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing) -> None:
-    """Process weights and give them to a HookedTransformer, which has had none so far.
+    """Process weights and assign them to a HookedTransformer that has none yet.
 
     Args:
-        state: taken apart.
+        state: the weights; emptied along the way.
     """
     given: dict[str, torch.Tensor] = {}
-    # the engine would call it once for each tensor, over all modules
+    # the engine would call it once per tensor, each time over all modules
     model.load_state_dict = lambda some, strict: given.update(some)
     try:
         with processing_by_blocks():
@@ -163,15 +165,15 @@ def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing
         del model.load_state_dict
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for name, tensor in given.items():
-        # one at a time, so that each view is let go of; some converters leave norms in float32
+        # one at a time, so that views are released; some converters leave norms in float32
         tensor = tensor.detach().to(dtypes.get(name, tensor.dtype))
-        given[name] = _as_read(name, tensor, gated=getattr(model.cfg, "gated_mlp", False))
+        given[name] = _in_forward_order(name, tensor, gated=getattr(model.cfg, "gated_mlp", False))
     model.load_state_dict(given, strict=False, assign=True)
 
 
-def _as_read(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.Tensor:
-    """A weight in the order in memory that HookedTransformer's forward pass wants: one in another order is
-    copied anew in every run."""
+def _in_forward_order(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.Tensor:
+    """A weight with the memory layout that HookedTransformer's forward pass needs; with another one, every
+    forward pass would copy it."""
     kind = name.rsplit(".", 1)[-1]
     axes: tuple[int, ...] = tuple(range(tensor.ndim))
     if kind.lstrip("_") in ("W_Q", "W_K", "W_V") and tensor.ndim == 3:
@@ -187,8 +189,8 @@ def _as_read(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.Tensor:
 def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, Any]:
     """HookedTransformer's settings for a Hugging Face configuration.
 
-    The engine's own translation reads some settings from the model's name or not at all; they are taken
-    from the configuration here.
+    TransformerLens takes some settings from the model's name, or ignores them; here they are read from the
+    configuration.
     """
     architecture = hf_config.architectures[0]
     if architecture in _OWN_SETTINGS:
@@ -201,10 +203,11 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
             settings = loading.convert_hf_model_config(str(neutral))
         except NotImplementedError:
             raise ModelLoadError(
-                f"HookedTransformer has no {architecture}: use backend='bridge', which has more architectures"
+                f"HookedTransformer does not support {architecture}: use backend='bridge', which supports "
+                "more architectures"
             ) from None
     settings.setdefault("default_prepend_bos", True)
-    # some architectures have the same context whatever the model's is
+    # for some architectures TransformerLens has a fixed context length
     settings["n_ctx"] = min(
         settings["n_ctx"], getattr(hf_config, "max_position_embeddings", None) or settings["n_ctx"]
     )
@@ -218,51 +221,41 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
         settings["rotary_base"] = rope["rope_theta"]
-    # Seen here, because 16 tokens would not show what begins beyond a limit; some layers may have their own.
+    # Checked here, because it may change nothing within the 16 tokens that predictions are compared on.
     has = {"default"} | {_SCALINGS[name] for name in _SCALINGS if settings.get(name)}
     for each in rope_parameters(hf_config):
         if (kind := each.get("rope_type", "default")) not in has:
             raise ModelLoadError(
-                f"HookedTransformer's {architecture} has no {kind!r} scaling of rotary positions: "
+                f"HookedTransformer's {architecture} does not support {kind!r} scaling of rotary positions: "
                 "use backend='bridge'"
             )
     if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()) and not settings.get(
         "use_local_attn"
     ):
         raise ModelLoadError(
-            f"HookedTransformer's {architecture} has no sliding attention window: use backend='bridge'"
+            f"HookedTransformer's {architecture} does not support sliding-window attention: "
+            "use backend='bridge'"
         )
     return dict(settings)
 
 
 _SCALINGS = {"use_NTK_by_parts_rope": "llama3", "use_yarn_rope": "yarn"}
-"""HookedTransformer's settings, and Hugging Face's names for what they stand for."""
+"""HookedTransformer's settings, and Hugging Face's names for the same."""
 
 
 def rope_parameters(hf_config: Any) -> list[dict[str, Any]]:
-    """How a model rotates positions: once for all layers, or for each type of layer; empty if it does not."""
+    """The settings of rotary positions, one for all layers or one per type of layer; empty without them."""
     rope = getattr(hf_config, "rope_parameters", None) or {}
     return [rope] if "rope_type" in rope else [each for each in rope.values() if isinstance(each, dict)]
 
 
 def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
-    """The engine has Gemma-2's parts and converts its weights, but knows its sizes by name only."""
-    return {
-        "d_model": hf_config.hidden_size,
-        "d_head": hf_config.head_dim,
-        "n_heads": hf_config.num_attention_heads,
+    """TransformerLens supports Gemma-2, but takes its sizes from the model's name."""
+    return _rotary_settings(hf_config, hf_config.head_dim, hf_config.head_dim) | {
         "n_key_value_heads": hf_config.num_key_value_heads,
-        "d_mlp": hf_config.intermediate_size,
-        "n_layers": hf_config.num_hidden_layers,
-        "n_ctx": hf_config.max_position_embeddings,
         "eps": hf_config.rms_norm_eps,
-        "d_vocab": hf_config.vocab_size,
         "act_fn": hf_config.hidden_activation,
-        "initializer_range": hf_config.initializer_range,
         "normalization_type": "RMS",
-        "positional_embedding_type": "rotary",
-        "rotary_dim": hf_config.head_dim,
-        "use_attn_scale": True,
         "attn_scale": hf_config.query_pre_attn_scalar**0.5,
         "window_size": hf_config.sliding_window,
         "use_local_attn": True,
@@ -279,8 +272,20 @@ def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
 
 
 def _phi_settings(hf_config: Any) -> dict[str, Any]:
-    """The engine asks for a setting by a name that transformers 5 no longer has."""
+    """TransformerLens reads a setting by a name that transformers 5 does not have."""
     d_head = hf_config.hidden_size // hf_config.num_attention_heads
+    rotary_dim = int(hf_config.rope_parameters.get("partial_rotary_factor", 1.0) * d_head)
+    return _rotary_settings(hf_config, d_head, rotary_dim) | {
+        "eps": hf_config.layer_norm_eps,
+        "act_fn": hf_config.hidden_act,
+        "normalization_type": "LN",
+        "parallel_attn_mlp": True,
+        "default_prepend_bos": False,
+        "original_architecture": "PhiForCausalLM",
+    }
+
+
+def _rotary_settings(hf_config: Any, d_head: int, rotary_dim: int) -> dict[str, Any]:
     return {
         "d_model": hf_config.hidden_size,
         "d_head": d_head,
@@ -288,17 +293,11 @@ def _phi_settings(hf_config: Any) -> dict[str, Any]:
         "d_mlp": hf_config.intermediate_size,
         "n_layers": hf_config.num_hidden_layers,
         "n_ctx": hf_config.max_position_embeddings,
-        "eps": hf_config.layer_norm_eps,
         "d_vocab": hf_config.vocab_size,
-        "act_fn": hf_config.hidden_act,
         "initializer_range": hf_config.initializer_range,
-        "normalization_type": "LN",
         "positional_embedding_type": "rotary",
-        "rotary_dim": int(hf_config.rope_parameters.get("partial_rotary_factor", 1.0) * d_head),
+        "rotary_dim": rotary_dim,
         "use_attn_scale": True,
-        "parallel_attn_mlp": True,
-        "default_prepend_bos": False,
-        "original_architecture": "PhiForCausalLM",
     }
 
 
@@ -306,10 +305,10 @@ _OWN_SETTINGS = {"Gemma2ForCausalLM": _gemma2_settings, "PhiForCausalLM": _phi_s
 
 
 def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype, directory: Path) -> Any:
-    """A bridge in compatibility mode around a Hugging Face model, which it takes over, on the CPU.
+    """A TransformerBridge in compatibility mode around a Hugging Face model, on the CPU.
 
     Raises:
-        ModelLoadError: the bridge does not have this architecture.
+        ModelLoadError: the bridge does not support this architecture.
     """
     architecture = hf.model.config.architectures[0]
     with quiet(), _hook_points_are_leaves():
@@ -322,7 +321,7 @@ def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
         except ValueError as error:
             if "architecture" not in str(error).lower():
                 raise
-            raise ModelLoadError(f"TransformerBridge has no {architecture}: {error}") from error
+            raise ModelLoadError(f"TransformerBridge does not support {architecture}: {error}") from error
         sound = sound_processing(
             processing,
             architecture=architecture,
@@ -339,8 +338,8 @@ def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
 
 @contextlib.contextmanager
 def _hook_points_are_leaves() -> Iterator[None]:
-    """Until the block ends, a bridge that looks through all that its modules have for hook points looks not
-    into hook points themselves: three in four modules are some, and each would be asked for all its names."""
+    """Keep a new bridge from searching hook points for more hook points. Three in four modules are hook
+    points, and the search reads every attribute of each."""
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -353,14 +352,14 @@ def _hook_points_are_leaves() -> Iterator[None]:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str | None]:
-    """A tokenizer's own BOS, EOS and padding, before an engine fills the gaps."""
+    """A tokenizer's BOS, EOS and padding tokens before an engine fills in missing ones."""
     return {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
 
 
 def keep_special_tokens(model: Any, own: dict[str, str | None]) -> None:
-    """Take back the BOS and EOS that an engine invented.
+    """Remove the BOS and EOS that an engine made up.
 
-    Padding with a real EOS stays, because the engines cannot tokenize several texts without.
+    Padding with a real EOS stays, because the engines need it to tokenize several texts.
     """
     if own["eos_token"] is None:
         model.tokenizer.eos_token = None

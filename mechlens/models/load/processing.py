@@ -1,7 +1,7 @@
-"""TransformerLens's processing of weights, one block after the other.
+"""TransformerLens's weight processing, one block at a time.
 
-Its own copies all weights of a model several times over. Done a block at a time, with each tensor let go of
-as the next one is made of it, no more than a block is there twice.
+TransformerLens copies all of a model's weights several times. Here at most one block exists twice, because
+each tensor is released as soon as its processed version exists.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ State = dict[str, Tensor]
 
 @contextlib.contextmanager
 def processing_by_blocks() -> Iterator[None]:
-    """Until the block ends, TransformerLens processes weights a block at a time, on both of its engines. What
-    is processed is taken out of the state dict that it is given."""
+    """Make both of TransformerLens's engines process weights one block at a time until the `with` block ends.
+    Processed tensors are removed from the state dict that was passed in."""
     from transformer_lens.weight_processing import ProcessWeights
 
     names = ("process_weights", "distribute_weights_to_components")
@@ -40,7 +40,7 @@ def processing_by_blocks() -> Iterator[None]:
             for part in parts(state_dict):
                 done |= part
             return done
-        # a bridge puts the weights into its modules next, where the ones before are let go of
+        # a bridge assigns the weights to its modules next, which releases the old ones
         waiting.append(parts)
         return state_dict
 
@@ -63,7 +63,7 @@ def processing_by_blocks() -> Iterator[None]:
 def _processed(
     process: Callable[..., State], state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]
 ) -> Iterator[State]:
-    """The processed weights of each block, and last those outside of blocks."""
+    """The processed weights of each block, then those outside of blocks."""
     from transformer_lens.weight_processing import ProcessWeights
 
     blocks: dict[int, list[str]] = {}
@@ -72,18 +72,18 @@ def _processed(
         if found:
             blocks.setdefault(int(found[1]), []).append(name)
         elif re.search(r"\.\d+\.", name):
-            # an adapter with a naming of its own
+            # an adapter with other names for blocks
             yield process(state, cfg, adapter=adapter, **wanted)
             return
     embeddings = [ProcessWeights._get_param_key(name, adapter) for name in ("embed.W_E", "pos_embed.W_pos")]
     for layer, names in sorted(blocks.items()):
-        # as the only block of a model with an embedding, which is asked for
+        # as the only block of a model; processing expects an embedding
         block = {_renumbered(name, 0): state.pop(name) for name in names}
         block |= {name: torch.zeros(1, cfg.d_model, dtype=torch.float32) for name in embeddings}
         dtypes = {name: tensor.dtype for name, tensor in block.items() if name not in embeddings}
-        # biases that folding makes are as narrow as the rest
+        # biases that folding creates get the dtype of the other weights
         own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
-        # to look for a value's bias, which may come of a norm's, the engine copies all weights of the block
+        # looking for a value bias, which may come from a norm, copies all weights of the block
         biased = any(re.search(r"\b_?b(_|$)|\bbias\b", name) and each.any() for name, each in block.items())
         here = wanted | {
             "center_unembed": False,
@@ -103,8 +103,8 @@ def _processed(
 
 
 def _ends(state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]) -> State:
-    """The embeddings, the last norm and the unembedding: the largest tensors, so that none is copied that
-    need not be. The steps are those of `ProcessWeights.process_weights`."""
+    """Process the embeddings, final norm and unembedding as `ProcessWeights.process_weights` does, with fewer
+    copies, because these are the largest tensors."""
     from transformer_lens.weight_processing import ProcessWeights
 
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
@@ -115,7 +115,7 @@ def _ends(state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]) -> Stat
         for name in ("unembed.W_U", "unembed.b_U", "embed.W_E", "pos_embed.W_pos")
     )
     written = {name: state.pop(name) for name in (W_E, W_pos) if name in state}
-    # what is read from the stream
+    # weights that read from the stream
     for name in state:
         state[name] = _wide(state[name])
     if wanted["fold_ln"] and kind.startswith(("LN", "RMS")) and getattr(adapter, "supports_fold_ln", True):
@@ -123,12 +123,12 @@ def _ends(state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]) -> Stat
             state = ProcessWeights._fold_final_rms_bias(state, cfg, True, adapter)
         state = ProcessWeights._fold_unembed_layer_norm(state, cfg, is_layer_norm, is_layer_norm, adapter)
     if wanted["center_unembed"]:
-        # a bridge keeps it as Hugging Face does, with the vocabulary first
-        state[W_U] = _centred(state[W_U], -1 if adapter is None else 0)
+        # on a bridge the vocabulary is the first axis, as in transformers
+        state[W_U] = _centered(state[W_U], -1 if adapter is None else 0)
         if b_U in state:
-            state[b_U] = _centred(state[b_U], -1)
+            state[b_U] = _centered(state[b_U], -1)
     done = {name: state.pop(name).to(dtypes.get(name, torch.float32)) for name in list(state)}
-    # what is written to it
+    # weights that write to the stream
     if (
         wanted["center_writing_weights"]
         and is_layer_norm
@@ -145,7 +145,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _centred(tensor: Tensor, axis: int) -> Tensor:
+def _centered(tensor: Tensor, axis: int) -> Tensor:
     return tensor - tensor.mean(axis, keepdim=True)
 
 

@@ -1,15 +1,16 @@
-"""Which models there are, and what one is made of: read from its files, without an engine."""
+"""List the known models, and describe one from its files without loading it."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from mechlens.models.load import gguf, hub, local, transformer_lens_format
 from mechlens.models.load.hub import BUNDLED
-from mechlens.models.load.loading import Place, converted, locate
+from mechlens.models.load.loading import ModelFiles, converted, locate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,16 +19,16 @@ class KnownModel:
 
     name: str
     source: str
-    """`bundled`, `package` (of the package index), `cache` (on this machine) or `hub`."""
+    """`bundled`, `package` (a Python package), `cache` (on this machine) or `hub`."""
     aliases: tuple[str, ...]
-    """Other names of it."""
+    """Other names for it."""
     about: str = ""
-    """Of a package: its size and licence, and how to install it where it is not."""
+    """For a package: size, license, and how to install it if it is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSummary:
-    """A model's sizes, in TransformerLens's terms. None is what the model does not have."""
+    """A model's architecture and sizes, in TransformerLens's terms; None is what it does not have."""
 
     name: str
     architecture: str
@@ -40,22 +41,22 @@ class ModelSummary:
     d_vocab: int
     n_ctx: int
     n_params: int
-    """All numbers in the weights; a tied unembedding counts once."""
+    """Number of parameters; a tied unembedding counts once."""
     dtype: str
-    """Of the weights on disk, such as `float16`."""
+    """Dtype of the weights on disk, such as `float16`."""
     positions: str
     """`standard` (learned, added to the embedding), `rotary`, `alibi`, `shortformer` or `none`."""
     rotary_dim: int | None
-    """How much of `d_head` is rotated."""
+    """Number of dimensions of each head that are rotated."""
     tied: bool
-    """Whether the raw unembedding is the embedding, number for number."""
+    """Whether the unprocessed unembedding equals the embedding."""
     quantization: str | None = None
-    """Of a GGUF file, in GGML's types, such as `Q4_1 (210 tensors), F32 (61)`."""
+    """GGML types of a GGUF file, such as `Q4_1 (210 tensors), F32 (61)`."""
 
 
 def known_models() -> list[KnownModel]:
-    """The bundled model and those of packages, then those in the local Hugging Face cache, then
-    TransformerLens's list."""
+    """Models that load by name: bundled, in packages, in the local Hugging Face cache, and those that
+    TransformerLens lists."""
     known = hub.known_hub_names()
     cached = hub.cached_names()
     return [
@@ -67,23 +68,23 @@ def known_models() -> list[KnownModel]:
 
 
 def model_summary(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> ModelSummary:
-    """Say what a model is made of. One that is only on the hub is downloaded, and a GGUF file is read into
-    the cache of `load_model`.
+    """Describe a model from its files. A model that is only on the hub is downloaded, and a GGUF file is
+    converted into `load_model`'s cache.
 
     Raises:
         ModelLoadError: there is no such model, or its files are damaged.
     """
-    with converted(locate(name_or_path, revision=revision)) as place:
-        return _summary(place)
+    with converted(locate(name_or_path, revision=revision)) as files:
+        return _summary(files)
 
 
-def _summary(place: Place) -> ModelSummary:
-    config = local.read_config(place.directory)
-    if transformer_lens_format.is_toy(config):
-        return _toy_summary(place.name, place.directory, config)
-    architecture = local.architecture_of(config, place.directory)
-    hf_config = local.hf_config(place.directory, architecture)
-    shapes = _tensors(place.directory)
+def _summary(files: ModelFiles) -> ModelSummary:
+    config = local.read_config(files.directory)
+    if transformer_lens_format.is_own(config):
+        return _transformer_lens_summary(files.name, files.directory, config)
+    architecture = local.architecture_of(config, files.directory)
+    hf_config = local.hf_config(files.directory, architecture)
+    shapes = _tensors(files.directory)
     rope = getattr(hf_config, "rope_parameters", None) or {}
     d_head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     rotary = "rope_theta" in rope or getattr(hf_config, "rotary_dim", None) is not None
@@ -100,7 +101,7 @@ def _summary(place: Place) -> ModelSummary:
     tied = bool(hf_config.tie_word_embeddings) if unembed is None else _same(shapes, embed, unembed)
     counted = [name for name in shapes if not (tied and name == unembed) and not _is_buffer(name)]
     return ModelSummary(
-        name=place.name,
+        name=files.name,
         architecture=architecture,
         n_layers=hf_config.num_hidden_layers,
         n_heads=hf_config.num_attention_heads,
@@ -115,7 +116,7 @@ def _summary(place: Place) -> ModelSummary:
         positions=positions,
         rotary_dim=rotary_dim,
         tied=tied,
-        quantization=gguf.quantization_of(place.directory),
+        quantization=gguf.quantization_of(files.directory),
     )
 
 
@@ -128,7 +129,7 @@ def _first(names: Any, endings: tuple[str, ...]) -> str | None:
 
 
 def _is_buffer(name: str) -> bool:
-    """Older files hold causal masks and rotation tables beside the weights."""
+    """Older files contain causal masks and rotation tables as well as weights."""
     return name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".rotary_emb.inv_freq"))
 
 
@@ -150,7 +151,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def _tensors(directory: Path) -> dict[str, _Tensor]:
-    """Every tensor of a directory's weights, from the files' headers where they have headers."""
+    """All tensors in a directory's weight files, read from headers where the format has them."""
     from safetensors import safe_open
 
     found = {}
@@ -160,18 +161,11 @@ def _tensors(directory: Path) -> dict[str, _Tensor]:
                 for name in opened.keys():  # noqa: SIM118  # no mapping
                     part = opened.get_slice(name)
                     dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-                    found[name] = _Tensor(file, _product(part.get_shape()), dtype)
+                    found[name] = _Tensor(file, math.prod(part.get_shape()), dtype)
         else:
             for name, value in local.read_pickle(file).items():
                 found[name] = _Tensor(file, value.numel(), str(value.dtype).removeprefix("torch."))
     return found
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for axis in shape:
-        size *= axis
-    return size
 
 
 def _same(tensors: dict[str, _Tensor], one: str | None, other: str | None) -> bool:
@@ -191,7 +185,7 @@ def _same(tensors: dict[str, _Tensor], one: str | None, other: str | None) -> bo
     return torch.equal(*values)
 
 
-def _toy_summary(name: str, directory: Path, config: dict[str, Any]) -> ModelSummary:
+def _transformer_lens_summary(name: str, directory: Path, config: dict[str, Any]) -> ModelSummary:
     import torch
 
     weights = transformer_lens_format.read_weights(directory, config)

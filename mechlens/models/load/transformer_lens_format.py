@@ -1,6 +1,6 @@
-"""Models in TransformerLens's own format: a HookedTransformerConfig in JSON beside its weights.
+"""Load models in TransformerLens's own format: weights with a HookedTransformerConfig in JSON.
 
-Attention-only models and others that Hugging Face has no class for come this way.
+It is used for models that transformers has no class for, such as attention-only models.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ import torch
 from mechlens.errors import ModelLoadError
 from mechlens.models.load import engines, hub, local
 from mechlens.models.load.verification import Reference, check_converted
-from mechlens.models.protocol import Source
+from mechlens.models.protocol import Provenance
 
 BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 
 
-def is_toy(config: dict[str, Any]) -> bool:
+def is_own(config: dict[str, Any]) -> bool:
     """Whether a `config.json` is a HookedTransformerConfig."""
     return "model_type" not in config and {"d_model", "n_ctx"} <= config.keys()
 
 
-def load_toy(
+def load(
     directory: Path,
     config: dict[str, Any],
     name: str,
     engine: engines.Backend,
     processing: bool,
     dtype: torch.dtype,
-) -> tuple[Any, Source, Reference]:
-    """Load a directory in TransformerLens's own format; a tokenizer beside the weights is optional.
+) -> tuple[Any, Provenance, Reference]:
+    """Load a directory in TransformerLens's own format. It need not have a tokenizer.
 
     Raises:
-        ModelLoadError: the weights are missing, damaged or of other sizes, or the engine cannot run it.
+        ModelLoadError: the weights are missing, damaged or do not fit the configuration, or the engine does
+            not support the model.
     """
     tokenizer = None
     at = _tokenizer_directory(directory, config)
@@ -52,28 +53,21 @@ def load_toy(
         given = {key: value.to(dtype) for key, value in weights.items()}
         return build(settings | {"dtype": dtype}, given, tokenizer, processing).eval()
 
-    with engines.quiet():
-        try:
-            tokens = torch.arange(min(settings["n_ctx"], settings["d_vocab"], 16))[None]
-            model = made(dtype, False)
-            with torch.no_grad():
-                wide = made(torch.promote_types(dtype, torch.float32), False)
-                reference = Reference.of(tokens, wide(tokens), model(tokens))
-            if processing:
-                model = made(dtype, True)
-                check_converted(model, reference, advice=": use processing=False")
-        except ModelLoadError:
-            raise
-        except Exception as error:  # of any kind: the engines check little and fail where they stand
-            raise ModelLoadError(
-                f"{directory}: the weights do not fit config.json, or {_ENGINES[engine]} has no such model "
-                f"({local.first_line(error)})"
-            ) from error
+    what = f"{_ENGINES[engine]} does not support {directory}, or the weights do not fit its config.json"
+    with engines.quiet(), local.load_errors(what):
+        tokens = torch.arange(min(settings["n_ctx"], settings["d_vocab"], 16))[None]
+        model = made(dtype, False)
+        with torch.no_grad():
+            wide = made(torch.promote_types(dtype, torch.float32), False)
+            reference = Reference.of(tokens, wide(tokens), model(tokens))
+        if processing:
+            model = made(dtype, True)
+            check_converted(model, reference, advice=": use processing=False")
     if specials:
         engines.keep_special_tokens(model, specials)
     architecture = "attention-only" if config.get("attn_only") else "TransformerLens"
     tied = torch.equal(weights["embed.W_E"], weights["unembed.W_U"].T)
-    return model, Source(name, None, architecture, processing, tied), reference
+    return model, Provenance(name, None, architecture, processing, tied), reference
 
 
 _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
@@ -82,43 +76,33 @@ _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 def _tokenizer_directory(directory: Path, config: dict[str, Any]) -> Path | None:
     if local.has_tokenizer(directory):
         return directory
-    # Only what came from the hub may ask the hub.
+    # only a model from the hub may download more from the hub
     if config.get("tokenizer_name") and next(directory.glob(hub.LEGACY_WEIGHTS), None) is not None:
         return hub.fetch_tokenizer(config["tokenizer_name"])
     return None
 
 
 def settings_of(config: dict[str, Any], name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A HookedTransformerConfig's settings, less what must not come from a file."""
-    # A seed would be set for the whole program; a tokenizer's name would be looked up on the hub.
+    """A HookedTransformerConfig's settings, without those that must not come from a file."""
+    # a seed would be set for the whole program; a tokenizer's name would be looked up on the hub
     drop = ("seed", "tokenizer_name", "n_params", "device", "dtype")
     settings = {key: value for key, value in config.items() if key not in drop}
     if "normalization" in config or "shortformer_pos" in config:
-        # The older spelling, among settings of the training.
-        shared = (
-            "d_model",
-            "n_layers",
-            "d_mlp",
-            "d_head",
-            "n_heads",
-            "n_ctx",
-            "d_vocab",
-            "act_fn",
-            "attn_only",
-        )
-        settings = {key: config[key] for key in shared if key in config}
+        # an older spelling, mixed with training settings
+        sizes = ("d_model", "n_layers", "d_mlp", "d_head", "n_heads", "n_ctx", "d_vocab")
+        settings = {key: config[key] for key in (*sizes, "act_fn", "attn_only") if key in config}
         settings["normalization_type"] = config.get("normalization", config.get("normalization_type"))
         settings["final_rms"] = config.get("final_rms", False)
         if config.get("shortformer_pos"):
             settings["positional_embedding_type"] = "shortformer"
     if settings.get("attn_only"):
-        # Some name an activation all the same, and the engine looks for the norm that belongs to it.
+        # some name an activation anyway, and the engine would look for its norm
         settings["act_fn"] = None
     return settings | {"model_name": name, "init_weights": False, "device": "cpu", "dtype": dtype}
 
 
 def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights beside a HookedTransformerConfig.
+    """The weights of a directory in TransformerLens's own format.
 
     Raises:
         ModelLoadError: there are none, or they are damaged.
@@ -136,27 +120,26 @@ def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, torch.Ten
         )
     if config.get("architecture", "neel") != "neel" or "_old" in pickled.name:
         raise ModelLoadError(
-            f"{pickled.name} is in one of TransformerLens's abandoned formats: load it with TransformerLens "
-            "itself and give the model to mechlens"
+            f"{pickled.name} is in a format that TransformerLens has abandoned: load it with TransformerLens "
+            "and pass the model to mechlens"
         )
     return local.read_pickle(pickled)
 
 
 def _check_names(directory: Path, given: Collection[str], settings: dict[str, Any]) -> None:
-    """See that every tensor has its place: HookedTransformer would fill gaps with zeros."""
+    """Check that no tensor is missing or left over; HookedTransformer would fill gaps with zeros."""
     expected = _expected_names(settings)
     missing = sorted(expected - set(given))
     if missing:
         raise ModelLoadError(
-            f"{directory}: the weights lack {len(missing)} tensors that config.json has a place for, "
-            f"such as {missing[0]}"
+            f"the weights in {directory} lack {len(missing)} tensors of the model in config.json, such as "
+            f"{missing[0]}"
         )
     left = {name for name in set(given) - expected if name.rsplit(".", 1)[-1] not in BUFFERS}
     left -= {"unembed.b_U"}
     if left:
         raise ModelLoadError(
-            f"{directory}: config.json has no place for {len(left)} tensors of the weights, "
-            f"such as {min(left)}"
+            f"the weights in {directory} have {len(left)} tensors more than config.json, such as {min(left)}"
         )
 
 
@@ -189,7 +172,9 @@ def _hooked(
     known = {field.name for field in dataclasses.fields(HookedTransformerConfig)}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise ModelLoadError(f"config.json has settings that HookedTransformer does not know: {unknown}")
+        raise ModelLoadError(
+            f"HookedTransformer does not know these settings in config.json: {', '.join(unknown)}"
+        )
     cfg = HookedTransformerConfig.from_dict(settings)
     model = HookedTransformer(cfg, tokenizer, move_to_device=False)
     sound = engines.sound_processing(
@@ -211,12 +196,12 @@ def _bridge(
         from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
     except ImportError:
         raise ModelLoadError(
-            "this TransformerLens's bridge cannot read models in TransformerLens's own format: "
-            "use backend='hooked', or install transformer-lens 4"
+            "the bridge of this version cannot load TransformerLens's own format: use backend='hooked', or "
+            "install transformer-lens 4"
         ) from None
     if settings.get("positional_embedding_type") == "shortformer":
         raise ModelLoadError(
-            "TransformerBridge has no shortformer positions: this model needs transformer-lens 3.9"
+            "TransformerBridge does not support shortformer positions: install transformer-lens 3.9"
         )
     cfg = TransformerBridgeConfig.from_dict(settings | {"architecture": "TransformerLensNative"})
     model = TransformerBridge.boot_native(cfg, tokenizer=tokenizer, device="cpu", dtype=settings["dtype"])

@@ -12,7 +12,7 @@ from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.models.protocol import LensModel, describe, recall
+from mechlens.models.protocol import LensModel, describe, provenance_of
 from mechlens.models.run.properties import alike
 from mechlens.models.run.user_hooks import alone, without_user_hooks
 
@@ -185,7 +185,7 @@ def direct_unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:
 def is_tied(model: LensModel) -> bool | None:
     """Whether the raw unembedding is the embedding; None where it cannot be told (folded weights of a model
     that mechlens did not load)."""
-    known = recall(model)
+    known = provenance_of(model)
     if known is not None:
         return known.tied
     if describe(model).processing is not False:

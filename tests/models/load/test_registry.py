@@ -1,4 +1,4 @@
-"""What models are made of, as read from their files."""
+"""Models described from their files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_summary_agrees_with_the_model(tiny_directories, kind):
+def test_a_summary_agrees_with_the_loaded_model(tiny_directories, kind):
     summary = model_summary(tiny_directories / kind)
     positions = (summary.positions, summary.rotary_dim)
     assert (*positions, summary.tied, summary.d_mlp, summary.n_key_value_heads) == EXPECTED[kind]
     cfg = load_model(tiny_directories / kind).cfg
     for size in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx"):
         assert getattr(summary, size) == getattr(cfg, size), size
-    # Hugging Face counts a tied matrix once, too.
+    # transformers counts a tied matrix once, too
     assert summary.n_params == tiny_hf_model(kind).num_parameters()
     assert summary.dtype == "float32"
 
 
-def test_tied_is_seen_in_the_numbers_not_in_the_config(tmp_path):
+def test_tied_is_read_from_the_weights_not_the_config(tmp_path):
     write_tiny_model(tmp_path / "neox", "gpt_neox")
     weights = load_file(tmp_path / "neox" / "model.safetensors")
     weights["embed_out.weight"] = weights["gpt_neox.embed_in.weight"].clone()
@@ -42,7 +42,7 @@ def test_tied_is_seen_in_the_numbers_not_in_the_config(tmp_path):
     assert model_summary(tmp_path / "neox").tied
 
 
-def test_pickles_and_shards(tmp_path):
+def test_pickles_and_shards_have_the_same_summary(tmp_path):
     model = write_tiny_model(tmp_path / "pickle", "gpt_neox")
     whole = model_summary(tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()
@@ -52,7 +52,7 @@ def test_pickles_and_shards(tmp_path):
     assert model_summary(tmp_path / "pickle") == whole
 
 
-def test_a_toy(tmp_path):
+def test_a_summary_of_transformer_lens_format(tmp_path):
     weights = write_toy(tmp_path / "toy")
     summary = model_summary(tmp_path / "toy")
     assert (summary.architecture, summary.d_mlp, summary.positions) == ("attention-only", None, "standard")
@@ -60,7 +60,7 @@ def test_a_toy(tmp_path):
     assert not summary.tied
 
 
-def test_known_models(tmp_path, monkeypatch):
+def test_known_models_are_bundled_then_cached_then_on_the_hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     repository = tmp_path / "models--EleutherAI--pythia-70m"
