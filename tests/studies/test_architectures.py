@@ -129,7 +129,7 @@ def test_a_scaling_of_some_layers_alone_is_not_passed_over(tmp_path, backend):
     write_model(tmp_path / "olmo3", random_model(config))
     write_tokenizer(tmp_path / "olmo3")
     if backend == "hooked":
-        with pytest.raises(ModelLoadError, match="Olmo3ForCausalLM does not support 'longrope' scaling of rotary"):
+        with pytest.raises(ModelLoadError, match=r"Olmo3.* does not support 'longrope' scaling"):
             load_model(tmp_path / "olmo3", backend=backend)
         return
     assert verify_model(tmp_path / "olmo3").right
