@@ -6,14 +6,13 @@ from mechlens.results.attention_spread import AttentionSpread
 from mechlens.results.attribution import LogitAttribution, component_place
 from mechlens.results.base import (
     FORMAT,
-    NOT_JUDGED,
-    Comparison,
     ModelInfo,
     Result,
     load,
     write_table,
 )
 from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
+from mechlens.results.claims import NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Comparison
 from mechlens.results.feature_alignment import FeatureAlignment, Share
 from mechlens.results.features import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
 from mechlens.results.findings import Facts, IndirectObject
@@ -36,6 +35,8 @@ from mechlens.results.tuned_lens import TunedLens
 __all__ = [
     "FORMAT",
     "NOT_JUDGED",
+    "NOT_REPRODUCED",
+    "REPRODUCED",
     "AttentionPatterns",
     "AttentionSpread",
     "AttributionPatchResult",

@@ -316,22 +316,3 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b or (a != a and b != b))
-
-
-NOT_JUDGED = "not judged"
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """One published figure beside the measured one."""
-
-    claim: str
-    """What is claimed, such as `induction_score of L5H5`."""
-    published: float | str
-    measured: float | str
-    low: float | None
-    """Lower end of what counts as agreement; None for a claim that is no number."""
-    high: float | None
-    verdict: str
-    """`reproduced`, `not reproduced`, or `not judged` where too little was measured."""
-    source: str
