@@ -40,7 +40,7 @@ def heads(model: Any) -> tuple[float, float, float]:
     """90 sequences: two copies, prefix matching and unrelated tokens of 101 positions, a sample of 26."""
     positions = 90 * (3 * 101 + 26)
     return (
-        seconds(lambda: mechlens.reproduce(model, progress=False)),
+        seconds(lambda: mechlens.reproduce(model, "heads", progress=False)),
         90,
         positions * 30 * BLOCK + 90 * 101 * LOGITS,
     )

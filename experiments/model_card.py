@@ -1,10 +1,9 @@
-"""Put a trained model into the package, with a card whose every figure is measured here and now.
+"""Put a trained model into the package, with a card of freshly measured figures.
 
     python experiments/model_card.py --run runs/bundled --into mechlens/models/bundled
 
-`--run` is the `--out` of train_bundled_model.py. Copies weights and tokenizer, runs the head
-experiments on them, and writes `card.json` (which `mechlens reproduce` holds the model against) and
-`README.md` (for people).
+`--run` is the `--out` of train_bundled_model.py. Copies weights and tokenizer, runs the study `heads`, and
+writes `card.json` (which `mechlens reproduce` compares the model with) and `README.md` (for people).
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ import torch
 import mechlens
 from mechlens.models.load.loading import BUNDLED
 from mechlens.models.load.registry import ModelSummary, model_summary
-from mechlens.published import Published
 from mechlens.results import head_label
-from mechlens.studies.heads import Reproduction
+from mechlens.studies.heads import DRAWS, HeadsStudy, study_heads
+from mechlens.studies.published import Published
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 PROMPTS = ("It was a dark and stormy night, and", '"My dear," said', "The captain of the ship")
 TEMPERATURE = 0.6
 SEEDS = range(1000, 1005)
-"""None that a reproduction draws by default: it must not be held against its own sequences."""
+"""Different from the default seeds, so that no reproduction is compared with its own sequences."""
 SOURCE = "the model's card"
 
 
-def figures_of(found: Reproduction) -> list[Published]:
-    """What the card claims: thresholds that the model was made to pass, and its own figures."""
-    sequences = found.performance.tokens.shape[0] * found.performance.tokens.shape[1]
+def figures_of(found: HeadsStudy) -> list[Published]:
+    """The thresholds that the model was made to pass, and its own figures."""
+    sequences = found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]
     claims = [
-        Published("at_least", ">= 0.90", SOURCE, kind="second_half_accuracy", threshold=0.90),
+        Published("at_most", "at most 0.01", SOURCE, kind="first_half_accuracy", threshold=0.01),
+        Published("at_least", "at least 0.90", SOURCE, kind="second_half_accuracy", threshold=0.90),
         Published("induction_circuit", "yes", SOURCE),
     ]
-    claims.insert(0, Published("at_most", "<= 0.01", SOURCE, kind="first_half_accuracy", threshold=0.01))
     for name in ("first_half_log_prob", "second_half_log_prob", "second_half_accuracy"):
-        claims.append(Published(name, found.performance.estimates[name][0], SOURCE, sequences=sequences))
+        claims.append(Published(name, found.repeated_tokens.estimates[name][0], SOURCE, sequences=sequences))
     for kind in ("induction_score", "previous_token_score", "prefix_matching_score", "copying_score"):
-        head, score = next(found.heads.ranked(kind))
+        head, score = next(found.head_scores.ranked(kind))
         claims.append(Published("score", score, SOURCE, head=head, kind=kind, sequences=sequences))
     return claims
 
@@ -64,9 +63,9 @@ def continuations(model: Any, seed: int = 0) -> list[str]:
     return texts
 
 
-def card(summary: ModelSummary, training: dict[str, Any], found: Reproduction, texts: list[str]) -> str:
-    recipe, estimates = training["recipe"], found.performance.estimates
-    heads, log = found.heads, training["log"]
+def card(summary: ModelSummary, training: dict[str, Any], found: HeadsStudy, texts: list[str]) -> str:
+    recipe, estimates = training["recipe"], found.repeated_tokens.estimates
+    heads, log = found.head_scores, training["log"]
     rows = []
     for kind in heads.kinds:
         for head, score in list(heads.ranked(kind))[:3]:
@@ -121,15 +120,15 @@ with {recipe["warmup"]} steps of warm-up and a linear fall over the last {recipe
 
 ## Repeated random tokens
 
-BOS + {found.performance.seq_len} random tokens + the same again, {found.performance.tokens.shape[0] * found.performance.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log-probabilities in nats.
+BOS + {found.repeated_tokens.seq_len} random tokens + the same again, {found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log-probabilities in nats.
 
-| | mean | {found.performance.confidence:.0%} interval |
+| | mean | {found.repeated_tokens.confidence:.0%} interval |
 |---|---|---|
 {halves}
 
 ## Heads
 
-The three highest of each kind; `null` is the same score with its cause taken away.
+The three highest of each kind; `null` is the null baseline: the same score with its cause removed.
 
 | score | head | mean | {heads.confidence:.0%} interval | null |
 |---|---|---|---|---|
@@ -167,7 +166,7 @@ def main() -> None:
         for name in FILES:
             shutil.copyfile(given.run / name, given.into / name)
     model = mechlens.load_model(str(given.into.resolve()))
-    found = mechlens.reproduce(model, seeds=SEEDS, figures=())
+    found = study_heads(model, dataclasses.replace(DRAWS, seeds=SEEDS))
     figures = [dataclasses.asdict(figure) for figure in figures_of(found)]
     kept = {name: training[name] for name in ("recipe", "validation_loss", "bigram_loss", "seconds")}
     text = json.dumps({"seeds": list(SEEDS), "figures": figures, "training": kept}, indent=1) + "\n"

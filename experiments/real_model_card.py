@@ -1,9 +1,9 @@
-"""Measure a language model's card: the figures that `mechlens reproduce` holds it against.
+"""Measure a language model's card: the figures that `mechlens reproduce` compares it with.
 
     python experiments/real_model_card.py --model smollm2-135m --into mechlens/studies/cards
 
-Every figure is measured here and now, on draws that no reproduction makes by default. Writes MODEL.json, and
-the whole results into --out. About twenty minutes on two cores.
+Every figure is measured on draws that no reproduction makes by default. Writes MODEL.json, and the results into
+--out. Takes about twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mechlens
-from mechlens.published import Published
+from mechlens.models.protocol import describe
 from mechlens.results import TunedLens, head_label
-from mechlens.studies import findings
-from mechlens.studies.facts import measure_facts
-from mechlens.studies.findings import FeaturesStudy
-from mechlens.studies.heads import Reproduction
-from mechlens.studies.indirect_object import of_indirect_object, study_indirect_object
-from mechlens.studies.logit_lens import LensStudy
-from mechlens.studies.study import Measured, Study
+from mechlens.studies.circuits import study_induction_circuits
+from mechlens.studies.claims import Study
+from mechlens.studies.facts import study_facts
+from mechlens.studies.features import FeaturesStudy, study_features
+from mechlens.studies.heads import DRAWS, HeadsStudy, study_heads
+from mechlens.studies.indirect_object import study_indirect_object
+from mechlens.studies.logit_lens import LensStudy, study_logit_lens
+from mechlens.studies.published import Published
+from mechlens.studies.reproduce import Reproduction
 from mechlens.text.display import visible_token
 
 SEED = 1000
 SEEDS = range(SEED, SEED + 5)
-"""None that a reproduction draws by default: it must not be held against its own sequences."""
+"""Different from the default seeds, so that no reproduction is compared with its own sequences."""
 SOURCE = "the model's card"
 N_PATCHED = 30
 STEPS, STEP_TOKENS = 30, 256
@@ -37,15 +41,15 @@ STRONGEST, AGAINST = 5, 2
 """Heads of the indirect object that are claimed."""
 
 
-def of_heads(found: Reproduction) -> list[Published]:
-    """How well copies are read, and the highest heads of three kinds."""
-    sequences = found.performance.tokens.shape[0] * found.performance.tokens.shape[1]
+def of_heads(found: HeadsStudy) -> list[Published]:
+    """Repeated-token performance, and the highest heads of three kinds."""
+    sequences = found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]
     claims = [
         Published(name, mean, SOURCE, sequences=sequences, interval=(low, high))
-        for name, (mean, low, high) in found.performance.estimates.items()
+        for name, (mean, low, high) in found.repeated_tokens.estimates.items()
     ]
     for kind, count in (("induction_score", 5), ("previous_token_score", 3), ("prefix_matching_score", 1)):
-        ranked = list(found.heads.ranked(kind))
+        ranked = list(found.head_scores.ranked(kind))
         claims.append(Published("highest_head", head_label(*ranked[0][0]), SOURCE, kind=kind))
         claims += [
             Published(
@@ -55,14 +59,19 @@ def of_heads(found: Reproduction) -> list[Published]:
                 head=head,
                 kind=kind,
                 sequences=sequences,
-                interval=tuple(found.heads.intervals[kind][:, head[0], head[1]].tolist()),
+                interval=tuple(found.head_scores.intervals[kind][:, head[0], head[1]].tolist()),
             )
             for head, score in ranked[:count]
         ]
     return claims
 
 
-def of_study(study: str, measured: dict[str, Measured]) -> list[Published]:
+def of_study(name: str, study: Study, wanted: Mapping[str, tuple[int, int]] | None = None) -> list[Published]:
+    """All quantities of a study.
+
+    Args:
+        wanted: of the quantities of single heads, by their label, only these.
+    """
     return [
         Published(
             what,
@@ -70,9 +79,11 @@ def of_study(study: str, measured: dict[str, Measured]) -> list[Published]:
             SOURCE,
             sequences=1 if each.samples is None else len(each.samples),
             interval=each.interval,
-            study=study,
+            study=name,
+            head=(wanted or {}).get(what),
         )
-        for what, each in measured.items()
+        for what, each in study.quantities().items()
+        if wanted is None or what in wanted or not re.fullmatch(r"L\d+H\d+", what)
     ]
 
 
@@ -98,9 +109,10 @@ def main() -> None:
     )
     figures = {name: [each for each in whole["figures"] if each["study"] == name] for name in SOURCES}
     model = mechlens.load_model(options.model)
+    model_info = describe(model)
     for name in options.only:
         study, claims = SOURCES[name](model, options.model)
-        study.save(options.out)
+        Reproduction(model_info, {name: study}).save(options.out)
         figures[name] = [dataclasses.asdict(each) for each in claims]
         whole["figures"] = [each for of in figures.values() for each in of]
         if isinstance(study, FeaturesStudy):
@@ -125,8 +137,8 @@ def main() -> None:
 
 
 def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:
-    """The first features of a middle layer, each with the token that excites it most."""
-    search = study.search
+    """The first features of a middle layer, each with its maximally activating token."""
+    search = study.features
     layer = search.layers[len(search.layers) // 2]
     table = search.to_dataframe().query(f"layer == {layer} and end == 'highest' and rank == 1")
     return [
@@ -136,8 +148,8 @@ def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:
 
 
 def of_lens_study(study: LensStudy) -> dict[str, Any]:
-    """The post's claims, and what becomes of the input on prose: mean KL(input || layer), and the geometric
-    mean of the input token's rank."""
+    """The post's claims, and what is left of the input on prose: mean KL(input || layer), and the geometric mean
+    of the input token's rank."""
     prose = study.prose
     read = prose.mask[:, list(prose.positions)].clone()
     read[:, 0] = False
@@ -145,7 +157,7 @@ def of_lens_study(study: LensStudy) -> dict[str, Any]:
     rank = 10 ** prose.rank["input"][:, read].log10().mean(1)
     half = len(prose.rows) // 2
     return {
-        "logit-lens": [(each.claim, str(each.measured), each.verdict) for each in study.comparisons],
+        "logit-lens": [(each.claim, each.row[2], each.verdict) for each in study.comparisons],
         "input": [
             (prose.rows[row], float(kl[row]), float(rank[row])) for row in (0, 1, half, len(prose.rows) - 1)
         ],
@@ -164,43 +176,42 @@ def of_tuned_lens(lens: TunedLens) -> dict[str, Any]:
 
 
 def heads(model: Any, name: str) -> tuple[Study, list[Published]]:
-    found = mechlens.reproduce(model, seeds=SEEDS, figures=())
+    found = study_heads(model, dataclasses.replace(DRAWS, seeds=SEEDS))
     return found, of_heads(found)
 
 
 def facts(model: Any, name: str) -> tuple[Study, list[Published]]:
-    study, measured = measure_facts(model)
-    return study, of_study("facts", measured)
+    study = study_facts(model)
+    return study, of_study("facts", study)
 
 
 def induction_circuits(model: Any, name: str) -> tuple[Study, list[Published]]:
-    """The three strongest induction heads, each with the three strongest previous-token heads before it."""
+    """The three strongest induction heads, each with the three strongest previous-token heads of earlier layers."""
     scores = mechlens.score_heads(model, ["induction_score", "previous_token_score"], seeds=SEEDS[:1])
     later = [head for head, _ in list(scores.ranked("induction_score"))[:3]]
     earlier = [head for head, _ in list(scores.ranked("previous_token_score"))[:3]]
     pairs = [(one, other) for other in later for one in earlier if one[0] < other[0]]
-    study, measured = findings.measure_circuits(model, pairs, seed=SEED)
-    return study, of_study("induction-circuits", measured)
+    study = study_induction_circuits(model, pairs=pairs, seed=SEED)
+    return study, of_study("induction-circuits", study)
 
 
 def indirect_object(model: Any, name: str) -> tuple[Study, list[Published]]:
+    """The heads that recover most, and those that work against the answer most."""
     study = study_indirect_object(model, n_patched=N_PATCHED, seed=SEED)
-    mean = study.heads.recovered
+    mean = study.indirect_object_heads.recovered
     order = mean.flatten().argsort(descending=True).tolist()
     wanted = [divmod(at, mean.shape[1]) for at in (*order[:STRONGEST], *order[-AGAINST:])]
-    claims = of_study("indirect-object", of_indirect_object(study, wanted))
-    by_label = {head_label(*head): head for head in wanted}
-    return study, [dataclasses.replace(each, head=by_label.get(each.what)) for each in claims]
+    return study, of_study("indirect-object", study, {head_label(*head): head for head in wanted})
 
 
 def features(model: Any, name: str) -> tuple[Study, list[Published]]:
-    study, measured = findings.measure_features(mechlens.load_model(name, processing=False))
-    return study, of_study("features", measured)
+    study = study_features(mechlens.load_model(name, processing=False))
+    return study, of_study("features", study)
 
 
 def logit_lens(model: Any, name: str) -> tuple[Study, list[Published]]:
-    """What the original post claims, which is held against the post and not against the card."""
-    return mechlens.reproduce_logit_lens(model, seed=SEED), []
+    """What the post claims, which is not compared with the card."""
+    return study_logit_lens(model, seed=SEED), []
 
 
 SOURCES = {

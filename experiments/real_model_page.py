@@ -1,4 +1,4 @@
-"""Write docs/smollm2-135m.md from the card of smollm2-135m: every figure on the page is the card's.
+"""Write docs/smollm2-135m.md from the card of smollm2-135m, which has every figure on the page.
 
 python experiments/real_model_page.py
 """
@@ -11,31 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.results import head_label
-from mechlens.studies.heads import CARDS
+from mechlens.studies.published import CARDS
 
 CARD = CARDS / "smollm2-135m.json"
 PAGE = Path(__file__).parents[1] / "docs" / "smollm2-135m.md"
 TEXT = Path(__file__).with_suffix(".md")
-"""The page with names of figures in the place of figures."""
+"""The page, with the names of figures in place of the figures."""
 
 _LENS = (
-    "What the post saw in GPT-2, in numbers: on prose, on rare words that are copied, and on loops "
-    "(`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is the embedding."
+    "What the post saw in GPT-2, as numbers: on prose, on rare words that are copied, and on repeated sentences "
+    "(`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is tied to the embedding."
 )
 _INPUT = (
-    "Since the embedding is tied, the row of the embedding is a reading of the input token: its rank is "
-    "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and "
-    "{last[1]:.0f} in the end; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and {last[0]:.1f} nats. "
-    "The input is gone after one layer, as the post says; rare tokens are not kept better than common ones."
+    "Because the embedding is tied, the lens at the embedding predicts the input token: its rank is {rank:.1f} "
+    "there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and {last[1]:.0f} "
+    "after the last layer; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and {last[0]:.1f} nats. The input "
+    "is gone after one layer, as the post says; rare tokens are not kept better than common ones."
 )
 _TUNED = (
-    "Trained on public-domain books: {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on "
-    "{held_out:,} tokens that it has not seen, in nats:"
+    "Trained on public-domain books, {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on "
+    "{held_out:,} held-out tokens, in nats:"
 )
 
 
 def page(card: dict[str, Any]) -> str:
-    """The page that a card makes."""
+    """The page of a card."""
     figures = {
         study: [each for each in card["figures"] if each["study"] == study]
         for study in ("heads", "facts", "induction-circuits", "indirect-object", "features")
@@ -72,7 +72,7 @@ def page(card: dict[str, Any]) -> str:
         null=task["null"],
         n_patched=patched[0]["sequences"],
         indirect_object=_table(
-            ("head", "share of the difference (95% interval)"),
+            ("head", "share of the logit difference (95% interval)"),
             [
                 (each["what"], _with_interval(each, 2))
                 for each in sorted(patched, key=lambda each: -each["value"])
@@ -90,11 +90,11 @@ def page(card: dict[str, Any]) -> str:
 
 def _facts_table(facts: dict[str, Any]) -> str:
     rows = (
-        ("answers that are the first guess", "known", "{:.0%}"),
-        ("a wrong answer of the same kind that is the first guess", "known null", "{:.0%}"),
+        ("answers that are the top-1 prediction", "known", "{:.0%}"),
+        ("wrong answers of the same relation that are the top-1 prediction", "known null", "{:.0%}"),
         ("mean probability of the answer", "probability", "{:.2f}"),
-        ("first layer after which half are among the ten most likely", "half in top 10", "{:.0f}"),
-        ("first layer after which half are the first guess", "half first", "{:.0f}"),
+        ("first layer from which half are in the top 10", "half in top 10", "{:.0f}"),
+        ("first layer from which half are the top-1 prediction", "half first", "{:.0f}"),
     )
     return _table(
         ("", "with BOS", "without BOS"),
@@ -121,7 +121,7 @@ def _circuits_table(circuits: dict[str, Any]) -> str:
             "induction head",
             "rank in K-composition",
             "induction score",
-            "without it in the keys",
+            "with it ablated in the keys",
             "verdict",
         ),
         [
@@ -143,17 +143,17 @@ def _circuit_words(circuits: dict[str, Any]) -> str:
     users = ", ".join(other for _, other in together)
     earlier = dict.fromkeys(one for one, _ in _pairs(circuits))
     idle = [one for one in earlier if one not in {one for one, _ in together}]
-    words = f"{', '.join(dict.fromkeys(one for one, _ in together))} makes a circuit with {users}."
+    words = f"{', '.join(dict.fromkeys(one for one, _ in together))} forms a circuit with {users}."
     if idle:
         words += (
-            f" {' and '.join(idle)} attend to the token before almost as faithfully, and without them next "
-            "to nothing happens: a score does not tell what a head is for."
+            f" {' and '.join(idle)} attend to the previous token almost as sharply, but ablating them changes "
+            "almost nothing: a score does not show what a head is for."
         )
     return words
 
 
 def _also(also: dict[str, Any]) -> str:
-    """What no reproduction makes by itself: the original post's claims, and a tuned lens."""
+    """What is not compared with the card: tokens of features, the claims of the post, a tuned lens."""
     parts = []
     if "feature-tokens" in also:
         table = _table(
@@ -163,12 +163,12 @@ def _also(also: dict[str, Any]) -> str:
                 for layer, feature, token, activation in also["feature-tokens"]
             ],
         )
-        parts.append(f"\nWhat excites some of them most, of all tokens alone:\n\n{table}\n")
+        parts.append(f"\nThe maximally activating tokens of some of them, among all tokens alone:\n\n{table}\n")
     if "logit-lens" in also:
         table = _table(("claim", "measured", "verdict"), [tuple(each) for each in also["logit-lens"]])
         (_, kl, rank), (_, *first), (_, *half), (_, *last) = also["input"]
         kept = _INPUT.format(kl=kl, rank=rank, first=first, half=half, last=last)
-        parts.append(f"\n## The claims of the original post\n\n{_LENS}\n\n{table}\n\n{kept}\n")
+        parts.append(f"\n## The claims of the logit-lens post\n\n{_LENS}\n\n{table}\n\n{kept}\n")
     if "tuned-lens" in also:
         lens = also["tuned-lens"]
         table = _table(

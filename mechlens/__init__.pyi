@@ -111,14 +111,10 @@ from mechlens.show.section import Section as Section
 from mechlens.show.section import Table as Table
 from mechlens.show.section import section as section
 from mechlens.studies.facts import read_facts as read_facts
-from mechlens.studies.feature_search import reproduce_feature_search as reproduce_feature_search
-from mechlens.studies.findings import reproduce_findings as reproduce_findings
-from mechlens.studies.heads import reproduce as reproduce
 from mechlens.studies.indirect_object import indirect_object as indirect_object
 from mechlens.studies.induction_circuits import find_induction_circuits as find_induction_circuits
-from mechlens.studies.induction_circuits import reproduce_composition_circuit as reproduce_composition_circuit
-from mechlens.studies.logit_lens import reproduce_logit_lens as reproduce_logit_lens
-from mechlens.studies.mlp_patching import reproduce_mlp_patching as reproduce_mlp_patching
+from mechlens.studies.reproduce import Reproduction as Reproduction
+from mechlens.studies.reproduce import reproduce as reproduce
 from mechlens.text.corpus import read_texts as read_texts
 from mechlens.text.corpus import token_windows as token_windows
 from mechlens.text.prompts import RepeatedTokens as RepeatedTokens

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mechlens.studies.heads import CARDS
+from mechlens.studies.published import CARDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

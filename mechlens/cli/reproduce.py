@@ -1,47 +1,32 @@
-"""`mechlens reproduce`: published findings and those on a model's card, on the command line."""
+"""`mechlens reproduce`: published claims, and those on a model's card, on the command line."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mechlens.cli import options
-from mechlens.cli.options import (
-    BUNDLED,
-    BatchOption,
-    BosOption,
-    CacheOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LengthOption,
-    ModelOption,
-    QuietOption,
-    RevisionOption,
-    SeedOption,
-    SeedsOption,
-)
+from mechlens.cli.options import BatchOption, BosOption, LengthOption, SeedOption, SeedsOption
 from mechlens.cli.output import deliver
-from mechlens.published import STUDIES
-
-if TYPE_CHECKING:
-    from mechlens.studies.findings import Findings
+from mechlens.cli.run import Run, command
+from mechlens.studies import STUDIES
 
 
+@command("reproduce", endings=(), renamed={"names": "STUDY"})
 def reproduce(
-    studies: Annotated[
+    run: Run,
+    names: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[STUDY]...",
-            help=f"{', '.join(STUDIES)}. [default: heads, and all that the model's card has figures of]",
+            help=f"{', '.join(STUDIES)}. [default: heads, and the studies that the model's card has figures "
+            "of]",
         ),
     ] = None,
-    model: ModelOption = BUNDLED,
     out: Annotated[Path, typer.Option(help="Folder for results, tables and report.html.")] = Path(
         "reproduce"
     ),
@@ -50,95 +35,55 @@ def reproduce(
     seed: SeedOption = 0,
     n_seeds: SeedsOption = 3,
     bos: BosOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
+    against: Annotated[
+        str | None,
+        typer.Option(help="For feature-search: a model of another size with the same tokenizer."),
+    ] = None,
 ) -> None:
-    """Reproduce what was found on a model: induction heads, facts, circuits, the indirect object, features.
-    Prints published beside measured figures and writes results (.safetensors), tables (.csv) and report.html.
-    --seq-len, --batch, --seed, --n-seeds and --bos are those of the study heads."""
-    given = dict(locals())
-    for each in studies or ():
-        options.check_known("STUDY", each, STUDIES)
+    """Run studies of published findings on a model: induction heads, the logit lens, patching of MLPs,
+    circuits, facts, the indirect object, features. Prints measured numbers beside published ones, and writes
+    results (.safetensors), tables (.csv) and report.html. --seq-len, --batch, --seed, --n-seeds and --bos are
+    those of the study heads."""
+    for each in names or ():
+        options.check_known("STUDY", each, list(STUDIES))
     options.check_folder(out)
-    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
+    model = run.load()
     from mechlens.models.protocol import describe
-    from mechlens.show.reproduction import write_findings
-    from mechlens.studies.findings import planned, reproduce_findings
+    from mechlens.studies.reproduce import planned
+    from mechlens.studies.reproduce import reproduce as reproduced
+    from mechlens.text.prompts import RepeatedTokens
 
-    names = planned(describe(loaded), studies or None)
-    if len(names) > 1 and options.progress(quiet):
-        print(f"studies: {', '.join(names)}", file=sys.stderr)
-    found = reproduce_findings(
-        loaded,
-        names,
-        raw=lambda: options.load(model, device, dtype, revision, quiet, processing=False, cache=cache),
-        heads={
-            "seq_len": seq_len,
-            "batch": batch,
-            "seeds": range(seed, seed + n_seeds),
-            "prepend_bos": bos,
-        },
-        progress=options.progress(quiet),
+    if run.progress:
+        print(f"studies: {', '.join(planned(describe(model), names or ()))}", file=sys.stderr)
+    found = reproduced(
+        model,
+        *(names or ()),
+        heads=RepeatedTokens(seq_len, batch, range(seed, seed + n_seeds), prepend_bos=bos),
+        raw=lambda: run.load(processing=False),
+        against=None if against is None else run.load(processing=False, other=against),
+        progress=run.progress,
     )
-    command = options.command("reproduce", reproduce, given)
     written: list[Path] = []
 
     def save(folder: Path) -> list[Path]:
-        written[:] = write_findings(found, folder, command=command)
+        written[:] = found.save(folder, command=run.line)
         return written
 
+    def tables() -> None:
+        from mechlens.show.terminal import print_comparisons, print_section
+
+        for section in found.sections():
+            print_section(section)
+        print_comparisons(found.comparisons)
+
     deliver(
-        given,
+        run.given,
         save=save,
-        tables=lambda: _print(found),
-        as_object=lambda: _as_object(found, written),
+        tables=tables,
+        as_object=lambda: {
+            "model": asdict(found.model),
+            "studies": list(found.studies),
+            "comparisons": [asdict(each) for each in found.comparisons],
+            "written": [str(path) for path in written],
+        },
     )
-
-
-def _print(found: Findings) -> None:
-    from mechlens import terminal
-    from mechlens.show.page import verdict_statement
-    from mechlens.studies.heads import Reproduction, has_card
-
-    model = next(iter(found.results.values())).model
-    for study in found.studies.values():
-        if isinstance(study, Reproduction):
-            terminal.print_estimates(study.performance)
-            terminal.print_heads(study.heads, 3)
-    if not found.comparisons:
-        print(f"No published figures of {model.name} at these settings to compare with.")
-        return
-    own = has_card(model)
-    terminal.print_rows(
-        f"{model.name} against {'its model card' if own else 'published figures'}",
-        ("claim", "on the card" if own else "published", "measured", "tolerance", "verdict"),
-        [
-            (
-                each.claim,
-                terminal.number(each.published),
-                terminal.number(each.measured),
-                terminal.tolerance(each.low, each.high),
-                each.verdict,
-            )
-            for each in found.comparisons
-        ],
-    )
-    print(verdict_statement(found.comparisons))
-
-
-def _as_object(found: Findings, written: Sequence[Path]) -> dict[str, Any]:
-    from mechlens.studies.heads import Reproduction
-    from mechlens.terminal import best_heads
-
-    about: dict[str, Any] = {"model": asdict(next(iter(found.results.values())).model)}
-    for study in found.studies.values():
-        if isinstance(study, Reproduction):
-            about |= {"estimates": study.performance.estimates, "heads": best_heads(study.heads, 5)}
-    return about | {
-        "comparisons": [asdict(comparison) for comparison in found.comparisons],
-        "written": [str(path) for path in written],
-    }

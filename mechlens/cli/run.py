@@ -57,11 +57,19 @@ class Run:
             return self.renamed[argument]
         return options.option_name(self.function, argument)
 
-    def load(self, *, processing: bool = True, checkpoint: int | None = None) -> LensModel:
-        """The model."""
+    @property
+    def line(self) -> str:
+        """The command line that does the same."""
+        return options.command(self.name, self.function, self.given)
+
+    def load(
+        self, *, processing: bool = True, checkpoint: int | None = None, other: str | None = None
+    ) -> LensModel:
+        """The model, or another one with the same options."""
         names = ("model", "device", "dtype", "revision", "quiet")
+        given = self.given if other is None else self.given | {"model": other, "revision": None}
         return options.load(
-            *(self.given[name] for name in names),
+            *(given[name] for name in names),
             processing=processing,
             checkpoint=checkpoint,
             cache=self.given["cache"],
@@ -121,7 +129,7 @@ class Run:
                     *shown,
                     title=title or shown[0].title,
                     model=results[0].model,
-                    command=options.command(self.name, self.function, self.given),
+                    command=self.line,
                 )
             ]
 
@@ -139,7 +147,7 @@ def command(
 
     Args:
         name: as typed after `mechlens`, such as `ablate heads`.
-        endings: of the files that `--out` may name.
+        endings: of the files that `--out` may name; none where it names no file.
         without: shared options that the command does not have, or declares itself.
         renamed: options by the names that their arguments have in Python, where they differ.
     """
@@ -150,7 +158,7 @@ def command(
             parameter.replace(annotation=hints[parameter.name])
             for parameter in list(inspect.signature(function).parameters.values())[1:]
         ]
-        out_help = f"Save to this {', '.join(_OUT[e] for e in endings[:-1])} or {_OUT[endings[-1]]} file."
+        out_help = f"Save to this {' or '.join(', '.join(_OUT[e] for e in endings).rsplit(', ', 1))} file."
         shared = []
         for option, (kind, default) in SHARED.items():
             if option in without or option in hints:
@@ -163,7 +171,8 @@ def command(
             from mechlens.errors import ArgumentError
 
             run = Run(name, called, given, renamed or {})
-            options.check_file(given.get("out"), endings)
+            if endings:
+                options.check_file(given.get("out"), endings)
             options.check_chat(given.get("chat", False), given.get("bos"))
             try:
                 function(run, **{parameter.name: given[parameter.name] for parameter in own})

@@ -1,4 +1,4 @@
-"""Facts by layer: how many can be read off the residual stream, and how sure of them it is."""
+"""Facts by layer: how many the logit lens shows, and with what probability."""
 
 from __future__ import annotations
 
@@ -8,45 +8,51 @@ from torch import Tensor
 from mechlens.arguments import check_type
 from mechlens.plots.style import BLUE, GREEN, MUTED, TEMPLATE, VERMILION, titles
 from mechlens.results import Facts
+from mechlens.text.display import count
 
 
 def plot_facts(result: Facts) -> go.Figure:
-    """Draw by layer the share of facts whose answer is the first guess, and among the first ten.
+    """Draw the share of facts whose answer is the top-1 prediction or in the top 10, by layer.
 
     Args:
         result: of `read_facts`.
 
     Returns:
-        A figure with lines `first guess`, `among the first ten`, `mean probability` and, dotted, the shares
-        of wrong answers of the same kind.
+        A figure with the lines `top-1`, `top 10`, `mean probability` and, dotted, those of wrong answers.
+
+    Example:
+        >>> facts = [("verb", "The captain of the", " ship"), ("verb", "He went to the", " door")]
+        >>> figure = mechlens.plot_facts(mechlens.read_facts(model, facts))
+        >>> [line.name for line in figure.data[:3]]
+        ['top 10', 'top-1', 'mean probability']
     """
     check_type("result", result, Facts)
     layers = ["emb.", *map(str, range(result.rank.shape[1] - 1))]
 
-    def line(name: str, values: Tensor, colour: str, dash: str, symbol: str) -> go.Scatter:
+    def line(name: str, values: Tensor, color: str, dash: str, symbol: str) -> go.Scatter:
         return go.Scatter(
             name=name,
             x=layers,
             y=values.tolist(),
             mode="lines+markers",
-            line={"color": colour, "width": 2.5, "dash": dash},
+            line={"color": color, "width": 2.5, "dash": dash},
             marker={"symbol": symbol, "size": 7},
             hovertemplate=f"layer %{{x}}, {name}: %{{y:.3f}}<extra></extra>",
         )
 
     figure = go.Figure(
         [
-            line("among the first ten", result.share(10), BLUE, "dash", "square-open"),
-            line("first guess", result.share(1), BLUE, "solid", "square"),
+            line("top 10", result.share(10), BLUE, "dash", "square-open"),
+            line("top-1", result.share(1), BLUE, "solid", "square"),
             line("mean probability", result.probability(), VERMILION, "solid", "circle"),
-            line("wrong answer among the first ten", result.share(10, null=True), MUTED, "dot", "x"),
-            line("wrong answer first", result.share(1, null=True), GREEN, "dot", "cross"),
+            line("wrong answer, top 10", result.share(10, null=True), MUTED, "dot", "x"),
+            line("wrong answer, top-1", result.share(1, null=True), GREEN, "dot", "cross"),
         ]
     )
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            f"{len(result.prompts)} facts, read off each layer",
+            f"{count(len(result.prompts), 'fact')} by layer",
             f"{result.model.name}, {'with' if result.prepend_bos else 'without'} BOS",
         ),
         width=900,

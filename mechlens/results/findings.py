@@ -1,14 +1,15 @@
-"""Results about what a language model knows and does."""
+"""Results on facts and on the indirect object."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Facts(Result):
-    """At which layer the logit lens shows the answer to each of several facts."""
+    """The rank and probability of the answers to facts, read off each layer with the logit lens."""
 
     relations: tuple[str, ...]
     """What each fact is about, such as `capital of a country`."""
@@ -25,11 +26,11 @@ class Facts(Result):
     answers: tuple[str, ...]
     """The right next token, as text."""
     others: tuple[str, ...]
-    """The null: the answer to another fact of the same relation, which is wrong here."""
+    """The null baseline: the answer to another fact of the same relation, which is wrong here."""
     guesses: tuple[str, ...]
-    """The model's own most likely next token."""
+    """The model's top-1 prediction."""
     rank: Float[Tensor, "fact row"]
-    """Of the answer after the prompt's last token; rows are the embedding and then the layers. 1 is the most
+    """Of the answer after the prompt's last token; the rows are the embedding and the layers. 1 is the most
     likely token."""
     log_prob: Float[Tensor, "fact row"]
     """Of the answer, nats."""
@@ -37,18 +38,43 @@ class Facts(Result):
     other_log_prob: Float[Tensor, "fact row"]
     prepend_bos: bool
 
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("relation"),
+        Column("prompt"),
+        Column("answer"),
+        Column("guess", "top-1 prediction"),
+        Column("rank", help="Rank of the answer; 1 is the most likely token."),
+        Column("probability", "probability of the answer"),
+        Column("other_rank", "rank of the wrong answer", help="Of another fact of the same relation."),
+        Column("other_probability", "probability of the wrong answer"),
+    )
+
     @property
     def known(self) -> Bool[Tensor, " fact"]:
-        """Whether the answer is the model's first guess."""
+        """Whether the answer is the model's top-1 prediction."""
         return self.rank[:, -1] == 1
 
     def share(self, top: int, *, null: bool = False) -> Float[Tensor, " row"]:
-        """The share of facts whose answer is among the `top` most likely tokens, by row."""
+        """The share of facts whose answer is among the `top` most likely tokens, by row.
+
+        Args:
+            null: count the wrong answers instead.
+        """
         return ((self.other_rank if null else self.rank) <= top).float().mean(0)
 
     def probability(self, *, null: bool = False) -> Float[Tensor, " row"]:
-        """Mean probability of the answer, by row."""
+        """Mean probability of the answer, by row.
+
+        Args:
+            null: that of the wrong answers instead.
+        """
         return (self.other_log_prob if null else self.log_prob).exp().mean(0)
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The first `top` facts, after the last layer."""
+        table = self.to_dataframe()
+        last = table[table["layer"] == table["layer"].max()]
+        return last[[each.name for each in self.columns]].head(top).reset_index(drop=True)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per fact and row of the lens: relation, prompt, answer, other, guess, layer (-1 is the
@@ -70,7 +96,7 @@ class Facts(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class IndirectObject(Result):
-    """How well a model tells the indirect object from the subject.
+    """How clearly a model prefers the indirect object to the subject.
 
     "When Mary and John went to the store, John gave a drink to" is to be continued with Mary.
     """
@@ -80,20 +106,33 @@ class IndirectObject(Result):
     """Which of them each prompt was made from."""
     tokens: Int[Tensor, "prompt pos"]
     corrupted: Int[Tensor, "prompt pos"]
-    """The same prompts with the other name as the subject, so that the right answer is the other one."""
+    """The same prompts with the other name as the subject, which swaps the right answer."""
     subjects: tuple[str, ...]
-    """The name that stands twice, of each prompt."""
+    """The name that each prompt has twice."""
     objects: tuple[str, ...]
-    """The name that stands once: the right answer."""
+    """The name that each prompt has once: the right answer."""
     roles: dict[str, Int[Tensor, " prompt"]]
     """Position of `IO` (the indirect object), `S1` and `S2` (the subject) and `END` (the last token)."""
     logit_diff: Float[Tensor, " prompt"]
-    """Logit of the indirect object less that of the subject at the last token."""
+    """Logit of the indirect object minus that of the subject at the last token."""
     null: Float[Tensor, " prompt"]
-    """The same difference of the two names of another prompt, neither of which stands in this one."""
+    """The same difference for two names that do not occur in the prompt."""
     rank: Float[Tensor, " prompt"]
     """Of the indirect object among all tokens; 1 is the most likely."""
     seed: int
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("template"),
+        Column("subject"),
+        Column("indirect_object"),
+        Column("logit_diff", "logit difference", signed=True),
+        Column("null", "null baseline", signed=True, help="For two names that do not occur in the prompt."),
+        Column("rank", help="Rank of the indirect object; 1 is the most likely token."),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Indirect object in {self.model.name}"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt: template, subject, indirect_object, logit_diff, null, rank."""

@@ -16,15 +16,13 @@ from plotly.offline import get_plotlyjs
 from mechlens.errors import ArgumentError
 from mechlens.files import replacing
 from mechlens.plots.circuitsvis import SHOW_VIEW, View, circuitsvis_bundle, html_head, script_json
-from mechlens.results import NOT_JUDGED, Comparison, ModelInfo, Result
+from mechlens.results import NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Comparison, ModelInfo, Result
+from mechlens.results.claims import verdict_statement
 from mechlens.show.page_style import CSS, SHOW_PLOTS, SHOW_VIEWS
 from mechlens.show.section import Cell, Figure, Section, Table, section
 from mechlens.text.color import is_dark, sequential
-from mechlens.text.display import MINUS
 
-MOST_NAMED = 4
-"""Figures that are named in a sentence; more are found more easily in the table."""
-_COLUMNS = ("Claim", "Published", "Measured", "Tolerance", "Verdict")
+_COLUMNS = tuple(each.words.capitalize() for each in Comparison.columns)
 
 
 def write_report(
@@ -132,27 +130,6 @@ def render_report(
 """
 
 
-def verdict_statement(comparisons: Sequence[Comparison]) -> str:
-    """Say in plain words how many published figures came out, and name those that did not, where few."""
-    if not comparisons:
-        return "There is no published figure to compare with."
-    judged = [each for each in comparisons if each.verdict != NOT_JUDGED]
-    missed = [each for each in judged if each.verdict != "reproduced"]
-    sources = " and ".join(dict.fromkeys(each.source for each in comparisons))
-    statement = f"{len(judged) - len(missed)} of {len(judged)} figures came out as claimed ({sources})."
-    if len(judged) < len(comparisons):
-        statement += f" {len(comparisons) - len(judged)} could not be judged: too little was measured."
-    if len(missed) > MOST_NAMED:
-        statement += f" {len(missed)} did not: the table has their figures."
-    elif missed:
-        named = "; ".join(
-            f"{each.claim} (claimed {_value(each.published)}, measured {_value(each.measured)})"
-            for each in missed
-        )
-        statement += f" These did not: {named}."
-    return statement
-
-
 def _facts(model: ModelInfo) -> str:
     processing = {
         True: "LayerNorm folded in, centered",
@@ -179,7 +156,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
     statement = escape(verdict_statement(comparisons))
     if not comparisons:
         return f"<p>{statement}</p>"
-    missed = any(each.verdict not in ("reproduced", NOT_JUDGED) for each in comparisons)
+    missed = any(each.verdict == NOT_REPRODUCED for each in comparisons)
     statement = f'<p class="statement{" missed" if missed else ""}">{statement}</p>'
     rows = "".join(map(_comparison, comparisons))
     head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in _COLUMNS)
@@ -192,39 +169,17 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
 
 
 def _comparison(each: Comparison) -> str:
-    look, sign = {"reproduced": ("good", "✓"), NOT_JUDGED: ("open", "?")}.get(each.verdict, ("bad", "✗"))
-    verdict = (
-        f'<span class="verdict {look}"><span aria-hidden="true">{sign}</span> {escape(each.verdict)}</span>'
-    )
-    tolerance = _tolerance(each.low, each.high)
-    cells = (escape(_value(each.published)), escape(_value(each.measured)), tolerance, verdict)
+    look, sign = {REPRODUCED: ("good", "✓"), NOT_JUDGED: ("open", "?")}.get(each.verdict, ("bad", "✗"))
+    claim, *values, verdict = map(escape, each.row)
+    cells = [*values, f'<span class="verdict {look}"><span aria-hidden="true">{sign}</span> {verdict}</span>']
     return (
-        f'<tr role="row"><th scope="row" role="rowheader">{_breakable(each.claim)}'
-        f"<small>{escape(each.source)}</small></th>"
+        f'<tr role="row"><th scope="row" role="rowheader">{claim}<small>{escape(each.source)}</small></th>'
         + "".join(
             f'<td role="cell" data-column="{column}">{cell}</td>'
             for column, cell in zip(_COLUMNS[1:], cells, strict=True)
         )
         + "</tr>"
     )
-
-
-def _tolerance(low: float | None, high: float | None) -> str:
-    if low is not None and high is not None:
-        return f"{_value(low)} to {_value(high)}"
-    if low is not None:
-        return f"at least {_value(low)}"
-    return "—" if high is None else f"at most {_value(high)}"
-
-
-def _value(value: float | str) -> str:
-    """A figure as it was published, a measured one with enough digits beside it."""
-    if isinstance(value, str):
-        return value
-    if value != value:
-        return "not measured"
-    # whole numbers are counts, such as that of a layer
-    return (str(value) if isinstance(value, int) else f"{value:.4f}").replace("-", MINUS)
 
 
 def _part(part: Table | Figure, used: list[tuple[Figure, Any]]) -> str:
@@ -286,11 +241,6 @@ def paragraphs(text: str) -> str:
     """Plain text as HTML; an empty line starts a paragraph."""
     found = filter(None, map(str.strip, re.split(r"\n\s*\n", text)))
     return "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in found)
-
-
-def _breakable(text: str) -> str:
-    """Escaped text whose long names may break after an underscore, for narrow screens."""
-    return escape(text).replace("_", "_<wbr>")
 
 
 def _scripts(used: Sequence[tuple[Figure, Any]]) -> str:

@@ -12,7 +12,7 @@ from mechlens.show.section import Cell, Section, Table
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from mechlens.results import HeadScores, RepeatedTokenPerformance
+    from mechlens.results import Comparison, HeadScores, RepeatedTokenPerformance
 
 
 def print_section(section: Section) -> None:
@@ -49,6 +49,17 @@ def print_table(table: Table) -> None:
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print texts that belong to no section as a table."""
     print_table(Table(columns, [*rows], title))
+
+
+def print_comparisons(comparisons: Sequence[Comparison]) -> None:
+    """Print measured numbers beside published ones, and how many claims were reproduced."""
+    from mechlens.results import Comparison
+    from mechlens.results.claims import verdict_statement
+
+    if comparisons:
+        rows = [each.row for each in comparisons]
+        print_table(Table(Comparison.columns, rows, "Published and measured"))
+    print(verdict_statement(comparisons))
 
 
 def shaded_style(cell: Cell) -> str:

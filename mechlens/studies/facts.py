@@ -1,4 +1,7 @@
-"""What a language model knows, and after which layer it can be read off the residual stream."""
+"""The study `facts`: what a language model knows, and at which layer the logit lens shows it.
+
+References: nostalgebraist 2020, "interpreting GPT: the logit lens".
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ from torch import Tensor
 
 from mechlens.analyses.logit_lens import logit_lens
 from mechlens.arguments import check_model
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, describe
-from mechlens.results import Facts, Result
-from mechlens.studies.study import Measured, Study
+from mechlens.results import Facts
+from mechlens.show.section import Section, section
+from mechlens.studies.claims import Measured, Study
 from mechlens.text.prompts import text_tokens
 from mechlens.text.tokens import target_id
 
 Fact = tuple[str, str, str]
-"""Relation, prompt and answer (with the blank before it)."""
+"""Relation, prompt and answer, which begins with its space."""
 
 _LANDMARKS = {
     "The Eiffel Tower": "Paris",
@@ -94,7 +99,7 @@ FACTS: tuple[Fact, ...] = (
     *_facts("surname", "{}", _NAMES),
     *_facts("science", "{}", _SCIENCE),
 )
-"""48 facts, chosen before any was tried. All stay in, whether a model knows them or not."""
+"""48 facts, chosen before any of them was tried. None was removed afterwards."""
 EIFFEL = "The Eiffel Tower is in the city of"
 
 
@@ -102,26 +107,29 @@ def read_facts(model: LensModel, facts: Sequence[Fact] = FACTS, *, prepend_bos: 
     """Read the answer to each fact off every layer with the logit lens.
 
     Args:
-        facts: (relation, prompt, answer): the answer is one token, with the blank before it. Each relation
-            needs two different answers, because the answer to another fact is the null.
+        facts: (relation, prompt, answer). The answer is one token, with the space before it. Each relation
+            needs two different answers, because the answer to another fact is the null baseline.
         prepend_bos: None prepends BOS where the tokenizer has one.
 
     Returns:
-        Rank and log-probability of each answer, and of a wrong one of the same relation, after every layer.
+        Rank and log-probability (nats) of each answer, and of a wrong answer of the same relation, at the
+        embedding and after every layer.
 
     Raises:
         ValueError: no facts, an answer that is not one token of this model, a relation with one answer.
 
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
-    Cost: a forward pass for each length of prompt, and a product with `W_U` for each fact and layer.
-
     Example:
-        >>> found = mechlens.read_facts(model)
-        >>> found.share(top=10)  # of the facts, by row: embedding, then layers
+        >>> facts = [("verb", "The captain of the", " ship"), ("verb", "He went to the", " door")]
+        >>> found = mechlens.read_facts(model, facts)
+        >>> found.share(top=10).shape  # of the facts, at the embedding and after each of 4 layers
+        torch.Size([5])
+
+    References: nostalgebraist 2020, "interpreting GPT: the logit lens".
+    Cost: one forward pass for each length of prompt, and one product with `W_U` for each fact and layer.
     """
     check_model(model)
     if not facts:
-        raise ValueError("facts must have at least one (relation, prompt, answer)")
+        raise ArgumentError("facts", "at least one (relation, prompt, answer)", facts)
     others = _other_answers(facts)
     tokens = [text_tokens(model, prompt, prepend_bos=prepend_bos) for _, prompt, _ in facts]
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -170,14 +178,15 @@ def read_facts(model: LensModel, facts: Sequence[Fact] = FACTS, *, prepend_bos: 
 
 
 def _other_answers(facts: Sequence[Fact]) -> list[str]:
-    """For each fact the answer to the next one of its relation that has another."""
+    """For each fact, the next different answer of the same relation."""
     others = []
     for at, (relation, _, answer) in enumerate(facts):
         following = [*facts[at + 1 :], *facts[:at]]
         wrong = [other for same, _, other in following if same == relation and other != answer]
         if not wrong:
             raise ValueError(
-                f"the relation {relation!r} has one answer only, {answer!r}: a second is needed as the null"
+                f"the relation {relation!r} needs two different answers, one as the null baseline, got only "
+                f"{answer!r}"
             )
         others.append(wrong[0])
     return others
@@ -185,67 +194,74 @@ def _other_answers(facts: Sequence[Fact]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class FactsStudy(Study):
-    """What a model knows, read with BOS and without."""
+    """The same facts, read with BOS and without."""
 
-    with_bos: Facts
-    without_bos: Facts
+    facts: Facts
+    facts_without_bos: Facts
 
-    @property
-    def results(self) -> Mapping[str, Result]:
-        return {"facts": self.with_bos, "facts_without_bos": self.without_bos}
+    def quantities(self) -> dict[str, Measured]:
+        # Rounding may decide between two answers that are equally likely; it moves probabilities far less
+        # than their tolerance.
+        one = 1.5 / len(FACTS)
+        measured: dict[str, Measured] = {}
+        for name, words, facts in (
+            ("", "", self.facts),
+            (" without BOS", ", without BOS", self.facts_without_bos),
+        ):
+            known, eiffel = facts.known, facts.prompts.index(EIFFEL)
+            measured |= {
+                f"known{name}": Measured(
+                    float(known.float().mean()),
+                    f"share of {len(FACTS)} facts whose answer is the top-1 prediction{words}",
+                    one,
+                    among=known.float(),
+                ),
+                f"known null{name}": Measured(
+                    float((facts.other_rank[:, -1] == 1).float().mean()),
+                    "share of facts for which a wrong answer of the same relation is the top-1 "
+                    f"prediction{words}",
+                    one,
+                ),
+                f"probability{name}": Measured(
+                    float(facts.probability()[-1]),
+                    f"mean probability of the answer{words}",
+                    0.01,
+                    among=facts.log_prob[:, -1].exp(),
+                ),
+                f"half in top 10{name}": Measured(
+                    _first(facts.share(10) >= 0.5),
+                    f"first layer from which half of the answers are in the top 10{words}",
+                ),
+                f"half first{name}": Measured(
+                    _first(facts.share(1) >= 0.5),
+                    f"first layer from which half of the answers are the top-1 prediction{words}",
+                ),
+                f"Paris{name}": Measured(
+                    float(facts.log_prob[eiffel, -1].exp()),
+                    f"probability of Paris after {EIFFEL!r}{words}",
+                    0.01,
+                ),
+                f"Paris first{name}": Measured(
+                    _first(facts.rank[eiffel] == 1),
+                    f"first layer from which Paris is the top-1 prediction there{words}",
+                ),
+            }
+        return measured
+
+    def sections(self) -> list[Section]:
+        return [section(self.facts, without_bos=self.facts_without_bos)]
 
 
-def measure_facts(model: LensModel) -> tuple[FactsStudy, dict[str, Measured]]:
-    """Read `FACTS` off a model, and put into numbers what is to be claimed of it."""
-    study = FactsStudy((), read_facts(model), read_facts(model, prepend_bos=False))
-    # rounding may turn over one answer that is as likely as another; it moves probabilities far less than
-    # their tolerance
-    one = 1.5 / len(FACTS)
-    measured: dict[str, Measured] = {}
-    for name, words, facts in (
-        ("", "", study.with_bos),
-        (" without BOS", ", without BOS", study.without_bos),
-    ):
-        known, eiffel = facts.known, facts.prompts.index(EIFFEL)
-        measured |= {
-            f"known{name}": Measured(
-                f"share of {len(FACTS)} facts whose answer is the first guess{words}",
-                float(known.float().mean()),
-                one,
-                among=known.float(),
-            ),
-            f"known null{name}": Measured(
-                f"share for which a wrong answer of the same kind is the first guess{words}",
-                float((facts.other_rank[:, -1] == 1).float().mean()),
-                one,
-            ),
-            f"probability{name}": Measured(
-                f"mean probability of the answer{words}",
-                float(facts.probability()[-1]),
-                0.01,
-                among=facts.log_prob[:, -1].exp(),
-            ),
-            f"half in top 10{name}": Measured(
-                f"first layer after which half of the answers are among the ten most likely tokens{words}",
-                _first(facts.share(10) >= 0.5),
-            ),
-            f"half first{name}": Measured(
-                f"first layer after which half of the answers are the most likely token{words}",
-                _first(facts.share(1) >= 0.5),
-            ),
-            f"Paris{name}": Measured(
-                f"probability of Paris after {EIFFEL!r}{words}", float(facts.log_prob[eiffel, -1].exp()), 0.01
-            ),
-            f"Paris first{name}": Measured(
-                f"layer from which on Paris is the first guess there{words}",
-                _first(facts.rank[eiffel] == 1),
-            ),
-        }
-    return study, measured
+def study_facts(model: LensModel) -> FactsStudy:
+    """Read `FACTS` with the logit lens, with BOS and without.
+
+    Cost: as `read_facts`, twice.
+    """
+    return FactsStudy((), read_facts(model), read_facts(model, prepend_bos=False))
 
 
 def _first(holds: Tensor) -> int | str:
-    """The first layer from which on something holds to the end; -1 is the embedding."""
+    """The first layer from which something holds in all later ones, too; -1 is the embedding."""
     if not holds[-1]:
         return "none"
     after_last_failure = int((~holds).nonzero().max()) + 1 if bool((~holds).any()) else 0

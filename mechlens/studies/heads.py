@@ -1,231 +1,205 @@
-"""Reproduce the induction-head findings on a model and hold them against what was published."""
+"""The study `heads`: how well a model continues repeated random tokens, and which heads do that.
+
+References: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from mechlens.analyses.attention import attention_patterns
-from mechlens.analyses.heads import (
-    KINDS,
-    VARIANTS,
-    detect_heads,
-    kinds_that_fit,
-    performance_and_scores,
-)
-from mechlens.arguments import check_model
-from mechlens.models.load.loading import BUNDLED, BUNDLED_DIRECTORY
+from mechlens.analyses.heads import KINDS, VARIANTS, kinds_that_fit, performance_and_scores
+from mechlens.arguments import seeds_of
 from mechlens.models.protocol import LensModel
-from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
 from mechlens.results import (
     NOT_JUDGED,
+    NOT_REPRODUCED,
     AttentionPatterns,
-    Comparison,
     HeadScores,
-    ModelInfo,
     RepeatedTokenPerformance,
-    Result,
     half_means,
     head_label,
 )
-from mechlens.results.heads import TIMES_NULL
-from mechlens.studies.study import Measured, Study, hold
+from mechlens.results.claims import verdict_of
+from mechlens.results.heads import CLEAR_SCORE, TIMES_NULL
+from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.show.section import Section
+from mechlens.studies.claims import Claim, Measured, Study
+from mechlens.studies.published import Published
+from mechlens.text.prompts import RepeatedTokens
 
-CARDS = Path(__file__).parent / "cards"
-_FIGURES: tuple[tuple[tuple[str, ...], tuple[Any, ...], tuple[Published, ...] | Path], ...] = (
-    (GPT2_SMALL, (12, 12, 768, 50257, None), REPEATED_TOKENS_GPT2),
-    ((BUNDLED,), (4, 6, 192, 2048, None), BUNDLED_DIRECTORY / "card.json"),
-    (("smollm2-135m",), (30, 9, 576, 49152, None), CARDS / "smollm2-135m.json"),
-)
-"""Names, sizes (layers, heads, d_model, d_vocab, and no revision) and figures of models, or their card."""
 INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
+"""Scores of the two heads of a clear induction circuit."""
 PUBLISHED_SEQ_LEN = 50
+DRAWS = RepeatedTokens(seq_len=PUBLISHED_SEQ_LEN, batch=30, seeds=(0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
-class Reproduction(Study):
-    """The findings on one model, beside the published ones."""
+class HeadsStudy(Study):
+    """Repeated-token performance and the scores of all heads."""
 
-    performance: RepeatedTokenPerformance
-    heads: HeadScores
-    patterns: AttentionPatterns
+    repeated_tokens: RepeatedTokenPerformance
+    head_scores: HeadScores
+    attention_patterns: AttentionPatterns
     """Of the strongest induction and previous-token heads, on the first sequence."""
 
-    @property
-    def results(self) -> Mapping[str, Result]:
-        return {
-            "repeated_tokens": self.performance,
-            "head_scores": self.heads,
-            "attention_patterns": self.patterns,
-        }
+    def sections(self) -> list[Section]:
+        names = ", ".join(head_label(*head) for head in self.attention_patterns.heads)
+        return [
+            Section("What was found", self._findings()),
+            repeated_token_section(self.repeated_tokens),
+            head_scores_section(self.head_scores),
+            attention_section(
+                self.attention_patterns,
+                title="Attention of the strongest heads",
+                text=f"The two heads with the highest induction score and the two with the highest "
+                f"previous-token score ({names}), on the first sequence. An induction head shows a second "
+                f"diagonal over the later copy, {self.repeated_tokens.seq_len - 1} positions below the main "
+                "one; a previous-token head shows one directly below the main diagonal.",
+            ),
+        ]
+
+    def _findings(self) -> str:
+        first, second = (
+            self.repeated_tokens.estimates[f"{half}_half_accuracy"][0] for half in ("first", "second")
+        )
+        named = {}
+        for kind in ("induction_score", "previous_token_score"):
+            clear = self.head_scores.clear_heads(kind)
+            named[kind] = ", ".join(f"{head_label(*head)} ({score:.2f})" for head, score in clear[:5])
+        return (
+            f"The model predicts {first:.1%} of random tokens when it first reads them, and {second:.1%} "
+            f"when they are repeated.\n\nInduction heads: {named['induction_score'] or 'none'}. "
+            f"Previous-token heads: {named['previous_token_score'] or 'none'}. Listed are up to five heads "
+            f"of each kind that score at least {CLEAR_SCORE} and at least {TIMES_NULL:g} times their null "
+            "baseline."
+        )
 
 
-def reproduce(
+def study_heads(
     model: LensModel,
+    on: RepeatedTokens = DRAWS,
     *,
-    seq_len: int = 50,
-    batch: int = 30,
-    seeds: Sequence[int] = (0, 1, 2),
-    prepend_bos: bool | None = None,
-    figures: Sequence[Published] | None = None,
+    figures: Sequence[Published] = (),
     progress: bool | None = None,
-) -> Reproduction:
+) -> HeadsStudy:
     """Measure repeated-token performance and all head scores, and compare them with published figures.
 
     Args:
-        seq_len: random tokens in one copy.
-        batch: sequences per seed.
-        seeds: each draws its own sequences.
-        prepend_bos: None prepends BOS where the tokenizer has one.
-        figures: what to compare with; None takes the article's for GPT-2 small, the card's for the
-            bundled model and none for others, nor for other than 50 tokens after BOS.
-        progress: show bars; None shows them in a terminal and in Jupyter.
+        figures: the published figures; they apply to 50 random tokens after BOS only.
 
-    Raises:
-        ValueError: sizes that do not fit the model.
-
-    Source: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
     Cost: about four forward passes per seed.
     """
-    check_model(model)
     performance, heads = performance_and_scores(
         model,
-        kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=prepend_bos),
-        seq_len=seq_len,
-        batch=batch,
-        seeds=seeds,
-        prepend_bos=prepend_bos,
+        kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=on.prepend_bos),
+        seq_len=on.seq_len,
+        batch=on.batch,
+        seeds=seeds_of(on.seeds),
+        prepend_bos=on.prepend_bos,
         progress=progress,
     )
     strongest: list[tuple[int, int]] = []
     for kind in ("induction_score", "previous_token_score"):
         strongest += [head for head, _ in list(heads.ranked(kind))[:2] if head not in strongest]
     patterns = attention_patterns(model, heads.tokens["repeated"][0, 0], strongest)
-    if figures is None:
-        as_published = seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
-        figures = [each for each in known_figures(heads.model) if as_published and each.study == "heads"]
-    comparisons = [compare(figure, performance, heads) for figure in figures]
-    return Reproduction(tuple(comparisons), performance, heads, patterns)
+    as_published = on.seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
+    study = HeadsStudy((), performance, heads, patterns)
+    return study.holding(claim_of(figure) for figure in figures if as_published)
 
 
-def known_figures(model: ModelInfo) -> tuple[Published, ...]:
-    """The figures to hold a model against; none for a model nobody published about.
+# -- claims ----------------------------------------------------------------------------------------
 
-    A name alone is no proof: another model in a folder called `gpt2` has other sizes.
-    """
-    given = (model.n_layers, model.n_heads, model.d_model, model.d_vocab, model.revision)
-    for names, sizes, figures in _FIGURES:
-        if model.name in names and given == sizes:
-            return read_card(figures) if isinstance(figures, Path) else figures
-    return ()
+_CIRCUIT = (
+    f"an induction head that scores at least {INDUCTION_THRESHOLD:.2f} in a layer after a previous-token "
+    f"head that scores at least {PREVIOUS_THRESHOLD:.2f}, each at least {TIMES_NULL:g} times its null "
+    "baseline"
+)
 
 
-def has_card(model: ModelInfo) -> bool:
-    """Whether the figures are those that we measured ourselves, on other draws."""
-    return any(model.name in names and isinstance(figures, Path) for names, _, figures in _FIGURES)
-
-
-def compare(figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores) -> Comparison:
-    """One published figure beside the measured one.
-
-    A mean over sequences is held as `hold` says.
-    """
-    if figure.kind in (*KINDS, *VARIANTS) and figure.kind not in heads.kinds:
-        claim = f"{figure.kind}, which does not fit the model's context"
-        return Comparison(claim, figure.value, "", None, None, NOT_JUDGED, figure.source)
-    if figure.what in _QUALITATIVE:
-        claim, measured, holds = _QUALITATIVE[figure.what](figure, performance, heads)
-        return _comparison(figure, claim, measured, None, None, holds)
-    if figure.what == "score":
-        assert figure.kind is not None
-        assert figure.head is not None
-        layer, head = figure.head
-        claim = f"{figure.kind} of {head_label(layer, head)}"
-        if layer >= heads.model.n_layers or head >= heads.model.n_heads:
-            return _comparison(figure, claim, "no such head", None, None, False)
-        per_sequence = heads.scores[figure.kind][:, :, layer, head].flatten()
-    else:
-        claim = figure.what
-        per_sequence = _per_sequence(performance, figure.what)
-    return hold(figure, Measured(claim, float(per_sequence.mean()), samples=per_sequence))
-
-
-def _comparison(
-    figure: Published, claim: str, measured: float | str, low: float | None, high: float | None, holds: bool
-) -> Comparison:
-    verdict = "reproduced" if holds else "not reproduced"
-    return Comparison(claim, figure.value, measured, low, high, verdict, figure.source)
-
-
-def _per_sequence(performance: RepeatedTokenPerformance, estimate: str) -> Tensor:
-    """The estimate of every single sequence."""
-    half, measure = estimate.split("_half_")
-    values = performance.log_prob if measure == "log_prob" else performance.correct.float()
-    means = half_means(values, half, seq_len=performance.seq_len, prepend_bos=performance.prepend_bos)
-    return means.flatten()
-
-
-# -- claims that are no single number --------------------------------------------------------------
-
-_Claim = Callable[[Published, RepeatedTokenPerformance, HeadScores], tuple[str, float | str, bool]]
-
-
-def _highest_head(
-    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
-) -> tuple[str, float | str, bool]:
-    assert figure.kind is not None
-    head, _ = next(heads.ranked(figure.kind))
-    return f"head with the highest {figure.kind}", head_label(*head), head_label(*head) == figure.value
-
-
-def _heads_above(
-    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
-) -> tuple[str, float | str, bool]:
-    assert figure.kind is not None
-    assert figure.threshold is not None
-    found = set(detect_heads(heads, figure.kind, figure.threshold))
-    claim = f"heads with {figure.kind} >= {figure.threshold}"
-    by_layer = sorted(found, key=lambda label: tuple(map(int, label[1:].split("H"))))
-    return claim, " ".join(by_layer) or "none", found == set(str(figure.value).split())
-
-
-def _induction_circuit(
-    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
-) -> tuple[str, float | str, bool]:
-    """A previous-token head, and an induction head in a layer after it, both far above their nulls."""
-
-    claim = (
-        f"an induction head >= {INDUCTION_THRESHOLD} in a layer after a previous-token head "
-        f">= {PREVIOUS_THRESHOLD}, each at least {TIMES_NULL:g} times its null"
+def claim_of(figure: Published) -> Claim[HeadsStudy]:
+    """The claim that a published figure makes."""
+    made: Callable[..., Claim[HeadsStudy]] = partial(
+        Claim, published=figure.value, source=figure.source, draws=figure.sequences
     )
+    kind, threshold, what = figure.kind or "", figure.threshold, figure.what
+    if what == "highest_head":
+        return made(f"head with the highest {_words(kind)}", measure=partial(_highest_head, kind=kind))
+    if what == "heads_above":
+        assert threshold is not None
+        text = f"heads whose {_words(kind)} is at least {threshold:.2f}"
+        return made(text, measure=partial(_heads_above, kind=kind, threshold=threshold))
+    if what == "induction_circuit":
+        return made(_CIRCUIT, measure=_induction_circuit)
+    if what in ("at_least", "at_most"):
+        return made(_words(kind), measure=partial(_estimate, name=kind), **{what: threshold})
+    if what == "score":
+        assert figure.head is not None
+        measure = partial(_score, kind=kind, head=figure.head)
+        return made(f"{_words(kind)} of {head_label(*figure.head)}", measure=measure)
+    return made(_words(what), measure=partial(_mean, name=what))
+
+
+def _words(name: str) -> str:
+    """A kind of score, or an estimate of `RepeatedTokenPerformance`, in words."""
+    half, _, measure = name.partition("_half_")
+    if measure:
+        words = {"log_prob": "log-probability of the right token", "accuracy": "top-1 accuracy"}[measure]
+        return f"{words} on the {half} copy{', nats' if measure == 'log_prob' else ''}"
+    return name.replace("_token", "-token").replace("_matching", "-matching").replace("_", " ")
+
+
+def _missing(study: HeadsStudy, kind: str) -> Measured | None:
+    """What to say of a kind that was not scored."""
+    if kind in study.head_scores.kinds:
+        return None
+    return Measured("does not fit the model's context", verdict=NOT_JUDGED)
+
+
+def _highest_head(study: HeadsStudy, *, kind: str) -> Measured:
+    return _missing(study, kind) or Measured(head_label(*next(study.head_scores.ranked(kind))[0]))
+
+
+def _heads_above(study: HeadsStudy, *, kind: str, threshold: float) -> Measured:
+    if missing := _missing(study, kind):
+        return missing
+    found = sorted(head for head, _ in study.head_scores.clear_heads(kind, threshold, times_null=0))
+    return Measured(" ".join(head_label(*head) for head in found) or "none")
+
+
+def _score(study: HeadsStudy, *, kind: str, head: tuple[int, int]) -> Measured:
+    if missing := _missing(study, kind):
+        return missing
+    model, (layer, number) = study.head_scores.model, head
+    if layer >= model.n_layers or number >= model.n_heads:
+        return Measured("no such head", verdict=NOT_REPRODUCED)
+    samples = study.head_scores.scores[kind][:, :, layer, number].flatten()
+    return Measured(float(samples.mean()), samples=samples)
+
+
+def _mean(study: HeadsStudy, *, name: str) -> Measured:
+    """An estimate, with the values of the single sequences."""
+    half, measure = name.split("_half_")
+    found = study.repeated_tokens
+    values = found.log_prob if measure == "log_prob" else found.correct.float()
+    samples = half_means(values, half, seq_len=found.seq_len, prepend_bos=found.prepend_bos).flatten()
+    return Measured(float(samples.mean()), samples=samples)
+
+
+def _estimate(study: HeadsStudy, *, name: str) -> Measured:
+    return Measured(study.repeated_tokens.estimates[name][0])
+
+
+def _induction_circuit(study: HeadsStudy) -> Measured:
+    """A clear previous-token head, and a clear induction head in a later layer."""
+    heads = study.head_scores
     previous = heads.clear_heads("previous_token_score", PREVIOUS_THRESHOLD)
     for head, score in heads.clear_heads("induction_score", INDUCTION_THRESHOLD):
-        before = [(h, s) for h, s in previous if h[0] < head[0]]
+        before = [(earlier, s) for earlier, s in previous if earlier[0] < head[0]]
         if before:
-            measured = f"{head_label(*head)} {score:.3f} after {head_label(*before[0][0])} {before[0][1]:.3f}"
-            return claim, measured, True
-    return claim, "none", False
-
-
-def _threshold(
-    figure: Published, performance: RepeatedTokenPerformance, heads: HeadScores
-) -> tuple[str, float | str, bool]:
-    assert figure.kind is not None
-    assert figure.threshold is not None
-    measured = performance.estimates[figure.kind][0]
-    if figure.what == "at_least":
-        return f"{figure.kind} >= {figure.threshold}", measured, measured >= figure.threshold
-    return f"{figure.kind} <= {figure.threshold}", measured, measured <= figure.threshold
-
-
-_QUALITATIVE: dict[str, _Claim] = {
-    "highest_head": _highest_head,
-    "heads_above": _heads_above,
-    "induction_circuit": _induction_circuit,
-    "at_least": _threshold,
-    "at_most": _threshold,
-}
+            (earlier, other), *_ = before
+            found = f"{head_label(*head)} {score:.3f} after {head_label(*earlier)} {other:.3f}"
+            return Measured(found, verdict=verdict_of(True))
+    return Measured("none", verdict=verdict_of(False))

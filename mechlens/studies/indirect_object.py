@@ -1,9 +1,13 @@
-"""The indirect object: who is given a drink, and which heads know it."""
+"""The study `indirect-object`: how well a model identifies the indirect object, and which heads do it.
+
+References: Wang et al. 2022, arXiv:2211.00593.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 
 import torch
 
@@ -11,8 +15,10 @@ from mechlens.analyses.logit_lens import logit_lens
 from mechlens.analyses.patching import Corrupted, patch_grid
 from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.models.protocol import LensModel, describe
-from mechlens.results import IndirectObject, PatchGridResult, Result, head_label
-from mechlens.studies.study import Measured, Study
+from mechlens.results import IndirectObject, PatchGridResult, head_label
+from mechlens.show.patching import patching_section
+from mechlens.show.section import Section, section
+from mechlens.studies.claims import Measured, Study
 from mechlens.text.prompts import check_equally_long, text_tokens
 from mechlens.text.tokens import target_id
 
@@ -50,7 +56,9 @@ NAMES = tuple(
         "Simon",
     ]
 )
-"""24 first names, each with the blank before it."""
+"""24 first names, each with the space before it."""
+N_PATCHED = 20
+"""Prompts that are patched. With fewer, the spread of their mean is unknown."""
 
 
 def indirect_object(
@@ -65,34 +73,37 @@ def indirect_object(
     """Ask a model for the indirect object: "When Mary and John went to the store, John gave a drink to".
 
     Args:
-        n_prompts: how many prompts; templates take turns, and so does whether the subject comes first.
-        templates: texts with `{a}` and `{b}`, the two names, and `{s}`, the one of them that comes again. All
+        n_prompts: number of prompts. The templates take turns, and so does whether the subject comes first.
+        templates: texts with `{a}` and `{b}` for the two names and `{s}` for the name that comes again. All
             must have the same number of tokens.
-        names: with the blank before them; those that are not one token of this model are left out.
+        names: with the space before them. Names that are not one token of this model are left out.
         seed: of the draw of names.
         prepend_bos: None prepends BOS where the tokenizer has one.
 
     Returns:
-        The prompts, their counterparts with the other name as the subject, and for each prompt the logit of
-        the indirect object less the subject's, beside the same difference of names that do not occur in it.
+        The prompts, the corrupted prompts with the other name as the subject, and for each prompt the logit
+        of the indirect object minus that of the subject; as the null baseline, the same difference for two
+        names that do not occur in it.
 
     Raises:
         ValueError: fewer than four names of one token, prompts of different lengths, `n_prompts` below 1.
 
-    Source: Wang et al. 2022, arXiv:2211.00593.
-    Cost: two forward passes.
-
     Example:
-        >>> found = mechlens.indirect_object(model)
-        >>> (found.logit_diff > 0).float().mean()  # how often it is right; 0.5 by chance
+        >>> people = [" he", " she", " they", " it"]
+        >>> found = mechlens.indirect_object(model, n_prompts=6, names=people)
+        >>> found.logit_diff.shape
+        torch.Size([6])
+
+    References: Wang et al. 2022, arXiv:2211.00593.
+    Cost: two forward passes.
     """
     check_model(model)
     check_counts(n_prompts=n_prompts)
     usable = [name for name in names if _is_one_token(model, name)]
     if len(usable) < 4:
         raise ValueError(
-            f"of the {len(names)} names only {len(usable)} are one token of this model, and 4 are needed: "
-            "give others with names="
+            f"names must hold at least 4 that are one token of this model, got {len(usable)} of "
+            f"{len(names)}: give others with names="
         )
     generator = generator_of(seed)
     clean, corrupted, subjects, objects, which, firsts, seconds = [], [], [], [], [], [], []
@@ -124,7 +135,7 @@ def indirect_object(
         top_k=1,
         progress=False,
     )
-    # the normalisation is the same for both, so this is the difference of the logits
+    # Both log-probabilities have the same normalizer, so this is the difference of the logits.
     log_prob = {name: lens.log_prob[name][-1, :, 0] for name in ids}
     is_subject = tokens == ids["S"][:, None]
     return IndirectObject(
@@ -158,33 +169,95 @@ def _is_one_token(model: LensModel, name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class IndirectObjectStudy(Study):
-    """How well a model does the task, and what carries the answer: patched runs towards the clean prompt."""
+    """The task, and activations of the clean run patched into the corrupted run."""
 
-    task: IndirectObject
-    heads: PatchGridResult
-    """Each head's `z` of the clean run, put into the run on the corrupted prompt."""
-    positions: PatchGridResult
-    """The residual stream of the clean run, put there by layer and position."""
+    indirect_object: IndirectObject
+    indirect_object_heads: PatchGridResult
+    """By head: `z` at all positions."""
+    indirect_object_positions: PatchGridResult
+    """By layer and position: `resid_pre`."""
 
-    @property
-    def results(self) -> Mapping[str, Result]:
-        return {
-            "indirect_object": self.task,
-            "indirect_object_heads": self.heads,
-            "indirect_object_positions": self.positions,
+    def quantities(self) -> dict[str, Measured]:
+        task = self.indirect_object
+        right, first = (task.logit_diff > 0).float(), (task.rank == 1).float()
+        shares = share_recovered(self.indirect_object_heads)
+        mean = shares.mean(0)
+        measured = {
+            "logit_diff": Measured(
+                float(task.logit_diff.mean()),
+                "logit of the indirect object minus that of the subject, mean over prompts",
+                samples=task.logit_diff,
+            ),
+            "null": Measured(
+                float(task.null.mean()),
+                "the same difference for two names that do not occur in the prompt",
+                samples=task.null,
+            ),
+            # Where all prompts are right, resampling them says nothing: three in sixty may differ.
+            "right": Measured(
+                float(right.mean()),
+                "share of prompts in which the indirect object is more likely than the subject",
+                0.05,
+                among=right,
+            ),
+            "first": Measured(
+                float(first.mean()),
+                "share of prompts in which the indirect object is the top-1 prediction",
+                samples=first,
+            ),
+            "strongest head": Measured(
+                head_label(*divmod(int(mean.argmax()), mean.shape[1])),
+                "head that recovers most of the logit difference",
+            ),
         }
+        for layer, head in product(*map(range, mean.shape)):
+            label, own = head_label(layer, head), shares[:, layer, head]
+            text = f"share of the logit difference that {label} alone recovers"
+            measured[label] = Measured(float(mean[layer, head]), text, samples=own)
+        by_place = share_recovered(self.indirect_object_positions)
+        at_subject = by_place[:, :, int(task.roles["S2"][0])].mean(0)
+        at_end = by_place[:, :, -1].mean(0)
+        return measured | {
+            "leaves S2": Measured(
+                int((at_subject < 2 / 3).int().argmax()),
+                "first layer before which the second subject's position recovers less than two thirds",
+                1,
+            ),
+            "arrives at END": Measured(
+                int((at_end > 2 / 3).int().argmax()),
+                "first layer before which the last position recovers more than two thirds",
+                1,
+            ),
+        }
+
+    def sections(self) -> list[Section]:
+        return [
+            section(self.indirect_object),
+            patching_section(
+                self.indirect_object_heads,
+                title="Heads that move the indirect object",
+                text="Each head's output in the clean run is patched into the run whose subject is the other "
+                "name.",
+            ),
+            patching_section(
+                self.indirect_object_positions,
+                title="Layers and positions that carry the indirect object",
+                text="The residual stream of the clean run is patched in at one position before one layer.",
+            ),
+        ]
 
 
 def study_indirect_object(
-    model: LensModel, *, n_patched: int, seed: int = 0, progress: bool | None = None
+    model: LensModel, *, n_patched: int = N_PATCHED, seed: int = 0, progress: bool | None = None
 ) -> IndirectObjectStudy:
-    """Do the task, and patch each head, and each layer and position.
+    """Do the task, then patch each head, and each layer and position.
 
     Args:
-        n_patched: prompts that are patched head by head; those of the first template also by place.
+        n_patched: the prompts in which each head is patched; in those of the first template, whose roles have
+            the same positions, each layer and position too.
         seed: of the prompts.
 
-    Cost: for each patched prompt a resumed run for each head.
+    Cost: for each patched prompt one resumed run per head.
     """
     task = indirect_object(model, seed=seed)
 
@@ -204,73 +277,12 @@ def study_indirect_object(
         )
 
     first = list(range(min(n_patched, len(task.tokens))))
-    # of one template, in which every role has its place
     alike = [at for at in first if int(task.template[at]) == 0]
     return IndirectObjectStudy((), task, patched(first, "z", True), patched(alike, "resid_pre", False))
 
 
-def of_indirect_object(
-    study: IndirectObjectStudy, heads: Sequence[tuple[int, int]] = ()
-) -> dict[str, Measured]:
-    """What is to be claimed of it, in numbers.
-
-    Args:
-        heads: to report beside the one that recovers most.
-    """
-    task = study.task
-    # three prompts in sixty, where all are right and resampling them says nothing
-    right = (task.logit_diff > 0).float()
-    measured = {
-        "logit_diff": Measured(
-            "logit of the indirect object less the subject's, mean over prompts",
-            float(task.logit_diff.mean()),
-            samples=task.logit_diff,
-        ),
-        "null": Measured(
-            "the same of two names that do not occur in the prompt",
-            float(task.null.mean()),
-            samples=task.null,
-        ),
-        "right": Measured(
-            "share of prompts with the indirect object above the subject",
-            float(right.mean()),
-            0.05,
-            among=right,
-        ),
-        "first": Measured(
-            "share of prompts with the indirect object as the first guess",
-            float((task.rank == 1).float().mean()),
-            samples=(task.rank == 1).float(),
-        ),
-    }
-    shares = share_recovered(study.heads)
-    mean = shares.mean(0)
-    best = divmod(int(mean.argmax()), mean.shape[1])
-    measured["strongest head"] = Measured("head that recovers most of the difference", head_label(*best))
-    for layer, head in dict.fromkeys([best, *heads]):
-        label = head_label(layer, head)
-        measured[label] = Measured(
-            f"share of the difference that {label} alone recovers",
-            float(mean[layer, head]),
-            samples=shares[:, layer, head],
-        )
-    by_place = share_recovered(study.positions)
-    at_subject = by_place[:, :, int(task.roles["S2"][0])].mean(0)
-    at_end = by_place[:, :, -1].mean(0)
-    measured["leaves S2"] = Measured(
-        "first layer before which the second subject's position carries less than two thirds",
-        int((at_subject < 2 / 3).int().argmax()),
-        1,
-    )
-    measured["arrives at END"] = Measured(
-        "first layer before which the last position carries more than two thirds",
-        int((at_end > 2 / 3).int().argmax()),
-        1,
-    )
-    return measured
-
-
 def share_recovered(grid: PatchGridResult) -> torch.Tensor:
-    """`[prompt, *grid]`: each prompt's change in terms of the mean difference of clean and corrupted runs."""
+    """Each prompt's change as a share of the mean difference of the clean and the corrupted run: `[prompt,
+    *grid]`."""
     start = grid.corrupted.reshape(-1, *[1] * (grid.values.ndim - 1))
     return (grid.values - start) / (grid.clean - grid.corrupted).mean()

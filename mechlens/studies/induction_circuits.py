@@ -28,19 +28,14 @@ from mechlens.models.run.properties import check_adds_up, key_value_head, key_va
 from mechlens.models.run.unembedding import check_streamed, token_log_probs
 from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
-from mechlens.published import COMPOSITION_GPT2, Published
 from mechlens.results import (
-    NOT_JUDGED,
     Circuit,
-    Comparison,
     CompositionScores,
     HeadScores,
     InductionCircuits,
-    Result,
     head_label,
 )
 from mechlens.results.induction_circuits import COUNTED, LEAST_FALL, LEAST_Z, UPPER_SHARE
-from mechlens.studies.study import Study
 from mechlens.text.prompts import RandomTokens, repeated_tokens
 from mechlens.text.tokens import own_bos_token_id
 
@@ -476,104 +471,3 @@ def _verdict(
     else:
         verdict = "in part" if behaves and (composes or causes) else "no circuit"
     return verdict, "; ".join(reasons)
-
-
-# -- the published circuit -------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class CircuitStudy(Study):
-    """The induction circuits of a model, and the article's composition circuit beside its figure."""
-
-    circuits: InductionCircuits
-    composition: CompositionScores
-    """K-composition of all heads."""
-
-    @property
-    def results(self) -> Mapping[str, Result]:
-        return {"circuits": self.circuits, "composition": self.composition}
-
-
-def reproduce_composition_circuit(
-    model: LensModel,
-    *,
-    pairs: Sequence[Pair] | None = None,
-    seq_len: int = 50,
-    batch: int = 8,
-    seed: int = 0,
-    prepend_bos: bool | None = None,
-    progress: bool | None = None,
-) -> CircuitStudy:
-    """Find a model's induction circuits, and hold the article's K-composition accuracy against what comes
-    out.
-
-    The article builds the circuit of 4.11 and 5.5 of GPT-2 small and gives one top-1 accuracy without saying
-    over what the maximum is taken; so there are two figures, over keys for each query and over queries for
-    each key. Another model is judged by its own strongest pair, against nothing published.
-
-    Args:
-        pairs: which (previous-token head, induction head); None takes the article's on GPT-2 small, and on
-            other models those that are found. The article's figure is held against the one with the highest
-            verdict and effect. Of a single pair top-1 accuracies are counted over the whole vocabulary, of
-            several over a sample.
-
-    The other arguments are those of `find_induction_circuits`.
-
-    Raises:
-        ValueError: as `find_induction_circuits`.
-
-    Cost: as `find_induction_circuits`.
-    """
-    is_gpt2 = describe(model).name in ("gpt2", "gpt2-small")
-    wanted = pairs if pairs is not None else [((4, 11), (5, 5))] if is_gpt2 else None
-    circuits = find_induction_circuits(
-        model,
-        pairs=wanted,
-        seq_len=seq_len,
-        batch=batch,
-        seed=seed,
-        # the article counts all
-        n_tokens=None if wanted is not None and len(wanted) == 1 else N_TOKENS,
-        prepend_bos=prepend_bos,
-        progress=progress,
-    )
-    composition = composition_scores(
-        model, "k", relative_position=circuits.relative_position, seed=seed, progress=progress
-    )
-    return CircuitStudy(
-        comparisons=tuple(_compare(claim, circuits, is_gpt2 and pairs is None) for claim in COMPOSITION_GPT2),
-        circuits=circuits,
-        composition=composition,
-    )
-
-
-def strongest(circuits: InductionCircuits) -> int | None:
-    """Which pair has the best verdict and then costs the induction score most; None where there is none."""
-    order = ("circuit", "in part", "no circuit")
-    lost = circuits.evidence["induction_score"] - circuits.evidence["score_path"]
-    ranked = sorted(
-        range(len(circuits.pairs)), key=lambda i: (order.index(circuits.verdicts[i]), -float(lost[i]))
-    )
-    return ranked[0] if ranked else None
-
-
-def _compare(claim: Published, circuits: InductionCircuits, judged: bool) -> Comparison:
-    at = strongest(circuits)
-    value = math.nan if at is None else float(circuits.evidence[claim.what][at])
-    names = "no pair" if at is None else " and ".join(circuits.labels[at])
-    over = "keys for each query" if claim.what == "k_top1_keys" else "queries for each key"
-    low = high = None
-    verdict = NOT_JUDGED
-    if judged and isinstance(claim.value, float):
-        # a count over the vocabulary has no draw in it: what differs is rounding, and how weights are folded
-        low, high = claim.value - 0.005, claim.value + 0.005
-        verdict = "reproduced" if low <= value <= high else "not reproduced"
-    return Comparison(
-        claim=f"K-composition of {names}, top-1 over {over}",
-        published=claim.value if judged else f"{claim.value} on gpt2",
-        measured=value,
-        low=low,
-        high=high,
-        verdict=verdict,
-        source=claim.source,
-    )

@@ -1,25 +1,33 @@
-"""What the logit-lens post saw in GPT-2, measured on any model: numbers in the place of pictures.
+"""The study `logit-lens`: what "interpreting GPT: the logit lens" saw in GPT-2, measured on any model.
 
-A layer's *depth* is the share of the model that has run after it: (layer + 1) / n_layers, 1 for the last.
+The texts are our own. A layer's *depth* is the share of the model that has run after it: (layer + 1) /
+n_layers, 1 for the last layer.
+
+References: nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import mechlens
 from mechlens.analyses.logit_lens import logit_lens
-from mechlens.arguments import check_counts, check_model, generator_of
-from mechlens.measures.statistics import bootstrap_interval
+from mechlens.analyses.logit_variance import logit_variance
+from mechlens.arguments import check_counts, generator_of
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
-from mechlens.published import LOGIT_LENS, Published
-from mechlens.results import NOT_JUDGED, Comparison, LogitLensResult, Result
-from mechlens.studies.study import Study
+from mechlens.results import NOT_JUDGED, LogitLensResult, LogitVariance
+from mechlens.results.claims import verdict_of
+from mechlens.show.section import Figure, Section
+from mechlens.studies.claims import Claim, Measured, Study
+from mechlens.studies.published import LENS_POST
 from mechlens.text.tokens import drawable_tokens, token_strings
 
 PROSE = (
@@ -34,7 +42,7 @@ PROSE = (
     "some time without a word; then the younger sat down on a stone and began to laugh, for he had seen "
     "that the rope was still tied to the old tree, and that nobody but himself could have cut it.",
 )
-"""Prose as it comes: an abstract of a paper that nobody wrote, and a piece of a story."""
+"""Ordinary prose: an abstract of an invented paper, and a piece of a story."""
 EIFFEL = "The Eiffel Tower is in the city of"
 COPY = "The clerk wrote the word{} in his book. Then the clerk wrote the word{}"
 LOOPS = (
@@ -45,133 +53,252 @@ LOOPS = (
 )
 ROUNDS = 6
 TOP = 10
-"""A token has *entered* where it is among the ten most likely ones."""
+"""A token has *entered* at the first layer where it is among the ten most likely ones."""
 SETTLED_ROUNDS = 2
-"""Rounds of a loop before it counts as one."""
+"""Rounds of a repetition before the model can have noticed it."""
 RARE_SHARE = 0.8
-"""Tokenizers number tokens by how early they were found, commonest first; ids above this share are rare."""
+"""Tokenizers number tokens roughly by how common they are. Ids above this share of the vocabulary are
+rare."""
+STRETCH = 12
+"""Tokens that a figure shows."""
+RANK_BOUND, INPUT_RANK_BOUND, INPUT_KL_BOUND = 100, 1000, 30
+"""Where the color scales end, as in the post: ranks of the prediction and of the input, KL(input ||
+layer)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LensStudy(Study):
-    """The post's examples on one model, and its claims as numbers."""
+    """The post's kinds of text, read with the logit lens."""
 
     prose: LogitLensResult
     attention: LogitLensResult
-    """`attn_out` alone on the first piece of prose."""
+    """`attn_out` alone, on the first piece of prose."""
     mlp: LogitLensResult
-    """`mlp_out` alone on the same."""
+    """`mlp_out` alone, on the same."""
     eiffel: LogitLensResult
     copying: LogitLensResult
-    """A rare token that is written twice in the same words, a sequence for each token."""
+    """A rare token that comes twice in the same words; one sequence per token."""
     repetition: LogitLensResult
-    """Sentences over and over."""
+    """Sentences that are repeated several times."""
+    variance: LogitVariance
+    """How much logits vary over layers, on the first piece of prose: a question below the post."""
 
-    @property
-    def results(self) -> Mapping[str, Result]:
-        names = ("prose", "attention", "mlp", "eiffel", "copying", "repetition")
-        return {name: getattr(self, name) for name in names}
+    def sections(self) -> list[Section]:
+        prose, copying, repetition = self.prose, self.copying, self.repetition
+        some = _stretch(int(prose.mask[0].sum()) // 2)
+        last, again = int(copying.mask[0].sum()) - 2, int(repetition.mask[0].sum()) - 2
+        ids = copying.tokens[0][copying.mask[0]]
+        first = int((ids == ids[-1]).nonzero()[0])
+
+        def lens(result: LogitLensResult, stat: str, caption: str, **options: Any) -> Figure:
+            return Figure(
+                partial(mechlens.plot_logit_lens, result, stat, **options), caption, keeps_width=True
+            )
+
+        def lines(result: LogitLensResult, stats: tuple[str, ...], at: list[int], caption: str) -> Figure:
+            draw = partial(mechlens.plot_lens_lines, result, stats, positions=at)
+            return Figure(draw, caption, keeps_width=True)
+
+        top = "The top-1 prediction of each layer at each position of an abstract"
+        tied = not prose.kl_input.isnan().all()
+        return [
+            Section(
+                "Predictions, ranks and distances",
+                "A stretch from the middle of an abstract. Each position has read everything before it.",
+                [
+                    lens(prose, "probability", f"{top}; darker is more likely.", positions=some),
+                    lens(
+                        prose,
+                        "rank",
+                        f"{top}; color: rank of the final prediction, cut at {RANK_BOUND}.",
+                        positions=some,
+                        high=RANK_BOUND,
+                    ),
+                    lens(prose, "kl", f"{top}; color: KL(final || layer) in nats.", positions=some),
+                    lines(
+                        prose,
+                        ("rank", "kl"),
+                        some[-6:],
+                        "Rank of the final prediction and KL(final || layer) by layer, at six positions.",
+                    ),
+                ],
+            ),
+            Section(
+                "What is left of the input",
+                "How close each layer still is to the token that was read."
+                + (
+                    ""
+                    if tied
+                    else " KL(input || layer) is undefined: the unembedding is not tied to the embedding."
+                ),
+                [
+                    *[
+                        lens(
+                            prose,
+                            "kl_input",
+                            f"KL(input || layer) in nats, cut at {INPUT_KL_BOUND}.",
+                            positions=some,
+                            high=INPUT_KL_BOUND,
+                        )
+                    ][: int(tied)],
+                    lens(
+                        prose,
+                        "input_rank",
+                        f"Rank of the input token at its own position, cut at {INPUT_RANK_BOUND}.",
+                        positions=some,
+                        high=INPUT_RANK_BOUND,
+                    ),
+                ],
+            ),
+            Section(
+                "Copying a rare token",
+                "The same rare token twice in the same words. Which layer predicts the second one?",
+                [
+                    lens(
+                        copying,
+                        "next_rank",
+                        "Rank of the next token; at the last position the next token is the rare one.",
+                        positions=_stretch(last),
+                        high=RANK_BOUND,
+                    ),
+                    lens(
+                        copying,
+                        "input_rank",
+                        "Rank of the input token around the first occurrence of the rare token.",
+                        positions=_stretch(first + 4),
+                        high=INPUT_RANK_BOUND,
+                    ),
+                    lines(
+                        copying,
+                        ("next_rank", "kl"),
+                        [last],
+                        "Rank of the rare token and KL(final || layer) at the position before the second "
+                        "copy.",
+                    ),
+                ],
+            ),
+            Section(
+                "Repetition",
+                f"A sentence that is repeated {ROUNDS} times. Which layers notice?",
+                [
+                    lens(
+                        repetition,
+                        "next_rank",
+                        "Rank of the next token in the last rounds.",
+                        positions=_stretch(again),
+                        high=RANK_BOUND,
+                    )
+                ],
+            ),
+            Section(
+                "Attention and MLPs",
+                "What each sublayer adds, read alone.",
+                [
+                    Figure(
+                        partial(
+                            mechlens.plot_sub_blocks, self.attention, self.mlp, "probability", positions=some
+                        ),
+                        "Top-1 predictions of each layer's attention and MLP.",
+                        keeps_width=True,
+                    )
+                ],
+            ),
+            Section(
+                "A fact",
+                "",
+                [lens(self.eiffel, "probability", "The top-1 prediction by layer and position.")],
+            ),
+            Section(
+                "Logit variance",
+                "A question below the post: do unlikely tokens' directions serve other work?",
+                [
+                    Figure(
+                        partial(mechlens.plot_logit_variance, self.variance),
+                        "How much logits vary over layers, by the final probability of the tokens.",
+                        keeps_width=True,
+                    )
+                ],
+            ),
+        ]
 
 
-def reproduce_logit_lens(
-    model: LensModel,
-    *,
-    rare: str | None = None,
-    n_rare: int = 24,
-    seed: int = 0,
-    prepend_bos: bool | None = None,
+def _stretch(last: int) -> list[int]:
+    """The positions that end with `last`."""
+    return list(range(max(0, last + 1 - STRETCH), last + 1))
+
+
+def study_logit_lens(
+    model: LensModel, *, n_rare: int = 24, seed: int = 0, prepend_bos: bool | None = None
 ) -> LensStudy:
-    """Read the post's kinds of text through the lens and hold its claims against what is measured.
+    """Read the post's kinds of text with the logit lens.
 
     Args:
-        rare: a token for the first of the copied ones; None takes the post's, ` plasma`, where it is one
-            token, and else draws it like the others.
-        n_rare: how many rare tokens are copied; they are drawn among plain words with high ids.
-        seed: of the generator that draws them.
+        n_rare: number of rare tokens that are copied, drawn among plain words with high ids. The first is the
+            post's ` plasma`, where that is one token.
+        seed: of the draw.
         prepend_bos: None prepends BOS where the tokenizer has one.
 
     Raises:
-        ValueError: no tokenizer, `rare` is no single token, or `n_rare` is below 1.
+        ValueError: no tokenizer, or too few rare tokens.
 
-    Source: nostalgebraist 2020, "interpreting GPT: the logit lens". The texts are our own; what is claimed
-    there in words is measured as `CLAIMS` says.
-    Cost: six runs of `logit_lens`, about 2,000 positions in all.
+    Cost: six runs of `logit_lens` and one of `logit_variance`, about 2,000 positions in all.
     """
-    check_model(model)
     if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer, so it reads no text")
-    words = rare_words(model, n_rare, seed=seed, first=rare)
-    bos = prepend_bos
-    prose = logit_lens(model, PROSE, prepend_bos=bos)
-    found = LensStudy(
+        raise ValueError("the study logit-lens needs a model with a tokenizer")
+    words = rare_words(model, n_rare, seed=seed)
+    read = partial(logit_lens, model, prepend_bos=prepend_bos)
+    prose = read(PROSE)
+    study = LensStudy(
         comparisons=(),
         prose=prose,
-        attention=logit_lens(model, PROSE[0], component="attn_out", prepend_bos=bos),
-        mlp=logit_lens(model, PROSE[0], component="mlp_out", prepend_bos=bos),
-        eiffel=logit_lens(model, EIFFEL, prepend_bos=bos),
-        copying=logit_lens(model, [COPY.format(word, word) for word in words], prepend_bos=bos),
-        repetition=logit_lens(model, [(sentence * ROUNDS).strip() for sentence in LOOPS], prepend_bos=bos),
+        attention=read(PROSE[0], component="attn_out"),
+        mlp=read(PROSE[0], component="mlp_out"),
+        eiffel=read(EIFFEL),
+        copying=read([COPY.format(word, word) for word in words]),
+        repetition=read([(sentence * ROUNDS).strip() for sentence in LOOPS]),
+        variance=logit_variance(model, prose.tokens[0][prose.mask[0]]),
     )
-    return dataclasses.replace(found, comparisons=tuple(compare(claim, found) for claim in LOGIT_LENS))
+    return study.holding(CLAIMS)
 
 
-def rare_words(model: LensModel, count: int, *, seed: int, first: str | None = None) -> list[str]:
-    """Plain words of one token that the tokenizer has late in its vocabulary, each with its space before it.
+def rare_words(model: LensModel, count: int, *, seed: int) -> list[str]:
+    """Plain words of one token with high ids, each with the space before it.
 
     Raises:
-        ValueError: fewer than `count` such words, or `first` is no single token.
+        ValueError: fewer than `count` such words.
     """
 
     def single(word: str) -> bool:
         return len(model.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
 
     check_counts(n_rare=count)
-    if first is not None and not single(first):
-        raise ValueError(f"rare={first!r} is not one token of this model")
-    if first is None and single(" plasma"):
-        first = " plasma"
+    first = [" plasma"] if single(" plasma") else []
     ids = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
-    late = ids[int(RARE_SHARE * len(ids)) :]
     words = [
         text
-        for text in token_strings(model, late)
+        for text in token_strings(model, ids[int(RARE_SHARE * len(ids)) :])
         if text.startswith(" ")
         and text[1:].isalpha()
         and text[1:].islower()
         and len(text) > 4
         and single(text)
     ]
-    wanted = count - (first is not None)
+    wanted = count - len(first)
     if len(words) < wanted:
-        raise ValueError(f"this tokenizer has {len(words)} rare words of one token, but n_rare is {count}")
+        raise ArgumentError(
+            "n_rare", f"at most {len(words)}, the rare words of one token of this model", count
+        )
     order = torch.randperm(len(words), generator=generator_of(seed)).tolist()
-    return [*([first] if first is not None else []), *(words[i] for i in order[:wanted])]
-
-
-def compare(claim: Published, study: LensStudy) -> Comparison:
-    """One claim of the post beside its number."""
-    text, at_least, measure = CLAIMS[claim.what]
-    mean, low, high, holds = measure(study, claim.threshold or 0.0)
-    measured = f"{mean:.3f}" + ("" if low != low else f" ({low:.3f} to {high:.3f})")
-    return Comparison(
-        claim=text,
-        published=claim.value,
-        measured=mean if mean != mean else measured,
-        low=claim.threshold if at_least else None,
-        high=None if at_least else claim.threshold,
-        verdict=NOT_JUDGED if holds is None else "reproduced" if holds else "not reproduced",
-        source=claim.source,
-    )
+    return [*first, *(words[i] for i in order[:wanted])]
 
 
 # -- claims ----------------------------------------------------------------------------------------
 
-_Number = tuple[float, float, float, bool | None]
-"""Mean, the 95% interval of it (nan where it is no mean), and whether the claim holds (None: not judged)."""
+_NOTHING = Measured(torch.nan)
 
 
 def depth_of_entry(rank: Float[Tensor, "row *where"], *, top: int = TOP) -> Float[Tensor, "*where"]:
-    """Depth of the first layer after which a token is among the `top` most likely; nan where it never is.
+    """The depth of the first layer at which a token is among the `top` most likely; nan where it never is.
 
     Args:
         rank: by row of the lens, `embed` first.
@@ -181,12 +308,10 @@ def depth_of_entry(rank: Float[Tensor, "row *where"], *, top: int = TOP) -> Floa
     return depth.masked_fill(~inside.any(0), torch.nan)
 
 
-def _mean(samples: Tensor) -> tuple[float, float, float]:
+def _mean(samples: Tensor) -> Measured:
+    """Of the samples that are not nan; nan of fewer than two."""
     known = samples[~samples.isnan()]
-    if len(known) < 2:
-        return torch.nan, torch.nan, torch.nan
-    low, high = bootstrap_interval(known)
-    return float(known.mean()), float(low), float(high)
+    return _NOTHING if len(known) < 2 else Measured(float(known.mean()), among=known)
 
 
 def _read(result: LogitLensResult) -> Tensor:
@@ -197,54 +322,44 @@ def _read(result: LogitLensResult) -> Tensor:
     return real
 
 
-def _final_guess_enters(study: LensStudy, threshold: float) -> _Number:
-    prose = study.prose
-    mean, low, high = _mean(depth_of_entry(prose.rank["final"][:, _read(prose)]))
-    return mean, low, high, mean <= threshold
+def _final_guess_enters(study: LensStudy) -> Measured:
+    return _mean(depth_of_entry(study.prose.rank["final"][:, _read(study.prose)]))
 
 
 def _mean_kl(study: LensStudy) -> list[float]:
-    prose = study.prose
-    return prose.kl_final[:, _read(prose)].mean(1).tolist()
+    return study.prose.kl_final[:, _read(study.prose)].mean(1).tolist()
 
 
-def _kl_falls(study: LensStudy, threshold: float) -> _Number:
+def _kl_falls(study: LensStudy) -> Measured:
     _, *layers = _mean_kl(study)
     falls = [after < before for before, after in pairwise(layers)]
-    if not falls:
-        return torch.nan, torch.nan, torch.nan, None
-    share = sum(falls) / len(falls)
-    return share, torch.nan, torch.nan, share >= threshold
+    return Measured(sum(falls) / len(falls)) if falls else _NOTHING
 
 
-def _largest_fall(study: LensStudy, threshold: float) -> _Number:
+def _largest_fall(study: LensStudy) -> Measured:
     _, *layers = _mean_kl(study)
     falls = [before - after for before, after in pairwise(layers)]
     if len(falls) < 2 or layers[0] <= layers[-1]:
-        return torch.nan, torch.nan, torch.nan, None
-    share = max(falls) / (layers[0] - layers[-1])
-    return share, torch.nan, torch.nan, share <= threshold
+        return _NOTHING
+    return Measured(max(falls) / (layers[0] - layers[-1]))
 
 
-def _input_is_apart(study: LensStudy, threshold: float) -> _Number:
+def _input_is_apart(study: LensStudy) -> float:
     embed, *layers = _mean_kl(study)
-    ratio = embed / max(layers)
-    return ratio, torch.nan, torch.nan, ratio >= threshold
+    return embed / max(layers)
 
 
-def _rare_copy_enters(study: LensStudy, threshold: float) -> _Number:
+def _rare_copy_enters(study: LensStudy) -> Measured:
     copying = study.copying
-    # the copied token is the last one, so that its prediction stands one before it
+    # the copied token is the last one, so it is predicted one position before
     before = copying.mask.sum(1) - 2
-    rank = copying.rank["next"][:, torch.arange(len(before)), before]
-    depth = depth_of_entry(rank)
-    mean, low, high = _mean(depth)
-    # of a model that does not copy nothing can be said
+    depth = depth_of_entry(copying.rank["next"][:, torch.arange(len(before)), before])
     copied = float((~depth.isnan()).float().mean())
-    return mean, low, high, None if copied < 0.5 else mean >= threshold
+    # a model that does not copy says nothing about where copies enter
+    return dataclasses.replace(_mean(depth), verdict=NOT_JUDGED if copied < 0.5 else "")
 
 
-def _repetition_noticed(study: LensStudy, threshold: float) -> _Number:
+def _repetition_noticed(study: LensStudy) -> Measured:
     repetition = study.repetition
     probability = repetition.probability("next")
     depths = []
@@ -256,53 +371,77 @@ def _repetition_noticed(study: LensStudy, threshold: float) -> _Number:
         if by_layer[-1] > fresh:
             seen = by_layer >= by_layer[-1] / 2
             depths.append((int(seen.int().argmax()) + 1) / len(seen))
-    mean, low, high = _mean(torch.tensor(depths, dtype=torch.float32))
-    return mean, low, high, None if len(depths) < len(LOOPS) / 2 else mean > threshold
+    found = _mean(torch.tensor(depths, dtype=torch.float32))
+    few = len(depths) < len(LOOPS) / 2
+    assert isinstance(found.value, float)
+    return dataclasses.replace(found, verdict=verdict_of(None if few else found.value > 0.5))
 
 
-def _rare_inputs_kept(study: LensStudy, threshold: float) -> _Number:
+def _rare_inputs_kept(study: LensStudy) -> Measured:
     prose = study.prose
     read = _read(prose)
     ids = prose.tokens[:, list(prose.positions)][read]
     rank = prose.rank["input"][1:, read].log10().mean(0)
     common, uncommon = rank[ids <= ids.median()], rank[ids > ids.median()]
     if len(common) < 2 or len(uncommon) < 2:
-        return torch.nan, torch.nan, torch.nan, None
-    # both means drawn again together
+        return _NOTHING
+    # the differences of pairs, so that both means are resampled together
     size = min(len(common), len(uncommon))
     order = torch.randperm(len(common), generator=torch.Generator().manual_seed(0))[:size]
-    mean, low, high = _mean(common[order] - uncommon[:size])
-    return mean, low, high, low > threshold
+    found = _mean(common[order] - uncommon[:size])
+    return dataclasses.replace(
+        found, verdict=verdict_of(found.interval is not None and found.interval[0] > 0)
+    )
 
 
-CLAIMS: dict[str, tuple[str, bool, Callable[[LensStudy, float], _Number]]] = {
-    "final_guess_enters": (
-        f"depth at which the final guess enters the top {TOP}, mean over prose",
-        False,
+CLAIMS: tuple[Claim[LensStudy], ...] = (
+    Claim(
+        f"depth at which the final prediction enters the top {TOP}, mean over prose",
+        "well before the last layer",
+        LENS_POST,
         _final_guess_enters,
+        at_most=0.75,
     ),
-    "kl_falls": ("share of layers after which the mean KL(final || layer) is lower", True, _kl_falls),
-    "largest_fall": ("largest share of the fall of KL(final || layer) in one layer", False, _largest_fall),
-    "input_is_apart": (
+    Claim(
+        "share of layers after which the mean KL(final || layer) is lower",
+        "smoothly",
+        LENS_POST,
+        _kl_falls,
+        at_least=0.9,
+    ),
+    Claim(
+        "largest share of the decrease of KL(final || layer) in one layer",
+        "no jump between layers",
+        LENS_POST,
+        _largest_fall,
+        at_most=0.5,
+    ),
+    Claim(
         "KL(final || embed) as a multiple of the largest KL(final || layer)",
-        True,
+        "far apart",
+        LENS_POST,
         _input_is_apart,
+        at_least=1.5,
     ),
-    "rare_copy_enters": (
-        f"depth at which a rare token that is to be copied enters the top {TOP}",
-        True,
+    Claim(
+        f"depth at which a rare token that is copied enters the top {TOP}",
+        "only in the last layers",
+        LENS_POST,
         _rare_copy_enters,
+        at_least=0.75,
     ),
-    "repetition_noticed": (
-        "depth at which a loop's next token has half of its final probability",
-        True,
+    Claim(
+        "depth at which the next token of a repetition reaches half of its final probability, more than 0.50",
+        "in the upper half",
+        LENS_POST,
         _repetition_noticed,
     ),
-    "rare_inputs_kept": (
-        "powers of ten by which rare input tokens rank better than common ones, mean over layers",
-        True,
+    Claim(
+        "powers of ten by which rare input tokens rank better than common ones, mean over layers, with an "
+        "interval above 0",
+        "better than common ones",
+        LENS_POST,
         _rare_inputs_kept,
     ),
-}
-"""By what is claimed: what is measured, whether it must be at least (or at most) the threshold, and how. A
-depth in the upper half is more than 0.5, and rare inputs are kept where the whole interval lies above 0."""
+)
+"""What the post saw in GPT-2, in its words, with the thresholds that we chose."""

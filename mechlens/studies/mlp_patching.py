@@ -1,25 +1,29 @@
-"""Whether a model needs its MLPs to continue repeated tokens, and which heads it does need: by effect.
+"""The study `mlp-patching`: whether a model needs its MLPs, and which heads it needs, to continue a
+repetition.
 
-The article replaces MLP outputs "in the second half" by those of the first, and finds no large difference
-except at the first token. Its loop starts one position early: position `seq_len`, counted with BOS, is the
-last token of the first copy, and what is put there is BOS's own output. So the experiment is run twice: as it
-is written, and with the copies aligned.
+The article replaces MLP outputs "in the second half" by those of the first, and finds no large change of the
+loss except at the first token. Its loop starts one position early: position `seq_len`, counted with BOS, is
+the last token of the first copy, and it receives the MLP output at BOS. The study runs both variants: the
+loop as written, and with the copies aligned.
+
+References: "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
-from mechlens.arguments import check_model
 from mechlens.measures.statistics import rank_correlation
 from mechlens.models.protocol import LensModel
-from mechlens.published import MLP_PATCHING, Published
-from mechlens.results import NOT_JUDGED, Comparison, HeadScores, PatchGridResult, Result
-from mechlens.studies.study import Study
+from mechlens.results import HeadScores, PatchGridResult
+from mechlens.show.heads import head_scores_section
+from mechlens.show.patching import patching_section
+from mechlens.show.section import Section
+from mechlens.studies.claims import Claim, Study
+from mechlens.studies.published import ARTICLE
 from mechlens.text.prompts import repeated_tokens
 from mechlens.text.tokens import own_bos_token_id
 
@@ -28,68 +32,83 @@ INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 
 @dataclasses.dataclass(frozen=True)
 class MlpStudy(Study):
-    """The article's MLP experiment on one model, and the heads' ablation beside their scores."""
+    """The article's MLP experiment, and the ablation of each head beside the head's scores."""
 
-    aligned: PatchGridResult
-    """MLP outputs of the second copy from the same token of the first."""
-    as_written: PatchGridResult
+    mlps_aligned: PatchGridResult
+    """MLP outputs of the second copy, replaced by those at the same token of the first."""
+    mlps_as_written: PatchGridResult
     """The article's loop, which starts at the last token of the first copy."""
-    heads: PatchGridResult
-    """Each head taken away."""
-    scores: HeadScores
-    """The same heads by their patterns, on the same sequences."""
-
-    @property
-    def results(self) -> Mapping[str, Result]:
-        names = ("aligned", "as_written", "heads", "scores")
-        return {name: getattr(self, name) for name in names}
+    ablated_heads: PatchGridResult
+    ablated_head_scores: HeadScores
+    """Of the same heads, on the same sequences."""
 
     def rank_correlation(self, kind: str) -> float:
-        """Spearman's, over heads, of a score with what the head's absence costs; nan below 3 heads."""
-        score, effect = self.scores.mean(kind).flatten(), self.heads.effect.flatten()
+        """Spearman's rank correlation, over heads, of a score and the effect of ablating the head; nan for
+        fewer than 3 heads."""
+        score, effect = self.ablated_head_scores.mean(kind).flatten(), self.ablated_heads.effect.flatten()
         known = ~score.isnan() & ~effect.isnan()
         if int(known.sum()) < 3:
             return math.nan
         return float(rank_correlation(score[known], effect[known]))
 
+    def sections(self) -> list[Section]:
+        correlations = " and ".join(
+            f"{self.rank_correlation(kind):.2f} with the {words} score"
+            for kind, words in ((INDUCTION, "induction"), (PREVIOUS, "previous-token"))
+        )
+        return [
+            patching_section(
+                self.mlps_as_written,
+                title="MLP outputs from the first copy, as the article's loop is written",
+                text="The loop starts at position seq_len. Counted with BOS, that is the last token of the "
+                "first copy, and it receives the MLP output at BOS.",
+            ),
+            patching_section(
+                self.mlps_aligned,
+                title="MLP outputs from the first copy, aligned",
+                text="Each position of the second copy receives the MLP output at the same token of the "
+                "first.",
+            ),
+            patching_section(
+                self.ablated_heads,
+                title="Ablated heads",
+                text=f"Rank correlation of the effect of ablating a head: {correlations}.",
+            ),
+            head_scores_section(self.ablated_head_scores),
+        ]
 
-def reproduce_mlp_patching(
+
+def study_mlp_patching(
     model: LensModel,
     *,
     seq_len: int = 50,
     batch: int = 4,
     seed: int = 0,
-    how: str = "mean",
     prepend_bos: bool | None = None,
     progress: bool | None = None,
 ) -> MlpStudy:
-    """Patch MLP outputs and take heads away on repeated tokens, and hold the article's claim against that.
+    """Patch MLP outputs and ablate heads on repeated random tokens.
 
     Args:
         seq_len: random tokens in one copy.
         batch: sequences; effects are means over them.
         seed: of the sequences.
-        how: what is put in a head's place, as for `ablate_heads`.
         prepend_bos: None prepends BOS where the tokenizer has one.
-        progress: show bars; None shows them in a terminal and in Jupyter.
 
     Raises:
         ValueError: a model without MLPs, or sizes that do not fit the model.
 
-    Source: the article "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
-    Cost: two grids of n_layers x `seq_len` and one of n_layers x n_heads runs for each sequence, as
-    `patch_grid`.
+    Cost: for each sequence two grids of n_layers x `seq_len` runs and one of n_layers x n_heads.
     """
-    check_model(model)
     bos = own_bos_token_id(model.tokenizer) is not None if prepend_bos is None else prepend_bos
     random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos)
     written = range(seq_len, 2 * seq_len)
-    found = MlpStudy(
+    study = MlpStudy(
         comparisons=(),
-        aligned=ablate_mlps_from_first_half(
+        mlps_aligned=ablate_mlps_from_first_half(
             model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos, progress=progress
         ),
-        as_written=patch_grid(
+        mlps_as_written=patch_grid(
             model,
             random.tokens,
             site="mlp_out",
@@ -99,10 +118,10 @@ def reproduce_mlp_patching(
             read=[position for position in written if position + 1 < random.tokens.shape[1]],
             progress=progress,
         ),
-        heads=ablate_heads(
-            model, how=how, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos, progress=progress
+        ablated_heads=ablate_heads(
+            model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos, progress=progress
         ),
-        scores=score_heads(
+        ablated_head_scores=score_heads(
             model,
             [INDUCTION, PREVIOUS],
             seq_len=seq_len,
@@ -112,23 +131,7 @@ def reproduce_mlp_patching(
             progress=progress,
         ),
     )
-    return dataclasses.replace(found, comparisons=tuple(compare(claim, found) for claim in MLP_PATCHING))
-
-
-def compare(claim: Published, study: MlpStudy) -> Comparison:
-    """One claim of the article beside its number."""
-    text, at_least, measure = CLAIMS[claim.what]
-    value, threshold = measure(study), claim.threshold or 0.0
-    holds = value >= threshold if at_least else value <= threshold
-    return Comparison(
-        claim=text,
-        published=claim.value,
-        measured=value if value != value else f"{value:.3f}",
-        low=threshold if at_least else None,
-        high=None if at_least else threshold,
-        verdict=NOT_JUDGED if value != value else "reproduced" if holds else "not reproduced",
-        source=claim.source,
-    )
+    return study.holding(CLAIMS)
 
 
 # -- claims ----------------------------------------------------------------------------------------
@@ -141,10 +144,10 @@ def first_and_others(grid: PatchGridResult) -> tuple[float, float]:
     return float(size[:, 0].max()), float(others.max()) if others.numel() else math.nan
 
 
-def _others_in_loss(grid: PatchGridResult) -> float:
-    """As a share of the clean loss on the second copy; nan for a model without any."""
-    clean = float(grid.clean.mean())
-    return first_and_others(grid)[1] / clean if clean > 0 else math.nan
+def _others_in_loss(study: MlpStudy) -> float:
+    """nan for a model without loss on the second copy."""
+    clean = float(study.mlps_aligned.clean.mean())
+    return first_and_others(study.mlps_aligned)[1] / clean if clean > 0 else math.nan
 
 
 def _first_in_others(grid: PatchGridResult) -> float:
@@ -152,22 +155,29 @@ def _first_in_others(grid: PatchGridResult) -> float:
     return first / others if others > 0 else math.nan
 
 
-CLAIMS: dict[str, tuple[str, bool, Callable[[MlpStudy], float]]] = {
-    "mlps_small_elsewhere": (
-        "largest |change of loss| at any position but the first, as a share of the clean loss",
-        False,
-        lambda study: _others_in_loss(study.aligned),
+CLAIMS: tuple[Claim[MlpStudy], ...] = (
+    Claim(
+        "largest |change of loss| at any position after the first, as a share of the clean loss",
+        "no large loss difference",
+        ARTICLE,
+        _others_in_loss,
+        at_most=0.1,
     ),
-    "mlps_first_stands_out": (
-        "|change of loss| at the first position as a multiple of the largest elsewhere, as the loop is "
+    Claim(
+        "|change of loss| at the first position as a multiple of the largest elsewhere, with the loop as "
         "written",
-        True,
-        lambda study: _first_in_others(study.as_written),
+        "except at the first token",
+        ARTICLE,
+        lambda study: _first_in_others(study.mlps_as_written),
+        at_least=2.0,
     ),
-    "mlps_first_of_copy_stands_out": (
-        "the same at the first token of the second copy, with the copies aligned",
-        True,
-        lambda study: _first_in_others(study.aligned),
+    Claim(
+        "the same multiple at the first token of the second copy, with the copies aligned",
+        "except at the first token",
+        ARTICLE,
+        lambda study: _first_in_others(study.mlps_aligned),
+        at_least=2.0,
     ),
-}
-"""By what is claimed: what is measured, whether it must be at least (or at most) the threshold, and how."""
+)
+"""What the article saw in GPT-2 small. We call a change large above a tenth of the clean loss, and say that a
+position stands out if its change is at least twice the largest of the others."""
