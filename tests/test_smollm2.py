@@ -13,11 +13,11 @@ import mechlens
 from mechlens.models.load import gguf, hub
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
-from mechlens.studies.facts import measure_facts
-from mechlens.studies.findings import measure_circuits
-from mechlens.studies.heads import known_figures
+from mechlens.studies.circuits import study_induction_circuits
+from mechlens.studies.claims import MIN_DRAWS, Claim, Measured
+from mechlens.studies.facts import study_facts
 from mechlens.studies.indirect_object import indirect_object
-from mechlens.studies.study import MIN_DRAWS, Measured, hold
+from mechlens.studies.published import figures_of
 from tests.models.load.test_loading import BACKENDS
 from tests.shared import SMOLLM2, needs_smollm2
 
@@ -138,10 +138,10 @@ def smollm2(load_once):
     return load_once(NAME)
 
 
-def held(smollm2, study, measured):
-    """The comparisons of a study with the card, of what was measured."""
-    figures = [each for each in known_figures(describe(smollm2)) if each.study == study]
-    return [hold(each, measured[each.what]) for each in figures if each.what in measured]
+def compared(smollm2, name, study):
+    """The comparisons with the card of the quantities that were measured."""
+    figures = [each for each in figures_of(describe(smollm2)) if each.study == name]
+    return study.holding_card(each for each in figures if each.what in study.quantities()).comparisons
 
 
 def not_reproduced(comparisons):
@@ -151,22 +151,25 @@ def not_reproduced(comparisons):
 
 
 def test_its_facts_are_those_of_its_card(smollm2):
-    _, measured = measure_facts(smollm2)
-    comparisons = held(smollm2, "facts", measured)
-    assert len(comparisons) == len(measured) == 14
+    study = study_facts(smollm2)
+    comparisons = compared(smollm2, "facts", study)
+    assert len(comparisons) == len(study.quantities()) == 14
     assert not not_reproduced(comparisons)
 
 
 def test_its_heads_are_those_of_its_card(smollm2):
-    found = mechlens.reproduce(smollm2, batch=MIN_DRAWS, seeds=[0], progress=False)
+    found = mechlens.reproduce(
+        smollm2, "heads", heads=mechlens.RepeatedTokens(batch=MIN_DRAWS, seeds=0), progress=False
+    )
     assert len(found.comparisons) >= 14
     assert not not_reproduced(found.comparisons)
 
 
 def test_one_previous_token_head_is_in_the_circuit_and_another_is_not(smollm2):
     pairs = [((16, 0), (18, 6)), ((11, 1), (18, 6))]
-    _, measured = measure_circuits(smollm2, pairs, progress=False)
-    comparisons = held(smollm2, "induction-circuits", measured)
+    study = study_induction_circuits(smollm2, pairs=pairs, progress=False)
+    measured = study.quantities()
+    comparisons = compared(smollm2, "induction-circuits", study)
     assert len(comparisons) == len(measured) == 7
     assert not not_reproduced(comparisons)
     assert measured["ablated L16H0 L18H6"].value < 0.1 < 0.8 < measured["ablated L11H1 L18H6"].value
@@ -174,12 +177,11 @@ def test_one_previous_token_head_is_in_the_circuit_and_another_is_not(smollm2):
 
 def test_it_gives_the_drink_to_the_indirect_object(smollm2):
     task = indirect_object(smollm2)
-    by_name = {
-        each.what: each for each in known_figures(describe(smollm2)) if each.study == "indirect-object"
-    }
+    by_name = {each.what: each for each in figures_of(describe(smollm2)) if each.study == "indirect-object"}
     assert (task.logit_diff > 0).float().mean() == pytest.approx(by_name["right"].value, abs=0.05)
-    drawn = Measured("logit difference", float(task.logit_diff.mean()), samples=task.logit_diff)
-    assert hold(by_name["logit_diff"], drawn).verdict == "reproduced"
+    drawn, figure = Measured(float(task.logit_diff.mean()), samples=task.logit_diff), by_name["logit_diff"]
+    claim = Claim("logit difference", figure.value, figure.source, lambda _: drawn, draws=figure.sequences)
+    assert claim.compare(None).verdict == "reproduced"
     # of names that are not there it has no opinion
     assert abs(float(task.null.mean())) < 0.3 * float(task.logit_diff.mean())
 

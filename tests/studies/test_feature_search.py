@@ -11,22 +11,19 @@ import torch
 from mechlens.analyses.features import feature_alignment, search_complete, search_gradient
 from mechlens.models.load.loading import load_model
 from mechlens.models.weights.randomize import random_like
-from mechlens.published import FEATURE_TOKENS, FEATURES
-from mechlens.results import load
+from mechlens.studies import feature_claims as claims
 from mechlens.studies import feature_search
 from mechlens.studies.feature_search import (
-    CLAIMS,
-    compare,
-    compare_tokens,
     decoded,
-    reproduce_feature_search,
+    share_of,
     some_layers,
+    study_feature_search,
 )
+from mechlens.studies.published import FEATURE_TOKENS
 from tests.close import assert_same
 from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model
 
-BY_NAME = {claim.what: claim for claim in FEATURES}
 LAST = 3
 """Of the study's four features; a search takes a second, so this one alone is searched again."""
 
@@ -38,11 +35,12 @@ def study(tiny_directories):
     tables = tuple(dataclasses.replace(each, n_layers=2) for each in FEATURE_TOKENS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_search, "FEATURE_TOKENS", tables)
-        return reproduce_feature_search(model, n_features=4, n_tokens=2, top_k=3)
+        found = study_feature_search(model, n_features=4, n_tokens=2, top_k=3)
+        return found.holding(claims.claims_of(found))
 
 
-def measured(what, study):
-    found = compare(BY_NAME[what], study)
+def measured(claim, study):
+    found = claim.compare(study)
     return found.measured, found.verdict
 
 
@@ -57,14 +55,13 @@ def descending(study, name, searches):
 
 
 def test_every_claim_is_measured(study):
-    assert set(CLAIMS) == set(BY_NAME)
     own = [each for each in FEATURE_TOKENS if "gpt2" in each.models]
-    assert len(study.comparisons) == len(FEATURES) + len(own)
-    assert [each.published for each in study.comparisons[: len(FEATURES)]] == [c.value for c in FEATURES]
-    assert set(study.to_dataframe().verdict) <= {"reproduced", "not reproduced", "not judged"}
+    expected = [*(each.text for each in claims.CLAIMS), *(claims.tokens_claim(each).text for each in own)]
+    assert [each.claim for each in study.comparisons] == expected
+    assert {each.verdict for each in study.comparisons} == {"reproduced", "not reproduced", "not judged"}
 
 
-def test_the_tables_hold_what_the_seeds_loop_finds(study):
+def test_the_tables_are_compared_with_what_the_posts_loop_finds(study):
     output = reference.hf_block_output(tiny_hf_model("gpt2"), 0)
     tokens = [reference.search_maximal(output, VOCAB, 1, m)[0] for m in range(4)]
     strings = study.complete["trained"].strings
@@ -73,31 +70,37 @@ def test_the_tables_hold_what_the_seeds_loop_finds(study):
         for each in FEATURE_TOKENS
         if each.search == "complete" and each.block == 1 and "gpt2" in each.models
     )
-    found = compare_tokens(claim, study)
+    found = claims.tokens_claim(claim).compare(study)
     assert found.measured == " | ".join(strings[str(token)].strip() for token in tokens)
     assert found.verdict == "not reproduced"
     own = dataclasses.replace(claim, inputs=tuple(strings[str(token)] for token in tokens))
-    assert compare_tokens(own, study).verdict == "reproduced"
+    assert claims.tokens_claim(own).compare(study).verdict == "reproduced"
     three = dataclasses.replace(own, inputs=(*own.inputs[:3], "other"))
-    assert compare_tokens(three, study).verdict == "not reproduced"
+    assert claims.tokens_claim(three).compare(study).verdict == "not reproduced"
 
 
 def test_greedy_inputs_are_compared_without_spaces(study):
     (claim,) = (each for each in FEATURE_TOKENS if each.search == "greedy" and each.block == 1)
     search = study.greedy[0]
     texts = tuple("".join(search.strings[str(token)] for token in ids) for ids in search.ids[:, 0].tolist())
-    assert compare_tokens(dataclasses.replace(claim, inputs=texts), study).verdict == "reproduced"
-    assert compare_tokens(claim, study).verdict == "not reproduced"
+    assert (
+        claims.tokens_claim(dataclasses.replace(claim, inputs=texts)).compare(study).verdict == "reproduced"
+    )
+    assert claims.tokens_claim(claim).compare(study).verdict == "not reproduced"
 
 
 def test_what_is_not_there_or_not_said_is_not_judged(study):
-    verdicts = {(c.search, c.block): compare_tokens(c, study) for c in FEATURE_TOKENS if "gpt2" in c.models}
+    verdicts = {
+        (c.search, c.block): claims.tokens_claim(c).compare(study)
+        for c in FEATURE_TOKENS
+        if "gpt2" in c.models
+    }
     # the tiny model has two blocks
     assert verdicts["complete", 8].verdict == verdicts["greedy", 12].verdict == "not judged"
-    assert verdicts["complete", 8].measured == "nothing"
+    assert verdicts["complete", 8].measured == "not measured"
     assert verdicts["softmax", 1].verdict == "not reproduced"
     assert verdicts["l1", 1].verdict == verdicts["cosine", 1].verdict == "not judged"
-    assert verdicts["l1", 1].measured.endswith("from another start")
+    assert verdicts["l1", 1].measured.endswith("(from another start)")
 
 
 def test_alignment_claims_follow_the_shares(study):
@@ -106,31 +109,34 @@ def test_alignment_claims_follow_the_shares(study):
     aligned, learned = feature_alignment(same), {**study.alignments, "trained": feature_alignment(same)}
     agreeing = dataclasses.replace(study, alignments=learned)
     assert aligned.share().value == 1
-    for what in ("layers_agree", "layers_agree_beyond_chance", "agreement_is_learned"):
+    for what in (claims.LAYERS_AGREE, claims.AGREE_BEYOND_CHANCE, claims.AGREEMENT_IS_LEARNED):
         assert measured(what, agreeing)[1] == "reproduced"
-    assert measured("layers_agree", agreeing)[0].startswith("1.000 (")
+    assert measured(claims.LAYERS_AGREE, agreeing)[0].startswith("1.000 (")
     random = dataclasses.replace(study, alignments={**study.alignments, "random": aligned})
-    assert measured("untrained_layers_do_not", random)[1] == "not reproduced"
-    assert measured("agreement_is_learned", random)[1] == "not reproduced"
+    assert measured(claims.RANDOM_LAYERS_DO_NOT, random)[1] == "not reproduced"
+    assert measured(claims.AGREEMENT_IS_LEARNED, random)[1] == "not reproduced"
     # no token is the best of feature m in one layer and of the same feature in the other
     apart = whole.ids.clone()
     apart[0], apart[1] = torch.arange(32)[:, None], torch.arange(32).roll(1)[:, None]
     alone = feature_alignment(dataclasses.replace(whole, ids=apart))
     none = dataclasses.replace(study, alignments={**study.alignments, "trained": alone, "random": alone})
-    assert measured("layers_agree_beyond_chance", none)[1] == "not reproduced"
-    assert measured("untrained_layers_do_not", none)[1] == "reproduced"
+    assert measured(claims.AGREE_BEYOND_CHANCE, none)[1] == "not reproduced"
+    assert measured(claims.RANDOM_LAYERS_DO_NOT, none)[1] == "reproduced"
     # in the first layer each id is its feature's number; what gradients decode is judged
-    assert "complete search 0.5000" in measured("id_is_number", none)[0]
+    assert "exhaustive search 0.5000" in measured(claims.ID_IS_NUMBER, none)[0]
     descents = study.descents["trained"]
     own = [decoding(each, int(each.selected[0, 1])) for each in descents]
-    assert measured("id_is_number", descending(study, "trained", own))[1] == "reproduced"
+    assert measured(claims.ID_IS_NUMBER, descending(study, "trained", own))[1] == "reproduced"
     others = [decoding(each, 63) for each in descents]
-    assert measured("id_is_number", descending(study, "trained", others))[1] == "not reproduced"
+    assert measured(claims.ID_IS_NUMBER, descending(study, "trained", others))[1] == "not reproduced"
     # one of four by chance is no artefact: its interval reaches below what chance gives
-    assert measured("id_is_number", descending(study, "trained", [*own[:1], *others[1:]]))[1] == (
+    assert measured(claims.ID_IS_NUMBER, descending(study, "trained", [*own[:1], *others[1:]]))[1] == (
         "not reproduced"
     )
-    assert "random weights 4, random blocks" in measured("id_is_number", descending(study, "random", own))[0]
+    assert (
+        "random weights 4, random blocks"
+        in measured(claims.ID_IS_NUMBER, descending(study, "random", own))[0]
+    )
 
 
 def test_training_is_told_by_intervals_that_are_apart(study):
@@ -150,28 +156,25 @@ def test_training_is_told_by_intervals_that_are_apart(study):
     ):
         shares = {**study.alignments, "trained": agreeing(trained), "random": agreeing(random)}
         other = dataclasses.replace(study, alignments=shares)
-        assert measured("agreement_is_learned", other)[1] == verdict
+        assert measured(claims.AGREEMENT_IS_LEARNED, other)[1] == verdict
 
 
 def test_untrained_models_are_decoded_like_the_trained_one(study):
     trained = study.descents["trained"]
     for what, name, verdict in (
-        ("untrained_is_like_trained", "random", "reproduced"),
+        (claims.RANDOM_IS_LIKE_TRAINED, "random", "reproduced"),
         # the post does not say
-        ("embeddings_make_it_so", "embeddings", "not judged"),
+        (claims.EMBEDDINGS_MAKE_IT_SO, "embeddings", "not judged"),
     ):
         same = sum(
             one.decoded_ids["pinv"][0, 0] == other.decoded_ids["pinv"][0, 0]
             for one, other in zip(trained, study.descents[name], strict=True)
         )
         assert measured(what, study)[0].startswith(f"{same} of 4 decoded")
-        assert measured(what, descending(study, name, trained)) == (
-            measured(what, descending(study, name, trained))[0],
-            verdict,
-        )
-        assert measured(what, descending(study, name, trained))[0].startswith("4 of 4 decoded")
+        said, found = measured(what, descending(study, name, trained))
+        assert (said[: len("4 of 4 decoded")], found) == ("4 of 4 decoded", verdict)
     apart = [decoding(each, (decoded(each)[0] + 1) % VOCAB) for each in trained]
-    assert measured("untrained_is_like_trained", descending(study, "random", apart))[1] == "not reproduced"
+    assert measured(claims.RANDOM_IS_LIKE_TRAINED, descending(study, "random", apart))[1] == "not reproduced"
 
 
 def test_untrained_models_are_searched_themselves(study, tiny_directories):
@@ -200,10 +203,10 @@ def test_one_layer_agrees_with_none(study):
         greedy=study.greedy[:1],
         complete={**study.complete, "trained": one},
     )
-    assert measured("alone_as_the_first", alone)[1] == "not judged"
-    for what in ("layers_agree", "layers_agree_beyond_chance", "agreement_is_learned"):
+    assert measured(claims.ALONE_AS_THE_FIRST, alone)[1] == "not judged"
+    for what in (claims.LAYERS_AGREE, claims.AGREE_BEYOND_CHANCE, claims.AGREEMENT_IS_LEARNED):
         assert measured(what, alone)[1] == "not judged"
-    assert measured("later_tokens_agree_less", alone)[1] == "not judged"
+    assert measured(claims.LATER_AGREE_LESS, alone)[1] == "not judged"
 
 
 def test_gradient_claims_count(study):
@@ -216,16 +219,16 @@ def test_gradient_claims_count(study):
         for each, best in zip(study.descents["trained"], trained.ids[0, :4, 0], strict=True)
     )
     near = int((table.share_of_optimum >= 0.95).sum())
-    text, verdict = measured("gradient_differs", study)
+    text, verdict = measured(claims.GRADIENT_DIFFERS, study)
     assert text.startswith(f"{differ} of 4 ")
     assert f"by default {near} of 4 reach 95%" in text
     assert verdict == ("reproduced" if differ >= 2 else "not reproduced")
-    assert measured("last_is_sum", study) == (
-        "8 of 8, held against up to 256 others each (0.63 to 1.00)",
+    assert measured(claims.LAST_IS_SUM, study) == (
+        "8 of 8, each compared with up to 256 others (0.63 to 1.00)",
         "reproduced",
     )
     wrong = dataclasses.replace(study, summed=(False, *study.summed[1:]))
-    assert measured("last_is_sum", wrong)[1] == "not reproduced"
+    assert measured(claims.LAST_IS_SUM, wrong)[1] == "not reproduced"
 
 
 def test_last_and_sum_are_held_against_whole_runs(study, tiny_directories):
@@ -254,9 +257,9 @@ def test_nothing_is_planted_where_one_word_is_looked_for(study, tiny_directories
     asked = {"layer": 0, "selection": (slice(None), LAST), "n_tokens": 5, "restarts": 1, "seed": 0}
     assert_same(study.repeated[LAST], search_gradient(model, **asked))
     same = sum(len(set(each.decoded_ids["pinv"][0].tolist())) == 1 for each in study.repeated)
-    assert measured("one_word_repeated", study)[0].startswith(f"{same} of 4 decoded")
+    assert measured(claims.ONE_WORD_REPEATED, study)[0].startswith(f"{same} of 4 decoded")
     words = dataclasses.replace(study, repeated=tuple(decoding(each, 7) for each in study.repeated))
-    assert measured("one_word_repeated", words)[1] == "reproduced"
+    assert measured(claims.ONE_WORD_REPEATED, words)[1] == "reproduced"
 
 
 def test_the_last_block_alone_is_searched_alone(study, tiny_directories):
@@ -267,9 +270,9 @@ def test_the_last_block_alone_is_searched_alone(study, tiny_directories):
         torch.equal(one.best_ids(), other.best_ids())
         for one, other in zip(study.alone, study.gradient, strict=True)
     )
-    assert measured("alone_as_the_first", study)[0].startswith(f"{same} of 4 ")
+    assert measured(claims.ALONE_AS_THE_FIRST, study)[0].startswith(f"{same} of 4 ")
     alike = dataclasses.replace(study, alone=study.gradient)
-    assert measured("alone_as_the_first", alike)[1] == "reproduced"
+    assert measured(claims.ALONE_AS_THE_FIRST, alike)[1] == "reproduced"
 
 
 def test_found_embeddings_resemble_real_ones_more_than_those_each_other(study):
@@ -278,26 +281,26 @@ def test_found_embeddings_resemble_real_ones_more_than_those_each_other(study):
             dataclasses.replace(each, nearest_cosine=torch.full((1, 1), cosine), token_cosine=0.3)
             for each in study.descents["trained"]
         ]
-        found = measured("found_resemble_real", descending(study, "trained", descents))
-        assert found == (f"cosine to the nearest real one {cosine:.3f}; between neighbours 0.300", verdict)
+        found = measured(claims.FOUND_RESEMBLE_REAL, descending(study, "trained", descents))
+        assert found == (f"cosine to the nearest real one {cosine:.3f}; between neighbors 0.300", verdict)
 
 
 def test_a_model_of_another_size(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    found = reproduce_feature_search(model, n_features=1, n_tokens=1, against=random_like(model, 3))
+    found = study_feature_search(model, n_features=1, n_tokens=1, against=random_like(model, 3))
     share = feature_alignment(
         search_complete(model, top_k=5), search_complete(random_like(model, 3), top_k=5)
     ).share()
-    assert measured("sizes_agree", found) == (str(share), "not reproduced")
+    assert measured(claims.SIZES_AGREE, found) == (str(share), "not reproduced")
     same = dataclasses.replace(
         found,
         alignments=found.alignments | {"trained_other": feature_alignment(*[found.complete["trained"]] * 2)},
     )
-    assert measured("sizes_agree", same)[1] == "reproduced"
+    assert measured(claims.SIZES_AGREE, same)[1] == "reproduced"
     other = load_model(tiny_directories / "llama", processing=False)
     other.tokenizer = None
-    with pytest.raises(ValueError, match="the other model has another tokenizer"):
-        reproduce_feature_search(model, against=other)
+    with pytest.raises(ValueError, match="against must be a model with the same tokenizer"):
+        study_feature_search(model, against=other)
 
 
 def test_a_descent_is_decoded_by_the_pseudo_inverse(study):
@@ -314,7 +317,7 @@ def test_later_tokens(study):
     ids[..., 1:] += 1
     agree = dataclasses.replace(study, greedy=(one, dataclasses.replace(one, ids=ids)))
     # of four, 1.000 is at least 0.398, and 0.000 at most 0.602
-    assert measured("later_tokens_agree_less", agree) == (
+    assert measured(claims.LATER_AGREE_LESS, agree) == (
         "first token 1.000, later ones 0.000, of 4 features",
         "not judged",
     )
@@ -328,9 +331,9 @@ def test_later_tokens(study):
         for each in agree.greedy
     ]
     of_eight = dataclasses.replace(study, greedy=tuple(both))
-    assert measured("later_tokens_agree_less", of_eight)[1] == "reproduced"
+    assert measured(claims.LATER_AGREE_LESS, of_eight)[1] == "reproduced"
     same = dataclasses.replace(study, greedy=(one, one))
-    assert measured("later_tokens_agree_less", same)[1] == "not reproduced"
+    assert measured(claims.LATER_AGREE_LESS, same)[1] == "not reproduced"
 
 
 @pytest.mark.parametrize(
@@ -342,53 +345,31 @@ def test_some_layers(layers, expected, study):
     assert some_layers(search) == expected
 
 
-def test_real_contexts_are_searched_in_a_corpus(tiny_directories):
-    model = load_model(tiny_directories / "llama", processing=False)
-    texts = ["the cat sat on the mat and the dog sat on the log " * 30]
-    found = reproduce_feature_search(model, n_features=1, n_tokens=1, corpus=texts, limit=3)
-    assert found.examples is not None
-    assert found.examples.read == 3
-    assert found.examples.layers == (0, 1)
-    assert "examples" in found.results
-    # nothing of the post's tables is of this model
-    assert len(found.comparisons) == len(FEATURES)
+def test_another_model_of_the_same_name_is_not_compared_with_the_tables(study):
+    # of two layers, while the tables are of models of 12
+    assert len(claims.claims_of(study)) == len(claims.CLAIMS)
 
 
-def test_another_model_of_the_same_name_is_not_judged_by_the_tables(tiny_directories):
-    model = load_model(tiny_directories / "gpt2", processing=False)
-    found = reproduce_feature_search(model, n_features=1, n_tokens=1)
-    assert len(found.comparisons) == len(FEATURES)
-
-
-def test_what_cannot_be_is_said_before_the_work(tiny_directories, monkeypatch):
+def test_bad_sizes_are_refused_before_any_search(tiny_directories, monkeypatch):
     model = load_model(tiny_directories / "gpt2", processing=False)
     monkeypatch.setattr(feature_search, "search_complete", None)
-    with pytest.raises(ValueError, match="40 tokens do not fit into the model's context of 32"):
-        reproduce_feature_search(model, n_tokens=40)
-    with pytest.raises(ValueError, match="is no file or folder"):
-        reproduce_feature_search(model, corpus="nope")
-    with pytest.raises(ValueError, match="limit must be at least 1"):
-        reproduce_feature_search(model, corpus=["a b c"], limit=0)
+    with pytest.raises(ValueError, match="n_tokens must be at most 32, the model's context, got 40"):
+        study_feature_search(model, n_tokens=40)
+    with pytest.raises(ValueError, match="n_features must be at least 1, got 0"):
+        study_feature_search(model, n_features=0)
 
 
-def test_it_is_saved_whole(study, tmp_path):
-    written = study.save(tmp_path)
-    names = {path.name for path in written}
-    assert {"comparison.csv", "complete_trained.safetensors", "alignment_trained_random.csv"} <= names
-    assert load(tmp_path / "complete_embeddings.safetensors") == study.complete["embeddings"]
+def test_the_results_are_named_after_what_they_are(study):
+    names = set(study.results)
+    assert {"complete_trained", "alignments_trained_random", "greedy_layer_0", "gradient"} <= names
     assert study.complete["embeddings"].model.name.endswith("seed 0, trained embeddings)")
 
 
-def test_bad_input(tiny_directories):
+def test_processed_weights_are_refused(tiny_directories):
     with pytest.raises(ValueError, match="processing=False"):
-        reproduce_feature_search(load_model(tiny_directories / "gpt2"))
-    model = load_model(tiny_directories / "gpt2", processing=False)
-    with pytest.raises(ValueError, match="n_features must be at least 1, got 0"):
-        reproduce_feature_search(model, n_features=0)
+        study_feature_search(load_model(tiny_directories / "gpt2"))
 
 
 def test_a_share_of_nothing_is_undefined():
-    from mechlens.studies.feature_search import share_of
-
     assert share_of(3.0, 4.0) == 0.75
     assert math.isnan(share_of(-2.0, -1.0))

@@ -10,9 +10,22 @@ import torch
 
 from mechlens.analyses.heads import SEEDS
 from mechlens.models.load.loading import BUNDLED_DIRECTORY
-from mechlens.published import GPT2_SMALL, REPEATED_TOKENS_GPT2, Published, read_card
-from mechlens.studies.heads import compare, known_figures
+from mechlens.models.protocol import describe
+from mechlens.studies.heads import DRAWS, HeadsStudy, claim_of, study_heads
+from mechlens.studies.published import (
+    COMPOSITION_GPT2,
+    GPT2_SMALL,
+    REPEATED_TOKENS_GPT2,
+    Published,
+    figures_of,
+    read_card,
+)
+from mechlens.text.prompts import RepeatedTokens
 from tests import hand_made
+
+
+def compare(figure, performance, heads):
+    return claim_of(figure).compare(HeadsStudy((), performance, heads, hand_made.attention()))
 
 
 def spread_performance():
@@ -32,7 +45,7 @@ def spread_performance():
 @pytest.mark.parametrize(
     ("value", "verdict"), [(-0.5, "reproduced"), (-0.98, "reproduced"), (-1.2, "not reproduced")]
 )
-def test_one_draw_is_held_against_single_sequences(value, verdict):
+def test_a_single_draw_is_compared_with_single_sequences(value, verdict):
     figure = Published("second_half_log_prob", value, "an article", sequences=1)
     found = compare(figure, spread_performance(), hand_made.head_scores())
     assert found.verdict == verdict
@@ -41,7 +54,7 @@ def test_one_draw_is_held_against_single_sequences(value, verdict):
     assert found.measured == pytest.approx(-0.495, abs=1e-6)
 
 
-def test_a_mean_of_many_is_held_against_means_of_as_many():
+def test_a_mean_of_many_is_compared_with_means_of_as_many():
     figure = Published("second_half_log_prob", -0.6, "an article", sequences=30)
     found = compare(figure, spread_performance(), hand_made.head_scores())
     # 1 / (1/30 + 1/100) = 23 sequences of standard deviation 0.2887: 2.576 * 0.2887 / sqrt(23)
@@ -55,14 +68,14 @@ def test_a_mean_of_many_is_held_against_means_of_as_many():
     )
 
 
-def test_halves_are_told_apart():
+def test_the_first_copy_is_read_for_a_claim_about_it():
     figure = Published("first_half_log_prob", -5.0, "an article")
     found = compare(figure, spread_performance(), hand_made.head_scores())
     assert found.measured == -5
     assert found.verdict == "reproduced"
 
 
-def test_a_head_and_a_head_that_is_not_there():
+def test_a_head_that_the_model_lacks_is_not_reproduced():
     figure = Published("score", 0.875, "an article", head=(1, 2), kind="induction_score", sequences=30)
     scores = hand_made.head_scores()
     many = {kind: values.repeat(15, 1, 1, 1) for kind, values in scores.scores.items()}
@@ -70,13 +83,13 @@ def test_a_head_and_a_head_that_is_not_there():
         scores, scores=many, nulls={}, tokens={"repeated": scores.tokens["repeated"].repeat(15, 1, 1)}
     )
     found = compare(figure, hand_made.performance(), scores)
-    assert (found.claim, found.measured, found.verdict) == ("induction_score of L1H2", 0.875, "reproduced")
+    assert (found.claim, found.measured, found.verdict) == ("induction score of L1H2", 0.875, "reproduced")
     absent = dataclasses.replace(figure, head=(5, 5))
     found = compare(absent, hand_made.performance(), hand_made.head_scores())
     assert (found.measured, found.verdict) == ("no such head", "not reproduced")
 
 
-def test_claims_about_heads():
+def test_the_highest_head_and_the_heads_above_a_threshold():
     heads, performance = hand_made.head_scores(), hand_made.performance()
     highest = Published("highest_head", "L1H2", "an article", kind="induction_score")
     assert compare(highest, performance, heads).verdict == "reproduced"
@@ -115,9 +128,11 @@ def test_an_induction_circuit_needs_the_right_order_and_clear_nulls(previous, in
     assert found.measured == ("L1H2 0.850 after L0H1 0.950" if holds else "none")
 
 
-def test_a_threshold():
-    figure = Published("at_least", ">= 0.90", "a card", kind="second_half_accuracy", threshold=0.9)
-    assert compare(figure, hand_made.performance(), hand_made.head_scores()).verdict == "not reproduced"
+def test_a_threshold_is_a_lower_or_an_upper_bound():
+    figure = Published("at_least", "at least 0.90", "a card", kind="second_half_accuracy", threshold=0.9)
+    found = compare(figure, hand_made.performance(), hand_made.head_scores())
+    assert found.verdict == "not reproduced"
+    assert found.claim == "top-1 accuracy on the second copy, at least 0.90"
     low = dataclasses.replace(figure, threshold=0.7)
     assert compare(low, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
     most = dataclasses.replace(figure, what="at_most", threshold=0.8)
@@ -130,15 +145,15 @@ def test_only_models_with_published_figures_are_compared():
     sizes = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
     gpt2 = dataclasses.replace(hand_made.model("gpt2"), **sizes)
     for name in GPT2_SMALL:
-        assert known_figures(dataclasses.replace(gpt2, name=name)) == REPEATED_TOKENS_GPT2
-    assert known_figures(dataclasses.replace(gpt2, name="EleutherAI/pythia-160m")) == ()
-    assert known_figures(hand_made.model("gpt2")) == (), "another model in a folder of that name"
-    assert known_figures(dataclasses.replace(gpt2, revision="main~1")) == ()
+        assert figures_of(dataclasses.replace(gpt2, name=name)) == (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2)
+    assert figures_of(dataclasses.replace(gpt2, name="EleutherAI/pythia-160m")) == ()
+    assert figures_of(hand_made.model("gpt2")) == (), "another model in a folder of that name"
+    assert figures_of(dataclasses.replace(gpt2, revision="main~1")) == ()
 
 
-def test_the_card_is_not_of_the_sequences_it_is_held_against():
+def test_the_card_was_measured_on_other_seeds_than_the_default_ones():
     card = json.loads((BUNDLED_DIRECTORY / "card.json").read_text())
-    assert not set(card["seeds"]) & set(SEEDS)
+    assert not set(card["seeds"]) & {*SEEDS, *DRAWS.seeds}
 
 
 def test_too_few_sequences_judge_nothing():
@@ -154,22 +169,22 @@ def test_a_card_is_read_and_a_broken_one_refused(tmp_path):
     path.write_text(json.dumps({"figures": [dataclasses.asdict(figure)]}))
     assert read_card(path) == (figure,)
     path.write_text(json.dumps({"figures": [{"nonsense": 1}]}))
-    with pytest.raises(ValueError, match="is no model card"):
+    with pytest.raises(ValueError, match="is not a model card"):
         read_card(path)
 
 
-def test_the_study_on_the_bundled_model(bundled, tmp_path):
-    """Few sequences: enough to see that every part arrives, is saved and agrees with its card."""
-    from mechlens import load
-    from mechlens.studies.heads import reproduce
+def test_a_kind_that_was_not_scored_is_not_judged():
+    figure = Published("highest_head", "L1H2", "an article", kind="prefix_matching_score")
+    heads = hand_made.head_scores()
+    scores = {kind: values for kind, values in heads.scores.items() if kind != figure.kind}
+    found = compare(figure, hand_made.performance(), dataclasses.replace(heads, scores=scores, nulls={}))
+    assert (found.measured, found.verdict) == ("does not fit the model's context", "not judged")
 
-    found = reproduce(bundled, batch=30, seeds=(11,))
-    assert [c.claim for c in found.comparisons if c.verdict != "reproduced"] == []
-    assert len(found.comparisons) >= 8
-    written = found.save(tmp_path)
-    assert load(tmp_path / "head_scores.safetensors") == found.heads
-    assert load(tmp_path / "repeated_tokens.safetensors") == found.performance
-    assert load(tmp_path / "attention_patterns.safetensors") == found.patterns
-    assert all(path.stat().st_size > 0 for path in written)
-    shorter = reproduce(bundled, seq_len=20, batch=2, seeds=(0,))
+
+def test_the_bundled_model_agrees_with_its_card(bundled):
+    figures = [each for each in figures_of(describe(bundled)) if each.study == "heads"]
+    found = study_heads(bundled, RepeatedTokens(50, 30, seeds=11), figures=figures)
+    assert [each.verdict for each in found.comparisons] == ["reproduced"] * len(figures)
+    assert len(figures) >= 8
+    shorter = study_heads(bundled, RepeatedTokens(20, 2, seeds=0), figures=figures)
     assert shorter.comparisons == (), "nothing is published for 20 tokens"

@@ -14,13 +14,11 @@ from safetensors.torch import load_file
 from mechlens.analyses.circuits import full_OV
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
-from mechlens.results import InductionCircuits, load
+from mechlens.results import load
 from mechlens.show.induction_circuits import induction_circuits_section
 from mechlens.studies import induction_circuits as study
 from mechlens.studies.induction_circuits import (
     find_induction_circuits,
-    reproduce_composition_circuit,
-    strongest,
 )
 from mechlens.terminal import induction_circuits_json, print_induction_circuits, print_json
 from tests.counting import positions_run
@@ -422,16 +420,6 @@ def test_pairs_beside_a_users_hook_are_judged_in_whole_runs(tmp_path):
     assert found.clean_loss == pytest.approx(float(losses[0]), abs=1e-5)
     removed = float(losses[1] - losses[0])
     assert float(found.evidence["loss_removed"][0]) == pytest.approx(removed, abs=2e-5)
-
-
-def test_the_article_is_held_against_gpt2_only(by_hand):
-    found = reproduce_composition_circuit(by_hand, **OPTIONS)
-    assert [c.verdict for c in found.comparisons] == ["not judged"] * 2
-    assert [c.measured for c in found.comparisons] == [1.0, 1.0]
-    assert set(found.results) == {"circuits", "composition"}
-    assert strongest(found.circuits) == 0
-    none = InductionCircuits(**{**vars(found.circuits), "pairs": (), "verdicts": (), "reasons": ()})
-    assert strongest(none) is None
 
 
 def test_a_note_names_the_null_that_decided(by_hand, tmp_path):

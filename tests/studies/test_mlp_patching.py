@@ -9,56 +9,52 @@ import pytest
 import torch
 
 from mechlens.models.load.loading import load_model
-from mechlens.published import MLP_PATCHING
-from mechlens.results import load
 from mechlens.studies.mlp_patching import (
     CLAIMS,
     INDUCTION,
     MlpStudy,
-    compare,
     first_and_others,
-    reproduce_mlp_patching,
+    study_mlp_patching,
 )
 from tests import hand_made
 from tests.close import assert_close
 from tests.reference import patching as reference
 from tests.tiny_models import write_toy
 
-BY_NAME = {claim.what: claim for claim in MLP_PATCHING}
+SMALL_ELSEWHERE, FIRST_STANDS_OUT, FIRST_OF_COPY_STANDS_OUT = CLAIMS
 
 
 @pytest.fixture(scope="module")
 def study(bundled) -> MlpStudy:
-    return reproduce_mlp_patching(bundled, seq_len=8, batch=2)
+    return study_mlp_patching(bundled, seq_len=8, batch=2)
 
 
 def test_every_claim_is_measured(study):
-    assert set(CLAIMS) == set(BY_NAME)
-    assert [each.published for each in study.comparisons] == [claim.value for claim in MLP_PATCHING]
-    assert set(study.to_dataframe().verdict) <= {"reproduced", "not reproduced"}
+    assert [each.claim for each in study.comparisons] == [claim.statement for claim in CLAIMS]
+    assert {each.verdict for each in study.comparisons} <= {"reproduced", "not reproduced"}
 
 
 def test_the_loop_as_it_is_written_starts_at_the_end_of_the_first_copy(bundled, study):
-    tokens = study.as_written.tokens
-    assert study.as_written.positions == tuple(range(8, 16))
-    assert study.aligned.positions == tuple(range(9, 17))
-    assert torch.equal(tokens, study.aligned.tokens)
+    tokens = study.mlps_as_written.tokens
+    assert study.mlps_as_written.positions == tuple(range(8, 16))
+    assert study.mlps_aligned.positions == tuple(range(9, 17))
+    assert torch.equal(tokens, study.mlps_aligned.tokens)
     # the first of them is the last token of the first copy, and gets what BOS has
     expected = reference.earlier(
         bundled, tokens[:1], "blocks.{}.hook_mlp_out", range(4), range(8, 16), 8, range(8, 16)
     )
     # float32 through four layers, in losses of some nats
-    assert torch.allclose(study.as_written.values[0], expected, atol=1e-4)
+    assert torch.allclose(study.mlps_as_written.values[0], expected, atol=1e-4)
 
 
 def test_without_bos_the_copies_are_aligned_as_the_loop_is_written(bundled):
-    found = reproduce_mlp_patching(bundled, seq_len=4, batch=1, prepend_bos=False)
-    assert found.as_written.positions == found.aligned.positions == (4, 5, 6, 7)
-    assert_close(found.as_written.values, found.aligned.values)
+    found = study_mlp_patching(bundled, seq_len=4, batch=1, prepend_bos=False)
+    assert found.mlps_as_written.positions == found.mlps_aligned.positions == (4, 5, 6, 7)
+    assert_close(found.mlps_as_written.values, found.mlps_aligned.values)
 
 
-def test_heads_are_scored_on_the_sequences_they_are_taken_away_on(study):
-    assert torch.equal(study.scores.tokens["repeated"][0], study.heads.tokens)
+def test_heads_are_scored_on_the_sequences_they_are_ablated_on(study):
+    assert torch.equal(study.ablated_head_scores.tokens["repeated"][0], study.ablated_heads.tokens)
 
 
 def test_the_largest_of_the_first_and_of_the_others():
@@ -69,17 +65,18 @@ def test_the_largest_of_the_first_and_of_the_others():
 def test_claims_hold_and_fail_where_the_numbers_say_so(study):
     grid = hand_made.patch_grid()
     flat = dataclasses.replace(grid, values=torch.ones(1, 2, 3) + torch.tensor([0.05, 0.05, -0.05]))
-    for aligned, small, stands_out in ((grid, "0.500", "2.000"), (flat, "0.050", "1.000")):
-        other = dataclasses.replace(study, aligned=aligned)
-        assert compare(BY_NAME["mlps_small_elsewhere"], other).measured == small
-        found = compare(BY_NAME["mlps_first_of_copy_stands_out"], other)
-        assert (found.measured, found.verdict) == (
-            stands_out,
-            "reproduced" if stands_out == "2.000" else "not reproduced",
-        )
-    assert compare(BY_NAME["mlps_small_elsewhere"], other).verdict == "reproduced"
+    for aligned, small, is_small, stands_out, does_stand_out in (
+        (grid, 0.5, "not reproduced", 2.0, "reproduced"),
+        (flat, 0.05, "reproduced", 1.0, "not reproduced"),
+    ):
+        other = dataclasses.replace(study, mlps_aligned=aligned)
+        found = SMALL_ELSEWHERE.compare(other)
+        # float32 values of about 1, subtracted
+        assert (found.measured, found.verdict) == (pytest.approx(small, abs=1e-6), is_small)
+        found = FIRST_OF_COPY_STANDS_OUT.compare(other)
+        assert (found.measured, found.verdict) == (pytest.approx(stands_out, abs=1e-5), does_stand_out)
     none = dataclasses.replace(grid, values=torch.ones(1, 2, 3))
-    found = compare(BY_NAME["mlps_first_stands_out"], dataclasses.replace(study, as_written=none))
+    found = FIRST_STANDS_OUT.compare(dataclasses.replace(study, mlps_as_written=none))
     assert (math.isnan(found.measured), found.verdict) == (True, "not judged")
 
 
@@ -92,13 +89,7 @@ def test_rank_correlation_of_known_ranks():
     assert study.rank_correlation(INDUCTION) == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_study_is_saved_with_its_tables(study, tmp_path):
-    written = study.save(tmp_path)
-    assert len(written) == 4 * 2 + 1
-    assert load(tmp_path / "as_written.safetensors") == study.as_written
-
-
 def test_a_model_without_mlps_is_refused(tmp_path):
     write_toy(tmp_path)
     with pytest.raises(ValueError, match="no MLPs"):
-        reproduce_mlp_patching(load_model(tmp_path), seq_len=4)
+        study_mlp_patching(load_model(tmp_path), seq_len=4)
