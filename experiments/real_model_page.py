@@ -163,7 +163,9 @@ def _also(also: dict[str, Any]) -> str:
                 for layer, feature, token, activation in also["feature-tokens"]
             ],
         )
-        parts.append(f"\nThe maximally activating tokens of some of them, among all tokens alone:\n\n{table}\n")
+        parts.append(
+            f"\nThe maximally activating tokens of some of them, among all tokens alone:\n\n{table}\n"
+        )
     if "logit-lens" in also:
         table = _table(("claim", "measured", "verdict"), [tuple(each) for each in also["logit-lens"]])
         (_, kl, rank), (_, *first), (_, *half), (_, *last) = also["input"]

@@ -20,7 +20,7 @@ from mechlens.plots.heads import plot_attention_heatmap
 from mechlens.results import Comparison, LogitLensResult
 from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
 from mechlens.show.lens import lens_section, sub_blocks_section
-from mechlens.show.page import render_report, verdict_statement, write_report
+from mechlens.show.page import render_report, write_report
 from mechlens.show.section import Figure, Section, Table
 from tests import hand_made
 
@@ -190,22 +190,6 @@ def test_table_sets_published_beside_measured() -> None:
     cells = " ".join(text.split())
     assert "accuracy an article 0.9300 0.9124 at least 0.9000 ✓ reproduced" in cells
     assert "L5H5 an article −0.9100 not measured 0.8800 to 0.9500 ✗ not reproduced" in cells  # noqa: RUF001
-
-
-def test_what_did_not_come_out_is_said_plainly() -> None:
-    assert verdict_statement([GOOD]) == "1 of 1 figures came out as claimed (an article)."
-    assert verdict_statement([GOOD, MISSED]) == (
-        "1 of 2 figures came out as claimed (an article). These did not: induction_score of L5H5 "
-        "(claimed −0.9100, measured not measured)."  # noqa: RUF001
-    )
-    open_ = dataclasses.replace(MISSED, verdict="not judged")
-    assert verdict_statement([GOOD, open_]) == (
-        "1 of 1 figures came out as claimed (an article). 1 could not be judged: too little was measured."
-    )
-    assert verdict_statement([GOOD, *[MISSED] * 5]) == (
-        "1 of 6 figures came out as claimed (an article). 5 did not: the table has their figures."
-    )
-    assert verdict_statement([]) == "There is no published figure to compare with."
 
 
 def test_terms_of_all_sections_are_defined_once() -> None:
