@@ -2,8 +2,8 @@
 
     python experiments/real_model_card.py --model smollm2-135m --into mechlens/studies/cards
 
-Every figure is measured on draws that no reproduction makes by default. Writes MODEL.json, and the results into
---out. Takes about twenty minutes on two cores.
+Every figure is measured on draws that no reproduction makes by default. Writes MODEL.json, and the results
+into --out. Takes about twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:
 
 
 def of_lens_study(study: LensStudy) -> dict[str, Any]:
-    """The post's claims, and what is left of the input on prose: mean KL(input || layer), and the geometric mean
-    of the input token's rank."""
+    """The post's claims, and what is left of the input on prose: mean KL(input || layer), and the geometric
+    mean of the input token's rank."""
     prose = study.prose
     read = prose.mask[:, list(prose.positions)].clone()
     read[:, 0] = False
@@ -186,7 +186,8 @@ def facts(model: Any, name: str) -> tuple[Study, list[Published]]:
 
 
 def induction_circuits(model: Any, name: str) -> tuple[Study, list[Published]]:
-    """The three strongest induction heads, each with the three strongest previous-token heads of earlier layers."""
+    """The three strongest induction heads, each with the three strongest previous-token heads of earlier
+    layers."""
     scores = mechlens.score_heads(model, ["induction_score", "previous_token_score"], seeds=SEEDS[:1])
     later = [head for head, _ in list(scores.ranked("induction_score"))[:3]]
     earlier = [head for head, _ in list(scores.ranked("previous_token_score"))[:3]]

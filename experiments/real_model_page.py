@@ -19,14 +19,15 @@ TEXT = Path(__file__).with_suffix(".md")
 """The page, with the names of figures in place of the figures."""
 
 _LENS = (
-    "What the post saw in GPT-2, as numbers: on prose, on rare words that are copied, and on repeated sentences "
-    "(`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is tied to the embedding."
+    "What the post saw in GPT-2, as numbers: on prose, on rare words that are copied, and on repeated "
+    "sentences (`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is tied to the embedding."
 )
 _INPUT = (
-    "Because the embedding is tied, the lens at the embedding predicts the input token: its rank is {rank:.1f} "
-    "there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and {last[1]:.0f} "
-    "after the last layer; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and {last[0]:.1f} nats. The input "
-    "is gone after one layer, as the post says; rare tokens are not kept better than common ones."
+    "Because the embedding is tied, the lens at the embedding predicts the input token: its rank is "
+    "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and "
+    "{last[1]:.0f} after the last layer; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and "
+    "{last[0]:.1f} nats. The input is gone after one layer, as the post says; rare tokens are not kept "
+    "better than common ones."
 )
 _TUNED = (
     "Trained on public-domain books, {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on "
@@ -146,8 +147,8 @@ def _circuit_words(circuits: dict[str, Any]) -> str:
     words = f"{', '.join(dict.fromkeys(one for one, _ in together))} forms a circuit with {users}."
     if idle:
         words += (
-            f" {' and '.join(idle)} attend to the previous token almost as sharply, but ablating them changes "
-            "almost nothing: a score does not show what a head is for."
+            f" {' and '.join(idle)} attend to the previous token almost as sharply, but ablating them "
+            "changes almost nothing: a score does not show what a head is for."
         )
     return words
 

@@ -12,9 +12,9 @@ def test_lines_are_the_shares_and_the_mean_probability_of_each_row():
     figure = plot_facts(hand_made.facts())
     lines = {trace.name: list(trace.y) for trace in figure.data}
     assert list(figure.data[0].x) == ["emb.", "0", "1"]
-    assert lines["first guess"] == [0.0, 0.0, 0.5]
-    assert lines["among the first ten"] == [0.0, 0.5, 1.0]
-    assert lines["wrong answer first"] == [0.0, 0.0, 0.5]
+    assert lines["top-1"] == [0.0, 0.0, 0.5]
+    assert lines["top 10"] == [0.0, 0.5, 1.0]
+    assert lines["wrong answer, top-1"] == [0.0, 0.0, 0.5]
     assert lines["mean probability"][-1] == pytest.approx((1 + 1 / 7) / 2 * 2.718281828**-0.5)
     assert "with BOS" in figure.layout.title.text
 

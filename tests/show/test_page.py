@@ -188,7 +188,7 @@ def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() ->
 def test_table_sets_published_beside_measured() -> None:
     text = re.sub(r"<[^>]*>", " ", report(comparisons=(GOOD, MISSED)).split("<main")[1].split("</table>")[0])
     cells = " ".join(text.split())
-    assert "accuracy an article 0.9300 0.9124 at least 0.9000 ✓ reproduced" in cells
+    assert "accuracy an article 0.9300 0.9124 at least 0.90 ✓ reproduced" in cells
     assert "L5H5 an article −0.9100 not measured 0.8800 to 0.9500 ✗ not reproduced" in cells  # noqa: RUF001
 
 
