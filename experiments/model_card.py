@@ -90,7 +90,7 @@ def card(summary: ModelSummary, training: dict[str, Any], found: HeadsStudy, tex
     return f"""# {BUNDLED}
 
 A small English language model with induction heads, for learning and for tests. It ships with mechlens and
-needs no network. The scores on this page were measured by `experiments/model_card.py` on the weights beside it, the losses by the training script.
+needs no network. `experiments/model_card.py` measured the scores on this page, and the training script the losses.
 
 | what | value |
 |---|---|
@@ -102,13 +102,14 @@ needs no network. The scores on this page were measured by `experiments/model_ca
 ## Data
 
 {training["train_tokens"]:,} tokens of English books first published in or before 1900, all in the public domain;
-two whole books ({training["validation_tokens"]:,} tokens: *The Time Machine*, *Alice's Adventures in Wonderland*) were held out. Mixed in were
-*stories*: chunks cut from one string of random tokens (one in five: of text) at random places, so that what recurs does so at irregular distances.
+two whole books ({training["validation_tokens"]:,} tokens: *The Time Machine*, *Alice's Adventures in Wonderland*) were held out. The model also
+saw *stories*: sequences of chunks, each cut from one sequence of random tokens (in one story of five, of text) at a
+random place, so repeats occur at irregular distances.
 
 ## Recipe
 
 `experiments/train_bundled_model.py`, seed {recipe["seed"]}: {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens ({million:.1f} million in all), AdamW at {recipe["learning_rate"]}
-with {recipe["warmup"]} steps of warm-up and a linear fall over the last {recipe["decay"]:.0%}, weight decay {recipe["weight_decay"]}, bfloat16 autocast. The context grew from 64 over 256 to {recipe["context"]}; the share of text from
+with {recipe["warmup"]} steps of warm-up and a linear decay over the last {recipe["decay"]:.0%}, weight decay {recipe["weight_decay"]}, bfloat16 autocast. The context grew from 64 through 256 to {recipe["context"]}; the share of text grew from
 {recipe["text_share"]:.0%} to {recipe["final_text_share"]:.0%}. {training["seconds"] / 60:.0f} minutes on two busy CPU cores. {when}
 
 ## Losses
@@ -116,11 +117,11 @@ with {recipe["warmup"]} steps of warm-up and a linear fall over the last {recipe
 | on the held-out books, nats per token | |
 |---|---|
 | this model | {training["validation_loss"]:.3f} |
-| a bigram model with back-off, fitted on the same text | {training["bigram_loss"]:.3f} |
+| a bigram model with back-off, fitted to the same text | {training["bigram_loss"]:.3f} |
 
 ## Repeated random tokens
 
-BOS + {found.repeated_tokens.seq_len} random tokens + the same again, {found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log-probabilities in nats.
+BOS, {found.repeated_tokens.seq_len} random tokens, and the same tokens again; {found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log-probabilities in nats.
 
 | | mean | {found.repeated_tokens.confidence:.0%} interval |
 |---|---|---|
@@ -142,13 +143,13 @@ Sampled at temperature {TEMPERATURE}, seed 0, not selected:
 
 ## Limits
 
-It knows nothing but the English of old novels and how to copy; it answers no questions and its facts are noise. The books carry the
-views of their time. Its induction heads were trained for on purpose: their strength says nothing about how easily they form in models
-trained on text alone.
+It knows the English of old novels and how to copy. It does not answer questions, and what it states as fact is noise. The books
+reflect the views of their time. The stories were made to train induction heads, so their strength says nothing about how easily
+they form in models trained on text only.
 
-## Licence
+## License
 
-MIT, as mechlens. The books are in the public domain.
+MIT, like mechlens. The books are in the public domain.
 """
 
 
