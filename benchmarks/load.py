@@ -1,10 +1,9 @@
-"""How long a model takes to load and to run once, and how much memory: beside Hugging Face and the engine.
+"""Time and memory to load a model and run it once, compared with transformers and TransformerLens.
 
     python benchmarks/load.py [--pairs 3]
 
-The model has SmolLM2-135M's shape and random weights. Each load runs in a process of its own that has
-imported torch and the libraries that it needs; memory is what its peak adds to that, as a multiple of the
-weights.
+The model has the shape of SmolLM2-135M and random weights. Each load runs in a new process, after the
+imports; memory is the peak above that, as a multiple of the size of the weights.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ SECONDS, UNKNOWN_SECONDS = 4.0, 5.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each, in turn")
-    parser.add_argument("--one", nargs=2, help="load this way from this folder, and print what it took")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each, alternating")
+    parser.add_argument("--one", nargs=2, help="load this way from this folder, and print time and memory")
     options = parser.parse_args()
     if options.one:
         measure(*options.one)
@@ -42,10 +41,10 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "--one", "make", folder], check=True)
         for dtype in ("float32", "bfloat16"):
             compare(Path(folder), dtype, options.pairs)
-    taken = alone("unknown", "")["seconds"]
+    taken = in_new_process("unknown", "")["seconds"]
     print_rows(
         "an unknown name without a network",
-        [Row("load_model, the import of torch not counted", taken, "s", UNKNOWN_SECONDS)],
+        [Row("load_model, without the import of torch", taken, "s", UNKNOWN_SECONDS)],
     )
 
 
@@ -55,13 +54,13 @@ def compare(folder: Path, dtype: str, pairs: int) -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(pairs):
         for way in ways:
-            found[way].append(alone(f"{way}-{dtype}", str(folder)))
-    # the largest tensors are processed in float32; one layer's weights, beside the narrow ones
+            found[way].append(in_new_process(f"{way}-{dtype}", str(folder)))
+    # the largest tensors are processed in float32: one layer, in addition to the weights
     layer = 4 * (D_MODEL * D_MODEL * 8 // 3 + 3 * D_MODEL * D_MLP) / 2**20
     engine = found[ways[-1]][0]
     rows = [
         Row("torch, transformers and TransformerLens, import", engine["import_seconds"], "s"),
-        Row("  what TransformerLens adds to memory", engine["import_added"], "MiB"),
+        Row("  memory added by TransformerLens", engine["import_added"], "MiB"),
     ]
     for way in ways:
         ours = way.startswith("ours")
@@ -86,11 +85,11 @@ NAMES = {
 }
 
 
-def alone(way: str, folder: str) -> dict[str, float]:
-    """What one load took, in a process of its own."""
+def in_new_process(way: str, folder: str) -> dict[str, float]:
+    """The figures of one load in a new process."""
     environment = os.environ | {"OMP_NUM_THREADS": THREADS, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if way == "unknown":
-        # a port that nobody listens on stands for no network, and an empty cache for one without the model
+        # a port without a listener for no network, and an empty cache
         environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": tempfile.gettempdir()}
         environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-W", "ignore", __file__, "--one", way, folder]
@@ -100,7 +99,7 @@ def alone(way: str, folder: str) -> dict[str, float]:
 
 
 def measure(way: str, folder: str) -> None:
-    """Do one load here and print its figures; or `make` the model."""
+    """Load the model once and print the figures, or `make` the model."""
     start = time.perf_counter()
     if way == "unknown":
         from mechlens import load_model
@@ -122,7 +121,7 @@ def measure(way: str, folder: str) -> None:
     name, *kind, dtype = way.split("-")
     bare = high_water()
     if name != "hf":
-        import transformer_lens  # noqa: F401 - its import is what is measured
+        import transformer_lens  # noqa: F401 - its import is measured
     engine = {"import_seconds": time.perf_counter() - start, "import_added": high_water() - bare}
     before = high_water()
     start = time.perf_counter()
@@ -135,7 +134,7 @@ def measure(way: str, folder: str) -> None:
     else:
         model = theirs(kind[0], folder, getattr(torch, dtype))
     if name == "hf":
-        # a file that is mapped into memory is read when it is used; the others are run before they are given
+        # a memory-mapped file is read when it is used; the other ways run the model while loading
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long))
     taken = time.perf_counter() - start
@@ -146,7 +145,7 @@ def measure(way: str, folder: str) -> None:
 
 
 def theirs(engine: str, folder: str, dtype: object) -> object:
-    """As a user of TransformerLens would, who has a folder."""
+    """Load a folder as a user of TransformerLens would."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -195,12 +194,11 @@ def make(folder: str) -> None:
 
 
 def high_water() -> float:
-    """The most memory that this process has held so far, in MiB. Its own: a parent's peak is inherited by
-    what `resource` tells."""
+    """Peak memory of this process in MiB; the one from `resource` would include its parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
-    raise AssertionError("this system tells of no peak")
+    raise AssertionError("this system does not report peak memory")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long one waits for each command's help, for a refusal, for `import mechlens`, and for the main job.
+"""Time to show each command's help or an error, to import mechlens, and to run `mechlens reproduce`.
 
 python benchmarks/startup.py [--no-reproduce]
 """
@@ -22,16 +22,16 @@ from mechlens.cli.commands import every
 THREADS = "2"
 REPEATS = 7
 REFUSED = 2
-"""The exit code of wrong input."""
+"""Exit code for invalid input."""
 COMMAND = [sys.executable, "-c", "from mechlens.cli import main; main()"]
 BUNDLED = Path(__file__).parent.parent / "mechlens" / "models" / "bundled" / "model.safetensors"
 
 
 def seconds(command: Sequence[str], repeats: int = REPEATS) -> float:
-    """Median wall time of a command in a process of its own, once it and its files are known to the system.
+    """Median wall time of a command in a new process.
 
     Raises:
-        subprocess.CalledProcessError: it fails; a refusal is none.
+        subprocess.CalledProcessError: it fails with another exit code than 0 and 2.
     """
     environment = os.environ | {"OMP_NUM_THREADS": THREADS}
     times = []
@@ -52,7 +52,7 @@ def seconds(command: Sequence[str], repeats: int = REPEATS) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--no-reproduce", action="store_true", help="leave out the main job")
+    parser.add_argument("--no-reproduce", action="store_true", help="leave out `mechlens reproduce`")
     options = parser.parse_args()
     rows = [
         Row("Python itself", seconds([sys.executable, "-c", "pass"]), "s"),
@@ -62,13 +62,13 @@ def main() -> None:
     waits += [("bogus",), ("--bogus",), ("lens", "--bogus"), ("features", "bogus")]
     for words in waits:
         rows.append(Row(f"mechlens {' '.join(words)}", seconds([*COMMAND, *words]), "s", 0.3))
-    # for values typer imports pydantic, which alone takes as long as all the rest
+    # to convert values, typer imports pydantic, which takes as long as everything else
     rows.append(Row("mechlens patch --site mlp", seconds([*COMMAND, "patch", "--site", "mlp"]), "s"))
     if BUNDLED.is_file() and not options.no_reproduce:
         with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
             job = [*COMMAND, "reproduce", "--quiet", "--out", folder]
             rows.append(Row("mechlens reproduce, bundled model", seconds(job, 1), "s", 60))
-    print_rows(f"start-up: wall time of fresh processes, median of {REPEATS}, the main job once", rows)
+    print_rows(f"start-up: wall time of new processes, median of {REPEATS}; `reproduce` once", rows)
 
 
 if __name__ == "__main__":

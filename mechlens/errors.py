@@ -1,4 +1,4 @@
-"""The errors that callers may want to catch. Light to import."""
+"""The errors that callers may want to catch. Importing it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from typing import Any
 
 
 class ArgumentError(ValueError):
-    """An argument has a value that it cannot have.
+    """An argument has an invalid value.
 
-    The command line says the same of its own option.
+    The message names the argument, what it must be, and what was passed. On the command line it names the
+    option instead.
+
+    Args:
+        name: the argument's name, such as `top_k`.
+        needs: what it must be, such as `at least 1`.
+        got: the value that was passed.
+        hint: what to do, or why.
 
     Example:
         >>> raise mechlens.ArgumentError("top_k", "at least 1", 0)
@@ -21,7 +28,7 @@ class ArgumentError(ValueError):
         super().__init__(self.said_of(name))
 
     def said_of(self, name: str) -> str:
-        """The message, with the argument under another name."""
+        """The message, with another name for the argument."""
         return f"{name} must be {self.needs}, got {self.got!r}{f': {self.hint}' if self.hint else ''}"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -29,4 +36,12 @@ class ArgumentError(ValueError):
 
 
 class ModelLoadError(ValueError):
-    """A model cannot be had as asked; the message says what came, what was needed and what to do."""
+    """A model cannot be loaded. The message says why and what to do.
+
+    Example:
+        >>> try:
+        ...     mechlens.load_model("./my-model")
+        ... except mechlens.ModelLoadError as error:
+        ...     print(error)
+        my-model does not exist: give a directory with config.json, weights and tokenizer
+    """

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all.
+"""Write files atomically: completely or not at all.
 
-It is light to import, so that a command can try its target at once.
+Importing it imports nothing heavy, so a command can check its output file at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a file beside `target` to write, and move it there when the block ends without an exception.
+    """Yield a temporary file in the folder of `target`, and rename it to `target` if the block succeeds.
 
-    So the target is the old file or the whole new one at every moment.
+    At every moment, `target` is either the old file or the complete new one.
 
     Raises:
-        OSError: the file cannot be written; it names `target`, whatever file was written to.
+        OSError: the file cannot be written; the error names `target`, not the temporary file.
     """
     part = None
     try:
@@ -34,7 +34,7 @@ def replacing(target: Path) -> Iterator[Path]:
         part.replace(target)
     except BaseException as error:
         if part is not None:
-            with contextlib.suppress(OSError):  # such as a folder that is gone
+            with contextlib.suppress(OSError):  # the folder may be gone
                 part.unlink()
         if isinstance(error, SafetensorError) or (isinstance(error, OSError) and _is_about(error, part)):
             raise _named(error, target) from error
@@ -42,21 +42,21 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def check_writable(target: Path) -> None:
-    """Try whether a file can be written, so that this is known before the work whose result it will hold.
+    """Check that a file can be written, before the work whose result it will hold.
 
     Raises:
-        OSError: it cannot; the error names `target`.
+        OSError: it cannot be written; the error names `target`.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
-            target.lstat()  # refuses a name that is too long
+            target.lstat()  # raises if the name is too long
         _file_beside(target).unlink()
     except OSError as error:
         raise _named(error, target) from error
 
 
 def _file_beside(target: Path) -> Path:
-    """A new file in the folder of `target`; its name is no longer than a file's may be."""
+    """A new file in the folder of `target`, with a name that is not too long."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=".part")
     os.close(handle)
     return Path(name)
@@ -67,7 +67,7 @@ def _is_about(error: OSError, part: Path | None) -> bool:
 
 
 def _named(error: OSError | SafetensorError, target: Path) -> OSError:
-    """The same error about `target`. Safetensors gives the system's error number in its message alone."""
+    """The same error about `target`. Safetensors gives the system's error number only in its message."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])

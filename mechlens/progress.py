@@ -1,4 +1,4 @@
-"""Progress bars: on where somebody watches, off where output is kept."""
+"""Progress bars: shown in terminals and notebooks, not where output is redirected."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from tqdm.auto import tqdm
 
 DELAY = 1.0
-"""Seconds after which work that nobody asked a bar of gets one."""
+"""Seconds before a bar appears that was not explicitly asked for."""
 
 
 def progress_bar(
     work: Iterable[Any] | None = None, *, desc: str, progress: bool | None, unit: str = "run", **options: Any
 ) -> tqdm[Any]:
-    """A bar over some work, or one that is moved by hand.
+    """A progress bar over an iterable, or one to update by hand.
 
     Args:
-        progress: True or False; None is a bar in a terminal and in Jupyter, for work that takes longer than a
-            second, which is gone when the work is done.
+        progress: whether to show it. None shows it in terminals and Jupyter for work that takes longer than a
+            second, and removes it at the end.
     """
     if progress is None:
         options |= {"delay": DELAY, "leave": False}
@@ -28,26 +28,25 @@ def progress_bar(
 
 
 def announce(text: str, *, seconds: float, progress: bool | None) -> None:
-    """One line on standard error before work begins, where there is a bar for it.
+    """Print one line to standard error before work that has a progress bar.
 
     Args:
-        seconds: how long the work is going to take; where nobody asked for a bar, short work is not
-            announced.
+        seconds: how long the work will take; with `progress=None`, short work is not announced.
         progress: as for `progress_bar`.
     """
     if progress or (progress is None and seconds > DELAY and _is_watched()):
         tqdm.write(text, file=sys.stderr)
 
 
-def spoken(seconds: float) -> str:
-    """A time as people say it: seconds below a minute, else minutes."""
+def duration(seconds: float) -> str:
+    """A time in words: in seconds below a minute, else in minutes."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} minutes"
 
 
 def _is_watched() -> bool:
-    """Whether this is Jupyter or standard error is a terminal."""
+    """Whether this is Jupyter, or standard error is a terminal."""
     python = sys.modules.get("IPython")
     shell = None if python is None else python.get_ipython()
     return hasattr(shell, "kernel") or (sys.stderr is not None and sys.stderr.isatty())

@@ -23,7 +23,7 @@ from mechlens.models.run.arithmetic import block_flop
 from mechlens.models.run.forward import watch
 from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
-from mechlens.progress import announce, spoken
+from mechlens.progress import announce, duration
 from mechlens.results import TunedLens
 from mechlens.results.checkpoint import Checkpoint, checkpoint_path
 from mechlens.text.corpus import LENGTH, Source, token_windows
@@ -203,8 +203,8 @@ class TrainingPlan:
         step = self.step_flop / rate
         affordable = (600 - (seconds - steps * step)) / step if fixed else 600 * steps / seconds
         said = (
-            f"about {spoken(seconds)} for {_steps(steps)} of {self.step_tokens:,} tokens, of which "
-            f"{spoken(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
+            f"about {duration(seconds)} for {_steps(steps)} of {self.step_tokens:,} tokens, of which "
+            f"{duration(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
             f"({self.step_flop / 1e12:.3g} TFLOP a step, {rate / 1e12:.2g} a second here); 10 minutes buy "
             f"{_steps(max(0, int(affordable)))}"
         )

@@ -17,7 +17,7 @@ from mechlens.measures.accumulators import TopRows
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.arithmetic import block_flop, block_rate
 from mechlens.models.run.next_token_scan import candidates
-from mechlens.progress import announce, spoken
+from mechlens.progress import announce, duration
 from mechlens.results import CompleteSearch
 from mechlens.results.checkpoint import Checkpoint
 from mechlens.text.tokens import vocabulary_hash
@@ -149,7 +149,7 @@ def _announce(sought: Sought, n_tokens: int, path: Path | None, progress: bool |
     seconds = operations / block_rate(model)
     announce(
         f"search: {n_tokens:,} tokens through {blocks} blocks for {len(sought.features):,} features of "
-        f"{len(sought.layers)} layers ({operations / 1e12:.2g} TFLOP), about {spoken(seconds)}"
+        f"{len(sought.layers)} layers ({operations / 1e12:.2g} TFLOP), about {duration(seconds)}"
         + (f"; progress is saved to {path}" if path else ""),
         seconds=seconds,
         progress=progress,

@@ -1,4 +1,4 @@
-"""Hooks on a model: the user's own, and the lock that keeps threads out of each other's."""
+"""The user's own hooks on a model, and a lock that keeps threads from seeing each other's hooks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ _GUARD = threading.Lock()
 def alone(model: Any) -> Iterator[None]:
     """Keep other threads from running the model until the block ends.
 
-    Hooks belong to the model, so that a thread would see those of another one. The same thread may come in
-    again.
+    Hooks belong to the model, so one thread would see another's. The same thread may enter again.
     """
     with _GUARD:
         lock = _LOCKS.setdefault(model, threading.RLock())
@@ -33,22 +32,22 @@ def alone(model: Any) -> Iterator[None]:
 
 
 def probe(model: Any, tokens: Any) -> Any:
-    """The row of a prompt that a property is tried on: its beginning, or all of it where a hook of the user's
-    may act further on."""
+    """The part of a prompt to test a model's properties on: the first 8 positions of the first row, or the
+    whole row if the user has hooks, which may act at later positions."""
     return tokens[:1] if user_hooks(model) else tokens[:1, :8]
 
 
 def user_hooks(model: Any) -> tuple[str, ...]:
-    """Where the user's own forward hooks sit, by the names of modules; empty for a model without.
+    """The names of the modules with the user's own forward hooks.
 
-    A hook may do anything: act at the last position of what is run, at one row of the batch, twice where a
-    run is resumed behind it. No shortcut is taken past one.
+    With such hooks no shortcut is taken: a hook may act only at the last position or on one row of the batch,
+    or act twice if a run resumes after it.
     """
     return tuple(dict.fromkeys(name or "the model" for name, *_ in _found(model)))
 
 
 def hooks_on_logits(model: Any) -> tuple[str, ...]:
-    """Those of the user's hooks that act between the last block and the logits."""
+    """The names of the modules after the last block with the user's own hooks."""
     before = {
         id(module)
         for part in (*model.blocks, *(getattr(model, name, None) for name in _BEFORE_THE_BLOCKS))
@@ -65,7 +64,7 @@ def hooks_on_logits(model: Any) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def without_user_hooks(model: Any) -> Iterator[None]:
-    """Take the user's hooks away until the block ends, for runs that only read weights off the model."""
+    """Remove the user's hooks until the block ends, for runs that only measure the model's weights."""
     with alone(model):
         taken = [
             (table, dict(table)) for table in {id(table): table for _, _, table, _ in _found(model)}.values()
@@ -76,15 +75,15 @@ def without_user_hooks(model: Any) -> Iterator[None]:
             yield
         finally:
             for table, before in taken:
-                # in their order, and behind them what was added meanwhile
+                # in their order, followed by hooks added meanwhile
                 added = {key: hook for key, hook in table.items() if key not in before}
                 table.clear()
                 table.update(before | added)
 
 
 def every_module(model: Any) -> list[nn.Module]:
-    """The model's modules and those of the one that it wraps, each once. `modules()` yields each of them
-    through a generator per level, and every run asks."""
+    """The modules of the model and of the one that it wraps, each once. Every run calls this, and `modules()`
+    is slower, with one generator per level."""
     waiting, found = _roots(model), {}
     while waiting:
         module = waiting.pop()
@@ -95,13 +94,13 @@ def every_module(model: Any) -> list[nn.Module]:
 
 
 def _roots(model: Any) -> list[nn.Module]:
-    # a bridge does not name the model that it wraps among its own modules
+    # the model that a bridge wraps is not among its modules
     wrapped = vars(model).get("original_model")
     return [model] if wrapped is None else [model, wrapped]
 
 
 def _found(model: Any) -> Iterator[tuple[str, nn.Module, dict[int, Any], int]]:
-    """(name, module, its table of hooks, key) of each hook that is the user's."""
+    """(name, module, its dict of hooks, key) of each of the user's hooks."""
     theirs = {id(module): hooks for module in every_module(model) if (hooks := _of_user(module))}
     for root in _roots(model) if theirs else ():
         for name, module in root.named_modules():
@@ -123,8 +122,8 @@ def _is_hook_point(module: nn.Module) -> bool:
 
 
 def _is_wiring(point: Any, key: int) -> bool:
-    """Whether a hook at a hook point is the bridge's own, which hands on what is made there to the hook point
-    of a part that the wrapped model does not have (an MLP, of OPT)."""
+    """Whether a hook is the bridge's own: it forwards values to the hook point of a module that the wrapped
+    model does not have, such as OPT's MLP."""
     return any(
         handle.hook.id == key and getattr(handle.user_hook, "__module__", "").startswith(_WIRING)
         for handle in point.fwd_hooks
@@ -133,6 +132,6 @@ def _is_wiring(point: Any, key: int) -> bool:
 
 
 def _is_engines(hook: Any) -> bool:
-    # a functools.partial has no module, but its function has
+    # a functools.partial has no module; its function does
     function = getattr(hook, "func", hook)
     return str(getattr(function, "__module__", "")).split(".")[0] in _ENGINES
