@@ -19,8 +19,8 @@ def kl(
     A token that p excludes adds nothing, however likely q makes it. Rounding alone would make the divergence
     of a distribution from itself negative, so it is clamped at 0.
     """
-    apart = (log_p - log_q).masked_fill(log_p.isneginf(), 0.0)
-    return torch.linalg.vecdot(log_p.exp(), apart).clamp(min=0)
+    terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(-1).clamp(min=0)
 
 
 def reference_of(unembedding: Unembedding, normed: Float[Tensor, "pos d_model"]) -> Reference:
