@@ -27,7 +27,7 @@ class Enough(Exception):
 
 
 def run(model: LensModel, given: Tensor, **options: Any) -> None:
-    """Run the model for its hooks, until the end or until one of them raises `StopForward`."""
+    """Run the model for its hooks, until the end or until one of them raises `Enough`."""
     given = given.to(model.cfg.device)
     with contextlib.suppress(Enough):
         model(given, return_type=None, **(seen_whole(model, given) | options))
