@@ -1,4 +1,4 @@
-"""Patching sweeps against the article's loop: one whole forward pass for each layer and position.
+"""Patching grids against the article's loop: one whole forward pass for each layer and position.
 
     python benchmarks/patching.py [--passes 40]
 
@@ -22,7 +22,7 @@ import torch
 from common import Row, peak_bytes, print_rows, random_gpt2_small, seconds
 from torch import Tensor
 
-from mechlens import Earlier, attribution_patching, patch_grid
+from mechlens import Earlier, Loss, Patching
 from mechlens.models.protocol import engine_of
 from mechlens.models.run import patched_runs
 
@@ -50,9 +50,12 @@ def main() -> None:
         _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_mlp_out"))
         cells = [(layer, pos) for pos in positions for layer in range(n_layers)]
         some = cells[:: max(1, len(cells) // options.passes)][: options.passes]
-        found = patch_grid(
-            model, tokens, site="mlp_out", source=Earlier(SEQ_LEN), positions=positions, read=positions[:-1]
-        )
+        experiment = Patching(model, tokens, metric=Loss(at=positions[:-1]))
+
+        def grid() -> Any:
+            return experiment.grid("mlp_out", values=Earlier(SEQ_LEN), positions=positions)
+
+        found = grid()
 
         def one(layer: int, pos: int) -> Tensor:
             """What the article does for one cell."""
@@ -75,25 +78,8 @@ def main() -> None:
             worst = max(worst, abs(float(result[0]) - ours))
         loop = statistics.median(passes) * len(cells)
 
-        def grid() -> Any:
-            return patch_grid(
-                model,
-                tokens,
-                site="mlp_out",
-                source=Earlier(SEQ_LEN),
-                positions=positions,
-                read=positions[:-1],
-            )
-
         estimate = seconds(
-            lambda: attribution_patching(
-                model,
-                tokens,
-                site="mlp_out",
-                source=Earlier(SEQ_LEN),
-                positions=positions,
-                read=positions[:-1],
-            )
+            lambda: experiment.attribution("mlp_out", values=Earlier(SEQ_LEN), positions=positions)
         )
         sweep = statistics.median(seconds(grid) for _ in range(options.runs))
         large = torch.randn(1024, 3072), torch.randn(3072, 3072)
@@ -138,10 +124,10 @@ def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> f
         "mlp_out",
         torch.tensor([layer for layer, _ in cells]),
         torch.tensor([pos for _, pos in cells]),
-        lambda activation, which, start: activation,
+        lambda activation, which, start, layer: activation,
     )
-    # four whole runs: for the check, the clean values, the source and the metric
-    total = 4.5 * run_flops(cfg, end, end, cfg.n_layers, 0) + run_flops(cfg, 0, 0, 0, len(positions))
+    # one whole run, and half of one to try whether runs can be resumed from it
+    total = 1.5 * run_flops(cfg, end, end, cfg.n_layers, 0) + run_flops(cfg, 0, 0, 0, len(positions))
     for start, which in patched_runs._groups(model, patches, end, patched_runs.TOKEN_BUDGET, whole=False):
         for layer in patches.layer[which].tolist():
             layers = cfg.n_layers - 1 - layer if hooked else cfg.n_layers
@@ -155,14 +141,12 @@ def growth(model: Any) -> None:
     rows = []
     for length, n_cells, layers in ((51, 10, 12), (101, 10, 12), (201, 10, 12), (101, 20, 12), (101, 10, 6)):
         start = time.perf_counter()
-        patch_grid(
-            model,
-            torch.randint(50000, (1, length), generator=draw),
-            site="mlp_out",
-            source="zero",
+        tokens = torch.randint(50000, (1, length), generator=draw)
+        Patching(model, tokens, metric=Loss(at=range(length // 2, length - 1))).grid(
+            "mlp_out",
+            values="zero",
             layers=range(layers),
             positions=range(length // 2, length // 2 + n_cells),
-            read=range(length // 2, length - 1),
         )
         what = f"{length} tokens, {n_cells} positions from the middle on, {layers} layers"
         rows.append(Row(what, time.perf_counter() - start, "s"))

@@ -57,30 +57,20 @@ def circuits(model: Any) -> tuple[float, float, float]:
     return seconds(work), 120, 8 * 101 * (4 * 30 + 24 * 12) * BLOCK
 
 
-def patch(model: Any, **options: Any) -> float:
-    return seconds(
-        lambda: mechlens.patch_grid(
-            model,
-            SENTENCE,
-            source=mechlens.Corrupted(OTHER),
-            direction="denoising",
-            metric="logit_diff",
-            targets=" Mary",
-            against=" John",
-            progress=False,
-            **options,
-        )
-    )
+def patch(model: Any, site: str, *over: str) -> float:
+    metric = mechlens.LogitDiff(" Mary", " John")
+    experiment = mechlens.Patching(model, SENTENCE, OTHER, metric=metric, progress=False)
+    return seconds(lambda: experiment.grid(site, over=over))
 
 
 def patch_heads(model: Any) -> tuple[float, float, float]:
     """A run for each of 270 heads, from its layer on: half of all blocks on average."""
-    return patch(model, site="z", heads="each", positions=None), 10, 270 * 15 * 15 * BLOCK
+    return patch(model, "z", "layer", "head"), 10, 270 * 15 * 15 * BLOCK
 
 
 def patch_positions(model: Any) -> tuple[float, float, float]:
     """A run for each of 30 layers and 15 positions, from its layer and its position on."""
-    return patch(model, site="resid_pre"), 10, 450 * 15.5 * 8 * BLOCK
+    return patch(model, "resid_pre", "layer", "pos"), 10, 450 * 15.5 * 8 * BLOCK
 
 
 def composition(model: Any) -> tuple[float, float, float]:

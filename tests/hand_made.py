@@ -302,6 +302,7 @@ def patch_grid(
         ("layer", "head", "pos"): PATCHED[:, None] + torch.arange(2.0)[:, None],
     }.get(axes, PATCHED)
     more = torch.arange(n_prompts) / 4
+    n_heads = 0 if "head" not in axes else 3 if axes == ("layer", "head") else 2
     return PatchGridResult(
         model=model(name),
         tokens=torch.arange(4).expand(n_prompts, 4).clone(),
@@ -309,14 +310,15 @@ def patch_grid(
         source="2 positions earlier",
         given={},
         weight=1.0,
-        direction="noising",
+        into="clean",
         axes=axes,
         layers=(0, 1),
-        heads=() if "head" not in axes else (0, 1, 2) if axes == ("layer", "head") else (0, 1),
+        heads=tuple((layer, head) for layer in (0, 1) for head in range(n_heads)),
         positions=(1, 2, 3) if "pos" in axes else (),
         metric="loss",
         about="",
-        read=(1, 2),
+        unit="nats",
+        at=(1, 2),
         values=grid + more.view(-1, *[1] * grid.ndim),
         clean=torch.ones(n_prompts),
         corrupted=torch.full((n_prompts,), math.nan),

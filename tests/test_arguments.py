@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from mechlens import Mean, detect_heads, patch_grid, repeated_token_performance, repeated_tokens
+from mechlens import Mean, Patching, detect_heads, repeated_token_performance, repeated_tokens
 from mechlens.arguments import chosen, generator_of, names_of, seeds_of, whole_number
 from mechlens.results import parse_heads
 from mechlens.text.corpus import corpus_ids
@@ -92,7 +92,7 @@ def mean(tokens: object) -> Mean:
 @pytest.mark.parametrize("given", [np.array([[5, 6]]), [[5, 6]], BatchEncoding({"input_ids": [[5, 6]]})])
 def test_ids_of_a_corpus_and_of_a_mean_come_as_arrays_and_lists(given):
     assert corpus_ids(given).tolist() == [[5, 6]]
-    assert mean(given).tokens.tolist() == [[5, 6]]
+    assert mean(given).reference.tolist() == [[5, 6]]
 
 
 def test_references_with_padding_are_refused():
@@ -105,7 +105,7 @@ def test_a_mean_of_an_array_is_that_of_a_tensor(bundled):
     """The analysis reads what it was given."""
     prompt, others = torch.tensor([[0, 311, 290]]), torch.tensor([[0, 402, 287], [0, 311, 287]])
     grids = [
-        patch_grid(bundled, prompt, site="z", source=mean(given), metric="loss", layers=[1]).effect
+        Patching(bundled, prompt).grid("z", values=mean(given), layers=[1]).effect
         for given in (others, others.numpy())
     ]
     assert torch.allclose(*grids, atol=1e-6)

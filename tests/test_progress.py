@@ -72,7 +72,7 @@ def test_every_analysis_leaves_it_to_who_watches():
             parameter = inspect.signature(function).parameters.get("progress")
             if parameter is not None:
                 seen[name] = parameter.default
-    assert {"logit_lens", "score_heads", "patch_grid", "find_induction_circuits", "sample_tokens"} <= set(
+    assert {"logit_lens", "score_heads", "ablate_heads", "find_induction_circuits", "sample_tokens"} <= set(
         seen
     )
     assert set(seen.values()) == {None}

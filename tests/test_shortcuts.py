@@ -20,7 +20,8 @@ import transformers as hf
 import mechlens
 from mechlens.models.load.loading import load_model
 from mechlens.models.load.tiny_architectures import architecture, random_model, write_model, write_tokenizer
-from mechlens.models.run.patched_runs import SITES, start_sweeps
+from mechlens.models.run.patched_runs import PatchedRuns
+from mechlens.models.run.sites import SITES
 from mechlens.models.run.unembedding import next_token_log_probs
 from mechlens.models.run.user_hooks import user_hooks
 from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model
@@ -76,6 +77,11 @@ def of_the_first_row(activation, hook):
     return activation
 
 
+def zeroed(model, tokens, site="z", at=None, **options):
+    """A grid of zeros."""
+    return mechlens.Patching(model, tokens, metric=mechlens.Loss(at)).grid(site, values="zero", **options)
+
+
 def log_probs(model, tokens):
     with torch.no_grad():
         return model(tokens).float().log_softmax(-1)
@@ -114,9 +120,7 @@ def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, 
 
     model.add_hook(f"blocks.1.{place}", hook, is_permanent=True)
     for site, layer in (("z", 1), ("resid_pre", 1), ("mlp_out", 0), ("resid_post", 1), ("resid_pre", 2)):
-        found = mechlens.patch_grid(
-            model, tokens, site=site, source="zero", layers=[layer], positions=[5], read=[6, 8]
-        )
+        found = zeroed(model, tokens, site, layers=[layer], positions=[5], at=[6, 8])
 
         def zero(activation, hook):
             activation = activation.clone()
@@ -128,7 +132,7 @@ def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, 
         terms = whole[0, [6, 8]].log_softmax(-1).gather(1, tokens[0, [7, 9], None])
         assert float(found.values) == pytest.approx(-float(terms.mean()), abs=CLOSE), (site, layer)
         assert "your hook at" in found.note
-        nothing = mechlens.patch_grid(model, tokens, site=site, source=lambda a, layer: a, positions=None)
+        nothing = mechlens.Patching(model, tokens).grid(site, values=lambda a, layer: a, over="layer")
         assert nothing.effect.abs().max() < CLOSE, "a patch that changes nothing has no effect"
     assert model.hook_dict[f"blocks.1.{place}"].fwd_hooks, "the user's hook is still there"
 
@@ -168,10 +172,10 @@ def test_paths_of_several_prompts_are_those_of_each_alone_in_whole_runs(director
             logits = model.run_with_hooks(row, fwd_hooks=[(keys, put), keep(last, pattern)])
         attention.append(last[pattern][0, 3])
         losses.append(loss(logits, row))
-    options = {"sender": (1, 2), "input": "k", "source": "zero"}
-    found = mechlens.path_attention(model, tokens, receiver=(3, 3), **options)
+    experiment = mechlens.Patching(model, tokens)
+    found = experiment.path_attention("L1H2", "L3H3.k", values="zero")
     torch.testing.assert_close(found, torch.stack(attention), atol=CLOSE, rtol=0)
-    path = mechlens.patch_path(model, tokens, receiver=(3, 1), **options)
+    path = experiment.path("L1H2", "L3H1.k", values="zero")
     assert path.values.flatten().tolist() == pytest.approx(losses, abs=CLOSE)
 
 
@@ -203,10 +207,10 @@ def test_rows_of_other_lengths_are_not_padded_where_a_hook_would_see_it(director
 def test_a_hook_of_torchs_own_is_seen_too(directories, backend):
     model, tokens = load_model(directories / "llama", backend=backend), tokens_for()
     handle = model.blocks[2].mlp.register_forward_hook(lambda module, given, made: made * 2)
-    found = mechlens.patch_grid(model, tokens, site="z", source="zero", layers=[1], positions=None)
+    found = zeroed(model, tokens, over="layer", layers=[1])
     assert "your hook at blocks.2" in found.note
     handle.remove()
-    assert mechlens.patch_grid(model, tokens, site="z", source="zero", layers=[1], positions=None).note == ""
+    assert zeroed(model, tokens, over="layer", layers=[1]).note == ""
 
 
 def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
@@ -248,7 +252,7 @@ def test_a_hook_on_the_logits_is_no_part_of_a_lens(directories, backend):
     for work in (
         lambda: mechlens.logit_lens(model, tokens),
         lambda: mechlens.direct_logit_attribution(model, tokens, 5),
-        lambda: mechlens.patch_grid(model, tokens, site="z", source="zero"),
+        lambda: zeroed(model, tokens),
         lambda: mechlens.sample_tokens(model, batch=1, seq_len=3),
     ):
         with pytest.raises(ValueError, match=r"your hook at (ln_final|unembed).* changes them"):
@@ -275,7 +279,7 @@ def test_blocks_are_not_run_again_behind_a_users_hook(directories):
     model.add_hook("blocks.2.hook_resid_pre", everywhere)
     for work in (
         lambda: mechlens.logit_lens(model, tokens_for(), last_blocks=1),
-        lambda: mechlens.patch_blocks(model, tokens_for(), "repeat"),
+        lambda: mechlens.Patching(model, tokens_for()).blocks("repeat"),
     ):
         with pytest.raises(ValueError, match=r"your hook at blocks\.2"):
             work()
@@ -287,7 +291,7 @@ def test_what_the_engine_wires_is_no_hook_of_the_users(tmp_path):
     write_tokenizer(tmp_path / "opt")
     model = load_model(tmp_path / "opt", backend=BACKENDS[-1])
     assert user_hooks(model) == ()
-    assert start_sweeps(model, tokens_for(1), "mlp_out").clean is not None
+    assert PatchedRuns.of(model, tokens_for(1), "mlp_out").start is not None
     wired = {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()}
     mechlens.full_QK(model, (1, 2))
     assert {name: len(point.fwd_hooks) for name, point in model.hook_dict.items()} == wired
@@ -361,7 +365,7 @@ def test_rows_past_the_original_context_are_neither_cut_nor_padded(tmp_path, mak
         short = reference(tokens[1:2, :20]).logits.log_softmax(-1)
     assert (lens.log_prob["5"][-1, 1, :20] - short[0, :, 5]).abs().max() < CLOSE
     # as they are whole, the positions that a metric does not read count
-    found = mechlens.patch_grid(model, tokens[:1], site="mlp_out", source="zero", positions=[3], read=[5])
+    found = zeroed(model, tokens[:1], "mlp_out", positions=[3], at=[5])
     expected = -whole[0, 5].log_softmax(-1)[tokens[0, 6]]
     assert float(found.clean) == pytest.approx(float(expected), abs=CLOSE)
     name = "blocks.1.hook_mlp_out"
@@ -409,7 +413,7 @@ def test_leading_tokens_that_equal_the_padding_token_are_tokens(tmp_path, backen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lens = mechlens.logit_lens(model, tokens, targets=5)
-        clean = mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None).clean
+        clean = zeroed(model, tokens, over="layer").clean
         patterns = mechlens.attention_patterns(model, tokens, [(1, 2)]).patterns[0]
         found = mechlens.search_complete(raw, layers=[0], prefix=torch.tensor([0]), top_k=64)
         written = mechlens.sample_tokens(model, batch=2, seq_len=8, temperature=1e-4)
@@ -431,7 +435,7 @@ def test_padding_that_nobody_told_of_is_warned_of(tiny_directories, side):
     tokens = tokens_for(2)
     tokens[1, slice(3) if side == "begins" else slice(-3, None)] = 0
     for work in (
-        lambda: mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None),
+        lambda: zeroed(model, tokens, over="layer"),
         lambda: mechlens.score_heads_on(model, tokens),
         lambda: mechlens.logit_lens(model, tokens),
         lambda: mechlens.direct_logit_attribution(model, tokens, 5),
@@ -533,16 +537,14 @@ def bias_behind(model):
 @pytest.mark.skipif(not HAS_HOOKED, reason="a bridge has no such switch")
 def test_query_heads_with_keys_of_their_own_are_found_by_their_own_number(directories):
     model, tokens = load_model(directories / "llama", backend="hooked"), tokens_for()
-    options = {"sender": "L0H1", "receiver": "L2H3", "input": "k", "source": "zero"}
-    shared = mechlens.path_attention(model, tokens, **options)
+    experiment = mechlens.Patching(model, tokens)
+    shared = experiment.path_attention("L0H1", "L2H3.k", values="zero")
     model.set_ungroup_grouped_query_attention(True)
-    apart = mechlens.path_attention(model, tokens, **options)
+    apart = experiment.path_attention("L0H1", "L2H3.k", values="zero")
     assert (apart - shared).abs().max() < CLOSE
     clean = mechlens.attention_patterns(model, tokens, ["L2H3"]).patterns[0]
     assert (apart[0] - clean).abs().max() > 0.01
-    assert mechlens.patch_grid(
-        model, tokens, site="k", source="zero", heads="each", positions=None
-    ).heads == (0, 1, 2, 3)
+    assert zeroed(model, tokens, "k", over=("layer", "head")).labels("head") == (0, 1, 2, 3)
 
 
 # -- threads and settings --------------------------------------------------------------------------
@@ -556,12 +558,8 @@ def test_one_model_in_several_threads_gives_every_thread_its_own_numbers(directo
         tokens = tokens_for(1, 8 + seed, seed)
         jobs += [
             lambda tokens=tokens: mechlens.logit_lens(model, tokens).entropy,
-            lambda tokens=tokens: (
-                mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None).values
-            ),
-            lambda tokens=tokens: (
-                mechlens.attribution_patching(model, tokens, site="z", source="zero").estimate
-            ),
+            lambda tokens=tokens: zeroed(model, tokens, over="layer").values,
+            lambda tokens=tokens: mechlens.Patching(model, tokens).attribution("z", values="zero").estimate,
             lambda tokens=tokens: mechlens.attention_patterns(model, tokens, ["L1H2"]).patterns,
             lambda seed=seed: mechlens.search_complete(raw, layers=[1], features=[seed]).activations,
         ]
@@ -587,7 +585,7 @@ def test_a_run_of_the_users_in_another_thread_meets_no_hook_of_ours(directories,
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(theirs)
         for _ in range(5):
-            mechlens.patch_grid(model, tokens, site="z", source="zero", positions=None)
+            zeroed(model, tokens, over="layer")
             mechlens.attention_patterns(model, tokens, ["L1H2"])
         stop.set()
         found = running.result()
@@ -630,7 +628,7 @@ def test_a_hook_on_one_row_is_refused_where_a_batch_is_read_in_parts(directories
         lambda: mechlens.direct_logit_attribution(model, tokens, 5),
         lambda: next_token_log_probs(model, tokens),
         lambda: mechlens.train_tuned_lens(model, tokens, steps=1, batch_tokens=24, held_out=1),
-        lambda: mechlens.patch_grid(model, tokens[:1], site="z", source=mechlens.Mean(tokens)),
+        lambda: mechlens.Patching(model, tokens[:1]).grid("z", values=mechlens.Mean(tokens)),
     ):
         with pytest.raises(ValueError, match=r"your hook at .* treats the rows of a batch differently"):
             work()
@@ -642,14 +640,14 @@ def test_another_default_dtype_changes_no_number(directories, backend, dtype):
     model = load_model(directories / "gpt2", backend=backend)
     raw = load_model(directories / "gpt2", backend=backend, processing=False)
     jobs = [
-        lambda: mechlens.patch_grid(model, tokens, site="z", source="zero").values,
-        lambda: mechlens.patch_grid(model, tokens, site="resid_pre", source=mechlens.Corrupted(other)).values,
+        lambda: zeroed(model, tokens).values,
+        lambda: mechlens.Patching(model, tokens, other).grid("resid_pre").values,
         lambda: mechlens.direct_logit_attribution(model, tokens, 5).contributions,
         lambda: mechlens.score_heads_on(model, tokens).scores["induction_score"],
         lambda: mechlens.score_heads(model, ["copying_score"], batch=2, seeds=[0]).scores["copying_score"],
         lambda: mechlens.logit_lens(model, tokens).entropy,
         lambda: mechlens.logit_variance(model, tokens, nulls=2).variance,
-        lambda: mechlens.attribution_patching(model, tokens, site="z", source="zero").estimate,
+        lambda: mechlens.Patching(model, tokens).attribution("z", values="zero").estimate,
         lambda: mechlens.composition_scores(model, "k", draws=4).scores,
         lambda: mechlens.full_OV(model, (1, 2)).A,
         lambda: mechlens.search_complete(raw, top_k=2).activations,
@@ -677,8 +675,8 @@ def test_a_model_that_was_loaded_in_inference_mode_has_gradients(directories, ba
     with torch.inference_mode():
         model = load_model(directories / "gpt2", backend=backend)
     tokens = tokens_for()
-    found = mechlens.attribution_patching(model, tokens, site="z", source="zero")
-    expected = mechlens.attribution_patching(
-        load_model(directories / "gpt2", backend=backend), tokens, site="z", source="zero"
+    usual = load_model(directories / "gpt2", backend=backend)
+    found, expected = (
+        mechlens.Patching(each, tokens).attribution("z", values="zero") for each in (model, usual)
     )
     torch.testing.assert_close(found.estimate, expected.estimate)

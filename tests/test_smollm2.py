@@ -188,20 +188,9 @@ def test_it_gives_the_drink_to_the_indirect_object(smollm2):
 
 def test_l23h3_recovers_half_of_the_answer_alone(smollm2):
     task = indirect_object(smollm2, n_prompts=1)
-    grid = mechlens.patch_grid(
-        smollm2,
-        task.tokens,
-        site="z",
-        source=mechlens.Corrupted(task.corrupted),
-        layers=[20, 23, 24],
-        heads="each",
-        positions=None,
-        direction="denoising",
-        metric="logit_diff",
-        targets=task.objects[0],
-        against=task.subjects[0],
-        progress=False,
-    )
+    metric = mechlens.LogitDiff(task.objects[0], task.subjects[0])
+    experiment = mechlens.Patching(smollm2, task.tokens, task.corrupted, metric=metric, progress=False)
+    grid = experiment.grid("z", over=("layer", "head"), layers=[20, 23, 24])
     recovered = dict(zip(grid.to_dataframe()["label"], grid.recovered.flatten().tolist(), strict=True))
     assert max(recovered, key=recovered.get) == "L23H3"
     assert recovered["L23H3"] > 0.3

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import plotly.graph_objects as go
+from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.arguments import check_counts, check_type
+from mechlens.errors import ArgumentError
 from mechlens.plots.style import (
     ABSENT,
     BLUE,
@@ -24,10 +27,8 @@ from mechlens.plots.style import (
     top_margin,
 )
 from mechlens.results import AttributionPatchResult, PatchGridResult, head_label
-from mechlens.text.display import number, turns, visible_token
-
-if TYPE_CHECKING:
-    import pandas as pd
+from mechlens.results.patching import cell_label
+from mechlens.text.display import count, number, turns, visible_token
 
 VALUES = ("effect", "mean", "recovered")
 Patches = PatchGridResult | AttributionPatchResult
@@ -41,26 +42,6 @@ _ROOM = 34
 _NO_TICKS = {"ticks": "", "showgrid": False}
 
 
-def metric_unit(metric: str) -> str:
-    """The unit of a metric, for an axis; empty for a function of the user's."""
-    return {"logit_diff": "logits"}.get(metric, "nats" if metric in ("loss", "log_prob", "kl") else "")
-
-
-def cell_label(layer: int, head: int | None, position: int | None) -> str:
-    """The name of a cell of a grid: `L5H5`, `L0 at 51`."""
-    place = f"L{layer}" if head is None else head_label(layer, head)
-    return place if position is None else f"{place} at {position}"
-
-
-def largest_effects(result: Patches, top: int) -> pd.DataFrame:
-    """The rows of `to_dataframe()` with the largest effects, either way; a column `cell` names them."""
-    table = result.to_dataframe().dropna(subset="effect")
-    table = table.sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
-    places = [table[axis] if axis in table else [None] * len(table) for axis in ("layer", "head", "pos")]
-    table["cell"] = [cell_label(*cell) for cell in zip(*places, strict=True)]
-    return table
-
-
 def plot_patch_grid(
     result: Patches,
     *,
@@ -68,112 +49,94 @@ def plot_patch_grid(
     head: int | None = None,
     position: int | None = None,
 ) -> go.Figure:
-    """Draw what each patch does to the metric: a heatmap by layer and position or head, bars by layer alone.
+    """Draw what each patch does to the metric: a heatmap by layer and position or head, bars for one axis.
 
-    Layer 0 is at the bottom. Effects are coloured around 0, blue where the patch raises the metric and orange
-    where it lowers it (which is worse for a loss, better for a logit difference); a cell without a value is
-    grey. A grid of at most 60 cells holds its numbers, a larger one those of the 5 largest effects (of a
-    position the largest alone), where they fit; the title names the first 3. Under the cursor stand the
-    numbers with their standard error. Where there are several prompts, positions have numbers in the place of
-    tokens.
+    Layer 0 is at the bottom. Effects are colored around 0: blue where the patch raises the metric, orange
+    where it lowers it (which is worse for a loss, better for a logit difference). Cells that were not run are
+    gray. A grid of at most 60 cells holds its numbers; a larger one has those of its 5 largest effects where
+    they fit (by position, one layer of each position). Hovering shows the numbers with their standard error.
+    With several prompts, the axis has positions in place of tokens.
 
     Args:
-        result: of `patch_grid` and what is made of it, or of `attribution_patching`, whose figure says that
-            it is an estimate.
-        value: `effect`, the metric's change; `mean`, the metric itself; `recovered`, the share of the way to
-            the other run.
-        head: which head, for a grid of layer x head x position.
-        position: or which position.
+        result: of a `Patching` method or an ablation. The figure of `attribution` says that it is an
+            estimate.
+        value: `effect`, the change in the metric; `mean`, the metric itself; `recovered`, the share of the
+            way to the other run.
+        head: the head to draw, for a grid by layer, head and position.
+        position: or the position to draw.
+
+    Returns:
+        A plotly figure.
 
     Raises:
-        ValueError: another `value`, a head or position that is not there or not chosen, or a result without
-            `recovered`.
+        ValueError: another `value`, a head or position that was not patched or must be chosen, a single cell,
+        or
+            a result without `recovered`.
+
+    Example:
+        >>> found = mechlens.Patching(model, "said Mr. Pickwick").grid("mlp_out", values="zero")
+        >>> mechlens.plot_patch_grid(found).data[0].type
+        'heatmap'
     """
     check_type("result", result, PatchGridResult, AttributionPatchResult)
     if value not in VALUES:
-        raise ValueError(f"value must be one of {', '.join(VALUES)}, but is {value!r}")
-    if value == "recovered" and bool(result.recovered.isnan().all()):
+        raise ArgumentError("value", f"one of {', '.join(VALUES)}", value)
+    if value == "recovered" and not result.has_recovered:
         raise ValueError(
-            "recovered is the share of the way to a corrupted run, but here is none that differs"
+            "recovered needs a corrupted run whose metric differs from the clean one, but there is none"
         )
-    axes, index = _chosen(result, head, position)
-    values = getattr(result, value)[index].double().cpu()
-    hovers = _hovers(result, axes, head, position)
-    figure = _bars(result, values, value, hovers) if len(axes) == 1 else go.Figure()
-    if len(axes) == 2:
-        across = _across(result, axes[1])
-        rows = len(result.layers)
-        largest = _largest(result, axes, index)
-        cells = _heatmap(values, value, hovers)
-        if across["width"] - 140 >= _ROOM * values.shape[1]:
-            few = values.numel() <= _WRITTEN
-            texts = _texts(values, None if few else largest)
-            cells.update(text=texts, texttemplate="%{text}", textfont={"size": 12 if few else 10})
-        figure.add_trace(cells)
-        named = [_named(result, axes, place, float(values[place]), head, position) for place in largest[:3]]
-        words = "largest effects" if axes[1] == "head" else "largest by position"
-        title = _title(
-            result, value, head, position, f"{words}: {', '.join(named)}" if named else "no effects"
-        )
-        figure.update_layout(**across)
-        figure.update_layout(
-            height=top_margin(title)
-            + (110 if axes[1] == "pos" else 60)
-            + rows * (52 if rows <= 4 else 30 if rows <= 12 else 16),
-            yaxis={
-                "title": {"text": "layer"},
-                **_ticks([str(layer) for layer in result.layers], 32),
-                **_NO_TICKS,
-            },
-            # between the cells that have a value
-            plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
-        )
+    view = _View.of(result, value, head, position)
+    if len(view.axes) == 1:
+        figure, title = _bars(view), _title(view)
     else:
-        title = _title(result, value, head, position)
+        figure, more = _cells(view)
+        title = _title(view, more)
+        figure.update_layout(height=figure.layout.height + top_margin(title))
     figure.update_layout(template=TEMPLATE, title_text=title, margin={"t": top_margin(title)})
     return figure
 
 
 def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = None) -> go.Figure:
-    """Draw the heads whose patch changes the metric most, either way, as bars with their standard errors.
+    """Draw the heads with the largest effects, either way, as bars with their standard errors.
 
     Args:
-        top: how many heads, at least 1.
-        position: which position, for a grid of layer x head x position.
+        top: heads, at least 1.
+        position: the position to draw, for a grid by layer, head and position.
+
+    Returns:
+        A plotly figure.
 
     Raises:
         ValueError: the result is not by head, no position was chosen, or `top` is below 1.
+
+    Example:
+        >>> heads = mechlens.ablate_heads(model, on=mechlens.RepeatedTokens(8, batch=1, seeds=[0]))
+        >>> figure = mechlens.plot_head_effects(heads, top=5)
     """
     check_type("result", result, PatchGridResult, AttributionPatchResult)
     check_counts(top=top)
     if "head" not in result.axes:
         raise ValueError(f"this result is by {' and '.join(result.axes)}, not by head")
-    axes, index = _chosen(result, None, position)
-    effect, error = (each[index].double().cpu() for each in (result.effect, result.standard_error))
-    hovers = _hovers(result, axes, None, position)
+    view = _View.of(result, "effect", None, position)
+    effect, error, hovers = view.values("effect"), view.values("standard_error"), _hovers(view)
     cells = [
-        (float(effect[row, column]), row, column)
-        for row in range(len(result.layers))
-        for column in range(len(result.heads))
+        (float(effect[row, column]), row, column) for row, column in (~effect.isnan()).nonzero().tolist()
     ]
-    known = sorted((cell for cell in cells if cell[0] == cell[0]), key=lambda cell: -abs(cell[0]))[:top]
-    title = _title(result, "effect", None, position, f"the {len(known)} largest of {len(cells)} heads")
-    labels = [head_label(result.layers[row], result.heads[column]) for _, row, column in known]
+    known = sorted(cells, key=lambda cell: -abs(cell[0]))[:top]
+    title = _title(view, f"the {len(known)} largest of {len(result.heads)} heads")
+    layers, heads = view.labels
     figure = go.Figure(
         go.Bar(
             name="effect",
             orientation="h",
             x=[value for value, _, _ in known],
-            y=labels,
+            y=[head_label(layers[row], heads[column]) for _, row, column in known],
             marker={"color": [BLUE if value >= 0 else VERMILION for value, _, _ in known]},
             # a single prompt has no standard error
             error_x={
                 "visible": len(result.tokens) > 1,
-                "type": "data",
                 "array": [float(error[row, column]) for _, row, column in known],
-                "color": INK,
-                "thickness": 1.5,
-                "width": 5,
+                **_ERROR_BAR,
             },
             hovertext=[hovers[row][column] for _, row, column in known],
             hoverinfo="text",
@@ -186,7 +149,7 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
         height=top_margin(title) + 66 + 24 * len(known),
         margin={"t": top_margin(title)},
         bargap=0.3,
-        xaxis={"title": {"text": _axis_title(result, "effect")}, "zeroline": True, "zerolinecolor": MUTED},
+        xaxis={"title": {"text": _axis_title(view)}, "zeroline": True, "zerolinecolor": MUTED},
         # Categories, because plotly would read labels such as `1E5` as numbers.
         yaxis={"type": "category", "autorange": "reversed", "ticks": "", "gridcolor": GRID},
     )
@@ -195,26 +158,93 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
 
 # -- parts -----------------------------------------------------------------------------------------
 
+_ERROR_BAR = {"type": "data", "color": INK, "thickness": 1.5, "width": 5}
 
-def _chosen(
-    result: Patches, head: int | None, position: int | None
-) -> tuple[tuple[str, ...], tuple[int | slice, ...]]:
-    """The axes that are drawn, and the index that takes them out of the grid."""
-    given = {"head": (head, result.heads), "pos": (position, result.positions)}
-    index: list[int | slice] = [slice(None)] * len(result.axes)
-    for axis, (wanted, known) in given.items():
-        if wanted is None:
-            continue
-        name = "position" if axis == "pos" else axis
-        if axis not in result.axes:
-            raise ValueError(f"this result is by {' and '.join(result.axes)}: leave out {name}")
-        if wanted not in known:
-            raise ValueError(f"no {name} {wanted} was patched; patched were {', '.join(map(str, known))}")
-        index[result.axes.index(axis)] = known.index(wanted)
-    axes = tuple(axis for axis, at in zip(result.axes, index, strict=True) if isinstance(at, slice))
-    if len(axes) > 2:
-        raise ValueError("this result is by layer, head and position: choose a head or a position to draw")
-    return axes, tuple(index)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _View:
+    """What is drawn of a result: one or two of its axes."""
+
+    result: Patches
+    value: str
+    head: int | None
+    position: int | None
+    axes: tuple[str, ...]
+    index: tuple[int | slice, ...]
+    """Takes the axes that are drawn out of the grid."""
+
+    @classmethod
+    def of(cls, result: Patches, value: str, head: int | None, position: int | None) -> _View:
+        index: list[int | slice] = [slice(None)] * len(result.axes)
+        for axis, name, wanted in (("head", "head", head), ("pos", "position", position)):
+            if wanted is None:
+                continue
+            if axis not in result.axes:
+                raise ValueError(f"this result is by {' and '.join(result.axes)}: leave out {name}")
+            known = result.labels(axis)
+            if wanted not in known:
+                patched = ", ".join(map(str, known))
+                raise ValueError(f"{name} {wanted} was not patched; patched were {patched}")
+            index[result.axes.index(axis)] = known.index(wanted)
+        axes = tuple(axis for axis, at in zip(result.axes, index, strict=True) if isinstance(at, slice))
+        if len(axes) > 2:
+            raise ValueError("this result is by layer, head and position: choose head= or position=")
+        if not axes:
+            raise ValueError("this result is a single cell: read its .effect")
+        return cls(result, value, head, position, axes, tuple(index))
+
+    @property
+    def labels(self) -> list[tuple[int, ...]]:
+        return [self.result.labels(axis) for axis in self.axes]
+
+    @property
+    def one_prompt(self) -> bool:
+        return len(self.result.tokens) == 1
+
+    def values(self, name: str) -> Float[Tensor, "*drawn"]:
+        found: Tensor = getattr(self.result, name)[self.index]
+        return found.double().cpu()
+
+    def cell(self, *labels: int) -> tuple[int | None, int | None, int | None]:
+        """Layer, head and position of a cell that is drawn."""
+        named = {"head": self.head, "pos": self.position} | dict(zip(self.axes, labels, strict=True))
+        return named.get("layer"), named["head"], named["pos"]
+
+    def token(self, position: int, longest: int | None = None) -> str:
+        return visible_token(self.result.strings[position], longest=longest)
+
+
+def _cells(view: _View) -> tuple[go.Figure, str]:
+    """A heatmap of two axes, and its largest effects in words. Its height is that below the title."""
+    values, across = view.values(view.value), _across(view)
+    layers, columns = view.labels
+    largest = _largest(view)
+    drawn = _heatmap(values, view.value, _hovers(view))
+    if across["width"] - 140 >= _ROOM * values.shape[1]:
+        few = values.numel() <= _WRITTEN
+        texts = _texts(values, None if few else largest)
+        drawn.update(text=texts, texttemplate="%{text}", textfont={"size": 12 if few else 10})
+    figure = go.Figure(drawn)
+    rows = len(layers)
+    figure.update_layout(
+        **across,
+        height=(110 if view.axes[1] == "pos" else 60)
+        + rows * (52 if rows <= 4 else 30 if rows <= 12 else 16),
+        yaxis={
+            "title": {"text": view.axes[0]},
+            **_ticks([str(layer) for layer in layers], 32),
+            **_NO_TICKS,
+        },
+        # between the cells that have a value
+        plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
+    )
+    named = []
+    for row, column in largest[:3]:
+        cell = view.cell(layers[row], columns[column])
+        token = "" if cell[2] is None or not view.one_prompt else f" {view.token(cell[2], _LABEL)}"
+        named.append(f"{cell_label(*cell)}{token} {number(float(values[row, column]), 2)}")
+    words = "largest effects" if view.axes[1] == "head" else "largest by position"
+    return figure, f"{words}: {', '.join(named)}" if named else "no effects"
 
 
 def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
@@ -228,37 +258,20 @@ def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
     return drawn
 
 
-def _largest(result: Patches, axes: tuple[str, ...], index: tuple[int | slice, ...]) -> list[tuple[int, int]]:
-    """Where the largest effects are that are drawn, either way and the largest first; of a position, whose
-    layers are much alike, the largest alone."""
-    effect = result.effect[index].double().cpu().abs().nan_to_num(0)
+def _largest(view: _View) -> list[tuple[int, int]]:
+    """Where the largest effects are that are drawn, the largest first; of a position, whose layers are much
+    alike, only the largest."""
+    effect = view.values("effect").abs().nan_to_num(0)
     layers, columns = effect.nonzero().T.tolist()
-    if axes[1] == "pos":
+    if view.axes[1] == "pos":
         columns = effect.any(0).nonzero()[:, 0].tolist()
         layers = effect.argmax(0)[columns].tolist()
     places = list(zip(layers, columns, strict=True))
     return sorted(places, key=lambda place: -float(effect[place]))[:_NAMED]
 
 
-def _named(
-    result: Patches,
-    axes: tuple[str, ...],
-    place: tuple[int, int],
-    value: float,
-    head: int | None,
-    position: int | None,
-) -> str:
-    """A cell with its number: `L23H3 2.85`, `L0 at 4 ·Tower 0.12`."""
-    by_head = axes[1] == "head"
-    at = position if by_head else result.positions[place[1]]
-    label = cell_label(result.layers[place[0]], result.heads[place[1]] if by_head else head, at)
-    if at is not None and len(result.tokens) == 1:
-        label += f" {visible_token(result.strings[at], longest=_LABEL)}"
-    return f"{label} {number(value, 2)}"
-
-
 def _texts(values: Tensor, only: list[tuple[int, int]] | None) -> list[list[str]]:
-    """The numbers of all cells, or of some, as they stand in them."""
+    """The numbers of all cells, or of some, as they are written in them."""
     return [
         [
             number(value, 2) if value == value and (only is None or (row, column) in only) else ""
@@ -268,56 +281,58 @@ def _texts(values: Tensor, only: list[tuple[int, int]] | None) -> list[list[str]
     ]
 
 
-def _bars(result: Patches, values: Tensor, value: str, hovers: list[list[str]]) -> go.Figure:
-    colours = [BLUE if each >= 0 else VERMILION for each in values.tolist()]
+def _bars(view: _View) -> go.Figure:
+    values, (labels,) = view.values(view.value), view.labels
+    colors = [BLUE if each >= 0 else VERMILION for each in values.tolist()]
     bars = go.Bar(
-        name=value,
-        x=[str(layer) for layer in result.layers],
+        name=view.value,
+        x=[str(label) for label in labels],
         y=values.tolist(),
-        marker={"color": colours if value == "effect" else BLUE},
-        hovertext=[row[0] for row in hovers],
+        marker={"color": colors if view.value == "effect" else BLUE},
+        hovertext=[row[0] for row in _hovers(view)],
         hoverinfo="text",
     )
-    if value == "effect" and len(result.tokens) > 1:
-        errors = result.standard_error.double().tolist()
-        bars.error_y = {"type": "data", "array": errors, "color": INK, "thickness": 1.5, "width": 5}
+    if view.value == "effect" and not view.one_prompt:
+        bars.error_y = {"array": view.values("standard_error").tolist(), **_ERROR_BAR}
     figure = go.Figure(bars)
     figure.update_layout(
-        width=max(520, min(WIDTH, 260 + 36 * len(result.layers))),
+        width=max(520, min(WIDTH, 260 + 36 * len(labels))),
         height=430,
         bargap=0.3,
-        xaxis={"type": "category", "title": {"text": "layer"}, **_NO_TICKS},
-        yaxis={"title": {"text": _axis_title(result, value)}, "zeroline": True, "zerolinecolor": MUTED},
+        xaxis={
+            "type": "category",
+            "title": {"text": "patched position" if view.axes == ("pos",) else "layer"},
+            **_NO_TICKS,
+        },
+        yaxis={"title": {"text": _axis_title(view)}, "zeroline": True, "zerolinecolor": MUTED},
     )
     return figure
 
 
-def _across(result: Patches, axis: str) -> dict[str, Any]:
+def _across(view: _View) -> dict[str, Any]:
     """Width and horizontal axis of a heatmap."""
-    if axis == "head":
-        n_heads = len(result.heads)
-        ticks = _ticks([str(head) for head in result.heads], 32)
+    labels = view.labels[1]
+    if view.axes[1] == "head":
         return {
-            "width": max(640, min(WIDTH, 170 + n_heads * (56 if n_heads <= 12 else 28))),
-            "xaxis": {"title": {"text": "head"}, **ticks, **_NO_TICKS},
+            "width": max(640, min(WIDTH, 170 + len(labels) * (56 if len(labels) <= 12 else 28))),
+            "xaxis": {
+                "title": {"text": "head"},
+                **_ticks([str(head) for head in labels], 32),
+                **_NO_TICKS,
+            },
         }
-    n_pos, several = len(result.positions), len(result.tokens) > 1
-    labels = [
-        str(position) if several else figure_text(visible_token(result.strings[position], longest=_LABEL))
-        for position in result.positions
+    texts = [str(at) if not view.one_prompt else figure_text(view.token(at, _LABEL)) for at in labels]
+    begins = turns(view.result.strings) if view.one_prompt else {}
+    texts = [
+        f"<b>{begins[at]}</b> {text}" if at in begins else text
+        for at, text in zip(labels, texts, strict=True)
     ]
-    begins = {} if several else turns(result.strings)
-    labels = [
-        f"<b>{begins[position]}</b> {label}" if position in begins else label
-        for position, label in zip(result.positions, labels, strict=True)
-    ]
-    title = "patched position" if several else "patched token"
     return {
-        "width": max(620, min(WIDTH, 150 + n_pos * (40 if n_pos <= 16 else 18))),
+        "width": max(620, min(WIDTH, 150 + len(labels) * (40 if len(labels) <= 16 else 18))),
         "xaxis": {
-            "title": {"text": title},
-            **_ticks(labels, 26 if several else 64),
-            "tickangle": 0 if several else -90,
+            "title": {"text": "patched token" if view.one_prompt else "patched position"},
+            **_ticks(texts, 64 if view.one_prompt else 26),
+            "tickangle": -90 if view.one_prompt else 0,
             **_NO_TICKS,
         },
     }
@@ -328,88 +343,63 @@ def _ticks(labels: list[str], most: int) -> dict[str, object]:
     return {"tickvals": list(range(0, len(labels), step)), "ticktext": labels[::step]}
 
 
-def _hovers(
-    result: Patches, axes: tuple[str, ...], head: int | None, position: int | None
-) -> list[list[str]]:
-    """What stands under the cursor, by layer and whatever else is drawn."""
-    _, index = _chosen(result, head, position)
-    parts = {
-        name: getattr(result, name)[index].double().reshape(len(result.layers), -1).tolist()
-        for name in ("effect", "standard_error", "mean", "recovered")
-    }
-    across: tuple[int | None, ...] = (None,)
-    if len(axes) == 2:
-        across = result.heads if axes[1] == "head" else result.positions
-    by_head = len(axes) == 2 and axes[1] == "head"
-    unit = metric_unit(result.metric)
-    metric = figure_text(result.metric)
-    base = result.clean if result.direction == "noising" else result.corrupted
-    rows = []
-    for row, layer in enumerate(result.layers):
-        texts = []
-        for column, other in enumerate(across):
-            at_head = other if by_head else head
-            at = position if by_head else other if other is not None else position
-            text = f"<b>{head_label(layer, at_head) if at_head is not None else f'layer {layer}'}</b>"
-            if at is not None:
-                text += f"<br>position {at}"
-                if len(result.tokens) == 1:
-                    text += f": {figure_text(visible_token(result.strings[at]))}"
-            effect, error, mean, recovered = (parts[name][row][column] for name in parts)
-            text += f"<br>{metric} changes by {_signed(effect)} {unit}".rstrip()
-            text += "" if error != error else f"<br>standard error {number(error)}"
-            text += f"<br>patched {number(mean)}, without the patch {number(float(base.mean()))}"
-            text += "" if recovered != recovered else f"<br>recovered {number(recovered)}"
-            texts.append(text)
-        rows.append(texts)
-    return rows
+def _hovers(view: _View) -> list[list[str]]:
+    """What hovering shows, by the first axis and the second; one column where there is no second."""
+    result = view.result
+    rows = view.labels[0]
+    columns: list[tuple[int, ...]] = [(label,) for label in view.labels[1]] if len(view.axes) == 2 else [()]
+    names = ("effect", "standard_error", "mean", "recovered")
+    parts = [view.values(name).reshape(len(rows), -1).tolist() for name in names]
+    metric, base = figure_text(result.metric), number(float(result.base.mean()))
+
+    def text(row: int, column: int) -> str:
+        layer, head, at = view.cell(rows[row], *columns[column])
+        place = "all layers" if layer is None else f"layer {layer}"
+        found = f"<b>{place if head is None or layer is None else head_label(layer, head)}</b>"
+        if at is not None:
+            found += f"<br>position {at}"
+            found += f": {figure_text(view.token(at))}" if view.one_prompt else ""
+        effect, error, mean, recovered = (part[row][column] for part in parts)
+        found += f"<br>{metric} changes by {_signed(effect)} {result.unit}".rstrip()
+        found += "" if error != error else f"<br>standard error {number(error)}"
+        found += f"<br>patched {number(mean)}, without the patch {base}"
+        return found + ("" if recovered != recovered else f"<br>recovered {number(recovered)}")
+
+    return [[text(row, column) for column in range(len(columns))] for row in range(len(rows))]
 
 
 def _signed(value: float) -> str:
     return f"+{number(value)}" if value > 0 else number(value)
 
 
-def _axis_title(result: Patches, value: str) -> str:
-    unit = metric_unit(result.metric)
-    if value == "recovered":
+def _axis_title(view: _View) -> str:
+    result = view.result
+    if view.value == "recovered":
         return _share(result)
-    words = result.metric if value == "mean" else f"change of {result.metric}"
+    words = result.metric if view.value == "mean" else f"change of {result.metric}"
     words = f"estimated {words}" if isinstance(result, AttributionPatchResult) else words
-    return f"{words} ({unit})" if unit else words
+    return f"{words} ({result.unit})" if result.unit else words
 
 
-def _title(result: Patches, value: str, head: int | None, position: int | None, more: str = "") -> str:
+def _title(view: _View, more: str = "") -> str:
+    result = view.result
     what = {
         "effect": f"Change of {result.metric}",
         "mean": result.metric.capitalize() if result.metric == "loss" else result.metric,
         "recovered": _share(result).capitalize(),
-    }[value]
-    unit = "" if value == "recovered" else metric_unit(result.metric)
-    site = result.site if head is None else f"{result.site} of head {head}"
-    site += "" if position is None else f" at position {position}"
-    patched = "the corrupted run" if result.direction == "denoising" else "the clean run"
-    n_prompts = len(result.tokens)
+    }[view.value]
+    unit = f" ({result.unit})" if result.unit and view.value != "recovered" else ""
+    site = result.site if view.head is None else f"{result.site} of head {view.head}"
+    site += "" if view.position is None else f" at position {view.position}"
     return titles(
-        f"{what}{f' ({unit})' if unit else ''}, {site} patched",
+        f"{what}{unit}, {site} patched",
         result.model.name,
-        f"with: {put_there(result)}; into {patched}; {n_prompts} prompt{'s' if n_prompts != 1 else ''}",
-        *([metric_words(result)] if result.about or value == "recovered" else []),
+        f"with: {result.put_there}; into the {result.into} run; {count(len(result.tokens), 'prompt')}",
+        *([result.about_metric] if result.about or view.value == "recovered" else []),
         *([more] if more else []),
-        *(["an estimate to first order"] if isinstance(result, AttributionPatchResult) else []),
+        *(["a first-order estimate"] if isinstance(result, AttributionPatchResult) else []),
     )
 
 
-def metric_words(result: Patches) -> str:
-    """The metric and, where it is of one token or two, which."""
-    return f"{result.metric} of {figure_text(result.about)}" if result.about else result.metric
-
-
 def _share(result: Patches) -> str:
-    run = "clean" if result.direction == "denoising" else "corrupted"
-    return f"share of the way to the {run} run"
-
-
-def put_there(result: Patches) -> str:
-    """Where the values come from, in words."""
-    source = "a function's values" if result.source == "<lambda>" else result.source
-    return source if result.weight == 1 else f"{source}, weight {result.weight:g}"
+    return f"share of the way to the {'clean' if result.into == 'corrupted' else 'corrupted'} run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -11,56 +12,134 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
 from mechlens.results.heads import head_label
+from mechlens.text.display import count, number, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+EFFECT = "Metric of the patched run minus that of the same run without the patch, a mean over prompts."
+RECOVERED = "Share of the way from the run that was patched to the other one: 0 is nothing, 1 all of it."
+
+
+def cell_label(layer: int | None, head: int | None, position: int | None) -> str:
+    """The name of a cell of a grid: `L5H5`, `L0 at 51`."""
+    if layer is None:
+        return "all" if position is None else f"position {position}"
+    place = f"L{layer}" if head is None else head_label(layer, head)
+    return place if position is None else f"{place} at {position}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Grid(Result):
-    """What was asked of a grid of patches."""
+    """The arguments of a grid of patches, and what follows from its values."""
 
     tokens: Int[Tensor, "prompt pos"]
-    """What the model read."""
+    """The clean prompts."""
     site: str
     """What is patched: `mlp_out`, `z`, ..."""
     source: str
-    """Where the values that are put there come from, in words; of denoising the clean run."""
+    """Where the values come from, in words."""
     given: dict[str, Int[Tensor, "some any"]]
-    """What else was given, as token ids: the `corrupted` prompts, the `reference` of `Mean` and `Resampled`;
-    `targets` and `against` at the positions of `read`."""
+    """The other token ids that were given: the `corrupted` prompts, the `reference` of `Mean` and
+    `Resampled`; `target` and `against` at the positions of `at`."""
     weight: float
-    """How much of them: 1 replaces the clean value, 0 leaves it."""
-    direction: str
-    """`noising`: the run on `tokens` is patched; `denoising`: the corrupted one, with values of that."""
+    """How much of the values is mixed in: 1 replaces the run's own, 0 leaves it."""
+    into: str
+    """Which run is patched: `clean` (noising) or `corrupted` (denoising)."""
     axes: tuple[str, ...]
-    """The axes of the grid, in order: some of `layer`, `head`, `pos`."""
+    """The axes of the grid, in order: some of `layer`, `head`, `pos`. Everything else is patched together."""
     layers: tuple[int, ...]
-    heads: tuple[int, ...]
-    """Empty where the grid has no axis `head`: all heads are patched together."""
+    """The layers that are patched."""
+    heads: tuple[tuple[int, int], ...]
+    """(layer, head) of the heads that are patched; empty where all are patched together."""
     positions: tuple[int, ...]
-    """Empty where the grid has no axis `pos`: all positions are patched together."""
+    """The positions that are patched; empty where all are patched together."""
     metric: str
-    """Such as `loss`: mean over the positions of `read`, nats."""
+    """Such as `loss`: a mean over the positions of `at`."""
+    unit: str
+    """Of the metric: `nats`, `logits`, or empty for a function."""
     about: str
-    """The token or tokens that `log_prob` or `logit_diff` is of, where they are the same everywhere; else
+    """The token or tokens that `log_prob` or `logit_diff` is about, where they are the same everywhere; else
     empty."""
-    read: tuple[int, ...]
-    """The positions at which the metric reads the model's prediction of the next token."""
+    at: tuple[int, ...]
+    """The positions whose predictions of the next token the metric reads."""
     clean: Float[Tensor, " prompt"]
-    """The metric of the run on `tokens`, without any patch."""
+    """The metric of the clean run, without any patch."""
     corrupted: Float[Tensor, " prompt"]
     """The metric of the corrupted run; nan where there is none."""
     strings: tuple[str, ...]
     """The tokens of the first prompt as text."""
     seed: int | None
-    """Of what was drawn to patch with; None where nothing was."""
+    """Of values that were drawn; None where none were."""
     prepend_bos: bool
 
     @property
+    def columns(self) -> tuple[Column, ...]:  # type: ignore[override]  # the unit is that of the metric
+        """The columns of `summary()`; those of which there is nothing to say are left out."""
+        one = len(self.tokens) == 1
+        found = [
+            Column("cell", "patched"),
+            *([Column("token")] if one and "pos" in self.axes else []),
+            Column("effect", "change", self.unit, signed=True, help=EFFECT),
+            *([] if one else [Column("standard_error", "", self.unit, help="Of the effect, over prompts.")]),
+            Column("mean", "patched run", self.unit, help="Mean metric of the patched runs over prompts."),
+            *([Column("recovered", help=RECOVERED)] if self.has_recovered else []),
+        ]
+        return tuple(found)
+
+    @property
+    def title(self) -> str:
+        return f"Patches of {self.site} in {self.model.name}"
+
+    @property
+    def has_recovered(self) -> bool:
+        """Whether there is another run to recover."""
+        return not bool(self.recovered.isnan().all())
+
+    @property
+    def about_metric(self) -> str:
+        """The metric and, where it is about one token or two, which."""
+        return f"{self.metric} of {self.about}" if self.about else self.metric
+
+    @property
+    def put_there(self) -> str:
+        """Where the values come from, in words."""
+        source = "a function's values" if self.source == "<lambda>" else self.source
+        return source if self.weight == 1 else f"{source}, weight {self.weight:g}"
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The cells with the largest effects, either way, with the columns of `columns`."""
+        table = self.largest(top)
+        if "pos" in table:
+            table["token"] = [visible_token(self.strings[pos]) for pos in table["pos"]]
+        return table[[each.name for each in self.columns]]
+
+    def largest(self, top: int) -> pd.DataFrame:
+        """The rows of `to_dataframe()` with the largest effects, either way; a column `cell` names them."""
+        table = self.to_dataframe().dropna(subset="effect")
+        table = table.sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
+        places = [table[axis] if axis in table else [None] * len(table) for axis in ("layer", "head", "pos")]
+        table["cell"] = [cell_label(*cell) for cell in zip(*places, strict=True)]
+        return table
+
+    def describe(self) -> str:
+        """The prompts and the metric without a patch, in a sentence or two."""
+        unit = f" {self.unit}" if self.unit else ""
+        corrupted = float(self.corrupted.mean())
+        said = (
+            f"{count(len(self.tokens), 'prompt')} of {self.tokens.shape[1]} tokens. Without a patch the "
+            f"{self.about_metric} is {number(float(self.clean.mean()))}{unit}"
+        )
+        if corrupted == corrupted:
+            said += f" in the clean run, {number(corrupted)} in the corrupted run"
+        return f"{said}."
+
+    @property
     def effect(self) -> Float[Tensor, "*grid"]:
-        """Mean over prompts of the patched run's metric less the metric of the run that was patched."""
+        """Metric of the patched run less that of the same run without a patch, a mean over prompts."""
         return self._changes().mean(0)
 
     @property
@@ -74,46 +153,54 @@ class _Grid(Result):
     @property
     def mean(self) -> Float[Tensor, "*grid"]:
         """Mean metric of the patched runs over prompts."""
-        return self._patched_run().mean() + self.effect
+        return self.base.mean() + self.effect
 
     @property
     def recovered(self) -> Float[Tensor, "*grid"]:
-        """How far a patch leads from the run that was patched to the other one: 0 is nothing, 1 all the way.
+        """The share of the way from the run that was patched to the other one: 0 is nothing, 1 all of it.
 
-        The mean effect in terms of the mean difference between the two runs. For denoising 1 is the clean
-        run's metric; for noising it is the corrupted run's. nan without a corrupted run, or where both have
-        the same metric.
+        The mean effect divided by the mean difference of the two runs. Patching into the corrupted run, 1 is
+        the clean run's metric. nan without a corrupted run, or where both runs have the same metric.
         """
-        start = self._patched_run()
+        start = self.base
         end = self.corrupted if start is self.clean else self.clean
         share = self.effect / (end - start).mean()
         return share.masked_fill(~share.isfinite(), torch.nan)
 
-    def _patched_run(self) -> Float[Tensor, " prompt"]:
+    @property
+    def base(self) -> Float[Tensor, " prompt"]:
         """The metric of the run that is patched, without the patch."""
-        return self.clean if self.direction == "noising" else self.corrupted
+        return self.clean if self.into == "clean" else self.corrupted
+
+    def labels(self, axis: str) -> tuple[int, ...]:
+        """The layers, the numbers of the heads, or the positions along an axis of the grid."""
+        if axis == "head":
+            return tuple(sorted({head for _, head in self.heads}))
+        return self.layers if axis == "layer" else self.positions
 
     def _changes(self) -> Float[Tensor, "prompt *grid"]:
         raise NotImplementedError  # each result has its own
 
     def _table(self) -> pd.DataFrame:
-        """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered."""
+        """One row per cell that was run: the axes, label (`L5H5`, for heads), mean, effect, standard_error,
+        recovered."""
         import pandas as pd
 
-        every = {"layer": self.layers, "head": self.heads, "pos": self.positions}
-        index = pd.MultiIndex.from_product([every[axis] for axis in self.axes], names=list(self.axes))
-        table = index.to_frame(index=False)
+        cells = list(itertools.product(*(self.labels(axis) for axis in self.axes)))
+        table = pd.DataFrame(cells, columns=list(self.axes), index=range(len(cells)))
         if "head" in self.axes:
-            pairs = zip(table["layer"], table["head"], strict=True)
+            pairs = list(zip(table["layer"], table["head"], strict=True))
             table["label"] = [head_label(layer, head) for layer, head in pairs]
         for name in ("mean", "effect", "standard_error", "recovered"):
             table[name] = getattr(self, name).reshape(-1).numpy()
+        if "head" in self.axes:
+            table = table[[pair in self.heads for pair in pairs]].reset_index(drop=True)
         return table
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PatchGridResult(_Grid):
-    """A metric of patched runs, one run for each cell of a grid and each prompt."""
+    """The metric of patched runs: one run for each cell of a grid and each prompt."""
 
     values: Float[Tensor, "prompt *grid"]
     """The metric of each patched run."""
@@ -121,24 +208,24 @@ class PatchGridResult(_Grid):
     """How the runs were made, where that was not the fast way; else empty."""
 
     def _changes(self) -> Float[Tensor, "prompt *grid"]:
-        return self.values - self._patched_run().reshape(-1, *[1] * (self.values.ndim - 1))
+        return self.values - self.base.reshape(-1, *[1] * (self.values.ndim - 1))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered."""
+        """One row per cell that was run: the axes, label (`L5H5`, for heads), mean, effect, standard_error,
+        recovered."""
         return self._table()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class AttributionPatchResult(_Grid):
-    """An approximation: what patching would do to a metric, to first order, for each cell of a grid.
+    """A first-order estimate of the effect of each cell of a grid.
 
-    The exact effect is that of `patch_grid`. A patch that is large for the model's curvature, and whatever
-    saturates (an attention pattern, a norm), is estimated badly.
+    The exact effect is that of `Patching.grid`. The estimate is poor for a patch that is large for the
+    model's curvature, and for whatever saturates (an attention pattern, a norm).
     """
 
     estimate: Float[Tensor, "prompt *grid"]
-    """Of the effect: the patched run's metric less that of the run that would be patched; proportional to
-    `weight`."""
+    """Of the effect; proportional to `weight`."""
     correlation: float | None
     """Pearson's, between the mean estimate and the exact effect over the cells; nan where one of them does
     not vary; None where no exact grid was given."""

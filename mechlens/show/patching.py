@@ -1,107 +1,100 @@
-"""A report's section on patching and ablation: a result in, a `Section` out."""
+"""The section on patching and ablation."""
 
 from __future__ import annotations
 
-from mechlens.plots.patching import (
-    largest_effects,
-    metric_unit,
-    metric_words,
-    plot_head_effects,
-    plot_patch_grid,
-    put_there,
-)
-from mechlens.results import PatchGridResult
+from functools import partial
+
+import mechlens
+from mechlens.errors import ArgumentError
+from mechlens.results import AttributionPatchResult, PatchGridResult
+from mechlens.results.patching import EFFECT, RECOVERED
 from mechlens.show.section import Figure, Section, Table
 from mechlens.text.display import number
 
 _TERMS = {
-    "Patch": (
-        "An activation of one run is replaced, and the run goes on with it: what becomes of the prediction "
-        "is the patch's effect."
-    ),
-    "Effect": "The metric of the patched run less that of the same run without the patch, mean over prompts.",
+    "Patch": "An activation of one run is replaced, and the run continues with the new value.",
+    "Effect": EFFECT,
     "Standard error": "Of the mean effect, over prompts.",
     "Nat": "Unit of information with the natural logarithm: 0.69 nats are one bit.",
-}
-_RECOVERED = {
-    "Recovered": (
-        "How far the patch leads from the run that was patched to the other one: 0 is nothing, 1 all the way."
-    )
+    "Recovered": RECOVERED,
 }
 
 
 def patching_section(
-    result: PatchGridResult, *, top: int = 15, title: str = "Patched runs", text: str = ""
+    result: PatchGridResult | AttributionPatchResult,
+    *,
+    top: int = 15,
+    title: str = "Patched runs",
+    text: str = "",
 ) -> Section:
     """The whole grid as a picture, the heads with the largest effects as bars, and the largest as a table.
 
-    A grid of layer x head x position is drawn for the head with the largest effect.
+    A grid by layer, head and position is drawn for the head with the largest effect.
 
     Args:
-        top: how many heads and cells are drawn and listed.
-        text: what to look for.
+        top: heads and cells that are drawn and listed.
+        title: the heading.
+        text: a paragraph before the others.
 
     Raises:
         ValueError: `top` is below 1.
     """
     if top < 1:
-        raise ValueError(f"top must be at least 1 cell, but is {top}")
-    best = largest_effects(result, top).to_dict("records")
+        raise ArgumentError("top", "at least 1", top)
+    best = result.largest(top).to_dict("records")
     head = best[0]["head"] if len(result.axes) == 3 and best else None
     named = ", ".join(f"{row['cell']} {number(row['effect'])}" for row in best[:5])
-    unit = metric_unit(result.metric)
-    what = f"change of the {metric_words(result)}{f' in {unit}' if unit else ''}"
-    parts: list[Figure | Table] = [
+    unit = f" in {result.unit}" if result.unit else ""
+    what = f"change of the {result.about_metric}{unit}"
+    drawn = f" Drawn is head {head}, which has the largest effect." if head is not None else ""
+    at_positions, several = "pos" in result.axes, len(result.tokens) > 1
+    pictures = [
         Figure(
-            plot_patch_grid(result, head=head),
-            f"The {what} by each patch of {result.site} ({put_there(result)}); blue raises it, orange lowers "
-            "it. Point at a cell for its numbers."
-            + (f" Drawn is head {head}, which has the largest effect." if head is not None else ""),
+            partial(mechlens.plot_patch_grid, result, head=head),
+            f"The {what} by each patch of {result.site} ({result.put_there}): blue raises it, orange lowers "
+            f"it. Hover for numbers.{drawn}",
             f"The {what} by {' and '.join(result.axes)}. Largest: {named}.",
-            keeps_width="pos" in result.axes,
-            wide="pos" in result.axes,
+            keeps_width=at_positions,
+            wide=at_positions,
         )
     ]
-    several, recovers = len(result.tokens) > 1, not bool(result.recovered.isnan().all())
-    if recovers:
-        parts.append(
+    if result.has_recovered:
+        pictures.append(
             Figure(
-                plot_patch_grid(result, value="recovered", head=head),
-                "The same as a share of the difference between the two runs: 1 is all the way.",
+                partial(mechlens.plot_patch_grid, result, value="recovered", head=head),
+                "The same as a share of the difference between the two runs: 1 is all of it.",
                 f"Share of the way to the other run by {' and '.join(result.axes)}.",
-                keeps_width="pos" in result.axes,
-                wide="pos" in result.axes,
+                keeps_width=at_positions,
+                wide=at_positions,
             )
         )
     if result.axes == ("layer", "head"):
-        parts.append(
+        errors = ", with standard errors over prompts" if several else ""
+        pictures.append(
             Figure(
-                plot_head_effects(result, top=top),
-                f"The heads whose patch changes the {result.metric} most"
-                + (", with standard errors over prompts." if len(result.tokens) > 1 else "."),
+                partial(mechlens.plot_head_effects, result, top=top),
+                f"The heads with the largest effects{errors}.",
                 f"Largest effects: {named}.",
                 wide=False,
             )
         )
-    columns = {"patched": "cell", "change": "effect"}
-    columns |= {"standard error": "standard_error"} if several else {}
-    columns |= {f"{result.metric} of the patched run": "mean"}
-    columns |= {"recovered": "recovered"} if recovers else {}
-    rows = [tuple(row[name] for name in columns.values()) for row in best]
-    parts.append(Table(tuple(columns), rows, f"The {len(best)} largest changes as a table", folded=True))
-    n_prompts = len(result.tokens)
-    said = (
-        f"{n_prompts} prompt{'s' if n_prompts != 1 else ''} of {result.tokens.shape[1]} tokens. Without a "
-        f"patch the {metric_words(result)} is {number(float(result.clean.mean()))}"
-        + (f", in the corrupted run {number(float(result.corrupted.mean()))}" if recovers else "")
-        + "."
-        + (f" Note: {result.note}." if result.note else "")
-    )
-    terms = {
-        term: meaning
-        for term, meaning in _TERMS.items()
-        if (term != "Nat" or unit == "nats") and (term != "Standard error" or several)
+    note = getattr(result, "note", "")
+    said = f"{result.describe()}{f' Note: {note}.' if note else ''}"
+    told = {
+        "Nat": result.unit == "nats",
+        "Standard error": several,
+        "Recovered": result.has_recovered,
     }
+    caption = f"The {len(best)} largest effects; patched with: {result.put_there}"
     return Section(
-        title, f"{text}\n\n{said}" if text else said, parts, terms | (_RECOVERED if recovers else {})
+        title,
+        "\n\n".join(filter(None, (text, said))),
+        [
+            *(pictures if result.axes else []),
+            Table.of(result.summary(top), result.columns, caption, folded=True),
+        ],
+        {term: meaning for term, meaning in _TERMS.items() if told.get(term, True)},
     )
+
+
+SECTIONS = {PatchGridResult: patching_section, AttributionPatchResult: patching_section}

@@ -38,7 +38,7 @@ from mechlens.models.load.tiny_architectures import (
     write_tokenizer,
 )
 from mechlens.models.protocol import Engine, LensModel, engine_of
-from mechlens.models.run.patched_runs import start_sweeps
+from mechlens.models.run.patched_runs import PatchedRuns
 from mechlens.models.weights.access import norm_scale
 from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
@@ -312,8 +312,8 @@ def _resuming(
 ) -> Analysis:
     whole = "at any layer and position" if ENGINES["hooked"] == engine_of(model) else "at any position"
     within = [length for length in lengths if length <= model.cfg.n_ctx]
-    why = [start_sweeps(model, tokens[:, :length], "resid_pre") for length in within]
-    failed = {length: each.why for length, each in zip(within, why, strict=True) if each.clean is None}
+    why = [PatchedRuns.of(model, tokens[:, :length], "resid_pre") for length in within]
+    failed = {length: each.why for length, each in zip(within, why, strict=True) if each.start is None}
     if not failed:
         return Analysis(whole)
     if len(failed) == len(within):

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 
 from mechlens.analyses.logit_lens import logit_lens
-from mechlens.analyses.patching import Corrupted, patch_grid
+from mechlens.analyses.patching import LogitDiff, Patching
 from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import IndirectObject, PatchGridResult, head_label
@@ -261,24 +261,18 @@ def study_indirect_object(
     """
     task = indirect_object(model, seed=seed)
 
-    def patched(which: list[int], site: str, each_head: bool) -> PatchGridResult:
-        return patch_grid(
-            model,
-            task.tokens[which],
-            site=site,
-            source=Corrupted(task.corrupted[which]),
-            direction="denoising",
-            heads="each" if each_head else None,
-            positions=None if each_head else "each",
-            metric="logit_diff",
-            targets=[task.objects[at] for at in which],
-            against=[task.subjects[at] for at in which],
-            progress=progress,
-        )
+    def experiment(which: list[int]) -> Patching:
+        metric = LogitDiff([task.objects[at] for at in which], [task.subjects[at] for at in which])
+        return Patching(model, task.tokens[which], task.corrupted[which], metric=metric, progress=progress)
 
     first = list(range(min(n_patched, len(task.tokens))))
     alike = [at for at in first if int(task.template[at]) == 0]
-    return IndirectObjectStudy((), task, patched(first, "z", True), patched(alike, "resid_pre", False))
+    return IndirectObjectStudy(
+        comparisons=(),
+        task=task,
+        heads=experiment(first).grid("z", over=("layer", "head")),
+        positions=experiment(alike).grid("resid_pre"),
+    )
 
 
 def share_recovered(grid: PatchGridResult) -> torch.Tensor:

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from mechlens.analyses.circuits import OV, QK, composition_scores, full_OV, head_pair, k_composition_circuit
 from mechlens.analyses.heads import score_heads
-from mechlens.analyses.patching import Mean, Resampled
+from mechlens.analyses.patching.ablations import ablation_source, check_how
 from mechlens.analyses.patching.path import HeadPath, PathRuns
 from mechlens.arguments import check_between, check_counts, generator_of
 from mechlens.measures.attention import copies_mask, mask_score
 from mechlens.measures.statistics import exact_interval
 from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.run.patched_runs import SITES
 from mechlens.models.run.properties import check_adds_up, key_value_head, key_value_heads
+from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.unembedding import check_streamed, token_log_probs
 from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
@@ -36,12 +36,10 @@ from mechlens.results import (
     head_label,
 )
 from mechlens.results.induction_circuits import COUNTED, LEAST_FALL, LEAST_Z, UPPER_SHARE
-from mechlens.text.prompts import RandomTokens, repeated_tokens
+from mechlens.text.prompts import RandomTokens, RepeatedTokens, repeated_tokens
 from mechlens.text.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
-REFERENCE = 32
-"""Sequences whose mean takes an ablated head's place."""
 N_TOKENS = 2048
 """Of the vocabulary, over which top-1 accuracies are counted: in 95 draws of 100 one is then at most 0.022
 off."""
@@ -112,8 +110,7 @@ def find_induction_circuits(
     run from its layer on, for each pair a block and a run from the induction head's layer on. Where a run
     cannot begin in the middle (a bridge, hooks of the user's) each of these is a whole run.
     """
-    if how not in ("mean", "zero", "resample"):
-        raise ValueError(f"how must be mean, zero or resample, but is {how!r}")
+    check_how(how)
     check_counts(per_head=per_head, n_tokens=n_tokens)
     check_between("threshold", threshold, 0, 1)
     if seq_len < 2:
@@ -339,20 +336,6 @@ def _idle(model: LensModel, pair: Heads, relative: int | None) -> str:
     return ""
 
 
-def _source(model: LensModel, random: RandomTokens, how: str) -> str | Mean | Resampled:
-    """What takes an ablated head's place."""
-    if how == "zero":
-        return "zero"
-    other = repeated_tokens(
-        model,
-        seq_len=random.seq_len,
-        batch=REFERENCE if how == "mean" else len(random.tokens),
-        seed=random.seed + 1,
-        prepend_bos=random.prepend_bos,
-    )
-    return Mean(other.tokens) if how == "mean" else Resampled(other.tokens, seed=random.seed)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Effects:
     """What is lost without the previous-token heads, in runs that share their clean part."""
@@ -371,21 +354,24 @@ class _Effects:
         check_streamed(model, random.tokens)
         check_adds_up(model, random.tokens)
         paths = {
-            (sender, (layer, head)): HeadPath.of(model, sender, (layer, key_value_head(model, head)), "k")
+            (sender, (layer, head)): HeadPath.of(
+                model, sender, f"{head_label(layer, key_value_head(model, head))}.k"
+            )
             for sender, (layer, head) in pairs
         }
-        last = _last(model)
-        runs = PathRuns.of(
-            model, random.tokens, _source(model, random, how), list(paths.values()), keep=[last]
+        on = RepeatedTokens(
+            random.seq_len, len(random.tokens), seeds=[random.seed], prepend_bos=random.prepend_bos
         )
+        source = ablation_source(model, how, on)
+        runs = PathRuns.of(model, random.tokens, source, list(paths.values()))
         found = cls(model, random, runs, paths, torch.empty(0, dtype=torch.float32))
-        return dataclasses.replace(found, clean_loss=found._loss(found._read(runs.runs.clean[last])))
+        return dataclasses.replace(found, clean_loss=found._loss(found._read(runs.runs.clean.final)))
 
     def of_pair(self, pair: Heads) -> dict[str, float]:
         """The induction score and the loss without the previous-token head: through the induction head's keys
         alone, and altogether."""
         previous, (layer, head) = pair
-        pattern, last = SITES["pattern"].format(layer), _last(self.model)
+        pattern, last = SITES["pattern"].format(layer), last_hook(self.model)
         # before the path is run, which goes on from this
         if previous not in self.removed:
             receivers = {to[0] for sender, to in self.paths if sender == previous}
@@ -422,11 +408,6 @@ class _Effects:
     def _score(self, pattern: Float[Tensor, "sequence dest src"]) -> float:
         mask = copies_mask(self.random.starts, self.random.seq_len, 1)
         return float(mask_score(pattern.float().cpu()[:, None], mask).mean())
-
-
-def _last(model: LensModel) -> str:
-    """Where the stream is that logits are read from."""
-    return SITES["resid_post"].format(model.cfg.n_layers - 1)
 
 
 def _standard_error(changes: Float[Tensor, " sequence"]) -> float:

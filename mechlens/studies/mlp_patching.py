@@ -15,7 +15,7 @@ import dataclasses
 import math
 
 from mechlens.analyses.heads import score_heads
-from mechlens.analyses.patching import Earlier, ablate_heads, ablate_mlps_from_first_half, patch_grid
+from mechlens.analyses.patching import Earlier, Loss, Patching, ablate_heads, ablate_mlps
 from mechlens.measures.statistics import rank_correlation
 from mechlens.models.protocol import LensModel
 from mechlens.results import HeadScores, PatchGridResult
@@ -24,7 +24,7 @@ from mechlens.show.patching import patching_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Claim, Study
 from mechlens.studies.published import ARTICLE
-from mechlens.text.prompts import repeated_tokens
+from mechlens.text.prompts import RepeatedTokens
 from mechlens.text.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
@@ -101,26 +101,18 @@ def study_mlp_patching(
     Cost: for each sequence two grids of n_layers x `seq_len` runs and one of n_layers x n_heads.
     """
     bos = own_bos_token_id(model.tokenizer) is not None if prepend_bos is None else prepend_bos
-    random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos)
+    on = RepeatedTokens(seq_len, batch=batch, seeds=[seed], prepend_bos=bos)
+    tokens = on.draw(model, seed).tokens
     written = range(seq_len, 2 * seq_len)
+    # without BOS the last of them predicts nothing
+    loss = Loss(at=[position for position in written if position + 1 < tokens.shape[1]])
     study = MlpStudy(
         comparisons=(),
-        mlps_aligned=ablate_mlps_from_first_half(
-            model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos, progress=progress
+        mlps_aligned=ablate_mlps(model, on=on, progress=progress),
+        mlps_as_written=Patching(model, tokens, metric=loss, progress=progress).grid(
+            "mlp_out", values=Earlier(seq_len), positions=written
         ),
-        mlps_as_written=patch_grid(
-            model,
-            random.tokens,
-            site="mlp_out",
-            source=Earlier(seq_len),
-            positions=written,
-            # without BOS the last of them predicts nothing
-            read=[position for position in written if position + 1 < random.tokens.shape[1]],
-            progress=progress,
-        ),
-        ablated_heads=ablate_heads(
-            model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos, progress=progress
-        ),
+        ablated_heads=ablate_heads(model, on=on, progress=progress),
         ablated_head_scores=score_heads(
             model,
             [INDUCTION, PREVIOUS],

@@ -38,7 +38,6 @@ from mechlens.terminal.features import (
 )
 from mechlens.terminal.induction_circuits import induction_circuits_json, print_induction_circuits
 from mechlens.terminal.lens import lens_json, print_lens
-from mechlens.terminal.patching import effects_json, print_effects
 from mechlens.terminal.tuned_lens import print_tuned_lens, tuned_lens_json
 
 __all__ = [
@@ -49,7 +48,6 @@ __all__ = [
     "circuit_json",
     "complete_search_json",
     "composition_json",
-    "effects_json",
     "feature_alignment_json",
     "feature_examples_json",
     "gradient_search_json",
@@ -63,7 +61,6 @@ __all__ = [
     "print_circuit",
     "print_complete_search",
     "print_composition",
-    "print_effects",
     "print_estimates",
     "print_feature_alignment",
     "print_feature_examples",

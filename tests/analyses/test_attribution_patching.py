@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from mechlens.analyses.patching import Corrupted, attribution_patching, patch_grid
+from mechlens.analyses.patching import KL, LogitDiff, LogProb, Loss, NextEmbedding, Patching
 from mechlens.models.load.loading import load_model
-from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.sites import ATTENTION, PER_HEAD, SITES
 from mechlens.results import AttributionPatchResult
 from tests.close import assert_close
 
@@ -25,28 +25,46 @@ def patch_model(request, load_once, tiny_directories):
     return load_once(tiny_directories / request.param)
 
 
-def slope(model, tokens, **options):
-    """Of the exact metric by the weight of the source, from both sides."""
+def slope(experiment, site, **options):
+    """Of the exact metric by the weight of the values, from both sides."""
     step = 1e-2
-    up, down = (patch_grid(model, tokens, weight=weight, **options) for weight in (step, -step))
+    up, down = (experiment.grid(site, weight=weight, **options) for weight in (step, -step))
     return (up.values - down.values) / (2 * step)
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_the_estimate_is_the_slope_of_the_exact_effect(patch_model, site):
     if SITES[site].format(0) not in patch_model.hook_dict:
-        return
-    tokens = tokens_for()
-    source = halved if site in ("pattern", "attn_scores") else Corrupted(tokens_for(1))
-    options = {"site": site, "source": source, "positions": None if site in ("k", "z") else [2, 4]}
-    if site in ("q", "k", "v", "z", "pattern", "attn_scores"):
-        options["heads"] = "each"
-    found = attribution_patching(patch_model, tokens, **options)
-    expected = slope(patch_model, tokens, **options)
+        pytest.skip(f"no {site} here")
+    experiment = Patching(patch_model, tokens_for(), tokens_for(1))
+    options = {"into": "clean", "values": halved if site in ATTENTION else None}
+    options |= {"over": ("layer", "head") if site in ("k", "z") else ("layer", "head", "pos")}
+    if site not in PER_HEAD:
+        options["over"] = ("layer", "pos")
+    options |= {} if site in ("k", "z") else {"positions": [2, 4]}
+    found, expected = experiment.attribution(site, **options), slope(experiment, site, **options)
     assert found.estimate.shape == expected.shape
     # the third order of the series, and a loss of 7 digits divided by the step
     assert (found.estimate - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4
     assert expected.abs().max() > 0.005, "something is measured"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"over": "layer", "heads": ["L0H1", "L1H0", "L1H3"], "positions": [1, 4]},
+        {"over": ("layer", "head"), "heads": ["L0H1", "L1H0"]},
+        {"over": "pos"},
+        {"over": ()},
+    ],
+)
+def test_it_sums_over_what_is_patched_together(tiny_bos_model, options):
+    experiment = Patching(tiny_bos_model, tokens_for(), tokens_for(1))
+    found = experiment.attribution("z", into="clean", **options).estimate
+    expected = slope(experiment, "z", into="clean", **options)
+    assert torch.equal(found.isnan(), expected.isnan())
+    off, size = (found - expected).nan_to_num().abs().max(), expected.nan_to_num().abs().max()
+    assert off < 0.01 * size + 2e-4
 
 
 def halved(activation, layer):
@@ -54,47 +72,28 @@ def halved(activation, layer):
     return activation.where(~((activation > -1e4) & (activation != 0)), activation / 2)
 
 
-def test_prompts_metrics_heads_and_weight(tiny_bos_model):
+def test_prompts_metrics_and_weight(tiny_bos_model):
     tokens, other = tokens_for(rows=2), tokens_for(1, rows=2)
-    targets, against = tokens_for(7, rows=2), tokens_for(8, rows=2)
+    target, against = tokens_for(7, rows=2), tokens_for(8, rows=2)
 
     def largest(logits):
         return logits.max() - logits[0].mean()
 
-    kinds = {
-        "log_prob": {"targets": targets, "read": [1, 4]},
-        "logit_diff": {"targets": targets, "against": against},
-        largest: {},
-    }
-    for metric, given in kinds.items():
-        options = {
-            "site": "attn_out",
-            "source": Corrupted(other),
-            "metric": metric,
-            "layers": [1],
-            "positions": [1, 4],
-        }
-        options |= given
-        found = attribution_patching(tiny_bos_model, tokens, weight=0.5, **options)
-        expected = 0.5 * slope(tiny_bos_model, tokens, **options)
+    for metric in (LogProb(target, at=[1, 4]), LogitDiff(target, against), largest):
+        experiment = Patching(tiny_bos_model, tokens, other, metric=metric)
+        options = {"into": "clean", "layers": [1], "positions": [1, 4]}
+        found = experiment.attribution("attn_out", weight=0.5, **options)
+        expected = 0.5 * slope(experiment, "attn_out", **options)
         assert (found.estimate - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4, metric
 
 
-def test_denoising_takes_the_slope_at_the_corrupted_run_and_may_ask_for_kl(tiny_bos_model):
-    tokens, options = (
-        tokens_for(),
-        {
-            "site": "mlp_out",
-            "source": Corrupted(tokens_for(1)),
-            "direction": "denoising",
-            "positions": [2, 4],
-        },
-    )
-    for metric in ("loss", "kl"):
-        found = attribution_patching(tiny_bos_model, tokens, metric=metric, **options)
-        expected = slope(tiny_bos_model, tokens, metric=metric, **options)
+def test_denoising_takes_the_slope_at_the_corrupted_run_and_may_use_kl(tiny_bos_model):
+    for metric in (Loss(), KL()):
+        experiment = Patching(tiny_bos_model, tokens_for(), tokens_for(1), metric=metric)
+        found = experiment.attribution("mlp_out", positions=[2, 4])
+        expected = slope(experiment, "mlp_out", positions=[2, 4])
         assert (found.estimate - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4
-        exact = patch_grid(tiny_bos_model, tokens, metric=metric, **options)
+        exact = experiment.grid("mlp_out", positions=[2, 4])
         assert torch.allclose(found.clean, exact.clean, atol=1e-5)
         assert torch.allclose(found.corrupted, exact.corrupted, atol=1e-5)
 
@@ -103,28 +102,28 @@ def test_a_bfloat16_model_is_estimated_as_its_float32_twin(tiny_directories):
     tokens = tokens_for()
     wide, narrow = (load_model(tiny_directories / "gpt2", dtype=dtype) for dtype in ("float32", "bfloat16"))
     for site in ("mlp_out", "z"):
-        options = {"site": site, "source": Corrupted(tokens_for(1))}
-        expected = attribution_patching(wide, tokens, **options)
-        found = attribution_patching(narrow, tokens, **options)
+        expected, found = (
+            Patching(model, tokens, tokens_for(1)).attribution(site, into="clean") for model in (wide, narrow)
+        )
         assert found.estimate.dtype == torch.float32
         # 8 bits of mantissa, through two layers and back
         assert (found.estimate - expected.estimate).abs().max() < 0.05 * expected.estimate.abs().max()
 
 
 def test_it_says_how_well_it_correlates_with_the_exact_grid_of_the_same_arguments(tiny_bos_model):
-    tokens, options = tokens_for(rows=2), {"site": "mlp_out", "source": "zero"}
-    exact = patch_grid(tiny_bos_model, tokens, **options)
-    found = attribution_patching(tiny_bos_model, tokens, exact=exact, **options)
+    experiment = Patching(tiny_bos_model, tokens_for(rows=2))
+    exact = experiment.grid("mlp_out", values="zero")
+    found = experiment.attribution("mlp_out", values="zero", exact=exact)
     pair = torch.stack([found.effect.flatten(), exact.effect.flatten()])
     assert found.correlation == pytest.approx(float(torch.corrcoef(pair)[0, 1]), abs=1e-5)
-    assert attribution_patching(tiny_bos_model, tokens, **options).correlation is None
+    assert experiment.attribution("mlp_out", values="zero").correlation is None
     with pytest.raises(ValueError, match="made with site 'mlp_out', not 'attn_out': give"):
-        attribution_patching(tiny_bos_model, tokens, exact=exact, site="attn_out", source="zero")
+        experiment.attribution("attn_out", values="zero", exact=exact)
     with pytest.raises(ValueError, match="made with other tokens"):
-        attribution_patching(tiny_bos_model, tokens_for(3, rows=2), exact=exact, **options)
+        Patching(tiny_bos_model, tokens_for(3, rows=2)).attribution("mlp_out", values="zero", exact=exact)
     shifted = dataclasses.replace(exact, clean=exact.clean + 1)
     with pytest.raises(ValueError, match="the exact grid's clean run has loss"):
-        attribution_patching(tiny_bos_model, tokens, exact=shifted, **options)
+        experiment.attribution("mlp_out", values="zero", exact=shifted)
 
 
 def test_the_weights_and_hooks_are_left_as_they_were(tiny_bos_model):
@@ -136,15 +135,18 @@ def test_the_weights_and_hooks_are_left_as_they_were(tiny_bos_model):
             raise KeyboardInterrupt
         return logits.sum()
 
-    options = {"site": "z", "source": "zero", "heads": "each", "positions": None}
+    experiment, options = (
+        Patching(tiny_bos_model, tokens_for()),
+        {"values": "zero", "over": ("layer", "head")},
+    )
     with torch.inference_mode():
-        usual = attribution_patching(tiny_bos_model, tokens_for(), **options)
+        usual = experiment.attribution("z", **options)
     with pytest.raises(KeyboardInterrupt):
-        attribution_patching(tiny_bos_model, tokens_for(), metric=stop, **options)
+        Patching(tiny_bos_model, tokens_for(), metric=stop).attribution("z", **options)
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
-        frozen = attribution_patching(tiny_bos_model, tokens_for(), **options)
+        frozen = experiment.attribution("z", **options)
     finally:
         for parameter, was in zip(parameters, before, strict=True):
             parameter.requires_grad_(was)
@@ -154,21 +156,30 @@ def test_the_weights_and_hooks_are_left_as_they_were(tiny_bos_model):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("site", "metric", "message"),
     [
-        ({"metric": "kl"}, "smallest at the clean run, so its gradient there is zero"),
-        ({"metric": lambda logits: logits.argmax().float()}, "without a gradient by the logits"),
-        ({"site": "attn_scores"}, "minus infinity, which no gradient reaches"),
-        ({"layers": [2]}, "there is no layer 2"),
+        ("mlp_out", KL(), "smallest at the clean run, so its gradient there is zero"),
+        ("mlp_out", lambda logits: logits.argmax().float(), "without a gradient by the logits"),
+        ("attn_scores", None, "minus infinity, which no gradient reaches"),
     ],
 )
-def test_what_has_no_gradient_is_refused(tiny_bos_model, options, message):
+def test_what_has_no_gradient_is_refused(tiny_bos_model, site, metric, message):
     with pytest.raises(ValueError, match=message):
-        attribution_patching(tiny_bos_model, tokens_for(), **{"site": "mlp_out", "source": "zero", **options})
+        Patching(tiny_bos_model, tokens_for(), metric=metric).attribution(site, values="zero")
+
+
+def test_an_embedding_before_the_stream_needs_no_gradient(tiny_bos_model):
+    experiment = Patching(tiny_bos_model, tokens_for())
+    found = experiment.attribution("resid_post", values=NextEmbedding()).estimate
+    expected = slope(experiment, "resid_post", values=NextEmbedding())
+    assert (found - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4
 
 
 def test_it_says_that_it_is_an_approximation_and_comes_back(tiny_bos_model, tmp_path):
-    found = attribution_patching(tiny_bos_model, tokens_for(), site="z", source="zero", heads=[1, 3])
+    heads = [(layer, head) for layer in (0, 1) for head in (1, 3)]
+    found = Patching(tiny_bos_model, tokens_for()).attribution(
+        "z", values="zero", over=("layer", "head", "pos"), heads=heads
+    )
     assert "approximation='first order'" in repr(found)
     assert AttributionPatchResult.load(found.save(tmp_path / "a.safetensors")) == found
     table = found.to_dataframe()

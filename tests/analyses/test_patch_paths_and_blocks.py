@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mechlens.analyses.patching import Corrupted, patch_blocks, patch_path, path_attention
+from mechlens.analyses.patching import LogProb, Patching
 from mechlens.models.load.loading import load_model
-from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.sites import SITES
 from tests.reference import patching as reference
 from tests.tiny_models import write_tiny_model
 
@@ -71,24 +71,16 @@ def path_by_hand(model, tokens, other, sender, layer, head, name, at):
 def test_only_the_receiver_sees_what_the_sender_changed(path_model, input):
     tokens, other = tokens_for(), tokens_for(1)
     name = "hook_mlp_out" if input == "mlp" else f"attn.hook_{input}"
-    receiver, head = (1, None) if input == "mlp" else ((1, 1), 1)
+    receiver, head = ("L1.mlp", None) if input == "mlp" else (f"L1H1.{input}", 1)
     for positions in (None, [1, 3]):
-        found = patch_path(
-            path_model,
-            tokens,
-            sender=(0, 2),
-            receiver=receiver,
-            input=input,
-            source=Corrupted(other),
-            positions=positions,
-        )
+        found = Patching(path_model, tokens, other).path((0, 2), receiver, into="clean", positions=positions)
         at = range(LENGTH) if positions is None else positions
         expected = path_by_hand(path_model, tokens, other, (0, 2), 1, head, name, at)
         # float32 through two layers, and the change as a difference of sums
         assert float(found.mean) == pytest.approx(expected, abs=2e-5)
         assert abs(float(found.effect)) > 1e-4, "something is measured"
     assert found.axes == (("layer",) if input == "mlp" else ("layer", "head"))
-    assert "corrupted L0H2 as" in found.source
+    assert "L0H2 (corrupted) as" in found.source
     with torch.no_grad():
         assert float(found.corrupted[0]) == pytest.approx(
             reference.loss(path_model(other)[0], tokens[0], READ), abs=2e-5
@@ -98,27 +90,8 @@ def test_only_the_receiver_sees_what_the_sender_changed(path_model, input):
 def test_a_path_is_restored_in_the_corrupted_run(path_model):
     """Denoising is noising with the two prompts exchanged, judged by the first one's tokens."""
     tokens, other = tokens_for(), tokens_for(1)
-    found = patch_path(
-        path_model,
-        tokens,
-        sender=(0, 2),
-        receiver=(1, 1),
-        input="k",
-        source=Corrupted(other),
-        metric="log_prob",
-        targets=7,
-        direction="denoising",
-    )
-    exchanged = patch_path(
-        path_model,
-        other,
-        sender=(0, 2),
-        receiver=(1, 1),
-        input="k",
-        source=Corrupted(tokens),
-        metric="log_prob",
-        targets=7,
-    )
+    found = Patching(path_model, tokens, other, metric=LogProb(7)).path("L0H2", "L1H1.k")
+    exchanged = Patching(path_model, other, tokens, metric=LogProb(7)).path("0.2", "1.1.k", into="clean")
     assert torch.allclose(found.values, exchanged.values, atol=1e-6)
     assert torch.allclose(found.corrupted, exchanged.clean, atol=1e-6)
     assert torch.allclose(found.effect, exchanged.effect, atol=1e-6)
@@ -128,9 +101,8 @@ def test_a_path_is_restored_in_the_corrupted_run(path_model):
 def test_what_a_head_attends_to_when_it_sees_another_patched(path_model, input):
     """Against a run in which the stream that makes q or k, or the sender, is changed by hand."""
     tokens, other = tokens_for(), tokens_for(1)
-    found = path_attention(
-        path_model, tokens, sender="L0H2", receiver="L1H1", input=input, source=Corrupted(other)
-    )
+    receiver = "L1H1" if input is None else f"L1H1.{input}"
+    found = Patching(path_model, tokens, other).path_attention("L0H2", receiver, into="clean")
     _, cache = reference.cache_of(path_model, tokens)
     _, there = reference.cache_of(path_model, other)
     sender = "blocks.0.attn.hook_z"
@@ -177,13 +149,13 @@ def test_what_a_head_attends_to_when_it_sees_another_patched(path_model, input):
 
 def test_the_mlp_of_the_senders_own_layer_reads_it_unless_they_are_parallel(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
-    options = {"sender": (1, 0), "receiver": 1, "input": "mlp", "source": Corrupted(other)}
+    experiment = Patching(patch_model, tokens, other)
     if SITES["resid_mid"].format(0) not in patch_model.hook_dict:
-        with pytest.raises(ValueError, match="the mlp of layer 1 does not read what L1H0 writes"):
-            patch_path(patch_model, tokens, **options)
-        return
+        with pytest.raises(ValueError, match=r"L1\.mlp does not read what L1H0 writes"):
+            experiment.path("L1H0", "L1.mlp", into="clean")
+        pytest.skip("its attention and MLP are parallel")
     expected = path_by_hand(patch_model, tokens, other, (1, 0), 1, None, "hook_mlp_out", range(LENGTH))
-    assert float(patch_path(patch_model, tokens, **options).mean) == pytest.approx(expected, abs=5e-5)
+    assert float(experiment.path("L1H0", "L1.mlp", into="clean").mean) == pytest.approx(expected, abs=5e-5)
 
 
 def block_by_hand(model, tokens, layer, how, other):
@@ -214,7 +186,7 @@ def test_blocks_are_skipped_repeated_and_exchanged(patch_model, tiny_bos_model, 
     tokens = tokens_for()
     # a learned position is added before the blocks, so any architecture's blocks will do
     other = tiny_bos_model if how == "another" else patch_model
-    found = patch_blocks(patch_model, tokens, tiny_bos_model if how == "another" else how)
+    found = Patching(patch_model, tokens).blocks(tiny_bos_model if how == "another" else how)
     for layer in range(2):
         expected = block_by_hand(patch_model, tokens, layer, how, other)
         assert float(found.mean[layer]) == pytest.approx(expected, abs=5e-5)
@@ -225,25 +197,27 @@ def test_blocks_are_skipped_repeated_and_exchanged(patch_model, tiny_bos_model, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"receiver": (0, 1)}, "the q of layer 0 does not read what L0H2 writes"),
-        ({"receiver": 1}, r"q, k and v a \(layer, head\), but receiver is 1"),
-        ({"input": "mlp"}, "the input mlp has a layer for its receiver"),
-        ({"input": "z"}, "input must be q, k, v or mlp"),
-        ({"sender": (0, 4)}, "there is no head 4"),
-        ({"receiver": (2, 0)}, "there is no layer 2"),
-        ({"source": "mean"}, "source must be"),
-        ({"positions": [6]}, "there is no position 6"),
+        ({"receiver": "L0H1.q"}, "L0H1.q does not read what L0H2 writes"),
+        ({"receiver": "L1H0"}, "receiver must be an input of a head, as L3H5.q"),
+        ({"receiver": "L1H0.mlp"}, "MLP is written L3.mlp"),
+        ({"receiver": "L1.q"}, "a head is written L5H5"),
+        ({"receiver": "L1H0.z"}, "receiver must be an input"),
+        ({"sender": (0, 4)}, "head 4"),
+        ({"receiver": "L2H0.q"}, "layer 2"),
+        ({"values": "mean"}, "values must be"),
+        ({"positions": [6]}, "position 6"),
     ],
 )
 def test_a_path_that_is_none_is_refused(tiny_bos_model, options, message):
-    usual = {"sender": (0, 2), "receiver": (1, 1), "input": "q", "source": "zero"}
+    usual = {"sender": (0, 2), "receiver": "L1H0.q", "values": "zero"}
     with pytest.raises(ValueError, match=message):
-        patch_path(tiny_bos_model, tokens_for(), **{**usual, **options})
+        Patching(tiny_bos_model, tokens_for()).path(**{**usual, **options})
 
 
 def test_blocks_of_another_shape_are_refused(tiny_bos_model, tmp_path):
-    with pytest.raises(ValueError, match="how must be skip, repeat or a model, but is 'swap'"):
-        patch_blocks(tiny_bos_model, tokens_for(), "swap")
+    experiment = Patching(tiny_bos_model, tokens_for())
+    with pytest.raises(ValueError, match="how must be 'skip', 'repeat' or a model, got 'swap'"):
+        experiment.blocks("swap")
     write_tiny_model(tmp_path / "deep", "gpt2", n_layer=3)
     with pytest.raises(ValueError, match="the other model has 3 layers and d_model 32, this one 2 and 32"):
-        patch_blocks(tiny_bos_model, tokens_for(), load_model(tmp_path / "deep"))
+        experiment.blocks(load_model(tmp_path / "deep"))

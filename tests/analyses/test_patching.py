@@ -9,22 +9,28 @@ import pytest
 import torch
 
 from mechlens.analyses.patching import (
-    Corrupted,
+    KL,
     Earlier,
     Edges,
+    LogitDiff,
+    LogitFunction,
+    LogProb,
+    Loss,
     Mean,
     NextEmbedding,
+    Patching,
     Resampled,
     ablate_heads,
-    ablate_mlps_from_first_half,
+    ablate_mlps,
     grid,
-    patch_grid,
 )
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
-from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.sites import SITES
 from mechlens.results import PatchGridResult
+from mechlens.text.prompts import RepeatedTokens
 from tests.close import assert_close
+from tests.counting import positions_run
 from tests.reference import patching as reference
 
 LENGTH = 10
@@ -50,12 +56,10 @@ POSITIONAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 def test_the_articles_loop_for_every_site_of_the_stream(patch_model, site):
     if not has(patch_model, site):
         with pytest.raises(ValueError, match=f"this model has no {site}"):
-            patch_grid(patch_model, tokens_for(), site=site, source=Earlier(5))
-        return
+            Patching(patch_model, tokens_for()).grid(site, values=Earlier(5))
+        pytest.skip(f"no {site} here")
     tokens, read = tokens_for(), range(5, LENGTH - 1)
-    found = patch_grid(
-        patch_model, tokens, site=site, source=Earlier(5), positions=range(5, LENGTH), read=read
-    )
+    found = Patching(patch_model, tokens, metric=Loss(at=read)).grid(site, values=Earlier(5))
     expected = reference.earlier(patch_model, tokens, SITES[site], range(2), range(5, LENGTH), 5, read)
     # float32 through two layers
     assert torch.allclose(found.mean, expected, atol=2e-5)
@@ -73,10 +77,9 @@ def test_heads_one_by_one_and_position_by_position(patch_model, site):
     _, cache = reference.cache_of(patch_model, other)
     name = SITES[site]
     n_heads = cache[name.format(0)].shape[2]
-    cells = patch_grid(
-        patch_model, tokens, site=site, source=Corrupted(other), heads="each", positions=[2, 7]
-    )
-    whole = patch_grid(patch_model, tokens, site=site, source=Corrupted(other), heads="each", positions=None)
+    experiment = Patching(patch_model, tokens, other)
+    cells = experiment.grid(site, into="clean", over=("layer", "head", "pos"), positions=[2, 7])
+    whole = experiment.grid(site, into="clean", over=("layer", "head"))
     assert cells.mean.shape == (2, n_heads, 2)
     for layer in range(2):
         there = cache[name.format(layer)][0]
@@ -103,7 +106,9 @@ def test_heads_one_by_one_and_position_by_position(patch_model, site):
 @pytest.mark.parametrize("site", ["pattern", "attn_scores"])
 def test_what_a_head_attends_to_is_knocked_out(patch_model, site):
     tokens, read = tokens_for(), range(LENGTH - 1)
-    found = patch_grid(patch_model, tokens, site=site, source=no_first, heads=[1], positions=[6])
+    found = Patching(patch_model, tokens).grid(
+        site, values=no_first, over=("layer", "head", "pos"), heads=["L0H1", "L1H1"], positions=[6]
+    )
     for layer in range(2):
 
         def patch(activation):
@@ -127,7 +132,7 @@ def test_transformer_lens_own_loop(patch_model, site):
     from transformer_lens import patching
 
     if not has(patch_model, site):
-        return
+        pytest.skip(f"no {site} here")
     if site == "resid_mid" and engine_of(patch_model) == "TransformerBridge":
         pytest.skip("its hook there is the MLP's input alone: TransformerLens's loop patches that")
     tokens, other = tokens_for(), tokens_for(1)
@@ -163,14 +168,8 @@ def test_transformer_lens_own_loop(patch_model, site):
         expected = patching.generic_activation_patch(
             patch_model, tokens, cache, metric, patch_setter=setter, activation_name=site, index_df=index
         )
-    found = patch_grid(
-        patch_model,
-        tokens,
-        site=site,
-        source=Corrupted(other),
-        heads="each" if by_head else None,
-        positions=positions,
-    )
+    over = ("layer", "head", "pos") if by_head else ("layer", "pos")
+    found = Patching(patch_model, tokens, other).grid(site, into="clean", over=over, positions=positions)
     assert torch.allclose(found.mean.flatten(), expected.float(), atol=2e-5)
 
 
@@ -178,8 +177,11 @@ def test_transformer_lens_own_loop(patch_model, site):
 def test_single_edges_are_knocked_out(patch_model, site):
     tokens, read = tokens_for(), range(LENGTH - 1)
     edges = [(6, 0), (6, 2), (8, 8)]
-    together = patch_grid(patch_model, tokens, site=site, source=Edges(edges), heads=[1], positions=None)
-    apart = patch_grid(patch_model, tokens, site=site, source=Edges(edges), heads=[1], positions=[6, 7])
+    experiment, heads = Patching(patch_model, tokens), [(0, 1), (1, 1)]
+    together = experiment.grid(site, values=Edges(edges), over=("layer", "head"), heads=heads)
+    apart = experiment.grid(
+        site, values=Edges(edges), over=("layer", "head", "pos"), heads=heads, positions=[6, 7]
+    )
     assert together.source == "without 6 to 0, 6 to 2, 8 to 8"
     for layer in range(2):
 
@@ -201,23 +203,21 @@ def test_single_edges_are_knocked_out(patch_model, site):
 @pytest.mark.parametrize(
     ("site", "edges", "message"),
     [
-        ("z", [(3, 1)], "edges are taken away at pattern or attn_scores, but site is 'z'"),
+        ("z", [(3, 1)], "Edges is for the sites pattern and attn_scores, but site is 'z'"),
         ("pattern", [], "Edges needs at least one"),
-        ("pattern", [(1, 3)], r"0 <= src <= dest < 10, the prompt's length, but one is \(1, 3\)"),
-        ("pattern", [(10, 0)], r"but one is \(10, 0\)"),
-        ("attn_scores", [(1, 0), (1, 1)], "position 1 has nothing to share its attention among"),
+        ("pattern", [(1, 3)], r"the edge \(1, 3\) is out of range"),
+        ("pattern", [(10, 0)], r"the edge \(10, 0\) is out of range"),
+        ("attn_scores", [(1, 0), (1, 1)], "position 1 attends to nothing"),
     ],
 )
 def test_edges_that_are_none_are_refused(tiny_bos_model, site, edges, message):
     with pytest.raises(ValueError, match=message):
-        patch_grid(tiny_bos_model, tokens_for(), site=site, source=Edges(edges))
+        Patching(tiny_bos_model, tokens_for()).grid(site, values=Edges(edges))
 
 
 def test_resid_pre_of_layer_0_is_the_other_tokens_run(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
-    found = patch_grid(
-        patch_model, tokens, site="resid_pre", source=Corrupted(other), layers=[0], positions=None
-    )
+    found = Patching(patch_model, tokens, other).grid("resid_pre", over="layer", into="clean", layers=[0])
     with torch.no_grad():
         expected = reference.loss(patch_model(other)[0], tokens[0], range(LENGTH - 1))
     assert float(found.mean[0]) == pytest.approx(expected, abs=2e-5)
@@ -229,16 +229,17 @@ def test_resid_pre_of_layer_0_is_the_other_tokens_run(patch_model):
 def test_a_run_patched_with_itself_is_unchanged(patch_model):
     tokens = tokens_for()
     for site in ("resid_post", "mlp_out", "z", "k", "pattern"):
-        found = patch_grid(patch_model, tokens, site=site, source=Corrupted(tokens.clone()))
+        found = Patching(patch_model, tokens, tokens.clone()).grid(site)
         # the same sums in another order
         assert found.effect.abs().max() < 1e-5, site
 
 
 def test_denoising_restores_what_noising_takes_away(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
-    options = {"site": "resid_post", "source": Corrupted(other), "positions": None, "layers": [1]}
-    noised = patch_grid(patch_model, tokens, **options)
-    denoised = patch_grid(patch_model, tokens, direction="denoising", **options)
+    experiment = Patching(patch_model, tokens, other)
+    noised = experiment.grid("resid_post", over="layer", layers=[1], into="clean")
+    denoised = experiment.grid("resid_post", over="layer", layers=[1])
+    assert denoised.into == "corrupted", "the default where there is a corrupted run"
     assert torch.allclose(noised.mean[0], noised.corrupted[0], atol=2e-5)
     assert torch.allclose(denoised.mean[0], denoised.clean[0], atol=2e-5)
     assert float(denoised.recovered[0]) == pytest.approx(1, abs=1e-3)
@@ -257,7 +258,7 @@ def test_each_source_puts_there_what_it_says(tiny_bos_model):
         Resampled(reference_tokens, seed=4): lambda prompt: there[order[prompt], 3],
     }
     for source, value in expected.items():
-        found = patch_grid(tiny_bos_model, tokens, site="mlp_out", source=source, layers=[1], positions=[3])
+        found = Patching(tiny_bos_model, tokens).grid("mlp_out", values=source, layers=[1], positions=[3])
         for prompt in range(2):
             one = tokens[prompt : prompt + 1]
 
@@ -272,14 +273,8 @@ def test_each_source_puts_there_what_it_says(tiny_bos_model):
 
 def test_the_next_token_is_mixed_in_by_its_weight(tiny_bos_model):
     tokens = tokens_for()
-    found = patch_grid(
-        tiny_bos_model,
-        tokens,
-        site="resid_post",
-        source=NextEmbedding(),
-        weight=0.25,
-        layers=[1],
-        positions=[4],
+    found = Patching(tiny_bos_model, tokens).grid(
+        "resid_post", values=NextEmbedding(), weight=0.25, layers=[1], positions=[4]
     )
 
     def patch(activation):
@@ -292,10 +287,7 @@ def test_the_next_token_is_mixed_in_by_its_weight(tiny_bos_model):
 
 def test_each_metric_is_that_of_whole_logits(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
-    read, shift = (
-        [3, 8],
-        {"site": "resid_pre", "source": Corrupted(other), "layers": [1], "positions": [2, 6]},
-    )
+    read = [3, 8]
     targets, against = tokens_for(7), tokens_for(8)
     with torch.no_grad():
         clean = patch_model(tokens)[0].double()
@@ -306,13 +298,16 @@ def test_each_metric_is_that_of_whole_logits(patch_model):
         return logits.max() - logits[0].mean()
 
     kinds = {
-        "log_prob": {"targets": targets},
-        "logit_diff": {"targets": targets, "against": against},
-        "kl": {},
-        largest: {},
+        "log_prob": LogProb(targets, at=read),
+        "logit_diff": LogitDiff(targets, against, at=read),
+        "kl": KL(at=read),
+        "largest": LogitFunction(largest, at=read),
     }
-    for metric, options in kinds.items():
-        found = patch_grid(patch_model, tokens, metric=metric, read=read, **options, **shift)
+    for kind, metric in kinds.items():
+        found = Patching(patch_model, tokens, other, metric=metric).grid(
+            "resid_pre", into="clean", layers=[1], positions=[2, 6]
+        )
+        assert found.metric == kind
         for at, pos in enumerate((2, 6)):
 
             def patch(activation, pos=pos):
@@ -320,38 +315,37 @@ def test_each_metric_is_that_of_whole_logits(patch_model):
 
             logits = reference.run(patch_model, tokens, "blocks.1.hook_resid_pre", patch).double()
             log_probs, own = logits.log_softmax(-1), clean.log_softmax(-1)
-            if metric == "log_prob":
+            if kind == "log_prob":
                 expected = sum(log_probs[r, targets[0, r]] for r in read) / 2
-            elif metric == "logit_diff":
+            elif kind == "logit_diff":
                 expected = sum(logits[r, targets[0, r]] - logits[r, against[0, r]] for r in read) / 2
-            elif metric == "kl":
+            elif kind == "kl":
                 expected = sum((own[r].exp() * (own[r] - log_probs[r])).sum() for r in read) / 2
             else:
                 expected = largest(logits[read])
             # float32 against float64
-            assert float(found.mean[0, at]) == pytest.approx(float(expected), abs=5e-5), metric
+            assert float(found.mean[0, at]) == pytest.approx(float(expected), abs=5e-5), kind
 
 
 def test_the_plain_path_gives_the_same(patch_model, monkeypatch):
     tokens, other = tokens_for(), tokens_for(1)
-    options = {"site": "attn_out", "source": Corrupted(other)}
-    fast = patch_grid(patch_model, tokens, **options)
+    fast = Patching(patch_model, tokens, other).grid("attn_out")
     assert fast.note == ""
-    start = grid.start_sweeps
+    start = grid.PatchedRuns.of
 
     def refuse(*given, **options):
-        return dataclasses.replace(start(*given, **options), clean=None, why="this model cannot be resumed")
+        return dataclasses.replace(start(*given, **options), start=None, why="this model cannot be resumed")
 
-    monkeypatch.setattr(grid, "start_sweeps", refuse)
-    plain = patch_grid(patch_model, tokens, **options)
+    monkeypatch.setattr(grid.PatchedRuns, "of", refuse)
+    plain = Patching(patch_model, tokens, other).grid("attn_out")
     assert "cannot be resumed" in plain.note
     assert torch.allclose(fast.values, plain.values, atol=2e-5)
-    small = patch_grid(patch_model, tokens, token_budget=1, **options)
+    small = Patching(patch_model, tokens, other, token_budget=1).grid("attn_out")
     assert torch.allclose(fast.values, small.values, atol=2e-5)
 
 
 def test_the_articles_experiment_by_name(bundled):
-    found = ablate_mlps_from_first_half(bundled, seq_len=8)
+    found = ablate_mlps(bundled, on=RepeatedTokens(8, batch=1, seeds=[0]))
     n = found.tokens.shape[1]
     read = range(n - 8, n - 1)
     expected = reference.earlier(bundled, found.tokens, SITES["mlp_out"], range(4), range(n - 8, n), 8, read)
@@ -362,7 +356,7 @@ def test_the_articles_experiment_by_name(bundled):
 def test_induction_heads_show_by_what_their_absence_costs(bundled):
     """L3H5, L3H3 and L3H4 attend to what comes next, and L1H2 tells them where that is."""
     for how in ("zero", "mean", "resample"):
-        found = ablate_heads(bundled, how=how, seq_len=20, batch=2)
+        found = ablate_heads(bundled, how, on=RepeatedTokens(20, batch=2, seeds=[0]))
         order = found.effect.flatten().argsort(descending=True).tolist()
         heads = [(index // 6, index % 6) for index in order[:3]]
         assert (1, 2) in heads, how
@@ -373,25 +367,32 @@ def test_induction_heads_show_by_what_their_absence_costs(bundled):
     ("options", "message"),
     [
         ({"site": "resid"}, "site must be one of resid_pre"),
-        ({"layers": [2]}, "layer 2 is out of range"),
-        ({"positions": [10]}, "position 10 is out of range"),
-        ({"heads": [0]}, "heads are for q, k, v, z"),
-        ({"site": "z", "heads": [4]}, "head 4 is out of range"),
-        ({"source": "mean"}, "source must be 'zero', Earlier"),
-        ({"source": Earlier(10)}, "must be between 1 and 9 for 10 tokens, got 10"),
-        ({"source": Corrupted(torch.ones(1, 9, dtype=torch.long))}, "give one sequence of the same length"),
-        ({"source": Mean(torch.ones(4, 9, dtype=torch.long))}, "they must be equally long"),
-        ({"source": NextEmbedding()}, "an embedding belongs into the residual stream"),
-        ({"direction": "denoising"}, "give source=Corrupted"),
-        ({"direction": "up"}, "direction must be noising or denoising"),
-        ({"metric": "accuracy"}, "metric must be one of loss, log_prob"),
-        (
-            {"metric": "logit_diff", "targets": 5},
-            "logit_diff is the logit of targets less that of against: it needs both",
-        ),
-        ({"targets": 5}, "targets are for log_prob and logit_diff"),
-        ({"read": [9]}, "position 9 is the last: no token follows"),
+        ({"layers": [2]}, "layer 2"),
+        ({"positions": [10]}, "position 10"),
+        ({"heads": ["L0H0"]}, "heads are for the sites q, k, v, z"),
+        ({"over": ("layer", "head")}, "heads are for the sites q, k, v, z"),
+        ({"over": "batch"}, "batch"),
+        ({"site": "z", "over": "head"}, "'head' without 'layer'"),
+        ({"site": "z", "heads": [(0, 4)]}, "head 4"),
+        ({"site": "z", "heads": ["L0H1", (0, 1)]}, "several different ones, but are L0H1, L0H1"),
+        ({"site": "z", "heads": ["L0H1"], "layers": [0]}, "leave out layers"),
+        ({"values": "mean"}, "values must be 'zero', Earlier"),
+        ({"values": None}, "without a corrupted run, values says"),
+        ({"values": Earlier(10)}, r"Earlier\(10\) is out of range"),
+        ({"values": Earlier(6), "positions": [5, 7]}, "values for positions 6 to 9"),
+        ({"values": Mean(torch.ones(4, 9, dtype=torch.long))}, "as long as the prompt, 10 tokens"),
+        ({"values": NextEmbedding()}, "for the residual stream"),
+        ({"into": "corrupted"}, "needs a corrupted run"),
+        ({"into": "up"}, "into must be 'clean' or 'corrupted'"),
+        ({"weight": float("nan")}, "weight must be a finite number, got nan"),
+        ({"site": "attn_scores", "weight": 0.5}, "cannot be mixed in with weight 0.5"),
+        ({"metric": Loss(at=[9])}, "position 9 is the last, and no token follows it"),
+        ({"metric": LogProb()}, "give a target"),
+        ({"metric": LogProb(64)}, "token id 64 is not in"),
+        ({"metric": LogProb(torch.full((1, LENGTH), -1))}, "target is out of range"),
         ({"metric": lambda logits: logits[0]}, "a metric gives one number"),
+        ({"corrupted": torch.ones(1, 9, dtype=torch.long)}, "give one sequence of the same length"),
+        ({"token_budget": 0}, "token_budget must be at least 1"),
     ],
 )
 def test_errors_come_before_any_run(tiny_bos_model, options, message, monkeypatch):
@@ -399,30 +400,31 @@ def test_errors_come_before_any_run(tiny_bos_model, options, message, monkeypatc
         raise AssertionError("a run was paid for")
 
     monkeypatch.setattr(type(tiny_bos_model), "forward", ran)
-    with pytest.raises(ValueError, match=message):
-        patch_grid(tiny_bos_model, tokens_for(), **{"site": "mlp_out", "source": "zero", **options})
+    about = {name: options.pop(name) for name in ("metric", "token_budget", "corrupted") if name in options}
+    with pytest.raises((TypeError, ValueError), match=message):
+        Patching(tiny_bos_model, tokens_for(), **about).grid(
+            **{"site": "mlp_out", "values": "zero", **options}
+        )
 
 
 def test_what_a_bridge_does_not_look_at_is_refused(tiny_directories):
     model = load_model(tiny_directories / "gpt_neo")
     if engine_of(model) == "HookedTransformer":
-        found = patch_grid(model, tokens_for(), site="pattern", source="zero")
+        found = Patching(model, tokens_for()).grid("pattern", values="zero")
         assert found.effect.abs().max() > 1e-4
         return
     with pytest.raises(ValueError, match="without looking at a changed pattern: patch z or v"):
-        patch_grid(model, tokens_for(), site="pattern", source="zero")
+        Patching(model, tokens_for()).grid("pattern", values="zero")
 
 
 def test_a_model_without_mlps_says_so(fixed_distance_model):
     model, seq_len = fixed_distance_model
     with pytest.raises(ValueError, match="this model has no MLPs"):
-        patch_grid(model, torch.zeros(1, 2 * seq_len, dtype=torch.long), site="mlp_out", source="zero")
+        Patching(model, torch.zeros(1, 2 * seq_len, dtype=torch.long)).grid("mlp_out", values="zero")
 
 
 def test_a_grid_makes_a_table_and_comes_back(tiny_bos_model, tmp_path):
-    found = patch_grid(
-        tiny_bos_model, tokens_for(rows=2), site="z", source="zero", heads="each", positions=None
-    )
+    found = Patching(tiny_bos_model, tokens_for(rows=2)).grid("z", values="zero", over=("layer", "head"))
     assert PatchGridResult.load(found.save(tmp_path / "grid.safetensors")) == found
     table = found.to_dataframe()
     row = table[table.label == "L1H2"].iloc[0]
@@ -449,7 +451,7 @@ def test_leading_tokens_that_equal_the_padding_token_are_read_like_others(tiny_d
     tokens[1, :4] = model.tokenizer.pad_token_id
     model.tokenizer.padding_side = "left"
     with pytest.warns(UserWarning, match="row 1 of the prompt begins with 4 padding tokens"):
-        found = patch_grid(model, tokens, site=site, source="zero", positions=[5, 8], read=[6, 8])
+        found = Patching(model, tokens, metric=Loss(at=[6, 8])).grid(site, values="zero", positions=[5, 8])
     model.tokenizer.padding_side = "right"
 
     def patch(activation, pos):
@@ -469,7 +471,7 @@ def test_what_follows_is_put_there_as_it_enters_the_stream(tiny_directories):
     """Gemma scales its embeddings, and one engine's `W_E` is not scaled."""
     model, tokens = load_model(tiny_directories / "gemma2"), tokens_for()
     _, cache = reference.cache_of(model, tokens)
-    found = patch_grid(model, tokens, site="resid_post", source=NextEmbedding(), layers=[0])
+    found = Patching(model, tokens).grid("resid_post", values=NextEmbedding(), layers=[0])
     assert found.positions == tuple(range(LENGTH - 1)), "nothing follows the last"
     for at in (0, 3):
 
@@ -481,11 +483,9 @@ def test_what_follows_is_put_there_as_it_enters_the_stream(tiny_directories):
         assert float(found.mean[0, at]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_positions_that_have_no_source_are_left_out_or_refused(tiny_bos_model):
-    found = patch_grid(tiny_bos_model, tokens_for(), site="mlp_out", source=Earlier(6))
+def test_positions_without_values_are_left_out(tiny_bos_model):
+    found = Patching(tiny_bos_model, tokens_for()).grid("mlp_out", values=Earlier(6))
     assert found.positions == (6, 7, 8, 9)
-    with pytest.raises(ValueError, match="something for positions 6 to 9 only, but asked for are 5, 7"):
-        patch_grid(tiny_bos_model, tokens_for(), site="mlp_out", source=Earlier(6), positions=[5, 7])
 
 
 def test_a_function_that_draws_is_called_once_for_each_prompt_and_layer(tiny_bos_model):
@@ -495,59 +495,133 @@ def test_a_function_that_draws_is_called_once_for_each_prompt_and_layer(tiny_bos
         def noise(activation, layer):
             return activation + torch.randn(activation.shape, generator=draw)
 
-        return patch_grid(
-            tiny_bos_model, tokens_for(rows=2), site="attn_out", source=noise, layers=[0], token_budget=budget
-        )
+        experiment = Patching(tiny_bos_model, tokens_for(rows=2), token_budget=budget)
+        return experiment.grid("attn_out", values=noise, layers=[0])
 
     # the same sums in other groups
     assert torch.allclose(run(None).values, run(12).values, atol=2e-5)
 
 
 def test_each_prompt_has_its_own_answer(tiny_bos_model):
-    tokens = tokens_for(rows=2)
-    options = {"site": "z", "source": "zero", "heads": "each", "positions": None, "metric": "logit_diff"}
-    whole = {"targets": torch.tensor([[7], [9]]).expand(2, LENGTH), "against": 5}
-    expected = patch_grid(tiny_bos_model, tokens, **options, **whole)
-    for targets in (torch.tensor([7, 9]), torch.tensor([[7], [9]]), [7, 9]):
-        found = patch_grid(tiny_bos_model, tokens, **options, targets=targets, against=5)
-        assert_close(found.values, expected.values)
-    assert found.about == ""
-    assert found.given["targets"].tolist() == [[7], [9]]
-    same = patch_grid(tiny_bos_model, tokens, **options, targets=7, against=5)
+    def found(target):
+        experiment = Patching(tiny_bos_model, tokens_for(rows=2), metric=LogitDiff(target, 5))
+        return experiment.grid("z", values="zero", over=("layer", "head"))
+
+    expected = found(torch.tensor([[7], [9]]).expand(2, LENGTH))
+    for target in (torch.tensor([7, 9]), torch.tensor([[7], [9]]), [7, 9]):
+        assert_close(found(target).values, expected.values)
+    assert expected.about == ""
+    assert expected.given["target"].tolist() == [[7], [9]]
     names = tiny_bos_model.tokenizer.batch_decode([[7], [5]])
-    assert same.about == f"{names[0]!r} less {names[1]!r}"
+    assert found(7).about == f"{names[0]!r} less {names[1]!r}"
 
 
 def test_texts_are_a_batch_where_they_are_equally_long(tiny_bos_model):
-    options = {"site": "z", "source": Corrupted(["b a", "b b"]), "heads": "each", "positions": None}
-    found = patch_grid(tiny_bos_model, ["a b", "a a"], **options)
-    alone = patch_grid(tiny_bos_model, "a a", **(options | {"source": Corrupted("b b")}))
-    assert torch.allclose(found.values[1], alone.values[0], atol=2e-5)
-    without = patch_grid(tiny_bos_model, "a a", **(options | {"source": Corrupted("b b")}), prepend_bos=False)
+    def found(clean, corrupted, **options):
+        experiment = Patching(tiny_bos_model, clean, corrupted, **options)
+        return experiment.grid("z", over=("layer", "head"), into="clean")
+
+    both, alone = found(["a b", "a a"], ["b a", "b b"]), found("a a", "b b")
+    assert torch.allclose(both.values[1], alone.values[0], atol=2e-5)
+    without = found("a a", "b b", prepend_bos=False)
     assert without.given["corrupted"].shape == without.tokens.shape
     assert without.tokens.shape[1] == alone.tokens.shape[1] - 1
     with pytest.raises(ValueError, match="must have equally many tokens, but here are"):
-        patch_grid(tiny_bos_model, ["a b", "a a a a a"], **options)
+        found(["a b", "a a a a a"], "b a")
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"positions": "last"}, ValueError, "positions must be 'each', numbers, or None"),
-        ({"site": "z", "heads": "L1H2"}, ValueError, "heads must be 'each', numbers, or None"),
-        ({"source": lambda a, layer: a[:2]}, ValueError, r"\(10, 32\) at mlp_out, but this gives a tensor"),
-        ({"source": lambda a, layer: None}, ValueError, "but this gives None"),
-        ({"weight": float("nan")}, ValueError, "weight must be a finite number, got nan"),
-        ({"site": "attn_scores", "weight": 0.5}, ValueError, "cannot be mixed in with weight 0.5"),
-        ({"token_budget": 0}, ValueError, "token_budget must be at least 1"),
-        ({"metric": "log_prob", "targets": 64}, ValueError, "token id 64 is not in"),
+def test_a_function_must_return_the_shape_that_it_is_given(tiny_bos_model):
+    for wrong, shown in ((lambda a, layer: a[:2], r"a tensor \(2, 32\)"), (lambda a, layer: None, "None")):
+        with pytest.raises(ValueError, match=rf"\(10, 32\) at mlp_out.*returned {shown}"):
+            Patching(tiny_bos_model, tokens_for()).grid("mlp_out", values=wrong)
+
+
+def together(model, tokens, other, cells):
+    """The loss of a run with the z of some (layer, head, position) from the other run."""
+    _, cache = reference.cache_of(model, other)
+
+    def patch(activation, hook):
+        for layer, head, pos in cells:
+            if hook.name.startswith(f"blocks.{layer}."):
+                activation[0, pos, head] = cache[hook.name][0, pos, head]
+        return activation
+
+    hooks = [(SITES["z"].format(layer), patch) for layer in {layer for layer, _, _ in cells}]
+    with torch.no_grad():
+        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+    return reference.loss(logits[0], tokens[0], range(LENGTH - 1))
+
+
+def test_what_is_not_in_over_is_patched_together(patch_model):
+    """Axes that have no cell each, and a choice among them."""
+    tokens, other = tokens_for(), tokens_for(1)
+    experiment = Patching(patch_model, tokens, other)
+    all_at, layers = range(LENGTH), (0, 1)
+    every = [(layer, head, pos) for layer in layers for head in range(4) for pos in all_at]
+    two = [(layer, head, pos) for layer, head in ((0, 1), (1, 2)) for pos in all_at]
+    few = [(1, head, pos) for head in (0, 3) for pos in (2, 5)]
+    for over, chosen, cells in (
+        ((), {}, {(): every}),
+        ((), {"heads": ["L0H1", "1.2"]}, {(): two}),
+        ("layer", {"heads": [(1, 0), (1, 3)], "positions": [2, 5]}, {(0,): few}),
+        ("pos", {"positions": [3, 8]}, {(1,): [cell for cell in every if cell[2] == 8]}),
+        (("layer", "head"), {"positions": [4]}, {(1, 2): [(1, 2, 4)]}),
+    ):
+        found = experiment.grid("z", over=over, into="clean", **chosen)
+        for index, some in cells.items():
+            assert float(found.mean[index]) == pytest.approx(
+                together(patch_model, tokens, other, some), abs=2e-5
+            )
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "mlp_out", "k"])
+def test_layers_are_patched_together_at_any_site(patch_model, site):
+    tokens, other = tokens_for(), tokens_for(1)
+    found = Patching(patch_model, tokens, other).grid(site, over="pos", into="clean", positions=[3])
+    _, cache = reference.cache_of(patch_model, other)
+
+    def patch(activation, hook):
+        activation[:, 3] = cache[hook.name][:, 3]
+        return activation
+
+    with torch.no_grad():
+        logits = patch_model.run_with_hooks(
+            tokens, fwd_hooks=[(SITES[site].format(layer), patch) for layer in (0, 1)]
+        )
+    expected = reference.loss(logits[0], tokens[0], range(LENGTH - 1))
+    assert float(found.mean[0]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_any_set_of_heads_is_a_grid_and_the_other_cells_are_not_run(tiny_bos_model):
+    def run(**options):
+        calls = []
+        experiment = Patching(
+            tiny_bos_model, tokens_for(), metric=lambda logits: calls.append(1) or logits.max()
+        )
+        return experiment.grid("z", values="zero", over=("layer", "head"), **options), len(calls)
+
+    (whole, all_calls), (some, calls) = run(), run(heads=["L0H3", "L1H2"])
+    assert some.effect.shape == (2, 2)
+    assert some.effect.isnan().tolist() == [[True, False], [False, True]]
+    assert torch.allclose(some.effect[0, 1], whole.effect[0, 3], atol=1e-6)
+    assert list(some.to_dataframe().label) == ["L0H3", "L1H2"]
+    assert all_calls - calls == 6, "8 heads, of which 2 are asked for"
+
+
+@pytest.mark.parametrize("corrupted", [None, tokens_for(1, rows=2)])
+def test_every_question_runs_each_prompt_once_and_its_counterpart_once(tiny_bos_model, corrupted):
+    """Counted in embedded positions: 2 prompts of 10 tokens, after checks on 8 of them."""
+    experiment = Patching(tiny_bos_model, tokens_for(rows=2), corrupted)
+    options = {"into": "clean", "values": "zero" if corrupted is None else None, "positions": [9]}
+    hooked = engine_of(tiny_bos_model) == "HookedTransformer"
+    clean, logits, adds_up = 2 * LENGTH * (1 if corrupted is None else 2), 2 * 8, 8
+    # a bridge embeds what is resumed as well: the trial of two rows of 5 positions, or three runs of a path
+    for work, expected in (
+        (lambda: experiment.grid("z", **options), clean + logits + (0 if hooked else 2 * 2 * 5)),
+        (lambda: experiment.attribution("z", **options), clean + logits),
         (
-            {"metric": "log_prob", "targets": torch.full((1, LENGTH), -1)},
-            ValueError,
-            "in the vocabulary of 64, but lie between -1 and -1",
+            lambda: experiment.path("L0H1", "L1H2.k", **options),
+            clean + logits + adds_up + (0 if hooked else 3 * 2 * LENGTH),
         ),
-    ],
-)
-def test_what_is_meant_otherwise_is_refused(tiny_bos_model, options, error, message):
-    with pytest.raises(error, match=message):
-        patch_grid(tiny_bos_model, tokens_for(), **({"site": "mlp_out", "source": "zero"} | options))
+    ):
+        assert positions_run(tiny_bos_model, ["hook_embed"], work) == {"hook_embed": expected}

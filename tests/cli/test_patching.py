@@ -10,16 +10,9 @@ import shlex
 import pandas as pd
 import pytest
 
-from mechlens.analyses.patching import (
-    Corrupted,
-    Mean,
-    Resampled,
-    ablate_heads,
-    ablate_mlps_from_first_half,
-    patch_grid,
-)
+from mechlens.analyses.patching import KL, LogitDiff, Mean, Patching, Resampled, ablate_heads, ablate_mlps
 from mechlens.results import PatchGridResult
-from mechlens.text.prompts import repeated_tokens, text_tokens
+from mechlens.text.prompts import RepeatedTokens
 from tests.cli.test_cli import run
 from tests.close import assert_same
 
@@ -47,28 +40,28 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["patch", "--from", "second-half"], "--from must be one of first-half, zero, mean, resample"),
         (["patch", "--by", "neuron"], "--by must be one of position, head, layer"),
         (["patch", "--metric", "accuracy"], "--metric must be one of loss, log_prob"),
-        (["patch", "--by", "head", *SMALL], "--by head is for --site q, k, v, z"),
-        (["patch", "--layer", "4", *SMALL], "there is no layer 4"),
-        (["patch", "--target", " a"], "--target is about a text: add --text"),
-        (["patch", "--from", "corrupted"], "--from corrupted needs --text and --corrupted"),
+        (["patch", "--by", "head", *SMALL], "--by head needs --site q, k, v, z"),
+        (["patch", "--layer", "4", *SMALL], "layer 4 is out of range"),
+        (["patch", "--corrupted", " a"], "--corrupted is for a text: add --text"),
+        (["patch", "--from", "corrupted"], "--from must be one of first-half"),
         (["patch", "--metric", "logit_diff"], "needs --text, --target and --against"),
-        (["patch", "--text", "a b", "--from", "first-half"], "--from first-half is about random tokens"),
-        (["patch", "--text", "a b", "--from", "zero", "--batch", "2"], "--batch is about random tokens"),
+        (["patch", "--text", "a b", "--from", "first-half"], "--from first-half is for random tokens"),
+        (["patch", "--text", "a b", "--from", "zero", "--batch", "2"], "--batch is for random tokens"),
         (["patch", "--text", "a b", "--from", "zero", "--metric", "log_prob"], "needs --target"),
-        (["patch", "--text", "a b", "--from", "corrupted"], "belong together"),
-        (["patch", "--text", "a b", "--from", "zero", "--corrupted", "a c"], "belong together"),
-        (["patch", "--text", "a b", "--from", "zero", "--denoise"], "--denoise patches a corrupted run"),
+        (["patch", "--text", "a b", "--into", "corrupted"], "--into corrupted needs --corrupted TEXT"),
+        (["patch", "--text", "a b", "--into", "both"], "--into must be 'clean' or 'corrupted'"),
+        (["patch", "--text", "a b", "--metric", "logit_diff"], "needs --target and --against"),
         (
-            ["patch", "--text", "a b", "--from", "corrupted", "--corrupted", "a b c"],
+            ["patch", "--text", "a b", "--corrupted", "a b c"],
             "the texts must have equally many tokens, but here are 3, [",
         ),
         (
             ["patch", "--text", "a b", "--from", "zero", "--metric", "log_prob", "--target", " captain of"],
             "tokens, not one: [",
         ),
-        (["patch", "--head", "1"], "--head is for --by head, but it is position"),
-        (["patch", "--text", "a b", "--target", " a"], "--target is for log_prob and logit_diff"),
-        (["patch", "--text", "a b", "--against", " a"], "--against is for --metric logit_diff"),
+        (["patch", "--head", "1", "--site", "z"], "a head is written L5H5, 5.5"),
+        (["patch", "--text", "a b", "--target", " a"], "--metric loss has no --target: leave it out"),
+        (["patch", "--text", "a b", "--against", " a"], "--metric loss has no --against: leave it out"),
         (["patch", "--seq-len", "300"], "the largest seq_len that fits is 255"),
         (["patch", "--resume", "x.json"], "resume must be a .safetensors file"),
         (
@@ -104,7 +97,7 @@ def saved(capsys, tmp_path, *arguments) -> PatchGridResult:
 
 
 def test_the_articles_experiment_by_both_of_its_names(capsys, tmp_path, bundled):
-    expected = ablate_mlps_from_first_half(bundled, seq_len=6, batch=2, seed=3)
+    expected = ablate_mlps(bundled, on=RepeatedTokens(6, batch=2, seeds=[3]))
     assert_same(saved(capsys, tmp_path, "patch", *SMALL, "--seed", 3), expected)
     assert_same(saved(capsys, tmp_path, "ablate", "mlps", *SMALL, "--seed", 3), expected)
 
@@ -115,7 +108,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path
     file = tmp_path / "progress.safetensors"
     arguments = ["patch", *SMALL, "--json"]
     whole = run(capsys, *arguments)
-    note = grid._Done.note
+    note = grid._Progress.note
     calls = []
 
     def interrupted(self, *args):
@@ -124,7 +117,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(grid._Done, "note", interrupted)
+        patched.setattr(grid._Progress, "note", interrupted)
         code, out, err = run(capsys, *arguments, "--resume", file)
     assert (code, out, len(calls)) == (130, "", 1)
     assert err.strip() == f"mechlens: progress is saved in {file}: run the same command to resume"
@@ -135,7 +128,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
 def test_heads_by_both_of_their_names(capsys, tmp_path, bundled, how):
-    expected = ablate_heads(bundled, how=how, seq_len=6, batch=2, seed=3, prepend_bos=False)
+    expected = ablate_heads(bundled, how, on=RepeatedTokens(6, batch=2, seeds=[3], prepend_bos=False))
     arguments = [*SMALL, "--seed", 3, "--no-bos"]
     assert_same(saved(capsys, tmp_path, "ablate", "heads", "--how", how, *arguments), expected)
     patched = ["patch", "--site", "z", "--by", "head", "--from", how]
@@ -143,39 +136,31 @@ def test_heads_by_both_of_their_names(capsys, tmp_path, bundled, how):
 
 
 def test_every_option_of_patch_reaches_the_analysis(capsys, tmp_path, bundled):
-    drawn = repeated_tokens(bundled, seq_len=6, batch=2, seed=1)
-    other = repeated_tokens(bundled, seq_len=6, batch=32, seed=2)
-    resampled = repeated_tokens(bundled, seq_len=6, batch=2, seed=2)
+    drawn, resampled = (RepeatedTokens(6, batch=2, seeds=[0]).draw(bundled, seed).tokens for seed in (1, 2))
+    mean = RepeatedTokens(6, batch=32, seeds=[0]).draw(bundled, 2).tokens
     options = ["--site", "resid_post", "--layer", 1, "--layer", 3, "--metric", "kl", "--seed", 1]
-    for source, put in (("mean", Mean(other.tokens)), ("resample", Resampled(resampled.tokens, seed=1))):
-        expected = patch_grid(
-            bundled,
-            drawn.tokens,
-            site="resid_post",
-            source=put,
-            layers=[1, 3],
-            positions=None,
-            metric="kl",
-            read=range(7, 12),
+    for source, values in (("mean", Mean(mean)), ("resample", Resampled(resampled, seed=1))):
+        expected = Patching(bundled, drawn, metric=KL(at=range(7, 12))).grid(
+            "resid_post", values=values, over="layer", layers=[1, 3]
         )
         assert_same(
             saved(capsys, tmp_path, "patch", "--from", source, "--by", "layer", *options, *SMALL), expected
         )
 
 
-def test_a_text_is_denoised(capsys, tmp_path, bundled):
-    expected = patch_grid(
-        bundled,
-        text_tokens(bundled, TEXT),
-        site="resid_pre",
-        source=Corrupted(text_tokens(bundled, OTHER)),
-        metric="logit_diff",
-        targets=" three",
-        against=" four",
-        direction="denoising",
+def test_heads_and_the_run_that_is_patched_reach_the_analysis(capsys, tmp_path, bundled):
+    expected = Patching(bundled, TEXT, OTHER).grid(
+        "z", over=("layer", "head"), into="clean", heads=["L1H2", "L3H5"]
     )
-    arguments = ["--site", "resid_pre", "--text", TEXT, "--from", "corrupted", "--corrupted", OTHER]
-    arguments += ["--denoise", "--metric", "logit_diff", "--target", " three", "--against", " four"]
+    arguments = ["--site", "z", "--by", "head", "--text", TEXT, "--corrupted", OTHER, "--into", "clean"]
+    found = saved(capsys, tmp_path, "patch", *arguments, "--head", "L1H2", "--head", "3.5")
+    assert_same(found, expected)
+
+
+def test_a_text_is_denoised(capsys, tmp_path, bundled):
+    expected = Patching(bundled, TEXT, OTHER, metric=LogitDiff(" three", " four")).grid("resid_pre")
+    arguments = ["--site", "resid_pre", "--text", TEXT, "--corrupted", OTHER, "--metric", "logit_diff"]
+    arguments += ["--target", " three", "--against", " four"]
     assert_same(saved(capsys, tmp_path, "patch", *arguments), expected)
     code, out, _ = run(capsys, "patch", *arguments, "--top", 2)
     assert code == 0
@@ -197,10 +182,10 @@ def test_the_table_lists_the_largest_and_json_has_all(capsys):
     assert "standard error" in out
     code, out, _ = run(capsys, "ablate", "heads", *SMALL, "--json")
     found = json.loads(out)
-    assert len(found["cells"]) == 24
-    ranked = sorted(found["cells"], key=lambda cell: -abs(cell["effect"]))
+    assert len(found["rows"]) == 24
+    ranked = sorted(found["rows"], key=lambda cell: -abs(cell["effect"]))
     assert [cell["label"] for cell in ranked[:3]] == listed
-    assert found["cells"][0]["recovered"] is None, "there is no corrupted run"
+    assert found["rows"][0]["recovered"] is None, "there is no corrupted run"
 
 
 def test_a_page_has_the_pictures_and_the_command_that_wrote_it(capsys, tmp_path):

@@ -10,13 +10,12 @@ import pytest
 
 from mechlens.analyses import circuits, logit_lens
 from mechlens.analyses.features import gradient, greedy, objectives, optimization, spec
-from mechlens.analyses.patching import spec as patching_spec
 from mechlens.cli import circuits as cli_circuits
 from mechlens.cli import commands, feature_options, options
 from mechlens.cli import lens as cli_lens
 from mechlens.cli import patching as cli_patching
 from mechlens.models.load import loading
-from mechlens.models.run import patched_runs
+from mechlens.models.run import sites
 from mechlens.plots import features as plots_features
 from mechlens.plots import logit_lens as plots_logit_lens
 
@@ -126,8 +125,7 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
         (cli_lens.OF_TARGET, plots_logit_lens.OF_TARGET),
         (set(cli_lens.COMPONENTS), set(logit_lens.COMPONENTS)),
         (cli_lens.DECODERS, logit_lens.DECODERS),
-        (set(cli_patching.SITES), set(patched_runs.SITES)),
-        (set(cli_patching.PER_HEAD), set(patching_spec.PER_HEAD)),
+        (cli_patching.SITES, tuple(sites.SITES)),
         (cli_circuits.EMBEDDINGS, circuits.EMBEDDINGS),
         (set(feature_options.SITES), set(spec.SITES)),
         (feature_options.AGGREGATES, greedy.AGGREGATES),

@@ -68,12 +68,15 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
             model=info,
             tokens=torch.zeros(n_prompts, len(WORDS), dtype=torch.long),
             site="z" if "head" in axes else "resid_pre",
-            direction="denoising",
+            into="corrupted",
             metric="logit_diff",
+            unit="logits",
             about=" John - Mary",
             axes=axes,
             layers=tuple(range(n_layers)),
-            heads=tuple(range(n_heads)) if "head" in axes else (),
+            heads=tuple((layer, head) for layer in range(n_layers) for head in range(n_heads))
+            if "head" in axes
+            else (),
             positions=tuple(range(len(WORDS))) if "pos" in axes else (),
             values=(normal(n_prompts, *(sizes[axis] for axis in axes)) / 2).pow(3),
             clean=torch.full((n_prompts,), 4.0),

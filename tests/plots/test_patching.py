@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mechlens.plots.patching import cell_label, metric_unit, plot_head_effects, plot_patch_grid
+from mechlens.plots.patching import plot_head_effects, plot_patch_grid
 from mechlens.plots.style import DIVERGING
 from mechlens.results import PatchGridResult
+from mechlens.results.patching import cell_label
 from mechlens.text.color import SEQUENTIAL
 from tests import hand_made
 
@@ -52,7 +53,7 @@ def test_the_metric_itself_and_the_share_recovered():
     np.testing.assert_array_equal(cells.z, hand_made.PATCHED)
     assert (cells.zmin, cells.zmax) == (0, 2)
     assert [colour for _, colour in cells.colorscale] == SEQUENTIAL
-    with pytest.raises(ValueError, match="here is none that differs"):
+    with pytest.raises(ValueError, match="needs a corrupted run"):
         plot_patch_grid(result, value="recovered")
     corrupted = dataclasses.replace(result, corrupted=torch.tensor([5.0]))
     (cells,) = plot_patch_grid(corrupted, value="recovered").data
@@ -63,7 +64,7 @@ def test_the_metric_itself_and_the_share_recovered():
 
 def test_what_was_restored_is_measured_from_the_corrupted_run():
     result = dataclasses.replace(
-        hand_made.patch_grid(), direction="denoising", corrupted=torch.tensor([3.0]), source="the clean run"
+        hand_made.patch_grid(), into="corrupted", corrupted=torch.tensor([3.0]), source="the clean run"
     )
     figure = plot_patch_grid(result)
     np.testing.assert_array_equal(figure.data[0].z, hand_made.PATCHED - 3)
@@ -79,7 +80,7 @@ def test_heads_have_names_under_the_cursor_and_numbers_below():
 
 def test_a_grid_of_three_axes_is_cut_by_a_head_or_a_position():
     result = hand_made.patch_grid(axes=("layer", "head", "pos"))
-    with pytest.raises(ValueError, match="choose a head or a position"):
+    with pytest.raises(ValueError, match="choose head= or position="):
         plot_patch_grid(result)
     (cells,) = plot_patch_grid(result, head=1).data
     np.testing.assert_array_equal(cells.z, np.array(EFFECTS) + 1)
@@ -87,7 +88,7 @@ def test_a_grid_of_three_axes_is_cut_by_a_head_or_a_position():
     (cells,) = plot_patch_grid(result, position=3).data
     np.testing.assert_array_equal(cells.z, [[0.0, 1.0], [0.25, 1.25]])
     assert cells.hovertext[1][0].startswith("<b>L1H0</b><br>position 3: &lt;b")
-    with pytest.raises(ValueError, match="choose a head or a position"):
+    with pytest.raises(ValueError, match="choose head= or position="):
         plot_head_effects(result)
     assert list(plot_head_effects(result, position=3).data[0].x) == [1.25, 1.0, 0.25, 0.0]
 
@@ -127,7 +128,7 @@ def test_a_cell_without_a_value_is_grey_not_zero():
     [
         (("layer", "pos"), {"value": "loss"}, "value must be one of effect, mean, recovered"),
         (("layer", "pos"), {"head": 1}, "by layer and pos: leave out head"),
-        (("layer", "pos"), {"position": 9}, "no position 9 was patched; patched were 1, 2, 3"),
+        (("layer", "pos"), {"position": 9}, "position 9 was not patched; patched were 1, 2, 3"),
     ],
 )
 def test_what_is_not_there_is_refused(axes, options, message):
@@ -138,17 +139,32 @@ def test_what_is_not_there_is_refused(axes, options, message):
 def test_head_effects_need_heads():
     with pytest.raises(ValueError, match="by layer and pos, not by head"):
         plot_head_effects(hand_made.patch_grid())
-    with pytest.raises(ValueError, match="at least 1, but is 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         plot_head_effects(hand_made.patch_grid(axes=("layer", "head")), top=0)
 
 
-def test_names_of_cells_and_units():
-    assert [cell_label(5, 5, None), cell_label(0, None, 51), cell_label(1, 2, 3)] == [
-        "L5H5",
-        "L0 at 51",
-        "L1H2 at 3",
-    ]
-    assert [metric_unit(each) for each in ("loss", "logit_diff", "mine")] == ["nats", "logits", ""]
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [
+        ((5, 5, None), "L5H5"),
+        ((0, None, 51), "L0 at 51"),
+        ((1, 2, 3), "L1H2 at 3"),
+        ((None, None, 3), "position 3"),
+        ((None, None, None), "all"),
+    ],
+)
+def test_a_cell_is_named_by_what_it_patches(cell, name):
+    assert cell_label(*cell) == name
+
+
+def test_positions_alone_are_bars_and_a_single_cell_is_refused():
+    grid = hand_made.patch_grid()
+    positions = dataclasses.replace(grid, axes=("pos",), values=grid.values[:, 0])
+    (bars,) = plot_patch_grid(positions).data
+    assert list(bars.x) == ["1", "2", "3"]
+    assert bars.hovertext[0].startswith("<b>all layers</b><br>position 1: ·a<br>loss changes by +1.000")
+    with pytest.raises(ValueError, match="a single cell"):
+        plot_patch_grid(dataclasses.replace(grid, axes=(), values=grid.values[:, 0, 0]))
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -160,7 +176,7 @@ def by_head(values: torch.Tensor) -> PatchGridResult:
     return dataclasses.replace(
         hand_made.patch_grid(axes=("layer", "head")),
         layers=tuple(range(n_layers)),
-        heads=tuple(range(n_heads)),
+        heads=tuple((layer, head) for layer in range(n_layers) for head in range(n_heads)),
         values=1 + values[None],
     )
 

@@ -20,8 +20,12 @@ def test_a_grid_is_drawn_and_its_largest_changes_are_listed():
     assert isinstance(table, Table)
     assert "Largest: L0 at 1 1.000, L0 at 2 0.500" in plot.description
     # equal sizes stay in their order
-    assert table.rows == [("L0 at 1", 1.0, 2.0), ("L0 at 2", 0.5, 1.5), ("L1 at 1", -0.5, 0.5)]
-    assert section.text == ("What to look for.\n\n1 prompt of 4 tokens. Without a patch the loss is 1.000.")
+    assert [each.name for each in table.columns] == ["cell", "token", "effect", "mean"]
+    assert [row[0] for row in table.rows] == ["L0 at 1", "L0 at 2", "L1 at 1"]
+    assert [cell.text for cell in table.cells()[0]] == ["L0 at 1", "·a", "+1.000", "2.000"]
+    assert section.text == (
+        "What to look for.\n\n1 prompt of 4 tokens. Without a patch the loss is 1.000 nats."
+    )
     assert "Standard error" not in section.terms
 
 
@@ -29,7 +33,7 @@ def test_heads_of_several_prompts_have_bars_and_errors():
     section = patching_section(hand_made.patch_grid(axes=("layer", "head"), n_prompts=2), top=2)
     _, bars, table = section.parts
     assert list(bars.figure.data[0].y) == ["L0H0", "L0H1"]
-    assert table.rows[0] == pytest.approx(("L0H0", 1.125, 0.125, 2.125))
+    assert table.rows[0] == ["L0H0", *map(pytest.approx, (1.125, 0.125, 2.125))]
     assert set(section.terms) == {"Patch", "Effect", "Standard error", "Nat"}
 
 
@@ -44,10 +48,10 @@ def test_a_corrupted_run_and_a_note_are_named_and_the_page_is_safe():
         hand_made.patch_grid(), corrupted=torch.tensor([5.0]), note="every patch was a whole run"
     )
     section = patching_section(result)
-    assert "in the corrupted run 5.000. Note: every patch was a whole run." in section.text
+    assert section.text.endswith(", 5.000 in the corrupted run. Note: every patch was a whole run.")
     assert "Recovered" in section.terms
-    assert section.parts[-1].columns[-1] == "recovered"
+    assert section.parts[-1].columns[-1].name == "recovered"
     page = render_report(section, title="Patching", model=result.model)
     assert "<b>$x$" not in page
-    with pytest.raises(ValueError, match="at least 1 cell"):
+    with pytest.raises(ValueError, match="at least 1"):
         patching_section(result, top=0)

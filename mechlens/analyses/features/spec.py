@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechlens.arguments import chosen
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.run import patched_runs
+from mechlens.models.run import sites
 from mechlens.models.run.forward import check_tokens
 from mechlens.models.weights.access import settings_hash, weights_hash
 from mechlens.models.weights.folding import is_blind_to_mean
@@ -22,7 +22,7 @@ from mechlens.results import ModelInfo
 from mechlens.text.prompts import bos_to_prepend, prompt_tokens
 from mechlens.text.tokens import all_bos, token_strings
 
-SITES = {name: patched_runs.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
+SITES = {name: sites.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
 SITES |= {"post": "blocks.{}.mlp.hook_post"}
 MOST_NAMED = 16
 """Features or tokens that a message lists."""

@@ -1,26 +1,27 @@
-"""Patching and ablation: what a run's prediction owes to one of its activations."""
+"""Patching and ablation: how much a prediction depends on one activation."""
 
 from __future__ import annotations
 
-from mechlens.analyses.patching.ablations import ablate_heads, ablate_mlps_from_first_half
-from mechlens.analyses.patching.attribution import attribution_patching
-from mechlens.analyses.patching.blocks import patch_blocks
-from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.path import patch_path, path_attention
-from mechlens.analyses.patching.sources import Corrupted, Earlier, Edges, Mean, NextEmbedding, Resampled
+from mechlens.analyses.patching.ablations import ablate_heads, ablate_mlps
+from mechlens.analyses.patching.experiment import Patching
+from mechlens.analyses.patching.metrics import KL, LogitDiff, LogitFunction, LogProb, Loss, Metric
+from mechlens.analyses.patching.sources import Earlier, Edges, Mean, NextEmbedding, Resampled, Source, Zero
 
 __all__ = [
-    "Corrupted",
+    "KL",
     "Earlier",
     "Edges",
+    "LogProb",
+    "LogitDiff",
+    "LogitFunction",
+    "Loss",
     "Mean",
+    "Metric",
     "NextEmbedding",
+    "Patching",
     "Resampled",
+    "Source",
+    "Zero",
     "ablate_heads",
-    "ablate_mlps_from_first_half",
-    "attribution_patching",
-    "patch_blocks",
-    "patch_grid",
-    "patch_path",
-    "path_attention",
+    "ablate_mlps",
 ]

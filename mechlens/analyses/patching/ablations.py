@@ -1,67 +1,61 @@
-"""Ablations by name, as grids of patches."""
+"""Ablations of heads and MLPs on repeated random tokens, as grids of patches."""
 
 from __future__ import annotations
 
-from functools import partial
+import dataclasses
 
-from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.sources import Earlier, Mean, Resampled, Source
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechlens.analyses.patching.experiment import Patching
+from mechlens.analyses.patching.metrics import Loss
+from mechlens.analyses.patching.sources import Earlier, Mean, Resampled, Source, Zero
+from mechlens.arguments import seeds_of
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
 from mechlens.results import PatchGridResult
-from mechlens.text.prompts import repeated_tokens
+from mechlens.text.prompts import RepeatedTokens
+
+REFERENCE = 32
+"""Sequences whose mean takes an ablated head's place."""
+HOW = ("mean", "zero", "resample")
 
 
-def ablate_mlps_from_first_half(
-    model: LensModel,
-    *,
-    seq_len: int = 50,
-    batch: int = 1,
-    seed: int = 0,
-    prepend_bos: bool | None = None,
-    token_budget: int | None = None,
-    progress: bool | None = None,
+def ablate_mlps(
+    model: LensModel, *, on: RepeatedTokens | None = None, progress: bool | None = None
 ) -> PatchGridResult:
-    """Replace each MLP's output at each position of the second copy by what it was in the first.
+    """Replace each MLP's output at each position of the second copy by that of the same token in the first.
 
     Args:
-        seq_len: random tokens in one copy; the model reads BOS, the copy and the same again.
-        batch: sequences.
-        seed: of the sequences.
+        on: the repeated random tokens; None is `RepeatedTokens(50, batch=4, seeds=[0])`. Without jitter.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        A grid of layer x position of the second copy. The metric is the mean loss of what the second copy's
-        tokens predict, nats.
+        A grid of layer x position of the second copy. The metric is the mean loss of the second copy's tokens
+        but the first, nats.
 
     Raises:
-        ValueError: a model without MLPs, or sizes that do not fit the model.
+        ValueError: a model without MLPs, jitter, or sizes that do not fit the model.
 
-    Source: the article "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
-    Cost: as `patch_grid`.
+    Example:
+        >>> mechlens.ablate_mlps(model, on=mechlens.RepeatedTokens(8, batch=1, seeds=[0])).effect.shape
+        torch.Size([4, 8])
+
+    References: the article "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
+    Cost: one forward pass for each sequence, and for each layer and position what comes after the patch.
     """
-    _check_length(seq_len)
-    random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
-    second = range(int(random.starts[0, 1]), random.tokens.shape[1])
-    return patch_grid(
-        model,
-        random.tokens,
-        site="mlp_out",
-        source=Earlier(seq_len),
-        positions=second,
-        read=second[:-1],
-        token_budget=token_budget,
-        progress=progress,
-    )
+    on = _checked(on)
+    tokens, second = second_copy(model, on)
+    experiment = Patching(model, tokens, metric=Loss(at=second[:-1]), progress=progress)
+    return experiment.grid("mlp_out", values=Earlier(on.seq_len), positions=second)
 
 
 def ablate_heads(
     model: LensModel,
-    *,
     how: str = "mean",
-    seq_len: int = 50,
-    batch: int = 4,
-    seed: int = 0,
-    prepend_bos: bool | None = None,
-    token_budget: int | None = None,
+    *,
+    on: RepeatedTokens | None = None,
     progress: bool | None = None,
 ) -> PatchGridResult:
     """Remove each attention head's output, at all positions, and measure the loss on the second copy.
@@ -69,45 +63,60 @@ def ablate_heads(
     Args:
         how: `zero`; `mean`, the head's mean over 32 other random sequences, position by position; `resample`,
             its output on another random sequence.
-        seq_len: random tokens in one copy; the model reads BOS, the copy and the same again.
-        batch: sequences.
-        seed: of the sequences; those that heads are replaced from have the next one.
+        on: the repeated random tokens; None is `RepeatedTokens(50, batch=4, seeds=[0])`. Without jitter. The
+            sequences that values are taken from have the seed after the last.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        A grid of layer x head. The metric is the mean loss of what the second copy's tokens predict, nats:
+        A grid of layer x head. The metric is the mean loss of the second copy's tokens but the first, nats:
         the heads that continue the copy have the largest effect.
 
     Raises:
-        ValueError: another `how`, or sizes that do not fit the model.
+        ValueError: another `how`, jitter, or sizes that do not fit the model.
 
-    Cost: as `patch_grid`: a run from its own layer on for each head and sequence.
+    Example:
+        >>> found = mechlens.ablate_heads(model, "zero", on=mechlens.RepeatedTokens(10, batch=1, seeds=[0]))
+        >>> found.axes
+        ('layer', 'head')
+
+    References: Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv:2209.11895.
+    Cost: one forward pass for each sequence, and for each head the layers after it.
     """
-    if how not in ("zero", "mean", "resample"):
-        raise ValueError(f"how must be zero, mean or resample, but is {how!r}")
-    _check_length(seq_len)
-    random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=prepend_bos)
-    draw = partial(repeated_tokens, model, seq_len=seq_len, prepend_bos=prepend_bos)
-    source: Source = "zero"
+    on = _checked(on)
+    source = ablation_source(model, how, on)
+    tokens, second = second_copy(model, on)
+    experiment = Patching(model, tokens, metric=Loss(at=second[:-1]), progress=progress)
+    return experiment.grid("z", values=source, over=("layer", "head"))
+
+
+def ablation_source(model: LensModel, how: str, on: RepeatedTokens) -> Source:
+    """What takes an ablated head's place: zero, or values of sequences with the seed after the last."""
+    check_how(how)
+    if how == "zero":
+        return Zero()
+    seeds = seeds_of(on.seeds)
     if how == "mean":
-        source = Mean(draw(batch=32, seed=seed + 1).tokens)
-    elif how == "resample":
-        source = Resampled(draw(batch=batch, seed=seed + 1).tokens, seed=seed)
-    second = range(int(random.starts[0, 1]), random.tokens.shape[1])
-    return patch_grid(
-        model,
-        random.tokens,
-        site="z",
-        source=source,
-        heads="each",
-        positions=None,
-        read=second[:-1],
-        token_budget=token_budget,
-        progress=progress,
-    )
+        return Mean(dataclasses.replace(on, batch=REFERENCE).draw(model, seeds[-1] + 1).tokens)
+    other = torch.cat([on.draw(model, seeds[-1] + 1 + at).tokens for at in range(len(seeds))])
+    return Resampled(other, seed=seeds[-1])
 
 
-def _check_length(seq_len: int) -> None:
-    if seq_len < 2:
-        raise ValueError(
-            f"seq_len must be at least 2, so that a token of the copy predicts another; it is {seq_len}"
-        )
+def check_how(how: str) -> None:
+    if how not in HOW:
+        raise ArgumentError("how", f"one of {', '.join(HOW)}", how)
+
+
+def _checked(on: RepeatedTokens | None) -> RepeatedTokens:
+    on = RepeatedTokens(50, batch=4, seeds=[0]) if on is None else on
+    if on.seq_len < 2:
+        raise ArgumentError("seq_len", "at least 2, so that a token of the copy predicts another", on.seq_len)
+    if on.jitter:
+        raise ArgumentError("jitter", "0, because copies are compared position by position", on.jitter)
+    return on
+
+
+def second_copy(model: LensModel, on: RepeatedTokens) -> tuple[Int[Tensor, "prompt pos"], range]:
+    """The sequences of all seeds, and the positions of the second copy."""
+    drawn = [on.draw(model, seed) for seed in seeds_of(on.seeds)]
+    tokens = torch.cat([each.tokens for each in drawn])
+    return tokens, range(int(drawn[0].starts[0, 1]), tokens.shape[1])

@@ -1,132 +1,67 @@
-"""Attribution patching: the whole grid to first order, from one backward pass."""
+"""Attribution patching: a grid to first order, from one backward pass."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechlens.analyses.patching.metrics import Metric, Targets
-from mechlens.analyses.patching.sources import ATTENTION, Source, values_of
-from mechlens.analyses.patching.spec import Asked, Grid
-from mechlens.models.protocol import LensModel
+from mechlens.analyses.patching.metrics import KL
+from mechlens.analyses.patching.spec import Cells, GridSpec
+from mechlens.models.run.clean_run import CleanRun
 from mechlens.models.run.gradients import gradients
-from mechlens.models.run.patched_runs import SITES
-from mechlens.models.run.properties import last_residual
+from mechlens.models.run.sites import SITES, by_position, last_hook
 from mechlens.results import AttributionPatchResult, PatchGridResult
-from mechlens.text.prompts import Prompt
 
 
-def attribution_patching(
-    model: LensModel,
-    prompt: Prompt,
-    *,
-    site: str,
-    source: Source,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | str | None = None,
-    positions: Sequence[int] | str | None = "each",
-    weight: float = 1.0,
-    metric: Metric = "loss",
-    read: Sequence[int] | None = None,
-    targets: Targets | None = None,
-    against: Targets | None = None,
-    direction: str = "noising",
-    prepend_bos: bool | None = None,
-    exact: PatchGridResult | None = None,
-) -> AttributionPatchResult:
-    """Approximate the effects of `patch_grid` by (source's value - own value) x gradient of the metric.
-
-    This is the first term of a series, no patched run: exact only where the metric is linear in the
-    activation over the whole way of the patch. Give `exact` to see how far it can be trusted.
-
-    Args:
-        exact: the result of `patch_grid` with the same arguments; the estimate is correlated with it.
-
-    The other arguments are those of `patch_grid`.
-
-    Returns:
-        An estimate of each cell's effect.
-
-    Raises:
-        ValueError: as `patch_grid`; a metric without a gradient at the run that is patched, such as KL(clean
-            || patched) at the clean run; attention scores that would become minus infinity; or an `exact`
-            of other arguments (what differs is named).
-
-    Source: Nanda 2023, "Attribution Patching: Activation Patching At Industrial Scale".
-    Cost: for each prompt one forward and backward pass, and a forward pass over what the source reads; one
-    more where there is a corrupted run, for its metric. The activations of one prompt's run are in memory.
-    """
-    if metric == "kl" and direction == "noising":
+def estimate_grid(spec: GridSpec, exact: PatchGridResult | None) -> AttributionPatchResult:
+    """Estimate every cell; see `Patching.attribution`."""
+    experiment, model = spec.experiment, spec.experiment.model
+    if isinstance(experiment.metric, KL) and spec.into == "clean":
         raise ValueError(
-            "KL(clean || patched) is smallest at the clean run, so its gradient there is zero and tells "
-            "nothing: choose another metric, or patch_grid"
+            "KL(clean || patched) is smallest at the clean run, so its gradient there is zero and says "
+            "nothing: use another metric, or grid"
         )
-    if site == "attn_scores" and source == "zero":
+    if spec.site == "attn_scores" and spec.source.knocks_out:
         raise ValueError(
-            "knocking an edge out makes its score minus infinity, which no gradient reaches: use site "
-            "pattern, or patch_grid"
+            "knocking an edge out makes its score minus infinity, which no gradient reaches: use the site "
+            "pattern, or grid"
         )
-    asked = Asked.of(
-        model,
-        prompt,
-        site=site,
-        source=source,
-        layers=layers,
-        heads=heads,
-        positions=positions,
-        weight=weight,
-        metric=metric,
-        read=read,
-        targets=targets,
-        against=against,
-        direction=direction,
-        prepend_bos=prepend_bos,
-    )
     if exact is not None:
-        _check_exact(exact, asked)
-    judge, grid = asked.judge, asked.grid
-    names = {layer: SITES[site].format(layer) for layer in grid.layers}
-    estimate = torch.empty(len(asked.tokens), *grid.shape, dtype=torch.float32)
-    clean = torch.empty(len(asked.tokens), dtype=torch.float32)
-    corrupted = torch.full_like(clean, torch.nan)
-    for index in range(len(asked.tokens)):
-        base, given = asked.runs(index)
-        if asked.other is not None:
-            final = last_residual(model, given)
-            if direction == "denoising":
-                judge.begin(index, final)
-        judge.prompt = index
-        metric_of, own, by = gradients(
-            model, base, list(names.values()), lambda last: judge.differentiable(last, 0, last)[0]
-        )
-        here, there = (clean, corrupted) if direction == "noising" else (corrupted, clean)
-        here[index] = metric_of
-        if asked.other is not None:
-            there[index] = judge.of_run(final)
-        kept = {layer: _by_position(own[name], site) for layer, name in names.items()}
-        values = values_of(
-            model, source, site, given, index, grid.layers, kept=kept if given is base else None
-        )
+        _check_exact(exact, spec)
+    layers, n_prompts = spec.cells.layers, len(experiment.tokens)
+    hooks = {layer: SITES[spec.site].format(layer) for layer in layers}
+    estimate = torch.empty(n_prompts, *spec.cells.shape, dtype=torch.float32)
+    metrics: dict[str, Tensor] = {
+        name: torch.full((n_prompts,), torch.nan, dtype=torch.float32) for name in ("clean", "corrupted")
+    }
+    values_of = spec.source.values(model, spec.site, layers)
+    patched, unpatched = ("clean", "corrupted") if spec.into == "clean" else ("corrupted", "clean")
+    for index in range(n_prompts):
+        tokens, others = experiment.runs(index, spec.into)
+        other = None if others is None else CleanRun.of(model, others, spec.keep(own=False))
+
+        def metric(final: Tensor, index: int = index, other: CleanRun | None = other) -> Tensor:
+            clean = final if other is None or spec.into == "clean" else other.final
+            return experiment.readout.of_prompt(index, clean.detach()).differentiable(final, 0, final)[0]
+
+        names = dict.fromkeys([*hooks.values(), *spec.keep(own=True), last_hook(model)])
+        value, kept, by = gradients(model, tokens, list(names), metric)
+        own = CleanRun(model, tokens, kept)
+        metrics[patched][index] = value
+        if other is not None:
+            clean = own if spec.into == "clean" else other
+            metrics[unpatched][index] = experiment.readout.of_prompt(index, clean.final).of_run(other.final)
+        values = values_of(own, other or own, index)
         with torch.no_grad():
             terms = [
-                _terms(values(layer), kept[layer][0], _by_position(by[name], site)[0])
-                for layer, name in names.items()
+                _terms(values(layer), own.at(spec.site, layer)[0], by_position(by[name], spec.site)[0])
+                for layer, name in hooks.items()
             ]
-            estimate[index] = weight * _cells(torch.stack(terms), grid).cpu()
-    return AttributionPatchResult(
-        **asked.fields(),
-        estimate=estimate,
-        clean=clean,
-        corrupted=corrupted,
-        correlation=None if exact is None else _correlation(exact, asked, estimate, clean),
-    )
-
-
-def _by_position(activation: Tensor, site: str) -> Tensor:
-    return activation.movedim(1, 2) if site in ATTENTION else activation
+            estimate[index] = spec.weight * _cells(torch.stack(terms), spec.cells).cpu()
+    estimate.masked_fill_(~spec.cells.asked, torch.nan)
+    correlation = None if exact is None else _correlation(exact, estimate, metrics["clean"])
+    return AttributionPatchResult(**(spec.fields() | metrics), estimate=estimate, correlation=correlation)
 
 
 def _terms(
@@ -139,16 +74,25 @@ def _terms(
     return (change * gradient).masked_fill(gradient == 0, 0).sum(-1)
 
 
-def _cells(terms: Float[Tensor, "layer pos *head"], grid: Grid) -> Tensor:
+def _cells(terms: Float[Tensor, "layer pos *head"], cells: Cells) -> Tensor:
     """Summed over what each cell of the grid covers."""
     by_head = terms.reshape(*terms.shape[:2], -1).transpose(1, 2)
-    by_head = by_head.sum(1, keepdim=True) if grid.heads is None else by_head[:, list(grid.heads)]
-    cells = by_head.sum(2, keepdim=True) if grid.positions is None else by_head[..., list(grid.positions)]
-    return cells.reshape(grid.shape)
+    if "head" in cells.axes:
+        by_head = by_head[:, list(cells.numbers)]
+    else:
+        some = [row[cells.heads_in(layer)].sum(0) for layer, row in zip(cells.layers, by_head, strict=True)]
+        by_head = torch.stack(some)[:, None]
+    if cells.positions is not None:
+        by_head = by_head[..., list(cells.positions)]
+    if "pos" not in cells.axes:
+        by_head = by_head.sum(2, keepdim=True)
+    if "layer" not in cells.axes:
+        by_head = by_head.sum(0, keepdim=True)
+    return by_head.reshape(cells.shape)
 
 
-def _check_exact(exact: PatchGridResult, asked: Asked) -> None:
-    ours = asked.fields()
+def _check_exact(exact: PatchGridResult, spec: GridSpec) -> None:
+    ours = spec.fields()
     differ = [
         f"{name} {getattr(exact, name)!r}, not {value!r}"
         for name, value in ours.items()
@@ -162,22 +106,19 @@ def _check_exact(exact: PatchGridResult, asked: Asked) -> None:
     ]
     if differ:
         raise ValueError(
-            f"the exact grid was made with {', '.join(differ)}: give the result of patch_grid with the same "
-            "arguments"
+            f"the exact grid was made with {', '.join(differ)}: give the result of grid with the same "
+            f"arguments"
         )
 
 
 def _correlation(
-    exact: PatchGridResult,
-    asked: Asked,
-    estimate: Float[Tensor, "prompt *grid"],
-    clean: Float[Tensor, " prompt"],
+    exact: PatchGridResult, estimate: Float[Tensor, "prompt *grid"], clean: Float[Tensor, " prompt"]
 ) -> float:
     # what a result does not hold, such as a function's code, may show in the clean run's metric
     if not torch.allclose(exact.clean, clean, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"the exact grid's clean run has {exact.metric} {exact.clean.tolist()}, but here it is "
-            f"{clean.tolist()}: give the result of patch_grid with the same metric"
+            f"{clean.tolist()}: give the result of grid with the same metric"
         )
     pair = torch.stack([estimate.mean(0).flatten(), exact.effect.flatten()]).double()
     pair = pair[:, pair.isfinite().all(0)]

@@ -1,10 +1,15 @@
-"""What a patched run is judged by: a metric of the predictions that are read."""
+"""Metrics of a run: one number for its predictions at some positions.
+
+A metric is a class with a few methods. A new one gives its `name`, `unit` and `terms`, and says which tokens
+it is about.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,101 +22,327 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.run.unembedding import final_norm, unembedding
 from mechlens.text.tokens import target_id, token_strings
 
-METRICS = ("loss", "log_prob", "logit_diff", "kl")
-
-Metric = str | Callable[[Float[Tensor, "read d_vocab"]], Tensor]
-Targets = str | int | Sequence[str | int] | Int[Tensor, "..."]
-
-
-def read_positions(metric: Metric, read: Sequence[int] | None, n_pos: int) -> tuple[int, ...]:
-    """The positions whose predictions count."""
-    if isinstance(metric, str) and metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)} or a function, but is {metric!r}")
-    if n_pos < 2 and metric == "loss":
-        raise ValueError("a single token has no loss: it predicts nothing that is known")
-    if read is None:
-        return tuple(range(n_pos - 1)) if metric in ("loss", "kl") else (n_pos - 1,)
-    found = tuple(sorted(chosen("position", read, n_pos)))
-    if metric == "loss" and found[-1] == n_pos - 1:
-        raise ValueError(f"position {n_pos - 1} is the last: no token follows whose loss it could have")
-    return found
+Target = str | int | Sequence[str | int] | Int[Tensor, "..."]
+"""One token (a text or an id), one for each prompt, or ids of the prompts' shape."""
+Ids = Mapping[str, Int[Tensor, "prompt pos"]]
 
 
-@dataclasses.dataclass(eq=False)
-class Judge:
-    """The metric, of runs given by what their logits are read from."""
+class Metric(abc.ABC):
+    """A number for the predictions of a run, a mean over positions."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str] = "nats"
+    by_position: ClassVar[bool] = True
+    """Whether each position has a number of its own, and the metric is their mean."""
+    at: Sequence[int] | None
+
+    def positions(self, n_pos: int) -> tuple[int, ...]:
+        """The positions whose predictions count, in increasing order."""
+        if self.at is None:
+            return self.usual_positions(n_pos)
+        return tuple(sorted(chosen("position", self.at, n_pos)))
+
+    def usual_positions(self, n_pos: int) -> tuple[int, ...]:
+        """Those of `at=None`: the last."""
+        return (n_pos - 1,)
+
+    def ids(
+        self, model: LensModel, tokens: Int[Tensor, "prompt pos"]
+    ) -> dict[str, Int[Tensor, "prompt pos"]]:
+        """The tokens that the metric is about, by the name of the argument."""
+        return {}
+
+    def check(self, model: LensModel, n_read: int) -> None:  # noqa: B027  # most have nothing to check
+        """Refuse a metric that does not give a number for this model, before anything is run."""
+
+    @abc.abstractmethod
+    def terms(
+        self,
+        unembedding: Unembedding,
+        vectors: Float[Tensor, "row some d_model"],
+        ids: Ids,
+        clean: Float[Tensor, "1 some d_model"],
+    ) -> Float[Tensor, "row some"]:
+        """The number of each position, of which a gradient may be taken.
+
+        Args:
+            vectors: after the last norm.
+            ids: the tokens of `ids` for each vector.
+            clean: the same vectors of the clean run.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss(Metric):
+    """The loss of the next token: minus its log-probability, in nats, a mean over positions.
+
+    Args:
+        at: positions whose predictions count; None is all that a token follows.
+
+    Example:
+        >>> mechlens.Patching(model, "Mr. Pickwick", metric=mechlens.Loss()).grid("mlp_out", values="zero")
+        PatchGridResult(model='mechlens-books', ...)
+    """
+
+    at: Sequence[int] | None = None
+    name: ClassVar[str] = "loss"
+
+    def usual_positions(self, n_pos: int) -> tuple[int, ...]:
+        return tuple(range(max(1, n_pos - 1)))
+
+    def ids(
+        self, model: LensModel, tokens: Int[Tensor, "prompt pos"]
+    ) -> dict[str, Int[Tensor, "prompt pos"]]:
+        return {"next": _next_tokens(self, tokens)}
+
+    def terms(self, unembedding: Unembedding, vectors: Tensor, ids: Ids, clean: Tensor) -> Tensor:
+        return -_log_prob(unembedding, vectors, ids["next"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogProb(Metric):
+    """The log-probability of a token, in nats, a mean over positions.
+
+    Args:
+        target: one token (a text or an id), one for each prompt, or ids of the prompts' shape; None is the
+            next token.
+        at: positions whose predictions count; None is the last.
+
+    Example:
+        >>> mechlens.LogProb(" Pickwick").name
+        'log_prob'
+    """
+
+    target: Target | None = None
+    at: Sequence[int] | None = None
+    name: ClassVar[str] = "log_prob"
+
+    def ids(
+        self, model: LensModel, tokens: Int[Tensor, "prompt pos"]
+    ) -> dict[str, Int[Tensor, "prompt pos"]]:
+        if self.target is None:
+            return {"target": _next_tokens(self, tokens)}
+        return {"target": token_ids(model, "target", self.target, tokens)}
+
+    def terms(self, unembedding: Unembedding, vectors: Tensor, ids: Ids, clean: Tensor) -> Tensor:
+        return _log_prob(unembedding, vectors, ids["target"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogitDiff(Metric):
+    """The logit of one token less that of another, a mean over positions.
+
+    Args:
+        target: one token (a text or an id), one for each prompt, or ids of the prompts' shape.
+        against: the token whose logit is subtracted, in any of these forms.
+        at: positions whose predictions count; None is the last.
+
+    Example:
+        >>> ioi = mechlens.Patching(
+        ...     model,
+        ...     "said Mr. Pickwick to Sam. And",
+        ...     "said Mr. Winkle to Sam. And",
+        ...     metric=mechlens.LogitDiff(" Mr", " Sam"),
+        ... )
+
+    References: Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593.
+    """
+
+    target: Target
+    against: Target
+    at: Sequence[int] | None = None
+    name: ClassVar[str] = "logit_diff"
+    unit: ClassVar[str] = "logits"
+
+    def __post_init__(self) -> None:
+        if self.target is None or self.against is None:
+            raise ValueError("LogitDiff(target, against) needs both tokens, but one of them is None")
+
+    def ids(
+        self, model: LensModel, tokens: Int[Tensor, "prompt pos"]
+    ) -> dict[str, Int[Tensor, "prompt pos"]]:
+        return {name: token_ids(model, name, getattr(self, name), tokens) for name in ("target", "against")}
+
+    def terms(self, unembedding: Unembedding, vectors: Tensor, ids: Ids, clean: Tensor) -> Tensor:
+        flat = vectors.flatten(0, 1)
+        target, against = (unembedding.of(flat, ids[name].flatten()) for name in ("target", "against"))
+        return (target - against).view(vectors.shape[:2])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KL(Metric):
+    """KL(clean || patched) of the predictions, in nats, a mean over positions.
+
+    Args:
+        at: positions whose predictions count; None is all but the last.
+
+    Example:
+        >>> mechlens.KL(at=[3, 4]).unit
+        'nats'
+    """
+
+    at: Sequence[int] | None = None
+    name: ClassVar[str] = "kl"
+
+    def usual_positions(self, n_pos: int) -> tuple[int, ...]:
+        return tuple(range(n_pos - 1)) or (0,)
+
+    def terms(self, unembedding: Unembedding, vectors: Tensor, ids: Ids, clean: Tensor) -> Tensor:
+        return kl_from(unembedding, clean[0], vectors)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogitFunction(Metric):
+    """A metric of your own: a function of logits.
+
+    Args:
+        function: takes logits `[read, d_vocab]` at the positions of `at`, in float32, and gives one number.
+        at: positions whose logits it takes; None is the last.
+
+    Example:
+        >>> mechlens.LogitFunction(lambda logits: logits.max(), at=[-2, -1]).at
+        [-2, -1]
+    """
+
+    function: Callable[[Float[Tensor, "read d_vocab"]], Tensor]
+    at: Sequence[int] | None = None
+    unit: ClassVar[str] = ""
+    by_position: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # of the class elsewhere
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def check(self, model: LensModel, n_read: int) -> None:
+        shape = (n_read, model.cfg.d_vocab)
+        tried = self.function(torch.zeros(shape, dtype=torch.float32))
+        if not isinstance(tried, Tensor) or tried.numel() != 1:
+            came = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
+            raise ValueError(
+                f"a metric gives one number for logits [read, d_vocab], but this gives {came} for {shape}"
+            )
+
+    def terms(self, unembedding: Unembedding, vectors: Tensor, ids: Ids, clean: Tensor) -> Tensor:
+        """One for all positions: the function is given all of them."""
+        found = [self.function(unembedding.logits(row)).reshape(()).float() for row in vectors]
+        return torch.stack(found)[:, None]
+
+
+def metric_of(given: Any) -> Metric:
+    """A metric as it is given: an object, or a function of logits."""
+    if isinstance(given, Metric):
+        return given
+    if isinstance(given, type) or not callable(given):
+        raise TypeError(
+            "metric must be Loss(), LogProb(target), LogitDiff(target, against), KL() or a function of "
+            f"logits, but is {given!r}"
+        )
+    return LogitFunction(given)
+
+
+def _log_prob(
+    unembedding: Unembedding, vectors: Float[Tensor, "row some d_model"], ids: Int[Tensor, "row some"]
+) -> Float[Tensor, "row some"]:
+    return unembedding.log_prob(vectors.flatten(0, 1), ids.flatten())[0].view(ids.shape)
+
+
+def _next_tokens(metric: Metric, tokens: Int[Tensor, "prompt pos"]) -> Int[Tensor, "prompt pos"]:
+    n_pos = tokens.shape[1]
+    if metric.positions(n_pos)[-1] == n_pos - 1:
+        raise ValueError(
+            f"position {n_pos - 1} is the last, and no token follows it: "
+            + ("choose other positions" if metric.at is not None else "")
+            + (
+                ""
+                if metric.at is not None
+                else "give a target"
+                if metric.name != "loss"
+                else "give more tokens"
+            )
+        )
+    return tokens.roll(-1, 1)
+
+
+def token_ids(
+    model: LensModel, name: str, target: Target, tokens: Int[Tensor, "prompt pos"]
+) -> Int[Tensor, "prompt pos"]:
+    """A target as one id per position."""
+    if isinstance(target, (list, tuple)):
+        target = torch.tensor([target_id(model, each) for each in target])
+    if not isinstance(target, Tensor):
+        return torch.full_like(tokens, target_id(model, target))
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"{name} must be token ids, which are integers, but they are {target.dtype}")
+    ids = target.cpu().long()
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
+        raise ValueError(
+            f"{name} is out of range: the vocabulary has {model.cfg.d_vocab} tokens, but the ids lie between "
+            f"{int(ids.min())} and {int(ids.max())}"
+        )
+    if ids.shape in ((len(tokens),), (len(tokens), 1)):
+        ids = ids.reshape(-1, 1).expand_as(tokens)
+    elif ids.ndim == 1:
+        ids = ids[None]
+    if ids.shape != tokens.shape:
+        raise ValueError(
+            f"{name} must be one token, one for each of the {len(tokens)} prompts, or ids of the prompts' "
+            f"shape {tuple(tokens.shape)}, but has shape {tuple(target.shape)}"
+        )
+    return ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Readout:
+    """A metric of the runs on some prompts, which are given by the stream that logits are made from."""
 
     model: LensModel
-    unembedding: Unembedding
     metric: Metric
-    read: Tensor
-    targets: Int[Tensor, "prompt read"] | None
-    against: Int[Tensor, "prompt read"] | None
-    prompt: int = 0
-    clean: Tensor | None = None
+    unembedding: Unembedding
+    at: tuple[int, ...]
+    ids: dict[str, Int[Tensor, "prompt read"]]
+    """The tokens that the metric is about, at the positions that are read."""
 
     @classmethod
-    def of(
-        cls,
-        model: LensModel,
-        metric: Metric,
-        tokens: Int[Tensor, "prompt pos"],
-        read: Sequence[int],
-        targets: Any,
-        against: Any,
-    ) -> Judge:
-        at = torch.tensor(read)
-        if targets is not None and metric not in ("log_prob", "logit_diff"):
-            raise ValueError(f"targets are for log_prob and logit_diff, but metric is {metric!r}")
-        if (against is not None) != (metric == "logit_diff"):
-            raise ValueError(
-                "logit_diff is the logit of targets less that of against: it needs both"
-                if metric == "logit_diff"
-                else f"against is for logit_diff, but metric is {metric!r}"
-            )
-        if metric == "logit_diff" and targets is None:
-            raise ValueError("logit_diff is the logit of targets less that of against: it needs both")
-        ids = _ids(model, targets, tokens, "targets")
-        if ids is None and metric in ("loss", "log_prob"):
-            if int(at.max()) == tokens.shape[1] - 1:
-                raise ValueError(
-                    f"position {tokens.shape[1] - 1} is the last, and no token follows it: give targets, or "
-                    "other positions to read"
-                )
-            ids = tokens.roll(-1, 1)
-        other = _ids(model, against, tokens, "against")
-        if not isinstance(metric, str):
-            tried = metric(torch.zeros(len(at), model.cfg.d_vocab, dtype=torch.float32))
-            if not isinstance(tried, Tensor) or tried.numel() != 1:
-                came = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
-                raise ValueError(
-                    f"a metric gives one number for logits [read, d_vocab], but this gives {came} for "
-                    f"{(len(at), model.cfg.d_vocab)}"
-                )
-        return cls(
-            model,
-            unembedding(model),
-            metric,
-            at,
-            None if ids is None else ids[:, at],
-            None if other is None else other[:, at],
-        )
+    def of(cls, model: LensModel, metric: Metric, tokens: Int[Tensor, "prompt pos"]) -> Readout:
+        at = metric.positions(tokens.shape[1])
+        ids = {name: each[:, list(at)] for name, each in metric.ids(model, tokens).items()}
+        metric.check(model, len(at))
+        return cls(model, metric, unembedding(model), at, ids)
+
+    @property
+    def given(self) -> dict[str, Int[Tensor, "prompt read"]]:
+        """The ids that are not the prompts' own."""
+        return {name: each for name, each in self.ids.items() if name != "next"}
 
     def about(self) -> str:
-        """The tokens that the metric is of, where they are the same everywhere."""
-        said = []
-        for ids in (self.targets, self.against):
-            if self.metric == "loss" or ids is None or len(ids.unique()) != 1:
-                continue
-            said.append(repr(token_strings(self.model, ids.flatten()[:1])[0]))
-        return " less ".join(said) if len(said) == 1 + (self.against is not None) else ""
+        """The tokens that the metric is about, where they are the same everywhere."""
+        if any(len(ids.unique()) != 1 for ids in self.given.values()):
+            return ""
+        tokens = [repr(token_strings(self.model, ids.flatten()[:1])[0]) for ids in self.given.values()]
+        return " less ".join(tokens)
 
-    def begin(self, prompt: int, final: Float[Tensor, "1 pos d_model"]) -> None:
-        """Judge runs on this prompt from now on, against its clean run."""
-        self.prompt = prompt
-        # no inference mode: a gradient may be taken of the distance to it
+    def of_prompt(self, index: int, clean: Float[Tensor, "1 pos d_model"]) -> PromptReadout:
+        """The same for runs on one prompt.
+
+        Args:
+            clean: the stream of its clean run.
+        """
+        at = torch.tensor(self.at)
+        # not in inference mode: a gradient may be taken of the distance to it
         with torch.no_grad():
-            self.clean = self._vectors(final, 0, None)
+            vectors = final_norm(self.model, clean[:, at.to(clean.device)])
+        return PromptReadout(self, at, {name: each[index] for name, each in self.ids.items()}, vectors)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptReadout:
+    """A metric of runs on one prompt."""
+
+    of_all: Readout
+    at: Int[Tensor, " read"]
+    ids: dict[str, Int[Tensor, " read"]]
+    clean: Float[Tensor, "1 read d_model"]
+    """After the last norm."""
 
     def of_run(self, final: Float[Tensor, "1 pos d_model"]) -> float:
         return float(self.of_rows(final, 0, final))
@@ -122,7 +353,7 @@ class Judge:
         start: int,
         base: Float[Tensor, "1 pos d_model"],
     ) -> Float[Tensor, " row"]:
-        """Of rows that are like the run `base` before `start`."""
+        """Of rows that are as the run `base` before `start`."""
         with torch.inference_mode():
             return self.differentiable(final, start, base)
 
@@ -133,75 +364,23 @@ class Judge:
         base: Float[Tensor, "1 pos d_model"],
     ) -> Float[Tensor, " row"]:
         """The same; a gradient may be taken of it."""
-        if callable(self.metric):
-            vectors = self._vectors(final, start, base)
-            return torch.stack(
-                [self.metric(self.unembedding.logits(row)).reshape(()).float() for row in vectors]
-            )
-        late = self.read >= start
-        terms = self._terms(self._vectors(final, start, None), late).sum(1)
+        late = self.at >= start
+        own, shared = final[:, self._there(late, final) - start], base[:, self._there(~late, base)]
+        if not self.of_all.metric.by_position:
+            together = torch.cat([shared.expand(len(final), -1, -1), own], dim=1)
+            return self._terms(together, late | ~late)[:, 0]
+        terms = self._terms(own, late).sum(1)
         if not bool(late.all()):
-            terms = terms + self._terms(self._vectors(base, 0, None)[:, ~late], ~late).sum(1)
-        return (terms / len(self.read)).float()
+            terms = terms + self._terms(shared, ~late).sum(1)
+        return (terms / len(self.at)).float()
 
-    def _vectors(
-        self, final: Float[Tensor, "row suffix d_model"], start: int, base: Tensor | None
-    ) -> Float[Tensor, "row read d_model"]:
-        """After the last norm, at the positions read from `start` on; with `base`, those before as well."""
-        late = self.read[self.read >= start].to(final.device)
-        vectors = final[:, late - start]
-        if base is not None:
-            before = self.read[self.read < start].to(final.device)
-            vectors = torch.cat([base[:, before].expand(len(final), -1, -1), vectors], dim=1)
-        return final_norm(self.model, vectors)
+    def _there(self, which: Tensor, like: Tensor) -> Tensor:
+        return self.at[which].to(like.device)
 
-    def _terms(self, vectors: Float[Tensor, "row some d_model"], which: Tensor) -> Float[Tensor, "row some"]:
-        shape, flat = vectors.shape[:2], vectors.flatten(0, 1)
-        if flat.numel() == 0:
-            return vectors.new_zeros(shape)
-
-        def each(values: Tensor) -> Tensor:
-            return values[self.prompt, which].to(flat.device).expand(shape).flatten()
-
-        if self.metric == "kl":
-            assert self.clean is not None
-            return kl_from(self.unembedding, self.clean[0, which.to(flat.device)], vectors)
-        assert self.targets is not None
-        if self.metric == "logit_diff":
-            assert self.against is not None
-            found = self.unembedding.of(flat, each(self.targets)) - self.unembedding.of(
-                flat, each(self.against)
-            )
-            return found.view(shape)
-        log_prob = self.unembedding.log_prob(flat, each(self.targets))[0].view(shape)
-        return -log_prob if self.metric == "loss" else log_prob
-
-
-def _ids(
-    model: LensModel, target: Any, tokens: Int[Tensor, "prompt pos"], name: str
-) -> Int[Tensor, "prompt pos"] | None:
-    """A target as one id per position."""
-    if target is None:
-        return None
-    if isinstance(target, (list, tuple)):
-        target = torch.tensor([target_id(model, each) for each in target])
-    if not isinstance(target, Tensor):
-        return torch.full_like(tokens, target_id(model, target))
-    if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"{name} are token ids, which are integers, but these are {target.dtype}")
-    ids = target.cpu().long()
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
-        raise ValueError(
-            f"{name} must be in the vocabulary of {model.cfg.d_vocab}, but lie between {int(ids.min())} and "
-            f"{int(ids.max())}"
-        )
-    if ids.shape in ((len(tokens),), (len(tokens), 1)):
-        ids = ids.reshape(-1, 1).expand_as(tokens)
-    elif ids.ndim == 1:
-        ids = ids[None]
-    if ids.shape != tokens.shape:
-        raise ValueError(
-            f"{name} must be one token, one for each of {len(tokens)} prompts, or ids of the prompts' shape "
-            f"{tuple(tokens.shape)}, but are {tuple(target.shape)}"
-        )
-    return ids
+    def _terms(self, streams: Float[Tensor, "row some d_model"], which: Tensor) -> Float[Tensor, "row _"]:
+        shape = streams.shape[:2]
+        if streams.numel() == 0:
+            return streams.new_zeros(shape)
+        ids = {name: each[which].to(streams.device).expand(shape) for name, each in self.ids.items()}
+        vectors, clean = final_norm(self.of_all.model, streams), self.clean[:, which.to(self.clean.device)]
+        return self.of_all.metric.terms(self.of_all.unembedding, vectors, ids, clean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,153 +10,120 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.analyses.patching.batched_runs import Hooks, PatchedRuns
-from mechlens.analyses.patching.grid import patch_grid
-from mechlens.analyses.patching.metrics import Metric, Targets
-from mechlens.analyses.patching.sources import (
-    Made,
-    Mean,
-    Source,
-    check_source,
-    named,
-    other_tokens,
-    values_of,
-)
+from mechlens.analyses.patching.sources import Source
+from mechlens.analyses.patching.spec import Experiment
 from mechlens.arguments import check_model, chosen
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
-from mechlens.models.run.forward import check_tokens
-from mechlens.models.run.patched_runs import SITES
+from mechlens.models.run.batched_runs import BatchedRuns, Hooks
+from mechlens.models.run.clean_run import CleanRun
 from mechlens.models.run.properties import check_adds_up, key_value_head, key_value_heads
+from mechlens.models.run.sites import SITES, last_hook
+from mechlens.models.run.unembedding import check_streamed
 from mechlens.results import PatchGridResult, head_label, parse_head
-from mechlens.text.prompts import Prompt, prompt_tokens
 
 Read = Callable[[Tensor], Tensor]
 """What is kept of an activation."""
 EVERYWHERE = slice(None)
+_INPUTS = ("q", "k", "v", "mlp")
 
 
-def patch_path(
-    model: LensModel,
-    prompt: Prompt,
-    *,
+def run_path(
+    experiment: Experiment,
     sender: str | tuple[int, int],
-    receiver: str | tuple[int, int] | int,
-    input: str,
-    source: Source,
-    positions: Sequence[int] | None = None,
-    metric: Metric = "loss",
-    read: Sequence[int] | None = None,
-    targets: Targets | None = None,
-    against: Targets | None = None,
-    direction: str = "noising",
-    prepend_bos: bool | None = None,
-    token_budget: int | None = None,
+    receiver: str,
+    *,
+    into: str | None,
+    values: Any,
+    positions: Sequence[int] | None,
 ) -> PatchGridResult:
-    """Patch one head's output only as one other component sees it: the direct path between the two.
+    """Patch one path; see `Patching.path`."""
+    path = HeadPath.of(experiment.model, sender, receiver)
+    source, into, runs = _runs(experiment, [path], into, values, positions)
+    last = last_hook(experiment.model)
+    final = runs.through(path, {last: lambda activation: activation})[last]
+    own, other = runs.runs.clean, runs.other
+    clean = own if into == "clean" or other is None else other
+    readouts = [experiment.readout.of_prompt(at, run.final) for at, run in _each(clean)]
 
-    The change of what the sender writes is added to the stream that the receiver's `q`, `k` or `v`, or the
-    MLP, is made from, through the block's own norm; whatever lies between, and the receiver's other
-    inputs, read the clean run. What the receiver then does passes on to all that follows.
+    def metric(found: Tensor) -> Float[Tensor, " prompt"]:
+        each = [readout.of_run(found[at : at + 1]) for at, readout in enumerate(readouts)]
+        return torch.tensor(each, dtype=torch.float32)
 
-    Args:
-        sender: (layer, head) or `L5H5`, whose `z` is patched.
-        receiver: a head, or for an MLP its layer.
-        input: `q`, `k`, `v`, or `mlp`. Where several query heads share a key/value head, `k` and `v`
-            patch that of all of them, and the receiver is the key/value head's number.
-        source: what `z` becomes; see `patch_grid`.
-        positions: where the sender is patched; None is everywhere.
-
-    The other arguments are those of `patch_grid`.
-
-    Returns:
-        A grid of one cell, the receiver's; `source` names the path.
-
-    Raises:
-        ValueError: a receiver that does not read what the sender writes, an input of the wrong kind, or what
-            `patch_grid` refuses.
-
-    Source: Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593; Goldowsky-Dill et al. 2023,
-    "Localizing Model Behavior with Path Patching", arXiv:2304.05969.
-    Cost: as one cell of `patch_grid`, and that of `PathRuns`.
-    """
-    path = HeadPath.of(model, sender, receiver, input)
-    tokens, other = _prompts(model, prompt, source, direction, prepend_bos)
-    at = _at(positions, tokens)
-
-    # when the first prompt is patched, which is after all arguments were checked
-    @functools.cache
-    def seen() -> Tensor:
-        base, given = (tokens, other) if direction == "noising" else (other, tokens)
-        assert base is not None
-        return PathRuns.of(model, base, source, [path], given=given, at=at).seen(path)
-
-    def make(own: Int[Tensor, "1 pos"], index: int) -> dict[int, Tensor]:
-        return {path.layer: seen()[index]}
-
-    return patch_grid(
-        model,
-        tokens,
+    of_own = metric(own.final)
+    of_other = torch.full_like(of_own, torch.nan) if other is None else metric(other.final)
+    corrupted = {} if experiment.corrupted is None else {"corrupted": experiment.corrupted}
+    shape = (-1, 1) if path.head is None else (-1, 1, 1)
+    return PatchGridResult(
+        **experiment.fields(),
         site=path.site,
-        source=Made(f"{named(source)} {head_label(*path.sender)} as {path.name} sees it", make, of=source),
-        layers=[path.layer],
-        heads=None if path.head is None else [path.head],
-        positions=None,
-        metric=metric,
-        read=read,
-        targets=targets,
-        against=against,
-        direction=direction,
-        prepend_bos=prepend_bos,
-        token_budget=token_budget,
+        source=f"{head_label(*path.sender)} ({source.label}) as {path.name} sees it",
+        given=corrupted | source.tokens() | experiment.readout.given,
+        weight=1.0,
+        into=into,
+        axes=("layer",) if path.head is None else ("layer", "head"),
+        layers=(path.layer,),
+        heads=() if path.head is None else ((path.layer, path.head),),
+        positions=() if positions is None else tuple(chosen("position", positions, own.tokens.shape[1])),
+        seed=source.seed,
+        clean=of_own if into == "clean" else of_other,
+        corrupted=of_other if into == "clean" else of_own,
+        values=metric(final).reshape(shape),
+        note="",
     )
 
 
-def path_attention(
-    model: LensModel,
-    prompt: Prompt,
-    *,
+def attention_on_path(
+    experiment: Experiment,
     sender: str | tuple[int, int],
     receiver: str | tuple[int, int],
-    input: str | None,
-    source: Source,
-    positions: Sequence[int] | None = None,
-    prepend_bos: bool | None = None,
+    *,
+    into: str | None,
+    values: Any,
+    positions: Sequence[int] | None,
 ) -> Float[Tensor, "prompt dest src"]:
-    """The attention of one head when another one's output is patched: only as it sees it, or altogether.
-
-    Args:
-        receiver: the head whose attention is wanted; its own number also where several share a key.
-        input: `q` or `k`, through which alone it sees the patch; None patches the sender altogether.
-
-    The other arguments are those of `patch_path`.
-
-    Returns:
-        Attention after softmax, in float32 on the CPU.
-
-    Raises:
-        ValueError: as `patch_path`.
-
-    Cost: that of `PathRuns`, and a run from the receiver's layer up to its pattern.
-    """
-    check_model(model)
-    if input not in ("q", "k", None):
-        raise ValueError(f"attention is made from q and k, so input must be one of them, but is {input!r}")
-    layer, head = parse_head(receiver)
+    """The receiver's attention; see `Patching.path_attention`."""
+    model = experiment.model
+    component, _, read = receiver.rpartition(".") if isinstance(receiver, str) else (receiver, "", "")
+    through = read if read in ("q", "k") else None
+    layer, head = parse_head(component if through else receiver)
     (head,) = chosen("head", [head], model.cfg.n_heads)
-    read = key_value_head(model, head) if input == "k" else head
-    path = HeadPath.of(model, sender, (layer, read), input or "q")
-    tokens, other = _prompts(model, prompt, source, "noising", prepend_bos)
-    at = _at(positions, tokens)
-    runs = PathRuns.of(model, tokens, source, [path], given=other, at=at)
-    pattern = SITES["pattern"].format(path.layer)
+    path = HeadPath.of(
+        model,
+        sender,
+        f"{head_label(layer, key_value_head(model, head) if read == 'k' else head)}.{through or 'q'}",
+    )
+    _, _, runs = _runs(experiment, [path], into, values, positions)
+    pattern = SITES["pattern"].format(layer)
     wanted = {pattern: lambda activation: activation[:, head].float().cpu()}
-    found = runs.altogether(path.sender, wanted) if input is None else runs.through(path, wanted)
+    found = runs.through(path, wanted) if through else runs.altogether(path.sender, wanted)
     return found[pattern]
+
+
+def _runs(
+    experiment: Experiment,
+    paths: Sequence[HeadPath],
+    into: str | None,
+    values: Any,
+    positions: Sequence[int] | None,
+) -> tuple[Source, str, PathRuns]:
+    model, tokens = experiment.model, experiment.tokens
+    source, into = experiment.source(values, into)
+    source.check(model, "z", tokens)
+    at = EVERYWHERE if positions is None else list(chosen("position", positions, tokens.shape[1]))
+    check_streamed(model, tokens)
+    check_adds_up(model, tokens)
+    own, other = experiment.prompts(into)
+    return source, into, PathRuns.of(model, own, source, paths, others=other, at=at)
+
+
+def _each(run: CleanRun) -> list[tuple[int, CleanRun]]:
+    return [(index, run.prompt(index)) for index in range(len(run.tokens))]
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadPath:
-    """From one head to what another component reads."""
+    """From one head to an input of another component."""
 
     sender: tuple[int, int]
     layer: int
@@ -170,32 +136,33 @@ class HeadPath:
     """Where what the sender writes comes in."""
 
     @classmethod
-    def of(
-        cls,
-        model: LensModel,
-        sender: str | tuple[int, int],
-        receiver: str | tuple[int, int] | int,
-        input: str,
-    ) -> HeadPath:
+    def of(cls, model: LensModel, sender: str | tuple[int, int], receiver: str) -> HeadPath:
+        """Check both ends.
+
+        Args:
+            sender: (layer, head) or `L5H5`.
+            receiver: a head's input, such as `L5H5.k`, or an MLP, such as `L5.mlp`.
+        """
         check_model(model)
-        if input not in ("q", "k", "v", "mlp"):
-            raise ValueError(f"input must be q, k, v or mlp, but is {input!r}")
-        if isinstance(receiver, int) != (input == "mlp"):
-            raise ValueError(
-                "the input mlp has a layer for its receiver, and q, k and v a (layer, head), but receiver "
-                f"is {receiver!r} and input {input!r}"
+        component, _, input = receiver.rpartition(".") if isinstance(receiver, str) else ("", "", "")
+        if input not in _INPUTS or not component:
+            raise ArgumentError(
+                "receiver", "an input of a head, as L3H5.q, L3H5.k or L3H5.v, or an MLP, as L3.mlp", receiver
             )
         sender = parse_head(sender)
         (from_layer,) = chosen("layer", [sender[0]], model.cfg.n_layers)
         (from_head,) = chosen("head", [sender[1]], model.cfg.n_heads)
-        to, head = (receiver, None) if isinstance(receiver, int) else parse_head(receiver)
+        to, head = (_layer(component), None) if input == "mlp" else parse_head(component)
         (layer,) = chosen("layer", [to], model.cfg.n_layers)
+        if head is not None:
+            n_heads = model.cfg.n_heads if input == "q" else key_value_heads(model)
+            (head,) = chosen("head", [head], n_heads)
         # blocks that are not parallel have their MLP read what their own heads wrote
         within = input == "mlp" and SITES["resid_mid"].format(0) in model.hook_dict
         if layer < from_layer + (not within):
             raise ValueError(
-                f"the {input} of layer {layer} does not read what {head_label(from_layer, from_head)} "
-                "writes: the receiver must come behind the sender"
+                f"{receiver} does not read what {head_label(from_layer, from_head)} writes: the receiver "
+                f"must come after the sender"
                 + (
                     ", and this model's attention and MLP read the same stream"
                     if input == "mlp" and layer == from_layer
@@ -226,7 +193,9 @@ class HeadPath:
 class PathRuns:
     """Runs of some prompts in which heads are patched: as one other component sees them, or altogether."""
 
-    runs: PatchedRuns
+    runs: BatchedRuns
+    other: CleanRun | None
+    """The runs that are not patched, where there are any."""
     there: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
     """What `z` becomes, by the sender's layer."""
     at: slice | list[int]
@@ -234,8 +203,8 @@ class PathRuns:
     changes: dict[tuple[int, int], Float[Tensor, "prompt pos d_model"]] = dataclasses.field(
         default_factory=dict
     )
-    """What a sender then adds to the stream, less what it adds without; those that are known. By the block's
-    own output, so that a norm behind the heads, where there is one, has its say."""
+    """The change of what each known sender's layer adds to the stream: a difference of the block's own
+    outputs, so that a norm after the heads, where there is one, is included."""
 
     @classmethod
     def of(
@@ -245,37 +214,44 @@ class PathRuns:
         source: Source,
         paths: Sequence[HeadPath],
         *,
-        given: Int[Tensor, "prompt pos"] | None = None,
+        others: Int[Tensor, "prompt pos"] | None = None,
         at: slice | list[int] = EVERYWHERE,
         keep: Collection[str] = (),
     ) -> PathRuns:
-        """Run the prompts clean, and take from the source what the senders' `z` becomes.
+        """Run the prompts clean, and make the values of the senders' `z`.
 
         Args:
             paths: of all heads that will be patched.
-            given: the runs that values are taken from; None is the prompts themselves.
+            others: the prompts of the other runs, where there are any.
             at: the positions where senders are patched.
             keep: names of other hooks whose activations are wanted of the clean run.
 
-        Cost: that of `PatchedRuns`, and what the source needs. A path then is a run up to what the sender's
+        Cost: that of `BatchedRuns`, and what the source needs. A path then is a run up to what the sender's
         layer writes, one up to what the receiver reads, and one from there on; each of them begins at its
         layer, or is a whole one.
         """
         senders = sorted({path.sender[0] for path in paths})
-        z, out = ({layer: SITES[site].format(layer) for layer in senders} for site in ("z", "attn_out"))
         layers = {*senders, *(path.layer for path in paths)}
-        runs = PatchedRuns.of(model, tokens, layers=layers, keep={*z.values(), *out.values(), *keep})
-        own = {layer: runs.clean[name] for layer, name in z.items()} if given is None else None
-        there = _values(model, source, tokens if given is None else given, list(z), own)
-        return cls(runs, there, at)
+        outs = [SITES["attn_out"].format(layer) for layer in senders]
+        reads = source.keep("z", senders)
+        of_own, of_other = ((), reads) if source.reads_other else (reads, ())
+        runs = BatchedRuns.of(model, tokens, layers=layers, keep={*of_own, *outs, *keep})
+        other = None if others is None else CleanRun.of(model, others, of_other, parts=runs.parts)
+        values_of = source.values(model, "z", senders)
+        by_prompt = [
+            values_of(run, run if other is None else other.prompt(index), index)
+            for index, run in _each(runs.clean)
+        ]
+        there = {layer: torch.stack([values(layer) for values in by_prompt]) for layer in senders}
+        return cls(runs, other, there, at)
 
     def altogether(self, sender: tuple[int, int], wanted: Mapping[str, Read]) -> dict[str, Tensor]:
-        """Activations when the sender is patched for all to see; see `PatchedRuns.read`."""
+        """Activations when the sender is patched for all to see; see `BatchedRuns.read`."""
         layer, head = sender
         out = SITES["attn_out"].format(layer)
         hooks = _put(SITES["z"].format(layer), (EVERYWHERE, self.at, head), self.there[layer])
         found = self.runs.read(layer, hooks, {**wanted, out: lambda activation: activation})
-        self.changes[sender] = found.pop(out) - self.runs.clean[out]
+        self.changes[sender] = found.pop(out) - self.runs.clean.kept[out]
         return found
 
     def seen(self, path: HeadPath) -> Float[Tensor, "prompt pos *rest"]:
@@ -293,7 +269,7 @@ class PathRuns:
     def through(
         self, path: HeadPath, wanted: Mapping[str, Read], *, alone: int | None = None
     ) -> dict[str, Tensor]:
-        """Activations when the receiver alone sees the sender patched; see `PatchedRuns.read`.
+        """Activations when the receiver alone sees the sender patched; see `BatchedRuns.read`.
 
         Args:
             alone: of a key that several query heads share: the one head that attends by the patched key,
@@ -322,44 +298,9 @@ def _put(name: str, place: tuple[Any, ...], there: Float[Tensor, "prompt *rest"]
     return hooks
 
 
-def _values(
-    model: LensModel,
-    source: Source,
-    given: Int[Tensor, "prompt pos"],
-    layers: Sequence[int],
-    own: Mapping[int, Float[Tensor, "prompt pos head d_head"]] | None,
-) -> dict[int, Float[Tensor, "prompt pos head d_head"]]:
-    """What `z` becomes by layer, in every prompt; a mean is taken once.
-
-    Args:
-        own: the `z` of the runs that values are taken from, where it is known.
-    """
-    by_prompt: list[dict[int, Tensor]] = []
-    for index in range(len(given)):
-        if by_prompt and isinstance(source, Mean):
-            by_prompt.append(by_prompt[0])
-            continue
-        one = slice(index, index + 1)
-        kept = None if own is None else {layer: z[one] for layer, z in own.items()}
-        values = values_of(model, source, "z", given[one], index, layers, kept=kept)
-        by_prompt.append({layer: values(layer) for layer in layers})
-    return {layer: torch.stack([each[layer] for each in by_prompt]) for layer in layers}
-
-
-def _prompts(
-    model: LensModel,
-    prompt: Prompt,
-    source: Source,
-    direction: str,
-    prepend_bos: bool | None,
-) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"] | None]:
-    """The prompts and, where there are any, the corrupted ones."""
-    tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
-    check_tokens(model, tokens)
-    check_source(model, source, "z", tokens, direction, prepend_bos)
-    check_adds_up(model, tokens)
-    return tokens, other_tokens(model, source, tokens, prepend_bos)
-
-
-def _at(positions: Sequence[int] | None, tokens: Int[Tensor, "prompt pos"]) -> slice | list[int]:
-    return EVERYWHERE if positions is None else list(chosen("position", positions, tokens.shape[1]))
+def _layer(name: str) -> int:
+    """The layer of an MLP, written `L3` or `3`."""
+    number = name[1:] if name[:1] in ("L", "l") else name
+    if not number.isdigit():
+        raise ValueError(f"the receiver's MLP is written L3.mlp, but the layer is {name!r}")
+    return int(number)

@@ -1,294 +1,377 @@
-"""Where the values come from that a patch puts into a run."""
+"""Sources of values: what a patch puts into a run.
+
+A source is a class with a few methods. A new one gives its `label` and `values`, and where it is particular
+`check`, `positions`, `tokens`, `keep` and `seed`.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from numbers import Integral
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.arguments import generator_of
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
-from mechlens.models.run.forward import check_tokens, watch
-from mechlens.models.run.patched_runs import SITES, TOKEN_BUDGET
+from mechlens.models.run.clean_run import CleanRun
+from mechlens.models.run.forward import check_tokens
+from mechlens.models.run.patched_runs import TOKEN_BUDGET
 from mechlens.models.run.properties import check_rows_alike
-from mechlens.text.prompts import as_ids, prompt_tokens
+from mechlens.models.run.sites import ATTENTION, SITES
+from mechlens.text.prompts import as_ids
 
-ATTENTION = ("pattern", "attn_scores")
+Values: TypeAlias = "Callable[[int], Tensor]"
+"""By layer: the values for each position, `[pos, ...]`; for scores and patterns `[dest, head, src]`."""
+ValuesOf: TypeAlias = "Callable[[CleanRun, CleanRun, int], Values]"
+"""`(the clean run of the prompt that is patched, the other run or the same again, index of the prompt)`."""
+
+
+class Source(abc.ABC):
+    """Where the values come from that a patch puts into a run."""
+
+    seed: int | None = None
+    """Of what is drawn; None where nothing is."""
+    reads_other: ClassVar[bool] = False
+    """Whether the values are those of the other run, not of the one that is patched."""
+    knocks_out: ClassVar[bool] = False
+    """Whether attention scores become minus infinity."""
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """The source in words, for a result."""
+
+    def check(  # noqa: B027  # some have nothing to check
+        self, model: LensModel, site: str, tokens: Int[Tensor, "prompt pos"]
+    ) -> None:
+        """Refuse what does not fit the model, the site or the prompts, before anything is run."""
+
+    def positions(self, n_pos: int) -> range:
+        """The positions for which there is a value."""
+        return range(n_pos)
+
+    def tokens(self) -> dict[str, Int[Tensor, "reference pos"]]:
+        """The token ids that the values are made from, for a result."""
+        return {}
+
+    def keep(self, site: str, layers: Sequence[int]) -> list[str]:
+        """The hooks whose activations `values` reads from the clean runs."""
+        return [SITES[site].format(layer) for layer in layers]
+
+    @abc.abstractmethod
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        """What makes the values of each prompt; what is the same for all prompts is made here, once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Earlier:
-    """Patch with what stands `shift` positions earlier in the same run."""
+class Zero(Source):
+    """Put 0 in place of the activation; minus infinity in place of attention scores, which knocks edges out.
+
+    Zeros in `z` remove `b_V` from a raw model only: processing the weights moves it into `b_O`.
+
+    Example:
+        >>> mechlens.Zero().label
+        'zero'
+    """
+
+    knocks_out: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        return "zero"
+
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        return lambda own, other, index: lambda layer: torch.full_like(own.at(site, layer)[0], _void(site))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OtherRun(Source):
+    """The other of the clean and the corrupted run."""
+
+    name: str
+    reads_other: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        return lambda own, other, index: lambda layer: other.at(site, layer)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Earlier(Source):
+    """Put the activation from `shift` positions earlier in the same run.
+
+    Args:
+        shift: positions, at least 1. The first `shift` positions have no value.
+
+    Example:
+        >>> mechlens.Earlier(50).label
+        '50 positions earlier'
+    """
 
     shift: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.shift, Integral):
+            raise TypeError(f"Earlier(shift) takes a number of positions, but got {self.shift!r}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.shift} positions earlier"
+
+    def check(self, model: LensModel, site: str, tokens: Int[Tensor, "prompt pos"]) -> None:
+        n_pos = tokens.shape[1]
+        if not 0 < self.shift < n_pos:
+            raise ValueError(
+                f"Earlier({self.shift}) is out of range: a prompt of {n_pos} tokens takes 1 to {n_pos - 1}"
+            )
+
+    def positions(self, n_pos: int) -> range:
+        return range(int(self.shift), n_pos)
+
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        shift = int(self.shift)
+
+        def shifted(own: CleanRun, layer: int) -> Tensor:
+            activation = own.at(site, layer)[0]
+            # the first positions stay as they are
+            return torch.cat([activation[:shift], activation[:-shift]])
+
+        return lambda own, other, index: functools.partial(shifted, own)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Corrupted:
-    """Patch with a run on other tokens."""
+class _Reference(Source):
+    """A set of other sequences that are as long as the prompt."""
 
-    tokens: Int[Tensor, "*prompt pos"] | str | Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mean:
-    """Patch with the mean over a reference set of sequences, as long as the prompt, position by position."""
-
-    tokens: Int[Tensor, "reference pos"]
+    reference: Int[Tensor, "reference pos"]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _references(self))
+        object.__setattr__(self, "reference", _reference_ids(type(self).__name__, self.reference))
+
+    @property
+    def label(self) -> str:
+        return type(self).__name__.lower()
+
+    def check(self, model: LensModel, site: str, tokens: Int[Tensor, "prompt pos"]) -> None:
+        check_tokens(model, self.reference)
+        if self.reference.shape[1] != tokens.shape[1]:
+            raise ValueError(
+                f"the reference sequences of {type(self).__name__} must be as long as the prompt, "
+                f"{tokens.shape[1]} tokens, but they have {self.reference.shape[1]}"
+            )
+
+    def tokens(self) -> dict[str, Int[Tensor, "reference pos"]]:
+        return {"reference": self.reference}
+
+    def keep(self, site: str, layers: Sequence[int]) -> list[str]:
+        return []
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Resampled:
-    """Patch each prompt with one sequence of a reference set, as long as the prompt.
+class Mean(_Reference):
+    """Put the mean activation over other sequences, position by position.
 
-    The set is shuffled by `seed`, and each prompt takes the next of it; after the last comes the first again.
+    Args:
+        reference: token ids `[reference, pos]` of sequences as long as the prompt.
+
+    Example:
+        >>> mechlens.Mean(torch.randint(5, 100, (32, 10))).label
+        'mean'
     """
 
-    tokens: Int[Tensor, "reference pos"]
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        check_rows_alike(model, self.reference)
+        sums: dict[int, Tensor] = {}
+        for some in self.reference.split(max(1, TOKEN_BUDGET // self.reference.shape[1])):
+            run = CleanRun.of(model, some, Source.keep(self, site, layers))
+            for layer in layers:
+                total = run.at(site, layer).float().sum(0)
+                sums[layer] = sums[layer] + total if layer in sums else total
+        means = {layer: total / len(self.reference) for layer, total in sums.items()}
+        return lambda own, other, index: means.__getitem__
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resampled(_Reference):
+    """Put the activation of another sequence.
+
+    The sequences are shuffled, and each prompt takes the next one; after the last comes the first again.
+
+    Args:
+        reference: token ids `[reference, pos]` of sequences as long as the prompt.
+        seed: of the shuffling.
+
+    Example:
+        >>> mechlens.Resampled(torch.randint(5, 100, (8, 10)), seed=1).label
+        'resampled'
+    """
+
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _references(self))
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        order = torch.randperm(len(self.reference), generator=generator_of(self.seed)).tolist()
+
+        def drawn(own: CleanRun, other: CleanRun, index: int) -> Values:
+            at = order[index % len(order)]
+            run = CleanRun.of(model, self.reference[at : at + 1], Source.keep(self, site, layers))
+            return lambda layer: run.at(site, layer)[0]
+
+        return drawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NextEmbedding:
-    """Patch with the embedding of the token that really follows: what do later layers do when told?"""
+class NextEmbedding(Source):
+    """Put the embedding of the token that really follows into the residual stream: what do later layers do
+    when they are told? The last position has no value.
+
+    Example:
+        >>> mechlens.NextEmbedding().positions(4)
+        range(0, 3)
+    """
+
+    @property
+    def label(self) -> str:
+        return "nextembedding"
+
+    def check(self, model: LensModel, site: str, tokens: Int[Tensor, "prompt pos"]) -> None:
+        if not site.startswith("resid"):
+            raise ValueError(f"NextEmbedding is for the residual stream, but site is {site!r}")
+
+    def positions(self, n_pos: int) -> range:
+        return range(n_pos - 1)
+
+    def keep(self, site: str, layers: Sequence[int]) -> list[str]:
+        # as it enters the stream: some models scale it first
+        return [*super().keep(site, layers), "hook_embed"]
+
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        def following(own: CleanRun, layer: int) -> Tensor:
+            embedded = own.kept["hook_embed"][0]
+            return torch.cat([embedded[1:], own.at(site, layer)[0, -1:].to(embedded)])
+
+        return lambda own, other, index: functools.partial(following, own)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Edges:
-    """Patch attention with itself less some edges `(dest, src)`: `dest` no longer reads `src`.
+class Edges(Source):
+    """Knock out attention edges: `dest` no longer attends to `src`.
 
-    At `attn_scores` what is left of the attention is shared out anew, at `pattern` it is not. Give the grid
-    `positions=None` to take all of them away together.
+    At `attn_scores` the rest of the attention is renormalized, at `pattern` it is not.
+
+    Args:
+        edges: pairs `(dest, src)` of positions, `src` not after `dest`. Leave "pos" out of `over` to knock
+            all of them out together.
+
+    Example:
+        >>> mechlens.Edges([(5, 2), (9, 3)]).label
+        'without 5 to 2, 9 to 3'
     """
 
     edges: Sequence[tuple[int, int]]
+    knocks_out: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.edges:
+            raise ValueError("Edges needs at least one (dest, src)")
+
+    @property
+    def label(self) -> str:
+        return "without " + ", ".join(f"{dest} to {src}" for dest, src in self.edges)
+
+    def check(self, model: LensModel, site: str, tokens: Int[Tensor, "prompt pos"]) -> None:
+        n_pos = tokens.shape[1]
+        if site not in ATTENTION:
+            raise ValueError(f"Edges is for the sites {' and '.join(ATTENTION)}, but site is {site!r}")
+        for dest, src in self.edges:
+            if not 0 <= src <= dest < n_pos:
+                raise ValueError(
+                    f"the edge {(dest, src)} is out of range: (dest, src) must have 0 <= src <= dest < "
+                    f"{n_pos}, the prompt's length"
+                )
+        for dest in {dest for dest, _ in self.edges}:
+            if site == "attn_scores" and len({src for to, src in self.edges if to == dest}) == dest + 1:
+                raise ValueError(
+                    f"without these edges position {dest} attends to nothing, so its scores have no softmax: "
+                    "use the site pattern"
+                )
+
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        dest, src = (list(column) for column in zip(*self.edges, strict=True))
+
+        def without(own: CleanRun, layer: int) -> Tensor:
+            attention = own.at(site, layer)[0].clone()
+            attention[dest, :, src] = _void(site)
+            return attention
+
+        return lambda own, other, index: functools.partial(without, own)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Made:
-    """Patch with what another analysis makes for each prompt; of use within this package only."""
+class Function(Source):
+    """A function of the run's own activation."""
 
-    name: str
-    make: Callable[[Int[Tensor, "1 pos"], int], dict[int, Tensor]]
-    """`(prompt, its index) -> [pos, ...]` by layer."""
-    of: Source = "zero"
-    """What it is made of; the corrupted run, where it has one, is judged as well."""
+    function: Callable[[Tensor, int], Tensor]
+
+    @property
+    def label(self) -> str:
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
+        def of_prompt(own: CleanRun, other: CleanRun, index: int) -> Values:
+            # once per layer, so that what a function draws does not depend on which patches run together
+            @functools.cache
+            def made(layer: int) -> Tensor:
+                activation = own.at(site, layer)[0].clone()
+                shape, value = activation.shape, self.function(activation, layer)
+                if not isinstance(value, Tensor) or value.shape != shape:
+                    raise ValueError(
+                        f"a function of values must return a tensor {tuple(shape)} at {site}, the shape that "
+                        f"it is given, but this one returned {_shown(value)}"
+                    )
+                return value
+
+            return made
+
+        return of_prompt
 
 
-Source = (
-    str
-    | Earlier
-    | Corrupted
-    | Mean
-    | Resampled
-    | NextEmbedding
-    | Edges
-    | Made
-    | Callable[[Tensor, int], Tensor]
-)
-Values = Callable[[int], Tensor]
-"""By layer: what is put at each position of the site (of scores and patterns: `[dest, head, src]`)."""
-
-
-def check_source(
-    model: LensModel,
-    source: Source,
-    site: str,
-    tokens: Int[Tensor, "prompt pos"],
-    direction: str,
-    prepend_bos: bool | None = None,
-) -> None:
-    if direction not in ("noising", "denoising"):
-        raise ValueError(f"direction must be noising or denoising, but is {direction!r}")
-    made_of = source.of if isinstance(source, Made) else source
-    if direction == "denoising" and not isinstance(made_of, Corrupted):
-        raise ValueError("denoising restores a corrupted run: give source=Corrupted(tokens)")
-    known = (Earlier, Corrupted, Mean, Resampled, NextEmbedding, Edges, Made)
-    if source != "zero" and not isinstance(source, known) and (not callable(source) or source in known):
-        raise ValueError(
-            "source must be 'zero', Earlier, Corrupted, Mean, Resampled, NextEmbedding, Edges or a function, "
-            f"but is {_shown(source)}"
+def source_of(given: Any) -> Source:
+    """A source as it is given: an object, "zero", or a function."""
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, str) and given == "zero":
+        return Zero()
+    if isinstance(given, (str, type)) or not callable(given):
+        raise ArgumentError(
+            "values",
+            "'zero', Earlier(shift), Mean(tokens), Resampled(tokens), NextEmbedding(), Edges(pairs) or a "
+            "function (activation, layer) -> activation",
+            tuple(given.shape) if isinstance(given, Tensor) else given,
         )
-    if isinstance(source, Earlier) and not isinstance(source.shift, Integral):
-        raise TypeError(f"Earlier(shift) is a number of positions, but is {source.shift!r}")
-    if isinstance(source, Earlier) and not 0 < source.shift < tokens.shape[1]:
-        raise ValueError(
-            f"Earlier(shift) must lie between 1 and {tokens.shape[1] - 1} for {tokens.shape[1]} tokens, but "
-            f"is {source.shift}"
-        )
-    if isinstance(source, Edges):
-        _check_edges(source, site, tokens.shape[1])
-    if isinstance(source, NextEmbedding) and not site.startswith("resid"):
-        raise ValueError(f"an embedding belongs into the residual stream, but site is {site!r}")
-    if isinstance(source, (Mean, Resampled)):
-        check_tokens(model, source.tokens)
-        if source.tokens.shape[1] != tokens.shape[1]:
-            raise ValueError(
-                f"the reference sequences have {source.tokens.shape[1]} tokens, the prompt has "
-                f"{tokens.shape[1]}: they must be equally long"
-            )
-    if isinstance(source, Corrupted):
-        other_tokens(model, source, tokens, prepend_bos)
+    return Function(given)
 
 
-def defined(source: Source, n_pos: int) -> range:
-    """The positions for which a source has something."""
-    if isinstance(source, Earlier):
-        return range(int(source.shift), n_pos)
-    return range(n_pos - 1) if isinstance(source, NextEmbedding) else range(n_pos)
+def _void(site: str) -> float:
+    return -torch.inf if site == "attn_scores" else 0.0
 
 
-def _check_edges(source: Edges, site: str, n_pos: int) -> None:
-    if site not in ATTENTION:
-        raise ValueError(f"edges are taken away at {' or '.join(ATTENTION)}, but site is {site!r}")
-    if not source.edges:
-        raise ValueError("Edges needs at least one (dest, src)")
-    for dest, src in source.edges:
-        if not 0 <= src <= dest < n_pos:
-            raise ValueError(
-                f"an edge (dest, src) must have 0 <= src <= dest < {n_pos}, the prompt's length, but one is "
-                f"{(dest, src)}"
-            )
-    for dest in {dest for dest, _ in source.edges}:
-        if site == "attn_scores" and len({src for to, src in source.edges if to == dest}) == dest + 1:
-            raise ValueError(
-                f"without any edge position {dest} has nothing to share its attention among: use site pattern"
-            )
-
-
-def other_tokens(
-    model: LensModel, source: Source, tokens: Int[Tensor, "prompt pos"], prepend_bos: bool | None = None
-) -> Int[Tensor, "prompt pos"] | None:
-    """The corrupted prompts, one for each prompt."""
-    if isinstance(source, Made):
-        source = source.of
-    if not isinstance(source, Corrupted):
-        return None
-    other = prompt_tokens(model, source.tokens, prepend_bos=prepend_bos)
-    check_tokens(model, other)
-    if other.shape[1] != tokens.shape[1] or len(other) not in (1, len(tokens)):
-        raise ValueError(
-            f"the corrupted tokens are {tuple(other.shape)}, but the prompt's are {tuple(tokens.shape)}: "
-            "give one sequence of the same length, or one for each prompt (BOS is put before texts, not "
-            "before ids)"
-        )
-    return other.expand(len(tokens), -1)
-
-
-def named(source: Source) -> str:
-    """A source in words."""
-    if isinstance(source, str):
-        return source
-    if isinstance(source, Made):
-        return source.name
-    if isinstance(source, Earlier):
-        return f"{source.shift} positions earlier"
-    if isinstance(source, Edges):
-        return "without " + ", ".join(f"{dest} to {src}" for dest, src in source.edges)
-    if isinstance(source, (Corrupted, Mean, Resampled, NextEmbedding)):
-        return type(source).__name__.lower()
-    return str(getattr(source, "__name__", type(source).__name__))
-
-
-def seed_of(source: Source) -> int | None:
-    """Of what is drawn to patch with; None where nothing is."""
-    if isinstance(source, Made):
-        source = source.of
-    return int(source.seed) if isinstance(source, Resampled) else None
-
-
-def values_of(
-    model: LensModel,
-    source: Source,
-    site: str,
-    given: Int[Tensor, "1 pos"],
-    index: int,
-    layers: Sequence[int],
-    *,
-    kept: dict[int, Tensor] | None = None,
-) -> Values:
-    """What is put into the patched run of prompt `index`.
-
-    Args:
-        given: the run that values are taken from, where the source has no tokens of its own.
-        kept: that run's activations at the site, `[1, pos, ...]` by layer, where somebody has them already.
-    """
-    if isinstance(source, Made):
-        made = source.make(given, index)
-        return lambda layer: made[layer]
-    at = by_layer(model, site, layers)
-    if isinstance(source, Mean):
-        check_rows_alike(model, source.tokens)
-        means = _means(at, source.tokens)
-        return lambda layer: means[layer]
-    if isinstance(source, Resampled):
-        order = torch.randperm(len(source.tokens), generator=generator_of(source.seed))
-        drawn = int(order[index % len(order)])
-        given, kept = source.tokens[drawn : drawn + 1], None
-    if isinstance(source, NextEmbedding):
-        # as it enters the stream: some models scale it first
-        embedded: list[Tensor] = []
-        watch(model, given, {"hook_embed": embedded.append})
-        following, own = embedded.pop()[0], at(given)
-        # the last position has no next token, and keeps what it has
-        return lambda layer: torch.cat([following[1:], own[layer][0, -1:].to(following)])
-    run = at(given) if kept is None else kept
-    if isinstance(source, (Corrupted, Resampled)):
-        return lambda layer: run[layer][0]
-    void = -torch.inf if site == "attn_scores" else 0.0
-    if isinstance(source, Edges):
-        dest, src = (list(column) for column in zip(*source.edges, strict=True))
-
-        def without(layer: int) -> Tensor:
-            attention = run[layer][0].clone()
-            attention[dest, :, src] = void
-            return attention
-
-        return without
-    if source == "zero":
-        return lambda layer: torch.full_like(run[layer][0], void)
-    if isinstance(source, Earlier):
-        shift = int(source.shift)
-        # the first positions have nothing so far before them: they stay as they are
-        return lambda layer: torch.cat([run[layer][0, :shift], run[layer][0, :-shift]])
-    assert callable(source)
-
-    # once for each layer, so that what a function draws does not depend on which patches run together
-    @functools.cache
-    def made_by(layer: int) -> Tensor:
-        own = run[layer][0].clone()
-        shape, value = own.shape, source(own, layer)
-        if not isinstance(value, Tensor) or value.shape != shape:
-            raise ValueError(
-                f"a source function gives what it is given, {tuple(shape)} at {site}, but this gives "
-                f"{_shown(value)}"
-            )
-        return value
-
-    return made_by
-
-
-def _references(source: Mean | Resampled) -> Int[Tensor, "reference pos"]:
+def _reference_ids(name: str, given: Any) -> Int[Tensor, "reference pos"]:
     """The ids of a reference set, whatever they came as."""
-    takes = (
-        f"{type(source).__name__} takes token ids [reference, pos] of sequences as long as the prompt, but"
-    )
+    takes = f"{name} takes token ids [reference, pos] of sequences as long as the prompt, but"
     try:
-        tokens, mask = as_ids(source.tokens)
+        tokens, mask = as_ids(given)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{takes} has {_shown(source.tokens)}: text_tokens makes ids of a text") from None
+        raise type(error)(f"{takes} got {_shown(given)}: text_tokens makes ids of a text") from None
     if mask is not None and not bool(mask.all()):
         raise ValueError(f"{takes} these have padding (zeros in attention_mask)")
     return tokens
@@ -296,32 +379,3 @@ def _references(source: Mean | Resampled) -> Int[Tensor, "reference pos"]:
 
 def _shown(value: object) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def _means(
-    at: Callable[[Tensor], dict[int, Tensor]], tokens: Int[Tensor, "reference pos"]
-) -> dict[int, Float[Tensor, "pos *rest"]]:
-    """Some sequences at a time."""
-    sums: dict[int, Tensor] = {}
-    for some in tokens.split(max(1, TOKEN_BUDGET // tokens.shape[1])):
-        for layer, activation in at(some).items():
-            total = activation.float().sum(0)
-            sums[layer] = sums[layer] + total if layer in sums else total
-    return {layer: total / len(tokens) for layer, total in sums.items()}
-
-
-def by_layer(
-    model: LensModel, site: str, layers: Sequence[int]
-) -> Callable[[Int[Tensor, "row pos"]], dict[int, Tensor]]:
-    """A run's activations at a site, `[row, pos, ...]` by layer."""
-
-    def run(tokens: Int[Tensor, "row pos"]) -> dict[int, Tensor]:
-        kept: dict[int, Tensor] = {}
-
-        def keep(activation: Tensor, layer: int) -> None:
-            kept[layer] = activation.movedim(1, 2) if site in ATTENTION else activation
-
-        watch(model, tokens, {SITES[site].format(layer): partial(keep, layer=layer) for layer in layers})
-        return kept
-
-    return run

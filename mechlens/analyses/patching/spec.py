@@ -1,271 +1,369 @@
-"""What is asked of a grid of patches, checked before anything is run."""
+"""The checked arguments of patching: the prompts and their metric, and the cells of a grid."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechlens.analyses.patching.metrics import Judge, Metric, read_positions
-from mechlens.analyses.patching.sources import (
-    ATTENTION,
-    Edges,
-    Made,
-    Mean,
-    Resampled,
-    Source,
-    Values,
-    check_source,
-    defined,
-    named,
-    other_tokens,
-    seed_of,
-)
-from mechlens.arguments import chosen
+from mechlens.analyses.patching.metrics import Loss, Metric, Readout, metric_of
+from mechlens.analyses.patching.sources import OtherRun, Source, Values, source_of
+from mechlens.arguments import check_counts, chosen, names_of
+from mechlens.errors import ArgumentError
+from mechlens.measures.hashing import content_hash
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.run.forward import check_tokens
-from mechlens.models.run.patched_runs import SITES, Patches, patterns_count
+from mechlens.models.run.patched_runs import Patches, patterns_count
 from mechlens.models.run.properties import key_value_heads
+from mechlens.models.run.sites import ATTENTION, PER_HEAD, SITES, by_position
 from mechlens.models.run.unembedding import check_streamed
 from mechlens.models.run.user_hooks import user_hooks
-from mechlens.results import ModelInfo
+from mechlens.results import head_label
+from mechlens.results.heads import Heads, parse_heads
 from mechlens.text.prompts import Prompt, prompt_tokens
 from mechlens.text.tokens import own_bos_token_id, token_strings
 
-PER_HEAD = ("q", "k", "v", "z", *ATTENTION)
-_KEY_VALUE = ("k", "v")
+AXES = ("layer", "head", "pos")
+INTO = ("clean", "corrupted")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """The arguments of a grid of patches, all of them in order."""
+class Experiment:
+    """The prompts of a patching experiment, their corrupted counterparts, and the metric of a run."""
 
-    info: ModelInfo
-    model: LensModel
-    tokens: Int[Tensor, "prompt pos"]
-    other: Int[Tensor, "prompt pos"] | None
-    """The corrupted prompts."""
-    site: str
-    source: Source
-    grid: Grid
-    weight: float
-    metric: Metric
-    read: tuple[int, ...]
-    judge: Judge
-    direction: str
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: LensModel,
-        prompt: Prompt,
+        clean: Prompt,
+        corrupted: Prompt | None = None,
         *,
-        site: str,
-        source: Source,
-        layers: Sequence[int] | None,
-        heads: Sequence[int] | str | None,
-        positions: Sequence[int] | str | None,
-        weight: float,
-        metric: Metric,
-        read: Sequence[int] | None,
-        targets: Any,
-        against: Any,
-        direction: str,
-        prepend_bos: bool | None,
-    ) -> Asked:
-        """Check everything, and that this model's logits are what we make them from."""
-        info = describe(model)
-        tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
-        check_tokens(model, tokens)
-        n_pos = tokens.shape[1]
-        if not isinstance(weight, Real) or not math.isfinite(weight):
-            raise ValueError(f"weight must be a finite number, but is {weight!r}")
-        grid = Grid.of(model, site, layers, heads, positions, n_pos)
-        read_at = read_positions(metric, read, n_pos)
-        check_source(model, source, site, tokens, direction, prepend_bos)
-        if site == "attn_scores" and weight != 1 and (source == "zero" or isinstance(source, Edges)):
-            raise ValueError(
-                f"an edge is knocked out by a score of minus infinity, which cannot be mixed in with weight "
-                f"{weight:g}: use site pattern"
-            )
-        grid = grid.within(defined(source, n_pos), given=not isinstance(positions, str))
-        judge = Judge.of(model, metric, tokens, read_at, targets, against)
-        check_streamed(model, tokens)
-        other = other_tokens(model, source, tokens, prepend_bos)
-        return cls(
-            info, model, tokens, other, site, source, grid, float(weight), metric, read_at, judge, direction
-        )
+        metric: Metric | Callable[[Tensor], Tensor] | None = None,
+        prepend_bos: bool | None = None,
+        token_budget: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.info = describe(model)
+        self.model = model
+        self.tokens = prompt_tokens(model, clean, prepend_bos=prepend_bos)
+        check_tokens(model, self.tokens)
+        check_counts(token_budget=token_budget)
+        self.metric = Loss() if metric is None else metric_of(metric)
+        self.readout = Readout.of(model, self.metric, self.tokens)
+        self.corrupted = None
+        if corrupted is not None:
+            self.corrupted = _corrupted(model, corrupted, self.tokens, prepend_bos)
+        self.token_budget, self.progress = token_budget, progress
 
-    def runs(self, index: int) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"]]:
-        """Of a prompt: the run that is patched, and the one that values are taken from."""
-        own = self.tokens[index : index + 1]
-        if self.other is None:
-            return own, own
-        other = self.other[index : index + 1]
-        return (own, other) if self.direction == "noising" else (other, own)
+    def source(self, values: Any, into: str | None) -> tuple[Source, str]:
+        """What is put into which run."""
+        if into is None:
+            into = "clean" if values is not None or self.corrupted is None else "corrupted"
+        if into not in INTO:
+            raise ArgumentError("into", "'clean' or 'corrupted'", into)
+        if self.corrupted is None and into == "corrupted":
+            raise ValueError("into='corrupted' needs a corrupted run: Patching(model, clean, corrupted)")
+        if self.corrupted is None and values is None:
+            raise ValueError(
+                "without a corrupted run, values says what is put into the clean one: 'zero', "
+                "Earlier(shift), Mean(tokens), ...; or give the run: Patching(model, clean, corrupted)"
+            )
+        if values is None:
+            return OtherRun("corrupted" if into == "clean" else "the clean run"), into
+        return source_of(values), into
+
+    def runs(self, index: int, into: str) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"] | None]:
+        """The tokens of the run that is patched and of the other one, where there is one."""
+        own, other = self.prompts(into)
+        return own[index : index + 1], None if other is None else other[index : index + 1]
+
+    def prompts(self, into: str) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"] | None]:
+        """The same of all prompts."""
+        if into == "corrupted":
+            assert self.corrupted is not None
+            return self.corrupted, self.tokens
+        return self.tokens, self.corrupted
 
     def fields(self) -> dict[str, Any]:
-        """What every result of such a grid says of it."""
+        """What every result says about the experiment."""
         bos = own_bos_token_id(self.model.tokenizer)
         return {
             "model": self.info,
             "tokens": self.tokens,
+            "metric": self.metric.name,
+            "unit": self.metric.unit,
+            "about": self.readout.about(),
+            "at": self.readout.at,
+            "strings": token_strings(self.model, self.tokens[0]),
+            "prepend_bos": bos is not None and bool((self.tokens[:, 0] == bos).all()),
+        }
+
+
+def _corrupted(
+    model: LensModel, given: Prompt, tokens: Int[Tensor, "prompt pos"], prepend_bos: bool | None
+) -> Int[Tensor, "prompt pos"]:
+    found = prompt_tokens(model, given, prepend_bos=prepend_bos)
+    check_tokens(model, found)
+    if found.shape[1] != tokens.shape[1] or len(found) not in (1, len(tokens)):
+        raise ValueError(
+            f"the corrupted tokens have shape {tuple(found.shape)}, but the clean ones "
+            f"{tuple(tokens.shape)}: give one sequence of the same length, or one for each prompt (BOS is "
+            f"prepended to texts, not to ids)"
+        )
+    return found.expand(len(tokens), -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GridSpec:
+    """A grid of patches: what is put where, in which run."""
+
+    experiment: Experiment
+    site: str
+    source: Source
+    into: str
+    weight: float
+    cells: Cells
+
+    @classmethod
+    def of(
+        cls,
+        experiment: Experiment,
+        site: str,
+        *,
+        over: Iterable[str] | str,
+        into: str | None,
+        values: Any,
+        weight: float,
+        layers: Sequence[int] | None,
+        heads: Heads | None,
+        positions: Sequence[int] | None,
+    ) -> GridSpec:
+        """Check everything, and that this model's logits are what metrics make them from."""
+        model, tokens = experiment.model, experiment.tokens
+        source, into = experiment.source(values, into)
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ArgumentError("weight", "a finite number", weight)
+        check_site(model, site)
+        source.check(model, site, tokens)
+        if site == "attn_scores" and weight != 1 and source.knocks_out:
+            raise ValueError(
+                f"a score of minus infinity, which knocks an edge out, cannot be mixed in with weight "
+                f"{weight:g}: use the site pattern"
+            )
+        n_pos = tokens.shape[1]
+        cells = Cells.of(model, site, over, layers, heads, positions, n_pos, source.positions(n_pos))
+        check_streamed(model, tokens)
+        return cls(experiment, site, source, into, float(weight), cells)
+
+    def keep(self, own: bool) -> Collection[str]:
+        """The hooks that values are read from in the run that is patched, or in the other one."""
+        return () if own == self.source.reads_other else self.source.keep(self.site, self.cells.layers)
+
+    def patches(self, values: Values, left: Int[Tensor, " patch"]) -> Patches:
+        """One patch for each cell that is left to do, by its number."""
+        return self.cells.patches(self.site, values, self.weight, left)
+
+    def fields(self) -> dict[str, Any]:
+        """What every result says about the grid."""
+        return self.experiment.fields() | {
             "site": self.site,
-            "source": "the clean run" if self.direction == "denoising" else named(self.source),
+            "source": self.source.label,
             "given": self.given(),
             "weight": self.weight,
-            "direction": self.direction,
-            "axes": self.grid.axes,
-            "layers": self.grid.layers,
-            "heads": self.grid.heads or (),
-            "positions": self.grid.positions or (),
-            "metric": (
-                self.metric
-                if isinstance(self.metric, str)
-                else getattr(self.metric, "__name__", type(self.metric).__name__)
-            ),
-            "about": self.judge.about(),
-            "read": self.read,
-            "strings": token_strings(self.model, self.tokens[0]),
-            "seed": seed_of(self.source),
-            "prepend_bos": bos is not None and bool((self.tokens[:, 0] == bos).all()),
+            "into": self.into,
+            "axes": self.cells.axes,
+            "layers": self.cells.layers,
+            "heads": self.cells.heads or (),
+            "positions": self.cells.positions or (),
+            "seed": self.source.seed,
         }
 
     def given(self) -> dict[str, Tensor]:
         """Every other token id that was given."""
-        source = self.source.of if isinstance(self.source, Made) else self.source
-        ids = {
-            "corrupted": self.other,
-            "reference": source.tokens if isinstance(source, (Mean, Resampled)) else None,
-            # those of the loss are the prompts' own
-            "targets": None if self.metric == "loss" else self.judge.targets,
-            "against": self.judge.against,
-        }
-        return {name: value for name, value in ids.items() if value is not None}
+        corrupted = self.experiment.corrupted
+        others = {} if corrupted is None else {"corrupted": corrupted}
+        return others | self.source.tokens() | self.experiment.readout.given
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What a state must have been begun with, to be gone on with."""
+    def arguments(self) -> dict[str, Any]:
+        """What a checkpoint must have been begun with, to be resumed."""
         known = {
-            name: list(value) if isinstance(value, tuple) else value
+            name: [list(each) if isinstance(each, tuple) else each for each in value]
+            if isinstance(value, tuple)
+            else value
             for name, value in self.fields().items()
-            if name not in ("strings", "model", "given", "about")
+            if name not in ("strings", "model", "given", "about", "unit")
         }
         return known | {
-            "model": dataclasses.asdict(self.info),
-            "tokens": _hash(self.tokens),
-            **{f"ids of {name}": _hash(value) for name, value in self.given().items()},
+            "model": dataclasses.asdict(self.experiment.info),
+            "tokens": content_hash(self.experiment.tokens),
+            **{f"ids of {name}": content_hash(ids) for name, ids in self.given().items()},
         }
 
 
-def _hash(ids: Tensor) -> str:
-    """Of shape and numbers; short, for it stands in messages."""
-    whole = ids.cpu().long().contiguous()
-    return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]
-
-
-def _each(what: str, given: Sequence[int] | str) -> Sequence[int] | None:
-    if isinstance(given, str) and given != "each":
-        raise ValueError(f"{what} must be 'each', numbers, or None for all together, but is {given!r}")
-    return None if isinstance(given, str) else given
+def check_site(model: LensModel, site: str) -> None:
+    """Refuse a site that this model does not have or whose patch would not count."""
+    if not isinstance(site, str) or site not in SITES:
+        raise ArgumentError("site", f"one of {', '.join(SITES)}", site)
+    if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
+        raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
+    if SITES[site].format(0) not in model.hook_dict:
+        raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
+    if site in ATTENTION and not patterns_count(model):
+        raise ValueError(
+            f"a TransformerBridge of GPT-Neo ignores a patch of {site}: patch z or v, or use "
+            f"HookedTransformer"
+        )
+    if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
+        raise ValueError(
+            "a TransformerBridge has no hook for the resid_mid that bypasses the MLP, so the patch is added "
+            f"after the block, where your hook at {user_hooks(model)[0]} might see it: remove the hook, or "
+            "patch attn_out"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Grid:
+class Cells:
+    """The cells of a grid, each of which is a patch of its own."""
+
+    axes: tuple[str, ...]
     layers: tuple[int, ...]
-    heads: tuple[int, ...] | None
+    heads: tuple[tuple[int, int], ...] | None
+    """(layer, head) of those that are patched; None is all, together."""
     positions: tuple[int, ...] | None
+    """Those that are patched; None is all, together."""
 
     @classmethod
     def of(
         cls,
         model: LensModel,
         site: str,
+        over: Iterable[str] | str,
         layers: Sequence[int] | None,
-        heads: Sequence[int] | str | None,
-        positions: Sequence[int] | str | None,
+        heads: Heads | None,
+        positions: Sequence[int] | None,
         n_pos: int,
-    ) -> Grid:
-        if not isinstance(site, str) or site not in SITES:
-            raise ValueError(f"site must be one of {', '.join(SITES)}, but is {site!r}")
-        if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
-            raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
-        if SITES[site].format(0) not in model.hook_dict:
-            raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
-        if site in ATTENTION and not patterns_count(model):
-            raise ValueError(
-                f"a bridge computes GPT-Neo's attention without looking at a changed {site}: patch z or v, "
-                "or use HookedTransformer"
-            )
-        if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
-            raise ValueError(
-                "a bridge has no hook where its stream carries resid_mid past the MLP, so that it is patched "
-                f"there and added behind the block, where your hook at {user_hooks(model)[0]} might see it: "
-                "remove the hook, or patch attn_out"
-            )
-        if heads is not None and site not in PER_HEAD:
-            raise ValueError(f"heads are for {', '.join(PER_HEAD)}, but site is {site!r}")
-        n_heads = key_value_heads(model) if site in _KEY_VALUE else model.cfg.n_heads
-        return cls(
-            chosen("layer", layers, model.cfg.n_layers),
-            None if heads is None else chosen("head", _each("heads", heads), n_heads),
-            None if positions is None else chosen("position", _each("positions", positions), n_pos),
-        )
+        defined: range,
+    ) -> Cells:
+        """Check what is asked for.
 
-    def within(self, positions: range, *, given: bool) -> Grid:
-        """Without the positions that have nothing to be patched with; they are refused where they were
-        `given`."""
-        if self.positions is None:
-            return self
-        some = tuple(at for at in self.positions if at in positions)
-        if (given and some != self.positions) or not some:
-            raise ValueError(
-                f"the source has something for positions {positions.start} to {positions.stop - 1} only, but "
-                f"asked for are {', '.join(map(str, self.positions))}"
-            )
-        return dataclasses.replace(self, positions=some)
+        Args:
+            defined: the positions for which the source has values.
+        """
+        asked = names_of("axis", over, AXES, may_be_empty=True)
+        axes = tuple(axis for axis in AXES if axis in asked)
+        if ("head" in axes or heads is not None) and site not in PER_HEAD:
+            raise ValueError(f"heads are for the sites {', '.join(PER_HEAD)}, but site is {site!r}")
+        if "head" in axes and "layer" not in axes:
+            raise ValueError("over has 'head' without 'layer': heads of different layers are different heads")
+        n_heads = key_value_heads(model) if site in ("k", "v") else model.cfg.n_heads
+        pairs: tuple[tuple[int, int], ...] | None = None
+        if heads is not None:
+            if layers is not None:
+                raise ValueError("heads say their layers (L5H5), so leave out layers")
+            pairs = _pairs(heads, model.cfg.n_layers, n_heads)
+            layers = sorted({layer for layer, _ in pairs})
+        rows = chosen("layer", layers, model.cfg.n_layers)
+        if pairs is None and "head" in axes:
+            pairs = tuple(itertools.product(rows, range(n_heads)))
+        return cls(axes, rows, pairs, _positions(positions, n_pos, defined, "pos" in axes))
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        heads, positions = ("head",) * (self.heads is not None), ("pos",) * (self.positions is not None)
-        return ("layer", *heads, *positions)
+    def numbers(self) -> tuple[int, ...]:
+        """The columns of the axis `head`."""
+        return tuple(sorted({head for _, head in self.heads or ()}))
+
+    @property
+    def _by_axis(self) -> list[Sequence[int]]:
+        """The labels of each axis; -1 stands for everything together."""
+        every = {"layer": self.layers, "head": self.numbers, "pos": self.positions or ()}
+        return [every[axis] if axis in self.axes else (-1,) for axis in AXES]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(len(each) for each in (self.layers, self.heads, self.positions) if each is not None)
+        return tuple(
+            len(labels) for axis, labels in zip(AXES, self._by_axis, strict=True) if axis in self.axes
+        )
+
+    @property
+    def asked(self) -> Bool[Tensor, "*grid"]:
+        """The cells that are run: of some heads a grid by layer and head has others, too."""
+        found = [
+            "head" not in self.axes or (layer, head) in (self.heads or ())
+            for layer, head, _ in itertools.product(*self._by_axis)
+        ]
+        return torch.tensor(found).reshape(self.shape)
+
+    def heads_in(self, layer: int, head: int = -1) -> int | slice | list[int]:
+        """The heads that a cell patches in a layer, as an index."""
+        if head >= 0:
+            return head
+        if self.heads is None:
+            return slice(None)
+        return [each for at, each in self.heads if at == layer]
 
     def patches(self, site: str, values: Values, weight: float, left: Int[Tensor, " patch"]) -> Patches:
         """One patch for each cell that is left to do, by its number."""
-        cells = torch.cartesian_prod(
-            torch.tensor(self.layers),
-            torch.tensor(self.heads if self.heads is not None else (-1,)),
-            torch.tensor(self.positions if self.positions is not None else (-1,)),
-        ).view(-1, 3)[left]
-        whole, every = slice(None), cells.tolist()
+        every = list(itertools.product(*self._by_axis))
+        cells = [every[index] for index in left.tolist()]
+        first = 0 if "pos" in self.axes or self.positions is None else min(self.positions)
 
-        def write(activation: Tensor, which: Tensor, start: int) -> Tensor:
-            replacement = values(every[int(which[0])][0]).to(activation)
+        def place(layer: int, head: int, position: int, start: int) -> tuple[Any, ...]:
+            """The positions and heads of a cell, as an index of activations from `start` on."""
+            at: Any = position - start if position >= 0 else slice(None)
+            if position < 0 and self.positions is not None:
+                at = torch.tensor(self.positions) - start
+            heads = self.heads_in(layer, head)
+            if isinstance(at, Tensor) and isinstance(heads, list):
+                at = at[:, None]
+            return (at,) if isinstance(heads, slice) else (at, heads)
+
+        def write(activation: Tensor, which: Tensor, start: int, layer: int) -> Tensor:
+            replacement = values(layer).to(activation)
             # by position, head and the rest, wherever the site has its heads
-            view = activation.movedim(1, 2) if site in ATTENTION else activation
+            view = by_position(activation, site)
+            new = replacement[start : start + view.shape[1]]
             for row, index in enumerate(which.tolist()):
-                _, head, position = every[index]
-                here = whole if position < 0 else position - start
-                there = slice(start, start + view.shape[1]) if position < 0 else position
-                one = (here,) if head < 0 else (here, head)
-                put = replacement[(there,) if head < 0 else (there, head)]
-                put = put[..., : view.shape[-1]]
+                _, head, position = cells[index]
+                here = place(layer, head, position, start)
+                own, put = view[row], new[here][..., : view.shape[-1]]
                 # exactly, where the source replaces: what is not mixed is not rounded
                 if weight != 1:
-                    old = view[(row, *one)]
+                    old = own[here]
                     # minus infinity, as masked scores have it, mixes to nan even with itself
                     put = torch.where(old == put, old, old.lerp(put, weight))
-                view[(row, *one)] = put
+                own[here] = put
             return activation
 
-        return Patches(site, cells[:, 0], cells[:, 2].clamp(min=0), write)
+        begin = torch.tensor([layer if layer >= 0 else self.layers[0] for layer, _, _ in cells])
+        firsts = torch.tensor([position if position >= 0 else first for _, _, position in cells])
+        later = () if "layer" in self.axes else self.layers[1:]
+        return Patches(site, begin, firsts, write, later)
+
+
+def _pairs(heads: Heads, n_layers: int, n_heads: int) -> tuple[tuple[int, int], ...]:
+    pairs = parse_heads(heads)
+    for layer, head in pairs:
+        chosen("layer", [layer], n_layers)
+        chosen("head", [head], n_heads)
+    if not pairs or len(set(pairs)) < len(pairs):
+        names = ", ".join(head_label(*pair) for pair in pairs)
+        raise ValueError(f"heads must be one or several different ones, but are {names or 'none'}")
+    return tuple(sorted(pairs))
+
+
+def _positions(given: Sequence[int] | None, n_pos: int, defined: range, each: bool) -> tuple[int, ...] | None:
+    if given is None and not each:
+        return None
+    found = chosen("position", given, n_pos)
+    some = tuple(at for at in found if at in defined)
+    if (given is not None and some != found) or not some:
+        raise ValueError(
+            f"the source has values for positions {defined.start} to {defined.stop - 1}, but positions are "
+            f"{', '.join(map(str, found))}"
+        )
+    return some

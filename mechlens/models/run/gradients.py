@@ -56,9 +56,9 @@ def gradients(
                 "the metric gives a number without a gradient by the logits: make it of differentiable "
                 "tensor operations only (no argmax, comparison, .item() or .detach())"
             )
-        found = torch.autograd.grad(value, [kept[name] for name in names], allow_unused=True)
-    by_name = {
-        name: torch.zeros_like(kept[name]) if gradient is None else gradient
-        for name, gradient in zip(names, found, strict=True)
-    }
+        # what comes before the stream has none
+        reached = [name for name in names if kept[name].requires_grad]
+        found = torch.autograd.grad(value, [kept[name] for name in reached], allow_unused=True)
+    by_name = {name: torch.zeros_like(kept[name]) for name in names}
+    by_name |= {name: each for name, each in zip(reached, found, strict=True) if each is not None}
     return value.detach(), {name: kept[name].detach() for name in names}, by_name

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mechlens.measures.memory import in_parts, is_out_of_memory
 from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.run.clean_run import CleanRun, bridge_cache, cache_entry
 from mechlens.models.run.forward import check_tokens, serve, watch
-from mechlens.models.run.patched_runs import TOKEN_BUDGET, clean_run, row_charge
+from mechlens.models.run.patched_runs import TOKEN_BUDGET, row_charge
 from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.user_hooks import alone, user_hooks
 from mechlens.models.weights.access import output_bias, output_weights, per_query_head
@@ -162,22 +163,18 @@ def _cached(
     model: LensModel, prefix: Int[Tensor, " prefix"]
 ) -> Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]:
     """One new token per candidate, against the keys and values of the prefix."""
-    past = clean_run(model, prefix[None]).past
+    past = CleanRun.of(model, prefix[None], with_past=True).past
 
     def on_hooked(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
-        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
-
         # run with the prefix, so that candidates get their learned positions
         embedded: list[Tensor] = []
         watch(model, _after(prefix, ids), {"blocks.0.hook_resid_pre": embedded.append})
         some = (len(ids), -1, -1, -1)
-        entries = [Entry(keys.expand(some), values.expand(some), frozen=True) for keys, values in past]
+        entries = [cache_entry(keys.expand(some), values.expand(some)) for keys, values in past]
         serve(model, embedded.pop()[:, -1:], readers, start_at_layer=0, past_kv_cache=entries)
 
     def on_bridge(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
-        from transformers import DynamicCache
-
-        cache, some = DynamicCache(), (len(ids), -1, -1, -1)
+        cache, some = bridge_cache(), (len(ids), -1, -1, -1)
         for layer, (keys, values) in enumerate(past):
             cache.update(keys.expand(some), values.expand(some), layer)
         serve(model, ids, readers, past_key_values=cache)

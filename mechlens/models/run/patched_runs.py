@@ -1,14 +1,14 @@
 """Many patched runs of one prompt, at the cost of what the patches can change.
 
 A patch at layer l and position p cannot change an earlier layer or an earlier position. So each patched run
-is a *row* that begins at its own layer with what the clean run had there, and covers the positions from p on
-only, against the clean keys and values of those before. Rows of many patches run together.
+is a *row* that begins at its own layer with the activations of the clean run, and covers only the positions
+from p on, against the clean keys and values of the positions before. Rows of many patches run together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,71 +18,40 @@ from torch import Tensor
 
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.models.protocol import LensModel, describe, engine_of
-from mechlens.models.run.forward import Enough, run, running, watch
-from mechlens.models.run.properties import alike, key_value_heads, last_residual, rows_run_alike
+from mechlens.models.run.clean_run import CleanRun, bridge_cache, cache_entry
+from mechlens.models.run.forward import Enough, run, running
+from mechlens.models.run.properties import alike, key_value_heads, rows_run_alike
+from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.user_hooks import user_hooks
 
-SITES = {
-    "resid_pre": "blocks.{}.hook_resid_pre",
-    "resid_mid": "blocks.{}.hook_resid_mid",
-    "resid_post": "blocks.{}.hook_resid_post",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "q": "blocks.{}.attn.hook_q",
-    "k": "blocks.{}.attn.hook_k",
-    "v": "blocks.{}.attn.hook_v",
-    "z": "blocks.{}.attn.hook_z",
-    "attn_scores": "blocks.{}.attn.hook_attn_scores",
-    "pattern": "blocks.{}.attn.hook_pattern",
-}
 _AFTER_THE_BLOCK = ("mlp_out", "resid_post")
 TOKEN_BUDGET = 8192
-"""Positions that run through a block together; see `row_charge` for what a row counts."""
-ENOUGH = 768
-"""Positions with which a block runs at its full speed; fewer run together with those of the next position."""
+"""Positions that run through a block together; `row_charge` says how many a row counts as."""
+SATURATED_POSITIONS = 768
+"""Positions with which a block runs at its full speed. Fewer run together with those of the next position."""
 
-Write = Callable[[Tensor, Int[Tensor, " row"], int], Tensor]
-"""`(activation, which, start) -> patched`: the activation of some rows `[row, pos, ...]` (scores and patterns
-`[row, head, dest, src]`), all at one layer; which of the patches each row is; and the position that the axis
-`pos` (`dest`) begins with. The activation may be written to."""
+Write = Callable[[Tensor, Int[Tensor, " row"], int, int], Tensor]
+"""`(activation, which, start, layer) -> patched`: the activation of some rows at a layer, `[row, pos, ...]`
+(scores and patterns `[row, head, dest, src]`); which of the patches each row is; and the position that the
+axis `pos` (`dest`) begins with. The activation may be written to."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patches:
-    """What is to be patched, each patch in a run of its own."""
+    """Patches, each of which gets a run of its own."""
 
     site: str
     """One of `SITES`."""
     layer: Int[Tensor, " patch"]
+    """The layer, or the first of several."""
     first: Int[Tensor, " patch"]
     """The first position that a patch can change."""
     write: Write
+    later: Collection[int] = ()
+    """Later layers in which every patch writes again."""
 
     def __len__(self) -> int:
         return len(self.layer)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Clean:
-    """The clean run of one prompt, as far as patched runs need it."""
-
-    tokens: Int[Tensor, "1 pos"]
-    resid_pre: Sequence[Float[Tensor, "1 pos d_model"]]
-    """By layer, and last what the logits are read from."""
-    base: Sequence[Float[Tensor, "1 pos d_model"]]
-    """By layer: what `mlp_out` is added to. Empty where nobody patches that."""
-    mlp_out: Sequence[Float[Tensor, "1 pos d_model"]]
-    past: Sequence[tuple[Tensor, Tensor]]
-    """By layer: keys and values as the engine caches them."""
-
-    def until(self, end: int) -> Clean:
-        """The same without the positions from `end` on; what is in `past` is read only up to a row's own."""
-        streams = ("resid_pre", "base", "mlp_out")
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens[:, :end],
-            **{name: [each[:, :end] for each in getattr(self, name)] for name in streams},
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,55 +63,176 @@ class Part:
     start: int
     """Before this position they are as the clean run."""
     final: Float[Tensor, "row suffix d_model"]
-    """What the logits are read from, from `start` on."""
+    """The residual stream that the logits are made from, from `start` on."""
 
 
-def sweep(
-    model: LensModel,
-    tokens: Int[Tensor, "1 pos"],
-    patches: Patches,
-    *,
-    token_budget: int | None = None,
-    last_read: int | None = None,
-    begun: Start | None = None,
-) -> Iterator[Part]:
-    """Run every patch on its own, many at a time, and hand out what comes of them.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """What rows begin with, of one prompt up to the last position that is read."""
 
-    Args:
-        tokens: one prompt.
-        token_budget: positions that run together, a row counting `row_charge`; None takes `TOKEN_BUDGET`.
-            It is halved when memory runs out.
-        last_read: the last position that anybody reads; what comes behind it is not run where runs can be
-            resumed. None reads all.
-        begun: of the same tokens and last position, where somebody has called `start_sweeps` already. Without
-            a clean run in it rows are whole runs.
+    tokens: Int[Tensor, "1 pos"]
+    resid_pre: Sequence[Float[Tensor, "1 pos d_model"]]
+    """By layer, and last the stream that the logits are made from."""
+    base: Sequence[Float[Tensor, "1 pos d_model"]]
+    """By layer: what `mlp_out` is added to. Empty where that is not patched."""
+    mlp_out: Sequence[Float[Tensor, "1 pos d_model"]]
+    past: Sequence[tuple[Tensor, Tensor]]
+    """By layer: keys and values as the engine caches them, of the whole prompt."""
 
-    Yields:
-        Every patch once, in no fixed order. One that lies behind the last reader changes nothing and has an
-        empty `final`.
+    @classmethod
+    def of(cls, clean: CleanRun, site: str, end: int) -> _Start:
+        layers = range(clean.model.cfg.n_layers)
 
-    Cost: on HookedTransformer each row runs through the blocks from its own layer on. On a bridge it runs
-    through all of them, for a bridge's blocks cannot be called one by one.
-    """
-    budget = TOKEN_BUDGET if token_budget is None else token_budget
-    begun = start_sweeps(model, tokens, patches.site, last_read=last_read) if begun is None else begun
-    clean, end = begun.clean, tokens.shape[1] if begun.clean is None else begun.clean.tokens.shape[1]
-    tokens = tokens[:, :end]
-    late = (patches.first >= end).nonzero()[:, 0]
-    if len(late):
-        yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
-    rows_of = _plain if clean is None else _grow if engine_of(model) == "HookedTransformer" else _suffix
-    # one at a time where rows of a batch are not all treated alike
-    waiting = list(_groups(model, patches, end, budget if begun.together else 0, whole=clean is None))[::-1]
-    while waiting:
-        start, which = waiting.pop()
+        def all_of(name: str) -> list[Tensor]:
+            return [clean.kept[SITES[name].format(layer)][:, :end] for layer in layers]
+
+        base: list[Tensor] = []
+        if site == "mlp_out":
+            base = (
+                all_of("resid_mid")
+                if _is_sequential(clean.model)
+                # parallel blocks add both to what came in, in this order
+                else [a + b for a, b in zip(all_of("resid_pre"), all_of("attn_out"), strict=True)]
+            )
+        return cls(
+            clean.tokens[:, :end],
+            [*all_of("resid_pre"), clean.final[:, :end]],
+            base,
+            all_of("mlp_out") if base else [],
+            clean.past,
+        )
+
+    @staticmethod
+    def hooks(model: LensModel, site: str) -> list[str]:
+        names = ["resid_pre"]
+        if site == "mlp_out":
+            names += ["mlp_out", "resid_mid" if _is_sequential(model) else "attn_out"]
+        return [SITES[name].format(layer) for name in names for layer in range(model.cfg.n_layers)]
+
+
+def _is_sequential(model: LensModel) -> bool:
+    return SITES["resid_mid"].format(0) in model.hook_dict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PatchedRuns:
+    """The clean run of one prompt, and patched runs that go on from it."""
+
+    clean: CleanRun
+    end: int
+    """Behind the last position that is read."""
+    start: _Start | None
+    """None where patched runs are whole ones."""
+    why: str = ""
+    """Why a run of this model on this prompt cannot be resumed."""
+    together: bool = True
+    """Whether runs of this prompt may share a batch."""
+
+    @classmethod
+    def of(
+        cls,
+        model: LensModel,
+        tokens: Int[Tensor, "1 pos"],
+        site: str,
+        *,
+        keep: Collection[str] = (),
+        last_read: int | None = None,
+    ) -> PatchedRuns:
+        """Run the prompt clean, and try whether a run can be resumed from it.
+
+        A run is resumed in the middle of the prompt and of the model and cut behind what is read, and must
+        then be that part of the whole run. This is tried on these very tokens: kinds of attention, and what
+        an engine makes of padding, are too many to list. With hooks of the user's it is not tried: they may
+        act at one layer, site or position only.
+
+        Args:
+            keep: names of the hooks whose activations the clean run keeps.
+            last_read: the last position that is read; None reads all.
+
+        Cost: one forward pass and the half of one; with hooks of the user's three.
+        """
+        hooks, n_pos = user_hooks(model), tokens.shape[1]
+        end = n_pos if last_read is None else last_read + 1
+        if hooks or n_pos < 2:
+            whole = CleanRun.of(model, tokens, keep)
+            if not hooks:
+                return cls(whole, end, None, "the prompt is a single token")
+            together = rows_run_alike(model, tokens.repeat(2, 1))
+            return cls(whole, end, None, f"your hook at {hooks[0]} acts on them", together)
+        # a single token has no middle
+        tried = max(end, 2)
+        clean: CleanRun | None = None
         try:
-            yield Part(which, start, rows_of(model, tokens, clean, patches, which, start))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(which) == 1:
+            clean = CleanRun.of(model, tokens, [*_Start.hooks(model, site), *keep], with_past=True)
+            start = _Start.of(clean, site, tried)
+            why = _why_not_resumed(model, start)
+        except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
+            why = _UNLIKE
+        except RuntimeError as error:
+            if is_out_of_memory(error):
                 raise
-            half = len(which) // 2
-            waiting += [(start, which[half:]), (start, which[:half])]
+            why = _UNLIKE
+        if why or clean is None:
+            return cls(clean or CleanRun.of(model, tokens, keep), end, None, why)
+        return cls(clean, end, start if end == tried else _Start.of(clean, site, end))
+
+    def run(self, patches: Patches, *, token_budget: int | None = None) -> Iterator[Part]:
+        """Run every patch on its own, many at a time.
+
+        Args:
+            token_budget: positions that run together, a row counting `row_charge`; None takes `TOKEN_BUDGET`.
+                It is halved when memory runs out.
+
+        Yields:
+            Every patch once, in no fixed order. One behind the last position that is read changes nothing and
+            has an empty `final`.
+
+        Cost: on HookedTransformer each row runs through the blocks from its own layer on. On a bridge it runs
+        through all of them, because a bridge's blocks cannot be called one by one.
+        """
+        budget = TOKEN_BUDGET if token_budget is None else token_budget
+        model, start, end = self.clean.model, self.start, self.end
+        if start is None:
+            # without a cache nothing says that a shorter run is the beginning of the whole one
+            end = self.clean.tokens.shape[1]
+        tokens = self.clean.tokens[:, :end]
+        late = (patches.first >= end).nonzero()[:, 0]
+        if len(late):
+            yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
+        # one at a time where rows of a batch are not all treated alike
+        budget = budget if self.together else 0
+        waiting = list(_groups(model, patches, end, budget, whole=start is None))[::-1]
+        while waiting:
+            begin, which = waiting.pop()
+            try:
+                yield Part(which, begin, _rows(model, tokens, start, patches, which, begin))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(which) == 1:
+                    raise
+                half = len(which) // 2
+                waiting += [(begin, which[half:]), (begin, which[:half])]
+
+
+_UNLIKE = "this model cannot be resumed in the middle of such a prompt"
+
+
+def _why_not_resumed(model: LensModel, start: _Start) -> str:
+    """Empty where rows that change nothing, resumed in the first and the last layer, are the clean run."""
+    begin = start.tokens.shape[1] // 2
+    nothing = Patches(
+        "resid_pre",
+        torch.tensor([0, model.cfg.n_layers - 1]),
+        torch.tensor([begin] * 2),
+        lambda activation, which, start, layer: activation,
+    )
+    found = _rows(model, start.tokens, start, nothing, torch.arange(2), begin)
+    if not alike(found, start.resid_pre[-1][:, begin:].expand(2, -1, -1)):
+        return _UNLIKE
+    # the rest of a block is added to what is patched into mlp_out
+    for base, mlp_out, after in zip(start.base, start.mlp_out, start.resid_pre[1:], strict=False):
+        if not alike(base + mlp_out, after):
+            return "its blocks do not add mlp_out to the stream as it is"
+    return ""
 
 
 def row_charge(model: LensModel, length: int, end: int) -> float:
@@ -179,7 +269,7 @@ def _groups(
         length = end - start
         # a group is closed when it is large enough at a change of position, or full
         if group and (
-            (first != start and len(group) * length >= ENOUGH)
+            (first != start and len(group) * length >= SATURATED_POSITIONS)
             or (len(group) + 1) * row_charge(model, length, end) > budget
         ):
             yield start, torch.tensor(group)
@@ -199,217 +289,71 @@ def patterns_count(model: LensModel) -> bool:
     return engine_of(model) == "HookedTransformer" or describe(model).architecture != "GPTNeoForCausalLM"
 
 
-# -- the clean run ---------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
-def clean_run(model: LensModel, tokens: Int[Tensor, "1 pos"], *, with_mlp: bool = False) -> Clean:
-    """Run a prompt once and keep what patched runs begin with."""
-    n_layers = model.cfg.n_layers
-    kept: dict[str, Tensor] = {}
-    names = [SITES["resid_pre"].format(layer) for layer in range(n_layers)]
-    names.append(SITES["resid_post"].format(n_layers - 1))
-    sequential = SITES["resid_mid"].format(0) in model.hook_dict
-    if with_mlp:
-        names += [SITES["mlp_out"].format(layer) for layer in range(n_layers)]
-        names += [SITES["resid_mid" if sequential else "attn_out"].format(layer) for layer in range(n_layers)]
-    hooks = [(name, partial(_keep, kept=kept, name=name)) for name in names]
-    begin: list[Tensor] = []
-    watch(model, tokens, {names[0]: begin.append})
-    past: list[tuple[Tensor, Tensor]] = []
-    with running(model, hooks):
-        if engine_of(model) == "HookedTransformer":
-            # block by block: a whole run with a cache wants a tokenizer to make a mask of
-            x = begin.pop()
-            for block in model.blocks:
-                entry = _empty_entry(model)
-                x = block(x, past_kv_cache_entry=entry)
-                past.append((entry.past_keys, entry.past_values))
-        else:
-            cache = bridge_cache()
-            run(model, tokens, past_key_values=cache)
-            past = [(layer.keys, layer.values) for layer in cache.layers]
-        base = []
-        if with_mlp:
-            for layer in range(n_layers):
-                if sequential:
-                    base.append(kept[SITES["resid_mid"].format(layer)])
-                else:
-                    # parallel blocks add both to what came in, in this order
-                    base.append(
-                        kept[SITES["resid_pre"].format(layer)] + kept[SITES["attn_out"].format(layer)]
-                    )
-    return Clean(
-        tokens=tokens,
-        resid_pre=[kept[name] for name in names[: n_layers + 1]],
-        base=base,
-        mlp_out=[kept[SITES["mlp_out"].format(layer)] for layer in range(n_layers)] if with_mlp else [],
-        past=past,
-    )
-
-
-def _keep(activation: Tensor, hook: Any, kept: dict[str, Tensor], name: str) -> None:
-    kept[name] = activation
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Start:
-    """What patched runs of one prompt begin with."""
-
-    final: Float[Tensor, "1 pos d_model"]
-    """What the clean run's logits are read from."""
-    clean: Clean | None
-    """Up to the last position that is read; None where patched runs are whole ones."""
-    why: str = ""
-    """Why a run of this model on this prompt cannot be resumed."""
-    together: bool = True
-    """Whether runs of this prompt may share a batch."""
-
-
-def start_sweeps(
-    model: LensModel, tokens: Int[Tensor, "1 pos"], site: str, *, last_read: int | None = None
-) -> Start:
-    """Run the prompt clean, and see whether a run resumed in its middle, and in the middle of the model, and
-    cut behind what is read, is that part of the whole run.
-
-    That is tried, on these very tokens, against the model's own run: kinds of attention, and what an engine
-    makes of padding, are too many to list. Where the user has hooks on the model, it is not even tried: they
-    may act at one layer, site or position only.
-
-    Cost: two forward passes and a half; three for a model with hooks.
-    """
-    final = last_residual(model, tokens)
-    hooks = user_hooks(model)
-    if hooks:
-        together = rows_run_alike(model, tokens.repeat(2, 1))
-        return Start(final, None, f"your hook at {hooks[0]} acts on them", together)
-    end = tokens.shape[1] if last_read is None else last_read + 1
-    unlike = "this model cannot be resumed in the middle of such a prompt"
-    if tokens.shape[1] < 2:
-        return Start(final, None, "the prompt is a single token")
-    # of a single token there is no middle
-    tried = max(end, 2)
-    try:
-        clean = clean_run(model, tokens, with_mlp=site == "mlp_out").until(tried)
-        nothing = Patches(
-            "resid_pre",
-            torch.tensor([0, model.cfg.n_layers - 1]),
-            torch.tensor([tried // 2] * 2),
-            lambda activation, which, start: activation,
-        )
-        rows_of = _grow if engine_of(model) == "HookedTransformer" else _suffix
-        found = rows_of(model, tokens[:, :tried], clean, nothing, torch.arange(2), tried // 2)
-    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError):
-        return Start(final, None, unlike)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return Start(final, None, unlike)
-    if not alike(found, final[:, tried // 2 : tried].expand(2, -1, -1)):
-        return Start(final, None, unlike)
-    # the rest of a block is added to what somebody patches into mlp_out
-    for base, mlp_out, after in zip(clean.base, clean.mlp_out, clean.resid_pre[1:], strict=False):
-        if not alike(base + mlp_out, after):
-            return Start(final, None, "its blocks do not add mlp_out to the stream as it is")
-    return Start(final, clean.until(end))
-
-
-# -- HookedTransformer -----------------------------------------------------------------------------
-
-
-def _grow(
+def _rows(
     model: LensModel,
     tokens: Int[Tensor, "1 pos"],
-    clean: Clean | None,
+    start: _Start | None,
     patches: Patches,
     which: Int[Tensor, " row"],
-    start: int,
+    begin: int,
 ) -> Float[Tensor, "row suffix d_model"]:
-    """One sweep through the layers with a batch that grows: each row joins where its patch lies."""
-    assert clean is not None
-    n_layers = model.cfg.n_layers
-    layers = patches.layer[which]
-    after = patches.site in _AFTER_THE_BLOCK
-    running_rows: list[Tensor] = []
-    x: Tensor | None = None
+    """The final streams of some patches' rows, from position `begin` on."""
+    if start is None:
+        return _whole_rows(model, tokens, patches, which, 0, {})[:, begin:]
+    if engine_of(model) == "HookedTransformer":
+        return _growing_rows(model, start, patches, which, begin)
+    past = bridge_cache()
+    for layer, (keys, values) in enumerate(start.past):
+        rows = (len(which), -1, -1, -1)
+        past.update(keys[:, :, :begin].expand(rows), values[:, :, :begin].expand(rows), layer)
+    return _whole_rows(model, tokens[:, begin:], patches, which, begin, {"past_key_values": past})
 
-    def join(fresh: Tensor) -> Tensor:
-        return fresh if x is None else torch.cat([x, fresh])
 
-    for layer in range(int(layers.min()), n_layers):
+def _growing_rows(
+    model: LensModel, start: _Start, patches: Patches, which: Int[Tensor, " row"], begin: int
+) -> Float[Tensor, "row suffix d_model"]:
+    """One pass through the blocks with a batch that grows: each row joins in the layer of its patch."""
+    site, layers, after = patches.site, patches.layer[which], patches.site in _AFTER_THE_BLOCK
+    x = start.resid_pre[0].new_empty(0, start.tokens.shape[1] - begin, model.cfg.d_model)
+    # by row of x, its place in `which`
+    order = torch.empty(0, dtype=torch.long)
+
+    def patched(activation: Tensor, hook: Any, layer: int, old: int) -> Tensor:
+        """With the patches of all rows but the first `old`, which have theirs in another layer."""
+        written = patches.write(activation[old:].clone(), which[order[old:]], begin, layer)
+        return torch.cat([activation[:old], written.to(activation.dtype)]) if old else written
+
+    for layer in range(int(layers.min()), model.cfg.n_layers):
         places = (layers == layer).nonzero()[:, 0]
-        new = which[places]
-        old = 0 if x is None else len(x)
+        old = 0 if layer in patches.later else len(order)
+        if len(places) and not after:
+            fresh = start.resid_pre[layer][:, begin:].expand(len(places), -1, -1)
+            x, order = torch.cat([x, fresh]), torch.cat([order, places])
         hooks = []
-        if len(new) and not after:
-            fresh = clean.resid_pre[layer][:, start:].expand(len(new), -1, -1).clone()
-            if patches.site == "resid_pre":
-                fresh = patches.write(fresh, new, start)
-            else:
-                patch = partial(_patch_behind, old=old, new=new, start=start, write=patches.write)
-                hooks.append((SITES[patches.site].format(layer), patch))
-            x = join(fresh)
-            running_rows.append(places)
-        if x is not None:
-            keys, values = clean.past[layer]
-            entry = _entry(
-                keys[:, :start].expand(len(x), -1, -1, -1), values[:, :start].expand(len(x), -1, -1, -1)
-            )
+        if old < len(order) and site == "resid_pre":
+            x = patched(x, None, layer, old)
+        elif old < len(order) and site != "resid_post":
+            hooks.append((SITES[site].format(layer), partial(patched, layer=layer, old=old)))
+        if len(order):
+            keys, values = (each[:, :begin].expand(len(order), -1, -1, -1) for each in start.past[layer])
             with running(model, hooks):
-                x = model.blocks[layer](x, past_kv_cache_entry=entry)
-        if len(new) and after:
-            if patches.site == "resid_post":
-                fresh = clean.resid_pre[layer + 1][:, start:].expand(len(new), -1, -1).clone()
-                fresh = patches.write(fresh, new, start)
-            else:
-                fresh = clean.mlp_out[layer][:, start:].expand(len(new), -1, -1).clone()
-                fresh = clean.base[layer][:, start:] + patches.write(fresh, new, start)
-            x = join(fresh)
-            running_rows.append(places)
-    assert x is not None
+                x = model.blocks[layer](x, past_kv_cache_entry=cache_entry(keys, values))
+        if old < len(order) and site == "resid_post":
+            x = patched(x, None, layer, old)
+        if len(places) and after:
+            stream = start.resid_pre[layer + 1] if site == "resid_post" else start.mlp_out[layer]
+            fresh = stream[:, begin:].expand(len(places), -1, -1).clone()
+            fresh = patches.write(fresh, which[places], begin, layer)
+            if site == "mlp_out":
+                fresh = start.base[layer][:, begin:] + fresh
+            x, order = torch.cat([x, fresh]), torch.cat([order, places])
     # back in the order of `which`
     final = torch.empty_like(x)
-    final[torch.cat(running_rows).to(x.device)] = x
+    final[order.to(x.device)] = x
     return final
-
-
-def _patch_behind(
-    activation: Tensor, hook: Any, old: int, new: Int[Tensor, " row"], start: int, write: Write
-) -> Tensor:
-    """Patch the rows behind the first `old` ones, which have their own patch in an earlier layer."""
-    patched = write(activation[old:].clone(), new, start)
-    return torch.cat([activation[:old], patched.to(activation.dtype)])
-
-
-# -- bridge ----------------------------------------------------------------------------------------
-
-
-def _suffix(
-    model: LensModel,
-    tokens: Int[Tensor, "1 pos"],
-    clean: Clean | None,
-    patches: Patches,
-    which: Int[Tensor, " row"],
-    start: int,
-) -> Float[Tensor, "row suffix d_model"]:
-    """All rows through all layers, from `start` on, behind the clean keys and values of the prefix."""
-    assert clean is not None
-    past = bridge_cache()
-    for layer, (keys, values) in enumerate(clean.past):
-        rows = (len(which), -1, -1, -1)
-        past.update(keys[:, :, :start].expand(rows), values[:, :, :start].expand(rows), layer)
-    return _whole_rows(model, tokens[:, start:], patches, which, start, {"past_key_values": past})
-
-
-def _plain(
-    model: LensModel,
-    tokens: Int[Tensor, "1 pos"],
-    clean: Clean | None,
-    patches: Patches,
-    which: Int[Tensor, " row"],
-    start: int,
-) -> Float[Tensor, "row suffix d_model"]:
-    """Whole rows from layer 0: what any model can do."""
-    return _whole_rows(model, tokens, patches, which, 0, {})[:, start:]
 
 
 def _whole_rows(
@@ -417,77 +361,41 @@ def _whole_rows(
     tokens: Int[Tensor, "1 suffix"],
     patches: Patches,
     which: Int[Tensor, " row"],
-    start: int,
+    begin: int,
     options: Mapping[str, Any],
 ) -> Float[Tensor, "row suffix d_model"]:
+    """All rows through all layers: what a bridge can do behind a cache, and any model from position 0."""
     layers = patches.layer[which]
     kept: list[Tensor] = []
     hooks: list[tuple[str, Callable[..., Any]]] = []
-    # a bridge's hook there is the MLP's input alone: what the stream carries past it has no hook of its own
+    # a bridge's hook there is the MLP's input alone: the stream that passes the MLP has no hook of its own
     past_the_mlp = patches.site == "resid_mid" and engine_of(model) == "TransformerBridge"
-    for layer in layers.unique().tolist():
-        places = (layers == layer).nonzero()[:, 0]
-        changes: list[Tensor] | None = [] if past_the_mlp else None
-        patch = partial(
-            _patch_some,
-            places=places,
-            new=which[places],
-            start=start,
-            write=patches.write,
-            changes=changes,
-        )
-        hooks.append((SITES[patches.site].format(layer), patch))
-        if changes is not None:
-            hooks.append((SITES["resid_post"].format(layer), partial(_add, changes=changes)))
-    final = SITES["resid_post"].format(model.cfg.n_layers - 1)
+
+    def patch(activation: Tensor, hook: Any, layer: int, places: Tensor, changes: list[Tensor]) -> Tensor:
+        there = places.to(activation.device)
+        patched = activation.clone()
+        written = patches.write(activation[there], which[places], begin, layer)
+        patched[there] = written.to(activation.dtype)
+        if past_the_mlp:
+            changes.append(patched - activation)
+        return patched
+
+    def add(activation: Tensor, hook: Any, changes: list[Tensor]) -> Tensor:
+        return activation + changes.pop()
+
+    for layer in sorted({*layers.tolist(), *patches.later}):
+        places = (layers == layer).nonzero()[:, 0] if layer not in patches.later else torch.arange(len(which))
+        changes: list[Tensor] = []
+        here = partial(patch, layer=layer, places=places, changes=changes)
+        hooks.append((SITES[patches.site].format(layer), here))
+        if past_the_mlp:
+            hooks.append((SITES["resid_post"].format(layer), partial(add, changes=changes)))
 
     def keep_and_end(activation: Tensor, hook: Any) -> None:
         kept.append(activation)
         raise Enough
 
-    hooks.append((final, keep_and_end))
+    hooks.append((last_hook(model), keep_and_end))
     with running(model, hooks):
         run(model, tokens.expand(len(which), -1), **options)
     return kept.pop()
-
-
-def _patch_some(
-    activation: Tensor,
-    hook: Any,
-    places: Int[Tensor, " row"],
-    new: Int[Tensor, " row"],
-    start: int,
-    write: Write,
-    changes: list[Tensor] | None,
-) -> Tensor:
-    places = places.to(activation.device)
-    patched = activation.clone()
-    patched[places] = write(activation[places], new, start).to(activation.dtype)
-    if changes is not None:
-        changes.append(patched - activation)
-    return patched
-
-
-def _add(activation: Tensor, hook: Any, changes: list[Tensor]) -> Tensor:
-    return activation + changes.pop()
-
-
-# -- the engines' caches ---------------------------------------------------------------------------
-
-
-def bridge_cache() -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def _empty_entry(model: LensModel) -> Any:
-    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-
-    return TransformerLensKeyValueCacheEntry.init_cache_entry(model.cfg, model.cfg.device, 1)
-
-
-def _entry(keys: Tensor, values: Tensor) -> Any:
-    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-
-    return TransformerLensKeyValueCacheEntry(keys, values, frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mechlens.arguments import check_counts, check_model, check_reals, generator_of
 from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.run.clean_run import bridge_cache
 from mechlens.models.run.forward import Enough, parts, run, running
-from mechlens.models.run.patched_runs import bridge_cache
 from mechlens.models.run.properties import alike, key_value_heads, last_residual, reads_alike_in
 from mechlens.models.run.sites import last_hook
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding

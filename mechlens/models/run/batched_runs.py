@@ -1,4 +1,4 @@
-"""Patched runs of several prompts together, which go on from the prompts' one clean run."""
+"""Patched runs of several prompts together, going on from their clean run, and what is read of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, engine_of
+from mechlens.models.run.clean_run import CleanRun
 from mechlens.models.run.forward import running, serve, watch, watch_from
-from mechlens.models.run.patched_runs import SITES, TOKEN_BUDGET, row_charge
+from mechlens.models.run.patched_runs import TOKEN_BUDGET, row_charge
 from mechlens.models.run.properties import alike
+from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.user_hooks import user_hooks
 
 Hooks = Sequence[tuple[str, Callable[[Tensor, Any], Tensor]]]
@@ -22,13 +24,10 @@ Hooks = Sequence[tuple[str, Callable[[Tensor, Any], Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PatchedRuns:
+class BatchedRuns:
     """Runs of some prompts that differ from the clean one from some layer on."""
 
-    model: LensModel
-    tokens: Int[Tensor, "prompt pos"]
-    clean: Mapping[str, Float[Tensor, "prompt pos *rest"]]
-    """What was kept of the clean run, by hook name."""
+    clean: CleanRun
     resumed: bool
     """Whether runs begin at the layer that is patched, on the clean stream; else each is a whole run."""
     parts: Sequence[slice]
@@ -42,7 +41,7 @@ class PatchedRuns:
         *,
         layers: Collection[int],
         keep: Collection[str],
-    ) -> PatchedRuns:
+    ) -> BatchedRuns:
         """Run the prompts clean.
 
         Runs begin in the middle of the model where blocks can be called one by one and, tried on the first of
@@ -58,18 +57,15 @@ class PatchedRuns:
         hooked, n_pos = bool(user_hooks(model)), tokens.shape[1]
         at_once = 1 if hooked else max(1, int(TOKEN_BUDGET / row_charge(model, n_pos, n_pos)))
         parts = [slice(start, start + at_once) for start in range(0, len(tokens), at_once)]
-        may_resume = engine_of(model) == "HookedTransformer" and not hooked
-        streams = [SITES["resid_pre"].format(layer) for layer in sorted(layers)] if may_resume else []
-        ends = [SITES["resid_post"].format(model.cfg.n_layers - 1)] if may_resume else []
-        kept: dict[str, list[Tensor]] = {name: [] for name in (*keep, *streams, *ends)}
-        for rows in parts:
-            watch(model, tokens[rows], {name: each.append for name, each in kept.items()})
-        clean = {name: torch.cat(each) for name, each in kept.items()}
-        resumed = may_resume and all(
-            _resumes(model, layer, clean[begin][:1], end, clean[end][:1])
-            for layer, begin, end in zip(sorted(layers), streams, [*streams[1:], *ends], strict=True)
+        resumed = engine_of(model) == "HookedTransformer" and not hooked
+        streams = [SITES["resid_pre"].format(layer) for layer in sorted(layers)] if resumed else []
+        clean = CleanRun.of(model, tokens, [*keep, *streams], parts=parts)
+        ends = [*streams[1:], last_hook(model)]
+        resumed = resumed and all(
+            _resumes(model, layer, clean.kept[begin][:1], end, clean.kept[end][:1])
+            for layer, begin, end in zip(sorted(layers), streams, ends, strict=True)
         )
-        return cls(model, tokens, clean, resumed, parts)
+        return cls(clean, resumed, parts)
 
     def read(
         self,
@@ -77,11 +73,11 @@ class PatchedRuns:
         hooks: Callable[[slice], Hooks],
         wanted: Mapping[str, Callable[[Tensor], Tensor]],
     ) -> dict[str, Float[Tensor, "prompt *rest"]]:
-        """Activations of runs that are patched in `layer`, and maybe behind it.
+        """Activations of runs that are patched in `layer`, and maybe in later ones.
 
         Args:
             hooks: the patches of some prompts, which are rows of the activations.
-            wanted: by hook name, what is kept of an activation; runs end when they have had all.
+            wanted: by hook name, what is kept of an activation; runs end when all of them have been made.
         """
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
@@ -89,13 +85,14 @@ class PatchedRuns:
             kept[name].append(wanted[name](activation))
 
         readers = {name: partial(keep, name=name) for name in wanted}
+        model = self.clean.model
         for rows in self.parts:
-            with running(self.model, hooks(rows)):
+            with running(model, hooks(rows)):
                 if self.resumed:
-                    stream = self.clean[SITES["resid_pre"].format(layer)][rows]
-                    serve(self.model, stream, readers, start_at_layer=layer)
+                    stream = self.clean.kept[SITES["resid_pre"].format(layer)][rows]
+                    serve(model, stream, readers, start_at_layer=layer)
                 else:
-                    watch(self.model, self.tokens[rows], readers)
+                    watch(model, self.clean.tokens[rows], readers)
         return {name: torch.cat(each) for name, each in kept.items()}
 
 

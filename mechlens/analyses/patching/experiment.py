@@ -1,0 +1,296 @@
+"""Patching as one object: the clean and the corrupted run, the metric, and every question about them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.analyses.patching.attribution import estimate_grid
+from mechlens.analyses.patching.blocks import block_source
+from mechlens.analyses.patching.grid import run_grid
+from mechlens.analyses.patching.path import attention_on_path, run_path
+from mechlens.analyses.patching.sources import Source
+from mechlens.analyses.patching.spec import Experiment, GridSpec
+from mechlens.models.protocol import LensModel
+from mechlens.results import AttributionPatchResult, PatchGridResult
+from mechlens.results.heads import Head, Heads
+
+PutThere = Source | str | Callable[[Tensor, int], Tensor] | None
+
+
+class Patching(Experiment):
+    """Prompts, their corrupted counterparts and a metric: what patching experiments have in common.
+
+    Args:
+        clean: a text, or token ids; one sequence or several of one length. BOS is prepended to texts where
+            the tokenizer has one; ids are taken as they are.
+        corrupted: one sequence of the same length, or one for each of `clean`.
+        metric: `Loss()` (the default), `LogProb(target)`, `LogitDiff(target, against)`, `KL()`, or a function
+            of logits `[read, d_vocab]` that gives one number. It is about the tokens of `clean` in either
+            run.
+        prepend_bos: for texts; None prepends BOS where the tokenizer has one.
+        token_budget: positions that run together, including those that they attend to; None is 8192. It is
+            halved when memory runs out.
+        progress: show a bar; None shows one in a terminal and in Jupyter.
+
+    Raises:
+        TypeError: a metric that is none of these.
+        ValueError: prompts of different lengths, or a metric that does not fit the prompts.
+
+    Example:
+        >>> ioi = mechlens.Patching(
+        ...     model,
+        ...     "said Mr. Pickwick to Sam. And",
+        ...     "said Mr. Winkle to Sam. And",
+        ...     metric=mechlens.LogitDiff(" Mr", " Sam"),
+        ... )
+        >>> ioi.grid("z", over=("layer", "head")).effect.shape
+        torch.Size([4, 6])
+
+    References: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv:2202.05262.
+    Cost: nothing until a method is called; each of them runs each prompt once, and its counterpart once.
+    """
+
+    def grid(
+        self,
+        site: str,
+        *,
+        over: Iterable[str] | str = ("layer", "pos"),
+        into: str | None = None,
+        values: PutThere = None,
+        weight: float = 1.0,
+        layers: Sequence[int] | None = None,
+        heads: Heads | None = None,
+        positions: Sequence[int] | None = None,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> PatchGridResult:
+        """Patch one activation per forward pass and measure the change in the metric.
+
+        Args:
+            site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or by head `q`, `k`, `v` (the
+                key/value heads, where there are fewer), `z`, `pattern` or `attn_scores` (by position `dest`).
+            over: the axes that get a cell each: some of "layer", "head" and "pos". Everything else is patched
+                together.
+            into: the run that is patched. "corrupted" restores it with the clean run's values (denoising),
+                "clean" breaks it (noising). None is "corrupted" where there is a corrupted run and `values`
+                is not given.
+            values: what is put there. None is the value of the other run. "zero"; `Earlier(shift)`;
+                `Mean(tokens)`; `Resampled(tokens)`; `NextEmbedding()` (residual streams only); `Edges(pairs)`
+                (`pattern` and `attn_scores`); or a function `(activation, layer) ->` the same shape, of each
+                prompt's own activation `[pos, ...]` (scores and patterns `[dest, head, src]`), which is
+                called once per prompt and layer.
+            weight: how much of the values is mixed in; 1 replaces.
+            layers: the layers that are patched; None is all.
+            heads: the heads that are patched, such as ["L3H5", "1.2"] or [(3, 5)], which say their layers;
+                None is all. By layer and head, the other cells are nan and not run.
+            positions: the positions that are patched; None is all for which there are values: `Earlier` has
+                none at the first `shift`, `NextEmbedding` none at the last.
+            resume: a `.safetensors` file to save finished cells to, every half minute and when interrupted,
+                and to resume from where it exists. It knows a function only by its name.
+
+        Returns:
+            The metric of each patched run, and of the clean and the corrupted run.
+
+        Raises:
+            ValueError: a site, layer, head or position that this model does not have, values that do not fit
+                the site, or a file that was begun with other arguments; before anything is patched.
+
+        Example:
+            >>> found = mechlens.Patching(model, "said Mr. Pickwick").grid("mlp_out", values="zero")
+            >>> found.axes
+            ('layer', 'pos')
+
+        References: Meng et al. 2022, arXiv:2202.05262; Heimersheim and Nanda 2024, "How to use and interpret
+        activation patching", arXiv:2404.15255.
+        Cost: one forward pass for each prompt, clean and corrupted, and what the values need. On
+        HookedTransformer a cell costs only the layers and positions after its patch; on a TransformerBridge
+        the positions after it, through all layers.
+        """
+        spec = GridSpec.of(
+            self,
+            site,
+            over=over,
+            into=into,
+            values=values,
+            weight=weight,
+            layers=layers,
+            heads=heads,
+            positions=positions,
+        )
+        return run_grid(spec, resume)
+
+    def attribution(
+        self,
+        site: str,
+        *,
+        over: Iterable[str] | str = ("layer", "pos"),
+        into: str | None = None,
+        values: PutThere = None,
+        weight: float = 1.0,
+        layers: Sequence[int] | None = None,
+        heads: Heads | None = None,
+        positions: Sequence[int] | None = None,
+        exact: PatchGridResult | None = None,
+    ) -> AttributionPatchResult:
+        """Estimate a grid to first order: (value - own value) x gradient of the metric.
+
+        The estimate is exact only where the metric is linear in the activation over the whole patch. Give
+        `exact` to see how far it can be trusted.
+
+        Args:
+            site: an activation, such as `resid_pre`, `mlp_out` or `z`.
+            over: the axes that get a cell each: some of "layer", "head" and "pos".
+            into: the run that is patched, "clean" or "corrupted"; None is "corrupted" where there is a
+                corrupted run and `values` is not given.
+            values: what is put there; None is the value of the other run.
+            weight: how much of the values is mixed in; 1 replaces.
+            layers: the layers that are patched; None is all.
+            heads: the heads that are patched, such as ["L3H5"]; None is all.
+            positions: the positions that are patched; None is all.
+            exact: the result of `grid` with the same arguments; the estimate is correlated with it.
+
+        Returns:
+            An estimate of each cell's effect.
+
+        Raises:
+            ValueError: an argument that does not fit the model; a metric without a gradient at the patched
+            run,
+                such as KL(clean || patched) at the clean one; attention scores that become minus infinity; an
+                `exact` of other arguments.
+
+        Example:
+            >>> experiment = mechlens.Patching(model, "said Mr. Pickwick")
+            >>> exact = experiment.grid("z", values="zero", over=("layer", "head"))
+            >>> found = experiment.attribution("z", values="zero", over=("layer", "head"), exact=exact)
+            >>> found.correlation > 0.5
+            True
+
+        References: Nanda 2023, "Attribution Patching: Activation Patching At Industrial Scale".
+        Cost: one forward and backward pass for each prompt, one forward pass for its counterpart, and what
+        the values need. The activations of one prompt's run are in memory.
+        """
+        spec = GridSpec.of(
+            self,
+            site,
+            over=over,
+            into=into,
+            values=values,
+            weight=weight,
+            layers=layers,
+            heads=heads,
+            positions=positions,
+        )
+        return estimate_grid(spec, exact)
+
+    def path(
+        self,
+        sender: Head,
+        receiver: str,
+        *,
+        into: str | None = None,
+        values: PutThere = None,
+        positions: Sequence[int] | None = None,
+    ) -> PatchGridResult:
+        """Patch one head's output only as one other component sees it: the direct path between the two.
+
+        The change in what the sender writes is added to the stream that the receiver's `q`, `k` or `v`, or
+        the MLP, is computed from, through the block's own norm. Everything in between, and the receiver's
+        other inputs, read the unpatched run. What the receiver then does passes on to all later layers.
+
+        Args:
+            sender: a head, such as "L1H2", whose `z` is patched.
+            receiver: an input of a later head, such as "L3H5.q", "L3H5.k" or "L3H5.v", or an MLP, such as
+                "L3.mlp". Where several query heads share a key/value head, `k` and `v` patch that of all of
+                them, and the receiver is the key/value head's number.
+            into: the run that is patched, "clean" or "corrupted"; None is "corrupted" where there is a
+                corrupted run and `values` is not given.
+            values: what the sender's `z` becomes; None is its value in the other run.
+            positions: where the sender is patched; None is everywhere.
+
+        Returns:
+            A grid of one cell, the receiver's; `source` names the path.
+
+        Raises:
+            ValueError: a receiver that does not read what the sender writes, or an argument that does not fit
+                the model.
+
+        Example:
+            >>> experiment = mechlens.Patching(model, "said Mr. Pickwick", "said Mr. Winkle")
+            >>> experiment.path("L1H2", "L3H5.k").source
+            'L1H2 (the clean run) as the k of L3H5 sees it'
+
+        References: Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593; Goldowsky-Dill et al.
+        2023, "Localizing Model Behavior with Path Patching", arXiv:2304.05969.
+        Cost: one forward pass of the prompts and of their counterparts; on HookedTransformer three partial
+        ones from the sender's and the receiver's layer on, else three whole ones.
+        """
+        return run_path(self, sender, receiver, into=into, values=values, positions=positions)
+
+    def path_attention(
+        self,
+        sender: Head,
+        receiver: Head,
+        *,
+        into: str | None = None,
+        values: PutThere = None,
+        positions: Sequence[int] | None = None,
+    ) -> Float[Tensor, "prompt dest src"]:
+        """The attention of one head when another one's output is patched.
+
+        Args:
+            sender: a head, such as "L1H2", whose `z` is patched.
+            receiver: the head whose attention is wanted. "L3H5.q" and "L3H5.k" see the patch through that
+                input alone; "L3H5" has the sender patched for all components. It is the query head's own
+                number also where several share a key.
+            into: the run that is patched, "clean" or "corrupted"; None is "corrupted" where there is a
+                corrupted run and `values` is not given.
+            values: what the sender's `z` becomes; None is its value in the other run.
+            positions: where the sender is patched; None is everywhere.
+
+        Returns:
+            Attention after softmax, in [0, 1], in float32 on the CPU.
+
+        Raises:
+            ValueError: a receiver that does not read what the sender writes, or an argument that does not fit
+                the model.
+
+        Example:
+            >>> experiment = mechlens.Patching(model, "said Mr. Pickwick")
+            >>> experiment.path_attention("L1H2", "L3H5.k", values="zero")[0].sum(-1).round()
+            tensor([1., 1., 1., ...])
+
+        Cost: one forward pass of the prompts and of their counterparts, and partial ones from the sender's
+        and the receiver's layer on.
+        """
+        return attention_on_path(self, sender, receiver, into=into, values=values, positions=positions)
+
+    def blocks(
+        self, how: str | LensModel, *, into: str = "clean", layers: Sequence[int] | None = None
+    ) -> PatchGridResult:
+        """Skip or repeat one block at a time, or run another model's block in its place.
+
+        Args:
+            how: "skip" passes the block's input on; "repeat" runs the block a second time, on its own output;
+                a model of as many layers and the same `d_model` runs its block of that layer on the same
+                input.
+            into: the run that is patched, "clean" or "corrupted".
+            layers: the layers whose block is patched; None is each.
+
+        Returns:
+            A grid of layers, as of patches of `resid_post` at all positions.
+
+        Raises:
+            ValueError: another `how`, a model of another shape, or a layer that the model does not have.
+
+        Example:
+            >>> mechlens.Patching(model, "said Mr. Pickwick").blocks("skip").effect.shape
+            torch.Size([4])
+
+        Cost: one forward pass for each prompt; for each prompt and layer the layers after it, and at most two
+        runs of that block (on a TransformerBridge two forward passes).
+        """
+        source = block_source(self.model, how)
+        return self.grid("resid_post", over="layer", into=into, values=source, layers=layers)
