@@ -267,12 +267,11 @@ def study_indirect_object(
 
     first = list(range(min(n_patched, len(task.tokens))))
     alike = [at for at in first if int(task.template[at]) == 0]
-    return IndirectObjectStudy(
-        comparisons=(),
-        task=task,
-        heads=experiment(first).grid("z", over=("layer", "head")),
-        positions=experiment(alike).grid("resid_pre"),
+    heads, positions = (
+        experiment(first).grid("z", over=("layer", "head")),
+        experiment(alike).grid("resid_pre"),
     )
+    return IndirectObjectStudy((), task, heads, positions)
 
 
 def share_recovered(grid: PatchGridResult) -> torch.Tensor:
