@@ -50,7 +50,7 @@ class HeadsStudy(Study):
         return [
             Section("What was found", self._findings()),
             repeated_token_section(self.repeated_tokens),
-            head_scores_section(self.head_scores),
+            head_scores_section(self.head_scores, top=3),
             attention_section(
                 self.attention_patterns,
                 title="Attention of the strongest heads",

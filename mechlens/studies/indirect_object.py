@@ -89,8 +89,8 @@ def indirect_object(
         ValueError: fewer than four names of one token, prompts of different lengths, `n_prompts` below 1.
 
     Example:
-        >>> people = [" he", " she", " they", " it"]
-        >>> found = mechlens.indirect_object(model, n_prompts=6, names=people)
+        >>> people, templates = (" he", " she", " they", " it"), ("When{a} and{b} came,{s} said to",)
+        >>> found = mechlens.indirect_object(model, n_prompts=6, templates=templates, names=people)
         >>> found.logit_diff.shape
         torch.Size([6])
 

@@ -74,7 +74,7 @@ class MlpStudy(Study):
                 title="Ablated heads",
                 text=f"Rank correlation of the effect of ablating a head: {correlations}.",
             ),
-            head_scores_section(self.ablated_head_scores),
+            head_scores_section(self.ablated_head_scores, top=3),
         ]
 
 

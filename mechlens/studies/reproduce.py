@@ -140,7 +140,7 @@ def reproduce(
         >>> found.comparisons[0].claim
         'depth at which the final prediction enters the top 10, mean over prose, at most 0.75'
         >>> found.comparisons[0].verdict
-        'not reproduced'
+        'reproduced'
 
     References: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895; nostalgebraist 2020,
     "interpreting GPT: the logit lens"; Wang et al. 2022, arXiv:2211.00593; Badger, "Language Model Features".
