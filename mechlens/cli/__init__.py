@@ -1,7 +1,7 @@
-"""The `mechlens` command: parses, calls, prints.
+"""The `mechlens` command.
 
-It imports almost nothing, so that Ctrl-C finds it ready. `commands` imports the command that is called, and
-that imports what it needs.
+Importing it imports almost nothing, so it can handle Ctrl-C from the start. `commands` imports the command
+that is called, which imports what it needs.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 STOPPED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+"""The exit code after Ctrl-C, as in shells."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0 when all is done; 1 when the work was done but its result could not be written where it
-    should be, or printed to the end; 2 for wrong input, refused in one line on standard error; 130 after
-    Ctrl-C.
+    Exit codes: 0 for success; 1 if the result could not be saved where it should be, or not be printed
+    completely; 2 for invalid input, with one line on standard error; 130 after Ctrl-C.
     """
     try:
         with _on_ctrl_c(_end_at_once):
@@ -33,17 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt as stopped:
         code = STOPPED
         print(_last_line(str(stopped)), file=sys.stderr)
-    # what is left is Python's own end, which has nothing to say about Ctrl-C
+    # only Python's own shutdown is left, which would print a traceback for Ctrl-C
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def finishing() -> Iterator[None]:
-    """Within it Ctrl-C is a KeyboardInterrupt: for work that saves its progress, and files half written.
+    """Make Ctrl-C raise KeyboardInterrupt in the block, for work that saves its progress or writes files.
 
-    Elsewhere it ends the process on the spot, since many packages lose an exception while they are imported,
-    or make another one of it.
+    Elsewhere Ctrl-C ends the process at once, because many packages swallow exceptions while they are
+    imported, or turn them into others.
     """
     with _on_ctrl_c(signal.default_int_handler):
         yield
@@ -64,12 +63,12 @@ def _on_ctrl_c(handler: Any) -> Iterator[None]:
 
 def _end_at_once(*_: object) -> NoReturn:
     with contextlib.suppress(OSError):
-        # past the buffers of sys.stderr, which may be in the middle of something
+        # not through sys.stderr, which may be in the middle of a write
         os.write(2, f"{_last_line()}\n".encode())
     os._exit(STOPPED)
 
 
 def _last_line(what: str = "") -> str:
-    # a terminal has written ^C for the keys
+    # a terminal has printed ^C
     newline = "\n" if os.isatty(2) else ""
     return f"{newline}mechlens: {what or 'interrupted'}"

@@ -1,6 +1,6 @@
-"""The commands by their names, and how one of them is run.
+"""The list of commands, and how one of them is run.
 
-Only the command that is called is imported and built: all of them take longer than Python's own start.
+Only the command that is called is imported and built, because all of them take longer than starting Python.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mechlens.cli.output import NotSavedError, say
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """Where a command is, and what the list of all says of it."""
+    """Where a command is implemented, and its entry in the list of commands."""
 
     place: str
     """Module and name of a function, or of a `typer.Typer` that has commands of its own."""
     short_help: str
     example: str
-    """What stands after `mechlens`."""
+    """What follows `mechlens`."""
 
 
 COMMANDS = {
     "reproduce": Command(
         "reproduce:reproduce",
-        "Measure published findings again and draw them.",
+        "Reproduce published findings.",
         "reproduce --model mechlens-books --out out/reproduce",
     ),
     "heads": Command(
@@ -45,7 +45,7 @@ COMMANDS = {
     ),
     "lens": Command(
         "lens:lens",
-        "Read every layer as if it were the last.",
+        "Decode every layer into a prediction.",
         'lens "The captain of the ship" --stat kl --out lens.html',
     ),
     "train-lens": Command(
@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "attribution": Command(
         "attribution:attribution",
-        "Split a logit into what each component adds.",
+        "Split a logit into the contributions of components.",
         'attribution "The captain of the" --target " ship" --out attribution.html',
     ),
     "attention": Command(
@@ -73,35 +73,35 @@ COMMANDS = {
         "Patch one activation at a time.",
         "patch --site mlp_out --from first-half --out mlps.html",
     ),
-    "ablate": Command("patching:ablate", "Take heads or MLPs away.", "ablate heads --how mean"),
+    "ablate": Command("patching:ablate", "Ablate heads or MLPs.", "ablate heads --how mean"),
     "circuit": Command(
         "circuits:circuit",
-        "Multiply heads' weights into a circuit.",
+        "Multiply the weights of heads into a circuit.",
         "circuit 1.2 3.5 --out circuit.html",
     ),
     "composition": Command(
         "circuits:composition",
-        "Score which heads compose with which.",
+        "Score how strongly heads compose.",
         "composition --kind k --out composition.html",
     ),
     "induction-circuits": Command(
         "induction_circuits:induction_circuits",
-        "Find pairs of heads that continue repeats.",
+        "Find pairs of heads that form induction circuits.",
         "induction-circuits --pair 1.2,3.5 --out circuits.html",
     ),
     "features": Command(
         "features:features",
-        "Find what excites a model's features.",
+        "Find what activates a feature.",
         "features complete --layer 0:4 --feature 0:8",
     ),
     "models": Command(
-        "models:models", "List the models that load by name, show one, or verify.", "models mechlens-books"
+        "models:models", "List known models, describe one, or verify models.", "models mechlens-books"
     ),
 }
 
 
 def build(called: str | None) -> Any:
-    """The command line; of its commands only the one that is called can be run."""
+    """The command line, on which only the called command can be run."""
     app = typer.Typer(name="mechlens", add_completion=False, rich_markup_mode=None, add_help_option=False)
     app.callback()(_common)
     for name, command in COMMANDS.items():
@@ -121,7 +121,7 @@ def build(called: str | None) -> Any:
 
 
 def every() -> Iterator[tuple[str, ...]]:
-    """The words after `mechlens` of every command and group of commands, and none for the whole."""
+    """The words after `mechlens` of each command and group of commands; () for `mechlens` itself."""
     yield ()
     for name in COMMANDS:
         yield (name,)
@@ -130,8 +130,8 @@ def every() -> Iterator[tuple[str, ...]]:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line, and return its exit code; see `main`."""
-    # what is printed may hold any character, and half ones, whatever the terminal or file takes
+    """Run a command line and return its exit code; see `main`."""
+    # output may contain any character, also lone surrogates, and not every encoding has them
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -148,16 +148,16 @@ def run(arguments: list[str]) -> int:
         return 2
     except OSError as error:
         if error.filename is None and error.errno in _OF_OUTPUT:
-            # what is still in the buffers goes nowhere, not even when Python ends
+            # discard what is left in the buffers, or Python would try to write it at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            # who reads no further needs no message
+            # a reader that closed the pipe needs no message
             if error.errno != errno.EPIPE:
                 say(f"cannot write to standard output: {error.strerror}")
             return 1
         say(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
         return 2
     except Exception as error:
-        # typer's own errors (a missing option, an unknown command) bring their message along
+        # typer's own errors, such as a missing option, have a message
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
@@ -172,13 +172,13 @@ _OF_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 def _invoke(arguments: list[str]) -> None:
     called = next((each for each in arguments if not each.startswith("-")), None)
-    # help and the version end so
+    # --help and --version raise Exit
     with contextlib.suppress(typer.Exit), build(called).make_context("mechlens", arguments) as context:
         context.command.invoke(context)
 
 
 def _another() -> None:
-    """Stands for a command that is not called."""
+    """Placeholder for a command that is not called."""
 
 
 def _version(wanted: bool) -> bool:
@@ -200,7 +200,7 @@ def _common(
 
 
 class _OneLineEach:
-    """Shows our own warnings as one line each, once; their places in code are of no use to a user."""
+    """Prints each of our warnings once, as one line without its place in the code."""
 
     def __init__(self) -> None:
         self.shown: set[str] = set()

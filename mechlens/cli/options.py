@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the steps before the work: checks, and loading the model."""
+"""What commands share: options, checks of their values, and loading the model."""
 
 from __future__ import annotations
 
@@ -32,54 +32,54 @@ HelpOption = Annotated[
     bool,
     typer.Option("--help", callback=_show_help, is_eager=True, help="Show this message and exit."),
 ]
-"""Of a group of commands. Typer's own has no default, so that a group with it imports pydantic (0.15 s)."""
+"""For groups of commands. Typer's own has no default, which makes typer import pydantic (0.15 s)."""
 ModelOption = Annotated[
     str,
-    typer.Option("--model", "-m", help="Name (`mechlens models` lists them), directory or GGUF file."),
+    typer.Option("--model", "-m", help="Model name (`mechlens models` lists them), directory or GGUF file."),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(help="Where to run: cpu, cuda, cuda:1, mps. [default: cuda if there is one, else cpu]"),
+    typer.Option(help="Device: cpu, cuda, cuda:1 or mps. [default: cuda if available, else cpu]"),
 ]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-"""Names like these are written again, so that a wrong one is refused before torch is imported."""
-DtypeOption = Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")]
+"""Known values are repeated here, so that an unknown one is refused before torch is imported."""
+DtypeOption = Annotated[str, typer.Option(help=f"Data type of the weights: {', '.join(DTYPES)}.")]
 ABLATIONS = ("mean", "resample", "zero")
-RevisionOption = Annotated[str | None, typer.Option(help="Revision of a Hugging Face model.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 CacheOption = Annotated[
     bool,
-    typer.Option("--cache/--no-cache", help="Keep what is read from a GGUF file for the next time."),
+    typer.Option("--cache/--no-cache", help="Cache the dequantized weights of a GGUF file."),
 ]
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=2**31, help="The first of the random seeds; the others follow it.")
+    int, typer.Option(min=0, max=2**31, help="First random seed; further seeds count up from it.")
 ]
-SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="How many seeds.")]
+SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="Number of random seeds.")]
 NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
-LengthOption = Annotated[int, typer.Option(min=1, help="Random tokens in one copy.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per seed.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Number of random tokens before they repeat.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Number of sequences per seed.")]
 BosOption = Annotated[
-    bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS. [default: where the model has one]")
+    bool | None, typer.Option("--bos/--no-bos", help="Prepend the BOS token. [default: if the model has one]")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress bars nor tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ResumeOption = Annotated[
     Path | None,
     typer.Option(help="Save progress to this .safetensors file, and resume from it if it exists."),
 ]
-TextArgument = Annotated[str, typer.Argument(help="What the model reads.")]
+TextArgument = Annotated[str, typer.Argument(help="Text to run the model on.")]
 ChatOption = Annotated[
-    bool, typer.Option("--chat", help="Make the text a user's message, in the model's own chat template.")
+    bool, typer.Option("--chat", help="Wrap the text as a user message in the model's chat template.")
 ]
 CorpusArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[FILES]...",
-        help=".txt, .jsonl or .jsonl.gz files (field text), or folders of those. [default: what the model "
-        "writes itself]",
+        help=".txt, .jsonl or .jsonl.gz files (field `text`), or folders of them. "
+        "[default: text sampled from the model]",
     ),
 ]
 OWN_WINDOWS = 128
-"""Windows of text that a model writes itself, where nobody asks for fewer."""
+"""Maximum number of windows of text sampled from the model."""
 
 
 _NOT_WRITTEN = ("state", "resume", "quiet", "cache", "as_json", "as_csv")
@@ -115,7 +115,7 @@ def load(
 
 @contextlib.contextmanager
 def _loading(name: str, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Say at once what is loaded, and in the same line where, which only torch knows, seconds later."""
+    """Print at once which model is loading, and on the same line its device, known when torch is imported."""
 
     def say(text: str) -> None:
         if shown:
@@ -129,7 +129,7 @@ def _loading(name: str, shown: bool) -> Iterator[Callable[[str], None]]:
 
 
 def numbers(option: str, given: Sequence[str]) -> list[int]:
-    """Single numbers, and ranges without their end; a range from -20 without an end is the last 20."""
+    """Integers and ranges, the end not included; `-20:` is the last 20."""
     found: list[int] = []
     for each in given:
         first, colon, end = each.partition(":")
@@ -140,20 +140,20 @@ def numbers(option: str, given: Sequence[str]) -> list[int]:
             some = range(0)
         if not some:
             raise ValueError(
-                f"{option} is a number, or a range such as 10:40 or -20: that has some, but is {each!r}"
-                + (": repeat the option for several" if "," in each else "")
+                f"{option} must be a number, or a nonempty range such as 10:40 or -20:, got {each!r}"
+                + ("; repeat the option for several" if "," in each else "")
             )
         found += some
     return found
 
 
 def command(name: str, function: Callable[..., None], given: Mapping[str, Any]) -> str:
-    """The command line that does the same, quoted for a shell: every option that is not at its default.
+    """The command line that repeats a call, quoted for a shell, without options that have their default.
 
     Args:
-        name: such as `lens` or `ablate heads`.
-        function: the command; its signature has the options' names and defaults.
-        given: its arguments by their names. What is written does not depend on `_NOT_WRITTEN`.
+        name: of the command, such as `lens` or `ablate heads`.
+        function: the command; its signature has the names and defaults of the options.
+        given: its arguments. Those in `_NOT_WRITTEN` do not change the result and are left out.
     """
     options = ["mechlens", *name.split()]
     arguments: list[str] = []
@@ -171,7 +171,7 @@ def command(name: str, function: Callable[..., None], given: Mapping[str, Any]) 
 
 
 def option_name(function: Callable[..., None], argument: str) -> str:
-    """How an argument of a command is typed, such as `--top` or `TEXT`; its own name where there is none."""
+    """An argument's name on the command line, such as `--top` or `TEXT`; its own name if it has none."""
     about = get_params_from_function(function).get(argument)
     if about is None:
         return argument
@@ -192,16 +192,16 @@ def progress(quiet: bool) -> bool:
 def check_known(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         one_of = "one of " if len(known) > 1 else ""
-        raise ValueError(f"{option} must be {one_of}{', '.join(known)}, but is {given!r}")
+        raise ValueError(f"{option} must be {one_of}{', '.join(known)}, got {given!r}")
 
 
 def check_chat(chat: bool, bos: bool | None) -> None:
     if chat and bos is not None:
-        raise ValueError(f"--chat puts BOS where the template has it: leave out --{'' if bos else 'no-'}bos")
+        raise ValueError(f"with --chat the chat template places BOS: leave out --{'' if bos else 'no-'}bos")
 
 
 def prompt(model: LensModel, text: str, chat: bool) -> Any:
-    """What the model reads of a text."""
+    """The prompt made of a text: the text itself, or the token ids of a chat."""
     if not chat:
         return text
     from mechlens.text.prompts import chat_tokens
@@ -212,7 +212,7 @@ def prompt(model: LensModel, text: str, chat: bool) -> Any:
 def check_corpus(files: Sequence[str] | None) -> None:
     for file in files or ():
         if not Path(file).exists():
-            raise ValueError(f"there is no corpus {file}: it is a file or a folder")
+            raise ValueError(f"corpus {file} does not exist: give a file or a folder")
 
 
 def corpus(
@@ -225,7 +225,7 @@ def corpus(
     seed: int,
     quiet: bool,
 ) -> Any:
-    """The files, or text that the model writes itself."""
+    """The files, or text sampled from the model."""
     if files:
         return [Path(file) for file in files]
     from mechlens.models.run.sampling import sample_tokens
@@ -242,16 +242,16 @@ def corpus(
 
 
 def check_file(out: Path | None, endings: Sequence[str]) -> None:
-    """Say before the work, not after it, that a file cannot be written."""
+    """Check before the work that the output file can be written."""
     if out is None:
         return
     if out.suffix not in endings:
-        raise ValueError(f"--out is a {' or '.join(endings)} file, but it is {out}")
+        raise ValueError(f"--out must be a {' or '.join(endings)} file, got {out}")
     _check_writable(out)
 
 
 def check_resume(resume: Path | None, out: Path | None) -> None:
-    """Refuse, before any work is done, a checkpoint that cannot be written or is the output file."""
+    """Check before the work that the checkpoint can be written and is not the output file."""
     if resume is None:
         return
     _check_writable(resume)
@@ -259,14 +259,14 @@ def check_resume(resume: Path | None, out: Path | None) -> None:
 
     checkpoint_path(resume)
     if out is not None and resume.resolve() == out.resolve():
-        raise ValueError(f"--out and --resume are the same file {out}: give two")
+        raise ValueError(f"--out and --resume must be different files, got {out} for both")
 
 
 def check_folder(folder: Path) -> None:
-    """Say before the work, not after it, that a folder, which may have to be made, cannot be written to."""
+    """Check before the work that the output folder exists or can be made, and can be written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise ValueError(f"--out is a folder, but {existing} is a file")
+        raise ValueError(f"--out must be a folder, but {existing} is a file")
     from mechlens.files import check_writable
 
     try:
@@ -281,7 +281,7 @@ def _check_writable(file: Path) -> None:
     folder, what = file.parent, None
     try:
         if not folder.is_dir():
-            what = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
+            what = f"{folder} is not a folder" if folder.exists() else f"the folder {folder} does not exist"
         elif file.is_dir():
             what = "it is a folder"
         else:
@@ -294,7 +294,7 @@ def _check_writable(file: Path) -> None:
 
 @contextlib.contextmanager
 def saving_progress(resume: Path | None) -> Iterator[None]:
-    """Say after Ctrl-C where the progress is saved."""
+    """After Ctrl-C, say where the progress is saved."""
     if resume is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The steps after the work: save the result, print what was found, say what was written."""
+"""After the work: save the result, print it, and say what was saved."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class NotSavedError(Exception):
-    """The work is done, but its result is not where the user wants it; the message says where it is."""
+    """The result could not be saved where the user asked; the message says where it is."""
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
+    """Print one line to standard error."""
     print(f"mechlens: {' '.join(line.strip() for line in text.splitlines())}", file=sys.stderr)
 
 
@@ -38,25 +38,25 @@ def deliver(
 ) -> None:
     """Save a result, and print it as the user asked.
 
-    Saving comes first, because a reader may leave a pipe early; printing comes in any case. A result that
-    cannot be written where it should be is kept in the system's folder for temporary files.
+    The result is saved first, because the reader of a pipe may leave early, and printed in any case. If it
+    cannot be saved where it should be, it is saved in the system's folder for temporary files.
 
     Args:
-        given: the command's arguments: `out`, `quiet`, `as_json` and, where there is one, `as_csv`.
-        save: writes to the path of `out`, or to another one with the same name, and returns what it wrote.
+        given: the command's arguments, among them `out`, `quiet`, `as_json` and optionally `as_csv`.
+        save: writes to `out`, or to a file with the same name elsewhere, and returns the paths it wrote.
         tables: prints them.
         as_object: what `--json` prints.
         frame: what `--csv` prints.
 
     Raises:
-        NotSavedError: the result is elsewhere, or nowhere.
+        NotSavedError: the result was saved elsewhere, or not at all.
     """
     out, failure, elsewhere = given["out"], None, None
     if out is not None:
         try:
             with finishing():
                 written = save(out)
-        except Exception as error:  # of any kind: the work is not to be lost
+        except Exception as error:  # any error: the result must not be lost
             failure, elsewhere = error, _save_elsewhere(save, out)
     try:
         if given["as_json"]:
@@ -71,7 +71,7 @@ def deliver(
         if failure is not None:
             raise _not_saved(out, failure, elsewhere) from failure
     if out is not None and not given["quiet"]:
-        more = f" and {len(written) - 1} other files beside it" if len(written) > 1 else ""
+        more = f" and {len(written) - 1} other files" if len(written) > 1 else ""
         say(f"wrote {written[-1]}{more}")
 
 
@@ -120,7 +120,7 @@ def file_of(
 
 
 def _save_elsewhere(save: Callable[[Path], Sequence[Path]], out: Path) -> Path | None:
-    """Where the result is now; None if it cannot be written there either."""
+    """Save the result in the folder for temporary files: its path, or None if that fails, too."""
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="mechlens-"))
@@ -134,10 +134,10 @@ def _save_elsewhere(save: Callable[[Path], Sequence[Path]], out: Path) -> Path |
 
 
 def _not_saved(out: Path, failure: Exception, elsewhere: Path | None) -> Exception:
-    """What ends the command; a failure that has nothing to do with the place is handed on as it is."""
+    """The error that ends the command. One that does not concern the file system is returned unchanged."""
     start = f"cannot write {out}: {getattr(failure, 'strerror', None) or failure}"
     if elsewhere is not None:
         return NotSavedError(f"{start}; the result is in {elsewhere}")
     if isinstance(failure, OSError):
-        return NotSavedError(f"{start}; it could not be kept in {tempfile.gettempdir()} either")
+        return NotSavedError(f"{start}; saving it in {tempfile.gettempdir()} failed, too")
     return failure

@@ -72,26 +72,26 @@ def test_the_group_lists_its_commands(capsys):
 
 BEFORE_LOADING = [
     (["bogus"], "No such command 'bogus'"),
-    (["complete", "--layer", "first"], "--layer is a number, or a range such as 10:40 or -20: that has some"),
-    (["complete", "--layer", "4:4"], "that has some, but is '4:4'"),
+    (["complete", "--layer", "first"], "--layer must be a number, or a nonempty range"),
+    (["complete", "--layer", "4:4"], "got '4:4'"),
     (
         ["greedy", "--feature", "1,2"],
-        "such as 10:40 or -20: that has some, but is '1,2': repeat the option for several",
+        "such as 10:40 or -20:, got '1,2'; repeat the option for several",
     ),
     (
         ["complete", "--resume", "x.safetensors", "--out", "./x.safetensors"],
-        "--out and --resume are the same file x.safetensors: give two",
+        "--out and --resume must be different files, got x.safetensors for both",
     ),
     (
         ["complete", "--site", "resid_pre"],
         "--site must be one of resid_post, attn_out, mlp_out",
     ),
     (["complete", "--top", "0"], "Invalid value for '--top'"),
-    (["complete", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
-    (["complete", "--out", "no/such/x.csv"], "there is no folder"),
+    (["complete", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
+    (["complete", "--out", "no/such/x.csv"], "does not exist"),
     (["complete", "-f", "0:65", "--out", "x.html"], "the tokens of at most 64 features, but 65 are"),
     (["complete", "--resume", "x.json"], "resume must be a .safetensors file"),
-    (["greedy", "--aggregate", "mean"], "--aggregate must be one of last, sum, but is 'mean'"),
+    (["greedy", "--aggregate", "mean"], "--aggregate must be one of last, sum, got 'mean'"),
     (["greedy", "--tokens", "0"], "Invalid value for '--tokens'"),
     (["greedy", "--beam", "0"], "Invalid value for '--beam'"),
     (["greedy", "-l", "0:2", "--out", "x.safetensors"], "holds one search, but 2 layers are asked for"),
@@ -124,7 +124,7 @@ BEFORE_LOADING = [
     ),
     (["gradient", "--constant", "inf"], "--constant must be a finite number, got inf"),
     (["gradient", "--patience", "0"], "Invalid value for '--patience'"),
-    (["gradient", "--prior", "l2"], "--prior must be one of none, softmax, norm, nearest, but is 'l2'"),
+    (["gradient", "--prior", "l2"], "--prior must be one of none, softmax, norm, nearest, got 'l2'"),
     (["gradient", "--prior-weight", "2"], "--prior-weight is for --prior norm and nearest, but it is none"),
     (
         ["gradient", "--prior", "norm", "--prior-weight", "-1"],
@@ -140,7 +140,7 @@ BEFORE_LOADING = [
     (["gradient", "--layer", "0:2"], "Invalid value for '--layer'"),
     (["align", "--out", "x.safetensors"], "holds one comparison: leave out --against and add --no-random"),
     (["align", "--no-random", "--layer", "3"], "one layer has no other to be compared with"),
-    (["examples", "nowhere.txt"], "there is no corpus nowhere.txt"),
+    (["examples", "nowhere.txt"], "corpus nowhere.txt does not exist"),
     (["examples", "/", "--length", "0"], "Invalid value for '--length'"),
     (
         ["examples", "/", "-f", "0:65", "--out", "x.html"],

@@ -65,8 +65,8 @@ def arguments_of(command, model, corpus):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("none/x.csv", "cannot write none/x.csv: there is no folder none"),
-        ("file/x.csv", "cannot write file/x.csv: file is no folder"),
+        ("none/x.csv", "cannot write none/x.csv: the folder none does not exist"),
+        ("file/x.csv", "cannot write file/x.csv: file is not a folder"),
         ("folder.csv", "cannot write folder.csv: it is a folder"),
         (f"{'x' * 300}.csv", f"cannot write {'x' * 300}.csv: File name too long"),
         pytest.param(
@@ -92,8 +92,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, monkeyp
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     for out, message in (
-        ("file", "--out is a folder, but file is a file"),
-        ("file/a/b", f"--out is a folder, but {tmp_path / 'file'} is a file"),
+        ("file", "--out must be a folder, but file is a file"),
+        ("file/a/b", f"--out must be a folder, but {tmp_path / 'file'} is a file"),
         *([("/proc/a/b", "cannot write to /proc/a/b: No such")] if Path("/proc/self").exists() else []),
     ):
         code, printed, err = run(capsys, "reproduce", "--model", "./nowhere", "--out", out)
@@ -143,7 +143,7 @@ def test_a_result_that_cannot_be_written_is_printed_and_kept_elsewhere(
     target = folder if command == "reproduce" else folder / "x.csv"
     code, expected, err = run(capsys, *arguments, "--out", target)
     assert code == 0
-    wrote = f"{target / 'report.html'} and 7 other files beside it" if command == "reproduce" else target
+    wrote = f"{target / 'report.html'} and 7 other files" if command == "reproduce" else target
     assert err.splitlines()[-1] == f"mechlens: wrote {wrote}"
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     losing_its_folder(monkeypatch, folder)
@@ -211,7 +211,7 @@ def test_on_a_full_disk_what_was_found_is_printed_even_if_quiet(
         code, printed, err = run(capsys, command, *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = f"cannot write {out}: File too large; it could not be kept in {temporary} either"
+    said = f"cannot write {out}: File too large; saving it in {temporary} failed, too"
     assert err.splitlines()[-1] == f"mechlens: {said}"
     assert code == 1
     assert {"composition": "of gpt2", "reproduce": "Nothing is published"}[command] in printed
@@ -372,13 +372,13 @@ def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
     ("encoding", "arguments", "message"),
     [
         ("ascii", [b"\xff"], r"No such command '\udcff'"),
-        ("ascii", [b"lens", b"a", b"--out", b"\xff"], r"but it is \udcff"),
+        ("ascii", [b"lens", b"a", b"--out", b"\xff"], r"got \udcff"),
         (
             "utf-8",
             [b"heads", b"--out", b"\xff/x.csv"],
-            r"cannot write \udcff/x.csv: there is no folder \udcff",
+            r"cannot write \udcff/x.csv: the folder \udcff does not exist",
         ),
-        ("ascii", [b"reproduce", b"--out", __file__.encode() + b"/\xff"], r"--out is a folder, but"),
+        ("ascii", [b"reproduce", b"--out", __file__.encode() + b"/\xff"], r"--out must be a folder, but"),
         ("utf-8", [b"lens", b"a", b"--of", b"\xff", b"--stat", b"rank"], r"(add --target), but is '\udcff'"),
     ],
 )

@@ -28,7 +28,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"Example: mechlens {command}" in " ".join(out.split())
-    for option in ("--json", "--quiet", "--seed", "--device", "--dtype", "--revision", "--no-cache", "--out"):
+    for option in ("--json", "--quiet", "--device", "--dtype", "--revision", "--no-cache", "--out"):
         assert option in out, f"{command} has no {option}"
 
 
@@ -38,24 +38,27 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["attribution"], "Missing argument 'text'"),
         (["attribution", ""], "the text is empty"),
         (["attribution", "a b", "--target", " captain of"], "tokens, not one: ["),
-        (["attribution", "a b", "--position", "9"], "there is no position 9"),
+        (["attribution", "a b", "--position", "9"], "position 9 is out of range"),
         (["attribution", "a b", "--top", "0"], "Invalid value for '--top'"),
-        (["attribution", "a b", "--out", "x.png"], "--out is a .html or .csv or .safetensors file"),
+        (["attribution", "a b", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
         (["attention", "a b"], "Missing option '--head'"),
         (["attention", "a b", "--head", "3.x"], "'3.x'"),
         (["attention", "a b", "--head", "L9H0"], "no head L9H0: the model has 4 layers"),
-        (["attention", "a b", "--head", "L1H2", "--out", "no/x.csv"], "there is no folder"),
+        (["attention", "a b", "--head", "L1H2", "--out", "no/x.csv"], "does not exist"),
         (["attention", "a b", "--head", "L1H2", "--chat"], "this model has no chat template"),
         (["attention", "a b", "--head", "L1H2", "--chat", "--no-bos"], "leave out --no-bos"),
         (["attribution", "a b", "--chat", "--bos"], "leave out --bos"),
-        (["lens", "a b", "--chat", "--bos"], "--chat puts BOS where the template has it"),
+        (["lens", "a b", "--chat", "--bos"], "the chat template places BOS"),
         (["heads", "--chat"], "--chat is about a text: add --text"),
         (["patch", "--chat"], "--chat is about a text: add --text"),
         (["train-lens"], "Missing option '--out'"),
-        (["train-lens", "--out", "x.html"], "--out is a .safetensors file"),
-        (["train-lens", "no.txt", "--out", "x.safetensors"], "there is no corpus no.txt"),
-        (["train-lens", "--out", "x.safetensors", "--held-out-file", "no.txt"], "there is no corpus no.txt"),
-        (["train-lens", "--out", "x.safetensors", "--resume", "x.safetensors"], "are the same file"),
+        (["train-lens", "--out", "x.html"], "--out must be a .safetensors file"),
+        (["train-lens", "no.txt", "--out", "x.safetensors"], "no.txt does not exist"),
+        (
+            ["train-lens", "--out", "x.safetensors", "--held-out-file", "no.txt"],
+            "no.txt does not exist",
+        ),
+        (["train-lens", "--out", "x.safetensors", "--resume", "x.safetensors"], "must be different files"),
         (["train-lens", "--out", "x.safetensors", "--learning-rate", "0"], "--learning-rate must be"),
     ],
 )
