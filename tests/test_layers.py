@@ -32,6 +32,8 @@ FLOORS = {
 TOP = max(FLOORS.values())
 # Each file in them answers one question alone; what several files of plots/ share is named here.
 NEVER_SIDEWAYS = {"analyses": set[str](), "plots": {"style", "circuitsvis"}}
+# What one file combines, because its question is about the answers of others.
+COMBINES = {("analyses", "circuits", "induction"): {"heads", "patching"}}
 # On one floor, but neither may know the other: a figure cannot run a model, an analysis draws nothing.
 STRANGERS = {"plots": {"models", "analyses"}, "analyses": {"plots"}}
 ENGINE = "transformer_lens"
@@ -102,7 +104,7 @@ def _climbs(parts: tuple[str, ...], names: Iterator[tuple[int, str]]) -> Iterato
         elif target in STRANGERS.get(place, ()):
             yield line, f"imports {name}, but {place}/ must not know {target}/"
         elif target == place in NEVER_SIDEWAYS:
-            shared = NEVER_SIDEWAYS[place]
+            shared = NEVER_SIDEWAYS[place] | COMBINES.get(parts, set())
             other = rest[1] if len(rest) > 1 else "__init__"
             own = parts[1] if len(parts) > 1 else "__init__"
             if other != own and other not in shared:

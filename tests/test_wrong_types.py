@@ -27,7 +27,6 @@ OTHERS: dict[str, Any] = {
     "head": "L0H0",
     "heads": "L0H0",
     "how": "skip",
-    "induction": "L1H0",
     "input": "k",
     "k": 1,
     "kind": "k",

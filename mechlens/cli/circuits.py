@@ -98,7 +98,7 @@ def circuit(
     _check(heads, kind, embedding, relative_position, rotary)
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
     from mechlens import terminal
-    from mechlens.analyses.circuit_tokens import circuit_corner, largest_pairs
+    from mechlens.analyses.circuits.tokens import circuit_corner, largest_pairs
     from mechlens.measures.weights import eigenvalue_copying_score
     from mechlens.text.prompts import text_ids
 
@@ -159,7 +159,7 @@ def composition(
     if kind == "v" and relative_position is not None:
         raise ValueError("--relative-position is about queries and keys, but --kind is v: leave it out")
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
-    from mechlens.analyses.circuits import composition_scores
+    from mechlens.analyses.circuits.composition import composition_scores
 
     found = composition_scores(
         loaded,
@@ -226,21 +226,21 @@ def _circuit(
     rotary: str | None,
 ) -> tuple[Circuit, str]:
     """The circuit, and what has to be said of it."""
-    from mechlens.analyses import circuits
+    from mechlens.analyses.circuits import composition, ov, qk
     from mechlens.models.weights.rotary import is_rotary
 
     if kind == "ov":
-        return circuits.full_OV(model, heads, embedding=embedding), ""
+        return ov.full_OV(model, heads, embedding=embedding), ""
     if kind == "v":
-        return circuits.v_composition_circuit(model, *heads, embedding=embedding), ""
+        return composition.v_composition_circuit(model, *heads, embedding=embedding), ""
     chosen = relative_position is not None or rotary is not None
     if not chosen and is_rotary(model):
         # a model without such dimensions is refused with what can be given instead
         rotary = "unrotated"
     make: Any = {
-        "qk": circuits.full_QK,
-        "k": circuits.k_composition_circuit,
-        "q": circuits.q_composition_circuit,
+        "qk": qk.full_QK,
+        "k": composition.k_composition_circuit,
+        "q": composition.q_composition_circuit,
     }[kind]
     found = make(model, *heads, embedding=embedding, relative_position=relative_position, rotary=rotary)
     if chosen or rotary is None:

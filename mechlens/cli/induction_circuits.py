@@ -72,7 +72,7 @@ def induction_circuits(
     options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
     loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
-    from mechlens.studies.induction_circuits import N_TOKENS, find_induction_circuits
+    from mechlens.analyses.circuits.induction import N_TOKENS, find_induction_circuits
 
     found = find_induction_circuits(
         loaded,

@@ -85,8 +85,8 @@ def diagonal_ranks(
             unknown value of `ties`.
 
     Example:
-        >>> circuit = mechlens.full_OV(model, "L3H5")
-        >>> mechlens.diagonal_ranks(circuit, tokens=[100, 200]).shape
+        >>> from mechlens.measures.weights import diagonal_ranks
+        >>> diagonal_ranks(mechlens.full_OV(model, "L3H5"), tokens=[100, 200]).shape
         torch.Size([2])
 
     Cost: the product of the ranked rows with all columns, and two passes over each tile of it. Memory for a
@@ -158,8 +158,8 @@ def top_k_accuracy(
             per token.
 
     Example:
-        >>> circuit = mechlens.full_OV(model, "L3H5")
-        >>> 0 <= mechlens.top_k_accuracy(circuit, k=5, tokens=range(100)) <= 1
+        >>> from mechlens.measures.weights import top_k_accuracy
+        >>> 0 <= top_k_accuracy(mechlens.full_OV(model, "L3H5"), k=5, tokens=range(100)) <= 1
         True
 
     References: "How one can Interpret GPT2-Small", whose top-1 accuracy corresponds to `over="key"`.
@@ -311,7 +311,8 @@ def eigenvalue_copying_score(circuit: Factored) -> float:
         ValueError: a circuit that is not square or not finite.
 
     Example:
-        >>> -1 <= mechlens.eigenvalue_copying_score(mechlens.full_OV(model, "L3H5")) <= 1
+        >>> from mechlens.measures.weights import eigenvalue_copying_score
+        >>> -1 <= eigenvalue_copying_score(mechlens.full_OV(model, "L3H5")) <= 1
         True
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", whose `Σ λ / Σ |λ|`

@@ -11,7 +11,7 @@ from mechlens.results.base import (
     load,
     write_table,
 )
-from mechlens.results.circuits import Circuit, CompositionScores, PositionalAttention
+from mechlens.results.circuits import Circuit, CircuitSummary, CompositionScores, PositionalAttention
 from mechlens.results.claims import NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Comparison
 from mechlens.results.feature_alignment import FeatureAlignment, Share
 from mechlens.results.features import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
@@ -41,6 +41,7 @@ __all__ = [
     "AttentionSpread",
     "AttributionPatchResult",
     "Circuit",
+    "CircuitSummary",
     "Comparison",
     "CompleteSearch",
     "CompositionScores",

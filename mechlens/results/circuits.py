@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Complex, Float, Int, Real
 from torch import Tensor
 
+from mechlens.arguments import check_counts
+from mechlens.measures import weights as measures
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
 from mechlens.results.heads import head_label
+from mechlens.text.display import number
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_ROTARY = {
+    "ignored": "queries and keys without their rotation",
+    "unrotated": "only the dimensions that are not rotated",
+}
+
+
+def _rotation(rotary: str, relative_position: int | None) -> str:
+    """How the rotation of queries and keys was handled, for a title; empty where there is none."""
+    if rotary == "relative":
+        return f"each key {relative_position} before its query"
+    return _ROTARY.get(rotary, "")
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Circuit(Result):
-    """A product of weights `A @ B`, of which only the thin factors exist.
+    """A product of weights `A @ B`, stored as its thin factors.
 
-    A row belongs to the first of `axes`, a column to the second: entry (i, j) of a circuit with the axes
-    `query` and `key` is what query i gives to key j, and with `source` and `destination` what source i
-    writes to destination j. Nothing has to be transposed.
+    A row belongs to the first of `axes`, a column to the second. Entry (i, j) of a circuit with the axes
+    `query` and `key` is the score of query i with key j; with `source` and `destination` it is what source i
+    writes to destination j.
     """
 
     A: Float[Tensor, "row inner"]
@@ -30,22 +49,27 @@ class Circuit(Result):
     axes: tuple[str, str]
     """(`query`, `key`) or (`source`, `destination`)."""
     spaces: tuple[str, str]
-    """What numbers the rows and the columns: `tokens`, `d_model` or `positions`."""
+    """What rows and columns are: `tokens`, `d_model` or `positions`."""
     name: str
     """Such as `full OV of L5H5`."""
     heads: tuple[tuple[int, int], ...]
-    """(layer, head) of every head whose weights are in it, the earliest first; of a sum, its terms."""
+    """(layer, head) of every head whose weights are in the product or the sum, the earliest first."""
     embedding: str
-    """How tokens come in: `W_E`, or `effective`, which is `W_E` and the first MLP of it; `none` where no
-    axis is of tokens."""
+    """How tokens enter: `W_E`, or `effective` (`W_E` plus the first MLP of it); `none` where no axis is of
+    tokens."""
     rotary: str
-    """What became of the rotation of queries and keys: `none` where the model or the circuit has none to
-    do with; `relative` where they are rotated `relative_position` apart; `unrotated` where only the
-    dimensions that are never rotated are in it."""
+    """How the rotation of queries and keys was handled: `none` where there is none; `relative` where they are
+    rotated `relative_position` apart; `unrotated` where only the dimensions that are not rotated are kept."""
     relative_position: int | None
-    """How many tokens the key comes before the query, of a rotary model."""
+    """How many tokens the key comes before the query, in a rotary model."""
     normalized_positions: bool
     """Whether each position's vector was divided by its own scale."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("index"),
+        Column("singular_value"),
+        Column("share", help="Share of the sum of squares of all entries."),
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,22 +77,186 @@ class Circuit(Result):
 
     @property
     def is_zero(self) -> bool:
-        """Whether a factor is all zeros, as that of a head that was cut out of its model: all entries tie
-        then, and how often a token finds itself is undefined."""
+        """Whether a factor is all zeros, for example of a pruned head. All entries are then equal, and how
+        often a token matches itself is undefined."""
         return not bool(self.A.any() and self.B.any())
 
     @property
+    def title(self) -> str:
+        return f"{self.name[0].upper()}{self.name[1:]}"
+
+    @property
+    def rotation(self) -> str:
+        """How the rotation of queries and keys was handled, in words; empty where there is none."""
+        return _rotation(self.rotary, self.relative_position)
+
+    @property
+    def score_name(self) -> str:
+        """The name of `copying_score()`: queries match keys, sources copy to destinations."""
+        return "matching score" if self.axes == ("query", "key") else "copying score"
+
+    @property
+    def entry(self) -> str:
+        """What an entry is, in words."""
+        if self.axes == ("query", "key"):
+            return "attention score before the model's scale"
+        if self.spaces[1] == "tokens":
+            return "what attending to the source adds to the destination's logit"
+        return "what the source writes to the destination"
+
+    @property
     def matrix(self) -> Any:
-        """The same as TransformerLens's `FactoredMatrix`; its `.AB` builds the whole matrix."""
+        """The circuit as TransformerLens's `FactoredMatrix`; its `.AB` builds the whole matrix."""
         from transformer_lens import FactoredMatrix
 
         return FactoredMatrix(self.A, self.B)
 
+    def self_ranks(
+        self,
+        over: str | None = None,
+        *,
+        tokens: Int[Tensor, " token"] | Sequence[int] | None = None,
+        ties: str = "for",
+        progress: bool | None = None,
+    ) -> Int[Tensor, " token"]:
+        """Rank each token's entry with itself among its entries with all tokens.
+
+        Args:
+            over: the axis along which entries are compared. `key` (or `destination`; the default) compares,
+                for each query, all keys; `query` (or `source`) compares, for each key, all queries.
+            tokens: ids to rank; None ranks all. Each is compared with the whole vocabulary.
+            ties: `for` counts only strictly larger entries; `against` counts equal ones too.
+            progress: show a progress bar; None shows one in a terminal and in Jupyter.
+
+        Returns:
+            One rank per token; 1 is the largest entry.
+
+        Raises:
+            TypeError: tokens that are not integers.
+            ValueError: the circuit is not square or not finite; an unknown axis or value of `ties`; a token
+                out of range.
+
+        Example:
+            >>> mechlens.full_OV(model, "L3H5").self_ranks(tokens=[100, 200]).shape
+            torch.Size([2])
+
+        Cost: the product of the ranked rows with all columns, a tile at a time.
+        """
+        return measures.diagonal_ranks(self, over, tokens=tokens, ties=ties, progress=progress)
+
+    def top_k_accuracy(
+        self,
+        k: int,
+        over: str | None = None,
+        *,
+        tokens: Int[Tensor, " token"] | Sequence[int] | None = None,
+        weights: Real[Tensor, " token"] | Sequence[float] | None = None,
+        ties: str = "for",
+        progress: bool | None = None,
+    ) -> float:
+        """The share of tokens whose entry with itself is among the k largest.
+
+        Args:
+            k: 1 asks whether the token's own entry is the largest.
+            over: the axis along which entries are compared, as its name; None is the second axis.
+            tokens: ids to count; None counts all. Each is compared with the whole vocabulary.
+            weights: one weight per counted token, such as its frequency; None weighs all alike.
+            ties: `for` counts only strictly larger entries; `against` counts equal ones too.
+            progress: show a progress bar; None shows one in a terminal and in Jupyter.
+
+        Returns:
+            A share in [0, 1].
+
+        Raises:
+            TypeError: tokens or k that are not integers.
+            ValueError: the circuit is not square or not finite; an unknown axis or `ties`; a token or
+                k out of range; weights that are negative, not finite, all zero, or not one per token.
+
+        Example:
+            >>> circuit = mechlens.full_QK(model, "L3H5", rotary="unrotated")
+            >>> 0 <= circuit.top_k_accuracy(1, "key", tokens=range(100)) <= 1
+            True
+
+        References: "How one can Interpret GPT2-Small", whose top-1 accuracy corresponds to `over="key"`.
+        Cost: the product of the counted rows with all columns, a tile at a time.
+        """
+        return measures.top_k_accuracy(
+            self, k, over, tokens=tokens, weights=weights, ties=ties, progress=progress
+        )
+
+    def eigenvalues(self) -> Complex[Tensor, " eigenvalue"]:
+        """The eigenvalues that can differ from 0, the largest in magnitude first.
+
+        Raises:
+            ValueError: the circuit is not square or not finite.
+
+        Example:
+            >>> mechlens.full_OV(model, "L3H5").eigenvalues().shape
+            torch.Size([32])
+
+        Cost: the eigenvalues of an `[inner, inner]` matrix.
+        """
+        return measures.eigenvalues(self)
+
+    def copying_score(self) -> float:
+        """How positive the eigenvalues are: `Σ Re λ / Σ |λ|`, in [-1, 1]; nan of a zero circuit.
+
+        1 means that every token raises itself (OV), or matches itself (QK: a matching score).
+
+        Raises:
+            ValueError: the circuit is not square or not finite.
+
+        Example:
+            >>> mechlens.full_OV(model, "L3H5").copying_score() > 0.9
+            True
+
+        References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+        Cost: the eigenvalues of an `[inner, inner]` matrix.
+        """
+        return measures.eigenvalue_copying_score(self)
+
+    def largest(self, n: int = 20, *, progress: bool | None = None) -> pd.DataFrame:
+        """The n largest entries, as ids; `largest_pairs` adds the tokens' text.
+
+        Returns:
+            One row per entry, the largest first: the id on each axis (such as `query_id`, `key_id`) and
+            `value`.
+
+        Raises:
+            ValueError: n is out of range, or the circuit is not finite.
+
+        Example:
+            >>> mechlens.full_OV(model, "L3H5").largest(3).columns.tolist()
+            ['source_id', 'destination_id', 'value']
+
+        Cost: the whole product once, a tile at a time.
+        """
+        import pandas as pd
+
+        found = measures.largest_entries(self, n, progress=progress)
+        one, other = self.axes
+        ids = {f"{one}_id": found.rows.tolist(), f"{other}_id": found.columns.tolist()}
+        return pd.DataFrame(ids | {"value": found.values.tolist()})
+
+    def corner(
+        self, rows: Sequence[int] | None, columns: Sequence[int] | None
+    ) -> Float[Tensor, "row column"]:
+        """The entries of some rows with some columns; None takes all.
+
+        Raises:
+            TypeError: rows or columns that are not integers.
+            ValueError: one is out of range.
+
+        Example:
+            >>> mechlens.full_OV(model, "L3H5").corner([5, 6, 7], [5]).shape
+            torch.Size([3, 1])
+        """
+        return measures.corner(self, rows, columns)
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per singular value, the largest first: index, singular_value, share.
 
-        `share` is of the sum of squares of all entries. The entries themselves are read with
-        `largest_pairs` and `circuit_corner`: there are too many for a table.
+        `share` is of the sum of squares of all entries. `largest` and `corner` read entries.
         """
         import pandas as pd
 
@@ -81,13 +269,79 @@ class Circuit(Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class CircuitSummary(Circuit):
+    """A circuit of tokens with what is worth reading first: accuracies, its largest entries, a part of it."""
+
+    ks: tuple[int, ...]
+    accuracy: Float[Tensor, "axis k"]
+    """Top-k accuracy over the whole vocabulary for each of `axes` that entries are compared along, and each
+    of `ks`; nan of a zero circuit."""
+    pairs: Int[Tensor, "pair side"]
+    """Ids of the largest entries, the largest first; by axis."""
+    values: Float[Tensor, " pair"]
+    shown: tuple[int, ...]
+    """Ids of the part that is shown, on both axes."""
+    strings: dict[str, str]
+    """The text of every token in `pairs` and `shown`, by its id as text."""
+
+    columns: ClassVar = (Column("value", "entry"),)
+
+    @property
+    def score(self) -> str:
+        """`copying_score()` as text."""
+        value = self.copying_score()
+        return "undefined" if math.isnan(value) else number(value)
+
+    def accuracy_of(self, axis: str) -> dict[int, float]:
+        """Top-k accuracy by k, where entries are compared along this axis."""
+        return dict(zip(self.ks, self.accuracy[self.axes.index(axis)].tolist(), strict=True))
+
+    def corner_table(self) -> pd.DataFrame:
+        """Entries of the tokens in `shown` with each other, as `circuit_corner` makes."""
+        import pandas as pd
+
+        texts = [self.strings[str(token)] for token in self.shown]
+        sides = [pd.Index(texts, name=axis) for axis in self.axes]
+        return pd.DataFrame(
+            self.corner(self.shown, self.shown).cpu().numpy(), index=sides[0], columns=sides[1]
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per pair of tokens, the largest entry first: for each axis its id (such as `query_id`) and
+        text (`query`), and `value`."""
+        import pandas as pd
+
+        table: dict[str, Any] = {}
+        for axis, ids in zip(self.axes, self.pairs.T.tolist(), strict=True):
+            table |= {f"{axis}_id": ids, axis: [self.strings[str(token)] for token in ids]}
+        return pd.DataFrame(table | {"value": self.values.tolist()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Names, accuracies by the axis that is compared along, the largest pairs as rows, and the part that
+        is shown."""
+        part = self.corner_table()
+        return super().to_json() | {
+            "shape": list(self.shape),
+            "accuracy": {
+                axis: {f"top_{k}": share for k, share in self.accuracy_of(axis).items()} for axis in self.axes
+            },
+            "copying_score": self.copying_score(),
+            "corner": {
+                self.axes[0]: list(part.index),
+                self.axes[1]: list(part.columns),
+                "entries": part.to_numpy().tolist(),
+            },
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CompositionScores(Result):
-    """How much of what each head reads could come from each earlier head, by their weights alone."""
+    """How much of what each head reads could come from each earlier head, by weights alone."""
 
     kind: str
-    """`q`, `k` or `v`: through which of the later head's inputs."""
+    """The later head's input: `q`, `k` or `v`."""
     scores: Float[Tensor, "layer head layer head"]
-    """`[earlier layer, head, later layer, head]`, in [0, 1]; nan unless the one layer is before the other,
+    """`[earlier layer, head, later layer, head]`, in [0, 1]; nan unless the first layer is before the second,
     and where a head's weights are all zero."""
     baseline_mean: float
     """Mean score of heads of the same sizes with random weights."""
@@ -95,16 +349,43 @@ class CompositionScores(Result):
     """Standard deviation of one such score."""
     baseline_draws: int
     seed: int
-    """Of the random weights."""
+    """Seed of the random weights."""
     rotary: str
-    """As in `Circuit`; `ignored` where a rotary model's `W_Q @ W_K.T` was taken without its rotation, as
-    TransformerLens does."""
+    """How the rotation of queries and keys was handled: `none`, `relative`, or `ignored` where a rotary
+    model's `W_Q @ W_K.T` was taken without its rotation, as TransformerLens does."""
     relative_position: int | None
+
+    columns: ClassVar = (
+        Column("earlier", help="The head that writes."),
+        Column("later", help="The head that reads."),
+        Column("score", help="Norm of the product of both heads' circuits over the product of their norms."),
+        Column("over_baseline", signed=True, help="Score minus the mean of random weights."),
+        Column("z", "standard deviations", digits=1, signed=True, help="The same in those of the baseline."),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind.upper()}-composition of heads"
+
+    @property
+    def rotation(self) -> str:
+        """How the rotation of queries and keys was handled, in words; empty where there is none."""
+        return _rotation(self.rotary, self.relative_position)
 
     @property
     def over_baseline(self) -> Float[Tensor, "layer head layer head"]:
-        """Scores less the baseline's mean: around 0 for heads that have nothing to do with each other."""
+        """Scores minus the baseline's mean: around 0 for unrelated heads."""
         return self.scores - self.baseline_mean
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The `top` pairs with the highest scores, leaving out those that are not above the baseline.
+
+        Raises:
+            ArgumentError: `top` is below 1.
+        """
+        check_counts(top=top)
+        table = self.to_dataframe().head(top)
+        return table[table["over_baseline"] > 0][[each.name for each in self.columns]]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair of an earlier and a later head, the highest score first: earlier, later (such as
@@ -116,9 +397,12 @@ class CompositionScores(Result):
 
         n_layers, n_heads = self.scores.shape[:2]
         heads = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+        pairs = rearrange(
+            self.scores, "layer head later_layer later_head -> (layer head) (later_layer later_head)"
+        )
         rows = [
             (head_label(*one), head_label(*other), *one, *other, self.kind, score)
-            for one, line in zip(heads, self.scores.flatten(2).flatten(0, 1).tolist(), strict=True)
+            for one, line in zip(heads, pairs.tolist(), strict=True)
             for other, score in zip(heads, line, strict=True)
             if one[0] < other[0]
         ]
@@ -131,15 +415,21 @@ class CompositionScores(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PositionalAttention(Result):
-    """How a head would attend if nothing but positions were in the stream."""
+    """How a head would attend if only learned positions were in the stream."""
 
     head: tuple[int, int]
     pattern: Float[Tensor, "dest src"]
     """Attention after a causal softmax; each row sums to 1."""
     scale: float
-    """What the model multiplies the product of a query and a key by."""
+    """The model's attention scale."""
     normalized_positions: bool
     """Whether each position's vector was divided by its own scale, as the norm would do."""
+
+    columns: ClassVar = (Column("dest", "destination"), Column("src", "source"), Column("attention"))
+
+    @property
+    def title(self) -> str:
+        return f"Attention of {head_label(*self.head)} by positions alone"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair of positions dest >= src: dest, src, attention."""

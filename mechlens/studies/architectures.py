@@ -22,7 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.analyses.attribution import direct_logit_attribution
-from mechlens.analyses.circuits import QK
+from mechlens.analyses.circuits.qk import QK
 from mechlens.errors import ModelLoadError
 from mechlens.models.load import local, transformer_lens_format
 from mechlens.models.load.engines import choose_backends

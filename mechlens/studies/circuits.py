@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from mechlens.analyses.circuits import composition_scores
+from mechlens.analyses.circuits.composition import composition_scores
+from mechlens.analyses.circuits.induction import N_TOKENS, Pair, find_induction_circuits
 from mechlens.models.protocol import LensModel
 from mechlens.results import CompositionScores, InductionCircuits, parse_head
 from mechlens.show.circuits import composition_section
 from mechlens.show.induction_circuits import induction_circuits_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Measured, Study
-from mechlens.studies.induction_circuits import N_TOKENS, Pair, find_induction_circuits
 from mechlens.studies.published import Published
 
 DRAWN = 0.1

@@ -10,15 +10,15 @@ import shlex
 import pandas as pd
 import pytest
 
-from mechlens.analyses.circuit_tokens import circuit_corner, largest_pairs
-from mechlens.analyses.circuits import (
+from mechlens.analyses.circuits.composition import (
     composition_scores,
-    full_OV,
-    full_QK,
     k_composition_circuit,
     q_composition_circuit,
     v_composition_circuit,
 )
+from mechlens.analyses.circuits.ov import full_OV
+from mechlens.analyses.circuits.qk import full_QK
+from mechlens.analyses.circuits.tokens import circuit_corner, largest_pairs
 from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
 from mechlens.results import Circuit, CompositionScores
 from tests.cli.test_cli import run
@@ -59,10 +59,10 @@ BEFORE_LOADING = [
     (["composition", "--out", "x.pickle"], "--out must be a .html or .csv or .safetensors file"),
 ]
 AFTER_LOADING = [
-    (["circuit", "9.0"], "there is no head L9H0"),
-    (["circuit", "1.2", "3.5", "--relative-position", "512"], "0 to 511 in this model's context"),
+    (["circuit", "9.0"], "head L9H0 is out of range"),
+    (["circuit", "1.2", "3.5", "--relative-position", "512"], "between 0 and 511"),
     (["circuit", "1.2", "--tokens", ""], "the text is empty"),
-    (["composition", "--relative-position", "512"], "0 to 511 in this model's context"),
+    (["composition", "--relative-position", "512"], "between 0 and 511"),
 ]
 
 

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
+from mechlens.analyses.circuits.induction import find_induction_circuits
 from mechlens.results import InductionCircuits, load
 from mechlens.show.induction_circuits import BEHAVIOUR_AND_WEIGHTS, CAUSE, induction_circuits_section
-from mechlens.studies.induction_circuits import find_induction_circuits
 from tests.cli.test_patching import run
 
 SMALL = ("--batch", "2", "--seq-len", "20", "--pair", "1.2,3.5")

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from mechlens.analyses import circuits, logit_lens
+from mechlens.analyses import logit_lens
+from mechlens.analyses.circuits import factors
 from mechlens.analyses.features import gradient, greedy, objectives, optimization, spec
 from mechlens.cli import circuits as cli_circuits
 from mechlens.cli import commands, feature_options, options
@@ -126,7 +127,7 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
         (set(cli_lens.COMPONENTS), set(logit_lens.COMPONENTS)),
         (cli_lens.DECODERS, logit_lens.DECODERS),
         (cli_patching.SITES, tuple(sites.SITES)),
-        (cli_circuits.EMBEDDINGS, circuits.EMBEDDINGS),
+        (cli_circuits.EMBEDDINGS, factors.EMBEDDINGS),
         (set(feature_options.SITES), set(spec.SITES)),
         (feature_options.AGGREGATES, greedy.AGGREGATES),
         (feature_options.EXCITING, plots_features.EXCITING),

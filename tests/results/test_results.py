@@ -26,6 +26,7 @@ from mechlens.results import (
     AttentionPatterns,
     AttributionPatchResult,
     Circuit,
+    CircuitSummary,
     CompleteSearch,
     CompositionScores,
     FeatureAlignment,
@@ -316,6 +317,19 @@ def circuit() -> Circuit:
     )
 
 
+def circuit_summary() -> CircuitSummary:
+    """The same with its largest entry, and a part of two tokens."""
+    return CircuitSummary(
+        **vars(circuit()),
+        ks=(1, 2),
+        accuracy=torch.tensor([[0.25, 0.5], [math.nan, 1.0]]),
+        pairs=torch.tensor([[1, 1]]),
+        values=torch.tensor([8.0]),
+        shown=(1, 0),
+        strings={"0": " a", "1": "b"},
+    )
+
+
 def composition() -> CompositionScores:
     """Two layers of one head: the one pair."""
     scores = torch.full((2, 1, 2, 1), math.nan)
@@ -469,6 +483,7 @@ RESULTS = {
     "feature_examples": feature_examples,
     "greedy_search": greedy_search,
     "circuit": circuit,
+    "circuit_summary": circuit_summary,
     "induction_circuits": induction_circuits,
     "composition": composition,
     "positional": positional,

@@ -1,8 +1,7 @@
-"""Weights as circuits want them: norms folded in and the stream's mean taken out, whatever a model's state.
+"""Weights with norms folded in and the residual stream's mean removed, whatever state the model is in.
 
-Nothing here asks whether a model is processed. The learned scale of a norm is read off what the norm does,
-ones where it is folded already, and to centre twice is to centre once: so the answer is the same on
-`processing=True`, on `processing=False`, and on a model that its user processed in part.
+A norm's learned scale is measured from what the norm does (ones where it is already folded), and centering
+twice equals centering once. So `processing=True`, `processing=False` and a partly processed model agree.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from mechlens.models.run.user_hooks import without_user_hooks
 from mechlens.models.weights.access import attention_out_affine, final_norm_scale, norm_affine, output_weights
 
 TOKENS_AT_ONCE = 1024
-"""In one run of the first block: few enough for what its MLP makes of them to stay near the processor."""
+"""Tokens in one run of the first block: few enough for the MLP's activations to stay in the cache."""
 EMBEDDED_AT_ONCE = 8192
-"""In one run of the embedding alone, where most of a run's time is the engine's way to its hooks and back."""
-# Their ln1 stands behind attention, so it is no part of what attention reads.
-_NORM_BEHIND = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+"""Tokens in one run of the embedding alone, where most of the time is the engine's overhead."""
+# Their ln1 comes after attention, so attention does not read it.
+_NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FoldedHeads:
     """A layer's attention weights, once per query head, in float32 and without biases.
 
-    `W_Q`, `W_K` and `W_V` have the learned scale of the norm before them in their rows and, for LayerNorm,
-    have mean 0 over d_model, since that norm subtracts the mean. `W_O` has mean 0 over d_model where all
-    that reads the stream is LayerNorm. Where another norm stands between attention and the stream
-    (Gemma-2), `W_O` has its learned scale in it; the engines' own `W_O` never has.
+    The rows of `W_Q`, `W_K` and `W_V` include the learned scale of the norm before attention and, for
+    LayerNorm, have mean 0 over d_model, since that norm subtracts the mean. `W_O` has mean 0 over d_model
+    where only LayerNorm reads the stream. It includes the learned scale of a norm between attention and the
+    stream (Gemma-2); the engines' own `W_O` does not.
     """
 
     W_Q: Float[Tensor, "head d_model d_head"]
@@ -46,17 +45,17 @@ class FoldedHeads:
 
 
 def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
-    """A layer's attention weights with its norms folded in; see `FoldedHeads`.
+    """A layer's attention weights with its norms folded in.
 
     Raises:
-        ValueError: an architecture whose norms stand elsewhere.
+        ValueError: an architecture whose norms are elsewhere.
 
     Cost: a copy of the layer's attention weights.
     """
     info = describe(model)
-    if info.architecture in _NORM_BEHIND:
+    if info.architecture in _NORM_AFTER:
         raise ValueError(
-            f"circuits of {info.architecture} are not supported: its norm stands behind attention, not before"
+            f"circuits of {info.architecture} are not supported: its norm comes after attention, not before"
         )
     block = model.blocks[layer]
     scale, _ = norm_affine(getattr(block, "ln1", None), info.d_model, model)
@@ -66,33 +65,33 @@ def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
         wide = W.detach().float() * scale[:, None]
         if _is_layer_norm(model):
             wide = wide - wide.mean(-2, keepdim=True)
-        # grouped-query models share keys and values among heads; a bridge has them once per group
+        # a bridge stores keys and values once per group of heads
         shared = n_heads // len(wide)
         return repeat(wide, "kv d_model d_head -> (kv shared) d_model d_head", shared=shared)
 
     W_O = output_weights(model, layer)
-    behind = attention_out_affine(model, layer)
-    if behind is not None:
+    after = attention_out_affine(model, layer)
+    if after is not None:
         if _is_layer_norm(model):
             W_O = W_O - W_O.mean(-1, keepdim=True)
-        W_O = W_O * behind[0]
+        W_O = W_O * after[0]
     if is_blind_to_mean(model):
         W_O = W_O - W_O.mean(-1, keepdim=True)
     return FoldedHeads(read(attention.W_Q), read(attention.W_K), read(attention.W_V), W_O)
 
 
-def normalises_queries(model: LensModel, layer: int) -> bool:
-    """Whether a norm stands between `W_Q` or `W_K` and the scores (Qwen3, Gemma-3), so that these are no
-    product of weights."""
+def normalizes_queries(model: LensModel, layer: int) -> bool:
+    """Whether a norm comes between `W_Q` or `W_K` and the scores (Qwen3, Gemma-3), so that the scores are not
+    products of weights."""
     return getattr(model.blocks[layer].attn, "q_norm", None) is not None
 
 
 def to_logits(model: LensModel, written: Float[Tensor, "inner d_model"]) -> Float[Tensor, "inner d_vocab"]:
     """What directions of the stream add to the logits, up to the division by the last norm's scale.
 
-    The last norm's learned scale, its subtraction of the mean where it is LayerNorm, and `W_U` are in it.
-    The mean over the vocabulary is taken out, as processing does and with the same exception: not where the
-    logits have a soft-cap. The last norm's bias and `b_U` are not in it.
+    Includes the last norm's learned scale, LayerNorm's subtraction of the mean, and `W_U`; excludes the last
+    norm's bias and `b_U`. The mean over the vocabulary is subtracted unless the logits have a soft-cap, as in
+    processing.
 
     Cost: one product with `W_U`; a narrower one than float32 is copied.
     """
@@ -105,15 +104,15 @@ def to_logits(model: LensModel, written: Float[Tensor, "inner d_model"]) -> Floa
 def from_tokens(
     model: LensModel, reading: Float[Tensor, "d_model inner"], *, effective: bool = False
 ) -> Float[Tensor, "d_vocab inner"]:
-    """What weights that read the stream read of each token of the vocabulary: `W_E @ reading`.
+    """What weights read from each token of the vocabulary: `W_E @ reading`.
 
-    Each token's row is the vector that enters the first block without any position, as the engine makes it;
-    where the model scales its embedding (Gemma-2), the scale is in it. The mean of a row is left in, so
-    `reading` must be centred where the model's norms are LayerNorm.
+    Each token's row is the vector that enters the first block without any position, computed by the engine,
+    so it includes a scaling of the embedding (Gemma-2). Rows are not centered, so `reading` must be where the
+    model's norms are LayerNorm.
 
     Args:
-        effective: add the first block's MLP of that vector (its own norm, biases and activation included,
-            and no attention): the effective embedding.
+        effective: add the first block's MLP of that vector, with its norm, biases and activation but without
+            attention: the effective embedding.
 
     Raises:
         ValueError: the effective embedding of a model without MLPs.
@@ -125,12 +124,12 @@ def from_tokens(
 
 
 def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "some d_model"]]:
-    """The rows that the first block gets, some at a time."""
+    """The rows that enter the first block, in batches."""
 
     def none(activation: Tensor, hook: object) -> Tensor:
         return torch.zeros_like(activation)
 
-    # sequences of one token, whose attention and position (where it is learned) are taken away
+    # sequences of one token, without attention and learned positions
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     if has_learned_positions(model):
         hooks.append(("hook_pos_embed", none))
@@ -138,7 +137,7 @@ def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "so
     if effective:
         if getattr(model.blocks[0], "mlp", None) is None:
             raise ValueError(
-                "the effective embedding is W_E and the first MLP of it, but this model has no MLP: use "
+                "the effective embedding is W_E plus the first MLP of it, and this model has no MLP: use "
                 "embedding='W_E'"
             )
         hooks.append(("blocks.0.hook_attn_out", none))
@@ -160,13 +159,13 @@ def position_vectors(model: LensModel) -> Float[Tensor, "pos d_model"]:
     """The learned vector of every position of the context, in float32.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no learned positions.
     """
     if not has_learned_positions(model):
         kind = getattr(model.cfg, "positional_embedding_type", None)
         raise ValueError(
-            "a positional circuit needs learned vectors of positions (W_pos), but this model's positions are "
-            f"{kind!r}" + (": take QK at a relative_position" if kind == "rotary" else "")
+            f"this model has no learned positions (W_pos) but {kind!r}"
+            + (": use QK with relative_position" if kind == "rotary" else "")
         )
     kept: list[Tensor] = []
     with without_user_hooks(model):
@@ -179,5 +178,5 @@ def _is_layer_norm(model: LensModel) -> bool:
 
 
 def is_blind_to_mean(model: LensModel) -> bool:
-    """Whether nothing that reads the stream sees its mean, which processing takes out of what is written."""
+    """Whether everything that reads the stream ignores its mean, which processing then removes from `W_O`."""
     return _is_layer_norm(model) and not getattr(model.cfg, "final_rms", False)

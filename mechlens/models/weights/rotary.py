@@ -1,8 +1,8 @@
-"""How a model's attention scores depend on position: its rotation and its scale, as the engine has them."""
+"""How attention scores depend on position: the engine's own rotation and scale."""
 
 from __future__ import annotations
 
-import operator
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,21 +11,23 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from mechlens.arguments import whole_number
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.run.forward import running, watch
 from mechlens.models.run.user_hooks import without_user_hooks
+from mechlens.models.weights.folding import normalizes_queries
 
 _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3}
 _TOLERANCE_REDUCED = 0.1
-"""Of measured scores, against what they should be, as a share of their size: a soft-cap bends them a little,
-and a narrow dtype rounds them."""
+"""Largest relative error of measured scores: soft-caps bend them a little, and narrow dtypes round them."""
 _BETTER = 4.0
-"""How many times nearer to the model's scores one pairing of dimensions must be than the others."""
+"""How many times closer to the model's scores one pairing of dimensions must be than all others."""
 _PAIRINGS = ("halves", "adjacent", "adjacent, tables by halves")
 _FARTHEST = 4
-"""Distance up to which pairings are told apart: a rotation that is slowed down turns by little at 1."""
+"""Largest distance at which pairings are compared: a slow rotation hardly moves at 1."""
 _SCORE = 0.5
-"""Of what pairings are told apart by: far above what bfloat16 rounds, far below where soft-caps bend."""
+"""Size of the scores that pairings are compared by: far above bfloat16's rounding, far below soft-caps."""
 
 
 def is_rotary(model: LensModel) -> bool:
@@ -34,52 +36,116 @@ def is_rotary(model: LensModel) -> bool:
 
 
 def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_head d_head"]:
-    """What turns a query so that it meets a key `distance` positions before it as the model lets it.
+    """The rotation `R` with `score = q @ R @ k` for a key `distance` positions before the query.
 
-    With row vectors before rotation, the model's score is `query @ R @ key` times its attention scale. The
-    engine's own rotation is used, so that its base, its scaling, its pairing of dimensions and the
-    dimensions that it leaves alone are in R; no head's weights are.
+    `q` and `k` are row vectors before the rotation; the score lacks the attention scale. The engine's own
+    rotation is used, so R has its base, its scaling, its pairing of dimensions and the dimensions that it
+    leaves alone.
 
     Args:
-        distance: 0 or more, and less than the context.
+        distance: from 0 to the context's length minus 1.
 
     Raises:
-        TypeError: a distance that is no whole number.
-        ValueError: a distance that the context does not hold, or a rotation that cannot be found out.
+        TypeError: the distance is not an integer.
+        ValueError: the context does not hold the distance, or the rotation cannot be determined.
 
-    Cost: on a bridge one run of `distance + 1` tokens and two of a few up to the layer.
+    Cost: on a bridge, one run of `distance + 1` tokens and two short ones up to the layer.
     """
-    try:
-        distance = operator.index(distance)
-    except TypeError:
-        raise TypeError(f"relative_position must be a whole number, but is {distance!r}") from None
+    distance = whole_number("relative_position", distance)
     n_ctx = model.cfg.n_ctx
     if not 0 <= distance < n_ctx:
-        raise ValueError(
-            f"relative_position is how many tokens the key comes before the query, 0 to {n_ctx - 1} in this "
-            f"model's context, but it is {distance}"
+        raise ArgumentError(
+            "relative_position", f"between 0 and {n_ctx - 1}, the context's length minus 1", distance
         )
     with torch.inference_mode(), without_user_hooks(model):
         if engine_of(model) == "HookedTransformer":
-            turn = _hooked(model, layer)
+            rotate = _hooked(model, layer)
         else:
-            turn = _bridge(model, layer, distance)
-        return (turn(distance) @ turn(0).T).clone()
+            rotate = _bridge(model, layer, distance)
+        return (rotate(distance) @ rotate(0).T).clone()
 
 
 def unrotated(model: LensModel, layer: int) -> tuple[int, ...]:
-    """Which of a head's dimensions are not rotated; empty where all are."""
+    """The dimensions of a head that are not rotated; empty where all are."""
     R = rotation(model, layer, 1)
-    fixed = torch.eye(len(R), dtype=R.dtype, device=R.device)
-    # the slowest rotation turns by too little for its cosine to show, but not for its sine
-    return tuple((fixed == R).all(1).nonzero()[:, 0].tolist())
+    identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
+    # the slowest rotation's cosine rounds to 1, but its sine does not round to 0
+    return tuple((identity == R).all(1).nonzero()[:, 0].tolist())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeadRotation:
+    """What positions do to the query and key weights of a layer."""
+
+    kind: str
+    """`none`, `ignored`, `relative` or `unrotated`, as in a `Circuit`."""
+    relative_position: int | None
+    apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """`W_Q` and `W_K`, `[..., d_model, d_head]`, such that `W_Q @ W_K.mT` gives the scores."""
+
+
+NO_ROTATION = HeadRotation("none", None, lambda W_Q, W_K: (W_Q, W_K))
+
+
+def head_rotation(
+    model: LensModel,
+    layer: int,
+    relative_position: int | None,
+    rotary: str | None,
+    *,
+    may_ignore: bool = False,
+) -> HeadRotation:
+    """How a QK circuit handles the rotation of queries and keys.
+
+    Args:
+        relative_position: how many tokens the key comes before the query.
+        rotary: `unrotated` keeps only the dimensions that are not rotated.
+        may_ignore: leave the rotation out where neither is given.
+
+    Raises:
+        ValueError: the model normalizes queries and keys; a rotary model without exactly one of the two
+            arguments, or another model with one; no dimension is left.
+    """
+    if normalizes_queries(model, layer):
+        raise ValueError(
+            "this model normalizes queries and keys before it compares them, so its QK circuits are not "
+            "products of weights"
+        )
+    if rotary not in (None, "unrotated"):
+        raise ArgumentError("rotary", "None or 'unrotated'", rotary)
+    if not is_rotary(model):
+        if relative_position is not None or rotary is not None:
+            raise ValueError(
+                "relative_position and rotary are for rotary models, and this model's positions are "
+                f"{model.cfg.positional_embedding_type!r}: leave them out"
+            )
+        return NO_ROTATION
+    if may_ignore and relative_position is None:
+        return dataclasses.replace(NO_ROTATION, kind="ignored")
+    if (relative_position is None) == (rotary is None):
+        given = "neither was given" if rotary is None else "both were given"
+        raise ValueError(
+            "this model is rotary, so how queries and keys match depends on their distance: give "
+            "relative_position (how many tokens the key comes before the query) or rotary='unrotated' (only "
+            f"the dimensions that are not rotated); {given}"
+        )
+    if relative_position is not None:
+        R = rotation(model, layer, relative_position)
+        return HeadRotation("relative", relative_position, lambda W_Q, W_K: (W_Q @ R, W_K))
+    kept = list(unrotated(model, layer))
+    if not kept:
+        raise ValueError(
+            f"this model rotates all {model.cfg.d_head} dimensions of its heads: say how many tokens the key "
+            "comes before the query (relative_position, on the command line --relative-position)"
+        )
+    return HeadRotation("unrotated", None, lambda W_Q, W_K: (W_Q[..., kept], W_K[..., kept]))
 
 
 def attention_scale(model: LensModel, layer: int) -> float:
-    """What a model without rotation multiplies the product of a query and a key by, read off its attention.
+    """The factor by which a model without rotation multiplies the product of a query and a key.
 
     Raises:
-        ValueError: the model's attention is no softmax of such products.
+        ValueError: the model's attention is not a softmax of such products.
 
     Cost: one run of two sequences of two tokens up to the layer.
     """
@@ -93,8 +159,8 @@ def attention_scale(model: LensModel, layer: int) -> float:
     # a comparison with nan is false
     if not abs(before + same) <= _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED) * abs(before):
         raise ValueError(
-            f"attention in layer {layer} depends on more than its queries and keys (windows, positions), so "
-            "its scale cannot be read off"
+            f"attention in layer {layer} depends on more than queries and keys (windows, positions), so its "
+            "scale cannot be measured"
         )
     return (before - same) / 2
 
@@ -107,31 +173,33 @@ def _hooked(model: Any, layer: int) -> Callable[[int], Tensor]:
 
 
 def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tensor]:
-    """From the tables that the bridge gives to its attention. How it pairs dimensions is in its code alone:
-    the pairing is taken that gives the model's own scores."""
+    """Rotations from the tables that the bridge gives to its attention.
+
+    The tables do not say how dimensions are paired: the pairing is the one that gives the model's own scores.
+    """
     tables: dict[str, Tensor] = {}
     names = {f"blocks.{layer}.attn.hook_{name}": name for name in ("cos", "sin")}
 
     def keep(name: str) -> Callable[[Tensor], None]:
         return lambda table: tables.update({name: table[0].float()})
 
-    lost = f"how this model rotates queries and keys in layer {layer} cannot be found out"
+    unknown = f"cannot determine how this model rotates queries and keys in layer {layer}"
     farthest = max(1, min(_FARTHEST, model.cfg.n_ctx - 1))
     try:
         tokens = torch.zeros(1, max(distance, farthest) + 1, dtype=torch.long)
         watch(model, tokens, {hook: keep(name) for hook, name in names.items()})
     except ValueError as error:
-        raise ValueError(f"{lost} ({error}): the circuit without rotation would be wrong") from error
+        raise ValueError(f"{unknown} ({error}): the circuit without rotation would be wrong") from error
 
-    def turns(pairing: str) -> Callable[[int], Tensor]:
-        return lambda at: _turned(tables["cos"][at], tables["sin"][at], model.cfg.d_head, pairing)
+    def rotations_of(pairing: str) -> Callable[[int], Tensor]:
+        return lambda at: _matrix(tables["cos"][at], tables["sin"][at], model.cfg.d_head, pairing)
 
-    # by pairing: what the score of a query with a key 1, 2, ... before it is made with
+    # by pairing, the rotations for keys 1, 2, ... before their query
     rotations: dict[str, Tensor] = {}
     for pairing in _PAIRINGS:
-        turn = turns(pairing)
-        R = torch.stack([turn(at) @ turn(0).T for at in range(1, farthest + 1)])
-        # of two dimensions all pairings are one, up to rounding; others differ by whole sines
+        rotate = rotations_of(pairing)
+        R = torch.stack([rotate(at) @ rotate(0).T for at in range(1, farthest + 1)])
+        # with two dimensions all pairings agree up to rounding; different ones differ by whole sines
         if not any(torch.allclose(R, other, atol=1e-4) for other in rotations.values()):
             rotations[pairing] = R
     q, k = _probes(list(rotations.values()))
@@ -144,22 +212,22 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
     # a comparison with nan is false
     fits = off[best] <= _TOLERANCE.get(model.W_U.dtype, _TOLERANCE_REDUCED)
     if not (fits and all(off[other] >= _BETTER * off[best] for other in others)):
-        raise ValueError(f"{lost}: its scores are none that a rotation of pairs of dimensions gives")
-    return turns(best)
+        raise ValueError(f"{unknown}: no rotation of pairs of dimensions gives its scores")
+    return rotations_of(best)
 
 
 def _probes(
     rotations: list[Float[Tensor, "distance d_head d_head"]],
 ) -> tuple[Float[Tensor, "probe d_head"], Float[Tensor, "probe d_head"]]:
-    """Queries and keys of length 1 whose scores tell rotations apart, and some that see all dimensions."""
+    """Queries and keys of norm 1 that separate the rotations, and some that cover all dimensions."""
     first = rotations[0]
     draw = torch.Generator().manual_seed(0)
     anywhere = torch.randn(8, first.shape[-1], generator=draw, dtype=torch.float32).to(first)
     anywhere = anywhere / anywhere.norm(dim=1, keepdim=True)
     pairs = []
     for index, R in enumerate(rotations):
-        turned = anywhere @ R[0]
-        pairs.append((anywhere, turned / turned.norm(dim=1, keepdim=True)))
+        rotated = anywhere @ R[0]
+        pairs.append((anywhere, rotated / rotated.norm(dim=1, keepdim=True)))
         for other in rotations[:index]:
             # the directions in which two rotations differ most
             U, _, Vh = torch.linalg.svd(R[-1] - other[-1])
@@ -175,9 +243,9 @@ def _scores(
     k: Float[Tensor, "probe d_head"],
     farthest: int,
 ) -> Float[Tensor, "probe distance"]:
-    """What the model makes of each query with each key at distance 1, 2, ..., up to a factor."""
+    """The model's scores of each query with each key at distance 1, 2, ..., up to a factor."""
     zero = torch.zeros_like(q)
-    # the size of a score at its own position, made what it should be by the length of both
+    # scale both so that the score at the query's own position has the intended size
     length = (model.cfg.d_head**0.5 * _SCORE) ** 0.5
     one = -_preferences(model, layer, length * q[:1], zero[:1], length * q[:1])
     length = length * (_SCORE / one.abs()) ** 0.5
@@ -185,12 +253,12 @@ def _scores(
 
 
 def _misfit(expected: Float[Tensor, "probe distance"], measured: Float[Tensor, "probe distance"]) -> float:
-    """How far what was measured is from a multiple of what was expected, as a share of its size."""
+    """Relative distance of the measured scores from the best multiple of the expected ones."""
     factor = (expected * measured).sum() / expected.square().sum()
     return float((measured - factor * expected).norm() / measured.norm())
 
 
-def _turned(
+def _matrix(
     cos: Float[Tensor, " rotary"], sin: Float[Tensor, " rotary"], d_head: int, pairing: str
 ) -> Float[Tensor, "d_head d_head"]:
     """The rotation as a matrix for row vectors, from the tables of one position."""
@@ -215,11 +283,11 @@ def _preferences(
     same: Float[Tensor, "probe d_head"],
     farthest: int = 1,
 ) -> Float[Tensor, "probe distance"]:
-    """How much higher each query, 1, 2, ... `farthest` positions after one key, scores with it than with
-    another key at its own position, by the model's own attention in its first head.
+    """Score of each query with a key 1, 2, ... `farthest` positions before it, minus that with another key at
+    its own position, in the model's first head.
 
-    Taken from the pattern, because a bridge that leaves attention to the model it wraps (OPT) has the
-    pattern in place of the scores.
+    Measured from the pattern, because a bridge that leaves attention to the model it wraps (OPT) has no
+    scores.
     """
 
     def instead(values: Float[Tensor, "probe pos d_head"]) -> Callable[..., Tensor]:

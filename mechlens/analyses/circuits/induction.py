@@ -14,27 +14,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.analyses.circuits import OV, QK, composition_scores, full_OV, head_pair, k_composition_circuit
+from mechlens.analyses.circuits.composition import composition_scores, k_composition_circuit
+from mechlens.analyses.circuits.factors import head_pair
+from mechlens.analyses.circuits.ov import OV, full_OV
+from mechlens.analyses.circuits.qk import QK
 from mechlens.analyses.heads import score_heads
 from mechlens.analyses.patching.ablations import ablation_source, check_how
 from mechlens.analyses.patching.path import HeadPath, PathRuns
 from mechlens.arguments import check_between, check_counts, generator_of
 from mechlens.measures.attention import copies_mask, mask_score
 from mechlens.measures.statistics import exact_interval
-from mechlens.measures.weights import eigenvalue_copying_score, top_k_accuracy
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.properties import check_adds_up, key_value_head, key_value_heads
 from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.unembedding import check_streamed, token_log_probs
 from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
-from mechlens.results import (
-    Circuit,
-    CompositionScores,
-    HeadScores,
-    InductionCircuits,
-    head_label,
-)
+from mechlens.results import Circuit, CompositionScores, HeadScores, InductionCircuits, head_label
 from mechlens.results.induction_circuits import COUNTED, LEAST_FALL, LEAST_Z, UPPER_SHARE
 from mechlens.text.prompts import RandomTokens, RepeatedTokens, repeated_tokens
 from mechlens.text.tokens import own_bos_token_id
@@ -302,12 +298,12 @@ def _copies(
     writes = full_OV(model, head)
     return {
         "ov_top1": _top_1(writes, "destination", tokens),
-        "ov_copying": eigenvalue_copying_score(writes),
+        "ov_copying": writes.copying_score(),
     }
 
 
 def _top_1(circuit: Circuit, over: str, tokens: Int[Tensor, " token"] | None) -> float:
-    return top_k_accuracy(circuit, 1, over=over, tokens=tokens, ties="against", progress=False)
+    return circuit.top_k_accuracy(1, over, tokens=tokens, ties="against", progress=False)
 
 
 def _drawn(d_vocab: int, n_tokens: int | None, seed: int) -> Int[Tensor, " token"] | None:

@@ -11,15 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mechlens.analyses.circuits import full_OV
+from mechlens.analyses.circuits import induction
+from mechlens.analyses.circuits.induction import find_induction_circuits
+from mechlens.analyses.circuits.ov import full_OV
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.results import load
 from mechlens.show.induction_circuits import induction_circuits_section
-from mechlens.studies import induction_circuits as study
-from mechlens.studies.induction_circuits import (
-    find_induction_circuits,
-)
 from mechlens.terminal import induction_circuits_json, print_induction_circuits, print_json
 from tests.counting import positions_run
 from tests.reference import heads as reference
@@ -332,7 +330,7 @@ def test_what_a_head_has_alone_and_what_runs_share_is_made_once(tmp_path, monkey
         asked.append(head)
         return full_OV(model, head)
 
-    monkeypatch.setattr(study, "full_OV", noted)
+    monkeypatch.setattr(induction, "full_OV", noted)
     pairs = [((0, a), (5, b)) for a in range(4) for b in range(3)]
     options = {"seq_len": 8, "batch": 2, "how": "zero"}
     *before, at, enters = [f"blocks.{layer}.attn.hook_z" for layer in (0, 1, 4, 5)] + [
@@ -445,8 +443,8 @@ def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
         ({"seq_len": 1}, "seq_len must be at least 2"),
         ({"seq_len": 13}, "the largest seq_len that fits is 12"),
         ({"pairs": [("L1H0", "L0H0")]}, "earlier"),
-        ({"pairs": [("L0H5", "L1H0")]}, "there is no head"),
-        ({"pairs": [("L0H0", "L2H0")]}, "there is no head"),
+        ({"pairs": [("L0H5", "L1H0")]}, "out of range"),
+        ({"pairs": [("L0H0", "L2H0")]}, "out of range"),
         ({"pairs": [("first", "L1H0")]}, "a head is written L5H5"),
         ({"pairs": []}, r"pairs must be one or several different ones, but are \[\]"),
         ({"pairs": [("0.0", "1.0"), ((0, 0), (1, 0))]}, "pairs must be one or several different ones"),
@@ -474,7 +472,7 @@ def test_what_is_no_list_of_pairs_is_refused_before_any_run(by_hand, pairs, show
     try:
         with pytest.raises(ValueError, match=f"pairs is a list of pairs .* but there is {shown} in it"):
             find_induction_circuits(by_hand, pairs=pairs, **OPTIONS)
-        with pytest.raises(ValueError, match="there is no head L9H0"):
+        with pytest.raises(ValueError, match="head L9H0 is out of range"):
             find_induction_circuits(by_hand, pairs=[("0.0", "9.0")], **OPTIONS)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
