@@ -207,7 +207,7 @@ class Circuit(Result):
             ValueError: the circuit is not square or not finite.
 
         Example:
-            >>> mechlens.full_OV(model, "L3H5").copying_score() > 0.9
+            >>> mechlens.full_OV(model, "L3H5").copying_score() > 0.4
             True
 
         References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".

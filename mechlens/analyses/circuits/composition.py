@@ -175,7 +175,7 @@ def composition_scores(
 
     Example:
         >>> mechlens.composition_scores(model, "k").summary(1)["earlier"].tolist()
-        ['L1H2']
+        ['L1H1']
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", with its baseline.
     TransformerLens's `all_composition_scores` is 0 where ours is nan, and leaves out the scale of a norm
