@@ -67,7 +67,7 @@ def of_real_model(results: Path) -> None:
     saved = {path.stem: mechlens.load(path) for path in results.glob("*.safetensors")}
     scores = saved["head_scores"]
     induction = mechlens.plot_head_scores(scores, "induction_score")
-    picture(folder / "first.png", (mechlens.plot_logit_lens(lens, "rank", target=" Paris"), induction))
+    picture(folder / "first.png", (mechlens.plot_logit_lens(lens, "rank_ Paris"), induction))
     picture(folder / "facts.png", (mechlens.plot_facts(saved["facts"]),))
     picture(folder / "heads.png", (induction, mechlens.plot_head_scores(scores, "previous_token_score")))
     for name, file in (

@@ -125,8 +125,7 @@ def main() -> None:
         lens = mechlens.train_tuned_lens(
             model,
             options.books,
-            steps=STEPS,
-            batch_tokens=STEP_TOKENS,
+            training=mechlens.Training(steps=STEPS, batch_tokens=STEP_TOKENS),
             held_out=8,
             held_out_corpus=options.held_out,
             resume=options.out / "tuned_lens_training.safetensors",

@@ -28,6 +28,7 @@ from mechlens.analyses.heads import repeated_token_performance as repeated_token
 from mechlens.analyses.heads import score_heads as score_heads
 from mechlens.analyses.heads import score_heads_on as score_heads_on
 from mechlens.analyses.input_probe import probe_input as probe_input
+from mechlens.analyses.logit_lens import LastBlocks as LastBlocks
 from mechlens.analyses.logit_lens import lens_vector as lens_vector
 from mechlens.analyses.logit_lens import logit_lens as logit_lens
 from mechlens.analyses.logit_variance import logit_variance as logit_variance
@@ -45,6 +46,7 @@ from mechlens.analyses.patching import Resampled as Resampled
 from mechlens.analyses.patching import Zero as Zero
 from mechlens.analyses.patching import ablate_heads as ablate_heads
 from mechlens.analyses.patching import ablate_mlps as ablate_mlps
+from mechlens.analyses.tuned_lens import Training as Training
 from mechlens.analyses.tuned_lens import train_tuned_lens as train_tuned_lens
 from mechlens.errors import ArgumentError as ArgumentError
 from mechlens.errors import ModelLoadError as ModelLoadError
@@ -71,9 +73,8 @@ from mechlens.plots.heads import plot_head_scores as plot_head_scores
 from mechlens.plots.heads import plot_log_probs as plot_log_probs
 from mechlens.plots.heads import plot_scores_against_nulls as plot_scores_against_nulls
 from mechlens.plots.input_probe import plot_input_probe as plot_input_probe
-from mechlens.plots.logit_lens import plot_lens_lines as plot_lens_lines
+from mechlens.plots.lens_lines import plot_lens_lines as plot_lens_lines
 from mechlens.plots.logit_lens import plot_logit_lens as plot_logit_lens
-from mechlens.plots.logit_lens import plot_sub_blocks as plot_sub_blocks
 from mechlens.plots.logit_variance import plot_logit_variance as plot_logit_variance
 from mechlens.plots.patching import plot_head_effects as plot_head_effects
 from mechlens.plots.patching import plot_patch_grid as plot_patch_grid
@@ -106,6 +107,7 @@ from mechlens.results import TunedLens as TunedLens
 from mechlens.results import VectorLens as VectorLens
 from mechlens.results import load as load
 from mechlens.results.columns import Column as Column
+from mechlens.results.lens import interleaved as interleaved
 from mechlens.show.page import write_report as write_report
 from mechlens.show.section import Figure as Figure
 from mechlens.show.section import Section as Section
@@ -115,6 +117,7 @@ from mechlens.studies.facts import read_facts as read_facts
 from mechlens.studies.indirect_object import indirect_object as indirect_object
 from mechlens.studies.reproduce import Reproduction as Reproduction
 from mechlens.studies.reproduce import reproduce as reproduce
+from mechlens.text.batches import prompt_batch as prompt_batch
 from mechlens.text.corpus import read_texts as read_texts
 from mechlens.text.corpus import token_windows as token_windows
 from mechlens.text.prompts import RepeatedTokens as RepeatedTokens

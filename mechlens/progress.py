@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm.auto import tqdm
 
+_hidden = ContextVar("hidden", default=False)
 DELAY = 1.0
 """Seconds before a bar appears that was not explicitly asked for."""
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Show no bar inside, except where one is asked for by name."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def progress_bar(
@@ -46,7 +59,9 @@ def duration(seconds: float) -> str:
 
 
 def _is_watched() -> bool:
-    """Whether this is Jupyter, or standard error is a terminal."""
+    """Whether this is Jupyter or standard error is a terminal, and bars are not hidden."""
+    if _hidden.get():
+        return False
     python = sys.modules.get("IPython")
     shell = None if python is None else python.get_ipython()
     return hasattr(shell, "kernel") or (sys.stderr is not None and sys.stderr.isatty())

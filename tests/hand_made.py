@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from mechlens.analyses.logit_lens import STATISTICS
 from mechlens.results import (
     AttentionPatterns,
     AttentionSpread,
@@ -21,6 +20,7 @@ from mechlens.results import (
     PatchGridResult,
     RepeatedTokenPerformance,
 )
+from mechlens.results.lens import STATISTICS
 
 
 def model(name: str = "tiny", *, n_layers: int = 2, n_heads: int = 3) -> ModelInfo:
@@ -167,10 +167,8 @@ def lens(name: str = "tiny") -> LogitLensResult:
         positions=(0, 1, 2),
         context_length=torch.tensor([[1, 2, 3]]),
         rows=("embed", "0"),
-        component="resid_post",
-        onto_stream=False,
+        read="resid_post",
         decoder="final_norm",
-        last_blocks=0,
         statistics=STATISTICS,
         top_ids=torch.tensor([[[[2, 1], [2, 1], [2, 1]]], [[[1, 2], [3, 1], [1, 2]]]]),
         top_probabilities=torch.tensor([[[[0.5, 0.25]] * 3], [[[0.75, 0.125]] * 3]]),
@@ -216,7 +214,7 @@ def deep_lens(n_layers: int = 30, *, tokens: Sequence[str] = ("<s>", " a", "b"))
     )
 
 
-def sub_block_lens(component: str, more: float) -> LogitLensResult:
+def sublayer_lens(read: str, more: float) -> LogitLensResult:
     """Rows embed, 0 and 1, tokens ` a` and `b`; the KL of row r is r + `more`, the rank 10 times 1 + that.
 
     The guess is ` a` where `more` is 0, `b` elsewhere.
@@ -231,10 +229,8 @@ def sub_block_lens(component: str, more: float) -> LogitLensResult:
         positions=(0, 1),
         context_length=torch.tensor([[1, 2]]),
         rows=("embed", "0", "1"),
-        component=component,
-        onto_stream=False,
+        read=read,
         decoder="final_norm",
-        last_blocks=0,
         statistics=STATISTICS,
         top_ids=top,
         top_probabilities=torch.full((3, 1, 2, 1), 0.5),

@@ -278,7 +278,7 @@ def test_blocks_are_not_run_again_behind_a_users_hook(directories):
     model = load_model(directories / "gpt2", backend=BACKENDS[0])
     model.add_hook("blocks.2.hook_resid_pre", everywhere)
     for work in (
-        lambda: mechlens.logit_lens(model, tokens_for(), last_blocks=1),
+        lambda: mechlens.logit_lens(model, tokens_for(), decoder=mechlens.LastBlocks(1)),
         lambda: mechlens.Patching(model, tokens_for()).blocks("repeat"),
     ):
         with pytest.raises(ValueError, match=r"your hook at blocks\.2"):
@@ -360,7 +360,7 @@ def test_rows_past_the_original_context_are_neither_cut_nor_padded(tmp_path, mak
     # a short row beside a long one is read as if it were alone
     mask = torch.ones(3, 48, dtype=torch.long)
     mask[1, 20:] = 0
-    lens = mechlens.logit_lens(model, tokens, targets=5, attention_mask=mask)
+    lens = mechlens.logit_lens(model, {"input_ids": tokens, "attention_mask": mask}, targets=5)
     with torch.no_grad():
         short = reference(tokens[1:2, :20]).logits.log_softmax(-1)
     assert (lens.log_prob["5"][-1, 1, :20] - short[0, :, 5]).abs().max() < CLOSE
@@ -502,10 +502,10 @@ def test_heads_that_a_model_scales_are_not_read_as_if_it_did_not(tmp_path):
     )
     model = load_model(tmp_path / "granite", backend="bridge", processing=False)
     with pytest.raises(ValueError, match=r"heads of layer 1 write .*it is 4\.55 times as long"):
-        mechlens.logit_lens(model, tokens_for(), component="result", layers=[1])
+        mechlens.logit_lens(model, tokens_for(), "result", layers=[1])
     # what attention adds as a whole is read as it is
-    lens = mechlens.logit_lens(model, tokens_for(), component="attn_out", layers=[1], onto_stream=True)
-    middle = mechlens.logit_lens(model, tokens_for(), component="resid_mid", layers=[1])
+    lens = mechlens.logit_lens(model, tokens_for(), "resid_pre+attn_out", layers=[1])
+    middle = mechlens.logit_lens(model, tokens_for(), "resid_mid", layers=[1])
     assert (lens.entropy[1] - middle.entropy[1]).abs().max() < CLOSE
 
 
@@ -514,7 +514,7 @@ def test_heads_and_bias_sum_to_what_attention_adds(tiny_directories, backend, ki
     model = load_model(tiny_directories / kind, backend=backend, processing=False)
     read: list[torch.Tensor] = []
     mechlens.logit_lens(
-        model, tokens_for(), component="result", layers=[1], decoder=lambda v: read.append(v.clone()) or v
+        model, tokens_for(), "result", layers=[1], decoder=lambda v: read.append(v.clone()) or v
     )
     seen = {}
     hook = ("blocks.1.hook_attn_out", lambda a, hook: seen.update(a=a.clone()))
@@ -621,13 +621,16 @@ def test_a_hook_on_one_row_is_refused_where_a_batch_is_read_in_parts(directories
         whole = model(tokens).log_softmax(-1)
     expected = -(whole.exp() * whole).sum(-1)
     torch.testing.assert_close(together[-1], expected, atol=1e-4, rtol=0)
-    for name in ("mechlens.models.run.forward.MAX_POSITIONS", "mechlens.analyses.logit_lens.MAX_POSITIONS"):
+    for name in (
+        "mechlens.models.run.forward.MAX_POSITIONS",
+        "mechlens.analyses.logit_lens.windows.MAX_POSITIONS",
+    ):
         monkeypatch.setattr(name, tokens.shape[1])
     for work in (
         lambda: mechlens.logit_lens(model, tokens),
         lambda: mechlens.direct_logit_attribution(model, tokens, 5),
         lambda: next_token_log_probs(model, tokens),
-        lambda: mechlens.train_tuned_lens(model, tokens, steps=1, batch_tokens=24, held_out=1),
+        lambda: mechlens.train_tuned_lens(model, tokens, training=mechlens.Training(1, 24), held_out=1),
         lambda: mechlens.Patching(model, tokens[:1]).grid("z", values=mechlens.Mean(tokens)),
     ):
         with pytest.raises(ValueError, match=r"your hook at .* treats the rows of a batch differently"):
@@ -654,7 +657,11 @@ def test_another_default_dtype_changes_no_number(directories, backend, dtype):
         lambda: (
             mechlens.search_gradient(raw, layer=0, selection=np.s_[:, 1], n_tokens=1, steps=3).activations
         ),
-        lambda: mechlens.train_tuned_lens(model, tokens_for(20), steps=2, batch_tokens=24, held_out=2).weight,
+        lambda: (
+            mechlens.train_tuned_lens(
+                model, tokens_for(20), training=mechlens.Training(2, 24), held_out=2
+            ).weight
+        ),
         lambda: mechlens.positional_attention(model, (1, 2)).pattern,
     ]
     expected = [job() for job in jobs]

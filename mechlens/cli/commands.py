@@ -46,7 +46,7 @@ COMMANDS = {
     "lens": Command(
         "lens:lens",
         "Decode every layer into a prediction.",
-        'lens "The captain of the ship" --stat kl --out lens.html',
+        'lens "The captain of the ship" --stat entropy --out lens.html',
     ),
     "train-lens": Command(
         "train_lens:train_lens",

@@ -1,100 +1,60 @@
-"""`mechlens lens`: the logit lens on the command line."""
+"""`mechlens lens`."""
 
 from __future__ import annotations
 
-import re
-from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mechlens.cli import options
-from mechlens.cli.options import (
-    BUNDLED,
-    BosOption,
-    CacheOption,
-    ChatOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    NoSeedOption,
-    QuietOption,
-    RevisionOption,
-)
-from mechlens.cli.output import deliver, file_of
+from mechlens.cli.options import BosOption, ChatOption
+from mechlens.cli.run import Run, command
 
 if TYPE_CHECKING:
-    from mechlens.models.protocol import LensModel
     from mechlens.results import TunedLens
-    from mechlens.show.section import Section
 
-_ENDINGS = (".html", ".csv", ".safetensors")
-STATS = {
-    "probability": "of the top guess",
-    "rank": "of the model's final guess",
-    "kl": "final || layer",
-    "kl_input": "input || layer; tied models only",
-    "input_rank": "of the input token",
-    "next_rank": "of the token that follows",
-    "entropy": "",
-}
-OF_TARGET = ("rank", "probability")
-COMPONENTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "result")
 _UNFOLDED = ("norm_only", "none")
-DECODERS = ("final_norm", *_UNFOLDED)
-_RAW_NEEDED = "needs the weights as they were trained: add --raw"
+"""Decoders that need the weights as they were trained."""
 
 
+@command("lens", renamed={"count": "--last-blocks", "layers": "--layer", "targets": "--target"})
 def lens(
+    run: Run,
     text: Annotated[str, typer.Argument(help="What the model reads; longer than its context is fine.")],
-    model: ModelOption = BUNDLED,
     stat: Annotated[
         str,
         typer.Option(
-            help="Colour: "
-            + ", ".join(f"{name} ({what})" if what else name for name, what in STATS.items())
-            + "."
+            help="Color: probability (of the top guess), entropy, kl_final, kl_input (tied models only), "
+            "rank_final, rank_input, rank_next, or rank_ and probability_ with a --target."
         ),
-    ] = "kl",
-    of: Annotated[
-        str | None,
-        typer.Option(help="Whose rank or probability is the colour: final, input, next or a --target."),
-    ] = None,
+    ] = "kl_final",
     high: Annotated[
-        float | None, typer.Option(help="Value with the darkest colour. [default: the largest]")
+        float | None, typer.Option(help="Value with the darkest color. [default: the largest]")
     ] = None,
-    component: Annotated[
-        str,
-        typer.Option(help=f"What is read: {', '.join(COMPONENTS)}; result is each head."),
-    ] = "resid_post",
-    onto_stream: Annotated[
-        bool, typer.Option("--onto-stream", help="Read attn_out, mlp_out or result added to the stream.")
-    ] = False,
-    decoder: Annotated[
-        str | None,
+    read: Annotated[
+        list[str] | None,
         typer.Option(
-            help=f"Before the unembedding: {', '.join(DECODERS)}; the last two need --raw. "
-            "[default: final_norm]"
+            help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
+            "head such as L3H5 (repeatable), or an output with its stream, such as resid_pre+attn_out. "
+            "[default: resid_post]",
         ),
     ] = None,
+    decoder: Annotated[
+        str,
+        typer.Option(help="Before the unembedding: final_norm, norm_only or none (as trained: see --raw)."),
+    ] = "final_norm",
     last_blocks: Annotated[
-        int, typer.Option(min=0, help="Put vectors through this many of the last blocks first.")
+        int, typer.Option(min=0, help="Run vectors through this many of the last blocks first.")
     ] = 0,
     tuned_lens: Annotated[
         str | None,
         typer.Option(
-            help="Read through a tuned lens: a .safetensors file of mechlens, or a published lens (folder or "
-            "name)."
+            help="Decode with a tuned lens: a .safetensors file of train-lens, or a published lens (folder "
+            "or name)."
         ),
     ] = None,
     layer: Annotated[
         list[int] | None, typer.Option("--layer", "-l", help="A layer to read; repeatable. [default: all]")
-    ] = None,
-    head: Annotated[
-        list[str] | None,
-        typer.Option(help="A head to read for --component result, such as L3H5; repeatable. [default: all]"),
     ] = None,
     position: Annotated[
         list[str] | None,
@@ -110,140 +70,71 @@ def lens(
         typer.Option("--target", "-t", help='A token whose rank is wanted, such as " Paris"; repeatable.'),
     ] = None,
     top_k: Annotated[
-        int, typer.Option(min=1, help="Likely tokens in the picture, in --json and in .safetensors.")
+        int, typer.Option(min=1, help="Likely tokens in the figure, in --json and in .safetensors.")
     ] = 5,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Leave the weights as they were trained: fold and centre nothing.")
+        bool,
+        typer.Option("--raw", help="Use the weights as trained, without folding LayerNorm or centering."),
     ] = False,
     chat: ChatOption = False,
     bos: BosOption = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Save to this .html (picture), .csv or .safetensors file.")
-    ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
     checkpoint: Annotated[
-        int | None, typer.Option(help="A training step of the model, where it has published ones.")
+        int | None, typer.Option(help="Training step of the model, where it has published ones.")
     ] = None,
-    seed: NoSeedOption = 0,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False,
 ) -> None:
-    """The logit lens: what each layer of a model would predict, if it were the last. Prints each layer's top
-    guess after every token, coloured by a statistic, and saves a picture, a table or the whole result."""
-    given = dict(locals())
-    options.check_file(out, _ENDINGS)
-    options.check_chat(chat, bos)
-    if as_json and as_csv:
-        raise ValueError("--json and --csv exclude each other: both print to standard output")
-    options.check_known("--component", component, COMPONENTS)
-    if tuned_lens is not None and decoder is not None:
-        raise ValueError("--tuned-lens is a decoder of its own: leave out --decoder")
-    if decoder is not None:
-        options.check_known("--decoder", decoder, DECODERS)
-    if decoder in _UNFOLDED and not raw:
-        raise ValueError(f"--decoder {decoder} {_RAW_NEEDED}")
-    if head and component != "result":
-        raise ValueError(f"--head is for --component result, but --component is {component}")
-    if head and layer:
-        raise ValueError("--head says which layers are read: leave out --layer")
+    """The logit lens: what each layer of a model would predict if it were the last. Prints each layer's top
+    guess after every token, colored by a statistic, and saves a figure, a table or the whole result."""
+    if tuned_lens is not None and (decoder != "final_norm" or last_blocks):
+        raise ValueError("--tuned-lens is a decoder: leave out --decoder and --last-blocks")
     positions = options.numbers("--position", position) if position else None
-    _check_colour(stat, of, target or [], high)
-    saved = _saved_tuned_lens(tuned_lens, raw)
-    loaded = options.load(
-        model, device, dtype, revision, quiet, checkpoint=checkpoint, processing=not raw, cache=cache
+    from mechlens.results.lens_statistics import (
+        check_high,
+        check_statistic,
+        lens_statistic,
+        statistic_needed,
     )
-    through: Any = decoder or "final_norm"
+
+    check_statistic(stat, target or ())
+    if high is not None:
+        check_high(high)
+    saved = _saved(tuned_lens)
+    processing = decoder not in _UNFOLDED and tuned_lens is None if saved is None else saved.model.processing
+    model = run.load(processing=bool(processing) and not raw, checkpoint=checkpoint)
+    from mechlens.analyses.logit_lens import LastBlocks, logit_lens
+    from mechlens.models.load.published_lens import load_tuned_lens
+    from mechlens.text.batches import prompt_batch
+
+    through: Any = LastBlocks(last_blocks, decoder) if last_blocks else decoder
     if tuned_lens is not None:
-        through = saved or _published_tuned_lens(tuned_lens, loaded)
-    from mechlens.analyses.logit_lens import logit_lens
-    from mechlens.plots.logit_lens import lens_stat, statistic_of
-
-    # a file and a table for other programs have everything; what is printed is one statistic
-    printed = {statistic_of(stat, of), *(("rank", "log_prob") if target else ())} - {None}
-    everything = out is not None or as_json or as_csv
-    try:
-        found = logit_lens(
-            loaded,
-            options.prompt(loaded, text, chat),
-            component=component,
-            onto_stream=onto_stream,
-            heads=head or None,
-            decoder=through,
-            last_blocks=last_blocks,
-            layers=layer or None,
-            positions=positions,
-            top_k=top_k,
-            targets=target or (),
-            statistics=None if everything else sorted(printed),
-            prepend_bos=bos,
-            progress=options.progress(quiet),
-        )
-    except ValueError as error:
-        raise ValueError(_as_typed(str(error))) from error
-    # what cannot be coloured is refused before anything is written
-    lens_stat(found, stat, of).bound(found.entropy, high)
-    from mechlens import terminal
-
-    def sections() -> list[Section]:
-        from mechlens.show.lens import lens_section
-
-        # what was chosen is drawn, however much it is
-        drawn = found.positions if positions is not None else None
-        title = "Layers and positions"
-        return [lens_section(found, stat, positions=drawn, target=of, high=high, title=title)]
-
-    deliver(
-        given,
-        save=file_of(
-            [found], title="Logit lens", sections=sections, command=options.command("lens", lens, given)
-        ),
-        tables=lambda: terminal.print_lens(found, stat, target=of, high=high),
-        as_object=lambda: terminal.lens_json(found),
-        frame=found.to_dataframe,
+        through = saved or load_tuned_lens(tuned_lens, model=model)
+    # a file and a table for other programs have everything; a terminal shows one statistic
+    everything = run.given["out"] is not None or run.given["as_json"] or as_csv
+    shown = {statistic_needed(stat), *(("rank", "log_prob") if target else ())} - {None}
+    found = logit_lens(
+        model,
+        options.prompt(model, text, chat) if chat else prompt_batch(model, text, prepend_bos=bos),
+        read[0] if read and len(read) == 1 else read or "resid_post",
+        decoder=through,
+        layers=layer or None,
+        positions=positions,
+        top_k=top_k,
+        targets=target or (),
+        statistics=None if everything else sorted(filter(None, shown)),
+    )
+    lens_statistic(found, stat).bound(found.entropy, high)  # refused before anything is written
+    run.show(
+        found,
+        stats=stat,
+        positions=None if positions is None else found.positions,
+        high=high,
     )
 
 
-def _check_colour(stat: str, of: str | None, targets: list[str], high: float | None) -> None:
-    """Say so before the model is loaded, which takes seconds."""
-    options.check_known("--stat", stat, tuple(STATS))
-    if of is not None and stat not in OF_TARGET:
-        raise ValueError(f"--of is for --stat {' and '.join(OF_TARGET)}, but --stat is {stat}")
-    known = ("final", "input", "next", *targets)
-    if of is not None and of not in known:
-        raise ValueError(f"--of must be one of {', '.join(map(repr, known))} (add --target), but is {of!r}")
-    if high is not None and not (isfinite(high) and high > 0):
-        raise ValueError(f"--high must be a finite number above 0, but is {high}")
-
-
-def _as_typed(message: str) -> str:
-    """An error of the analysis with the names that its arguments have on the command line."""
-    names = r"\b(?:onto_stream|last_blocks|top_k)\b|\b(?:component|decoder)(?= (?:must|is)\b)"
-    return re.sub(names, lambda found: "--" + found[0].replace("_", "-"), message)
-
-
-def _saved_tuned_lens(source: str | None, raw: bool) -> TunedLens | None:
+def _saved(source: str | None) -> TunedLens | None:
     """A lens that mechlens trained; None for a published one, which needs the model."""
-    if source is None:
-        return None
-    if not source.endswith(".safetensors"):
-        if not raw:
-            raise ValueError(f"a published tuned lens {_RAW_NEEDED}")
+    if source is None or not source.endswith(".safetensors"):
         return None
     from mechlens.results import TunedLens
 
-    saved = TunedLens.load(source)
-    if saved.model.processing is False and not raw:
-        raise ValueError(f"this tuned lens {_RAW_NEEDED}")
-    if saved.model.processing and raw:
-        raise ValueError("this tuned lens was trained on processed weights: leave out --raw")
-    return saved
-
-
-def _published_tuned_lens(source: str, model: LensModel) -> TunedLens:
-    from mechlens.models.load.published_lens import load_tuned_lens
-
-    return load_tuned_lens(source, model=model)
+    return TunedLens.load(source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -136,6 +137,15 @@ class Run:
         deliver(self.given, save=save, tables=tables, as_object=as_object, frame=frame)
 
 
+def _quiet(wanted: bool) -> AbstractContextManager[None]:
+    """Without progress bars, if that is wanted."""
+    if not wanted:
+        return nullcontext()
+    from mechlens.progress import no_bars
+
+    return no_bars()
+
+
 def command(
     name: str,
     *,
@@ -174,8 +184,13 @@ def command(
             if endings:
                 options.check_file(given.get("out"), endings)
             options.check_chat(given.get("chat", False), given.get("bos"))
+            if "dtype" in given:
+                options.check_known("--dtype", given["dtype"].removeprefix("torch."), options.DTYPES)
+            if given.get("as_json") and given.get("as_csv"):
+                raise ValueError("--json and --csv both print to standard output: choose one")
             try:
-                function(run, **{parameter.name: given[parameter.name] for parameter in own})
+                with _quiet(given.get("quiet", False)):
+                    function(run, **{parameter.name: given[parameter.name] for parameter in own})
             except ArgumentError as error:
                 raise ValueError(error.said_of(run.option(error.name))) from error
 

@@ -1,4 +1,4 @@
-"""The picture of reading the input back: how well, and with what kind of map."""
+"""The figure of recovering the input token: how well, and with what kind of map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BASES = {
     "pca": ("PCA of W_E", VERMILION, "square"),
     "nmf": ("NMF of W_E", GREEN, "triangle-up"),
 }
-_KINDS = {"per_layer": ("own map of the row", "solid", ""), "shared": ("shared map", "dash", "-open")}
+_KINDS = {"per_layer": ("map of the row", "solid", ""), "shared": ("shared map", "dash", "-open")}
 _PANELS = (
     "Held-out token accuracy",
     "Weight against importance (rank correlation)",
@@ -28,19 +28,32 @@ _COMPARED = {
     "unembedding_similarity": (2, 2),
 }
 _APART = 0.18
-"""Between the markers of two bases, so that none hides another."""
+"""Distance of the markers of two bases, so that none hides another."""
 
 
 def plot_input_probe(result: InputProbe) -> go.Figure:
-    """Draw by row how many tokens are read back, and what each map is like beside random maps.
+    """Draw by row how many tokens are recovered, and what each map is like beside random maps.
 
-    Colour and shape of a marker tell the basis. Of the accuracy, filled markers on solid lines are of each
-    row's own map, open ones on dashed lines of the shared map; the dotted line always names the most frequent
-    token. In the other panels the shared map stands last, and a grey bar is the central 95% of random maps
+    Color and shape of a marker show the basis. In the panel of accuracy, filled markers on solid lines are
+    the maps of single rows, open ones on dashed lines the shared map; the dotted line is the most frequent
+    token. In the other panels the shared map comes last, and a grey bar is the central 95% of random maps
     with the same singular values.
 
+    Args:
+        result: of `probe_input`.
+
     Returns:
-        A figure of four panels; traces are named by what they show, such as `accuracy pca shared`.
+        A plotly figure of four panels; traces have names such as `accuracy pca shared`.
+
+    Raises:
+        TypeError: the result is not an `InputProbe`.
+
+    Example:
+        >>> text = mechlens.sample_tokens(model, batch=32, seq_len=16)
+        >>> options = {"bases": (), "train_tokens": 300, "held_out_tokens": 50, "null_draws": 2}
+        >>> figure = mechlens.plot_input_probe(mechlens.probe_input(model, text, **options))
+        >>> figure.layout.annotations[0].text
+        'Held-out token accuracy'
     """
     check_type("result", result, InputProbe)
     figure = make_subplots(
@@ -49,7 +62,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
     middle = (len(result.accuracy) - 1) / 2
     shifts = {basis: _APART * (place - middle) for place, basis in enumerate(result.accuracy)}
     for measure, panel in _COMPARED.items():
-        # all bars first, so that none covers a marker
+        # bars first, so that none covers a marker
         for add in (_add_null, _add_compared):
             for basis, shift in shifts.items():
                 add(figure, result, basis, measure, panel, shift)
@@ -74,7 +87,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
         shown = [
             index
             for index, label in enumerate(labels)
-            # `shared`, at the end, needs the room of its neighbour
+            # `shared`, at the end, needs the room of its neighbor
             if label == "shared" or (index % step == 0 and (step == 1 or "shared" not in labels[index:][:3]))
         ]
         figure.update_xaxes(
@@ -95,13 +108,13 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
     own, shared = result.accuracy["embedding"][0], result.accuracy["embedding"][-1]
     read = f"{number(float(own[0]))} at the embedding, {number(float(own[-1]))} after the last layer"
     if len(result.maps) == 1:
-        read = f"{number(float(shared.mean()))} on average by a map that all rows share"
+        read = f"{number(float(shared.mean()))} on average by the shared map"
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            "The input, read back from the residual stream",
+            "The input token, recovered from the residual stream",
             f"{result.model.name}; tokens recovered: {read}",
-            f"linear maps fitted to {result.train_tokens:,} positions, tried on {result.held_out_tokens:,}",
+            f"linear maps fitted to {result.train_tokens:,} positions, tested on {result.held_out_tokens:,}",
         ),
         width=980,
         height=760,
@@ -112,14 +125,14 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
 
 
 def _size(result: InputProbe) -> float:
-    """Of markers and bars in pixels; in deep models smaller, so that they keep apart."""
+    """Size of markers and bars in pixels; smaller in deep models, so that they do not touch."""
     return max(4.5, min(9.0, 100 / len(result.rows)))
 
 
 def _add_legend(figure: go.Figure, result: InputProbe) -> None:
     for basis in result.accuracy:
-        title, colour, symbol = _BASES[basis]
-        marker = {"symbol": symbol, "size": 9, "color": colour}
+        title, color, symbol = _BASES[basis]
+        marker = {"symbol": symbol, "size": 9, "color": color}
         figure.add_trace(go.Scatter(name=title, x=[None], y=[None], mode="markers", marker=marker))
     for kind in result.maps:
         title, dash, outline = _KINDS[kind]
@@ -141,7 +154,7 @@ def _add_legend(figure: go.Figure, result: InputProbe) -> None:
 
 
 def _add_accuracy(figure: go.Figure, result: InputProbe, basis: str, shift: float) -> None:
-    title, colour, symbol = _BASES[basis]
+    title, color, symbol = _BASES[basis]
     places = [index + shift for index in range(len(result.rows))]
     for m, kind in enumerate(result.maps):
         kind_title, dash, outline = _KINDS[kind]
@@ -153,11 +166,11 @@ def _add_accuracy(figure: go.Figure, result: InputProbe, basis: str, shift: floa
                 x=places,
                 y=accuracy,
                 mode="lines+markers",
-                line={"color": colour, "width": 1.5, "dash": dash},
+                line={"color": color, "width": 1.5, "dash": dash},
                 marker={
                     "symbol": symbol + outline,
                     "size": _size(result),
-                    "color": colour,
+                    "color": color,
                     "line": {"width": 1.5},
                 },
                 showlegend=False,
@@ -178,7 +191,7 @@ def _add_accuracy(figure: go.Figure, result: InputProbe, basis: str, shift: floa
 def _add_compared(
     figure: go.Figure, result: InputProbe, basis: str, measure: str, panel: tuple[int, int], shift: float
 ) -> None:
-    title, colour, symbol = _BASES[basis]
+    title, color, symbol = _BASES[basis]
     values = getattr(result, measure)[basis].tolist()
     mean, low, high = getattr(result, f"{measure}_null")[basis].T.tolist()
     places = [index + shift for index in range(len(result.fits))]
@@ -188,7 +201,7 @@ def _add_compared(
             x=places,
             y=values,
             mode="markers",
-            marker={"symbol": symbol, "size": _size(result), "color": colour},
+            marker={"symbol": symbol, "size": _size(result), "color": color},
             showlegend=False,
             hovertext=[
                 f"<b>{figure_text(fit)}</b>, {figure_text(title)}<br>{number(value)}<br>"

@@ -1,4 +1,4 @@
-"""The picture of a tuned lens: what its translators gain at each row."""
+"""The figure of a tuned lens: what its translators gain at each row."""
 
 from __future__ import annotations
 
@@ -15,19 +15,29 @@ _TICKS = [digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5)]
 def plot_tuned_lens(lens: TunedLens) -> go.Figure:
     """Draw how far each row's prediction is from the model's own, with and without its translator.
 
-    The last layer has no translator; its distance is 0 but for rounding, and it is not drawn, because the
-    axis is logarithmic.
+    The last layer is left out: it has no translator, and its distance of 0 has no place on a logarithmic
+    axis.
+
+    Args:
+        lens: of `train_tuned_lens`.
 
     Returns:
-        A figure of KL(final || row) in nats; traces `plain` and `tuned`.
+        A plotly figure of KL(final || row) in nats, with traces `plain` and `tuned`.
 
     Raises:
-        ValueError: nothing was measured, as in a lens read from a published checkpoint.
+        TypeError: the lens is not a `TunedLens`.
+        ValueError: its KL was not measured, as in a published lens.
+
+    Example:
+        >>> text = mechlens.sample_tokens(model, batch=4, seq_len=16)
+        >>> lens = mechlens.train_tuned_lens(model, text, training=mechlens.Training(1, 16), held_out=1)
+        >>> [trace.name for trace in mechlens.plot_tuned_lens(lens).data]
+        ['plain', 'tuned']
     """
     check_type("lens", lens, TunedLens)
-    if lens.kl_tuned.isnan().all():
+    if not lens.is_measured:
         raise ValueError(
-            f"this lens has no held-out KL to draw (it is {lens.source!r}): only train_tuned_lens measures it"
+            f"this lens, {lens.source!r}, has no held-out KL to draw: only train_tuned_lens measures it"
         )
     rows = list(lens.rows)
     drawn = {"plain": lens.kl_plain.tolist()[: len(rows)], "tuned": lens.kl_tuned.tolist()[: len(rows)]}
@@ -53,7 +63,7 @@ def plot_tuned_lens(lens: TunedLens) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            "Tuned lens: held-out KL(final ‖ row)",
+            "Tuned lens: held-out KL(final || row)",
             lens.model.name,
             f"nats, the mean of {lens.held_out_tokens:,} tokens; {lens.steps} steps",
         ),

@@ -251,10 +251,13 @@ def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def row_place(row: str) -> tuple[int, int | None]:
-    """(layer, head) of a row of a lens: `embed` is layer -1; only rows such as `L0H3` have a head."""
+    """(layer, head) of a row of a lens: `embed` is layer -1; only rows such as `L0H3` have a head.
+
+    Rows of interleaved lenses are such as `0 attn` and `0 MLP`.
+    """
     if row == "embed":
         return -1, None
-    found = re.fullmatch(r"L?(\d+)(?:H(\d+))?", row)
+    found = re.fullmatch(r"L?(\d+)(?:H(\d+)| attn| MLP)?", row)
     assert found is not None, row
     return int(found[1]), None if found[2] is None else int(found[2])
 

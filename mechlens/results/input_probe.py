@@ -1,15 +1,15 @@
-"""The result of reading the input back out of the residual stream."""
+"""Linear maps that recover the input token from the residual stream."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.results.base import Result, row_place
+from mechlens.results.columns import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,55 +17,58 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class InputProbe(Result):
-    """Linear maps from each layer's residual stream back to the token that was read.
+    """Linear maps from each layer's residual stream back to the token at the position.
 
-    Dictionaries are keyed by basis: `embedding`, the coordinates of `W_E` themselves, then those asked for.
-    What a map recovers has the axes `[map, row]`, what it is like the axis `fit`.
+    Dictionaries are keyed by basis: `embedding` (the coordinates of `W_E` themselves), `pca`, `nmf`. What a
+    map recovers has axes `[map, row]`, what the map is like the axis `fit`.
+
+    Nulls are the same number for random maps `U diag(s) V.T`, with the map's singular values s and with U and
+    V uniform among orthogonal matrices: mean, and the ends of the central 95%.
     """
 
     rows: tuple[str, ...]
     """`embed` (block 0's `resid_pre`), then the layers by number (their `resid_post`)."""
     maps: tuple[str, ...]
-    """How a row is read: `per_layer`, by a map of its own; `shared`, by one fitted to all rows together."""
+    """`per_layer` (a map for each row) and `shared` (one map fitted to all rows together)."""
     accuracy: dict[str, Float[Tensor, "map row"]]
-    """Share of held-out positions whose token is the one nearest to what the map makes of the stream, in
-    [0, 1]; a token that ties for the nearest counts."""
+    """Share of held-out positions whose token is nearest to the map's output, in [0, 1]; ties count."""
     accuracy_interval: dict[str, Float[Tensor, "map row 2"]]
-    """95% bootstrap interval of the mean over held-out windows; nan where there is only one."""
+    """95% bootstrap interval of the mean over held-out windows; nan if there is only one."""
     chance: float
-    """Held-out accuracy of always naming the token that is most frequent in the training windows."""
+    """Held-out accuracy of always naming the most frequent token of the training windows."""
     r2: dict[str, Float[Tensor, "map row"]]
-    """Share of the held-out variance of the token's coefficients that is reconstructed, at most 1."""
+    """Share of the held-out variance of the token's coefficients that is explained, at most 1."""
     element_r2: dict[str, Float[Tensor, "map row _"]]
-    """The same for each element; nan where a coefficient does not vary."""
+    """The same for each element; nan if a coefficient does not vary."""
     fits: tuple[str, ...]
-    """The maps by name: the rows (where there are maps per layer), then `shared`."""
+    """The maps by name: the rows (if there are maps per layer), then `shared`."""
     weights: dict[str, Float[Tensor, "fit d_model _"]]
-    """The maps: `stream @ weights[basis][fit] + biases[basis][fit]` are the coefficients of the token."""
+    """`stream @ weights[basis][fit] + biases[basis][fit]` estimates the coefficients of the token."""
     biases: dict[str, Float[Tensor, "fit _"]]
     similarity: dict[str, Float[Tensor, " fit"]]
-    """Cosine of the map, read as logits, with the embedding matrix, in [-1, 1]: see `probe_input`."""
+    """Cosine (Frobenius) of the map read as logits, `M @ C.T`, with `W_E.T`, in [-1, 1]. C are the
+    coefficients of all tokens; both are centered over the vocabulary, which adds a constant to all logits."""
     similarity_null: dict[str, Float[Tensor, "fit 3"]]
-    """The same for random maps with the same singular values: mean, and the ends of the central 95%."""
     unembedding_similarity: dict[str, Float[Tensor, " fit"]]
-    """The cosine with the unembedding; nan where that has another vocabulary."""
+    """The cosine with `W_U` (with the final norm's scale in it); nan if it has another vocabulary."""
     unembedding_similarity_null: dict[str, Float[Tensor, "fit 3"]]
     directions: dict[str, Float[Tensor, "_ d_model"]]
-    """Each element as a unit vector of the embedding space; 0 for an element that is nowhere used."""
+    """Each element as a unit vector of the embedding space; 0 for an element that no token uses."""
     importance: dict[str, Float[Tensor, " _"]]
-    """Share of each element in the embedding matrix: of its variance (`embedding`, `pca`) or of the squared
-    norms of the parts (`nmf`). `pca` and `nmf` are in decreasing order."""
+    """Share of each element in `W_E`: of its variance (`embedding`, `pca`) or of the squared norms of the
+    parts (`nmf`). `pca` and `nmf` are in decreasing order."""
     explained: dict[str, float]
-    """How much of `W_E` a basis holds: of its variance, or for `nmf` of its squared norm."""
+    """Share of `W_E` that a basis explains: of its variance, or for `nmf` of its squared norm."""
     weight: dict[str, Float[Tensor, "fit _"]]
-    """Where in the stream the map to the embedding reads: share of each element, see `probe_input`."""
+    """Where in the stream the map to the embedding reads. Of a unit direction g, an element, it is
+    `var(x . g) |g M|^2`, as a share of all elements."""
     weight_correlation: dict[str, Float[Tensor, " fit"]]
-    """Spearman's rank correlation of weight and importance, in [-1, 1]: negative where the map leans on what
-    the embedding cares little about. nan where either does not vary."""
+    """Spearman's rank correlation of weight and importance, in [-1, 1]: negative if the map relies on
+    directions that matter little in the embedding. nan if either does not vary."""
     weight_correlation_null: dict[str, Float[Tensor, "fit 3"]]
-    """Of the same random maps on the same stream."""
+    """With the same stream."""
     nmf_converged: bool | None
-    """Whether the factorisation met its tolerance; None without the basis `nmf`."""
+    """Whether the factorization met its tolerance; None without the basis `nmf`."""
     train_tokens: int
     """Positions that the maps were fitted to."""
     held_out_tokens: int
@@ -77,14 +80,37 @@ class InputProbe(Result):
     seed: int
     prepend_bos: bool
 
+    columns: ClassVar = (
+        Column("basis", help="Coordinates of `W_E` (embedding), principal axes, or non-negative factors."),
+        Column("kind", "map"),
+        Column("row"),
+        Column("accuracy", help="Share of held-out positions whose token is nearest to the map's output."),
+        Column("chance", help="Accuracy of always naming the most frequent token."),
+        Column("r2", "R²", help="Share of the held-out variance that the map explains."),
+        Column("similarity", "cosine with W_E", signed=True),
+        Column("unembedding_similarity", "cosine with W_U", signed=True),
+        Column(
+            "weight_correlation",
+            "weight against importance",
+            signed=True,
+            help="Rank correlation of where the map reads the stream and what matters in the embedding.",
+        ),
+    )
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """Every row of the stream in the coordinates of the embedding, last layer first, at most `top`."""
+        table = self.to_dataframe()
+        own = table[(table["basis"] == "embedding") & (table["kind"] == self.maps[0])]
+        return own[[each.name for each in self.columns]][::-1].head(top)
+
     def fit_of(self, name: str, row: str) -> int:
-        """Place on the axis `fit` of the map that reads a row in a way of `maps`."""
+        """Index on the axis `fit` of the map of a row: the row's own, or the `shared` one."""
         return self.fits.index("shared" if name == "shared" else row)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per basis, kind of map, row and layer (-1 for `embed`): accuracy with its interval and
-        chance, r2, and of the map that reads the row both similarities and the correlation of weight and
-        importance with their nulls."""
+        """One row per basis, kind of map and row, with its layer (-1 for `embed`): accuracy with its interval
+        and chance, r2, and of the row's map both similarities and the correlation of weight and importance,
+        each with its null."""
         import pandas as pd
 
         records: list[dict[str, Any]] = []
@@ -111,23 +137,3 @@ class InputProbe(Result):
                             record[f"{measure}_null{end}"] = value
                     records.append(record)
         return pd.DataFrame(records)
-
-    def elements_to_dataframe(self) -> pd.DataFrame:
-        """One row per basis, kind of map, row, layer (-1 for `embed`) and element: importance, weight, r2."""
-        import pandas as pd
-
-        tables = []
-        for basis, importance in self.importance.items():
-            index = pd.MultiIndex.from_product(
-                [[basis], self.maps, self.rows, range(len(importance))],
-                names=["basis", "kind", "row", "element"],
-            )
-            r2 = self.element_r2[basis]
-            order = [[self.fit_of(name, row) for row in self.rows] for name in self.maps]
-            weight = self.weight[basis][torch.tensor(order)]
-            columns = {"importance": importance.expand_as(weight), "weight": weight, "r2": r2}
-            flat = {name: values.flatten().numpy() for name, values in columns.items()}
-            tables.append(pd.DataFrame(flat, index=index).reset_index())
-        table = pd.concat(tables, ignore_index=True)
-        table.insert(3, "layer", [row_place(row)[0] for row in table["row"]])
-        return table

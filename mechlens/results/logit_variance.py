@@ -1,15 +1,16 @@
-"""Results about how far the logits of probable and improbable tokens move over layers."""
+"""How much the logits of probable and improbable tokens vary over layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result, row_place
+from mechlens.results.columns import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class LogitVariance(Result):
     """How the lens's logits vary over layers, for tokens binned by their final rank at the same position.
 
-    Logits are before a soft-cap and less their mean over the vocabulary, in which processed and raw weights
+    Logits are taken before a soft-cap and centered over the vocabulary, so that processed and raw weights
     agree. Everything is a mean over the tokens of a bin.
     """
 
@@ -32,37 +33,46 @@ class LogitVariance(Result):
     bins: tuple[tuple[int, int], ...]
     """First and last final rank of each bin; rank 1 is the most likely token."""
     probability: Float[Tensor, "bin batch read"]
-    """What the tokens of a bin finally have together."""
+    """Final probability of the tokens of a bin together."""
     variance: Float[Tensor, "bin batch read"]
-    """Of a token's logit over the layers, `embed` not among them."""
+    """Variance of a token's logit over the layers, without `embed`, in logits²."""
     null_variance: Float[Tensor, "null bin"]
-    """Mean over positions of the same with tokens assigned to the bins at random, for each draw."""
+    """Mean over positions of the same with tokens assigned to bins at random, for each draw."""
     elsewhere_variance: Float[Tensor, "bin batch read"]
-    """The same with tokens binned by their final rank at another position, drawn at random: what a token's
-    general improbability makes of it, whatever the context. nan where a single position was read."""
+    """The same with tokens binned by their final rank at another position, drawn at random: the effect of
+    tokens that are improbable in any context. nan if a single position was read."""
     mean_logit: Float[Tensor, "row bin batch read"]
+    """Logits."""
     spread: Float[Tensor, "row bin batch read"]
     """Standard deviation of the logits over the tokens of the bin."""
     excess: Float[Tensor, "row bin batch read"]
-    """Of the distance |logit - final logit|; 0 in the last row."""
+    """Distance |logit - final logit|; 0 in the last row."""
     seed: int
-    """Of the random assignments."""
+    """Seed of the random assignments."""
     prepend_bos: bool
+
+    columns: ClassVar = (
+        Column("bin", "final rank"),
+        Column("probability", "final probability", help="Of the bin's tokens together."),
+        Column("variance", "variance over layers", "logits²"),
+        Column("null_variance", "variance in random bins", "logits²"),
+        Column("elsewhere_variance", "variance, ranked at another position", "logits²"),
+    )
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The bins as text, such as `1` and `2-10`."""
         return tuple(str(first) if first == last else f"{first}-{last}" for first, last in self.bins)
 
-    def figures(self) -> dict[str, float]:
-        """What the whole says of the conjecture, in numbers; means over all positions.
+    def estimates(self) -> dict[str, float]:
+        """The conjecture in numbers, as means over all positions.
 
         `variance_ratio`: variance of the least probable bin over that of the most probable one, and the same
         of the nulls (`null_ratio`, with the lowest and highest draw) and of bins from another position
         (`elsewhere_ratio`). Of the least probable bin alone: `peak_excess`, the largest excess over layers,
-        and `peak_row`, the layer that has it; `left_before_last`, the share of it that is still there one
-        layer before the last; `spread_bulge`, the largest spread over layers as a multiple of the final one.
-        nan where a single layer or bin leaves nothing to compare.
+        and `peak_row`, the layer that has it; `left_before_last`, the share of it that is left one layer
+        before the last; `spread_bulge`, the largest spread over layers as a multiple of the final one.
+        nan if there is a single layer or bin.
         """
         nulls = (self.null_variance[:, -1] / self.null_variance[:, 0]).double()
         excess = self.excess[1:, -1].double().mean((1, 2))
@@ -79,6 +89,11 @@ class LogitVariance(Result):
             "left_before_last": float(excess[-2] / excess.max()) if has_layers else math.nan,
             "spread_bulge": float(spread.max() / spread[-1]),
         }
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """Each bin's probability and variances, as means over all positions."""
+        table = self.to_dataframe()[[each.name for each in self.columns]]
+        return table.groupby("bin", sort=False).mean().reset_index().head(top)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per row of the lens, bin, sequence and position: row, layer (-1 for `embed`), bin,

@@ -1,20 +1,21 @@
-"""The tuned lens: one affine translator per row of the lens."""
+"""The tuned lens: an affine translator for each row of the logit lens."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.results.base import ModelInfo, Result, row_place
+from mechlens.results.columns import Column
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# What a lens of other weights would differ in; engines and dtypes may change.
+# What lenses of the same weights agree in; engines and dtypes may change.
 _OF_THE_WEIGHTS = ("name", "revision", "architecture", "processing", "n_layers", "d_model", "d_vocab")
 
 _WEIGHTS = {
@@ -26,9 +27,9 @@ _WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TunedLens(Result):
-    """What turns each row of the lens into what the last layer would make of it, as an affine map.
+    """Affine maps after which each row of the lens predicts what the model does.
 
-    It belongs to the weights it was trained on, processed or not; ask `check_fits`.
+    A lens belongs to the weights it was trained on, processed or not.
     """
 
     rows: tuple[str, ...]
@@ -37,31 +38,47 @@ class TunedLens(Result):
     """A vector x becomes `x + x @ weight + bias`."""
     bias: Float[Tensor, "row d_model"]
     kl_plain: Float[Tensor, " every"]
-    """Of each row and the last layer, without a translator: KL(final || row) in nats, the mean over the
-    tokens held out; nan where it was not measured."""
+    """KL(final || row) of each row and the last layer without a translator, in nats: the mean over held-out
+    tokens; nan if it was not measured."""
     kl_tuned: Float[Tensor, " every"]
     """The same with the translators."""
     source: str
-    """`trained`, or the checkpoint that the lens was read from; of that nothing below is known."""
+    """`trained`, or the published checkpoint that it was read from, of which nothing below is known."""
     steps: int | None
     batch_tokens: int | None
     """Tokens in each step's batch."""
     length: int | None
     """Tokens in a window of text, with its BOS."""
     train_tokens: int | None
-    """Different tokens that were trained on."""
+    """Distinct tokens that were trained on."""
     held_out_tokens: int | None
-    """Tokens, others than those, that the KLs are a mean over."""
+    """Other tokens, which the KLs are a mean over."""
     learning_rate: float | None
-    """Of the first step; it falls linearly to zero."""
+    """Learning rate of the first step; it falls linearly to zero."""
     seed: int | None
     prepend_bos: bool | None
     """Whether every window began with BOS."""
 
+    columns: ClassVar = (
+        Column("row"),
+        Column("kl_plain", "KL without translator", "nats"),
+        Column("kl_tuned", "KL with translator", "nats"),
+    )
+
+    @property
+    def title(self) -> str:
+        """What this is, in a few words."""
+        return f"Tuned lens of {self.model.name}"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its KL is known; a published lens has none."""
+        return not bool(self.kl_tuned.isnan().all())
+
     def translate(
         self, row: str, vectors: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """Residual vectors of a row as the last layer would have them.
+        """Translate the residual vectors of a row.
 
         Args:
             row: one of `rows`, or the last layer, whose vectors come back as they are.
@@ -71,13 +88,20 @@ class TunedLens(Result):
             In the dtype of `vectors`; the arithmetic is done in float32 at least.
 
         Raises:
-            ValueError: no such row.
+            ValueError: there is no such row.
+
+        Example:
+            >>> text = mechlens.sample_tokens(model, batch=4, seq_len=16)
+            >>> training = mechlens.Training(steps=1, batch_tokens=16)
+            >>> tuned = mechlens.train_tuned_lens(model, text, training=training, held_out=1)
+            >>> tuned.translate("2", torch.zeros(5, model.cfg.d_model)).shape
+            torch.Size([5, 192])
         """
         if row == str(self.model.n_layers - 1):
             return vectors
         if row not in self.rows:
             there = ", ".join((*self.rows, str(self.model.n_layers - 1)))
-            raise ValueError(f"this lens has no row {row!r}; there are: {there}")
+            raise ValueError(f"this lens has no row {row!r}: it has {there}")
         index = self.rows.index(row)
         wide = torch.promote_types(vectors.dtype, torch.float32)
         weight, bias = (each[index].to(vectors.device, wide) for each in (self.weight, self.bias))
@@ -85,10 +109,10 @@ class TunedLens(Result):
         return (x + x @ weight + bias).to(vectors.dtype)
 
     def check_fits(self, info: ModelInfo) -> None:
-        """Make sure that this lens belongs to a model's weights.
+        """Check that this lens belongs to a model's weights.
 
         Raises:
-            ValueError: it was trained on another model, revision or size, or on weights in another state of
+            ValueError: it was trained on another model, revision or size, or on weights with other
                 processing.
         """
         other = [
@@ -99,7 +123,7 @@ class TunedLens(Result):
         if not other:
             return
         advice = "train a lens on this model, or load the one it was trained on"
-        said = f"it is of {', '.join(other)}"
+        said = f"it belongs to {', '.join(other)}"
         if other[0].startswith("processing") and len(other) == 1:
             trained, given = _WEIGHTS[self.model.processing], _WEIGHTS[info.processing]
             said = f"it was trained on {trained}, but this has {given}"
@@ -120,3 +144,7 @@ class TunedLens(Result):
                 "kl_tuned": self.kl_tuned.tolist(),
             }
         )
+
+    def summary(self, top: int | None = None) -> pd.DataFrame:
+        """The rows, the last layer first; each matters."""
+        return self.to_dataframe()[["row", "kl_plain", "kl_tuned"]][::-1].head(top or len(self.rows) + 1)

@@ -1,195 +1,220 @@
-"""A report's section on the logit lens: a result in, a `Section` out."""
+"""The section on a logit lens, and on single vectors read through one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-import plotly.graph_objects as go
-
-from mechlens.plots.logit_lens import (
-    OF_TARGET,
-    lens_stat,
-    plot_lens_lines,
-    plot_logit_lens,
-    plot_sub_blocks,
-    shown_positions,
-    stacked,
-)
-from mechlens.results import LogitLensResult
-from mechlens.show.section import Figure, Section
+import mechlens
+from mechlens.errors import ArgumentError
+from mechlens.results import LogitLensResult, VectorLens
+from mechlens.results.lens_statistics import LensStatistic, check_statistics, lens_statistic
+from mechlens.show.section import Cell, Figure, Section, Table
 from mechlens.text.display import visible_token
 
 MAX_POSITIONS = 64
-"""As many as are drawn unasked."""
+"""The most positions that are shown by default: the last ones."""
 STRETCH = 12
-"""Positions beside one another in a page, as many as its column holds; a longer text is drawn in several
-pictures."""
+"""Positions side by side in a figure: as many as a page's column holds. More make several figures."""
+_LONGEST = 8
+"""Letters of a token in a terminal."""
 
 _TERMS = {
     "Logit lens": (
-        "What a layer's vectors say about the next token, read as if the layer were the model's last: "
-        "through the last norm and the unembedding."
+        "What a layer's vectors predict as the next token if the layer is read as the model's last: through "
+        "the last norm and the unembedding."
     ),
     "Row embed": "The token and its position as they enter the first block, before any layer.",
     "Nat": "Unit of information with the natural logarithm: 0.69 nats are one bit.",
     "Rank": "Place of a token among all tokens of the vocabulary; 1 is the most likely.",
-    "KL(final ‖ layer)": (
-        "Kullback-Leibler divergence of a layer's distribution from the model's own: 0 where they are the "
-        "same."
+    "KL(final || layer)": (
+        "Kullback-Leibler divergence of a layer's distribution from the model's own: 0 where they are equal."
     ),
-    "KL(input ‖ layer)": (
+    "KL(input || layer)": (
         "Kullback-Leibler divergence of a layer's distribution from that of the row embed, which is close to "
         "the input token; only where the unembedding is tied to the embedding."
     ),
     "Entropy": "How undecided a layer's distribution is: 0 where one token is certain.",
     "Probability of the top guess": "Probability that a layer gives to the token in its own cell.",
 }
-_OF_STAT = {
+_OF_STATISTIC = {
     "probability": ("Probability of the top guess",),
-    "rank": ("Rank",),
-    "kl": ("KL(final ‖ layer)", "Nat"),
-    "kl_input": ("KL(input ‖ layer)", "Nat"),
-    "input_rank": ("Rank",),
-    "next_rank": ("Rank",),
     "entropy": ("Entropy", "Nat"),
+    "kl_final": ("KL(final || layer)", "Nat"),
+    "kl_input": ("KL(input || layer)", "Nat"),
 }
 
 
 def lens_section(
     result: LogitLensResult,
-    stats: str | Sequence[str] = ("probability", "kl"),
+    stats: str | Sequence[str] = ("probability", "kl_final"),
     *,
     row: int = 0,
     positions: Sequence[int] | None = None,
-    target: str | None = None,
     high: float | None = None,
-    lines: Sequence[str] = ("rank", "kl"),
-    title: str = "Logit lens",
+    lines: Sequence[str] = ("rank_final", "kl_final"),
+    title: str = "",
     text: str = "",
 ) -> Section:
-    """Top guesses by layer and position, coloured by each statistic, and statistics by layer as lines.
+    """Top guesses by layer and position, colored by each statistic, and statistics by layer as lines.
 
-    More than 12 positions are drawn in stretches with the same colours.
+    A terminal shows the first statistic. Pages draw more than 12 positions in several figures of one scale.
 
     Args:
         stats: one or several of those that `plot_logit_lens` takes.
-        row: which sequence of the batch.
-        positions: which of the positions that were read; None draws the last 64, and says so where there are
+        row: sequence of the batch.
+        positions: which of the positions that were read; None shows the last 64, and says so where there are
             more.
-        target: whose `rank` and `probability`, as for `plot_logit_lens`.
-        high: the value that gets the darkest colour, for one statistic.
-        lines: statistics of the last of the positions, drawn by layer; none leaves the lines out.
+        high: value with the darkest color, for a single statistic.
+        lines: statistics drawn by layer at the last of the positions; empty for none.
         text: what to look for.
 
     Raises:
-        ValueError: `high` for several statistics, and as `plot_logit_lens`.
+        ArgumentError: `high` is given for several statistics, or there is no such statistic.
     """
-    stats = (stats,) if isinstance(stats, str) else tuple(stats)
-    named = "head" if result.component == "result" else "layer"
-    positions, left_out = _shown(result, row, positions)
-    parts = _heatmaps(
-        partial(plot_logit_lens, result, row=row), result, stats, row, positions, target, high, named
-    )
+    stats = check_statistics(stats)
+    if high is not None and len(stats) != 1:
+        raise ArgumentError("high", "left out for several statistics", high)
+    drawn, left_out = _shown(result, row, positions)
+    parts: list[Figure | Table] = [_grid(result, stats[0], row, drawn, high)]
+    if result.target_ids:
+        parts.append(_targets(result, row, drawn[-1]))
+    for stat in stats:
+        parts += _heatmaps(result, stat, row, drawn, high)
     if lines:
-        last = positions[-6:]
-        read = ", ".join(_read(result, row, last))
+        last = drawn[-6:]
         parts.append(
             Figure(
-                plot_lens_lines(result, lines, row=row, positions=last, target=_for(target, lines)),
-                f"The last {len(last)} positions, {named} by {named}.",
-                f"Lines of {' and '.join(lines)} by {named} after {read}.",
+                lambda: mechlens.plot_lens_lines(result, lines, row=row, positions=last),
+                f"The last {len(last)} positions, {result.unit} by {result.unit}.",
+                f"{' and '.join(lines)} by {result.unit} after {', '.join(_read(result, row, last))}.",
             )
         )
-    return Section(title, text + left_out, parts, _terms(*stats, *lines))
+    return Section(
+        title or result.title, "\n\n".join(filter(None, (text, left_out))), parts, _terms(*stats, *lines)
+    )
 
 
-def sub_blocks_section(
-    attn: LogitLensResult,
-    mlp: LogitLensResult,
-    stats: str | Sequence[str] = "kl",
-    *,
-    row: int = 0,
-    positions: Sequence[int] | None = None,
-    target: str | None = None,
-    high: float | None = None,
-    title: str = "Logit lens by sub-block",
-    text: str = "",
+def vector_section(
+    result: VectorLens, *, top: int = 10, title: str = "Vectors read as predictions", text: str = ""
 ) -> Section:
-    """Two lenses as one, each layer's MLP above its attention; all else is as in `lens_section`.
-
-    Raises:
-        ValueError: as `plot_sub_blocks`.
-    """
-    stats = (stats,) if isinstance(stats, str) else tuple(stats)
-    positions, left_out = _shown(attn, row, positions)
-    draw = partial(plot_sub_blocks, attn, mlp, row=row)
-    parts = _heatmaps(draw, stacked(attn, mlp), stats, row, positions, target, high, "sub-block")
-    return Section(title, text + left_out, parts, _terms(*stats))
+    """The most likely tokens of each vector."""
+    table = result.to_dataframe()
+    shown = table[table["place"] <= top]
+    return Section(title, text, (Table.of(shown, result.columns, "The most likely next tokens"),), _terms())
 
 
 def _shown(result: LogitLensResult, row: int, positions: Sequence[int] | None) -> tuple[Sequence[int], str]:
-    """The positions to draw, and a paragraph on what is left out."""
+    """The positions to show, and a paragraph on what is left out."""
     if positions is not None:
-        return list(positions), ""
-    every = shown_positions(result, row)
+        return [result.positions[column] for column in result.shown_columns(row, positions)], ""
+    every = result.shown_positions(row)
     if len(every) <= MAX_POSITIONS:
         return every, ""
     return every[-MAX_POSITIONS:], (
-        f"\n\nShown: the last {MAX_POSITIONS} of {len(every):,} positions. Others are chosen by positions=, "
-        "on the command line by --position."
+        f"Shown: the last {MAX_POSITIONS} of {len(every):,} positions. Choose others with positions=, or "
+        "--position on the command line."
     )
 
 
+def _scaled(
+    result: LogitLensResult, stat: str, row: int, positions: Sequence[int], high: float | None
+) -> tuple[LensStatistic, list[int], float]:
+    """The statistic, where the positions are on its axis, and the value of the darkest color."""
+    statistic = lens_statistic(result, stat)
+    columns = result.shown_columns(row, positions)
+    return statistic, columns, statistic.bound(statistic.values[:, row, columns], high)
+
+
+def _grid(
+    result: LogitLensResult, stat: str, row: int, positions: Sequence[int], high: float | None
+) -> Table:
+    """Top guesses on colored ground, as a terminal shows them."""
+    statistic, columns, bound = _scaled(result, stat, row, positions, high)
+    read, follows = _read(result, row, range(result.tokens.shape[1]), _LONGEST), result.following(row)
+    shares = statistic.shares(statistic.values[:, row, columns], bound).tolist()
+    ids = result.top_ids[:, row, columns, 0]
+    rows: list[list[Cell | str]] = []
+    for at in reversed(range(len(result.rows))):
+        line: list[Cell | str] = [result.rows[at]]
+        texts = result.texts(ids[at])
+        for text, token, position, share in zip(texts, ids[at].tolist(), positions, shares[at], strict=True):
+            right = follows.get(position) == token
+            line.append(Cell(visible_token(text, longest=_LONGEST) + "*" * right, share, right))
+        rows.append(line)
+    following = [read[position + 1] if position in follows else "" for position in positions]
+    return Table(
+        [result.unit, *(read[position] for position in positions)],
+        [["next", *following], *rows],
+        f"Top guess of each {result.unit} after each token, * where it is the next token",
+        where="terminal",
+        dense=True,
+        shades=_scale(statistic, bound),
+    )
+
+
+def _scale(statistic: LensStatistic, bound: float) -> str:
+    low = statistic.written(1.0) if statistic.is_rank else "0"
+    return f"{statistic.title}, from {low} (light) to {statistic.written(bound)} (dark)"
+
+
+def _targets(result: LogitLensResult, row: int, position: int) -> Table:
+    """Rank and probability of each target after one position, by row."""
+    column = result.positions.index(position)
+    kinds = [
+        kind
+        for kind, needed in (("rank", "rank"), ("probability", "log_prob"))
+        if needed in result.statistics
+    ]
+    names = [(name, kind) for name in result.target_ids for kind in kinds]
+    rows = []
+    for at in reversed(range(len(result.rows))):
+        values = [
+            float((result.rank[name] if kind == "rank" else result.probability(name))[at, row, column])
+            for name, kind in names
+        ]
+        rows.append([result.rows[at], *values])
+    (read,) = _read(result, row, [position])
+    columns = [result.column(f"{kind}_{name}") for name, kind in names]
+    return Table([result.unit, *columns], rows, f"Targets after {read}, position {position}", folded=True)
+
+
 def _heatmaps(
-    draw: Callable[..., go.Figure],
-    result: LogitLensResult,
-    stats: Sequence[str],
-    row: int,
-    positions: Sequence[int],
-    target: str | None,
-    high: float | None,
-    named: str,
+    result: LogitLensResult, stat: str, row: int, positions: Sequence[int], high: float | None
 ) -> list[Figure]:
-    if high is not None and len(stats) != 1:
-        raise ValueError(f"high is of one statistic, but there are {', '.join(stats)}")
-    count = max(1, math.ceil(len(positions) / STRETCH))
+    """One statistic, in figures of at most `STRETCH` positions with the same colors."""
+    statistic, _, bound = _scaled(result, stat, row, positions, high)
+    count = math.ceil(len(positions) / STRETCH)
     # of about the same length, because a last one of two tokens would look lost
     length = math.ceil(len(positions) / count)
-    stretches = [positions[at : at + length] for at in range(0, len(positions), length)] if length else [[]]
-    of_target = _for(target, stats)
     parts = []
-    for stat in stats:
-        of = of_target if stat in OF_TARGET else None
-        shown = lens_stat(result, stat, of)
-        columns = [result.positions.index(position % result.tokens.shape[1]) for position in positions]
-        whole = shown.bound(shown.values[:, row, columns], high)
-        for at, stretch in enumerate(stretches, start=1):
-            where = f", part {at} of {len(stretches)}" if len(stretches) > 1 else ""
-            parts.append(
-                Figure(
-                    draw(stat, positions=stretch, target=of, high=whole),
-                    f"Each {named}'s top guess after each token{where}; the darker, the higher the "
-                    f"{shown.title}. Point at a cell for the most likely tokens.",
-                    f"Heatmap of top guesses by {named} and position{where}, coloured by the {shown.title}. "
-                    f"Tokens read: {' '.join(_read(result, row, stretch))}",
-                    keeps_width=True,
-                )
+    for at in range(count):
+        some = positions[at * length : (at + 1) * length]
+        where = f", part {at + 1} of {count}" if count > 1 else ""
+        parts.append(
+            Figure(
+                partial(mechlens.plot_logit_lens, result, stat, row=row, positions=some, high=bound),
+                f"Top guess of each {result.unit} after each token{where}; the darker, the higher the "
+                f"{statistic.title}. Hover over a cell for the most likely tokens.",
+                f"Heatmap of top guesses by {result.unit} and position{where}, colored by the "
+                f"{statistic.title}. Tokens read: {' '.join(_read(result, row, some))}",
+                keeps_width=True,
             )
+        )
     return parts
 
 
-def _for(target: str | None, stats: Sequence[str]) -> str | None:
-    """The target, where one of these statistics is of one."""
-    return target if any(stat in OF_TARGET for stat in stats) else None
-
-
-def _read(result: LogitLensResult, row: int, positions: Sequence[int]) -> list[str]:
+def _read(result: LogitLensResult, row: int, positions: Sequence[int], longest: int = 24) -> list[str]:
     texts = result.texts(result.tokens[row])
-    return [visible_token(texts[position], longest=24) for position in positions]
+    return [visible_token(texts[position], longest=longest) for position in positions]
 
 
 def _terms(*stats: str) -> dict[str, str]:
-    used = {"Logit lens", "Row embed", *(term for stat in stats for term in _OF_STAT[stat])}
+    used = {"Logit lens", "Row embed"}
+    for stat in stats:
+        used |= {"Rank"} if stat.startswith("rank_") else set(_OF_STATISTIC.get(stat, ()))
     return {term: text for term, text in _TERMS.items() if term in used}
+
+
+SECTIONS = {LogitLensResult: lens_section, VectorLens: vector_section}

@@ -37,6 +37,10 @@ class Table:
     """Whether a page hides it until the reader opens it."""
     where: Literal["everywhere", "terminal", "page"] = "everywhere"
     """Which renderer shows it; a notebook shows what a page does."""
+    dense: bool = False
+    """Whether a terminal draws it without lines, and a wide one in several stretches."""
+    shades: str = ""
+    """What the ground of its `Cell`s means, with its range."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, columns: Sequence[Column], caption: str, **options: Any) -> Table:

@@ -34,6 +34,9 @@ def print_table(table: Table) -> None:
     from rich.table import Table as Drawn
     from rich.text import Text
 
+    if table.dense:
+        _print_dense(table)
+        return
     drawn = Drawn()
     for at, heading in enumerate(table.headings):
         drawn.add_column(heading, overflow="fold", justify="right" if table.is_number(at) else "left")
@@ -44,6 +47,43 @@ def print_table(table: Table) -> None:
         console = Console(width=Console(width=10_000).measure(drawn).maximum, highlight=False)
     console.print(Text(table.caption, style="bold"), soft_wrap=True)
     console.print(drawn)
+
+
+def _print_dense(table: Table) -> None:
+    """Print a table without lines, in stretches of columns as wide as the terminal; each repeats the
+    first."""
+    from rich.cells import cell_len, set_cell_size
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(table.caption, style="bold"), soft_wrap=True)
+    if table.shades:
+        colored = console.color_system is not None and not console.no_color
+        console.print(
+            f"{'Color' if colored else 'Not shown without colors'}: {table.shades}",
+            soft_wrap=True,
+            markup=False,
+        )
+    lines = [[Cell(heading, strong=True) for heading in table.headings], *table.cells()]
+    sizes = [max(cell_len(line[at].text) for line in lines) for at in range(len(table.columns))]
+    stretches: list[list[int]] = []
+    used = console.width
+    for at in range(1, len(sizes)):
+        if used + 1 + sizes[at] > console.width:
+            stretches.append([])
+            used = sizes[0]
+        stretches[-1].append(at)
+        used += 1 + sizes[at]
+    for stretch in stretches:
+        console.print()
+        for line in lines:
+            text = Text(line[0].text.rjust(sizes[0]), "bold" if line[0].strong else "")
+            for at in stretch:
+                text.append(" ")
+                text.append(set_cell_size(line[at].text, sizes[at]), shaded_style(line[at]))
+            text.truncate(console.width)
+            console.print(text, no_wrap=True, crop=False, overflow="ignore")
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

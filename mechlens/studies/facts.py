@@ -154,7 +154,6 @@ def read_facts(model: LensModel, facts: Sequence[Fact] = FACTS, *, prepend_bos: 
             targets=targets,
             statistics=["rank", "log_prob"],
             top_k=1,
-            progress=False,
         )
         for kind in ("rank", "log_prob"):
             for name in targets:

@@ -133,7 +133,6 @@ def indirect_object(
         targets={name: some[:, None].expand_as(tokens) for name, some in ids.items()},
         statistics=["rank", "log_prob"],
         top_k=1,
-        progress=False,
     )
     # Both log-probabilities have the same normalizer, so this is the difference of the logits.
     log_prob = {name: lens.log_prob[name][-1, :, 0] for name in ids}

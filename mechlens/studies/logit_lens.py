@@ -9,6 +9,7 @@ References: nostalgebraist 2020, "interpreting GPT: the logit lens".
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -28,6 +29,7 @@ from mechlens.results.claims import verdict_of
 from mechlens.show.section import Figure, Section
 from mechlens.studies.claims import Claim, Measured, Study
 from mechlens.studies.published import LENS_POST
+from mechlens.text.batches import prompt_batch
 from mechlens.text.tokens import drawable_tokens, token_strings
 
 PROSE = (
@@ -109,15 +111,15 @@ class LensStudy(Study):
                     lens(prose, "probability", f"{top}; darker is more likely.", positions=some),
                     lens(
                         prose,
-                        "rank",
+                        "rank_final",
                         f"{top}; color: rank of the final prediction, cut at {RANK_BOUND}.",
                         positions=some,
                         high=RANK_BOUND,
                     ),
-                    lens(prose, "kl", f"{top}; color: KL(final || layer) in nats.", positions=some),
+                    lens(prose, "kl_final", f"{top}; color: KL(final || layer) in nats.", positions=some),
                     lines(
                         prose,
-                        ("rank", "kl"),
+                        ("rank_final", "kl_final"),
                         some[-6:],
                         "Rank of the final prediction and KL(final || layer) by layer, at six positions.",
                     ),
@@ -143,7 +145,7 @@ class LensStudy(Study):
                     ][: int(tied)],
                     lens(
                         prose,
-                        "input_rank",
+                        "rank_input",
                         f"Rank of the input token at its own position, cut at {INPUT_RANK_BOUND}.",
                         positions=some,
                         high=INPUT_RANK_BOUND,
@@ -156,21 +158,21 @@ class LensStudy(Study):
                 [
                     lens(
                         copying,
-                        "next_rank",
+                        "rank_next",
                         "Rank of the next token; at the last position the next token is the rare one.",
                         positions=_stretch(last),
                         high=RANK_BOUND,
                     ),
                     lens(
                         copying,
-                        "input_rank",
+                        "rank_input",
                         "Rank of the input token around the first occurrence of the rare token.",
                         positions=_stretch(first + 4),
                         high=INPUT_RANK_BOUND,
                     ),
                     lines(
                         copying,
-                        ("next_rank", "kl"),
+                        ("rank_next", "kl_final"),
                         [last],
                         "Rank of the rare token and KL(final || layer) at the position before the second "
                         "copy.",
@@ -183,7 +185,7 @@ class LensStudy(Study):
                 [
                     lens(
                         repetition,
-                        "next_rank",
+                        "rank_next",
                         "Rank of the next token in the last rounds.",
                         positions=_stretch(again),
                         high=RANK_BOUND,
@@ -196,7 +198,10 @@ class LensStudy(Study):
                 [
                     Figure(
                         partial(
-                            mechlens.plot_sub_blocks, self.attention, self.mlp, "probability", positions=some
+                            mechlens.plot_logit_lens,
+                            mechlens.interleaved(self.attention, self.mlp),
+                            "probability",
+                            positions=some,
                         ),
                         "Top-1 predictions of each layer's attention and MLP.",
                         keeps_width=True,
@@ -246,13 +251,16 @@ def study_logit_lens(
     if model.tokenizer is None:
         raise ValueError("the study logit-lens needs a model with a tokenizer")
     words = rare_words(model, n_rare, seed=seed)
-    read = partial(logit_lens, model, prepend_bos=prepend_bos)
+
+    def read(texts: str | Sequence[str], what: str = "resid_post") -> LogitLensResult:
+        return logit_lens(model, prompt_batch(model, texts, prepend_bos=prepend_bos), what)
+
     prose = read(PROSE)
     study = LensStudy(
         comparisons=(),
         prose=prose,
-        attention=read(PROSE[0], component="attn_out"),
-        mlp=read(PROSE[0], component="mlp_out"),
+        attention=read(PROSE[0], "attn_out"),
+        mlp=read(PROSE[0], "mlp_out"),
         eiffel=read(EIFFEL),
         copying=read([COPY.format(word, word) for word in words]),
         repetition=read([(sentence * ROUNDS).strip() for sentence in LOOPS]),

@@ -37,8 +37,6 @@ from mechlens.terminal.features import (
     print_greedy_search,
 )
 from mechlens.terminal.induction_circuits import induction_circuits_json, print_induction_circuits
-from mechlens.terminal.lens import lens_json, print_lens
-from mechlens.terminal.tuned_lens import print_tuned_lens, tuned_lens_json
 
 __all__ = [
     "architectures_json",
@@ -53,7 +51,6 @@ __all__ = [
     "gradient_search_json",
     "greedy_search_json",
     "induction_circuits_json",
-    "lens_json",
     "number",
     "plain",
     "print_architectures",
@@ -69,9 +66,6 @@ __all__ = [
     "print_heads",
     "print_induction_circuits",
     "print_json",
-    "print_lens",
     "print_rows",
-    "print_tuned_lens",
     "tolerance",
-    "tuned_lens_json",
 ]

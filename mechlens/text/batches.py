@@ -38,17 +38,26 @@ def prompt_batch(
     attention_mask: Tensor | None = None,
     prepend_bos: bool | None = None,
 ) -> Batch:
-    """A text, several texts (padded on the right) or token ids as a batch, on the CPU.
+    """Make a batch of a text, several texts (padded on the right) or token ids, on the CPU.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
+        prompt: a text, several texts, or token ids `[batch, pos]`; what a tokenizer returns has its mask.
         attention_mask: for token ids: 1 or True for tokens, 0 or False for padding at either end.
         prepend_bos: for texts: None prepends BOS where the tokenizer has one.
 
+    Returns:
+        Tokens and mask; `logit_lens` takes them as its prompt.
+
     Raises:
         TypeError: neither a text, nor a list of texts, nor a tensor.
-        ValueError: no text or an empty one, ids that are no integers, a mask of another shape, with gaps or
+        ValueError: no text or an empty one, ids that are not integers, a mask of another shape, with gaps or
             without any token in a row, or a mask for texts.
+
+    Example:
+        >>> batch = mechlens.prompt_batch(model, ["The captain", "The"], prepend_bos=False)
+        >>> batch.mask.sum(1) == batch.tokens.shape[1]
+        tensor([ True, False])
     """
     texts = as_texts(prompt)
     if texts is None:

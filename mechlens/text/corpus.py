@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +29,16 @@ LENGTH = 128
 
 Source: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
 """A path, or an iterable of paths, texts or mappings with a `text`; see `read_texts`."""
+
+
+class Windows(Iterator[Tensor]):
+    """Windows of tokens, made as they are asked for; an analysis of a corpus reads them as they are."""
+
+    def __init__(self, made: Iterator[Tensor]) -> None:
+        self._made = made
+
+    def __next__(self) -> Int[Tensor, " pos"]:
+        return next(self._made)
 
 
 def read_texts(source: Source) -> Iterator[str]:
@@ -59,7 +70,7 @@ def token_windows(
     prepend_bos: bool | None = None,
     limit: int | None = None,
     drop_last: bool = True,
-) -> Iterator[Int[Tensor, " pos"]]:
+) -> Windows:
     """Cut a corpus into windows of tokens, each beginning with BOS where there is one.
 
     Documents follow each other with the tokenizer's EOS (or else its BOS) between them, and windows are cut
@@ -86,10 +97,12 @@ def token_windows(
     check_model(model)
     check_counts(limit=limit, length=length)
     n_ctx = model.cfg.n_ctx
+    if isinstance(source, Windows):
+        return Windows(islice(source, limit))
     rows = corpus_ids(source)
     if rows is not None:
         _check_ids(model, rows, length)
-        return iter(rows if limit is None else rows[:limit])
+        return Windows(iter(rows if limit is None else rows[:limit]))
     length = min(LENGTH, n_ctx) if length is None else length
     if length > n_ctx:
         raise ValueError(f"windows of {length} tokens do not fit into the model's context of {n_ctx}")
@@ -102,7 +115,7 @@ def token_windows(
             f"length must be at least {1 + (bos is not None)}"
         )
     stream = _ids(model.tokenizer, _pieces(source, _opened(source)))
-    return _windows(stream, length, bos, limit, drop_last)
+    return Windows(_windows(stream, length, bos, limit, drop_last))
 
 
 def corpus_ids(source: Any) -> Int[Tensor, "window pos"] | None:

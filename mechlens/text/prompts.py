@@ -361,7 +361,11 @@ def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
     if isinstance(prompt, Mapping) and "input_ids" in prompt:
         mask = prompt.get("attention_mask")
         ids, _ = as_ids(prompt["input_ids"])
-        return ids, None if mask is None else as_ids(mask)[0].bool()
+        if mask is not None:
+            # a copy, so that a result does not change with what its maker does to the mask afterwards
+            mask = torch.as_tensor(mask).to("cpu", torch.bool, copy=True)
+            mask = mask[None] if mask.ndim == 1 else mask
+        return ids, mask
     if isinstance(prompt, (list, tuple, np.ndarray)):
         try:
             prompt = torch.as_tensor(np.asarray(prompt))

@@ -73,7 +73,7 @@ def test_the_seed_decides_and_one_position_has_no_elsewhere(tiny_bos_model):
     assert_close(one.variance, other.variance)
     alone = logit_variance(tiny_bos_model, "abc", positions=[1])
     assert alone.elsewhere_variance.isnan().all()
-    assert math.isnan(alone.figures()["elsewhere_ratio"])
+    assert math.isnan(alone.estimates()["elsewhere_ratio"])
 
 
 def test_the_figures_on_known_numbers(tiny_bos_model):
@@ -92,15 +92,15 @@ def test_the_figures_on_known_numbers(tiny_bos_model):
         excess=by_row(9.0, 2.0, 0.5, 0.0),
         spread=by_row(9.0, 2.0, 3.0, 2.0),
     )
-    figures = known.figures()
-    assert figures["variance_ratio"] == 1.5
-    assert [figures[f"null_ratio{end}"] for end in ("", "_low", "_high")] == [3.0, 2.0, 4.0]
+    found = known.estimates()
+    assert found["variance_ratio"] == 1.5
+    assert [found[f"null_ratio{end}"] for end in ("", "_low", "_high")] == [3.0, 2.0, 4.0]
     # the row `embed` counts in none of them
-    assert (figures["peak_excess"], figures["peak_row"], figures["left_before_last"]) == (2.0, 0.0, 0.25)
-    assert figures["spread_bulge"] == 1.5
+    assert (found["peak_excess"], found["peak_row"], found["left_before_last"]) == (2.0, 0.0, 0.25)
+    assert found["spread_bulge"] == 1.5
 
 
-def test_its_table_and_its_file(tiny_bos_model, tmp_path):
+def test_a_saved_result_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
     found = logit_variance(tiny_bos_model, "abc")
     assert LogitVariance.load(found.save(tmp_path / "a.safetensors")) == found
     table = found.to_dataframe()
@@ -122,6 +122,6 @@ def test_its_table_and_its_file(tiny_bos_model, tmp_path):
         ({"nulls": 0}, "nulls must be at least 1"),
     ],
 )
-def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, options, message):
+def test_a_wrong_argument_is_an_error_that_names_it(tiny_bos_model, options, message):
     with pytest.raises(ValueError, match=message):
         logit_variance(tiny_bos_model, "abc", **options)

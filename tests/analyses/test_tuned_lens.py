@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from mechlens.analyses import tuned_lens as module
-from mechlens.analyses.tuned_lens import train_tuned_lens
+from mechlens.analyses.tuned_lens import Training, plan, train_tuned_lens, training, translators
+from mechlens.analyses.tuned_lens.windows import batch_windows, training_windows
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from mechlens.models.run.sampling import sample_tokens
 from mechlens.results import TunedLens
+from mechlens.text.corpus import token_windows
 from tests.close import assert_close, assert_same
 from tests.reference import tuned_lens as reference
 from tests.shared import SHARED, needs_shared
@@ -25,8 +26,18 @@ def windows(count=40, length=8):
     return torch.randint(4, 50, (count, length), generator=draw)
 
 
-SMALL = {"steps": 6, "batch_tokens": 24, "held_out": 8, "learning_rate": 0.01}
-"""Of windows of 8 tokens: 3 in a batch."""
+def trained(model, corpus=None, *, held_out=8, held_out_corpus=None, resume=None, progress=None, **changes):
+    """A lens of 6 steps, each of 3 windows of 8 tokens."""
+    options = {"steps": 6, "batch_tokens": 24, "learning_rate": 0.01} | changes
+    return train_tuned_lens(
+        model,
+        windows() if corpus is None else corpus,
+        training=Training(**options),
+        held_out=held_out,
+        held_out_corpus=held_out_corpus,
+        resume=resume,
+        progress=progress,
+    )
 
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2"])
@@ -37,7 +48,7 @@ def wide_model(request, load_once, tiny_directories):
 
 def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> None:
     corpus = windows()
-    lens = train_tuned_lens(wide_model, corpus, seed=2, **SMALL)
+    lens = trained(wide_model, corpus, seed=2)
     # 6 x 3 windows and the 8 held out are read; of these 26 every third is held out
     aside = [2, 5, 8, 11, 14, 17, 20, 23]
     train = corpus[[index for index in range(26) if index not in aside]]
@@ -70,11 +81,11 @@ def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> 
 
 
 def test_pieces_make_the_same_lens_as_the_whole(tiny_bos_model, monkeypatch) -> None:
-    whole = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    whole = trained(tiny_bos_model)
     # one window is run at a time, and three positions have logits
-    monkeypatch.setattr(module, "RESIDUAL_BYTES", 1)
-    monkeypatch.setattr(module, "CHUNK", 3)
-    pieces = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    monkeypatch.setattr(translators, "RESIDUAL_BYTES", 1)
+    monkeypatch.setattr(translators, "CHUNK", 3)
+    pieces = trained(tiny_bos_model)
     # float32 sums in another order, which Adam divides by their own size
     assert torch.allclose(pieces.weight, whole.weight, atol=2e-3)
     assert (pieces.weight - whole.weight).abs().mean() < 1e-5
@@ -82,19 +93,19 @@ def test_pieces_make_the_same_lens_as_the_whole(tiny_bos_model, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_it_takes_gradients_whatever_mode_its_caller_is_in(tiny_bos_model, mode) -> None:
-    options = {"steps": 2, "batch_tokens": 16, "held_out": 2}
-    expected = train_tuned_lens(tiny_bos_model, windows(), **options)
+def test_it_trains_inside_inference_mode(tiny_bos_model, mode) -> None:
+    options = {"steps": 2, "batch_tokens": 16, "held_out": 2, "learning_rate": None}
+    expected = trained(tiny_bos_model, **options)
     with mode():
-        found = train_tuned_lens(tiny_bos_model, windows(), **options)
+        found = trained(tiny_bos_model, **options)
     assert torch.allclose(found.weight, expected.weight, atol=1e-6)
 
 
 def test_a_corpus_that_is_too_short_for_all_steps_is_used_again(tiny_bos_model) -> None:
-    lens = train_tuned_lens(tiny_bos_model, windows(14), **SMALL)
+    lens = trained(tiny_bos_model, windows(14))
     assert lens.train_tokens == 6 * 8
-    again = module._chosen(1, 4, 6, seed=1).tolist()
-    first = module._chosen(0, 4, 6, seed=1).tolist()
+    again = batch_windows(1, 4, 6, seed=1).tolist()
+    first = batch_windows(0, 4, 6, seed=1).tolist()
     assert sorted(first + again[:2]) == [0, 1, 2, 3, 4, 5], "each window once before any comes again"
 
 
@@ -102,7 +113,7 @@ def test_a_corpus_that_is_too_short_for_all_steps_is_used_again(tiny_bos_model) 
 def test_it_brings_every_row_of_the_bundled_model_nearer(processing) -> None:
     model = load_model(processing=processing)
     text = sample_tokens(model, batch=112, seq_len=24)
-    lens = train_tuned_lens(model, text, steps=24, batch_tokens=192, held_out=16)
+    lens = train_tuned_lens(model, text, training=Training(24, 192), held_out=16)
     assert lens.rows == ("embed", "0", "1", "2")
     assert (lens.kl_tuned[:-1] < 0.9 * lens.kl_plain[:-1]).all()
     # the last row is the model itself, to the rounding of float32
@@ -116,11 +127,9 @@ def test_it_brings_every_row_nearer_on_books_it_has_not_read(bundled) -> None:
     corpus = SHARED / "corpus"
     lens = train_tuned_lens(
         bundled,
-        corpus / "books-train.jsonl.gz",
+        token_windows(bundled, corpus / "books-train.jsonl.gz", length=64),
         held_out_corpus=corpus / "books-validation.jsonl.gz",
-        steps=16,
-        batch_tokens=256,
-        length=64,
+        training=Training(16, 256),
         held_out=16,
     )
     assert (lens.kl_tuned[:-1] < 0.9 * lens.kl_plain[:-1]).all()
@@ -130,22 +139,21 @@ def test_it_brings_every_row_nearer_on_books_it_has_not_read(bundled) -> None:
 def test_a_narrow_model_is_trained_in_float32(tiny_directories) -> None:
     """Where rounding hides small changes of a weight, and statistics would be worth little."""
     narrow = load_model(tiny_directories / "llama", dtype="bfloat16")
-    options = SMALL | {"steps": 30}
-    lens = train_tuned_lens(narrow, windows(120), **options)
+    lens = trained(narrow, windows(120), steps=30)
     assert lens.weight.dtype == lens.kl_tuned.dtype == torch.float32
     assert (lens.kl_tuned[:-1] < lens.kl_plain[:-1]).all()
-    same = train_tuned_lens(load_model(tiny_directories / "llama"), windows(120), **options)
+    same = trained(load_model(tiny_directories / "llama"), windows(120), steps=30)
     # bfloat16 has 8 bits
     assert torch.allclose(lens.kl_tuned, same.kl_tuned, rtol=0.05, atol=0.02)
 
 
-def test_the_model_is_left_as_it_was(tiny_bos_model) -> None:
+def test_training_leaves_the_model_unchanged(tiny_bos_model) -> None:
     before = {name: value.clone() for name, value in tiny_bos_model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in tiny_bos_model.parameters()]
     for part in tiny_bos_model.modules():
         part.training = True
     try:
-        train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+        trained(tiny_bos_model)
         assert all(part.training for part in tiny_bos_model.modules())
     finally:
         tiny_bos_model.eval()
@@ -175,24 +183,24 @@ def interrupted(model, *, after: int, **options) -> None:
     handle = model.blocks[0].register_forward_pre_hook(count)
     try:
         with pytest.raises(Stop):
-            train_tuned_lens(model, windows(), **options)
+            trained(model, **options)
     finally:
         handle.remove()
 
 
 def test_an_interrupted_training_resumes(load_once, tiny_directories, tmp_path) -> None:
     model, file = load_once(tiny_directories / "gpt2", dtype="float64"), tmp_path / "checkpoint.safetensors"
-    whole = train_tuned_lens(model, windows(), **SMALL)
+    whole = trained(model)
     for after in (9, 7):
-        interrupted(model, after=after, resume=file, **SMALL)
+        interrupted(model, after=after, resume=file)
     # two runs before each training tell whether the model can be read; as the counter is a hook, four more
     # tell whether it treats rows alike; each step takes one
     assert _step(file) == 4
-    resumed = train_tuned_lens(model, windows(), resume=file, **SMALL)
+    resumed = trained(model, resume=file)
     assert_same(resumed, whole)
     assert _step(file) == 6
     # nothing is left to do
-    assert_same(train_tuned_lens(model, windows(), resume=file, **SMALL), whole)
+    assert_same(trained(model, resume=file), whole)
     assert list(tmp_path.glob(".*")) == []
 
 
@@ -220,22 +228,21 @@ def _step(path) -> int:
 )
 def test_a_checkpoint_of_another_training_is_refused(tiny_bos_model, tmp_path, change, message) -> None:
     file = tmp_path / "checkpoint.safetensors"
-    train_tuned_lens(tiny_bos_model, windows(), resume=file, **SMALL)
-    options = {"corpus": windows(), **SMALL, **change}
+    trained(tiny_bos_model, resume=file)
     with pytest.raises(ValueError, match=message):
-        train_tuned_lens(tiny_bos_model, options.pop("corpus"), resume=file, **options)
+        trained(tiny_bos_model, resume=file, **change)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_directories, tiny_bos_model, tmp_path) -> None:
     file = tmp_path / "checkpoint.safetensors"
-    train_tuned_lens(tiny_bos_model, windows(), resume=file, **SMALL)
+    trained(tiny_bos_model, resume=file)
     raw = load_model(tiny_directories / "gpt2", processing=False)
     with pytest.raises(ValueError, match="model's processing True, not False"):
-        train_tuned_lens(raw, windows(), resume=file, **SMALL)
+        trained(raw, resume=file)
 
 
 def test_a_file_that_is_not_a_checkpoint_is_refused(tiny_bos_model, tmp_path) -> None:
-    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    lens = trained(tiny_bos_model)
     saved = lens.save(tmp_path / "lens.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     for file, message in (
@@ -245,7 +252,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tiny_bos_model, tmp_path) ->
         (tmp_path / "no" / "checkpoint.safetensors", "does not exist"),
     ):
         with pytest.raises(ValueError, match=message):
-            train_tuned_lens(tiny_bos_model, windows(), resume=file, **SMALL)
+            trained(tiny_bos_model, resume=file)
     assert TunedLens.load(saved) == lens, "what was refused is not overwritten"
 
 
@@ -258,23 +265,21 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tiny_bos_model, tmp_path) ->
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"held_out": 0}, "held_out must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"held_out": 38}, "makes 40 windows, but a batch takes 3 and 38 are held out: give more text"),
-        ({"corpus": ["abc"]}, "the corpus is shorter than one window of 32 tokens: give more text"),
-        ({"corpus": ["abc"], "length": 16}, "is shorter than one window of 16 tokens: give more text"),
-        ({"held_out_corpus": ["abc"]}, "held-out corpus makes no window of 8 tokens"),
-        ({"length": 9}, "8 tokens long, but windows of 9"),
+        ({"corpus": ["abc"]}, "the corpus is shorter than one window: give more text"),
+        ({"held_out_corpus": ["abc"]}, "held_out_corpus has no window of 8 tokens"),
     ],
 )
-def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, change, message) -> None:
-    options = {"corpus": windows(), **SMALL, **change}
+def test_a_wrong_argument_is_an_error_that_names_it(tiny_bos_model, change, message) -> None:
     with pytest.raises(ValueError, match=message):
-        train_tuned_lens(tiny_bos_model, options.pop("corpus"), **options)
+        trained(tiny_bos_model, **change)
 
 
 def test_the_bar_shows_the_loss(tiny_bos_model, capsys) -> None:
-    train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+    trained(tiny_bos_model)
     assert capsys.readouterr() == ("", "")
-    train_tuned_lens(tiny_bos_model, windows(), progress=True, **SMALL)
+    trained(tiny_bos_model, progress=True)
     shown = capsys.readouterr().err
     assert "6/6" in shown
     loss = float(shown.rsplit("loss=", 1)[1].split("]")[0])
@@ -290,8 +295,10 @@ def test_the_bar_shows_the_loss(tiny_bos_model, capsys) -> None:
         (2000, 400, 64),
     ],
 )
-def test_a_share_of_what_there_is_is_held_out(tiny_bos_model, count, steps, held_out) -> None:
-    train, rest = module._windows(tiny_bos_model, windows(count), None, steps, 24, None, None, None)
+def test_a_tenth_of_the_windows_is_held_out_by_default(tiny_bos_model, count, steps, held_out) -> None:
+    train, rest = training_windows(
+        tiny_bos_model, windows(count), None, steps=steps, batch_tokens=24, held_out=None
+    )
     assert len(rest) == held_out
     assert len(train) == min(3 * steps, count - held_out)
     found = {tuple(row) for row in rest.tolist()}
@@ -301,7 +308,7 @@ def test_a_share_of_what_there_is_is_held_out(tiny_bos_model, count, steps, held
 
 def test_a_text_that_is_too_short_for_its_share_is_refused(tiny_bos_model) -> None:
     with pytest.raises(ValueError, match="makes 3 windows, but a batch takes 3 and 1 is held out: give more"):
-        train_tuned_lens(tiny_bos_model, windows(3), steps=1, batch_tokens=24)
+        trained(tiny_bos_model, windows(3), steps=1, held_out=None)
 
 
 # -- what it costs ---------------------------------------------------------------------------------
@@ -318,45 +325,44 @@ def test_the_plan_counts_the_products_of_a_step(load_once, tiny_directories, fam
     counter = partial(FlopCounterMode, display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
     model = load_once(tiny_directories / family)
     batch = windows(4)
-    head, training = module._Head.of(model), module._begin(model)
-    plan = module.training_plan(model, batch_tokens=batch.numel(), length=8, held_out=4)
+    head, state = translators.Head.of(model), translators.translators(model)
+    found = plan.training_plan(model, batch_tokens=batch.numel(), length=8, held_out=4)
     # 2 rows of 32 x 32 and 32 in 7 copies, 3 residuals of 32 tokens, W_U; of 4 bytes each
-    assert plan.bytes == 4 * (7 * 2 * (32 * 32 + 32) + 3 * 32 * 32 + 32 * 64)
+    assert found.bytes == 4 * (7 * 2 * (32 * 32 + 32) + 3 * 32 * 32 + 32 * 64)
     with counter() as step:
-        module._gradients(model, head, batch, training)
-    assert plan.step_flop == step.get_total_flops()
+        translators.gradients(model, head, batch, state)
+    assert found.step_flop == step.get_total_flops()
     with counter() as measuring:
-        module._held_out_kl(model, head, batch, training)
+        translators.held_out_kl(model, head, batch, state)
     # beside which the logits of single tokens are made again
-    assert plan.held_out_flop == pytest.approx(measuring.get_total_flops(), rel=0.1)
+    assert found.held_out_flop == pytest.approx(measuring.get_total_flops(), rel=0.1)
 
 
-def test_it_says_before_how_long_it_takes(tiny_bos_model, monkeypatch, capsys) -> None:
-    plan = module.training_plan(tiny_bos_model, batch_tokens=24, length=8, held_out=2)
+def test_training_announces_its_time(tiny_bos_model, monkeypatch, capsys) -> None:
+    found = plan.training_plan(tiny_bos_model, batch_tokens=24, length=8, held_out=2)
     # a step takes 30 s, and what is held out 45
-    plan = dataclasses.replace(plan, step_flop=30 * 10**9, held_out_flop=45 * 10**9)
-    monkeypatch.setattr(module, "training_plan", lambda *_, **__: plan)
-    monkeypatch.setattr(module, "_rate", lambda _: 1e9)
-    options = {"steps": 6, "batch_tokens": 24, "progress": True}
-    train_tuned_lens(tiny_bos_model, windows(), **options)
+    found = dataclasses.replace(found, step_flop=30 * 10**9, held_out_flop=45 * 10**9)
+    monkeypatch.setattr(training, "training_plan", lambda *_, **__: found)
+    monkeypatch.setattr(training, "measured_rate", lambda _: 1e9)
+    trained(tiny_bos_model, held_out=None, progress=True)
     said = capsys.readouterr().err.splitlines()[0]
     assert said == (
         "tuned lens: about 3.8 minutes for 6 steps of 24 tokens, of which 45 s measure it on 16 tokens held "
         "out (0.03 TFLOP a step, 0.001 a second here); 10 minutes buy 16 steps"
     )
-    train_tuned_lens(tiny_bos_model, windows(), held_out=2, **options)
+    trained(tiny_bos_model, held_out=2, progress=True)
     # (600 - 45) / 30
     assert "10 minutes buy 18 steps" in capsys.readouterr().err
-    monkeypatch.setattr(module, "_rate", lambda _: pytest.fail("nothing is measured for nobody"))
-    train_tuned_lens(tiny_bos_model, windows(), **options | {"progress": False})
+    monkeypatch.setattr(training, "measured_rate", lambda _: pytest.fail("nothing is measured for nobody"))
+    trained(tiny_bos_model, progress=False)
     assert capsys.readouterr().err == ""
 
 
 # -- the lens itself -------------------------------------------------------------------------------
 
 
-def test_translating(tiny_bos_model) -> None:
-    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+def test_translate_adds_the_affine_map_of_the_row(tiny_bos_model) -> None:
+    lens = trained(tiny_bos_model)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     for row, name in enumerate(("embed", "0")):
         expected = x.clone()
@@ -371,24 +377,26 @@ def test_translating(tiny_bos_model) -> None:
     assert torch.equal(narrow, lens.translate("0", x.bfloat16().float()).bfloat16()), (
         "rounded once, at the end"
     )
-    with pytest.raises(ValueError, match="no row '2'; there are: embed, 0, 1"):
+    with pytest.raises(ValueError, match="no row '2': it has embed, 0, 1"):
         lens.translate("2", x)
 
 
-def test_a_lens_knows_its_weights(tiny_bos_model, tiny_directories) -> None:
-    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+def test_a_lens_of_other_weights_does_not_fit(tiny_bos_model, tiny_directories) -> None:
+    lens = trained(tiny_bos_model)
     lens.check_fits(describe(load_model(tiny_directories / "gpt2", dtype="bfloat16")))
     raw = describe(load_model(tiny_directories / "gpt2", processing=False))
     states = r"processed weights \(processing=True\), but this has unprocessed weights \(processing=False\)"
     with pytest.raises(ValueError, match=f"trained on {states}; load the model with processing=True"):
         lens.check_fits(raw)
     other = describe(load_model(tiny_directories / "gpt_neox"))
-    with pytest.raises(ValueError, match=r"of name 'gpt2', not 'gpt_neox', architecture .*; train a lens on"):
+    with pytest.raises(
+        ValueError, match=r"belongs to name 'gpt2', not 'gpt_neox', architecture .*; train a lens on"
+    ):
         lens.check_fits(other)
 
 
-def test_its_table(tiny_bos_model) -> None:
-    lens = train_tuned_lens(tiny_bos_model, windows(), **SMALL)
+def test_the_table_has_both_kls_of_every_row(tiny_bos_model) -> None:
+    lens = trained(tiny_bos_model)
     table = lens.to_dataframe()
     assert list(table.row) == ["embed", "0", "1"]
     assert torch.equal(torch.tensor(table.kl_tuned.to_numpy()).float(), lens.kl_tuned)

@@ -90,42 +90,29 @@ def test_no_arguments_show_the_help(capsys):
         (["heads", "--text", "a b", "--jitter", "3"], "--jitter is about random tokens"),
         (["heads", "--text", "a b", "--kind", "copying_score"], "unknown score 'copying_score'"),
         (["lens"], "Missing argument"),
-        (["lens", "a b", "--stat", "colour"], "--stat must be one of probability"),
+        (["lens", "a b", "--stat", "kl"], "--stat must be one of probability"),
+        (["lens", "a b", "--stat", "rank_ the"], "--stat must be one of probability"),
         (["lens", "a b", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
-        (["lens", "a b", "--component", "resid"], "--component must be one of"),
-        (["lens", "a b", "--json", "--csv"], "--json and --csv exclude each other"),
-        (["lens", "a b", "--decoder", "norm_only"], "--decoder norm_only needs the weights as they were"),
-        (["lens", "a b", "--decoder", "some", "--raw"], "decoder must be one of final_norm, norm_only, none"),
+        (["lens", "a b", "--read", "resid"], "--read must be one of"),
+        (["lens", "a b", "--read", "L9H0"], "head L9H0 is out of range"),
+        (["lens", "a b", "--read", "L1H2", "-l", "1"], "--layer must be left out where read names heads"),
+        (["lens", "a b", "--json", "--csv"], "--json and --csv both print to standard output: choose one"),
+        (["lens", "a b", "--decoder", "some"], "--decoder must be one of final_norm, norm_only, none"),
         (["lens", "a b", "--tuned-lens", "x", "--decoder", "none"], "leave out --decoder"),
-        (["lens", "a b", "--tuned-lens", "gpt2"], "a published tuned lens needs the weights as they were"),
         (["lens", "a b", "--tuned-lens", "no.safetensors"], "no such result file: no.safetensors"),
         (["lens", "a b", "--stat", "kl_input", "--out", "x.html"], "is not tied to its embedding"),
         (["lens", "a b", "--stat", "kl_input", "--out", "x.csv"], "is not tied to its embedding"),
-        (["lens", "a b", "--stat", "rank", "--high", "1", "--out", "x.html"], "need a high above 1"),
-        (["lens", "a b", "--stat", "kl", "--of", "input"], "--of is for --stat rank and probability"),
-        (["lens", "a b", "--stat", "rank", "--of", " the"], "--of must be one of 'final', 'input', 'next' ("),
+        (["lens", "a b", "--stat", "rank_next", "--high", "1", "--out", "x.html"], "number above 1, got 1"),
+        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, got inf"),
         (["lens", "a b", "--target", " captain of"], "tokens, not one: ["),
         (["lens", "a b", "--layer", "4"], "layer 4 is out of range"),
         (["lens", ""], "the text is empty"),
-        (
-            ["lens", "a b", "--head", "L1H2"],
-            "--head is for --component result, but --component is resid_post",
-        ),
-        (["lens", "a b", "--component", "result", "--head", "L9H0"], "there is no head L9H0"),
-        (["lens", "a b", "--component", "result", "--head", "L1H2", "-l", "1"], "leave out --layer"),
         (["lens", "a b", "--position", "99"], "position 99 is out of range"),
-        (["lens", "a b", "--position", "10:"], "--position must be a number, or a nonempty range"),
-        (["lens", "a b", "--position", ""], "--position must be a number, or a nonempty range"),
-        (["lens", "a b", "--high", "inf"], "--high must be a finite number above 0, got inf"),
-        (["lens", "a b", "--position", "two"], "--position must be a number, or a nonempty range"),
-        (
-            ["lens", "a b", "--last-blocks", "9"],
-            "mechlens: --last-blocks must lie between 0 and the model's 4",
+        *(
+            (["lens", "a b", "--position", each], "--position must be a number, or a nonempty range")
+            for each in ("10:", "", "two")
         ),
-        (
-            ["lens", "a b", "--onto-stream"],
-            "--onto-stream is for attn_out, mlp_out, result, but --component is",
-        ),
+        (["lens", "a b", "--last-blocks", "9"], "--last-blocks must be at most the model's 4 blocks, got 9"),
         (["models", "gpt22"], "did you mean gpt2"),
         (["reproduce", "--seed", "99999999999999999999"], "Invalid value for '--seed'"),
         (["models", "--like", "nothing at all"], "no known model has 'nothing at all'"),
@@ -290,7 +277,7 @@ def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
     code, out, _ = run(capsys, "lens", TEXT, "--out", tmp_path / "lens.html")
     assert code == 0
     assert "embed" in out
-    assert "*" in out, "the repetition is foretold"
+    assert "*" in out, "the repetition is predicted"
     page = (tmp_path / "lens.html").read_text()
     assert "Plotly.newPlot" in page
     assert "default-src 'none'" in page
@@ -298,8 +285,8 @@ def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
     code, out, _ = run(capsys, "lens", TEXT, "--json", "--out", tmp_path / "lens.csv")
     table = pd.read_csv(tmp_path / "lens.csv", keep_default_na=False, na_values=[""])
     found = json.loads(out)
-    cells = found["cells"]
-    assert found["rows"] == ["embed", "0", "1", "2", "3"]
+    cells = found["rows"]
+    assert list(dict.fromkeys(cell["row"] for cell in cells)) == ["embed", "0", "1", "2", "3"]
     assert len(cells) == len(table) == 5 * (cells[-1]["pos"] + 1)
     assert cells[-1]["rank_next"] is None, "the last position has no label"
     assert cells[0]["kl_final"] == pytest.approx(float(table.kl_final.iloc[0]), abs=1e-6)
@@ -313,26 +300,25 @@ def test_lens_prints_and_saves_what_each_layer_guesses(capsys, tmp_path):
 
 def test_every_option_of_lens_reaches_the_analysis(capsys, tmp_path):
     path = tmp_path / "lens.safetensors"
-    arguments = ["--component", "attn_out", "--onto-stream", "--decoder", "norm_only", "--raw", "--no-bos"]
+    arguments = ["--read", "resid_pre+attn_out", "--decoder", "norm_only", "--no-bos"]
     arguments += ["--layer", "1", "--layer", "3", "--target", " two", "--target", " three", "--top-k", "3"]
     arguments += ["--last-blocks", "1", "--dtype", "bfloat16"]
     code, out, _ = run(capsys, "lens", TEXT, *arguments, "--out", path)
     assert code == 0
     saved = LogitLensResult.load(path)
-    assert (saved.component, saved.onto_stream, saved.decoder) == ("attn_out", True, "norm_only")
+    assert (saved.read, saved.decoder) == ("resid_pre+attn_out", "LastBlocks(1, norm_only)")
     assert saved.rows == ("embed", "1", "3")
     assert saved.top_ids.shape[-1] == 3
     assert list(saved.target_ids) == [" two", " three"]
-    assert saved.last_blocks == 1
     assert (saved.prepend_bos, saved.model.processing, saved.model.dtype) == (False, False, "bfloat16")
-    assert "·two rank" in out
+    assert "rank of ·two" in out
     assert "Targets after" in out
-    assert "attn_out onto the stream, decoder norm_only, through the last block\n" in out
+    assert "resid_pre+attn_out, decoder LastBlocks(1, norm_only)\n" in out
 
 
 def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
     path = tmp_path / "lens.html"
-    arguments = ["--stat", "rank", "--of", " two", "--target", " two", "--high", "50.0"]
+    arguments = ["--stat", "rank_ two", "--high", "50.0", "--target", " two"]
     code, _, _ = run(capsys, "lens", TEXT, *arguments, "--out", path, "--quiet")
     assert code == 0
     page = path.read_text()
@@ -340,15 +326,15 @@ def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
     assert json.dumps("≥ 50") in page
     command = html.unescape(re.search(r"mechlens lens [^<]*", page)[0])
     words = shlex.split(command)[1:]
-    assert words == ["lens", *arguments[:4], "--high", "50.0", "--target", " two", "--out", str(path), TEXT]
+    assert words == ["lens", *arguments, "--out", str(path), TEXT]
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ["--stat", "probability"],
-        ["--stat", "next_rank"],
-        ["--stat", "probability", "--of", " two", "--target", " two"],
+        ["--stat", "rank_next"],
+        ["--stat", "probability_ two", "--target", " two"],
         ["--stat", "entropy", "--target", " two"],
     ],
     ids=str,
@@ -379,7 +365,7 @@ def test_lens_reads_a_text_longer_than_the_context(capsys):
 def test_positions_are_chosen_by_number_and_range(capsys, chosen, positions):
     code, out, _ = run(capsys, "lens", "a b c d e f g h", *chosen, "--json", "--layer", 0, "--bos")
     assert code == 0
-    cells = json.loads(out)["cells"]
+    cells = json.loads(out)["rows"]
     assert tuple(cell["pos"] for cell in cells if cell["row"] == "0") == positions
 
 
@@ -403,17 +389,17 @@ def test_a_page_of_a_long_text_draws_what_was_chosen_or_its_end(capsys, tmp_path
 
 
 def test_heads_are_chosen_by_name(capsys):
-    arguments = ["--component", "result", "--head", "L3H5", "--head", "1.2", "--json"]
+    arguments = ["--read", "L3H5", "--read", "1.2", "--json"]
     code, out, _ = run(capsys, "lens", TEXT, *arguments)
     assert code == 0
-    assert set(json.loads(out)["rows"]) == {"embed", "L1H2", "L3H5"}
+    assert {row["row"] for row in json.loads(out)["rows"]} == {"embed", "L1H2", "L3H5"}
 
 
 def test_the_help_of_lens_says_what_is_accepted(capsys):
     out = " ".join(run(capsys, "lens", "--help")[1].split())
-    assert "kl_input (input || layer; tied models only)" in out
+    assert "kl_input (tied models only)" in out
     assert "float32, bfloat16, float16, float64" in out
-    assert "--head" in out
+    assert "L3H5 (repeatable)" in out
     assert "10:40" in out
 
 
@@ -442,16 +428,17 @@ def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
     assert found["decoder"] == "tuned_lens"
     plain = json.loads(run(capsys, "lens", TEXT, "--json")[1])
     # what does nothing changes nothing
-    for cell, own in zip(found["cells"], plain["cells"], strict=True):
+    for cell, own in zip(found["rows"], plain["rows"], strict=True):
         # of the last layer it is 0 but for rounding, which depends on what is computed beside it
         assert cell["kl_final"] == pytest.approx(own["kl_final"], rel=1e-5, abs=1e-6)
     code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
     assert code == 2
-    assert "this tuned lens was trained on processed weights: leave out --raw" in err
+    assert "it was trained on processed weights (processing=True), but this has unprocessed" in err
     raw = dataclasses.replace(identity, model=dataclasses.replace(model, processing=False))
-    code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", raw.save(tmp_path / "raw.safetensors"))
-    assert code == 2
-    assert "this tuned lens needs the weights as they were trained: add --raw" in err
+    saved = raw.save(tmp_path / "raw.safetensors")
+    code, out, _ = run(capsys, "lens", TEXT, "--tuned-lens", saved, "--json")
+    assert code == 0
+    assert not json.loads(out)["model"]["processing"], "the lens says which weights it needs"
 
 
 @needs_shared

@@ -284,7 +284,7 @@ FEW_RUNS = [["lens", "Mr. Pickwick sat"], ["composition", "--draws", "2", "--mod
 """The one that failed for a caption, and one more."""
 RUNS = [
     *FEW_RUNS,
-    ["lens", TEXT, "--target", " the", "--stat", "rank"],
+    ["lens", TEXT, "--target", " the", "--stat", "rank_final"],
     ["lens", TEXT, "--csv", "--model", "MODEL"],
     ["lens", TEXT, "--json", "--model", "MODEL"],
     ["heads", "--text", TEXT, "--top", "1", "--model", "MODEL"],
@@ -379,7 +379,7 @@ def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
             r"cannot write \udcff/x.csv: the folder \udcff does not exist",
         ),
         ("ascii", [b"reproduce", b"--out", __file__.encode() + b"/\xff"], r"--out must be a folder, but"),
-        ("utf-8", [b"lens", b"a", b"--of", b"\xff", b"--stat", b"rank"], r"(add --target), but is '\udcff'"),
+        ("utf-8", [b"lens", b"a", b"--stat", b"\xff"], r"got '\udcff'"),
     ],
 )
 def test_bytes_that_are_no_text_are_refused_in_one_line(arguments, message, encoding):

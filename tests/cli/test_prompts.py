@@ -13,9 +13,10 @@ import pytest
 
 from mechlens.analyses.attention import attention_patterns
 from mechlens.analyses.attribution import direct_logit_attribution
-from mechlens.analyses.tuned_lens import train_tuned_lens
+from mechlens.analyses.tuned_lens import Training, train_tuned_lens
 from mechlens.models.run.sampling import sample_tokens
 from mechlens.results import AttentionPatterns, HeadScores, LogitAttribution, TunedLens
+from mechlens.text.corpus import token_windows
 from tests.cli.test_cli import run
 from tests.close import assert_same
 
@@ -149,15 +150,10 @@ def test_a_lens_is_trained_on_files_and_read_through(capsys, tmp_path, bundled):
     assert err == f"mechlens: wrote {path}\n"
     expected = train_tuned_lens(
         bundled,
-        text,
-        held_out_corpus=other,
+        token_windows(bundled, text, length=16, prepend_bos=False),
+        training=Training(steps=3, batch_tokens=32, learning_rate=0.001, seed=2),
         held_out=3,
-        learning_rate=0.001,
-        steps=3,
-        batch_tokens=32,
-        length=16,
-        seed=2,
-        prepend_bos=False,
+        held_out_corpus=token_windows(bundled, other, length=16, prepend_bos=False),
     )
     assert_same(TunedLens.load(path), expected)
     for value in (*expected.kl_plain[:4], *expected.kl_tuned[:4]):
@@ -176,7 +172,7 @@ def test_a_lens_is_trained_on_what_the_model_writes(capsys, tmp_path, bundled, m
     code, out, _ = run(capsys, "train-lens", "--out", path, *TRAINED, "--json", "--seed", 4)
     assert code == 0
     written = sample_tokens(bundled, batch=12, seq_len=16, seed=4)
-    expected = train_tuned_lens(bundled, written, steps=3, batch_tokens=32, seed=4)
+    expected = train_tuned_lens(bundled, written, training=Training(3, 32, seed=4))
     assert_same(TunedLens.load(path), expected)
     rows = json.loads(out)["rows"]
     assert [row["row"] for row in rows] == ["embed", "0", "1", "2", "3"]
@@ -213,8 +209,8 @@ def chatting(tiny_directories, tmp_path):
             lambda found: found["tokens"],
         ),
         (
-            ["lens", "hi", "--component", "resid_post", "--layer", "0"],
-            lambda found: [cell["token"] for cell in found["cells"] if cell["row"] == "0"],
+            ["lens", "hi", "--layer", "0"],
+            lambda found: [cell["token"] for cell in found["rows"] if cell["row"] == "0"],
         ),
     ],
 )

@@ -8,17 +8,14 @@ import sys
 
 import pytest
 
-from mechlens.analyses import logit_lens
 from mechlens.analyses.circuits import factors
 from mechlens.analyses.features import gradient, greedy, objectives, optimization, spec
 from mechlens.cli import circuits as cli_circuits
 from mechlens.cli import commands, feature_options, options
-from mechlens.cli import lens as cli_lens
 from mechlens.cli import patching as cli_patching
 from mechlens.models.load import loading
 from mechlens.models.run import sites
 from mechlens.plots import features as plots_features
-from mechlens.plots import logit_lens as plots_logit_lens
 
 HEAVY = {
     *("torch", "transformers", "transformer_lens", "tokenizers", "safetensors", "huggingface_hub"),
@@ -83,14 +80,9 @@ def test_an_unknown_command_imports_nothing_heavy(words):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["lens", "a b", "--stat", "colour"],
-        ["lens", "a b", "--component", "mlp"],
-        ["lens", "a b", "--decoder", "norm"],
-        ["lens", "a b", "--high", "nan"],
         ["lens", "a b", "--dtype", "int8"],
         ["heads", "--threshold", "2"],
         ["heads", "--batch", "many"],
-        ["train-lens", "--out", "x.safetensors", "--learning-rate", "nan"],
         ["patch", "--site", "mlp"],
         ["patch", "--by", "head", "--site", "mlp_out"],
         ["ablate", "heads", "--how", "half"],
@@ -122,10 +114,6 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
     ("ours", "theirs"),
     [
         (options.BUNDLED, loading.BUNDLED),
-        (set(cli_lens.STATS), set(plots_logit_lens.STATS)),
-        (cli_lens.OF_TARGET, plots_logit_lens.OF_TARGET),
-        (set(cli_lens.COMPONENTS), set(logit_lens.COMPONENTS)),
-        (cli_lens.DECODERS, logit_lens.DECODERS),
         (cli_patching.SITES, tuple(sites.SITES)),
         (cli_circuits.EMBEDDINGS, factors.EMBEDDINGS),
         (set(feature_options.SITES), set(spec.SITES)),

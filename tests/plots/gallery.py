@@ -232,14 +232,16 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
     made = results(n_layers, n_heads)
     lens, heads, grids = made["lens"], made["scores"], made["patch_heads"]
     long = hand_made.deep_lens(n_layers, tokens=WORDS * 4)
-    attn = dataclasses.replace(lens, component="attn_out")
+    attn = dataclasses.replace(lens, read="attn_out")
     return {
         "lens": mechlens.plot_logit_lens(lens),
-        "lens_rank": mechlens.plot_logit_lens(lens, "rank", target=" a"),
+        "lens_rank": mechlens.plot_logit_lens(lens, "rank_ a"),
         "lens_long": mechlens.plot_logit_lens(long),
         "lens_lines": mechlens.plot_lens_lines(lens),
         "facts": mechlens.plot_facts(hand_made.facts(n_layers)),
-        "sub_blocks": mechlens.plot_sub_blocks(attn, dataclasses.replace(lens, component="mlp_out")),
+        "sublayers": mechlens.plot_logit_lens(
+            mechlens.interleaved(attn, dataclasses.replace(lens, read="mlp_out"))
+        ),
         "head_scores": mechlens.plot_head_scores(heads, "induction_score"),
         "copying": mechlens.plot_head_scores(heads, "copying_score"),
         "nulls": mechlens.plot_scores_against_nulls(heads, "induction_score"),

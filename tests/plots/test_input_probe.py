@@ -40,10 +40,10 @@ def test_own_and_shared_maps_differ_by_more_than_colour():
     assert found["accuracy pca per_layer"].marker.symbol == "square"
 
 
-def test_what_is_under_the_cursor():
+def test_hovering_shows_the_numbers_and_their_nulls():
     found = traces(plot_input_probe(hand_made.input_probe()))
     assert found["accuracy embedding per_layer"].hovertext[1] == (
-        "<b>0</b>, embedding, own map of the row<br>accuracy 0.500 (0.375 to 0.625)<br>R² 0.250"
+        "<b>0</b>, embedding, map of the row<br>accuracy 0.500 (0.375 to 0.625)<br>R² 0.250"
     )
     assert found["similarity embedding"].hovertext[2] == (
         "<b>shared</b>, embedding<br>0.000<br>random maps 0.000 (\N{MINUS SIGN}0.250 to 0.125)"
@@ -64,9 +64,9 @@ def test_the_shared_map_alone():
     figure = plot_input_probe(alone)
     found = traces(figure)
     assert found["accuracy embedding shared"].y == (0.0, 0.75)
-    assert "own map of the row" not in found
+    assert "map of the row" not in found
     assert figure.layout.xaxis2.ticktext == ("shared",)
-    assert "0.375 on average by a map that all rows share" in figure.layout.title.text
+    assert "0.375 on average by the shared map" in figure.layout.title.text
 
 
 def test_many_layers_keep_legible_ticks_and_markup_stays_text():

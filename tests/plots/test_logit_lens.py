@@ -11,17 +11,14 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from mechlens.plots.logit_lens import (
-    MAX_LINES,
-    STATS,
-    plot_lens_lines,
-    plot_logit_lens,
-    plot_sub_blocks,
-)
+from mechlens.plots.lens_lines import MAX_LINES, plot_lens_lines
+from mechlens.plots.logit_lens import plot_logit_lens
 from mechlens.plots.style import WIDTH
 from mechlens.results import LogitLensResult
+from mechlens.results.lens import interleaved
+from mechlens.results.lens_statistics import NAMES
 from mechlens.text.color import SEQUENTIAL, is_dark, sequential
-from tests.hand_made import lens, sub_block_lens
+from tests.hand_made import lens, sublayer_lens
 
 
 def cells(figure: go.Figure) -> list[list[str]]:
@@ -33,8 +30,8 @@ def heatmaps(figure: go.Figure) -> list[go.Heatmap]:
     return [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
 
 
-def test_cells_axes_and_stars():
-    figure = plot_logit_lens(lens(), "kl")
+def test_cells_have_guesses_and_right_ones_a_star():
+    figure = plot_logit_lens(lens(), "kl_final")
     heat = figure.data[0]
     assert heat.z.tolist() == [[8.0, 4.0, 2.0], [0.0, 0.5, 0.25]]
     assert list(figure.layout.yaxis.ticktext) == ["embed", "0"]
@@ -44,20 +41,20 @@ def test_cells_axes_and_stars():
     assert list(figure.layout.xaxis2.ticktext) == ["·a*", "b", ""]
     assert heat.hovertext[1][0].split("<br>") == [
         "after <b>&lt;s&gt;</b>, position 0",
-        "row 0: KL(final ‖ layer), nats 0.000",
+        "row 0: KL(final || layer), nats 0.000",
         "0.750 ·a",
         "0.125 b",
     ]
 
 
 def test_guesses_that_follow_are_bold_in_every_row():
-    texts = plot_logit_lens(lens(), "kl").data[0].text
+    texts = plot_logit_lens(lens(), "kl_final").data[0].text
     assert ["<b>" in text for text in texts[0]] == [False, True, False]
     assert ["<b>" in text for text in texts[1]] == [True, False, False]
 
 
 def test_text_is_light_on_dark_cells_alone():
-    texts = plot_logit_lens(lens(), "kl").data[0].text
+    texts = plot_logit_lens(lens(), "kl_final").data[0].text
     assert ["#fff" in text for text in texts[0]] == [True, False, False]
     assert "#fff" not in "".join(texts[1])
     # WCAG's ratio, by hand: ink on the middle of the scale is better than white, on the next not
@@ -65,57 +62,62 @@ def test_text_is_light_on_dark_cells_alone():
     assert ["#{:02x}{:02x}{:02x}".format(*sequential(at / 5)) for at in range(6)] == SEQUENTIAL
 
 
-def test_ranks_are_coloured_by_their_logarithm():
-    figure = plot_logit_lens(lens(), "rank")
+def test_ranks_are_colored_by_their_logarithm():
+    figure = plot_logit_lens(lens(), "rank_final")
     assert figure.data[0].z.tolist() == [[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     assert figure.data[0].colorbar.ticktext == ("1", "10", "100")
     assert "final guess 100<br>" in figure.data[0].hovertext[0][0]
 
 
 @pytest.mark.parametrize(
-    ("stat", "target", "values", "title"),
+    ("stat", "values", "title"),
     [
-        ("probability", None, [[0.5, 0.5, 0.5], [0.75, 0.75, 0.75]], "probability of the top guess"),
-        ("entropy", None, [[8.0, 4.0, 2.0], [0.0, 0.5, 0.25]], "entropy, nats"),
-        ("input_rank", None, [[9.0, 5.0, 3.0], [1.0, 1.5, 1.25]], "rank of the input token"),
-        ("rank", "input", [[9.0, 5.0, 3.0], [1.0, 1.5, 1.25]], "rank of the input token"),
-        ("rank", " a", [[7.0, 7.0, 7.0], [2.0, 2.0, 2.0]], "rank of ·a"),
-        ("probability", " a", [[0.25, 0.25, 0.25], [1.0, 1.0, 1.0]], "probability of ·a"),
+        ("probability", [[0.5, 0.5, 0.5], [0.75, 0.75, 0.75]], "probability of the top guess"),
+        ("entropy", [[8.0, 4.0, 2.0], [0.0, 0.5, 0.25]], "entropy, nats"),
+        ("rank_input", [[9.0, 5.0, 3.0], [1.0, 1.5, 1.25]], "rank of the input token"),
+        ("rank_ a", [[7.0, 7.0, 7.0], [2.0, 2.0, 2.0]], "rank of ·a"),
+        ("probability_·a", [[0.25, 0.25, 0.25], [1.0, 1.0, 1.0]], "probability of ·a"),
     ],
 )
-def test_colour_is_the_statistic_that_was_asked_for(stat, target, values, title):
-    heat = plot_logit_lens(lens(), stat, target=target).data[0]
+def test_the_color_is_the_statistic_by_its_columns_name(stat, values, title):
+    heat = plot_logit_lens(lens(), stat).data[0]
     shown = torch.tensor(heat.z)
     shown = 10**shown if "rank" in stat else shown
     # float32's rounding, and the logarithm's way there and back
     torch.testing.assert_close(shown, torch.tensor(values).double(), atol=1e-6, rtol=1e-6)
     assert heat.colorbar.title.text == title
-    least = 1.0 if stat in ("probability", "rank", "input_rank") else 0.0  # a rank of 10
+    least = 1.0 if stat.startswith(("probability", "rank")) else 0.0  # a rank of 10
     assert heat.zmax == pytest.approx(max(least, *map(max, heat.z)))
 
 
-def test_what_is_undefined_is_grey_and_keeps_its_guess():
-    figure = plot_logit_lens(lens(), "next_rank")
+def test_an_undefined_cell_is_grey_and_keeps_its_guess():
+    figure = plot_logit_lens(lens(), "rank_next")
     values, grey = heatmaps(figure)
     assert torch.tensor(values.z).isnan().tolist() == torch.tensor([[False, False, True]] * 2).tolist()
     assert torch.tensor(grey.z).isnan().tolist() == torch.tensor([[True, True, False]] * 2).tolist()
     assert list(grey.text[0]) == ["", "", "b"]
     assert "follows undefined<br>" in grey.hovertext[1][2]
-    assert len(heatmaps(plot_logit_lens(lens(), "kl"))) == 1
+    assert len(heatmaps(plot_logit_lens(lens(), "kl_final"))) == 1
 
 
-def test_colours_can_end_below_the_largest_value_and_say_so():
-    figure = plot_logit_lens(lens(), "kl", high=4)
+def test_the_color_bar_marks_values_beyond_high():
+    figure = plot_logit_lens(lens(), "kl_final", high=4)
     assert figure.data[0].zmax == 4
     assert figure.data[0].z.max() == 8
     assert figure.data[0].colorbar.ticktext[-1] == "≥ 4"
-    ranks = plot_logit_lens(lens(), "rank", high=50).data[0]
+    ranks = plot_logit_lens(lens(), "rank_final", high=50).data[0]
     assert ranks.zmax == pytest.approx(math.log10(50))
     assert ranks.colorbar.ticktext == ("1", "10", "≥ 50")
     # nothing lies beyond
-    assert plot_logit_lens(lens(), "rank", high=1000).data[0].colorbar.ticktext[-1] == "1,000"
-    for stat, high in (("rank", 1), ("kl", 0), ("kl", -3), ("kl", math.nan), ("kl", math.inf)):
-        with pytest.raises(ValueError, match="need a high above"):
+    assert plot_logit_lens(lens(), "rank_final", high=1000).data[0].colorbar.ticktext[-1] == "1,000"
+    for stat, high in (
+        ("rank_final", 1),
+        ("kl_final", 0),
+        ("kl_final", -3),
+        ("kl_final", math.nan),
+        ("kl_final", math.inf),
+    ):
+        with pytest.raises(ValueError, match=r"high must be a finite number above [01], got"):
             plot_logit_lens(lens(), stat, high=high)
 
 
@@ -149,7 +151,7 @@ def test_padding_is_left_out():
     assert plot_logit_lens(whole).to_dict() == figure.to_dict()
     with pytest.raises(ValueError, match="position 4 of sequence 0 is padding"):
         plot_logit_lens(whole, positions=[4])
-    with pytest.raises(ValueError, match="has only padding"):
+    with pytest.raises(ValueError, match="has only padding at the positions"):
         plot_logit_lens(dataclasses.replace(whole, mask=torch.zeros(1, 5, dtype=torch.bool)))
 
 
@@ -208,7 +210,7 @@ def test_every_cell_has_room_for_its_text(n_pos, n_rows):
     assert len(figure.layout.yaxis.ticktext) == n_rows
 
 
-def test_of_a_long_text_the_last_positions_are_drawn_that_fit_and_it_says_so():
+def test_of_a_long_text_the_last_positions_that_fit_are_drawn():
     found = plot_input(65)
     figure = plot_logit_lens(found)
     n_drawn = len(figure.data[0].x)
@@ -225,14 +227,14 @@ def test_of_a_long_text_the_last_positions_are_drawn_that_fit_and_it_says_so():
 
 
 def test_the_title_names_the_statistic():
-    for stat, title in (("kl", "KL(final ‖ layer)"), ("entropy", "entropy"), ("rank", "rank of the model's")):
+    for stat, title in (
+        ("kl_final", "KL(final || layer)"),
+        ("entropy", "entropy"),
+        ("rank_final", "rank of the model's"),
+    ):
         assert plot_logit_lens(lens(), stat).layout.title.text.startswith(f"<b>Logit lens: {title}")
-    figure = plot_logit_lens(lens(), "rank", target=" a")
+    figure = plot_logit_lens(lens(), "rank_ a")
     assert figure.layout.title.text.startswith("<b>Logit lens: rank of ·a</b>")
-    pair = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
-    assert plot_sub_blocks(*pair).layout.title.text.startswith(
-        "<b>Logit lens by sub-block: KL(final ‖ layer)<"
-    )
 
 
 def test_whitespace_and_control_characters_are_visible():
@@ -250,63 +252,73 @@ def test_a_position_that_was_read_in_a_window_says_what_it_saw():
     assert "position 2 (2 tokens seen)" in hovers[2]
 
 
-def test_what_was_read_and_how_is_said():
-    changed = dataclasses.replace(
-        lens(), component="attn_out", onto_stream=True, decoder="tuned_lens", last_blocks=2
-    )
+def test_the_title_says_what_was_read_and_how():
+    changed = dataclasses.replace(lens(), read="resid_pre+attn_out", decoder="LastBlocks(2)")
     title = plot_logit_lens(changed).layout.title.text
-    assert "tiny · attn_out onto the stream · decoder tuned_lens · through the last 2 blocks" in title
+    assert "tiny · resid_pre+attn_out · decoder LastBlocks(2)" in title
     assert "decoder" not in plot_logit_lens(lens()).layout.title.text
-    one = plot_logit_lens(dataclasses.replace(lens(), last_blocks=1)).layout.title.text
-    assert "through the last block<" in one
-    heads = dataclasses.replace(lens(), component="result", rows=("embed", "L0H3"))
+    heads = dataclasses.replace(lens(), read="result", rows=("embed", "L0H3"))
     assert plot_logit_lens(heads).layout.yaxis.title.text == "head"
     for figure in (plot_logit_lens(heads), plot_lens_lines(heads)):
-        assert "embed: the stream at its start, no head" in figure.layout.title.text
+        assert "embed: the stream at its start, not a head" in figure.layout.title.text
     assert "at its start" not in plot_lens_lines(lens()).layout.title.text
 
 
 def test_markup_in_a_token_stays_text():
-    for stat in STATS:
+    for stat in (*NAMES, "rank_final", "rank_ a"):
         tied = dataclasses.replace(lens(), kl_input=torch.ones(2, 1, 3))
         assert "<b>x" not in str(plot_logit_lens(tied, stat).to_dict())
-        assert "<b>x" not in str(plot_lens_lines(plot_input(2, token="<b>x"), "kl").to_dict())
+        assert "<b>x" not in str(plot_lens_lines(plot_input(2, token="<b>x"), "kl_final").to_dict())
 
 
-def test_errors():
-    with pytest.raises(ValueError, match="stat must be one of"):
-        plot_logit_lens(lens(), "colour")
-    with pytest.raises(ValueError, match="there is no sequence 1: there are 1"):
-        plot_logit_lens(lens(), row=1)
-    with pytest.raises(ValueError, match=r"is not tied to its embedding.*input_rank is defined"):
-        plot_logit_lens(lens(), "kl_input")
+def test_an_unknown_statistic_is_answered_with_all_that_there_are():
+    known = (
+        "probability, entropy, kl_final, kl_input, rank_final, rank_input, rank_next, rank_·a, probability_f"
+    )
+    with pytest.raises(ValueError, match=f"stat must be one of {known}.*, got 'color': targets add"):
+        plot_logit_lens(lens(), "color")
+    with pytest.raises(ValueError, match="got 'rank_b'"):
+        plot_lens_lines(lens(), "rank_b")
+
+
+def test_a_statistic_that_was_not_computed_is_refused():
     with pytest.raises(
-        ValueError, match=r"no token 'b' in this result, which has 'final', 'input', 'next', '"
+        ValueError, match="made without rank, which rank_next needs: add 'rank' to statistics"
     ):
-        plot_logit_lens(lens(), "rank", target="b")
-    with pytest.raises(ValueError, match="only rank and probability are of a target, but 'input' came"):
-        plot_logit_lens(lens(), "kl", target="input")
+        plot_logit_lens(dataclasses.replace(lens(), statistics=("entropy",)), "rank_next")
+
+
+def test_kl_from_the_input_needs_a_tied_unembedding():
+    with pytest.raises(ValueError, match=r"is not tied to its embedding.*use rank_input"):
+        plot_logit_lens(lens(), "kl_input")
     tied = dataclasses.replace(lens(), kl_input=torch.ones(2, 1, 3))
     assert plot_logit_lens(tied, "kl_input").data[0].z.max() == 1
 
 
-# -- sub-blocks ------------------------------------------------------------------------------------
+def test_a_sequence_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="row must be between 0 and 0, got 1"):
+        plot_logit_lens(lens(), row=1)
 
 
-def test_sub_blocks_are_interleaved():
-    attn, mlp = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
-    figure = plot_sub_blocks(attn, mlp)
+# -- sublayers -------------------------------------------------------------------------------------
+
+
+def test_interleaved_lenses_have_a_row_for_each_sublayer():
+    attn, mlp = sublayer_lens("attn_out", 0.0), sublayer_lens("mlp_out", 0.5)
+    both = interleaved(attn, mlp)
+    figure = plot_logit_lens(both)
     assert list(figure.layout.yaxis.ticktext) == ["embed", "0 attn", "0 MLP", "1 attn", "1 MLP"]
     # kl_final of row r is r, plus what the component was given; the row embed is the first's
     assert figure.data[0].z[:, 0].tolist() == [0.0, 1.0, 1.5, 2.0, 2.5]
-    ranks = 10 ** plot_sub_blocks(attn, mlp, "rank").data[0].z
+    ranks = 10 ** plot_logit_lens(both, "rank_final").data[0].z
     # float64's rounding in the logarithm
     assert ranks[:, 0].tolist() == pytest.approx([10, 20, 25, 30, 35], rel=1e-12)
     assert cells(figure)[1:3] == [["·a", "·a"], ["b", "b"]]
-    assert "attn_out and mlp_out" in figure.layout.title.text
-    assert figure.layout.yaxis.title.text == "sub-block"
-    streams = plot_sub_blocks(sub_block_lens("resid_mid", 0.0), sub_block_lens("resid_post", 0.5))
-    assert streams.data[0].z.tolist() == figure.data[0].z.tolist()
+    assert figure.layout.title.text.startswith("<b>Logit lens by sublayer: KL(final || layer)<")
+    assert figure.layout.yaxis.title.text == "sublayer"
+    assert both.to_dataframe().query("row == '1 MLP'")["layer"].tolist() == [1, 1]
+    streams = interleaved(sublayer_lens("resid_mid", 0.0), sublayer_lens("resid_post", 0.5))
+    assert torch.equal(streams.kl_final, both.kl_final)
 
 
 @pytest.mark.parametrize(
@@ -315,23 +327,21 @@ def test_sub_blocks_are_interleaved():
         ("tokens", torch.tensor([[1, 1]])),
         ("rows", ("embed", "0", "2")),
         ("decoder", "tuned_lens"),
-        ("onto_stream", True),
-        ("last_blocks", 1),
         ("model", dataclasses.replace(lens().model, name="other")),
         ("mask", torch.tensor([[False, True]])),
     ],
 )
-def test_sub_blocks_of_different_runs_are_refused(name, value):
-    attn, mlp = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
+def test_lenses_of_different_runs_are_not_interleaved(name, value):
+    attn, mlp = sublayer_lens("attn_out", 0.0), sublayer_lens("mlp_out", 0.5)
     with pytest.raises(ValueError, match=f"the two lenses differ in {name}: make them with the same"):
-        plot_sub_blocks(attn, dataclasses.replace(mlp, **{name: value}))
+        interleaved(attn, dataclasses.replace(mlp, **{name: value}))
 
 
-def test_sub_blocks_are_a_pair_and_in_order():
-    attn, mlp = sub_block_lens("attn_out", 0.0), sub_block_lens("mlp_out", 0.5)
-    for first, second in ((mlp, attn), (attn, attn), (attn, sub_block_lens("resid_post", 0.0))):
-        with pytest.raises(ValueError, match=f"but these are {first.component} and {second.component}"):
-            plot_sub_blocks(first, second)
+def test_only_attention_and_its_mlp_are_interleaved_in_this_order():
+    attn, mlp = sublayer_lens("attn_out", 0.0), sublayer_lens("mlp_out", 0.5)
+    for first, second in ((mlp, attn), (attn, attn), (attn, sublayer_lens("resid_post", 0.0))):
+        with pytest.raises(ValueError, match=f"got {first.read} and {second.read}"):
+            interleaved(first, second)
 
 
 # -- lines -----------------------------------------------------------------------------------------
@@ -351,12 +361,12 @@ def test_lines_have_the_values_of_their_position():
     assert list(figure.layout.xaxis2.ticktext) == ["embed", "0"]
     assert [trace.showlegend for trace in figure.data] == [True, False, True, False]
     assert figure.layout.title.text.startswith(
-        "<b>Rank of the model's final guess and KL(final ‖ layer) by layer</b>"
+        "<b>Rank of the model's final guess and KL(final || layer) by layer</b>"
     )
 
 
 def test_many_statistics_have_a_short_title_and_each_its_labels():
-    stats = ("rank", "kl", "entropy", "probability")
+    stats = ("rank_final", "kl_final", "entropy", "probability")
     figure = plot_lens_lines(plot_input(40), stats)
     assert figure.layout.title.text.startswith("<b>Logit lens by layer</b>")
     axes = [figure.layout[f"xaxis{at or ''}"] for at in ("", 2, 3, 4)]
@@ -372,38 +382,34 @@ def test_many_statistics_have_a_short_title_and_each_its_labels():
     assert [two.layout.xaxis.title.text, two.layout.xaxis2.title.text] == [None, "layer"]
 
 
-def test_lines_are_told_apart_without_their_hue():
-    figure = plot_lens_lines(plot_input(40), "kl", positions=range(MAX_LINES))
+def test_lines_differ_without_their_color():
+    figure = plot_lens_lines(plot_input(40), "kl_final", positions=range(MAX_LINES))
     symbols = [trace.marker.symbol for trace in figure.data]
     assert len(set(symbols)) == len(symbols) == MAX_LINES
     dashes = {(trace.line.color, trace.line.dash) for trace in figure.data}
     assert len(dashes) == MAX_LINES
-    with pytest.raises(ValueError, match="13 lines cannot be told apart: choose at most 12"):
-        plot_lens_lines(plot_input(40), "kl", positions=range(13))
+    with pytest.raises(ValueError, match="at most 12 lines can be distinguished, got 13"):
+        plot_lens_lines(plot_input(40), "kl_final", positions=range(13))
 
 
 def test_lines_of_a_long_text_are_those_of_its_end():
-    names = [trace.name.split()[0] for trace in plot_lens_lines(plot_input(40), "kl").data]
+    names = [trace.name.split()[0] for trace in plot_lens_lines(plot_input(40), "kl_final").data]
     assert names == ["34", "35", "36", "37", "38", "39"]
 
 
 def test_undefined_values_are_gaps():
-    figure = plot_lens_lines(lens(), "next_rank")
+    figure = plot_lens_lines(lens(), "rank_next")
     assert figure.data[2].y == (None, None)
     assert "undefined" in figure.data[2].text[0]
 
 
-def test_a_target_is_that_of_the_statistics_that_have_one():
-    figure = plot_lens_lines(lens(), ("rank", "kl"), positions=[0], target=" a")
-    assert [trace.y for trace in figure.data] == [(7.0, 2.0), (8.0, 0.0)]
-    with pytest.raises(ValueError, match="only rank and probability are of a target"):
-        plot_lens_lines(lens(), "kl", target=" a")
-    with pytest.raises(ValueError, match="no stat selected"):
+def test_lines_need_a_statistic():
+    with pytest.raises(ValueError, match="stats must be at least one of probability, entropy"):
         plot_lens_lines(lens(), [])
 
 
 def test_labels_of_many_layers_keep_their_distance():
-    ticks = plot_lens_lines(plot_input(2, 49), "kl").layout.xaxis
+    ticks = plot_lens_lines(plot_input(2, 49), "kl_final").layout.xaxis
     assert ticks.ticktext[:4] == ("embed", "2", "4", "6")
     assert ticks.tickvals[:4] == (0, 3, 5, 7)
 

@@ -57,12 +57,12 @@ def test_lines_and_bars_are_means_over_positions():
     assert list(null.error_y.array) == [1.0, 0.0]
     assert list(null.error_y.arrayminus) == [1.0, 0.0]
     assert list(elsewhere.y) == [8.0, 14.0]
-    assert "least over most probable: 1.75; in random bins 0.83 to 1.25, ranked elsewhere 1.75" in (
+    assert "least over most probable: 1.75; in random bins 0.83 to 1.25, ranked at another position 1.75" in (
         figure.layout.title.text
     )
 
 
-def test_the_diamond_stands_beside_the_whisker():
+def test_the_diamond_does_not_cover_the_whisker():
     figure = plot_logit_variance(variance())
     bars, null, elsewhere = figure.data[-3:]
     # of nine bins in a panel of half the figure
@@ -72,7 +72,7 @@ def test_the_diamond_stands_beside_the_whisker():
         assert (right - left) * pixels > elsewhere.marker.size / 2 + null.error_y.width / 2
 
 
-def test_bins_differ_by_colour_and_symbol():
+def test_bins_differ_by_color_and_symbol():
     first, second = plot_logit_variance(variance()).data[:2]
     assert first.line.color != second.line.color
     assert first.marker.symbol != second.marker.symbol
@@ -82,6 +82,6 @@ def test_without_another_position_there_is_no_mark_for_it():
     alone = dataclasses.replace(variance(), elsewhere_variance=torch.full((2, 1, 2), math.nan))
     figure = plot_logit_variance(alone)
     assert "rank at another position" not in [trace.name for trace in figure.data]
-    assert "ranked elsewhere not measured" in figure.layout.title.text
-    assert math.isnan(alone.figures()["elsewhere_ratio"])
-    assert alone.figures()["variance_ratio"] == pytest.approx(1.75)
+    assert "ranked at another position not measured" in figure.layout.title.text
+    assert math.isnan(alone.estimates()["elsewhere_ratio"])
+    assert alone.estimates()["variance_ratio"] == pytest.approx(1.75)

@@ -55,7 +55,7 @@ def test_a_distance_of_zero_has_no_place_on_a_logarithmic_axis() -> None:
     assert list(figure.data[1].y) == [1.0, None]
 
 
-def test_a_lens_without_figures_is_refused() -> None:
+def test_a_lens_without_a_measured_kl_is_refused() -> None:
     unmeasured = dataclasses.replace(tuned_lens(), kl_tuned=torch.full((3,), torch.nan))
-    with pytest.raises(ValueError, match=r"no held-out KL to draw \(it is 'a checkpoint'\)"):
+    with pytest.raises(ValueError, match="'a checkpoint', has no held-out KL to draw"):
         plot_tuned_lens(unmeasured)

@@ -66,7 +66,7 @@ def test_the_lens_names_the_roles_and_parts_the_turns():
     result = hand_made.lens()
     strings = dict(result.strings) | {"0": "<|user|>", "2": "<|assistant|>"}
     chat = dataclasses.replace(result, strings=strings)
-    figure = plot_logit_lens(chat, "kl")
+    figure = plot_logit_lens(chat, "kl_final")
     assert [text.split("<br>")[1:] for text in figure.layout.xaxis.ticktext] == [
         ["<b>user</b>"],
         [],
@@ -74,13 +74,13 @@ def test_the_lens_names_the_roles_and_parts_the_turns():
     ]
     assert [shape.x0 for shape in figure.layout.shapes] == [1.5]
     # what is drawn begins in the middle of a turn
-    figure = plot_logit_lens(chat, "kl", positions=[1, 2])
+    figure = plot_logit_lens(chat, "kl_final", positions=[1, 2])
     assert [text.split("<br>")[1:] for text in figure.layout.xaxis.ticktext] == [
         ["<b>user</b>"],
         ["<b>assistant</b>"],
     ]
     assert torch.equal(chat.tokens, result.tokens)
-    assert not plot_logit_lens(result, "kl").layout.shapes
+    assert not plot_logit_lens(result, "kl_final").layout.shapes
 
 
 def test_an_attribution_says_whose_turn_it_is():

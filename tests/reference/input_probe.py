@@ -14,6 +14,14 @@ def residuals(model, tokens, keep):
     return [row[keep].double() for row in rows]
 
 
+def unembedding(model):
+    """`W_U` with the last norm's scale, and for LayerNorm its centering; `[d_vocab, d_model]`, float64."""
+    W_U = model.W_U.detach().double()
+    if getattr(model.ln_final, "w", None) is not None:
+        W_U = model.ln_final.w.detach().double()[:, None] * W_U
+    return (W_U - W_U.mean(0) if model.cfg.normalization_type.startswith("LN") else W_U).T
+
+
 def fit(X, Y):
     """Least squares with an intercept; of several solutions that of least norm."""
     # gelsd gives that one; the others need a stream of full rank, which a centred one has but for the

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechlens.analyses.logit_lens import STATISTICS
 from mechlens.results import (
     FORMAT,
     AttentionPatterns,
@@ -35,7 +34,6 @@ from mechlens.results import (
     GreedySearch,
     HeadScores,
     InductionCircuits,
-    InputProbe,
     LogitAttribution,
     LogitLensResult,
     LogitVariance,
@@ -49,6 +47,7 @@ from mechlens.results import (
     head_label,
     load,
 )
+from mechlens.results.lens import STATISTICS
 from tests.hand_made import attention_spread, deep_lens, facts, indirect_object, input_probe
 
 MODEL = ModelInfo(
@@ -129,10 +128,8 @@ def lens() -> LogitLensResult:
         positions=(0, 1),
         context_length=torch.tensor([[1, 2]]),
         rows=("embed", "0"),
-        component="resid_post",
-        onto_stream=False,
+        read="resid_post",
         decoder="final_norm",
-        last_blocks=0,
         statistics=STATISTICS,
         top_ids=torch.tensor([[[[5], [6]]], [[[6], [6]]]]),
         top_probabilities=torch.tensor([[[[0.5], [0.25]]], [[[0.75], [0.5]]]]),
@@ -834,10 +831,7 @@ def test_table_of_performance_without_bos() -> None:
 
 
 def test_columns_mean_the_same_in_every_table(result: Result) -> None:
-    for table in (
-        result.to_dataframe(),
-        *([result.elements_to_dataframe()] if isinstance(result, InputProbe) else []),
-    ):
+    for table in (result.to_dataframe(),):
         names = list(table.columns)
         assert len(set(names)) == len(names)
         assert not any(c.isspace() for name in names for c in name), names
@@ -880,7 +874,7 @@ def test_a_deep_lens_is_ordered_by_its_layer() -> None:
 
 
 def test_a_lens_on_heads_has_their_layer_and_head() -> None:
-    heads = dataclasses.replace(lens(), component="result", rows=("embed", "L12H3")).to_dataframe()
+    heads = dataclasses.replace(lens(), read="result", rows=("embed", "L12H3")).to_dataframe()
     assert heads["layer"].tolist() == [-1, -1, 12, 12]
     assert heads["head"].tolist() == [pd.NA, pd.NA, 3, 3]
     assert "head" not in lens().to_dataframe()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -14,12 +13,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-import torch
 
 from mechlens.plots.heads import plot_attention_heatmap
-from mechlens.results import Comparison, LogitLensResult
+from mechlens.results import Comparison
 from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
-from mechlens.show.lens import lens_section, sub_blocks_section
+from mechlens.show.lens import lens_section
 from mechlens.show.page import render_report, write_report
 from mechlens.show.section import Figure, Section, Table
 from tests import hand_made
@@ -237,85 +235,13 @@ def test_wrong_paths_are_refused(tmp_path: Path) -> None:
 # -- the lens --------------------------------------------------------------------------------------
 
 
-def long_lens(n_pos: int) -> LogitLensResult:
-    """Rows embed and 0 of equal tokens; the KL at position p is p."""
-    values = torch.arange(float(n_pos)).expand(2, 1, n_pos)
-    return dataclasses.replace(
-        hand_made.lens(),
-        tokens=torch.ones(1, n_pos, dtype=torch.long),
-        mask=torch.ones(1, n_pos, dtype=torch.bool),
-        positions=tuple(range(n_pos)),
-        context_length=torch.arange(1, n_pos + 1)[None],
-        top_ids=torch.ones(2, 1, n_pos, 1, dtype=torch.long),
-        top_probabilities=torch.ones(2, 1, n_pos, 1),
-        entropy=values,
-        kl_final=values,
-        kl_input=values,
-        final_ids=torch.ones(1, n_pos, dtype=torch.long),
-        log_prob={"final": -values},
-        rank={"final": 1 + values},
-        target_ids={},
-    )
-
-
-def test_a_long_lens_is_drawn_in_stretches_of_one_scale() -> None:
-    section = lens_section(long_lens(40), ("kl", "probability"))
-    heatmaps = [part for part in section.parts if part.keeps_width]  # type: ignore[union-attr]
-    assert len(heatmaps) == 8
-    drawn = [part.figure.data[0] for part in heatmaps[:4]]  # type: ignore[union-attr]
-    assert [len(each.x) for each in drawn] == [10, 10, 10, 10]
-    assert [each.zmax for each in drawn] == [39.0] * 4
-    assert [value for each in drawn for value in each.z[0]] == list(range(40))
-    (lines,) = [part for part in section.parts if part not in heatmaps]
-    assert [trace.name.split()[0] for trace in lines.figure.data[::2]] == [*map(str, range(34, 40))]  # type: ignore[union-attr]
-    assert set(section.terms) >= {"KL(final ‖ layer)", "Rank", "Probability of the top guess"}
-    assert "Entropy" not in section.terms
-
-
-@pytest.mark.parametrize("n_pos", range(1, 25))
-def test_no_stretch_is_wider_than_the_page(n_pos: int) -> None:
-    found = dataclasses.replace(long_lens(n_pos), strings={"1": "a very long token"})
-    parts = lens_section(found, "kl", lines=()).parts
-    # what the page leaves between its margins
-    assert max(part.figure.layout.width for part in parts) <= 1120  # type: ignore[union-attr]
-
-
-def test_a_page_draws_the_end_of_a_long_text_and_says_so() -> None:
-    section = lens_section(long_lens(3000), "kl", text="What to look for.")
-    drawn = [value for part in section.parts[:-1] for value in part.figure.data[0].z[0]]  # type: ignore[union-attr]
-    assert drawn == [*range(2936, 3000)]
-    first, said = section.text.split("\n\n")
-    assert first == "What to look for."
-    assert said.startswith("Shown: the last 64 of 3,000 positions.")
-    chosen = lens_section(long_lens(3000), "kl", positions=range(100))
-    assert sum(part.figure.data[0].z.shape[1] for part in chosen.parts[:-1]) == 100  # type: ignore[union-attr]
-    assert chosen.text == lens_section(long_lens(64), "kl").text == ""
-
-
-def test_lens_section_takes_what_is_drawn() -> None:
-    section = lens_section(hand_made.lens(), "rank", target=" a", high=50, lines=(), positions=[0, 1])
-    (part,) = section.parts
-    assert isinstance(part, Figure)
-    assert part.figure.data[0].colorbar.title.text == "rank of ·a"
-    assert part.figure.data[0].zmax == pytest.approx(math.log10(50))
-    assert "Tokens read: <s> ·a" in part.description
-    assert len(lens_section(hand_made.lens(), "kl", target=" a").parts) == 2, "the lines are of the target"
-    with pytest.raises(ValueError, match="high is of one statistic, but there are rank, kl"):
-        lens_section(hand_made.lens(), ("rank", "kl"), high=5)
-
-
-def test_sub_blocks_have_a_section() -> None:
-    attn, mlp = (hand_made.sub_block_lens(name, 0.5) for name in ("attn_out", "mlp_out"))
-    section = sub_blocks_section(attn, mlp, ("kl", "rank"))
-    assert [part.figure.layout.yaxis.ticktext[1] for part in section.parts] == ["0 attn"] * 2  # type: ignore[union-attr]
-
-
 def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
-    page = render_report(lens_section(hand_made.lens(), "kl"), title="t", model=hand_made.model())
+    page = render_report(lens_section(hand_made.lens(), "kl_final"), title="t", model=hand_made.model())
     elements = Page(page)
-    (scrolled,) = [each for each in elements.of("div") if each.get("class") == "scroll"]
+    scrolled = next(
+        each for each in elements.of("div") if each.get("class") == "scroll" and "Heatmap" in str(each)
+    )
     assert scrolled["tabindex"] == "0"
-    assert "Heatmap of top guesses" in str(scrolled["aria-label"])
     styles = [each["style"] for each in elements.of("div") if each.get("class") == "plot"]
     assert re.fullmatch(r"height:\d+px;width:\d+px", str(styles[0]))
     assert "max-width" in str(styles[1])

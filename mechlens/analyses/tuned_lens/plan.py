@@ -1,0 +1,105 @@
+"""What training a tuned lens takes: arithmetic, time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+
+from mechlens.measures.unembedding import Unembedding
+from mechlens.models.protocol import LensModel
+from mechlens.models.run.arithmetic import block_flop
+from mechlens.models.run.unembedding import unembedding
+from mechlens.progress import duration
+from mechlens.text.display import count
+
+CHUNK = 256
+"""Vectors that go through `W_U` together: a tile of their logits stays near the processor."""
+RESIDUAL_BYTES = 256 * 2**20
+"""Memory for the residual vectors of all rows, of as many windows as are run at once."""
+RATE_FLOP = 30 * 10**9
+"""Of the product that measures the machine: some tenths of a second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What training a tuned lens takes. One addition or multiplication of floats is a FLOP."""
+
+    step_tokens: int
+    step_flop: int
+    """One forward pass over a batch, and for each row its translator and two products with `W_U`: logits,
+    and what comes back from them. The model's own distribution takes as many once."""
+    held_out_tokens: int
+    held_out_flop: int
+    """Of all that is held out: one forward pass, and the logits of each row with and without translator."""
+    bytes: int
+    """Of memory beside the model: the translators with Adam's two means and, while a step replaces them,
+    their gradients and successors; residual vectors; a float32 `W_U`."""
+
+    def seconds(self, steps: int, rate: float) -> float:
+        """How long so many steps and measuring take, at a rate in FLOP per second."""
+        return (steps * self.step_flop + self.held_out_flop) / rate
+
+    def words(self, steps: int, rate: float, *, fixed: bool) -> tuple[str, float]:
+        """What is going to take how long, and in how many seconds.
+
+        Args:
+            fixed: what is held out would be as much for fewer steps, else in proportion to them.
+        """
+        seconds = self.seconds(steps, rate)
+        step = self.step_flop / rate
+        affordable = (600 - (seconds - steps * step)) / step if fixed else 600 * steps / seconds
+        said = (
+            f"about {duration(seconds)} for {count(steps, 'step')} of {self.step_tokens:,} tokens, of which "
+            f"{duration(self.held_out_flop / rate)} measure it on {self.held_out_tokens:,} tokens held out "
+            f"({self.step_flop / 1e12:.3g} TFLOP a step, {rate / 1e12:.2g} a second here); 10 minutes buy "
+            f"{count(max(0, int(affordable)), 'step')}"
+        )
+        return said, seconds
+
+
+def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out: int) -> TrainingPlan:
+    """Count what training a tuned lens takes; nothing is run.
+
+    Args:
+        batch_tokens: in a step.
+        length: tokens in a window.
+        held_out: windows.
+
+    Counted is what `block_flop` counts; exponentials take part in the rate that `train_tuned_lens` measures.
+    """
+    cfg = model.cfg
+    forward = cfg.n_layers * block_flop(model, length)
+    unembed = 2 * cfg.d_model * cfg.d_vocab
+    translate = 2 * cfg.d_model**2
+    rows = cfg.n_layers
+    # with a soft-cap the model's own logits are enough
+    own = unembed if unembedding(model).soft_cap is not None else 2 * unembed
+    step = forward + own + rows * (2 * translate + 2 * unembed)
+    # each row and the last layer once plain and once translated; the model's own beside them in either
+    measure = forward + 2 * (rows + 1) * unembed + rows * translate
+    tokens = held_out * length
+    translators = 4 * rows * cfg.d_model * (cfg.d_model + 1)
+    residuals = 4 * (rows + 1) * cfg.d_model * max(batch_tokens, tokens)
+    return TrainingPlan(
+        step_tokens=batch_tokens,
+        step_flop=step * batch_tokens,
+        held_out_tokens=tokens,
+        held_out_flop=measure * tokens,
+        bytes=7 * translators + min(residuals, RESIDUAL_BYTES) + 4 * cfg.d_model * cfg.d_vocab,
+    )
+
+
+def measured_rate(reader: Unembedding) -> float:
+    """FLOP per second of what training does most: a gradient through a part of the vocabulary."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = torch.randn(CHUNK, len(reader.W_U), generator=draw, dtype=torch.float32).to(reader.W_U)
+    of_tile = 4 * vectors.numel() * reader.width
+    # of more weights than a cache holds, as while it trains
+    n_tiles = min(max(1, RATE_FLOP // of_tile), -(-reader.d_vocab // reader.width))
+    reader = dataclasses.replace(reader, soft_cap=None)
+    for n in (1, n_tiles):  # the first one also takes memory
+        start = time.perf_counter()
+        float(reader.expected_column(vectors, n_tiles=n)[0].sum())  # a GPU begins when somebody waits for it
+    return n_tiles * of_tile / (time.perf_counter() - start)
