@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mechlens.results import head_label
+from mechlens.show.markdown import table_markdown
+from mechlens.show.section import Table
 from mechlens.studies.published import CARDS
 
 CARD = CARDS / "smollm2-135m.json"
@@ -183,9 +185,7 @@ def _also(also: dict[str, Any]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [columns, ["---"] * len(columns), *escaped]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table_markdown(Table(columns, rows, ""))
 
 
 def main() -> None:

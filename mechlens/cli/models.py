@@ -1,75 +1,64 @@
-"""`mechlens models`: what loads by name, and what is right, on the command line."""
+"""`mechlens models`: what loads by name, and what is verified of it, on the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mechlens.cli import options
-from mechlens.cli.options import CacheOption, JsonOption, QuietOption, RevisionOption
 from mechlens.cli.output import deliver
+from mechlens.cli.run import PROSE, Run, command
 
 
+@command("models", endings=(PROSE,), without=("model", "dtype"))
 def models(
-    name: Annotated[str | None, typer.Argument(help="The one to show: a name, or a path.")] = None,
-    like: Annotated[str, typer.Option(help="Only names with this in them.")] = "",
+    run: Run,
+    name: Annotated[str | None, typer.Argument(help="The model to show: a name, or a path.")] = None,
+    like: Annotated[str, typer.Option(help="Only names that contain this.")] = "",
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Compare with Hugging Face's predictions and say which analyses there are: of NAME, "
-            "or of tiny random models of all architectures and the real ones at hand.",
+            help="Compare with Hugging Face's predictions and show which analyses support the model: NAME, "
+            "or tiny random models of all architectures and the installed real ones.",
         ),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Save what --verify finds to this .md file.")] = None,
-    revision: RevisionOption = None,
     clear_cache: Annotated[
         bool, typer.Option("--clear-cache", help="Delete the weights that were kept from GGUF files.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="Where --verify runs: cpu, cuda, cuda:1, mps. [default: cuda if there is one, else cpu]"
-        ),
-    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31, help="Of the random weights and tokens of --verify.")
+        int, typer.Option(min=0, max=2**31, help="Seed of the random weights and tokens of --verify.")
     ] = 0,
-    cache: CacheOption = True,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """List the models that load by name. With a name or path, show that model's sizes, its positions,
-    and whether its unembedding is tied to its embedding in the raw weights. With --verify, run models beside
-    Hugging Face's and show how far their log-probabilities are apart, in nats, before and beyond a sliding
-    window or an original context, and which analyses they have."""
-    given = dict(locals())
-    _check(name, like, verify, out, revision, clear_cache)
+    """List the models that load by name. With a name or path, show the model's sizes, its positions, and
+    whether its unembedding is tied to its embedding in the raw weights. With --verify, compare models with
+    Hugging Face's: the largest difference in log-probability, in nats, within and beyond a sliding window or
+    original context, and the analyses that support them. --out and --device are for --verify."""
+    given = run.given
+    _check(given)
     if verify:
-        _verify(given)
+        _verify(run)
         return
-    from mechlens import terminal
     from mechlens.models.load import gguf
     from mechlens.models.load.registry import known_models, model_summary
+    from mechlens.show.terminal import plain, print_json
 
     if clear_cache:
         found: Any = {"folder": str(gguf.cache_folder()), "bytes": gguf.cached_size()}
         gguf.clear_cache()
         lines = [f"deleted {_megabytes(found['bytes'])} of {found['folder']}"]
     elif name is not None:
-        summary = asdict(model_summary(name, revision=revision))
+        summary = asdict(model_summary(name, revision=given["revision"]))
         width = max(map(len, summary))
-        lines = [f"{field:{width}}  {terminal.plain(value)}" for field, value in summary.items()]
+        lines = [f"{field:{width}}  {plain(value)}" for field, value in summary.items()]
         found = summary
     else:
         known = [one for one in known_models() if like.lower() in one.name.lower()]
         if not known:
-            raise ValueError(
-                f"no known model has {like!r} in its name; other names on the hub may load all the same"
-            )
+            raise ValueError(f"no known model has {like!r} in its name; other names on the hub may load, too")
         lines = [f"{one.name}  ({one.source}{', ' * bool(one.about)}{one.about})" for one in known]
         if kept := gguf.cached_size():
             lines.append(
@@ -77,26 +66,19 @@ def models(
                 "--clear-cache deletes them"
             )
         found = [asdict(one) for one in known]
-    if as_json:
-        terminal.print_json(found)
-    elif not quiet:
+    if given["as_json"]:
+        print_json(found)
+    elif not given["quiet"]:
         print("\n".join(lines))
 
 
-def _check(
-    name: str | None,
-    like: str,
-    verify: bool,
-    out: Path | None,
-    revision: str | None,
-    clear_cache: bool,
-) -> None:
-    """Refuse what asks for two things at once, or for what would have no effect."""
+def _check(given: Mapping[str, Any]) -> None:
+    """Refuse two tasks at once, and options without an effect."""
     asked = {
-        "a name": name is not None,
-        "--like": bool(like),
-        "--verify": verify,
-        "--clear-cache": clear_cache,
+        "a name": given["name"] is not None,
+        "--like": bool(given["like"]),
+        "--verify": given["verify"],
+        "--clear-cache": given["clear_cache"],
     }
     for one, other in (
         ("a name", "--like"),
@@ -106,35 +88,36 @@ def _check(
     ):
         if asked[one] and asked[other]:
             raise ValueError(f"{one} and {other} exclude each other: give one of them")
-    if out is not None and not verify:
-        raise ValueError("--out is for what --verify finds: add --verify, or leave --out out")
-    if revision is not None and name is None:
-        raise ValueError("--revision is of one model: name it")
-    options.check_file(out, (".md",))
+    if given["out"] is not None and not given["verify"]:
+        raise ValueError("--out is for --verify: add --verify, or leave --out out")
+    if given["revision"] is not None and given["name"] is None:
+        raise ValueError("--revision needs the name of a model")
 
 
-def _verify(given: dict[str, Any]) -> None:
-    from mechlens import terminal
+def _verify(run: Run) -> None:
     from mechlens.files import replacing
-    from mechlens.studies.architectures import verify_architectures, verify_model
+    from mechlens.show.markdown import section_markdown
+    from mechlens.show.terminal import print_section
+    from mechlens.studies import architectures
 
+    given = run.given
     shared = {name: given[name] for name in ("device", "cache", "seed")}
     if given["name"] is None:
-        bar = options.progress(given["quiet"])
-        found = verify_architectures(like=given["like"], progress=bar, **shared)
+        found = architectures.verify_architectures(like=given["like"], progress=run.progress, **shared)
     else:
-        found = [verify_model(given["name"], revision=given["revision"], **shared)]
+        found = [architectures.verify_model(given["name"], revision=given["revision"], **shared)]
 
     def save(file: Path) -> list[Path]:
         with replacing(file) as part:
-            part.write_text(terminal.architectures_markdown(found), encoding="utf-8")
+            section = architectures.architectures_section(found)
+            part.write_text(section_markdown(section), encoding="utf-8")
         return [file]
 
     deliver(
         given,
         save=save,
-        tables=lambda: terminal.print_architectures(found),
-        as_object=lambda: terminal.architectures_json(found),
+        tables=lambda: print_section(architectures.architectures_section(found)),
+        as_object=lambda: architectures.architectures_json(found),
     )
 
 

@@ -34,9 +34,9 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "as_json": (options.JsonOption, False),
 }
 """Type and default of each option that commands share."""
-PAGE, TABLE, WHOLE = ".html", ".csv", ".safetensors"
+PAGE, TABLE, WHOLE, PROSE = ".html", ".csv", ".safetensors", ".md"
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_OUT = {PAGE: ".html (a page)", TABLE: ".csv", WHOLE: ".safetensors"}
+_OUT = {PAGE: ".html (a page)", TABLE: ".csv", WHOLE: ".safetensors", PROSE: ".md"}
 
 
 class Run:

@@ -12,11 +12,6 @@ from mechlens.show.terminal import (
     print_rows,
     tolerance,
 )
-from mechlens.terminal.architectures import (
-    architectures_json,
-    architectures_markdown,
-    print_architectures,
-)
 from mechlens.terminal.attention import attention_json, print_attention
 from mechlens.terminal.circuits import (
     circuit_json,
@@ -39,8 +34,6 @@ from mechlens.terminal.features import (
 from mechlens.terminal.induction_circuits import induction_circuits_json, print_induction_circuits
 
 __all__ = [
-    "architectures_json",
-    "architectures_markdown",
     "attention_json",
     "best_heads",
     "circuit_json",
@@ -53,7 +46,6 @@ __all__ = [
     "induction_circuits_json",
     "number",
     "plain",
-    "print_architectures",
     "print_attention",
     "print_circuit",
     "print_complete_search",

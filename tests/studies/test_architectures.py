@@ -23,23 +23,25 @@ from mechlens.models.load.tiny_architectures import (
     write_model,
     write_tokenizer,
 )
-from mechlens.studies import architectures
+from mechlens.show.markdown import section_markdown
+from mechlens.studies import architectures, supported_analyses
 from mechlens.studies.architectures import (
     TOLERANCE,
-    Analysis,
     Verified,
+    architectures_section,
     verify_architecture,
     verify_architectures,
     verify_model,
 )
-from mechlens.terminal.architectures import COLUMNS, architecture_row, architectures_markdown
+from mechlens.studies.supported_analyses import Analysis
 from tests.models.load.test_loading import BACKENDS, HAS_HOOKED
 from tests.tiny_models import write_tiny_model, write_toy
 
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"
 NAMES = [each.name for each in ARCHITECTURES]
 LIMITED = [each.name for each in ARCHITECTURES if limits(each.config())]
-MEASURED = ("before", "beyond")
+COLUMNS = tuple(each.heading for each in Verified.columns)
+MEASURED = ("within, nats", "beyond, nats")
 
 
 def documented() -> dict[str, dict[str, str]]:
@@ -47,7 +49,8 @@ def documented() -> dict[str, dict[str, str]]:
     major = importlib.metadata.version("transformer-lens").split(".")[0]
     section = re.search(rf"^## TransformerLens {major}\..*?(?=^## |\Z)", DOCS.read_text("utf-8"), re.M | re.S)
     rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\|.*", section[0], re.M)
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in re.findall(r"^\|.*", section[0].split("\n\nWhat")[0], re.M)
     ]
     assert tuple(rows[0]) == COLUMNS
     return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]}
@@ -63,7 +66,7 @@ def test_the_docs_are_right(name):
     """The verdicts are the documented ones, and so is whether differences are rounding."""
     # the docs are about both states of the weights, which tests/models/test_load.py compares of some
     found = verify_architecture(architecture(name), both=False)
-    row, said = dict(zip(COLUMNS, architecture_row(found), strict=True)), documented()[name]
+    row, said = dict(zip(COLUMNS, found.row, strict=True)), documented()[name]
     for column in COLUMNS:
         if column not in MEASURED:
             assert row[column] == said[column], column
@@ -165,7 +168,7 @@ class TestAFaultIsSeen:
         broken(lambda model: model.blocks[0].hook_resid_pre.add_hook(lambda x, hook: x * 1.1))
         found = verify_architecture(architecture("GPT-2"), both=False)
         assert not found.right
-        assert ", wrong" in architecture_row(found)[COLUMNS.index("before")]
+        assert ", wrong" in found.row[COLUMNS.index("before")]
 
     def test_beyond_a_window_alone(self, broken):
         def no_window(model, at=24):
@@ -182,17 +185,19 @@ class TestAFaultIsSeen:
         assert not found.right
 
     def test_in_circuits(self, monkeypatch):
-        own = architectures.QK
+        own = supported_analyses.QK
         monkeypatch.setattr(
-            architectures, "QK", lambda model, head, relative_position: own(model, head, relative_position=3)
+            supported_analyses,
+            "QK",
+            lambda model, head, relative_position: own(model, head, relative_position=3),
         )
         qk = verify_architecture(architecture("Llama"), both=False).qk
         assert (qk.verdict, "misses the original's scores by" in qk.reason) == ("no", True)
 
     def test_in_attribution(self, monkeypatch):
-        own = architectures.direct_logit_attribution
+        own = supported_analyses.direct_logit_attribution
         monkeypatch.setattr(
-            architectures,
+            supported_analyses,
             "direct_logit_attribution",
             lambda model, tokens, target, against: own(model, tokens, target, against=against + 1),
         )
@@ -218,7 +223,7 @@ def test_all_or_some_are_verified(monkeypatch):
         verify_architectures(like=like, progress=False)
         assert seen == expected
     with pytest.raises(
-        ValueError, match=r"no architecture has 'Lllama' in its name; there are: GPT-2, GPT-Neo"
+        ValueError, match=r"no architecture has 'Lllama' in its name; choose among GPT-2, GPT-Neo"
     ):
         verify_architectures(like="Lllama", progress=False)
 
@@ -250,8 +255,8 @@ def test_what_cannot_be_verified_is_an_error_and_no_verdict(tmp_path):
 
 def test_markdown_has_what_the_table_has():
     found = verify_architecture(architecture("Qwen3"))
-    text = architectures_markdown([found])
+    text = section_markdown(architectures_section([found]))
     assert f"TransformerLens {importlib.metadata.version('transformer-lens')}" in text
-    assert f"| {' | '.join(architecture_row(found))} |" in text
-    assert "- Qwen3: QK circuits: this model normalises queries and keys" in text
-    assert math.isclose(float(architecture_row(found)[3]), found.differences[0], rel_tol=0.5)
+    assert f"| {' | '.join(found.row)} |" in text
+    assert "| Qwen3 | QK circuits: " in text
+    assert math.isclose(float(found.row[3]), found.differences[0], rel_tol=0.5)
