@@ -168,12 +168,12 @@ class TestAFaultIsSeen:
         broken(lambda model: model.blocks[0].hook_resid_pre.add_hook(lambda x, hook: x * 1.1))
         found = verify_architecture(architecture("GPT-2"), both=False)
         assert not found.right
-        assert ", wrong" in found.row[COLUMNS.index("before")]
+        assert ", wrong" in found.row[COLUMNS.index("within, nats")]
 
     def test_beyond_a_window_alone(self, broken):
         def no_window(model, at=24):
             def repeat(x, hook):
-                # as if the positions behind the window were others
+                # as if the positions beyond the window were different
                 return torch.cat([x[:, :at], x[:, at:].flip(1)], dim=1)
 
             model.blocks[0].hook_resid_pre.add_hook(repeat)
@@ -223,7 +223,7 @@ def test_all_or_some_are_verified(monkeypatch):
         verify_architectures(like=like, progress=False)
         assert seen == expected
     with pytest.raises(
-        ValueError, match=r"no architecture has 'Lllama' in its name; choose among GPT-2, GPT-Neo"
+        ValueError, match=r"no architecture has 'Lllama' in its name: choose among GPT-2, GPT-Neo"
     ):
         verify_architectures(like="Lllama", progress=False)
 
