@@ -159,7 +159,7 @@ def test_the_weights_and_hooks_are_left_as_they_were(tiny_bos_model):
     ("site", "metric", "message"),
     [
         ("mlp_out", KL(), "smallest at the clean run, so its gradient there is zero"),
-        ("mlp_out", lambda logits: logits.argmax().float(), "without a gradient by the logits"),
+        ("mlp_out", lambda logits: logits.argmax().float(), "the metric is not differentiable"),
         ("attn_scores", None, "minus infinity, which no gradient reaches"),
     ],
 )

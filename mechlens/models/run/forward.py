@@ -19,7 +19,7 @@ MAX_POSITIONS = 16384
 """Positions (rows x length) in one forward pass; larger batches are run in parts."""
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Raised by a hook to stop the forward pass once all activations have been read.
 
     It saves the later layers and, on a bridge, all logits.
@@ -27,9 +27,9 @@ class Enough(Exception):
 
 
 def run(model: LensModel, given: Tensor, **options: Any) -> None:
-    """Run the model for its hooks, until the end or until one of them raises `Enough`."""
+    """Run the model for its hooks, until the end or until one of them raises `StopForward`."""
     given = given.to(model.cfg.device)
-    with contextlib.suppress(Enough):
+    with contextlib.suppress(StopForward):
         model(given, return_type=None, **(seen_whole(model, given) | options))
 
 
@@ -116,7 +116,7 @@ def serve(
         readers[name](activation)
         waiting.discard(name)
         if not waiting:
-            raise Enough
+            raise StopForward
 
     hooks = [(name, partial(hand_out, name=name)) for name in readers]
     with running(model, hooks):

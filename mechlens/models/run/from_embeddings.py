@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechlens.measures.memory import in_parts
 from mechlens.models.protocol import LensModel
-from mechlens.models.run.forward import Enough, run, running, watch
+from mechlens.models.run.forward import StopForward, run, running, watch
 from mechlens.models.run.user_hooks import user_hooks
 
 EMBED = "hook_embed"
@@ -86,4 +86,4 @@ def _replace(activation: Tensor, hook: Any, *, embedded: Tensor, start: int) -> 
 
 def _keep(activation: Tensor, hook: Any, *, kept: list[Tensor]) -> None:
     kept.append(activation)
-    raise Enough
+    raise StopForward

@@ -1,4 +1,4 @@
-"""Gradients of a number that a run's last residual gives, by activations along the way."""
+"""Gradients of a metric of the last residual with respect to earlier activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel
-from mechlens.models.run.forward import Enough, run, running
+from mechlens.models.run.forward import StopForward, run, running
 
 
 def gradients(
@@ -20,43 +20,43 @@ def gradients(
     names: Sequence[str],
     number: Callable[[Float[Tensor, "1 pos d_model"]], Float[Tensor, ""]],
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Run once, forward and backward.
+    """Run the model forward and backward once.
 
     Args:
-        names: of hook points, such as `blocks.0.hook_mlp_out`.
-        number: of the last `resid_post`, which the logits are read from.
+        names: hook points, such as `blocks.0.hook_mlp_out`.
+        number: computes the metric from the last `resid_post`.
 
     Returns:
-        The number; by name, the activations `[1, pos, ...]` and the number's gradients by them, zero where
-        it does not depend on them. The weights' own gradients are neither made nor touched.
+        The metric and, by hook point, the activations `[1, pos, ...]` and their gradients, which are zero
+        where the metric does not depend on them. Gradients of weights are neither computed nor changed.
 
     Raises:
-        ValueError: the number has no gradient.
+        ValueError: the metric is not differentiable.
     """
     first = "blocks.0.hook_resid_pre"
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     kept: dict[str, Tensor] = {}
 
-    # each hook gives back what it keeps, so that the rest of the run is made of that very tensor
+    # each hook returns the tensor it keeps, so that the rest of the run is computed from it
     def keep(activation: Tensor, hook: Any, name: str) -> Tensor:
-        # what comes before the stream needs no gradient, and frozen weights would begin none
+        # start the graph at the stream: embeddings need no gradient, and weights may be frozen
         kept[name] = activation.detach().requires_grad_() if name == first else activation
         if name == last:
-            raise Enough
+            raise StopForward
         return kept[name]
 
     wanted = dict.fromkeys([first, *names, last])
     hooks = [(name, partial(keep, name=name)) for name in wanted]
     with running(model, hooks, gradients=True):
-        # autograd takes no tensor that was made in inference mode, as the caller's may be
+        # a clone, because autograd rejects tensors made in inference mode
         run(model, tokens.clone())
         value = number(kept[last])
         if not value.requires_grad:
             raise ValueError(
-                "the metric gives a number without a gradient by the logits: make it of differentiable "
-                "tensor operations only (no argmax, comparison, .item() or .detach())"
+                "the metric is not differentiable: compute it from the logits with differentiable tensor "
+                "operations only (no argmax, comparison, .item() or .detach())"
             )
-        # what comes before the stream has none
+        # activations before the stream have no gradient
         reached = [name for name in names if kept[name].requires_grad]
         found = torch.autograd.grad(value, [kept[name] for name in reached], allow_unused=True)
     by_name = {name: torch.zeros_like(kept[name]) for name in names}

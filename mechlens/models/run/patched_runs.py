@@ -19,7 +19,7 @@ from torch import Tensor
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.run.clean_run import CleanRun, bridge_cache, cache_entry
-from mechlens.models.run.forward import Enough, run, running
+from mechlens.models.run.forward import StopForward, run, running
 from mechlens.models.run.properties import alike, key_value_heads, rows_run_alike
 from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.user_hooks import user_hooks
@@ -393,7 +393,7 @@ def _whole_rows(
 
     def keep_and_end(activation: Tensor, hook: Any) -> None:
         kept.append(activation)
-        raise Enough
+        raise StopForward
 
     hooks.append((last_hook(model), keep_and_end))
     with running(model, hooks):

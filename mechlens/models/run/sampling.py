@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_counts, check_model, check_reals, generator_of
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.run.clean_run import bridge_cache
-from mechlens.models.run.forward import Enough, parts, run, running
+from mechlens.models.run.forward import StopForward, parts, run, running
 from mechlens.models.run.properties import alike, key_value_heads, last_residual, reads_alike_in
 from mechlens.models.run.sites import last_hook
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
@@ -72,7 +73,7 @@ def sample_tokens(
     if seq_len > model.cfg.n_ctx:
         raise ValueError(f"{seq_len} tokens do not fit into the model's context of {model.cfg.n_ctx}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, but is {temperature}")
+        raise ArgumentError("temperature", "above 0", temperature)
     bos = bos_to_prepend(model, prepend_bos)
     generator = generator_of(seed)
     drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
@@ -100,8 +101,8 @@ def _reader(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Read:
     if length < 3 or size > CACHE_BYTES or user_hooks(model) or not reads_alike_in(model, tried[0], length):
         return whole
     try:
-        behind = _Cached(model, 1)
-        found = torch.stack([behind(tried[:, : pos + 1]) for pos in range(3)], dim=1)
+        cached = _Cached(model, 1)
+        found = torch.stack([cached(tried[:, : pos + 1]) for pos in range(3)], dim=1)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return whole
     return _Cached(model, batch) if alike(found, last_residual(model, tried)) else whole
@@ -131,7 +132,7 @@ class _Cached:
 
         def keep(activation: Tensor, hook: Any) -> None:
             kept.append(activation[:, -1])
-            raise Enough
+            raise StopForward
 
         options: dict[str, Any] = {self.name: self.cache}
         if self.name == "past_kv_cache":
