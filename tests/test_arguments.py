@@ -1,4 +1,4 @@
-"""What people give where numbers, lists and names are wanted: taken as it is meant, or refused by name."""
+"""Arguments of several types are converted or refused, with an error that names the argument."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.hand_made import head_scores
 
 
 @pytest.mark.parametrize("seeds", [[3, 0], (3, 0), np.array([3, 0]), torch.tensor([3, 0]), iter([3, 0])])
-def test_seeds_come_in_any_list(seeds):
+def test_seeds_may_be_any_iterable_of_integers(seeds):
     found = seeds_of(seeds)
     assert found == (3, 0)
-    assert all(type(seed) is int for seed in found), "results save them"
+    assert all(type(seed) is int for seed in found), "results save plain ints"
 
 
 @pytest.mark.parametrize(
@@ -40,30 +40,30 @@ def test_other_seeds_are_refused(bundled, seeds, error, message):
         repeated_token_performance.__wrapped__(bundled, seeds=seeds)
 
 
-def test_a_seed_of_numpy_draws_what_a_plain_one_does():
+def test_a_numpy_seed_draws_the_same_as_an_int():
     draws = [torch.rand(3, generator=generator_of(seed), dtype=torch.float32) for seed in (7, np.int64(7))]
     assert torch.equal(*draws)
 
 
 @pytest.mark.parametrize("value", [2.5, "2", True, np.float32(2), None, torch.tensor([1, 2])])
-def test_what_is_no_whole_number_is_refused(bundled, value):
+def test_a_size_that_is_not_an_integer_is_refused(bundled, value):
     with pytest.raises(TypeError, match="batch must be an integer, got"):
         repeated_tokens.__wrapped__(bundled, batch=value)
 
 
 @pytest.mark.parametrize("value", [2, np.int32(2), torch.tensor(2), np.array(2)])
-def test_whole_numbers_of_any_kind_are_plain_ones(value):
+def test_integers_of_all_types_become_ints(value):
     assert type(whole_number("batch", value)) is int
 
 
 @pytest.mark.parametrize(
     "layers", [[0, 2], (0, -2), np.array([0, 2]), np.array([True, False, True, False]), torch.tensor([0, 2])]
 )
-def test_layers_are_numbers_or_a_mask(layers):
+def test_layers_may_be_integers_or_a_mask(layers):
     assert chosen("layer", layers, 4) == (0, 2)
 
 
-def test_one_text_where_a_list_of_names_is_wanted_is_one_name():
+def test_a_string_is_one_name_and_an_unknown_name_suggests_a_known_one():
     assert names_of("kind", "abc", ("abc", "d")) == ("abc",)
     with pytest.raises(ValueError, match=r"unknown kind 'abd' \(did you mean abc\?\): choose from abc, d"):
         names_of("kind", "abd", ("abc", "d"))
@@ -72,25 +72,25 @@ def test_one_text_where_a_list_of_names_is_wanted_is_one_name():
 
 
 @pytest.mark.parametrize("heads", ["L1H2", ["L1H2"], (1, 2), [(1, 2)], ["1.2"]])
-def test_one_head_is_a_list_of_one(heads):
+def test_a_single_head_is_a_list_of_one(heads):
     assert parse_heads(heads) == [(1, 2)]
 
 
 @pytest.mark.parametrize("threshold", [2, -1.5])
-def test_no_score_can_pass_such_a_threshold(threshold):
+def test_thresholds_outside_the_range_of_scores_are_refused(threshold):
     with pytest.raises(ValueError, match=f"threshold must be between -1 and 1, got {threshold}"):
         detect_heads(head_scores(), "induction_score", threshold=threshold)
 
 
 def mean(tokens: object) -> Mean:
-    """Made without the type checker that tests run under."""
+    """Make a Mean without the type checker that the tests run under."""
     made = object.__new__(Mean)
     inspect.unwrap(Mean.__init__)(made, tokens)
     return made
 
 
 @pytest.mark.parametrize("given", [np.array([[5, 6]]), [[5, 6]], BatchEncoding({"input_ids": [[5, 6]]})])
-def test_ids_of_a_corpus_and_of_a_mean_come_as_arrays_and_lists(given):
+def test_token_ids_may_be_arrays_lists_or_encodings(given):
     assert corpus_ids(given).tolist() == [[5, 6]]
     assert mean(given).reference.tolist() == [[5, 6]]
 
@@ -101,8 +101,7 @@ def test_references_with_padding_are_refused():
         mean(padded)
 
 
-def test_a_mean_of_an_array_is_that_of_a_tensor(bundled):
-    """The analysis reads what it was given."""
+def test_a_mean_of_an_array_equals_the_mean_of_a_tensor(bundled):
     prompt, others = torch.tensor([[0, 311, 290]]), torch.tensor([[0, 402, 287], [0, 311, 287]])
     grids = [
         Patching(bundled, prompt).grid("z", values=mean(given), layers=[1]).effect

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from mechlens.files import check_writable, replacing
 
 
-def test_a_failure_to_write_names_the_target_and_leaves_nothing(tmp_path):
+def test_a_failed_write_names_the_target_and_leaves_no_file(tmp_path):
     target = tmp_path / "x.csv"
     target.write_text("old")
     with pytest.raises(OSError, match="No space left") as failed, replacing(target):
@@ -21,7 +21,7 @@ def test_a_failure_to_write_names_the_target_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["none/x.csv", f"{'é' * 200}.csv"])
-def test_a_target_that_cannot_be_written_is_named_by_both_ways_to_find_out(tmp_path, what):
+def test_a_target_that_cannot_be_written_is_named_before_and_while_writing(tmp_path, what):
     target = tmp_path / what
     with pytest.raises(OSError, match=r"No such file|too long") as tried:
         check_writable(target)
@@ -31,14 +31,14 @@ def test_a_target_that_cannot_be_written_is_named_by_both_ways_to_find_out(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_with_another_file_is_told_as_it_is(tmp_path):
+def test_an_error_about_another_file_is_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError) as failed, replacing(tmp_path / "x.csv"):
         Path("nowhere").read_text()
     assert failed.value.filename == "nowhere"
 
 
 @pytest.mark.parametrize("name", ["x.csv", f"{'é' * 125}.csv"])
-def test_trying_a_target_leaves_it_and_its_folder_as_they_are(tmp_path, name):
+def test_checking_a_target_changes_neither_it_nor_its_folder(tmp_path, name):
     target = tmp_path / name
     check_writable(target)
     assert list(tmp_path.iterdir()) == []

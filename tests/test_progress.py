@@ -1,4 +1,4 @@
-"""Bars are on where somebody watches, off where output is kept."""
+"""Progress bars are shown in terminals and not in redirected output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(monkeypatch, stream: io.StringIO, progress: bool | None) -> str:
         (io.StringIO, True, True),
     ],
 )
-def test_a_bar_is_shown_where_somebody_watches(monkeypatch, stream, progress, expected):
+def test_a_bar_is_shown_in_a_terminal_or_if_asked_for(monkeypatch, stream, progress, expected):
     assert ("work" in shown(monkeypatch, stream(), progress)) == expected
 
 
@@ -50,21 +50,20 @@ def test_a_bar_is_shown_where_somebody_watches(monkeypatch, stream, progress, ex
         (io.StringIO, True, 2, True),
     ],
 )
-def test_long_work_is_announced_where_somebody_watches(monkeypatch, stream, progress, seconds, expected):
+def test_long_work_is_announced_where_a_bar_is_shown(monkeypatch, stream, progress, seconds, expected):
     where = stream()
     monkeypatch.setattr(sys, "stderr", where)
     announce("two minutes", seconds=seconds, progress=progress)
     assert (where.getvalue() == "two minutes\n") == expected
 
 
-def test_no_standard_error_is_no_mistake(monkeypatch):
-    """As under pythonw."""
+def test_progress_without_standard_error_does_nothing(monkeypatch):
+    """pythonw has none."""
     monkeypatch.setattr(sys, "stderr", None)
     assert list(progress_bar(range(3), desc="work", progress=None)) == [0, 1, 2]
 
 
-def test_every_analysis_leaves_it_to_who_watches():
-    """None is the default wherever there is a bar."""
+def test_progress_is_automatic_by_default_in_every_function():
     seen = {}
     for name in mechlens.__all__:
         function = getattr(mechlens, name)

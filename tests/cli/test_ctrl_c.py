@@ -1,4 +1,4 @@
-"""Ctrl-C ends the command in one line, whatever it is doing: with real processes and signals."""
+"""Ctrl-C ends a command with one line, whatever it is doing; tested with processes and signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.shared import ENGINE_IS_TOLD
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
-# as a key press would, in the middle of the import of a module
+# sends the signal in the middle of the import of a module
 AT_IMPORT = """
 import os, signal, sys
 
@@ -30,15 +30,15 @@ SMALL = ["--seq-len", "5", "--batch", "1"]
 SCRIPT = "from mechlens.cli import main; main()"
 MODULE = "import runpy; runpy.run_module('mechlens', run_name='__main__')"
 
-# Ctrl-C when the first of the patched runs is done, and while a file is written: each in a fork, since a new
-# process would need seconds to import the engine
+# Ctrl-C after the first patched run, and while a file is written. Each in a fork, because a new process would
+# take seconds to import TransformerLens.
 AT_WORK = """
 import os, signal, sys
 import transformer_lens
 from mechlens.analyses.patching import grid
 from mechlens.cli import main
 
-note = grid._Done.note
+note = grid._Progress.note
 
 def interrupt(*args):
     os.kill(os.getpid(), signal.SIGINT)
@@ -47,7 +47,7 @@ def note_and_interrupt(self, *args):
     note(self, *args)
     interrupt()
 
-grid._Done.note = note_and_interrupt
+grid._Progress.note = note_and_interrupt
 fsync = os.fsync
 for arguments, os.fsync in zip({commands}, (fsync, fsync, interrupt), strict=True):
     child = os.fork()
@@ -77,7 +77,7 @@ def test_ctrl_c_during_an_import_ends_in_one_line(module, start):
     assert ended(AT_IMPORT.format(module=module, start=start)) == (130, "", "mechlens: interrupted\n")
 
 
-def test_an_import_that_swallows_ctrl_c_does_not_keep_the_command_from_ending():
+def test_ctrl_c_ends_the_command_even_if_an_import_swallows_exceptions():
     swallowing = "import builtins; real = builtins.__import__\n" + AT_IMPORT.replace(
         "sys.argv =",
         """
@@ -94,7 +94,7 @@ sys.argv =""",
     assert (code, out, err) == (130, "", "mechlens: interrupted\n")
 
 
-def test_ctrl_c_during_work_ends_in_one_line_and_leaves_no_half_of_a_file(tmp_path, tiny_directories):
+def test_ctrl_c_during_work_ends_in_one_line_and_leaves_no_partial_file(tmp_path, tiny_directories):
     model = ["--model", str(tiny_directories / "gpt2")]
     file = tmp_path / "progress.safetensors"
     commands = [
@@ -115,7 +115,7 @@ def test_ctrl_c_during_work_ends_in_one_line_and_leaves_no_half_of_a_file(tmp_pa
     assert [each.name for each in tmp_path.iterdir()] == [file.name]
 
 
-def test_the_handler_of_before_is_back_afterwards():
+def test_the_previous_signal_handler_is_restored():
     before = signal.getsignal(signal.SIGINT)
     from mechlens.cli import main
 
