@@ -20,10 +20,10 @@ import torch
 from common import Row, check_peak_bytes, peak_bytes, print_rows, random_gpt2_small, seconds
 from torch import Tensor
 
-from mechlens import repeated_tokens, score_heads_on
+from mechlens import repeated_tokens, score_heads
 
 # What score_heads runs per seed; the function itself also runs the null, and other kinds of sequence.
-from mechlens.analyses.heads import _score_masks
+from mechlens.analyses.heads.runs import score_masks
 from mechlens.measures import attention
 from mechlens.models.load.engines import quiet
 from mechlens.models.protocol import engine_of
@@ -83,7 +83,7 @@ def against_forward(model: Any, tokens: Tensor, masks: dict[str, attention.Mask]
     found: list[dict[str, Tensor]] = []
 
     def score() -> None:
-        found[:] = [_score_masks(model, tokens, masks)]
+        found[:] = [score_masks(model, tokens, masks)]
 
     size = 2048
     a, b = torch.randn(size, size), torch.randn(size, size)
@@ -149,8 +149,8 @@ def against_detect_head(model: Any, tokens: Tensor) -> None:
     with quiet(), torch.inference_mode():
         their_seconds = seconds(detect)
     del model.to_tokens
-    result = score_heads_on(model, tokens, tuple(DETECTED))
-    our_seconds = seconds(lambda: score_heads_on(model, tokens, tuple(DETECTED)))
+    result = score_heads(model, tokens, tuple(DETECTED))
+    our_seconds = seconds(lambda: score_heads(model, tokens, tuple(DETECTED)))
     masks = {
         "induction_score": attention.induction_mask(tokens),
         "duplicate_token_score": attention.duplicate_token_mask(tokens),

@@ -53,7 +53,7 @@ def picture(target: Path, figures: Sequence[go.Figure]) -> None:
 def of_bundled_model() -> None:
     model = mechlens.load_model("mechlens-books")
     performance = mechlens.repeated_token_performance(model)
-    scores = mechlens.score_heads(model, ["induction_score"])
+    scores = mechlens.score_heads(model, kinds="induction_score")
     figures = (mechlens.plot_log_probs(performance), mechlens.plot_head_scores(scores, "induction_score"))
     for width, figure in zip((760, 500), figures, strict=True):
         figure.update_layout(width=width, height=450)

@@ -23,10 +23,9 @@ from mechlens.analyses.features import feature_examples as feature_examples
 from mechlens.analyses.features import search_complete as search_complete
 from mechlens.analyses.features import search_gradient as search_gradient
 from mechlens.analyses.features import search_greedy as search_greedy
-from mechlens.analyses.heads import detect_heads as detect_heads
-from mechlens.analyses.heads import repeated_token_performance as repeated_token_performance
-from mechlens.analyses.heads import score_heads as score_heads
-from mechlens.analyses.heads import score_heads_on as score_heads_on
+from mechlens.analyses.heads.performance import repeated_token_performance as repeated_token_performance
+from mechlens.analyses.heads.scores import detect_heads as detect_heads
+from mechlens.analyses.heads.scores import score_heads as score_heads
 from mechlens.analyses.input_probe import probe_input as probe_input
 from mechlens.analyses.logit_lens import LastBlocks as LastBlocks
 from mechlens.analyses.logit_lens import lens_vector as lens_vector

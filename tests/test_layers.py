@@ -179,7 +179,7 @@ def test_file_keeps_to_its_floor(path: str) -> None:
         ),
         ("text/prompts.py", "import importlib\nimportlib.import_module('mechlens.models')", "higher floor"),
         ("text/corpus.py", "from mechlens.models.load.loading import load_model", "higher floor"),
-        ("models/run/forward.py", "from mechlens.analyses.heads import score_heads", "higher floor"),
+        ("models/run/forward.py", "from mechlens.analyses.heads.scores import score_heads", "higher floor"),
         ("analyses/heads.py", "from mechlens.studies.heads import reproduce", "higher floor"),
         ("plots/heads.py", "from mechlens.show import page", "higher floor"),
         ("show/page.py", "from mechlens.studies.claims import Claim", "higher floor"),
@@ -192,7 +192,7 @@ def test_file_keeps_to_its_floor(path: str) -> None:
         ("analyses/heads.py", "from mechlens.analyses.patching import f", "sideways"),
         ("analyses/heads.py", "from mechlens.analyses import patching", "sideways"),
         ("analyses/heads.py", "from . import patching", "sideways"),
-        ("analyses/__init__.py", "from mechlens.analyses.heads import score_heads", "sideways"),
+        ("analyses/__init__.py", "from mechlens.analyses.heads.scores import score_heads", "sideways"),
         ("plots/heads.py", "from mechlens.plots.patching import f", "sideways"),
         ("plots/style.py", "from mechlens.plots.heads import plot_head_scores", "sideways"),
         # what the same floor must not know

@@ -26,6 +26,7 @@ from mechlens.plots.style import (
     top_margin,
 )
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
+from mechlens.results.heads import score_range, score_title
 from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import number, turns, visible_token
 
@@ -37,16 +38,6 @@ _LABEL = 16
 _PATTERNS = 4
 """Heads whose attention is drawn unasked."""
 _NO_TICKS = {"ticks": "", "ticklabelstandoff": 4}
-
-
-def kind_title(kind: str) -> str:
-    """A kind of score as a title: `Induction score`."""
-    return kind.replace("_", " ").capitalize()
-
-
-def score_range(kind: str) -> tuple[float, float]:
-    """What a kind of score can be: [-1, 1] for the copying score, [0, 1] for scores of patterns."""
-    return (-1.0, 1.0) if kind == "copying_score" else (0.0, 1.0)
 
 
 def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
@@ -190,7 +181,7 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            f"{kind_title(kind)} ({number(low, 0)} to {number(high, 0)})",
+            f"{score_title(kind)} ({number(low, 0)} to {number(high, 0)})",
             result.model.name,
             f"highest: {top}" if top else "no head has a score",
         ),
@@ -259,7 +250,7 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            f"{kind_title(kind)} ({number(low, 0)} to {number(high, 0)}), top {len(heads)}",
+            f"{score_title(kind)} ({number(low, 0)} to {number(high, 0)}), top {len(heads)}",
             result.model.name,
             "beside each head's null" if kind in result.nulls else "no null for this kind",
         ),
@@ -415,7 +406,7 @@ def _hover(result: HeadScores, kind: str) -> list[list[str]]:
                 text += "no score"
             else:
                 low, high = lows[layer][head], highs[layer][head]
-                text += f"{figure_text(kind_title(kind).lower())} {number(score)}<br>"
+                text += f"{figure_text(score_title(kind).lower())} {number(score)}<br>"
                 text += (
                     "no interval"
                     if math.isnan(low)

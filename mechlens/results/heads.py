@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechlens.errors import ArgumentError
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
+from mechlens.text.display import number, turns, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +26,50 @@ CLEAR_SCORE = 0.4
 """The mean score at which a head counts as one of its kind, where no other threshold is given."""
 TIMES_NULL = 5.0
 """How many times its null baseline a clear score is."""
+
+
+SCORES = {
+    column.name: column
+    for column in (
+        Column(
+            "induction_score",
+            help="Mean attention from each token of a later copy to the token after its earlier occurrence; "
+            "1 is a perfect induction head.",
+        ),
+        Column(
+            "induction_diagonal_score",
+            help="The induction score over the whole diagonal of the pattern, with two entries that are not "
+            "induction: a published variant, for comparison only.",
+        ),
+        Column("previous_token_score", help="Mean attention from each position to the one before it."),
+        Column("duplicate_token_score", help="Mean attention from each token to its earlier occurrence."),
+        Column(
+            "first_token_score", help="Mean attention from each later position to the first: a head at rest."
+        ),
+        Column(
+            "prefix_matching_score",
+            help="Mean attention to the tokens after all earlier copies, with 25 random tokens four times. "
+            "Several earlier copies share the attention, so a perfect head scores about 0.5.",
+        ),
+        Column(
+            "copying_score",
+            help="Twice the attended token's share of all that the head raises among the logits of the 25 "
+            "sampled tokens, minus 1: 1 if the head raises only that token, -1 if it never does. A head that "
+            "ignores which token it attends to scores as low as its null, about -0.9.",
+        ),
+    )
+}
+"""The scores of mechlens, with their definitions."""
+
+
+def score_range(kind: str) -> tuple[float, float]:
+    """The values that a score can have: [-1, 1] for the copying score, [0, 1] for scores of patterns."""
+    return (-1.0, 1.0) if kind == "copying_score" else (0.0, 1.0)
+
+
+def score_title(kind: str) -> str:
+    """A score as a title: `Induction score`."""
+    return kind.replace("_", " ").capitalize()
 
 
 def head_label(layer: int, head: int) -> str:
@@ -34,10 +82,10 @@ Heads: TypeAlias = "Head | Sequence[Head]"
 
 
 def parse_head(head: Head) -> tuple[int, int]:
-    """(layer, head) of a head given as that, as `L5H5` or as `5.5`.
+    """(layer, head) of a head written `L5H5`, `5.5` or `(5, 5)`.
 
     Raises:
-        TypeError: no text and no pair of whole numbers.
+        TypeError: neither a text nor a pair of integers.
         ValueError: another text, or not two numbers.
     """
     if isinstance(head, str):
@@ -48,16 +96,14 @@ def parse_head(head: Head) -> tuple[int, int]:
         try:
             numbers = [operator.index(number) for number in head]
         except TypeError:
-            raise TypeError(
-                f"a head is written L5H5, 5.5 or (5, 5), with whole numbers, but this is {head!r}"
-            ) from None
+            raise TypeError(f"a head is written L5H5, 5.5 or (5, 5), with integers, got {head!r}") from None
         if len(numbers) == 2:
             return numbers[0], numbers[1]
-    raise ValueError(f"a head is written L5H5, 5.5 or (5, 5), but this is {head!r}")
+    raise ValueError(f"a head is written L5H5, 5.5 or (5, 5), got {head!r}")
 
 
 def parse_heads(heads: Heads) -> list[tuple[int, int]]:
-    """The same of several heads; one by itself is one."""
+    """The same for one head or several."""
     one = isinstance(heads, str) or (isinstance(heads, tuple) and all(hasattr(n, "__index__") for n in heads))
     several = cast("Sequence[Head]", [heads] if one else heads)
     return [parse_head(head) for head in several]
@@ -66,10 +112,10 @@ def parse_heads(heads: Heads) -> list[tuple[int, int]]:
 def half_means(
     values: Float[Tensor, "*sequence pos"], half: str, *, seq_len: int, prepend_bos: bool
 ) -> Float[Tensor, "*sequence"]:
-    """Mean over the positions that predict the first or the second copy's tokens.
+    """Mean over the positions that predict the tokens of the first or the second copy.
 
     Args:
-        values: per position i, of the token i + 1; the last position predicts nothing.
+        values: at position i, of token i + 1; the last position predicts nothing.
         half: `first` or `second`.
     """
     second = int(prepend_bos) + seq_len
@@ -77,27 +123,51 @@ def half_means(
     return values[..., positions].mean(-1)
 
 
+def written_range(low: float, high: float) -> str:
+    """An interval as text; empty where there is none (nan: of a single sequence)."""
+    return "" if low != low else f"{number(low)} to {number(high)}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RepeatedTokenPerformance(Result):
-    """How well a model predicts random tokens the first and the second time they come."""
+    """How well a model predicts random tokens the first and the second time."""
 
     tokens: Int[Tensor, "seed batch pos"]
-    """What the model read: BOS (where there is one), the random tokens, the same again."""
+    """What the model read: BOS (if any), the random tokens, and the same again."""
     log_prob: Float[Tensor, "seed batch pos"]
-    """Log-probability in nats of the right token *after* each position; nan at the last one."""
+    """Log-probability (nats) of the correct token *after* each position; nan at the last one."""
     correct: Bool[Tensor, "seed batch pos"]
-    """Whether the most likely token after each position was the right one; False at the last one."""
+    """Whether the most likely token after each position was the correct one; False at the last one."""
     estimates: dict[str, tuple[float, float, float]]
     """(mean, low, high) of `first_half_log_prob`, `second_half_log_prob` in nats and of
     `first_half_accuracy`, `second_half_accuracy` in [0, 1]."""
     single_draws: dict[str, tuple[float, float]]
-    """For each estimate, the interval that holds 99% of single sequences."""
+    """For each estimate the interval that contains 99% of single sequences."""
     seq_len: int
     """Random tokens in one copy."""
     seeds: tuple[int, ...]
     prepend_bos: bool
     confidence: float
     """Coverage of the intervals in `estimates`, by bootstrap over sequences."""
+
+    columns: ClassVar = (
+        Column("measure", " "),
+        Column("mean"),
+        Column("interval", help="Bootstrap interval of the mean over sequences."),
+        Column("single", "99% of single sequences"),
+    )
+
+    def summary(self, top: int = 4) -> pd.DataFrame:
+        """Mean log-probability and accuracy on each copy, with intervals."""
+        import pandas as pd
+
+        rows = []
+        for name, (mean, low, high) in self.estimates.items():
+            half, measure = name.split("_half_")
+            words = "log-probability, nats" if measure == "log_prob" else "top-1 accuracy"
+            interval, single = written_range(low, high), written_range(*self.single_draws[name])
+            rows.append((f"{words}, {half} copy", mean, interval, single))
+        return pd.DataFrame(rows[:top], columns=[each.name for each in self.columns])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per sequence and position: seed, sequence, pos, id (of the token read), log_prob, correct,
@@ -131,20 +201,28 @@ class HeadScores(Result):
     scores: dict[str, Float[Tensor, "seed batch layer head"]]
     """By kind of score. Scores of patterns lie in [0, 1], `copying_score` in [-1, 1]."""
     nulls: dict[str, Float[Tensor, "seed batch layer head"]]
-    """The same measure where its cause is taken away; see `score_heads`. A kind may have none."""
+    """The null baseline of each score, see `score_heads`; a score may have none."""
     intervals: dict[str, Float[Tensor, "bound layer head"]]
     """Lower and upper bound of each mean score, by bootstrap over sequences."""
     tokens: dict[str, Int[Tensor, "seed batch pos"]]
     """What the model read, by kind of sequence: `repeated`, `unrelated`, ..."""
     seq_len: int | None
-    """Random tokens in one copy; None for a prompt that the user gave."""
+    """Random tokens in one copy; None for a prompt."""
     jitter: int
-    """Most random tokens that came between the copies; 0 is a fixed period."""
+    """The largest number of random tokens between the copies; 0 is a fixed period."""
     seeds: tuple[int, ...]
-    """Empty for a prompt that the user gave."""
+    """Empty for a prompt."""
     prepend_bos: bool
     confidence: float
     """Coverage of `intervals`."""
+
+    columns: ClassVar = (
+        Column("kind", "score"),
+        Column("label", "head"),
+        Column("score", "mean", help="Mean over sequences."),
+        Column("interval", help="Bootstrap interval of the mean over sequences."),
+        Column("null", help="The same score on unrelated tokens; see `score_heads`."),
+    )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -160,7 +238,7 @@ class HeadScores(Result):
 
     def _of(self, values: Mapping[str, Tensor], kind: str) -> Tensor:
         if kind not in values:
-            raise ValueError(f"no {kind!r} in this result, which has {', '.join(values) or 'none'}")
+            raise ArgumentError("kind", f"one of {', '.join(values) or 'none'}", kind)
         return values[kind]
 
     def ranked(self, kind: str) -> Iterator[tuple[tuple[int, int], float]]:
@@ -171,6 +249,27 @@ class HeadScores(Result):
         for index in flat.argsort(descending=True, stable=True).tolist():
             if not torch.isnan(flat[index]):
                 yield (index // n_heads, index % n_heads), float(flat[index])
+
+    @property
+    def n_sequences(self) -> int:
+        """Most sequences that a score is the mean of."""
+        return max(values.shape[0] * values.shape[1] for values in self.scores.values())
+
+    def summary(self, top: int | Mapping[str, int] = 5) -> pd.DataFrame:
+        """The `top` heads of each score (or as many as `top` says of it), with interval and null."""
+        import pandas as pd
+
+        rows: list[tuple[str, str, float, str, float]] = []
+        for kind in self.kinds:
+            low, high = self.intervals[kind]
+            null = self.null(kind) if kind in self.nulls else torch.full_like(low, torch.nan)
+            best = list(self.ranked(kind))[: top if isinstance(top, int) else top[kind]]
+            for head, score in best:
+                interval = written_range(float(low[head]), float(high[head]))
+                rows.append((kind, head_label(*head), score, interval, float(null[head])))
+            if not best:
+                rows.append((kind, "none", math.nan, "", math.nan))
+        return pd.DataFrame(rows, columns=[each.name for each in self.columns])
 
     def clear_heads(
         self, kind: str, threshold: float = CLEAR_SCORE, times_null: float = TIMES_NULL
@@ -218,6 +317,32 @@ class AttentionPatterns(Result):
     """(layer, head) of each pattern."""
     patterns: Float[Tensor, "pattern dest src"]
     """Attention after softmax; each row sums to 1."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The heads as text."""
+        return tuple(head_label(*head) for head in self.heads)
+
+    @property
+    def shown_tokens(self) -> list[str]:
+        """The tokens with nothing invisible in them; a role comes before the first token of its turn."""
+        begins = turns(self.token_strings)
+        return [
+            (f"{begins[at]}: " if at in begins else "") + visible_token(token, longest=16)
+            for at, token in enumerate(self.token_strings)
+        ]
+
+    def summary(self, top: int = 64) -> pd.DataFrame:
+        """For each of the last `top` tokens and each head the token attended to most."""
+        import pandas as pd
+
+        tokens = self.shown_tokens
+        values, places = self.patterns.max(-1)
+        shown = range(max(0, len(tokens) - top), len(tokens))
+        table = pd.DataFrame({"pos": shown, "token": [tokens[dest] for dest in shown]})
+        for label, attention, sources in zip(self.labels, values.tolist(), places.tolist(), strict=True):
+            table[label] = [f"{attention[at]:.2f} {tokens[sources[at]]} ({sources[at]})" for at in shown]
+        return table
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per head and pair of positions dest >= src: layer, head, dest, src, attention."""

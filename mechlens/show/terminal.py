@@ -12,7 +12,7 @@ from mechlens.show.section import Cell, Section, Table
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from mechlens.results import Comparison, HeadScores, RepeatedTokenPerformance
+    from mechlens.results import Comparison
 
 
 def print_section(section: Section) -> None:
@@ -130,65 +130,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# -- until each result has its section --
-
-
-def best_heads(found: HeadScores, top: int | dict[str, int]) -> dict[str, list[dict[str, Any]]]:
-    best = {}
-    for kind in found.kinds:
-        low, high = found.intervals[kind]
-        null = found.null(kind) if kind in found.nulls else None
-        count = top if isinstance(top, int) else top[kind]
-        best[kind] = [
-            {
-                "head": f"L{head[0]}H{head[1]}",
-                "score": score,
-                "low": float(low[head]),
-                "high": float(high[head]),
-                "null": None if null is None else float(null[head]),
-            }
-            for head, score in list(found.ranked(kind))[:count]
-        ]
-    return best
-
-
-def print_heads(found: HeadScores, top: int | dict[str, int]) -> None:
-    rows = []
-    for kind, listed in best_heads(found, top).items():
-        for place, row in enumerate(listed):
-            interval = tolerance(row["low"], row["high"], 3)
-            null = "" if row["null"] is None else f"{row['null']:.3f}"
-            rows.append((kind if place == 0 else "", row["head"], f"{row['score']:.3f}", interval, null))
-        if not listed:
-            rows.append((kind, "none", "", "", ""))
-    sequences = max(values.shape[0] * values.shape[1] for values in found.scores.values())
-    plural = "s" if sequences != 1 else ""
-    print_rows(
-        f"Head scores of {found.model.name}, {sequences} sequence{plural}"
-        + ("" if found.prepend_bos else ", no BOS"),
-        ("score", "head", "mean", f"{found.confidence:.0%} interval", "null"),
-        rows,
-    )
-
-
-def print_estimates(performance: RepeatedTokenPerformance) -> None:
-    sequences = performance.tokens.shape[0] * performance.tokens.shape[1]
-    rows = [
-        (
-            name.replace("_", " ").replace("log prob", "log-probability, nats"),
-            f"{mean:.3f}",
-            tolerance(low, high, 3),
-        )
-        for name, (mean, low, high) in performance.estimates.items()
-    ]
-    tokens = f"{'BOS + ' if performance.prepend_bos else ''}{performance.seq_len} random tokens"
-    print_rows(
-        f"{performance.model.name} on {tokens} + the same again, {sequences} sequences",
-        ("", "mean", f"{performance.confidence:.0%} interval"),
-        rows,
-    )
 
 
 def number(value: float | str) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from mechlens.analyses.attention import attention_patterns
-from mechlens.analyses.heads import KINDS, VARIANTS, kinds_that_fit, performance_and_scores
-from mechlens.arguments import seeds_of
+from mechlens.analyses.heads.kinds import KINDS, VARIANTS, kinds_that_fit
+from mechlens.analyses.heads.scores import performance_and_scores
 from mechlens.models.protocol import LensModel
 from mechlens.results import (
     NOT_JUDGED,
@@ -24,7 +24,7 @@ from mechlens.results import (
 )
 from mechlens.results.claims import verdict_of
 from mechlens.results.heads import CLEAR_SCORE, TIMES_NULL
-from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.show.heads import attention_section, performance_section, scores_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Claim, Measured, Study
 from mechlens.studies.published import Published
@@ -49,8 +49,8 @@ class HeadsStudy(Study):
         names = ", ".join(head_label(*head) for head in self.attention_patterns.heads)
         return [
             Section("What was found", self._findings()),
-            repeated_token_section(self.repeated_tokens),
-            head_scores_section(self.head_scores, top=3),
+            performance_section(self.repeated_tokens),
+            scores_section(self.head_scores, top=3),
             attention_section(
                 self.attention_patterns,
                 title="Attention of the strongest heads",
@@ -94,11 +94,8 @@ def study_heads(
     """
     performance, heads = performance_and_scores(
         model,
+        on,
         kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=on.prepend_bos),
-        seq_len=on.seq_len,
-        batch=on.batch,
-        seeds=seeds_of(on.seeds),
-        prepend_bos=on.prepend_bos,
         progress=progress,
     )
     strongest: list[tuple[int, int]] = []

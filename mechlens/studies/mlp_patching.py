@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from mechlens.analyses.heads import score_heads
+from mechlens.analyses.heads.scores import score_heads
 from mechlens.analyses.patching import Earlier, Loss, Patching, ablate_heads, ablate_mlps
 from mechlens.measures.statistics import rank_correlation
 from mechlens.models.protocol import LensModel
 from mechlens.results import HeadScores, PatchGridResult
-from mechlens.show.heads import head_scores_section
+from mechlens.show.heads import scores_section
 from mechlens.show.patching import patching_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Claim, Study
@@ -74,7 +74,7 @@ class MlpStudy(Study):
                 title="Ablated heads",
                 text=f"Rank correlation of the effect of ablating a head: {correlations}.",
             ),
-            head_scores_section(self.ablated_head_scores, top=3),
+            scores_section(self.ablated_head_scores, top=3),
         ]
 
 
@@ -115,11 +115,8 @@ def study_mlp_patching(
         ablated_heads=ablate_heads(model, on=on, progress=progress),
         ablated_head_scores=score_heads(
             model,
+            on,
             [INDUCTION, PREVIOUS],
-            seq_len=seq_len,
-            batch=batch,
-            seeds=[seed],
-            prepend_bos=bos,
             progress=progress,
         ),
     )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from mechlens.show.terminal import (
-    best_heads,
     number,
     plain,
-    print_estimates,
-    print_heads,
     print_json,
     print_rows,
     tolerance,
@@ -50,12 +47,10 @@ __all__ = [
     "print_circuit",
     "print_complete_search",
     "print_composition",
-    "print_estimates",
     "print_feature_alignment",
     "print_feature_examples",
     "print_gradient_search",
     "print_greedy_search",
-    "print_heads",
     "print_induction_circuits",
     "print_json",
     "print_rows",

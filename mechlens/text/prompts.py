@@ -40,7 +40,7 @@ class RepeatedTokens:
     Args:
         seq_len: random tokens in one copy, S; the model reads `[BOS, S tokens, the same S]`.
         batch: sequences per seed.
-        seeds: each seed draws its own sequences; a single number is one seed.
+        seeds: each seed draws its own sequences.
         jitter: insert 0 to `jitter` other random tokens between the copies, a number drawn for each sequence,
             so that a head that attends at a fixed distance gains nothing.
         prepend_bos: None prepends BOS where the tokenizer has one.
@@ -59,15 +59,14 @@ class RepeatedTokens:
 
     seq_len: int = 50
     batch: int = 30
-    seeds: Sequence[int] | int = (0, 1, 2, 3, 4)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
     jitter: int = 0
     prepend_bos: bool | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 1), ("batch", 1), ("jitter", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least=least))
-        given = self.seeds if isinstance(self.seeds, (Iterable, Tensor, np.ndarray)) else [self.seeds]
-        object.__setattr__(self, "seeds", seeds_of(given))
+        object.__setattr__(self, "seeds", seeds_of(self.seeds))
 
     def draw(self, model: Any, seed: int) -> RandomTokens:
         """The sequences of one seed for a model; see `repeated_tokens`.
@@ -83,6 +82,10 @@ class RepeatedTokens:
             prepend_bos=self.prepend_bos,
             jitter=self.jitter,
         )
+
+
+DEFAULT_REPEATED = RepeatedTokens()
+"""What experiments on repeated tokens draw by default."""
 
 
 def repeated_tokens(

@@ -16,7 +16,7 @@ import pytest
 
 from mechlens.plots.heads import plot_attention_heatmap
 from mechlens.results import Comparison
-from mechlens.show.heads import attention_section, head_scores_section, repeated_token_section
+from mechlens.show.heads import attention_section, scores_section, performance_section
 from mechlens.show.lens import lens_section
 from mechlens.show.page import render_report, write_report
 from mechlens.show.section import Figure, Section, Table
@@ -64,8 +64,8 @@ class Page(HTMLParser):
 def sections(name: str = "tiny", token: str = " a") -> list[Section]:
     patterns = hand_made.attention(name, tokens=("<bos>", token, "\n"))
     return [
-        repeated_token_section(hand_made.performance(name)),
-        head_scores_section(hand_made.head_scores(name)),
+        performance_section(hand_made.performance(name)),
+        scores_section(hand_made.head_scores(name)),
         attention_section(patterns),
         Section("More", parts=[Figure(plot_attention_heatmap(patterns), "caption", "description")]),
     ]

@@ -18,7 +18,7 @@ from mechlens.analyses.circuits.composition import composition_scores, k_composi
 from mechlens.analyses.circuits.factors import head_pair
 from mechlens.analyses.circuits.ov import OV, full_OV
 from mechlens.analyses.circuits.qk import QK
-from mechlens.analyses.heads import score_heads
+from mechlens.analyses.heads.scores import score_heads
 from mechlens.analyses.patching.ablations import ablation_source, check_how
 from mechlens.analyses.patching.path import HeadPath, PathRuns
 from mechlens.arguments import check_between, check_counts, generator_of
@@ -118,11 +118,8 @@ def find_induction_circuits(
     relative = seq_len - 1 if is_rotary(model) else None
     scores = score_heads(
         model,
+        RepeatedTokens(seq_len, batch, [seed], prepend_bos=bos),
         [INDUCTION, PREVIOUS],
-        seq_len=seq_len,
-        batch=batch,
-        seeds=[seed],
-        prepend_bos=bos,
         progress=progress,
     )
     composition = composition_scores(model, "k", relative_position=relative, seed=seed, progress=progress)

@@ -1,0 +1,1 @@
+"""Repeated random tokens: how well a model predicts the second copy, and which attention heads do it."""
