@@ -258,7 +258,7 @@ def test_a_hook_on_the_logits_is_no_part_of_a_lens(directories, backend):
         with pytest.raises(ValueError, match=r"your hook at (ln_final|unembed).* changes them"):
             work()
     # what it costs a model to continue text is taken from the model's own logits then
-    found = mechlens.repeated_token_performance(model, seq_len=5, batch=2, seeds=[0])
+    found = mechlens.repeated_token_performance(model, mechlens.RepeatedTokens(seq_len=5, batch=2, seeds=[0]))
     own = log_probs(model, found.tokens[0])[:, :-1].gather(2, found.tokens[0][:, 1:, None])[..., 0]
     assert (found.log_prob[0][:, :-1] - own).abs().max() < CLOSE
 
@@ -436,7 +436,7 @@ def test_padding_that_nobody_told_of_is_warned_of(tiny_directories, side):
     tokens[1, slice(3) if side == "begins" else slice(-3, None)] = 0
     for work in (
         lambda: zeroed(model, tokens, over="layer"),
-        lambda: mechlens.score_heads_on(model, tokens),
+        lambda: mechlens.score_heads(model, tokens),
         lambda: mechlens.logit_lens(model, tokens),
         lambda: mechlens.direct_logit_attribution(model, tokens, 5),
     ):
@@ -450,7 +450,7 @@ def test_a_sequence_may_begin_with_bos_and_end_with_eos(tiny_directories):
     tokens[:, 0] = tokens[:, -1] = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mechlens.score_heads_on(model, tokens)
+        mechlens.score_heads(model, tokens)
 
 
 # -- what text is ----------------------------------------------------------------------------------
@@ -646,8 +646,10 @@ def test_another_default_dtype_changes_no_number(directories, backend, dtype):
         lambda: zeroed(model, tokens).values,
         lambda: mechlens.Patching(model, tokens, other).grid("resid_pre").values,
         lambda: mechlens.direct_logit_attribution(model, tokens, 5).contributions,
-        lambda: mechlens.score_heads_on(model, tokens).scores["induction_score"],
-        lambda: mechlens.score_heads(model, ["copying_score"], batch=2, seeds=[0]).scores["copying_score"],
+        lambda: mechlens.score_heads(model, tokens).scores["induction_score"],
+        lambda: mechlens.score_heads(
+            model, mechlens.RepeatedTokens(batch=2, seeds=[0]), ["copying_score"]
+        ).scores["copying_score"],
         lambda: mechlens.logit_lens(model, tokens).entropy,
         lambda: mechlens.logit_variance(model, tokens, nulls=2).variance,
         lambda: mechlens.Patching(model, tokens).attribution("z", values="zero").estimate,

@@ -9,17 +9,12 @@ import pytest
 import torch
 
 from mechlens.analyses.attention import attention_patterns
-from mechlens.analyses.heads import (
-    KINDS,
-    VARIANTS,
-    detect_heads,
-    performance_and_scores,
-    repeated_token_performance,
-    score_heads,
-    score_heads_on,
-)
+from mechlens.analyses.heads.kinds import KINDS, VARIANTS
+from mechlens.analyses.heads.performance import repeated_token_performance
+from mechlens.analyses.heads.scores import detect_heads, performance_and_scores, score_heads
 from mechlens.models.load.loading import load_model
 from mechlens.results import HeadScores
+from mechlens.text.prompts import RepeatedTokens
 from tests.close import assert_close, assert_same
 from tests.reference import heads as reference
 from tests.shared import needs_shared
@@ -42,7 +37,7 @@ def patterns_of(model, tokens):
 
 
 def test_pattern_scores_equal_the_articles_loops(tiny_model):
-    result = score_heads(tiny_model, ON_REPEATED, seq_len=7, batch=3, seeds=(0, 4))
+    result = score_heads(tiny_model, RepeatedTokens(seq_len=7, batch=3, seeds=(0, 4)), ON_REPEATED)
     bos = int(result.prepend_bos)
     for at in range(2):
         patterns, _ = patterns_of(tiny_model, result.tokens["repeated"][at])
@@ -64,7 +59,7 @@ def test_pattern_scores_equal_the_articles_loops(tiny_model):
 
 
 def test_nulls_are_the_same_mask_on_unrelated_tokens(tiny_model):
-    result = score_heads(tiny_model, ON_REPEATED, seq_len=6, batch=2, seeds=(1,))
+    result = score_heads(tiny_model, RepeatedTokens(seq_len=6, batch=2, seeds=(1,)), ON_REPEATED)
     bos = int(result.prepend_bos)
     unrelated = result.tokens["repeated_unrelated"][0]
     assert unrelated.shape == result.tokens["repeated"][0].shape
@@ -85,12 +80,16 @@ def test_nulls_are_the_same_mask_on_unrelated_tokens(tiny_model):
 def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distance_model):
     """It attends S - 1 back whatever the tokens are: only the null, or a jitter, gives it away."""
     model, seq_len = fixed_distance_model
-    fixed = score_heads(model, ["induction_score"], seq_len=seq_len, batch=8, seeds=(0,), prepend_bos=False)
+    fixed = score_heads(
+        model, RepeatedTokens(seq_len=seq_len, batch=8, seeds=(0,), prepend_bos=False), ["induction_score"]
+    )
     # all attention on the mask, in both
     assert float(fixed.mean("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     assert float(fixed.null("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     jittered = score_heads(
-        model, ["induction_score"], seq_len=seq_len, batch=64, seeds=(0,), jitter=3, prepend_bos=False
+        model,
+        RepeatedTokens(seq_len=seq_len, batch=64, seeds=(0,), jitter=3, prepend_bos=False),
+        ["induction_score"],
     )
     # right by chance where the gap happens to be 0: a quarter of 64 rows, by the binomial within 0.25
     assert float(jittered.mean("induction_score")[0, 0]) < 0.5
@@ -98,7 +97,7 @@ def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distanc
 
 def test_prefix_matching_equals_its_loop(tiny_model_with_room):
     model = tiny_model_with_room
-    result = score_heads(model, ["prefix_matching_score"], batch=2, seeds=(0,))
+    result = score_heads(model, RepeatedTokens(batch=2, seeds=(0,)), ["prefix_matching_score"])
     bos = int(result.prepend_bos)
     patterns, _ = patterns_of(model, result.tokens["prefix"][0])
     for layer, pattern in enumerate(patterns):
@@ -114,7 +113,7 @@ def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
     room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
     hf = write_tiny_model(tmp_path / kind, kind, **room)
     hf.set_attn_implementation("eager")
-    result = score_heads(load_model(tmp_path / kind), ["copying_score"], batch=2, seeds=(0,))
+    result = score_heads(load_model(tmp_path / kind), RepeatedTokens(batch=2, seeds=(0,)), ["copying_score"])
     tokens = result.tokens["sample"][0]
     with torch.no_grad():
         out = hf(tokens, output_attentions=True, output_hidden_states=True)
@@ -152,9 +151,8 @@ def test_copying_is_the_same_on_processed_and_unprocessed_weights(tiny_directory
     scores = [
         score_heads(
             load_model(tiny_directory_with_room, processing=processing),
+            RepeatedTokens(batch=3, seeds=(0,)),
             ["copying_score"],
-            batch=3,
-            seeds=(0,),
         ).scores["copying_score"]
         for processing in (True, False)
     ]
@@ -163,7 +161,7 @@ def test_copying_is_the_same_on_processed_and_unprocessed_weights(tiny_directory
 
 
 def test_performance_equals_the_literal_halves(tiny_model):
-    result = repeated_token_performance(tiny_model, seq_len=7, batch=4, seeds=(0, 1))
+    result = repeated_token_performance(tiny_model, RepeatedTokens(seq_len=7, batch=4, seeds=(0, 1)))
     bos = int(result.prepend_bos)
     first, second, right = [], [], []
     for at in range(2):
@@ -195,12 +193,16 @@ def test_performance_and_scores_from_shared_runs_are_those_of_their_own_runs(tin
     runs = []
     hook = tiny_model_with_room.hook_dict["blocks.0.hook_resid_pre"]
     hook.add_perma_hook(lambda value, hook: runs.append(tuple(value.shape[:2])))
-    performance, scores = performance_and_scores(tiny_model_with_room, KINDS, **shape, progress=False)
+    performance, scores = performance_and_scores(
+        tiny_model_with_room, RepeatedTokens(**shape), KINDS, progress=False
+    )
     tiny_model_with_room.reset_hooks(including_permanent=True)
     # of a seed: both copies, prefix matching, a null of each length, copying; probes have a row
     assert [n_pos for n_rows, n_pos in runs if n_rows == 3] == [14, 100, 14, 100, 25] * 2
-    assert_same(performance, repeated_token_performance(tiny_model_with_room, **shape, progress=False))
-    assert_same(scores, score_heads(tiny_model_with_room, KINDS, **shape, progress=False))
+    assert_same(
+        performance, repeated_token_performance(tiny_model_with_room, RepeatedTokens(**shape), progress=False)
+    )
+    assert_same(scores, score_heads(tiny_model_with_room, RepeatedTokens(**shape), KINDS, progress=False))
 
 
 def test_scores_on_a_text_agree_with_detect_head(tiny_model):
@@ -212,12 +214,12 @@ def test_scores_on_a_text_agree_with_detect_head(tiny_model):
         "duplicate_token_score": "duplicate_token_head",
     }
     tokens = tiny_model.to_tokens(text)
-    result = score_heads_on(tiny_model, tokens, tuple(kinds))
+    result = score_heads(tiny_model, tokens, tuple(kinds))
     n_pos = tokens.shape[1]
     for kind, theirs in kinds.items():
         mask = getattr(head_detector, f"get_{theirs}_detection_pattern")(tokens)
         expected = head_detector.detect_head(tiny_model, text, theirs, error_measure="mul")
-        on_mask = score_heads_on(tiny_model, tokens, (), masks={"theirs": mask})
+        on_mask = score_heads(tiny_model, tokens, (), masks={"theirs": mask})
         # theirs divides by all attention (1 per position), ours by the number of entries
         entries = int(mask.bool().sum())
         rescaled = on_mask.mean("theirs") * entries / n_pos
@@ -229,8 +231,8 @@ def test_a_cache_gives_what_a_run_gives(tiny_model):
     tokens = torch.randint(4, 50, (3, 12), generator=torch.Generator().manual_seed(2))
     kinds = ("previous_token_score", "first_token_score", "induction_score")
     _, cache = tiny_model.run_with_cache(tokens)
-    ran = score_heads_on(tiny_model, tokens, kinds)
-    cached = score_heads_on(tiny_model, tokens, kinds, cache=cache)
+    ran = score_heads(tiny_model, tokens, kinds)
+    cached = score_heads(tiny_model, tokens, kinds, cache=cache)
     for kind in kinds:
         assert torch.allclose(ran.scores[kind], cached.scores[kind], atol=1e-7, equal_nan=True)
 
@@ -255,7 +257,7 @@ def test_attention_patterns_are_the_models(tiny_model):
 
 @needs_shared
 def test_stories260k_has_previous_token_heads_and_no_induction_head(stories260k):
-    result = score_heads(stories260k, batch=15, seeds=(0, 1))
+    result = score_heads(stories260k, RepeatedTokens(batch=15, seeds=(0, 1)))
     assert detect_heads(result, "previous_token_score", 0.75) == ["L3H6", "L1H3"]
     # 0.88 and 0.80 are published to two digits, from other random draws
     assert float(result.mean("previous_token_score")[3, 6]) == pytest.approx(0.88, abs=0.015)
@@ -264,10 +266,12 @@ def test_stories260k_has_previous_token_heads_and_no_induction_head(stories260k)
 
 
 def test_the_bundled_model_has_what_its_card_says(bundled):
-    performance = repeated_token_performance(bundled, batch=30, seeds=(0,))
+    performance = repeated_token_performance(bundled, RepeatedTokens(batch=30, seeds=(0,)))
     assert performance.estimates["second_half_accuracy"][0] >= 0.90
     assert performance.estimates["first_half_accuracy"][0] < 0.01
-    result = score_heads(bundled, ("induction_score", "previous_token_score"), batch=30, seeds=(0,))
+    result = score_heads(
+        bundled, RepeatedTokens(batch=30, seeds=(0,)), ("induction_score", "previous_token_score")
+    )
     (layer, head), score = next(result.ranked("induction_score"))
     assert score >= 0.80
     assert score > 10 * float(result.null("induction_score")[layer, head])
@@ -278,7 +282,7 @@ def test_the_bundled_model_has_what_its_card_says(bundled):
 
 
 def golden_scores(model) -> HeadScores:
-    return score_heads(model, (*KINDS, *VARIANTS), seq_len=20, batch=2, seeds=(0,))
+    return score_heads(model, RepeatedTokens(seq_len=20, batch=2, seeds=(0,)), (*KINDS, *VARIANTS))
 
 
 def test_both_engines_give_the_same_scores(bundled):
@@ -302,15 +306,15 @@ def test_both_engines_give_the_same_scores(bundled):
 
 def test_kinds_that_do_not_fit_are_left_out_with_a_word(tiny_bos_model):
     with pytest.warns(UserWarning, match="prefix_matching_score is left out: it needs 101 positions"):
-        result = score_heads(tiny_bos_model, seq_len=8, batch=2, seeds=(0,))
+        result = score_heads(tiny_bos_model, RepeatedTokens(seq_len=8, batch=2, seeds=(0,)))
     assert "prefix_matching_score" not in result.kinds
     assert "copying_score" in result.kinds
     with pytest.raises(ValueError, match="make 101 positions, but the model's context is 32"):
-        score_heads(tiny_bos_model, ["prefix_matching_score"], batch=2, seeds=(0,))
-    jittered = score_heads(tiny_bos_model, seq_len=8, batch=2, seeds=(0,), jitter=3)
+        score_heads(tiny_bos_model, RepeatedTokens(batch=2, seeds=(0,)), ["prefix_matching_score"])
+    jittered = score_heads(tiny_bos_model, RepeatedTokens(seq_len=8, batch=2, seeds=(0,), jitter=3))
     assert "prefix_matching_score" not in jittered.kinds
-    with pytest.raises(ValueError, match="prefix_matching_score has a fixed period"):
-        score_heads(tiny_bos_model, ["prefix_matching_score"], jitter=3)
+    with pytest.raises(ValueError, match="prefix_matching_score needs a fixed period"):
+        score_heads(tiny_bos_model, RepeatedTokens(jitter=3), ["prefix_matching_score"])
 
 
 def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
@@ -318,7 +322,7 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
     ours = load_model(tiny_directory_with_room)
     ours.tokenizer = None
     with pytest.warns(UserWarning, match="no tokenizer, so no BOS"):
-        result = score_heads(ours, ["previous_token_score"], seq_len=9, batch=9, seeds=(0,))
+        result = score_heads(ours, RepeatedTokens(seq_len=9, batch=9, seeds=(0,)), ["previous_token_score"])
     assert not result.prepend_bos
     assert result.tokens["repeated"].max() > 59, "without a tokenizer all ids may be drawn"
 
@@ -327,20 +331,26 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
     ("call", "message"),
     [
         (
-            lambda m: score_heads(m, ["induction"]),
+            lambda m: score_heads(m, kinds=["induction"]),
             r"unknown score 'induction' \(did you mean induction_score\?\): choose from",
         ),
-        (lambda m: score_heads(m, []), "no score selected"),
-        (lambda m: score_heads(m, seeds=()), "seeds must be a list of at least one integer"),
-        (lambda m: score_heads(m, seeds=(1, 1)), "seeds must be distinct"),
-        (lambda m: score_heads(m, ["induction_score"], seq_len=16), "the largest seq_len that fits is 15"),
-        (lambda m: score_heads(m, list(VARIANTS), seq_len=5, jitter=2), "leave jitter at 0"),
-        (lambda m: repeated_token_performance(m, seq_len=50), "the largest seq_len that fits is 15"),
-        (lambda m: score_heads_on(m, "abc", ("copying_score",)), "unknown score 'copying_score'"),
-        (lambda m: score_heads_on(m, ""), "the text is empty"),
+        (lambda m: score_heads(m, kinds=[]), "no score selected"),
+        (lambda m: score_heads(m, RepeatedTokens(seeds=())), "seeds must be a list of at least one integer"),
+        (lambda m: score_heads(m, RepeatedTokens(seeds=(1, 1))), "seeds must be distinct"),
         (
-            lambda m: score_heads_on(m, torch.arange(4, 9), masks={"x": torch.ones(3, 3)}),
-            r"the mask 'x' is \(3, 3\), but the prompt needs \[5, 5\]",
+            lambda m: score_heads(m, RepeatedTokens(seq_len=16), ["induction_score"]),
+            "the largest seq_len that fits is 15",
+        ),
+        (lambda m: score_heads(m, RepeatedTokens(seq_len=5, jitter=2), list(VARIANTS)), "use jitter=0"),
+        (
+            lambda m: repeated_token_performance(m, RepeatedTokens(seq_len=50)),
+            "the largest seq_len that fits is 15",
+        ),
+        (lambda m: score_heads(m, "abc", ("copying_score",)), "unknown score 'copying_score'"),
+        (lambda m: score_heads(m, ""), "the text is empty"),
+        (
+            lambda m: score_heads(m, torch.arange(4, 9), masks={"x": torch.ones(3, 3)}),
+            r"the mask 'x' must be \[5, 5\] for this prompt, got \(3, 3\)",
         ),
         (
             lambda m: attention_patterns(m, torch.arange(5), [(2, 0)]),
@@ -370,7 +380,7 @@ def test_ids_past_the_tokenizer_have_names_too(tiny_bos_model):
 
 def test_a_row_without_entries_does_not_take_the_others_along(tiny_bos_model):
     tokens = torch.tensor([[5, 6, 5, 7], [5, 6, 7, 8]])  # the second row repeats nothing
-    result = score_heads_on(tiny_bos_model, tokens, ("induction_score",))
+    result = score_heads(tiny_bos_model, tokens, ("induction_score",))
     assert result.scores["induction_score"][0, 1].isnan().all()
     assert_close(result.mean("induction_score"), result.scores["induction_score"][0, 0])
     assert not result.intervals["induction_score"].isnan().any()

@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from mechlens.analyses.heads import SEEDS
 from mechlens.models.load.loading import BUNDLED_DIRECTORY
 from mechlens.models.protocol import describe
 from mechlens.studies.heads import DRAWS, HeadsStudy, claim_of, study_heads
@@ -153,7 +152,7 @@ def test_only_models_with_published_figures_are_compared():
 
 def test_the_card_was_measured_on_other_seeds_than_the_default_ones():
     card = json.loads((BUNDLED_DIRECTORY / "card.json").read_text())
-    assert not set(card["seeds"]) & {*SEEDS, *DRAWS.seeds}
+    assert not set(card["seeds"]) & {*RepeatedTokens().seeds, *DRAWS.seeds}
 
 
 def test_too_few_sequences_judge_nothing():
