@@ -101,8 +101,10 @@ class Result:
         plain = {
             field.name: value
             for field in dataclasses.fields(self)
-            if field.name not in ("model", "strings")
+            if field.name != "model"
             and not isinstance(value := getattr(self, field.name), Tensor)
+            # texts by id belong to the ids, which are tensors
+            and not (field.name == "strings" and isinstance(value, Mapping))
             and not (isinstance(value, Mapping) and value and _is_tensor_dict(value))
         }
         rows = self.to_dataframe().to_dict("records")

@@ -84,18 +84,15 @@ def test_attribution_is_that_of_the_function(capsys, tmp_path, bundled):
     )
     assert_same(LogitAttribution.load(path), expected)
     found = json.loads(run(capsys, *arguments, "--json")[1])
-    assert (found["target"], found["against"], found["position"]) == (" was", " is", 3)
-    assert found["tokens"][:2] == ["Mr", "."]
-    assert found["logit"] == pytest.approx(float(expected.logit), abs=1e-5)
-    assert sum(each["contribution"] for each in found["components"]) == pytest.approx(
-        found["logit"], abs=1e-4
-    )
+    rows = found["rows"]
+    assert {(row["target"], row["against"], row["pos"]) for row in rows} == {(" was", " is", 3)}
+    assert sum(row["contribution"] for row in rows) == pytest.approx(float(expected.logit), abs=1e-4)
 
 
 def test_the_table_of_an_attribution_sums_to_the_logit(capsys):
     code, out, _ = run(capsys, "attribution", "The captain of the", "--target", " ship", "--top", "3")
     assert code == 0
-    added = [float(number) for number in re.findall(r"[+-]\d+\.\d{3}", out)]
+    added = [float(number) for number in re.findall(r"[+-]\d+\.\d{3}", out.replace("\N{MINUS SIGN}", "-"))]
     # 3 components of layers, two that belong to none, the rest and the sum; each is rounded
     assert len(added) == 7
     assert sum(added[:-1]) == pytest.approx(added[-1], abs=0.004)
@@ -109,8 +106,9 @@ def test_attention_is_that_of_the_function(capsys, tmp_path, bundled):
     expected = attention_patterns(bundled, TEXT, ["L3H5", "L1H2"], prepend_bos=False)
     assert_same(AttentionPatterns.load(path), expected)
     found = json.loads(run(capsys, *arguments, "--json")[1])
-    assert found["tokens"] == list(expected.token_strings)
-    assert found["patterns"]["L1H2"][3] == pytest.approx(expected.patterns[1, 3].tolist(), abs=1e-5)
+    assert found["token_strings"] == list(expected.token_strings)
+    row = [each["attention"] for each in found["rows"] if (each["layer"], each["dest"]) == (1, 3)]
+    assert row == pytest.approx(expected.patterns[1, 3, :4].tolist(), abs=1e-5)
     code, out, _ = run(capsys, *arguments)
     assert code == 0
     # the previous-token head
@@ -201,12 +199,12 @@ def chatting(tiny_directories, tmp_path):
 @pytest.mark.parametrize(
     ("command", "read"),
     [
-        (["attribution", "hi"], lambda found: found["tokens"]),
-        (["attention", "hi", "--head", "L0H0"], lambda found: found["tokens"]),
-        (["patch", "--text", "hi", "--from", "zero"], lambda found: found["tokens"]),
+        (["attribution", "hi"], lambda found: ["<s>", *"user hi bo", found["rows"][0]["token"]]),
+        (["attention", "hi", "--head", "L0H0"], lambda found: found["token_strings"]),
+        (["patch", "--text", "hi", "--from", "zero"], lambda found: found["strings"]),
         (
             ["patch", "--text", "hi", "--corrupted", "ho", "--metric", "kl"],
-            lambda found: found["tokens"],
+            lambda found: found["strings"],
         ),
         (
             ["lens", "hi", "--layer", "0"],

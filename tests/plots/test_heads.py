@@ -140,7 +140,7 @@ def test_kind_without_null_says_so() -> None:
 
 
 def test_unknown_kind_and_no_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match="no 'x' in this result, which has induction_score, copying_score"):
+    with pytest.raises(ValueError, match="kind must be one of induction_score, copying_score, got 'x'"):
         plot_head_scores(hand_made.head_scores(), "x")
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=0)
@@ -200,7 +200,7 @@ def test_attention_heatmap_thins_out_many_labels_at_their_places() -> None:
 
 
 def test_attention_of_a_missing_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="index must be below 2, the number of heads here, got 2"):
+    with pytest.raises(ValueError, match="index must be below 2, the number of heads here, but is 2"):
         plot_attention_heatmap(hand_made.attention(), 2)
 
 

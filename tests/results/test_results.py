@@ -1030,9 +1030,11 @@ def test_rank_over_layers_keeps_ties_in_order() -> None:
 
 
 def test_an_unknown_kind_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match="no 'inductoin' in this result, which has induction_score, cop"):
+    with pytest.raises(
+        ValueError, match="kind must be one of induction_score, copying_score, got 'inductoin'"
+    ):
         head_scores().mean("inductoin")
-    with pytest.raises(ValueError, match="no 'copying_score' in this result, which has induction_score"):
+    with pytest.raises(ValueError, match="kind must be one of induction_score, got 'copying_score'"):
         head_scores().null("copying_score")
     with pytest.raises(ValueError, match="which has none"):
         dataclasses.replace(head_scores(), nulls={}).null("induction_score")

@@ -131,7 +131,7 @@ def test_every_figure_has_its_place_its_data_and_its_words() -> None:
     assert [each["id"] for each in places] == [f"figure-{at}" for at in range(1, 8)]
     assert data == [f"{each['id']}-data" for each in places]
     assert all(each["aria-label"] for each in places)
-    assert page.text.count("Point at a cell for the head's name") == 2
+    assert page.text.count("layer 0 is at the bottom") == 2
 
 
 def test_heatmaps_data_names_the_head_under_the_cursor() -> None:
@@ -199,9 +199,9 @@ def test_terms_of_all_sections_are_defined_once() -> None:
 
 def test_numbers_in_tables_are_the_results() -> None:
     text = " ".join(re.sub(r"<[^>]*>", " ", report()).split())
-    assert "second copy, log-probability, nats −0.250 −0.500 to −0.125 −1.000 to −0.062" in text  # noqa: RUF001
-    assert "Induction score L1H2 0.875 0.750 to 0.938 0.062" in text
-    assert "Copying score L1H0 1.000 0.875 to 1.062 —" in text
+    assert "log-probability, nats, second copy −0.250 −0.500 to −0.125 −1.000 to −0.062" in text  # noqa: RUF001
+    assert "induction_score L1H2 0.875 0.750 to 0.938 0.062" in text
+    assert "copying_score L1H0 1.000 0.875 to 1.062 —" in text
 
 
 def test_half_a_character_does_not_stop_the_report(tmp_path: Path) -> None:
