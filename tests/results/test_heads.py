@@ -23,7 +23,7 @@ def test_clear_heads_pass_the_threshold_and_the_multiple_of_their_null(options, 
 
 
 def test_clear_heads_of_a_kind_without_a_null_need_no_multiple():
-    with pytest.raises(ValueError, match="kind must be one of .*got 'copying_score'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .*got 'copying_score'"):
         head_scores().clear_heads("copying_score")
     clear = head_scores().clear_heads("copying_score", threshold=0.5, times_null=0)
     assert clear == [((1, 0), 1.0), ((1, 2), 0.75)]
