@@ -16,7 +16,7 @@ import pytest
 
 from mechlens.plots.heads import plot_attention_heatmap
 from mechlens.results import Comparison
-from mechlens.show.heads import attention_section, scores_section, performance_section
+from mechlens.show.heads import attention_section, performance_section, scores_section
 from mechlens.show.lens import lens_section
 from mechlens.show.page import render_report, write_report
 from mechlens.show.section import Figure, Section, Table
