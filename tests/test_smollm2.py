@@ -159,7 +159,7 @@ def test_its_facts_are_those_of_its_card(smollm2):
 
 def test_its_heads_are_those_of_its_card(smollm2):
     found = mechlens.reproduce(
-        smollm2, "heads", heads=mechlens.RepeatedTokens(batch=MIN_DRAWS, seeds=0), progress=False
+        smollm2, "heads", heads=mechlens.RepeatedTokens(batch=MIN_DRAWS, seeds=[0]), progress=False
     )
     assert len(found.comparisons) >= 14
     assert not not_reproduced(found.comparisons)

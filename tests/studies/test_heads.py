@@ -182,8 +182,8 @@ def test_a_kind_that_was_not_scored_is_not_judged():
 
 def test_the_bundled_model_agrees_with_its_card(bundled):
     figures = [each for each in figures_of(describe(bundled)) if each.study == "heads"]
-    found = study_heads(bundled, RepeatedTokens(50, 30, seeds=11), figures=figures)
+    found = study_heads(bundled, RepeatedTokens(50, 30, seeds=[11]), figures=figures)
     assert [each.verdict for each in found.comparisons] == ["reproduced"] * len(figures)
     assert len(figures) >= 8
-    shorter = study_heads(bundled, RepeatedTokens(20, 2, seeds=0), figures=figures)
+    shorter = study_heads(bundled, RepeatedTokens(20, 2, seeds=[0]), figures=figures)
     assert shorter.comparisons == (), "nothing is published for 20 tokens"

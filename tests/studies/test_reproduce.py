@@ -19,7 +19,7 @@ from mechlens.text.prompts import RepeatedTokens
 from tests import hand_made
 from tests.cli.test_cli import run
 
-SMALL = RepeatedTokens(seq_len=10, batch=1, seeds=0)
+SMALL = RepeatedTokens(seq_len=10, batch=1, seeds=[0])
 
 
 def test_every_figure_on_a_card_belongs_to_a_study_and_has_a_value():
