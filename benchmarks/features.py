@@ -1,13 +1,14 @@
-"""What excites a feature, of GPT-2 small's shape: complete and greedy search against the seed's loop.
+"""What activates a feature, a basis dimension of `resid_post`: exhaustive and greedy search against a loop.
 
     python benchmarks/features.py [--tokens 4 8] [--batches 2]
 
-Random weights: speed does not depend on their values. The source's loop runs every token of the vocabulary
-behind what was found so far, from its first token on, for one feature of one layer. The engine, the batch
-size, the threads and inference mode are the same for both. For one token both are run whole; for more, the
-loop is timed on some of its equal batches at each step and multiplied. All figures come from one run on one
-machine; only their ratios mean anything on another. Where there is a GPU, one token is searched there, too,
-and stands beside what the source says of its own.
+A model of GPT-2 small's shape with random weights: speed does not depend on their values. The loop of
+Badger, "Language Model Features", runs every token of the vocabulary after what was found so far, from its
+first token on, for one feature of one layer. The engine, the batch size, the threads and inference mode are
+the same for both. For one token both are run whole; for more, the loop is timed on some of its equal
+batches at each step and multiplied. All figures come from one run on one machine; only their ratios mean
+anything on another. Where there is a GPU, one token is searched there, too, and compared with the published
+time.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from torch import Tensor
 import mechlens
 from mechlens.models.protocol import Provenance, set_provenance
 from mechlens.models.run.forward import watch
-from mechlens.results import CompleteSearch, GreedySearch
+from mechlens.results import ExhaustiveSearch, GreedySearch
 
 THREADS = 2
 BATCH = 1000
-"""The source's."""
+"""The published loop's."""
 LAST, FEATURE = 11, 0
-COMPLETE_GOAL = 0.9
+ONE = mechlens.Features(LAST, FEATURE)
+EXHAUSTIVE_GOAL = 0.9
 GREEDY_GOALS = {4: 0.45, 8: 0.3}
 T4 = 2.0
-"""Seconds that the source's loop took for one feature on a T4, as it says: about two."""
+"""Seconds that the published loop took for one feature on a T4: about two."""
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     check_peak_bytes()
     model = random_gpt2_small()
-    # of the engine's own random weights, nothing is told by looking
+    # random weights do not show whether they are processed
     set_provenance(model, Provenance("random", None, "GPT2LMHeadModel", processing=False, tied=False))
     with torch.inference_mode():
         one_token(model)
@@ -62,19 +64,15 @@ def main() -> None:
 def one_token(model: Any) -> None:
     d_vocab = model.cfg.d_vocab
     theirs: list[int] = []
-    ours: list[CompleteSearch] = []
+    ours: list[ExhaustiveSearch] = []
     # warm, on the first batch
     batch_activations(model, [], 0)
     loop = seconds(lambda: theirs.append(loop_step(model, [])))
-    whole = seconds(lambda: ours.append(mechlens.search_complete(model, batch_size=BATCH)))
-    one = seconds(
-        lambda: mechlens.search_complete(model, layers=[LAST], features=[FEATURE], batch_size=BATCH)
-    )
+    whole = seconds(lambda: ours.append(mechlens.search_exhaustive(model, batch_size=BATCH)))
+    one = seconds(lambda: mechlens.search_exhaustive(model, ONE, batch_size=BATCH))
     peaks = {
-        "all": peak_bytes(lambda: mechlens.search_complete(model, batch_size=BATCH)),
-        "one": peak_bytes(
-            lambda: mechlens.search_complete(model, layers=[LAST], features=[FEATURE], batch_size=BATCH)
-        ),
+        "all": peak_bytes(lambda: mechlens.search_exhaustive(model, batch_size=BATCH)),
+        "one": peak_bytes(lambda: mechlens.search_exhaustive(model, ONE, batch_size=BATCH)),
         "loop": peak_bytes(lambda: batch_activations(model, [], 0)),
     }
     layers, features = ours[0].ids.shape[:2]
@@ -86,10 +84,10 @@ def one_token(model: Any) -> None:
         Row("  their ratio", needed / counted, ""),
         Row("the loop, one feature of the last layer", loop, "s"),
         Row("  its rate", d_vocab * counted / 1e9 / loop, "GFLOP/s"),
-        Row(f"complete search, {layers} x {features} features", whole, "s"),
+        Row(f"exhaustive search, {layers} x {features} features", whole, "s"),
         Row("  its rate", d_vocab * needed / 1e9 / whole, "GFLOP/s"),
-        Row("complete search / the loop", whole / loop, "", COMPLETE_GOAL),
-        Row("complete search of one feature / the loop", one / loop, ""),
+        Row("exhaustive search / the loop", whole / loop, "", EXHAUSTIVE_GOAL),
+        Row("exhaustive search of one feature / the loop", one / loop, ""),
         Row("another token found than by the loop", float(not same), "", 0),
         Row("peak memory, all features", peaks["all"] / 2**20, "MiB"),
         Row("peak memory, one feature", peaks["one"] / 2**20, "MiB"),
@@ -103,9 +101,7 @@ def greedy(model: Any, n_tokens: int, batches: int) -> None:
     d_vocab = model.cfg.d_vocab
     found: list[GreedySearch] = []
     ours = seconds(
-        lambda: found.append(
-            mechlens.search_greedy(model, layer=LAST, features=[FEATURE], n_tokens=n_tokens, batch_size=BATCH)
-        )
+        lambda: found.append(mechlens.search_greedy(model, ONE, n_tokens=n_tokens, batch_size=BATCH))
     )
     ids = found[0].ids[0, 0].tolist()
     steps, worst = [], 0.0
@@ -147,13 +143,13 @@ def one_token_on_gpu(model: Any) -> None:
         torch.cuda.synchronize()
         return seconds(done)
 
-    def search(**options: Any) -> CompleteSearch:
-        return mechlens.search_complete(model, batch_size=BATCH, **options)
+    def search(features: mechlens.Features | None = None) -> ExhaustiveSearch:
+        return mechlens.search_exhaustive(model, features, batch_size=BATCH)
 
     # warm, and what is made once
-    search(layers=[0], features=[FEATURE])
+    search(mechlens.Features(0, FEATURE))
     theirs: list[int] = []
-    ours: list[CompleteSearch] = []
+    ours: list[ExhaustiveSearch] = []
     batch_activations(model, [], 0)
     loop = timed(lambda: theirs.append(loop_step(model, [])))
     torch.cuda.reset_peak_memory_stats()
@@ -163,9 +159,9 @@ def one_token_on_gpu(model: Any) -> None:
     layers, features = ours[0].ids.shape[:2]
     rows = [
         Row("the loop, one feature of the last layer", loop, "s"),
-        Row(f"complete search, {layers} x {features} features", whole, "s"),
-        Row("complete search / the loop", whole / loop, ""),
-        Row("complete search / the source's loop on a T4", whole / T4, ""),
+        Row(f"exhaustive search, {layers} x {features} features", whole, "s"),
+        Row("exhaustive search / the loop", whole / loop, ""),
+        Row("exhaustive search / the published loop on a T4", whole / T4, ""),
         Row(
             "another token found than by the loop", float(theirs[0] != int(ours[0].ids[LAST, FEATURE, 0])), ""
         ),

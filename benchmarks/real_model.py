@@ -83,7 +83,11 @@ def features(model: Any) -> tuple[float, float, float]:
     """Each token of the vocabulary through all blocks but the last, without queries and keys."""
     raw = mechlens.load_model(NAME, processing=False)
     work = partial(
-        mechlens.search_complete, raw, layers=range(0, 29, 4), features=range(32), top_k=5, progress=False
+        mechlens.search_exhaustive,
+        raw,
+        mechlens.Features(range(0, 29, 4), range(32)),
+        top_k=5,
+        progress=False,
     )
     return seconds(work), 300, 49152 * 29 * BLOCK * 0.84
 
@@ -95,7 +99,7 @@ TASKS: dict[str, tuple[str, Callable[[Any], tuple[float, float, float]]]] = {
     "composition": ("K-composition of all heads", composition),
     "circuits": ("induction circuits", circuits),
     "heads": ("reproduce heads, 90 sequences", heads),
-    "features": ("features complete, 8 layers x 32", features),
+    "features": ("features exhaustive, 8 layers x 32", features),
 }
 
 

@@ -18,9 +18,16 @@ from mechlens.analyses.circuits.tokens import circuit_corner as circuit_corner
 from mechlens.analyses.circuits.tokens import largest_pairs as largest_pairs
 from mechlens.analyses.circuits.tokens import singular_tokens as singular_tokens
 from mechlens.analyses.circuits.tokens import summarize_circuit as summarize_circuit
+from mechlens.analyses.features import Continue as Continue
+from mechlens.analyses.features import Features as Features
+from mechlens.analyses.features import Match as Match
+from mechlens.analyses.features import Maximize as Maximize
+from mechlens.analyses.features import Optimizer as Optimizer
+from mechlens.analyses.features import Prefix as Prefix
+from mechlens.analyses.features import Prior as Prior
 from mechlens.analyses.features import feature_alignment as feature_alignment
 from mechlens.analyses.features import feature_examples as feature_examples
-from mechlens.analyses.features import search_complete as search_complete
+from mechlens.analyses.features import search_exhaustive as search_exhaustive
 from mechlens.analyses.features import search_gradient as search_gradient
 from mechlens.analyses.features import search_greedy as search_greedy
 from mechlens.analyses.heads.performance import repeated_token_performance as repeated_token_performance
@@ -65,7 +72,7 @@ from mechlens.plots.facts import plot_facts as plot_facts
 from mechlens.plots.feature_alignment import plot_feature_alignment as plot_feature_alignment
 from mechlens.plots.features import plot_feature_examples as plot_feature_examples
 from mechlens.plots.features import plot_feature_tokens as plot_feature_tokens
-from mechlens.plots.features import plot_gradient_search as plot_gradient_search
+from mechlens.plots.gradient_search import plot_gradient_search as plot_gradient_search
 from mechlens.plots.heads import plot_attention as plot_attention
 from mechlens.plots.heads import plot_attention_heatmap as plot_attention_heatmap
 from mechlens.plots.heads import plot_head_scores as plot_head_scores
@@ -83,8 +90,8 @@ from mechlens.results import AttentionSpread as AttentionSpread
 from mechlens.results import AttributionPatchResult as AttributionPatchResult
 from mechlens.results import Circuit as Circuit
 from mechlens.results import CircuitSummary as CircuitSummary
-from mechlens.results import CompleteSearch as CompleteSearch
 from mechlens.results import CompositionScores as CompositionScores
+from mechlens.results import ExhaustiveSearch as ExhaustiveSearch
 from mechlens.results import Facts as Facts
 from mechlens.results import FeatureAlignment as FeatureAlignment
 from mechlens.results import FeatureExamples as FeatureExamples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -99,3 +100,13 @@ def ask_each_class_once() -> None:
 
 _import_hook.JaxtypingTransformer = OuterFunctions
 ask_each_class_once()
+
+
+@contextlib.contextmanager
+def unchecked():
+    """What users run: without the checks of every signature that conftest.py puts in."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

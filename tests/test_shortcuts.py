@@ -12,7 +12,6 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -31,6 +30,12 @@ BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
 N_POS, LAYERS = 12, 4
 # other sums in other orders, in losses and log-probabilities of some nats
 CLOSE = 5e-5
+
+
+def gradient_search(model, steps):
+    """One token for feature 1 of layer 0."""
+    objective = mechlens.Maximize(mechlens.Features(0, 1))
+    return mechlens.search_gradient(model, objective, n_tokens=1, optimizer=mechlens.Optimizer(steps=steps))
 
 
 def tokens_for(rows=1, length=N_POS, seed=3):
@@ -217,7 +222,7 @@ def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
     model = load_model(directories / "gpt2", backend=backend, processing=False)
     model.add_hook("blocks.0.hook_resid_pre", everywhere, is_permanent=True)
     prefix = torch.tensor([5, 9])
-    found = mechlens.search_complete(model, layers=[2], prefix=prefix, top_k=64)
+    found = mechlens.search_exhaustive(model, mechlens.Features([2]), top_k=64, prefix=prefix)
     rows = torch.cat([prefix.expand(64, -1), torch.arange(64)[:, None]], dim=1)
     name = "blocks.2.hook_resid_post"
     with torch.no_grad():
@@ -230,10 +235,10 @@ def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
 @pytest.mark.parametrize(
     "work",
     [
-        lambda model: mechlens.search_complete(model, layers=[0]),
-        lambda model: mechlens.search_greedy(model, layer=0, features=[1], n_tokens=2),
-        lambda model: mechlens.search_gradient(model, layer=0, selection=np.s_[:, 1], n_tokens=1, steps=1),
-        lambda model: mechlens.feature_examples(model, tokens_for(3), layers=[0], features=[1]),
+        lambda model: mechlens.search_exhaustive(model, mechlens.Features([0])),
+        lambda model: mechlens.search_greedy(model, mechlens.Features(0, [1]), n_tokens=2),
+        lambda model: gradient_search(model, 1),
+        lambda model: mechlens.feature_examples(model, mechlens.Features([0], [1]), tokens_for(3)),
     ],
     ids=["complete", "greedy", "gradient", "examples"],
 )
@@ -415,7 +420,7 @@ def test_leading_tokens_that_equal_the_padding_token_are_tokens(tmp_path, backen
         lens = mechlens.logit_lens(model, tokens, targets=5)
         clean = zeroed(model, tokens, over="layer").clean
         patterns = mechlens.attention_patterns(model, tokens, [(1, 2)]).patterns[0]
-        found = mechlens.search_complete(raw, layers=[0], prefix=torch.tensor([0]), top_k=64)
+        found = mechlens.search_exhaustive(raw, mechlens.Features([0]), top_k=64, prefix=torch.tensor([0]))
         written = mechlens.sample_tokens(model, batch=2, seq_len=8, temperature=1e-4)
     assert (lens.log_prob["5"][-1] - logits.log_softmax(-1)[..., 5]).abs().max() < CLOSE
     assert float(clean) == pytest.approx(loss(logits, tokens), abs=CLOSE)
@@ -470,7 +475,9 @@ def test_a_text_that_comes_with_its_bos_does_not_get_another(bundled, tiny_direc
     (window,) = mechlens.token_windows(bundled, [again], length=5, limit=1)
     assert window.tolist() == tokens[0, :5].tolist()
     raw = load_model(tiny_directories / "gpt2", processing=False)
-    found = mechlens.search_complete(raw, prefix=f"{raw.tokenizer.bos_token}ab", prepend_bos=True)
+    found = mechlens.search_exhaustive(
+        raw, prefix=mechlens.Prefix(f"{raw.tokenizer.bos_token}ab", prepend_bos=True)
+    )
     assert found.prefix.tolist() == mechlens.text_tokens(raw, "ab")[0].tolist()
 
 
@@ -561,7 +568,7 @@ def test_one_model_in_several_threads_gives_every_thread_its_own_numbers(directo
             lambda tokens=tokens: zeroed(model, tokens, over="layer").values,
             lambda tokens=tokens: mechlens.Patching(model, tokens).attribution("z", values="zero").estimate,
             lambda tokens=tokens: mechlens.attention_patterns(model, tokens, ["L1H2"]).patterns,
-            lambda seed=seed: mechlens.search_complete(raw, layers=[1], features=[seed]).activations,
+            lambda seed=seed: mechlens.search_exhaustive(raw, mechlens.Features([1], [seed])).activations,
         ]
     expected = [job() for job in jobs]
     with ThreadPoolExecutor(4) as pool:
@@ -655,10 +662,8 @@ def test_another_default_dtype_changes_no_number(directories, backend, dtype):
         lambda: mechlens.Patching(model, tokens).attribution("z", values="zero").estimate,
         lambda: mechlens.composition_scores(model, "k", draws=4).scores,
         lambda: mechlens.full_OV(model, (1, 2)).A,
-        lambda: mechlens.search_complete(raw, top_k=2).activations,
-        lambda: (
-            mechlens.search_gradient(raw, layer=0, selection=np.s_[:, 1], n_tokens=1, steps=3).activations
-        ),
+        lambda: mechlens.search_exhaustive(raw, top_k=2).activations,
+        lambda: gradient_search(raw, 3).activations,
         lambda: (
             mechlens.train_tuned_lens(
                 model, tokens_for(20), training=mechlens.Training(2, 24), held_out=2

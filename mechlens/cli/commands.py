@@ -92,7 +92,7 @@ COMMANDS = {
     "features": Command(
         "features:features",
         "Find what activates a feature.",
-        "features complete --layer 0:4 --feature 0:8",
+        "features exhaustive --layer 0:4 --feature 0:8",
     ),
     "models": Command(
         "models:models", "List known models, describe one, or verify models.", "models mechlens-books"

@@ -1,4 +1,4 @@
-"""`mechlens features`: what excites a model's features, on the command line."""
+"""`mechlens features`: what activates a model's features."""
 
 from __future__ import annotations
 
@@ -6,201 +6,158 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mechlens.cli import feature_options as shared
 from mechlens.cli import options
-from mechlens.cli.feature_options import (
-    BosOption,
-    FeaturesOption,
-    LayersOption,
-    OutOption,
-    PrefixOption,
-    SiteOption,
-)
-from mechlens.cli.options import (
-    BUNDLED,
-    CacheOption,
-    DeviceOption,
-    DtypeOption,
-    HelpOption,
-    JsonOption,
-    ModelOption,
-    NoSeedOption,
-    QuietOption,
-    ResumeOption,
-    RevisionOption,
-)
-from mechlens.cli.output import deliver, file_of
+from mechlens.cli.options import BosOption, CorpusArgument, HelpOption, ResumeOption
+from mechlens.cli.run import PAGE, Run, command
 
 if TYPE_CHECKING:
+    from mechlens.analyses.features import Features, Prefix
     from mechlens.models.protocol import LensModel
-    from mechlens.results import CompleteSearch, FeatureAlignment
     from mechlens.show.section import Section
+
+SITES = ("resid_post", "attn_out", "mlp_out", "post")
+OBJECTIVES = ("constant", "mean", "min", "l1", "cosine", "continuation")
+PRIORS = ("softmax", "norm", "nearest")
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+MOST_PLACES = 64
+"""Features that are shown, at most; a page refuses more."""
+RENAMED = {
+    "top_k": "--top",
+    "n_tokens": "--tokens",
+    "how": "--objective",
+    "distance": "--objective",
+    "name": "--prior",
+    "weight": "--prior-weight",
+    "layers": "--layer",
+    "prepend_bos": "--bos",
+}
+
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option("--layer", "--layers", "-l", help="A layer, or a range such as 0:4; repeatable."),
+]
+FeaturesOption = Annotated[
+    list[str] | None,
+    typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
+]
+SiteOption = Annotated[
+    str, typer.Option(help=f"Activation to read: {', '.join(SITES)} (post: the MLP's neurons).")
+]
+PrefixOption = Annotated[str | None, typer.Option(help="Text before the searched tokens. [default: none]")]
+BeginOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS.")]
+StartSeed = Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Random seed of the starts.")]
 
 features = typer.Typer(rich_markup_mode=None, add_help_option=False)
 
 
 @features.callback()
 def features_help(wants_help: HelpOption = False) -> None:
-    """Find what excites a feature, one element of a block's output: single tokens, whole inputs, and real
-    contexts. Models are loaded with their weights as they were trained, since features live in these."""
+    """Find what activates a feature: a basis dimension of an activation, such as a neuron. Searches tokens,
+    whole inputs and real text. Models are loaded with unprocessed weights, because processing changes the
+    basis."""
 
 
 @features.command(
-    epilog="Example: mechlens features complete --layer 0:4 --feature 0:8 --out tokens.html",
-    short_help="Find the tokens that excite each feature most.",
+    "exhaustive",
+    epilog="Example: mechlens features exhaustive --layer 0:4 --feature 0:8 --out tokens.html",
+    short_help="Find the maximally activating tokens of each feature.",
 )
-def complete(
+@command("features exhaustive", renamed=RENAMED)
+def exhaustive(
+    run: Run,
     layer: LayersOption = None,
     feature: FeaturesOption = None,
     site: SiteOption = "resid_post",
     prefix: PrefixOption = None,
-    bos: BosOption = False,
-    top: Annotated[int, typer.Option(min=1, help="How many tokens of each feature to keep.")] = 1,
-    model: ModelOption = BUNDLED,
+    bos: BeginOption = False,
+    top: Annotated[int, typer.Option(min=1, help="Tokens to keep for each feature.")] = 1,
     resume: ResumeOption = None,
-    out: OutOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    seed: NoSeedOption = 0,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """Find the tokens of the whole vocabulary that excite each feature most, in one pass for all of them.
-    Without --layer of every layer, without --feature of features 0 to 7. The least exciting ones are in
-    --json and --out."""
-    given = dict(locals())
-    layers, wanted = shared.numbers("--layer", layer), shared.numbers("--feature", feature)
-    shared.check_common(given)
-    shared.check_page(out, len(wanted or []), "tokens")
-    loaded = shared.load(given)
-    from mechlens import terminal
-    from mechlens.analyses.features import search_complete
+    """Run every token of the vocabulary, and find the maximally and minimally activating tokens of each
+    feature, a basis dimension of an activation, in one pass. Default: every layer, features 0 to 7."""
+    wanted = _features(layer, feature, site)
+    _check_page(run, len(_numbers("--feature", feature) or []))
+    model = run.load(processing=False)
+    from mechlens.analyses.features import search_exhaustive
 
-    with shared.as_typed(), options.saving_progress(resume):
-        found = search_complete(
-            loaded,
-            layers=layers,
-            features=wanted or range(min(8, shared.n_features(loaded, site))),
-            site=site,
-            prefix=prefix,
-            prepend_bos=bos,
+    with run.saving():
+        found = search_exhaustive(
+            model,
+            _first(model, wanted, 8),
+            prefix=_prefix(prefix, bos),
             top_k=top,
             resume=resume,
-            progress=options.progress(quiet),
+            progress=run.progress,
         )
-
-    def sections() -> list[Section]:
-        from mechlens.show.features import complete_search_section
-
-        # without it the section chooses some
-        return [complete_search_section(found, features=found.features)]
-
-    deliver(
-        given,
-        save=file_of(
-            [found],
-            title="Tokens that excite features",
-            sections=sections,
-            command=options.command("features complete", complete, given),
-        ),
-        tables=lambda: terminal.print_complete_search(found),
-        as_object=lambda: terminal.complete_search_json(found),
-    )
+    run.show(found, features=found.features[:MOST_PLACES])
 
 
 @features.command(
+    "greedy",
     epilog="Example: mechlens features greedy --layer 3 --feature 0:4 --tokens 4",
-    short_help="Build inputs that excite a feature, token by token.",
+    short_help="Build inputs that activate a feature, token by token.",
 )
+@command("features greedy", renamed=RENAMED)
 def greedy(
+    run: Run,
     layer: LayersOption = None,
     feature: FeaturesOption = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to find.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to find.")] = 4,
     aggregate: Annotated[
-        str,
-        typer.Option(
-            help="What ranks the inputs of a beam: the activation at the last token, or the sum over all."
-        ),
+        str, typer.Option(help="Rank inputs by the activation at the last token, or by the sum over all.")
     ] = "last",
-    beam: Annotated[int, typer.Option(min=1, help="Inputs to go on with at each step.")] = 1,
+    beam: Annotated[int, typer.Option(min=1, help="Inputs to keep at each step.")] = 1,
     site: SiteOption = "resid_post",
     prefix: PrefixOption = None,
-    bos: BosOption = False,
-    model: ModelOption = BUNDLED,
+    bos: BeginOption = False,
     resume: ResumeOption = None,
-    out: OutOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    seed: NoSeedOption = 0,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """Build inputs from left to right, each token the one of the whole vocabulary that excites a feature most
-    behind those before it. Without --layer of the last layer, without --feature of features 0 to 3."""
-    given = dict(locals())
-    layers, wanted = shared.numbers("--layer", layer) or [-1], shared.numbers("--feature", feature)
-    shared.check_common(given)
+    """Build inputs from left to right. Each token is the one of the whole vocabulary that activates the
+    feature, a basis dimension of an activation, most after those before it. Default: the last layer, features
+    0 to 3."""
+    layers = _numbers("--layer", layer) or [-1]
+    wanted = _features(None, feature, site)
     if len(layers) > 1:
-        if resume is not None:
-            raise ValueError(f"--resume is for the search of one layer, but {len(layers)} are given")
-        if out is not None and out.suffix == ".safetensors":
-            raise ValueError(
-                f"a .safetensors file holds one search, but {len(layers)} layers are asked for: give one, or "
-                "save to .html or .csv"
-            )
-    options.check_known("--aggregate", aggregate, shared.AGGREGATES)
-    loaded = shared.load(given)
-    from mechlens import terminal
-    from mechlens.analyses.features import search_greedy
+        run.check_single("give one --layer")
+    model = run.load(processing=False)
+    import dataclasses
 
-    found = []
-    with shared.as_typed(), options.saving_progress(resume):
-        for each in shared.chosen("layer", layers, loaded.cfg.n_layers):
-            found.append(
-                search_greedy(
-                    loaded,
-                    layer=each,
-                    features=wanted or range(min(4, shared.n_features(loaded, site))),
-                    n_tokens=tokens,
-                    aggregate=aggregate,
-                    site=site,
-                    prefix=prefix,
-                    prepend_bos=bos,
-                    beam=beam,
-                    resume=resume,
-                    progress=options.progress(quiet),
-                )
+    from mechlens.analyses.features import search_greedy
+    from mechlens.arguments import chosen
+
+    with run.saving():
+        found = [
+            search_greedy(
+                model,
+                dataclasses.replace(_first(model, wanted, 4), layers=each),
+                n_tokens=tokens,
+                aggregate=aggregate,
+                beam=beam,
+                prefix=_prefix(prefix, bos),
+                resume=resume,
+                progress=run.progress,
             )
+            for each in chosen("layer", layers, model.cfg.n_layers)
+        ]
 
     def sections() -> list[Section]:
         from mechlens.show.features import greedy_search_section
 
         return [greedy_search_section(found)]
 
-    deliver(
-        given,
-        save=file_of(
-            found,
-            title="Inputs that excite features",
-            sections=sections,
-            command=options.command("features greedy", greedy, given),
-        ),
-        tables=lambda: terminal.print_greedy_search(found),
-        as_object=lambda: terminal.greedy_search_json(found),
-    )
+    run.show(*found, sections=sections)
 
 
 @features.command(
+    "gradient",
     epilog="Example: mechlens features gradient --layer 3 --feature 7 --out gradient.html",
-    short_help="Search embeddings by gradients, and read them as tokens.",
+    short_help="Optimize embeddings by gradient descent, and decode them to tokens.",
 )
+@command("features gradient", renamed=RENAMED)
 def gradient(
+    run: Run,
     layer: Annotated[
-        int | None, typer.Option("--layer", "-l", help="Whose features. [default: the last layer's]")
+        int | None, typer.Option("--layer", "-l", help="Layer to read. [default: the last]")
     ] = None,
     feature: Annotated[
         list[str] | None,
@@ -208,324 +165,296 @@ def gradient(
             "--feature",
             "--features",
             "-f",
-            help="A feature, or a range such as 0:4; several are searched together. [default: 0, for a "
+            help="A feature, or a range such as 0:4; several are searched together. [default: 0, with a "
             "target all]",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens are searched together.")] = 1,
+    site: SiteOption = "resid_post",
     position: Annotated[
-        int | None,
-        typer.Option(help="The searched token at which the feature counts, from 0. [default: every one]"),
+        int | None, typer.Option(help="The searched token to read, from 0. [default: every one]")
     ] = None,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="Run the layer's block alone, without those before it.")
+    ] = False,
     objective: Annotated[
         str,
         typer.Option(
-            help="constant (the distance to a large one is made small, as in the source), maximise, maximin "
-            "(the smallest of several is made large), l1 or cosine (the distance to the activations of "
-            "--target), or continuation (--target follows)."
+            help="constant (approach a large activation), mean or min (maximize the mean or the smallest "
+            "activation), l1 or cosine (approach the activations of --target), or continuation (predict "
+            "--target)."
         ),
     ] = "constant",
-    target: Annotated[
-        str | None, typer.Option(help="A text: of as many tokens as --tokens, or the continuation.")
-    ] = None,
     constant: Annotated[
         float | None,
         typer.Option(
-            help="Of the objective constant; what is larger is made smaller. [default: 1000, or ten times "
-            "what the starts reach]"
+            help="The activation to approach, with the objective constant. [default: 1000, or ten times the "
+            "largest of the starts]"
         ),
     ] = None,
-    prior: Annotated[str, typer.Option(help=f"{', '.join(shared.PRIORS)}.")] = "none",
-    prior_weight: Annotated[
-        float | None, typer.Option(help="Of the prior norm or nearest. [default: 1]")
+    target: Annotated[
+        str | None, typer.Option(help="A text: of as many tokens as --tokens, or the continuation.")
     ] = None,
-    optimiser: Annotated[str, typer.Option(help=f"{', '.join(shared.OPTIMISERS)}.")] = "Adam",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are searched together.")] = 1,
+    prefix: PrefixOption = None,
+    bos: BeginOption = False,
+    prior: Annotated[
+        str | None, typer.Option(help=f"Keep embeddings close to real ones: {', '.join(PRIORS)}.")
+    ] = None,
+    prior_weight: Annotated[
+        float | None, typer.Option(help="Weight of the prior norm or nearest. [default: 1]")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "Adam",
     learning_rate: Annotated[
-        float, typer.Option(help="In units of an embedding element's root mean square.")
+        float, typer.Option(help="In units of the root mean square of an embedding's elements.")
     ] = 0.1,
-    steps: Annotated[int, typer.Option(min=1, help="At most; it stops when nothing gets better.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Largest number of steps.")] = 40,
     patience: Annotated[
-        int, typer.Option(min=1, help="Stop when no restart has got better for so many steps.")
+        int, typer.Option(min=1, help="Stop when no restart has improved for this many steps.")
     ] = 10,
     restarts: Annotated[int, typer.Option(min=1, help="Independent starts, run together.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the starts.")] = 0,
-    isolated: Annotated[
-        bool, typer.Option("--isolated", help="The layer's block alone, without the blocks before it.")
-    ] = False,
-    site: SiteOption = "resid_post",
-    prefix: PrefixOption = None,
-    bos: BosOption = False,
-    model: ModelOption = BUNDLED,
+    seed: StartSeed = 0,
     resume: ResumeOption = None,
-    out: OutOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """Change embeddings by gradients until they excite a feature, and read them as tokens in two ways. Of one
-    token and one feature the best of all tokens is searched, too, and stands beside."""
-    given = dict(locals())
-    wanted = shared.numbers("--feature", feature)
-    shared.check_common(given)
-    shared.check_gradient(given)
-    loaded = shared.load(given)
-    from mechlens import terminal
-    from mechlens.analyses.features import search_complete, search_gradient
-
-    progress = options.progress(quiet)
-    picked = None
-    if objective != "continuation" and (wanted or target is None):
-        picked = shared.chosen("feature", wanted or [0], shared.n_features(loaded, site))
-    selection: Any = None
-    if objective != "continuation":
-        each = slice(None)
-        selection = (each if position is None else position, each if picked is None else picked)
-    same: dict[str, Any] = {"site": site, "prefix": prefix, "prepend_bos": bos, "progress": progress}
-    known = None
-    with shared.as_typed(), options.saving_progress(resume):
-        (deepest,) = shared.chosen("layer", [-1 if layer is None else layer], loaded.cfg.n_layers)
-        place = None if objective == "continuation" else deepest
-        one = picked is not None and len(picked) == tokens == 1 and not isolated
-        # a constant of one's own may be less than what there is, and then asks for something else
-        largest = objective == "maximise" or (objective == "constant" and constant is None)
-        if place is not None and one and largest:
-            known = search_complete(loaded, layers=[place], features=picked, **same)
-        found = search_gradient(
-            loaded,
-            layer=place,
-            selection=selection,
-            n_tokens=tokens,
-            objective=objective,
-            target=target,
-            constant=constant,
-            prior=prior,
-            prior_weight=1.0 if prior_weight is None else prior_weight,
-            optimiser=optimiser,
-            learning_rate=learning_rate,
-            steps=steps,
-            patience=patience,
-            restarts=restarts,
-            seed=seed,
-            isolated=isolated,
-            complete=known,
-            resume=resume,
-            **same,
-        )
-
-    def sections() -> list[Section]:
-        from mechlens.show.features import gradient_search_section
-
-        return [gradient_search_section([found])]
-
-    deliver(
-        given,
-        save=file_of(
-            [found],
-            title="Embeddings that excite features",
-            sections=sections,
-            command=options.command("features gradient", gradient, given),
-        ),
-        tables=lambda: terminal.print_gradient_search(found, known),
-        as_object=lambda: terminal.gradient_search_json(found),
+    """Optimize embeddings by gradient descent until they activate a feature, a basis dimension of an
+    activation, and decode them to tokens in two ways. For one token and one feature, an exhaustive search
+    finds the optimum for comparison."""
+    from mechlens.analyses.features import (
+        Continue,
+        Features,
+        Match,
+        Maximize,
+        Optimizer,
+        Prior,
+        search_exhaustive,
+        search_gradient,
     )
+    from mechlens.errors import ArgumentError
+
+    how = Optimizer(optimizer, learning_rate, steps, patience, restarts)
+    held = None if prior is None else Prior(prior, prior_weight)
+    wanted = _numbers("--feature", feature)
+    unused: dict[str, Any] = {"prior_weight": prior_weight} if prior is None else {}
+    made: Any
+    if objective == "continuation":
+        unused |= {
+            "layer": layer,
+            "feature": wanted,
+            "position": position,
+            "isolated": isolated or None,
+        }
+    if objective in ("l1", "cosine", "continuation"):
+        unused |= {"constant": constant}
+        if target is None:
+            raise ValueError(f"--objective {objective} needs --target")
+    else:
+        unused |= {"target": target}
+        wanted = wanted or [0]
+    for name, value in unused.items():
+        if value is not None:
+            why = "without --prior" if name == "prior_weight" else f"with --objective {objective}"
+            raise ValueError(f"{run.option(name)} has no effect {why}: leave it out")
+    read = Features(-1 if layer is None else layer, wanted, site)
+    if objective == "continuation":
+        made = Continue(target or "")
+    elif target is not None:
+        made = Match(read, target, objective, position, isolated)
+    elif objective in OBJECTIVES:
+        made = Maximize(read, position, objective, constant, isolated)
+    else:
+        raise ArgumentError("objective", f"one of {', '.join(OBJECTIVES)}", objective)
+    model = run.load(processing=False)
+    begin = _prefix(prefix, bos)
+    with run.saving():
+        # a constant of the user's own may be below the optimum
+        largest = objective == "mean" or (objective == "constant" and constant is None)
+        if largest and len(wanted or []) == tokens == 1 and not isolated:
+            best = search_exhaustive(model, read, prefix=begin, progress=run.progress)
+            made = Maximize(read, position, objective, constant, isolated, best)
+        found = search_gradient(
+            model,
+            made,
+            n_tokens=tokens,
+            prefix=begin,
+            optimizer=how,
+            prior=held,
+            seed=seed,
+            resume=resume,
+            progress=run.progress,
+        )
+    run.show(found)
 
 
 @features.command(
-    epilog="Example: mechlens features align --layer 0:4 --top 5 --out alignment.html",
+    "alignment",
+    epilog="Example: mechlens features alignment --layer 0:4 --top 5 --out alignment.html",
     short_help="Compare features' best tokens across layers and models.",
 )
-def align(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="As --model, which it stands for.")
-    ] = None,
+@command("features alignment", renamed=RENAMED)
+def alignment(
+    run: Run,
     against: Annotated[
-        str | None, typer.Option(help="Another model with the same tokenizer: its layer n with layer n.")
+        str | None, typer.Option(help="Another model with the same tokenizer, compared layer by layer.")
     ] = None,
     layer: LayersOption = None,
     feature: FeaturesOption = None,
     site: SiteOption = "resid_post",
     prefix: PrefixOption = None,
-    bos: BosOption = False,
-    top: Annotated[int, typer.Option(min=1, help="How many of the best tokens the overlap is of.")] = 5,
+    bos: BeginOption = False,
+    top: Annotated[int, typer.Option(min=1, help="Best tokens that the overlap counts.")] = 5,
     random: Annotated[
         bool,
         typer.Option(
-            "--random/--no-random", help="Compare with random weights, once all, once all but embeddings."
+            "--random/--no-random", help="Compare with random weights: all, and all but the embeddings."
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the random weights.")] = 0,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help=f"Bundled name, Hugging Face name or local directory. [default: {BUNDLED}]"
-        ),
-    ] = None,
-    out: OutOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Print how often features of the same number have the same best token: in two layers of a model, in the
-    model and in random weights, in two models; each beside chance. Without --layer of all layers, without
-    --feature of all features."""
-    given = dict(locals())
-    layers, wanted = shared.numbers("--layer", layer), shared.numbers("--feature", feature)
-    if name is not None and model is not None:
-        raise ValueError(f"the model is given twice, as {name} and as --model {model}: leave one out")
-    shared.check_common(given)
+    """Measure how often features with the same number, basis dimensions of an activation, have the same best
+    token: in two layers, in the model and in random weights, in two models. Each share comes with chance.
+    Default: all layers and features."""
     alone = not random and against is None
-    if out is not None and out.suffix == ".safetensors" and not alone:
-        raise ValueError(
-            "a .safetensors file holds one comparison: leave out --against and add --no-random, or save to "
-            ".html or .csv"
-        )
-    if alone and layers is not None and len(layers) == 1:
-        raise ValueError("one layer has no other to be compared with: give several, --random or --against")
-    loaded = shared.load(given | {"model": name or model or BUNDLED})
-    other = None if against is None else shared.load(given | {"model": against, "revision": None})
-    from mechlens import terminal
-    from mechlens.analyses.features import feature_alignment, search_complete
+    layers = _numbers("--layer", layer)
+    if not alone:
+        run.check_single("add --no-random and leave out --against")
+    elif layers is not None and len(layers) == 1:
+        raise ValueError("one layer has nothing to be compared with: give several, --random or --against")
+    wanted = _features(layer, feature, site)
+    own = run.load(processing=False)
+    others = {} if against is None else {against: run.load(other=against, processing=False)}
+    from mechlens.analyses.features import feature_alignment, search_exhaustive
+    from mechlens.arguments import chosen
+    from mechlens.models.weights.randomize import random_like
 
-    if layers is not None:
-        layers = shared.chosen("layer", layers, loaded.cfg.n_layers)
-    if wanted is not None:
-        wanted = shared.chosen("feature", wanted, shared.n_features(loaded, site))
-    if other is not None:
-        shared.check_other(loaded, other, against, layers, wanted, site)
-    several = len(layers or range(loaded.cfg.n_layers)) > 1
+    several = len(chosen("layer", wanted.layers, own.cfg.n_layers)) > 1
     if alone and not several:
-        raise ValueError("this model has one layer, which has no other to be compared with: add --against")
+        raise ValueError("this model has one layer, which has nothing to be compared with: add --against")
+    for each in others.values():
+        _check_other(own, each, wanted)
 
-    def search(one: LensModel) -> CompleteSearch:
-        return search_complete(
-            one,
-            layers=layers,
-            features=wanted,
-            site=site,
-            prefix=prefix,
-            prepend_bos=bos,
-            top_k=top,
-            progress=options.progress(quiet),
-        )
+    def search(one: LensModel) -> Any:
+        return search_exhaustive(one, wanted, prefix=_prefix(prefix, bos), top_k=top, progress=run.progress)
 
-    found: dict[str, FeatureAlignment] = {}
-    with shared.as_typed():
-        trained = search(loaded)
-        # of layers and models that nothing is contrasted with, nobody asks whether they are trained
-        own = "trained" if random else trained.model.name
-        if several:
-            found["layers, trained" if random else "layers"] = feature_alignment(trained)
-        untrained = {}
-        if random:
-            from mechlens.models.weights.randomize import random_like
-
-            untrained["random weights"] = search(random_like(loaded, seed))
-            untrained["random blocks"] = search(random_like(loaded, seed, keep_embeddings=True))
-        if several:
-            for kind, each in untrained.items():
-                found[f"layers, {kind}"] = feature_alignment(each)
-        for kind, each in untrained.items():
-            found[f"trained vs. {kind}"] = feature_alignment(trained, each)
-        if other is not None:
-            compared = feature_alignment(trained, search(other))
-            found[f"{own} vs. {compared.other.name}"] = compared
+    trained = search(own)
+    drawn = {}
+    if random:
+        drawn["random weights"] = search(random_like(own, seed))
+        drawn["random blocks"] = search(random_like(own, seed, keep_embeddings=True))
+    found = {}
+    if several:
+        found["layers, trained" if random else "layers"] = feature_alignment(trained)
+        found |= {f"layers, {kind}": feature_alignment(each) for kind, each in drawn.items()}
+    found |= {f"trained vs. {kind}": feature_alignment(trained, each) for kind, each in drawn.items()}
+    for each in others.values():
+        compared = feature_alignment(trained, search(each))
+        found[f"{'trained' if random else trained.model.name} vs. {compared.other.name}"] = compared
 
     def sections() -> list[Section]:
         from mechlens.show.feature_alignment import feature_alignment_section
 
         return [feature_alignment_section(list(found.values()), names=list(found))]
 
-    deliver(
-        given,
-        save=file_of(
-            list(found.values()),
-            title="Alignment of features",
-            sections=sections,
-            command=options.command("features align", align, given),
-            names=list(found),
-        ),
-        tables=lambda: terminal.print_feature_alignment(found),
-        as_object=lambda: terminal.feature_alignment_json(found),
-    )
+    names = list(found) if len(found) > 1 else []
+    run.show(*found.values(), names=names, sections=sections)
 
 
 @features.command(
+    "examples",
     epilog="Example: mechlens features examples texts.jsonl --layer 3 --feature 7 --limit 1000",
-    short_help="Find the contexts of real text that excite each feature most.",
+    short_help="Find the maximally activating examples of each feature in text.",
 )
+@command("features examples", renamed=RENAMED)
 def examples(
-    files: options.CorpusArgument = None,
+    run: Run,
+    files: CorpusArgument = None,
     layer: LayersOption = None,
     feature: FeaturesOption = None,
-    top: Annotated[int, typer.Option(min=1, help="How many contexts of each feature to keep.")] = 5,
+    site: SiteOption = "resid_post",
+    top: Annotated[int, typer.Option(min=1, help="Windows to keep for each feature.")] = 5,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a context. [default: 128, or what the model holds]")
+        int | None, typer.Option(min=1, help="Tokens in a window. [default: 128, or the model's context]")
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Contexts to read at most. [default: all]"),
+        int | None, typer.Option(min=1, help="Largest number of windows to read. [default: all]")
     ] = None,
-    bos: options.BosOption = None,
-    site: SiteOption = "resid_post",
-    model: ModelOption = BUNDLED,
+    bos: BosOption = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31, help="Seed of the text that the model writes itself.")
+    ] = 0,
     resume: ResumeOption = None,
-    out: OutOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of what the model writes itself.")] = 0,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """Find the contexts of real text that excite each feature most, and mark the token that does. Without
-    FILES in what the model writes itself, without --layer of the last layer, without --feature of features 0
-    to 3."""
-    given = dict(locals())
-    layers, wanted = shared.numbers("--layer", layer) or [-1], shared.numbers("--feature", feature)
-    shared.check_common(given)
+    """Find the windows of text where each feature, a basis dimension of an activation, is largest, and mark
+    the token. Default: text that the model writes itself, the last layer, features 0 to 3."""
+    wanted = _features(layer or ["-1:"], feature, site)
     options.check_corpus(files)
-    # each in each layer
-    shared.check_page(out, len(layers) * len(wanted or range(4)), "contexts")
-    loaded = shared.load(given)
-    from mechlens import terminal
+    n_layers = len(_numbers("--layer", layer) or [-1])
+    _check_page(run, n_layers * len(_numbers("--feature", feature) or range(4)))
+    model = run.load(processing=False)
     from mechlens.analyses.features import feature_examples
 
-    with shared.as_typed(), options.saving_progress(resume):
+    with run.saving():
         found = feature_examples(
-            loaded,
-            options.corpus(files, loaded, length=length, windows=limit, bos=bos, seed=seed, quiet=quiet),
-            layers=layers,
-            features=wanted or range(min(4, shared.n_features(loaded, site))),
-            site=site,
+            model,
+            _first(model, wanted, 4),
+            options.corpus(
+                files, model, length=length, windows=limit, bos=bos, seed=seed, quiet=run.given["quiet"]
+            ),
             top_k=top,
             length=length,
             prepend_bos=bos,
             limit=limit,
             resume=resume,
-            progress=options.progress(quiet),
+            progress=run.progress,
+        )
+    places = [(one, each) for one in found.layers for each in found.features]
+    run.show(found, places=places[:MOST_PLACES])
+
+
+# -- steps --
+
+
+def _numbers(option: str, given: list[str] | None) -> list[int] | None:
+    return options.numbers(option, given) if given else None
+
+
+def _features(layer: list[str] | None, feature: list[str] | None, site: str) -> Features:
+    layers, indices = _numbers("--layer", layer), _numbers("--feature", feature)
+    from mechlens.analyses.features import Features
+
+    return Features(layers, indices, site)
+
+
+def _first(model: LensModel, wanted: Features, n: int) -> Features:
+    """The features asked for, or the first `n`."""
+    import dataclasses
+
+    if wanted.indices is not None:
+        return wanted
+    return dataclasses.replace(wanted, indices=range(min(n, wanted.width(model))))
+
+
+def _prefix(text: str | None, bos: bool) -> Prefix:
+    from mechlens.analyses.features import Prefix
+
+    return Prefix(text, prepend_bos=bos)
+
+
+def _check_page(run: Run, places: int) -> None:
+    out = run.given["out"]
+    if out is not None and out.suffix == PAGE and places > MOST_PLACES:
+        raise ValueError(
+            f"a page shows at most {MOST_PLACES} features, got {places}: give fewer, or save to .csv or "
+            ".safetensors"
         )
 
-    def sections() -> list[Section]:
-        from mechlens.show.features import feature_examples_section
 
-        places = [(one, other) for one in found.layers for other in found.features]
-        return [feature_examples_section(found, places)]
+def _check_other(model: LensModel, other: LensModel, wanted: Features) -> None:
+    """Refuse a model that cannot be compared before either is searched, which takes long for a large one."""
+    from mechlens.arguments import chosen
+    from mechlens.text.tokens import vocabulary_hash
 
-    deliver(
-        given,
-        save=file_of(
-            [found],
-            title="Contexts that excite features",
-            sections=sections,
-            command=options.command("features examples", examples, given),
-        ),
-        tables=lambda: terminal.print_feature_examples(found),
-        as_object=lambda: terminal.feature_examples_json(found),
-    )
+    if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
+        raise ValueError(
+            "--against has another tokenizer, so its ids are other tokens: compare models with the same"
+        )
+    chosen("layer of --against", wanted.layers, other.cfg.n_layers)
+    chosen("feature of --against", wanted.indices, wanted.width(other))

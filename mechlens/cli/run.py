@@ -6,6 +6,7 @@ which typer reads, and turns errors about arguments into errors about options.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -76,9 +77,22 @@ class Run:
             cache=self.given["cache"],
         )
 
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Around the work: after Ctrl-C, the user is told where progress is saved."""
+        return options.saving_progress(self.given.get("resume"))
+
+    def check_single(self, hint: str) -> None:
+        """Refuse a file that holds one result, and a checkpoint, where there are several results."""
+        out = self.given["out"]
+        if out is not None and out.suffix == WHOLE:
+            raise ValueError(f"a {WHOLE} file holds one result, but there are several: {hint}")
+        if self.given.get("resume") is not None:
+            raise ValueError(f"--resume saves the progress of one search, but there are several: {hint}")
+
     def show(
         self,
         *results: Result,
+        names: Sequence[str] = (),
         sections: Callable[[], Sequence[Section]] | None = None,
         title: str = "",
         **about: Any,
@@ -86,6 +100,7 @@ class Run:
         """Save the results, and print them as the user asked.
 
         Args:
+            names: of several results, as `compared` in JSON and in a table.
             sections: what a terminal and a page show; None is the results' own, made with `about`.
             title: of the page; empty is that of the first section.
             about: options of the results' sections.
@@ -104,12 +119,17 @@ class Run:
 
         def as_object() -> Any:
             found = [each.to_json() for each in results]
+            if names:
+                return [{"compared": name} | each for name, each in zip(names, found, strict=True)]
             return found[0] if len(found) == 1 else found
 
         def frame() -> Any:
             import pandas as pd
 
-            return pd.concat([each.to_dataframe() for each in results], ignore_index=True)
+            frames = [each.to_dataframe() for each in results]
+            for each, name in zip(frames, names, strict=False):
+                each.insert(0, "compared", name)
+            return pd.concat(frames, ignore_index=True)
 
         def save(out: Path) -> list[Path]:
             if out.suffix == WHOLE:
@@ -183,6 +203,7 @@ def command(
             run = Run(name, called, given, renamed or {})
             if endings:
                 options.check_file(given.get("out"), endings)
+            options.check_resume(given.get("resume"), given.get("out"))
             options.check_chat(given.get("chat", False), given.get("bos"))
             if "dtype" in given:
                 options.check_known("--dtype", given["dtype"].removeprefix("torch."), options.DTYPES)

@@ -14,8 +14,9 @@ from mechlens.results.base import (
 from mechlens.results.circuits import Circuit, CircuitSummary, CompositionScores, PositionalAttention
 from mechlens.results.claims import NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Comparison
 from mechlens.results.feature_alignment import FeatureAlignment, Share
-from mechlens.results.features import CompleteSearch, FeatureExamples, GradientSearch, GreedySearch
+from mechlens.results.features import ExhaustiveSearch, FeatureExamples, GreedySearch
 from mechlens.results.findings import Facts, IndirectObject
+from mechlens.results.gradient_search import GradientSearch
 from mechlens.results.heads import (
     AttentionPatterns,
     HeadScores,
@@ -43,8 +44,8 @@ __all__ = [
     "Circuit",
     "CircuitSummary",
     "Comparison",
-    "CompleteSearch",
     "CompositionScores",
+    "ExhaustiveSearch",
     "Facts",
     "FeatureAlignment",
     "FeatureExamples",

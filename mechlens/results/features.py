@@ -1,54 +1,143 @@
-"""Results about features: what input excites one element of a block's output."""
+"""Results about features: what input activates a basis dimension of an activation, or a direction."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
+from mechlens.text.display import ABSENT, visible_token
 
 if TYPE_CHECKING:
     import pandas as pd
 
+NO_TOKEN = ABSENT
+"""Shown in place of a token where none activates the feature."""
+_NOUNS = {"post": "neuron", "direction": "direction"}
+_PLACES = {"direction": "resid_post", "post": "the MLP"}
+_BEFORE, _AFTER = 32, 20
+"""Characters of a window that are shown on either side of its largest token."""
+_LAYER, _FEATURE = Column("layer"), Column("feature", help="Dimension of the activation, or direction.")
+_ACTIVATION = Column("activation", digits=2, help="In the model's own units.")
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class CompleteSearch(Result):
-    """The tokens of the whole vocabulary that excite each feature most, and least."""
 
-    site: str
-    """`resid_post`, `attn_out`, `mlp_out`, `post` (the MLP's neurons), or `direction` (of `resid_post`)."""
-    layers: tuple[int, ...]
-    features: tuple[int, ...]
-    """Elements of the activation; of `directions`, their numbers."""
-    directions: Float[Tensor, "direction d_model"] | None
-    """The vectors whose product with `resid_post` is the feature."""
-    prefix: Int[Tensor, " prefix"]
-    """Tokens before the one that is searched for, a BOS among them; empty where there are none."""
-    prepend_bos: bool
-    """Whether the inputs begin with BOS."""
-    ids: Int[Tensor, "layer feature k"]
-    """Most exciting first; of equally exciting tokens the smaller id."""
-    activations: Float[Tensor, "layer feature k"]
-    lowest_ids: Int[Tensor, "layer feature k"]
-    """Least exciting first."""
-    lowest_activations: Float[Tensor, "layer feature k"]
-    strings: dict[str, str]
-    """The tokens that occur, by their id."""
-    vocabulary: str | None
-    """What tells one tokenizer's ids from another's: a hash of its tokens; None without a tokenizer."""
+def feature_noun(site: str) -> str:
+    """What one element of an activation is called: `feature`, `neuron` or `direction`."""
+    return _NOUNS.get(site, "feature")
+
+
+def place_words(site: str, layer: int | None = None) -> str:
+    """Where features are read: `resid_post of layer 2`, `the MLP`."""
+    name = _PLACES.get(site, site)
+    return name if layer is None else f"{name} of layer {layer}"
+
+
+def listed(values: Iterable[int], most: int = 20) -> str:
+    """Numbers as a text; of many the first."""
+    every = list(values)
+    return ", ".join(map(str, every[:most])) + (", ..." if len(every) > most else "")
+
+
+class OfFeatures(Result):
+    """What results about features share."""
+
+    if TYPE_CHECKING:
+        site: str
+        strings: dict[str, str]
+        prefix: Int[Tensor, " prefix"]
 
     @property
-    def excites(self) -> Bool[Tensor, "layer feature k"]:
-        """Which of the highest tokens do excite the feature.
+    def noun(self) -> str:
+        """What one element of the activation is called."""
+        return feature_noun(self.site)
 
-        A neuron (`post`) that is at 0 or below for every token has no best one: behind most activation
-        functions all tokens have 0 alike there, and what comes first is the smallest id. Elsewhere nothing
-        but 0 itself, which is a direction or a block of zeros, excites nothing.
+    @property
+    def begins(self) -> str:
+        """What inputs begin with: `after <s>`, or `without BOS`."""
+        return f"after {self.text(self.prefix)}" if len(self.prefix) else "without BOS"
+
+    def text(self, ids: Int[Tensor, " pos"] | Sequence[int], between: str = "") -> str:
+        """Tokens as one text in which nothing is invisible.
+
+        Args:
+            between: a blank separates tokens that a search put together; blanks of their own are dots.
+        """
+        every = ids.tolist() if isinstance(ids, Tensor) else ids
+        return between.join(visible_token(self.strings[str(token)]) for token in every)
+
+    def column(self, name: str) -> Column:
+        found = super().column(name)
+        return dataclasses.replace(found, title=self.noun) if name == "feature" else found
+
+
+def _place(name: str, given: int, known: Sequence[int]) -> int:
+    if given not in known:
+        raise ValueError(f"{name} {given} was not searched: there are {listed(known)}")
+    return known.index(given)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ExhaustiveSearch(OfFeatures):
+    """The maximally and minimally activating tokens of each feature, among the whole vocabulary."""
+
+    site: str
+    """`resid_post`, `attn_out`, `mlp_out`, `post` (the MLP's neurons), or `direction` (in `resid_post`)."""
+    layers: tuple[int, ...]
+    features: tuple[int, ...]
+    """Dimensions of the activation, or rows of `directions`."""
+    directions: Float[Tensor, "direction d_model"] | None
+    """The vectors whose dot product with `resid_post` is the feature."""
+    prefix: Int[Tensor, " prefix"]
+    """Tokens before the searched one, including BOS; empty where there are none."""
+    prepend_bos: bool
+    """Whether inputs begin with BOS."""
+    ids: Int[Tensor, "layer feature k"]
+    """The most activating token first; among equals the smaller id."""
+    activations: Float[Tensor, "layer feature k"]
+    lowest_ids: Int[Tensor, "layer feature k"]
+    """The least activating token first."""
+    lowest_activations: Float[Tensor, "layer feature k"]
+    strings: dict[str, str]
+    """The tokens that occur, by id."""
+    vocabulary: str | None
+    """Hash of the tokenizer's tokens, which tells one tokenizer's ids from another's; None without one."""
+
+    columns: ClassVar = (
+        _LAYER,
+        _FEATURE,
+        Column("rank"),
+        Column("highest", help="The maximally activating token."),
+        _ACTIVATION,
+        Column("lowest", help="The minimally activating token."),
+        Column("lowest_activation", "activation", digits=2),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Maximally activating tokens of {self.noun}s of {place_words(self.site)} in {self.model.name}"
+
+    @property
+    def activates(self) -> Bool[Tensor, "layer feature k"]:
+        """Which of the highest tokens activate the feature.
+
+        A neuron (`post`) that is at 0 or below for every token has no best one: after most activation
+        functions all tokens tie at 0, and the smallest id comes first. Elsewhere only exactly 0, as of a
+        direction or a block of zeros, counts as not activated.
         """
         return self.activations > 0 if self.site == "post" else self.activations != 0
+
+    def at(self, layer: int, feature: int) -> tuple[int, int]:
+        """Indices of a feature in the tensors.
+
+        Raises:
+            ValueError: it was not searched.
+        """
+        return _place("layer", layer, self.layers), _place(self.noun, feature, self.features)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer, feature, end and rank: layer, feature, end (`highest`, `lowest`), rank (from
@@ -69,31 +158,75 @@ class CompleteSearch(Result):
         columns = ["layer", "feature", "end", "rank", "id", "token", "activation"]
         return pd.DataFrame(rows, columns=columns)
 
+    def summary(
+        self, top: int = 10, *, layers: Sequence[int] | None = None, features: Sequence[int] | None = None
+    ) -> pd.DataFrame:
+        """The tokens at both ends, visible, one row per feature, layer and rank; at most `top` rows.
+
+        Args:
+            layers: which; None is all.
+            features: which; None is all.
+
+        Raises:
+            ValueError: one that was not searched.
+        """
+        import pandas as pd
+
+        rows: list[tuple[Any, ...]] = []
+        for layer in self.layers if layers is None else layers:
+            for feature in self.features if features is None else features:
+                i, j = self.at(layer, feature)
+                for k, (token, lowest) in enumerate(
+                    zip(self.ids[i, j].tolist(), self.lowest_ids[i, j].tolist(), strict=True)
+                ):
+                    highest = self.text([token]) if self.activates[i, j, k] else NO_TOKEN
+                    values = self.activations[i, j, k].item(), self.lowest_activations[i, j, k].item()
+                    rows.append((layer, feature, k + 1, highest, values[0], self.text([lowest]), values[1]))
+        return pd.DataFrame(rows[:top], columns=[each.name for each in self.columns])
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class GreedySearch(Result):
-    """Inputs built from left to right, each token the one that excites a feature most behind those before."""
+class GreedySearch(OfFeatures):
+    """Inputs built from left to right, each token the most activating one after those before."""
 
     site: str
-    """As in `CompleteSearch`."""
+    """As in `ExhaustiveSearch`."""
     layer: int
     features: tuple[int, ...]
     directions: Float[Tensor, "direction d_model"] | None
     prefix: Int[Tensor, " prefix"]
-    """As in `CompleteSearch`."""
+    """As in `ExhaustiveSearch`."""
     prepend_bos: bool
     aggregate: str
-    """What ranks the inputs of a beam: the activation at the `last` token, or the `sum` over those found."""
+    """What inputs are ranked by: the activation at the `last` token, or the `sum` over those found."""
     ids: Int[Tensor, "feature beam pos"]
     """The best input first."""
     activations: Float[Tensor, "feature beam pos"]
     """At each token that was found."""
     strings: dict[str, str]
 
+    columns: ClassVar = (
+        _LAYER,
+        _FEATURE,
+        Column("rank"),
+        Column("input", help="A blank separates tokens; blanks of their own are dots."),
+        Column("activations", "activation at each token"),
+        Column("score", digits=2),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Greedy search for {self.noun}s of {place_words(self.site, self.layer)} in {self.model.name}"
+
     @property
     def scores(self) -> Float[Tensor, "feature beam"]:
         """What the inputs are ranked by."""
         return self.activations.sum(-1) if self.aggregate == "sum" else self.activations[..., -1]
+
+    @property
+    def ranked_by(self) -> str:
+        """The same in words."""
+        return "sum of the activations" if self.aggregate == "sum" else "activation at the last token"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per feature, input and token: layer, feature, rank (of the input, from 1), pos, id, token,
@@ -110,146 +243,66 @@ class GreedySearch(Result):
         ]
         return pd.DataFrame(rows, columns=["layer", "feature", "rank", "pos", "id", "token", "activation"])
 
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class GradientSearch(Result):
-    """Embeddings that gradients made excite features, and the tokens that they are nearest to."""
-
-    site: str
-    """As in `CompleteSearch`."""
-    layer: int
-    """Of a continuation the last, whose logits it reads."""
-    directions: Float[Tensor, "direction d_model"] | None
-    selected: Int[Tensor, "selected 2"]
-    """(pos, feature) of every element that counts; `pos` counts the searched tokens. None for a
-    continuation."""
-    prefix: Int[Tensor, " prefix"]
-    """As in `CompleteSearch`."""
-    prepend_bos: bool
-    objective: str
-    """What was made small: `constant`, `maximise`, `maximin`, `l1`, `cosine` or `continuation`."""
-    target_ids: Int[Tensor, " target"] | None
-    constant: float | None
-    prior: str
-    """`none`, `softmax`, `norm` or `nearest`."""
-    prior_weight: float | None
-    """Of a penalty."""
-    optimiser: str
-    learning_rate: float
-    isolated: bool
-    """Whether the block was run without those before it."""
-    seed: int
-    objectives: Float[Tensor, "restart step"]
-    """Of the embeddings, before each step and at the end; without the penalty."""
-    activations: Float[Tensor, "restart step"]
-    """Mean of the selected activations; nan for a continuation."""
-    embeddings: Float[Tensor, "restart pos d_model"]
-    """Those with the lowest sum of objective and penalty."""
-    nearest_cosine: Float[Tensor, "restart pos"]
-    """Of each of these to the real embedding with the largest one."""
-    token_cosine: float
-    """For comparison: the mean cosine of a real embedding to the nearest other one."""
-    decoded_ids: dict[str, Int[Tensor, "restart pos"]]
-    """By decoding, `pinv` and `nearest`: the tokens that these embeddings stand for, however good."""
-    ids: dict[str, Int[Tensor, "restart pos"]]
-    """By decoding: the best tokens that the embeddings stood for on their way."""
-    true_objectives: dict[str, Float[Tensor, " restart"]]
-    """Of running these tokens."""
-    true_activations: dict[str, Float[Tensor, " restart"]]
-    """Mean of the selected activations when these tokens are run; nan for a continuation."""
-    selected_activations: dict[str, Float[Tensor, "restart selected"]]
-    """By decoding: each of the selected activations when these tokens are run."""
-    optimum: float | None
-    """The largest activation of all tokens, where a complete search told it."""
-    strings: dict[str, str]
-
-    def _best(self, decoding: str | None) -> tuple[str, int]:
-        ways = tuple(self.ids) if decoding is None else (decoding,)
-        if not set(ways) <= set(self.ids):
-            raise ValueError(f"there is no decoding {decoding!r}: there are {', '.join(self.ids)}")
-        way = min(ways, key=lambda each: float(self.true_objectives[each].min()))
-        return way, int(self.true_objectives[way].argmin())
-
-    def best_ids(self, decoding: str | None = None) -> Int[Tensor, " pos"]:
-        """The tokens with the lowest true objective, of one decoding or of both."""
-        way, restart = self._best(decoding)
-        return self.ids[way][restart]
-
-    def best_objective(self, decoding: str | None = None) -> float:
-        """The objective of running the best tokens; of a continuation, minus its log-probability (nats)."""
-        way, restart = self._best(decoding)
-        return float(self.true_objectives[way][restart])
-
-    def best_activation(self, decoding: str | None = None) -> float:
-        """Mean of the selected activations when the best tokens are run; nan for a continuation, of which
-        `best_objective` tells."""
-        way, restart = self._best(decoding)
-        return float(self.true_activations[way][restart])
-
-    def best_activations(self, decoding: str | None = None) -> Float[Tensor, " selected"]:
-        """Each of the selected activations when the best tokens are run."""
-        way, restart = self._best(decoding)
-        return self.selected_activations[way][restart]
-
-    @property
-    def below_optimum(self) -> float | None:
-        """By how much the best tokens miss the complete search's optimum; None where that is not known.
-
-        The same token run in other company differs by a rounding, also to below 0.
-        """
-        return None if self.optimum is None else self.optimum - self.best_activation()
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per decoding and restart, the best first: decoding, restart, ids, tokens, objective,
-        activation (both true), smallest_activation (of the selected ones), nearest_cosine (mean over
-        positions)."""
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The inputs, visible, one row per feature and rank; at most `top` rows."""
         import pandas as pd
 
         rows = [
             (
-                way,
-                restart,
-                tuple(tokens),
-                "".join(self.strings[str(token)] for token in tokens),
-                float(self.true_objectives[way][restart]),
-                float(self.true_activations[way][restart]),
-                min(self.selected_activations[way][restart].tolist(), default=float("nan")),
-                float(self.nearest_cosine[restart].mean()),
+                self.layer,
+                feature,
+                rank + 1,
+                self.text(self.ids[i, rank], " "),
+                " ".join(map(_ACTIVATION.text, self.activations[i, rank].tolist())),
+                float(self.scores[i, rank]),
             )
-            for way in self.ids
-            for restart, tokens in enumerate(self.ids[way].tolist())
+            for i, feature in enumerate(self.features)
+            for rank in range(self.ids.shape[1])
         ]
-        columns = ["decoding", "restart", "ids", "tokens", "objective", "activation"]
-        columns += ["smallest_activation", "nearest_cosine"]
-        table = pd.DataFrame(rows, columns=columns)
-        return table.sort_values("objective", kind="stable", ignore_index=True)
+        return pd.DataFrame(rows[:top], columns=[each.name for each in self.columns])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class FeatureExamples(Result):
-    """The windows of a corpus that excite each feature most."""
+class FeatureExamples(OfFeatures):
+    """The maximally activating examples of each feature: windows of a corpus."""
 
     site: str
-    """As in `CompleteSearch`."""
+    """As in `ExhaustiveSearch`."""
     layers: tuple[int, ...]
     features: tuple[int, ...]
     directions: Float[Tensor, "direction d_model"] | None
     prepend_bos: bool
     """Whether windows begin with BOS, whose own activations do not count."""
     read: int
-    """Windows that were read."""
+    """How many windows were read."""
     numbers: Int[Tensor, " window"]
-    """Which windows of the corpus are kept, counted from 0; the others excite no feature most."""
+    """Numbers in the corpus, from 0, of the windows that are kept."""
     tokens: Int[Tensor, "window pos"]
-    """Of the kept windows."""
+    """The kept windows."""
     windows: Int[Tensor, "layer feature k"]
-    """Rows of `tokens`, most exciting first; -1 where fewer windows were read."""
+    """Rows of `tokens`, the most activating first; -1 where fewer windows were read."""
     positions: Int[Tensor, "layer feature k"]
     """Where in the window the feature is largest; -1 as before."""
     activations: Float[Tensor, "layer feature k pos"]
     """At every position of the window; nan at BOS, and where there is no window."""
     strings: dict[str, str]
-    """The tokens that occur, by their id."""
+    """The tokens that occur, by id."""
+
+    columns: ClassVar = (
+        _LAYER,
+        _FEATURE,
+        Column("rank"),
+        Column("window", help="A piece of the corpus, counted from 0."),
+        Column("pos", "position"),
+        _ACTIVATION,
+        Column("context", help="The text around the «token» with the largest activation."),
+    )
+
+    @property
+    def title(self) -> str:
+        return (
+            f"Maximally activating examples of {self.noun}s of {place_words(self.site)} in {self.model.name}"
+        )
 
     @property
     def peaks(self) -> Float[Tensor, "layer feature k"]:
@@ -257,18 +310,28 @@ class FeatureExamples(Result):
         return self.activations.gather(-1, self.positions.clamp(min=0)[..., None])[..., 0]
 
     def at(self, layer: int, feature: int) -> tuple[int, int]:
-        """Where a feature stands in the tensors.
+        """Indices of a feature in the tensors.
 
         Raises:
             ValueError: it was not searched.
         """
-        for name, given, known in (("layer", layer, self.layers), ("feature", feature, self.features)):
-            if given not in known:
-                raise ValueError(
-                    f"{name} {given} was not searched: there are {', '.join(map(str, known[:20]))}"
-                    + (", ..." if len(known) > 20 else "")
-                )
-        return self.layers.index(layer), self.features.index(feature)
+        return _place("layer", layer, self.layers), _place(self.noun, feature, self.features)
+
+    def context(self, window: int, pos: int) -> str:
+        """The text of a kept window around a «token»; blanks stay blanks, line breaks become visible."""
+        tokens = [self.strings[str(token)] for token in self.tokens[window].tolist()]
+        before, after = _readable("".join(tokens[:pos])), _readable("".join(tokens[pos + 1 :]))
+        before = f"…{before[-_BEFORE:]}" if len(before) > _BEFORE else before
+        after = f"{after[:_AFTER]}…" if len(after) > _AFTER else after
+        return f"{before}«{visible_token(tokens[pos])}»{after}"
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The text around the largest activation of each window; at most `top` rows."""
+        table = self.to_dataframe().head(top)
+        rows = {int(number): row for row, number in enumerate(self.numbers)}
+        places = zip(table["window"], table["pos"], strict=True)
+        table["context"] = [self.context(rows[window], pos) for window, pos in places]
+        return table[[each.name for each in self.columns]]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per layer, feature and window: layer, feature, rank (from 1), window (of the corpus), pos,
@@ -288,3 +351,8 @@ class FeatureExamples(Result):
                     rows.append((layer, feature, rank + 1, int(self.numbers[window]), pos, *about))
         columns = ["layer", "feature", "rank", "window", "pos", "id", "token", "activation", "text"]
         return pd.DataFrame(rows, columns=columns)
+
+
+def _readable(text: str) -> str:
+    """Line breaks and the like made visible; blanks stay blanks."""
+    return " ".join(visible_token(part) if part else "" for part in text.split(" "))

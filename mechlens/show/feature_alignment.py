@@ -1,36 +1,31 @@
-"""A report's section on feature alignment: results in, a `Section` out."""
+"""The section on feature alignment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from mechlens.plots.feature_alignment import (
-    chance_words,
-    index_shares,
-    index_verdict,
-    left_out_words,
-    plot_feature_alignment,
-    result_names,
-    share_lines,
-)
-from mechlens.plots.features import feature_noun, place_words
+import mechlens
 from mechlens.results import FeatureAlignment, Share
-from mechlens.show.features import feature_terms
+from mechlens.results.feature_alignment import contrast_words, index_shares, left_out_words, result_names
+from mechlens.results.features import feature_noun, place_words
+from mechlens.show.features import feature_terms, paragraphs
 from mechlens.show.section import Figure, Section, Table
-from mechlens.text.display import number
+from mechlens.text.display import count
 
 _TERMS = {
     "Aligned features": (
-        "The same feature, counted by its number, has the same best token in two layers, more often than "
-        "chance has it."
+        "Features with the same number have the same best token in two layers more often than chance."
     ),
-    "Chance": "How often two features of unlike numbers have the same best tokens in these layers.",
-    "Interval": "Where the share lies with 95% confidence, features being a sample (Clopper and Pearson's).",
+    "Chance": "How often two features with different numbers have the same best tokens in these layers.",
+    "Interval": "95% confidence interval of the share (Clopper and Pearson), with features as the sample.",
     "Token of the same number": (
-        "The best token's id is the feature's number, as an artefact of decoding would have it; chance is "
+        "The best token's id is the feature's number, as an artifact of decoding would have it; chance is "
         "one in the vocabulary."
     ),
 }
+_COLUMNS = ("share (95% interval)", "chance", "verdict")
 
 
 def feature_alignment_section(
@@ -40,127 +35,123 @@ def feature_alignment_section(
     title: str = "Feature alignment",
     text: str = "",
 ) -> Section:
-    """How often features have the same best tokens in two layers: the shares beside chance, and heatmaps.
+    """How often features have the same best tokens in two layers, compared with chance, with heatmaps.
 
     Args:
-        results: such as of a trained model and an untrained one.
+        results: for example of a trained model and of random weights.
         names: what they are called; None takes the models' names.
-        text: what to look for.
 
     Raises:
-        ValueError: no result, or not as many names.
+        ValueError: no result, or another number of names.
     """
     results = list(results)
     called = result_names(results, names)
-    tops = " or ".join(str(top) for top in sorted({each.top_k for each in results if each.top_k > 1}))
-    shown = {"same": "the same best token", **({"overlap": f"of the {tops} best tokens"} if tops else {})}
-    rows = []
-    for result, name in zip(results, called, strict=True):
-        row: list[str] = [name]
-        for what in shown:
-            share = result.share(what)
-            known = what == "same" or result.top_k > 1
-            row += [*_share_cells(share), share.verdict or "—"] if known else ["—"] * 3
-        rows.append(row)
-    summaries = "; ".join(
-        f"{name} {', '.join(share_lines(result.share()))}"
-        for result, name in zip(results, called, strict=True)
-    )
-    any_within = any(result.within for result in results)
-    overlaps = [result for result in results if result.top_k > 1]
+    pairs = list(zip(called, results, strict=True))
+    several = [(name, each) for name, each in pairs if each.top_k > 1]
+    tops = " or ".join(map(str, sorted({each.top_k for _, each in several})))
+    means = "; ".join(f"{name} {each.share().text}" for name, each in pairs)
+    gray = "; a layer with itself is gray" if any(each.within for each in results) else ""
     parts: list[Figure | Table] = [
         Table(
-            ("compared", *(head for words in shown.values() for head in (words, "chance", "verdict"))),
-            rows,
-            "Share of features (95% interval), mean over pairs of layers",
+            ("compared", *_COLUMNS),
+            [(name, *_cells(each.share())) for name, each in pairs],
+            "Features with the same best token, mean over pairs of layers",
         ),
         Figure(
-            plot_feature_alignment(*results, names=called),
-            "Share of features with the same best token in two layers, from 0 (light) to 1 (dark); layer 0 "
-            "is at the bottom left"
-            + ("; a layer with itself, which says nothing, is grey" if any_within else "")
-            + ". Point at a cell for its interval and chance.",
-            f"Heatmaps of the share of features with the same best token, by two layers. Mean: {summaries}.",
+            partial(mechlens.plot_feature_alignment, *results, names=called),
+            "Share of features with the same best token in two layers, from 0 (light) to 1 (dark). Layer 0 "
+            f"is at the bottom left{gray}. Hover for intervals and chance.",
+            f"Heatmaps of the share of features with the same best token, by two layers. Mean: {means}.",
             keeps_width=len(results) > 1,
         ),
     ]
-    if overlaps:
-        kept = [name for result, name in zip(results, called, strict=True) if result.top_k > 1]
-        parts.append(
+    if several:
+        kept = [name for name, _ in several]
+        parts += [
+            Table(
+                ("compared", *_COLUMNS),
+                [(name, *_cells(each.share("overlap"))) for name, each in several],
+                f"The {tops} best tokens that are the same, mean over pairs of layers",
+            ),
             Figure(
-                plot_feature_alignment(*overlaps, names=kept, what="overlap"),
-                f"The same of the {tops} best tokens, in any order.",
+                partial(
+                    mechlens.plot_feature_alignment,
+                    *(each for _, each in several),
+                    names=kept,
+                    what="overlap",
+                ),
+                f"Share of the {tops} best tokens that are the same, in any order.",
                 f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",
-                keeps_width=len(overlaps) > 1,
-            )
-        )
+                keeps_width=len(several) > 1,
+            ),
+        ]
     own = index_shares(results)
     if own:
         parts.append(
             Table(
-                ("features of", "token of the same number", "chance", "verdict"),
-                [(name, *_share_cells(share), index_verdict(share)) for name, share in own.items()],
-                "Share of features whose best token's id is their number (95% interval), mean over layers",
+                ("features of", *_COLUMNS),
+                [(name, *_cells(share)[:2], share.index_verdict) for name, share in own.items()],
+                "Features whose best token's id is their number, mean over layers",
             )
         )
-    pairs = [
-        (name, one, other, result.share("same", [(one, other)]))
-        for result, name in zip(results, called, strict=True)
-        for one, other in result.pairs()
-    ]
     parts.append(
         Table(
-            ("compared", "layer", "with layer", "the same best token", "chance", "verdict"),
+            ("compared", "layer", "with layer", *_COLUMNS),
             [
-                (name, one, other, *_share_cells(share), share.verdict or "—")
-                for name, one, other, share in pairs
+                (name, *pair, *_cells(each.share("same", [pair])))
+                for name, each in pairs
+                for pair in each.pairs()
             ],
-            "The pairs of layers as a table",
+            "Features with the same best token, by pair of layers",
             folded=True,
+            where="page",
         )
     )
-    compared = " ".join(filter(None, (_compared_words(results, called), left_out_words(results))))
+    said = (_compared(pairs), _one_layer(results), left_out_words(results), contrast_words(results, called))
     return Section(
         title,
-        f"{text}\n\n{compared}" if text else compared,
+        paragraphs(text, " ".join(filter(None, said))),
         parts,
         feature_terms(*{feature_noun(each.site) for each in results}) | _TERMS,
     )
 
 
-def _share_cells(share: Share) -> tuple[str, str]:
-    """A share with its interval, and chance."""
-    if share.value != share.value:
-        return "—", "—"
-    chance = "—" if share.chance != share.chance else chance_words(share)
-    return f"{number(share.value)} ({number(share.low)} to {number(share.high)})", chance
+def _cells(share: Share) -> tuple[str | None, str | None, str | None]:
+    """A share with its interval, chance, and the verdict."""
+    return share.text, share.chance_text or None, share.verdict or None
 
 
-def _compared_words(results: Sequence[FeatureAlignment], called: Sequence[str]) -> str:
-    """What is compared: said once where it is the same of all, else with the names of those it is said of."""
-    features = [_features_words(result) for result in results]
-    same = len(set(features)) == 1
+def _compared(pairs: Sequence[tuple[str, FeatureAlignment]]) -> str:
+    """What is compared, in a sentence; with the names where it differs."""
     groups: dict[str, list[str]] = {}
-    for result, words, name in zip(results, features, called, strict=True):
-        pairs = _pairs_words(result)
-        groups.setdefault(pairs if same else f"{words}, {pairs}", []).append(name)
-    if same and len(groups) == 1:
-        return f"Compared are {features[0]}, {next(iter(groups))}."
-    sentences = [f"{words[0].upper()}{words[1:]}: {'; '.join(names)}." for words, names in groups.items()]
-    return " ".join([f"Compared are {features[0]}."] * same + sentences)
+    for name, result in pairs:
+        other = f" with those of {place_words(result.other_site)}" if result.other_site != result.site else ""
+        features = (
+            f"{count(len(result.features), feature_noun(result.site))} of {place_words(result.site)}{other}"
+        )
+        groups.setdefault(f"{features}, {_pairs(result)}", []).append(name)
+    if len(groups) == 1:
+        return f"Compared: {next(iter(groups))}."
+    sentences = [f"{words}: {'; '.join(names)}." for words, names in groups.items()]
+    return " ".join(sentences)
 
 
-def _features_words(result: FeatureAlignment) -> str:
-    count = len(result.features)
-    return (
-        f"{count:,} {feature_noun(result.site)}{'' if count == 1 else 's'} of {place_words(result.site)}"
-        + (f" with those of {place_words(result.other_site)}" if result.other_site != result.site else "")
-    )
-
-
-def _pairs_words(result: FeatureAlignment) -> str:
+def _pairs(result: FeatureAlignment) -> str:
     if result.within:
         return "each layer with each later one"
-    if any(one == other for one, other in result.pairs()):
-        return "each layer with the same layer of the other"
-    return "each layer with each layer of the other"
+    same = any(one == other for one, other in result.pairs())
+    return f"each layer with {'the same layer' if same else 'each layer'} of the other"
+
+
+def _one_layer(results: Sequence[FeatureAlignment]) -> str:
+    """Why layers of one model are not compared, where there is just one."""
+    if any(each.within for each in results) or len(results[0].layers) > 1:
+        return ""
+    return "Layers are not compared with each other, because only one was searched."
+
+
+def _section(result: FeatureAlignment, **options: Any) -> Section:
+    return feature_alignment_section([result], **options)
+
+
+SECTIONS = {FeatureAlignment: _section}

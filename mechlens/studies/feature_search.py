@@ -18,16 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mechlens.analyses.features import feature_alignment, search_complete, search_gradient, search_greedy
+from mechlens.analyses.features import (
+    Features,
+    Maximize,
+    Optimizer,
+    Prior,
+    feature_alignment,
+    search_exhaustive,
+    search_gradient,
+    search_greedy,
+)
 from mechlens.arguments import check_counts, generator_of
 from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.forward import watch
 from mechlens.models.weights.randomize import random_like
 from mechlens.progress import progress_bar
-from mechlens.results import CompleteSearch, FeatureAlignment, GradientSearch, GreedySearch, Result
+from mechlens.results import ExhaustiveSearch, FeatureAlignment, GradientSearch, GreedySearch, Result
 from mechlens.show.feature_alignment import feature_alignment_section
-from mechlens.show.features import complete_search_section, gradient_search_section, greedy_search_section
+from mechlens.show.features import exhaustive_search_section, greedy_search_section
+from mechlens.show.gradient_search import gradient_search_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Study
 from mechlens.studies.published import FEATURE_TOKENS, PublishedTokens
@@ -62,7 +72,7 @@ BETWEEN = {
 class FeatureSearchStudy(Study):
     """The searches on one model and on its controls, and how they agree."""
 
-    complete: Mapping[str, CompleteSearch]
+    complete: Mapping[str, ExhaustiveSearch]
     """Of the `trained` model, with `random` weights, and with random blocks on the trained `embeddings`."""
     alignments: Mapping[str, FeatureAlignment]
     """By the names of `WITHIN` and `BETWEEN`."""
@@ -120,7 +130,7 @@ class FeatureSearchStudy(Study):
     def sections(self) -> list[Section]:
         between = {name: words for name, words in BETWEEN.items() if name in self.alignments}
         return [
-            complete_search_section(self.complete["trained"]),
+            exhaustive_search_section(self.complete["trained"]),
             *(
                 feature_alignment_section(
                     [self.alignments[name] for name in names], names=list(names.values()), title=title
@@ -172,7 +182,7 @@ def study_feature_search(
         )
     last = raw.cfg.n_layers - 1
     four = [feature for feature in FOUR if feature < raw.cfg.d_model]
-    search = functools.partial(search_complete, top_k=top_k, progress=progress)
+    search = functools.partial(search_exhaustive, top_k=top_k, progress=progress)
     complete = {"trained": search(raw)}
     trained = complete["trained"]
     alignments: dict[str, FeatureAlignment] = {}
@@ -198,13 +208,27 @@ def study_feature_search(
         return tuple(found)
 
     def gradient(
-        feature: int, *, layer: int, of: LensModel = raw, n_tokens: int = 1, seed: int = seed, **options: Any
+        feature: int,
+        *,
+        layer: int,
+        of: LensModel = raw,
+        n_tokens: int = 1,
+        seed: int = seed,
+        restarts: int = 64,
+        prior: Prior | None = None,
+        **options: Any,
     ) -> GradientSearch:
-        at = (slice(None), feature)
-        return search_gradient(of, layer=layer, selection=at, n_tokens=n_tokens, seed=seed, **options)
+        return search_gradient(
+            of,
+            Maximize(Features(layer, feature), **options),
+            n_tokens=n_tokens,
+            optimizer=Optimizer(restarts=restarts),
+            prior=prior,
+            seed=seed,
+        )
 
     descend = functools.partial(for_each, gradient, features, layer=0, restarts=1)
-    descents = {"trained": descend(complete=trained)}
+    descents = {"trained": descend(optimum=trained)}
     for name in ("random", "embeddings"):
         # one after the other, because each is a whole model
         other = random_like(raw, seed, keep_embeddings=name == "embeddings")
@@ -214,7 +238,7 @@ def study_feature_search(
         del other
     alignments |= {name: feature_alignment(each) for name, each in complete.items()}
     greedy = for_each(
-        lambda layer: search_greedy(raw, layer=layer, features=four, n_tokens=n_tokens, progress=progress),
+        lambda layer: search_greedy(raw, Features(layer, four), n_tokens=n_tokens, progress=progress),
         layers,
     )
     found = FeatureSearchStudy(
@@ -223,17 +247,17 @@ def study_feature_search(
         alignments=alignments,
         greedy=greedy,
         summed=tuple(same for each in greedy for same in _sums_agree(raw, each, seed)),
-        gradient=for_each(gradient, features, layer=0, complete=trained),
+        gradient=for_each(gradient, features, layer=0, optimum=trained),
         descents=descents,
         repeated=for_each(gradient, features, layer=0, n_tokens=REPEATED, restarts=1),
         alone=for_each(gradient, features, layer=last, isolated=True),
-        softmax={layer: for_each(gradient, few, layer=layer, prior="softmax") for layer in softmax},
+        softmax={layer: for_each(gradient, few, layer=layer, prior=Prior("softmax")) for layer in softmax},
     )
     steps.close()
     return found
 
 
-def tables_of(search: CompleteSearch) -> list[PublishedTokens]:
+def tables_of(search: ExhaustiveSearch) -> list[PublishedTokens]:
     """The post's tables on this model."""
     name, n_layers = search.model.name, search.model.n_layers
     return [each for each in FEATURE_TOKENS if name in each.models and n_layers == each.n_layers]
@@ -257,7 +281,7 @@ def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]
     return agree
 
 
-def some_layers(search: CompleteSearch) -> list[int]:
+def some_layers(search: ExhaustiveSearch) -> list[int]:
     """All layers of a shallow model; of a deeper one the first, those at a third and two thirds, and the
     last, as in the post."""
     n = len(search.layers)

@@ -11,12 +11,12 @@ import dataclasses
 
 import torch
 
-from mechlens.analyses.features import feature_alignment, search_complete
+from mechlens.analyses.features import Features, feature_alignment, search_exhaustive
 from mechlens.models.protocol import LensModel
 from mechlens.models.weights.randomize import random_like
-from mechlens.results import CompleteSearch, FeatureAlignment
+from mechlens.results import ExhaustiveSearch, FeatureAlignment
 from mechlens.show.feature_alignment import feature_alignment_section
-from mechlens.show.features import complete_search_section
+from mechlens.show.features import exhaustive_search_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Measured, Study
 
@@ -28,7 +28,7 @@ N_LAYERS, N_FEATURES = 8, 576
 class FeaturesStudy(Study):
     """The maximally activating tokens of some features, and how often layers agree on them."""
 
-    features: CompleteSearch
+    features: ExhaustiveSearch
     features_trained: FeatureAlignment
     features_random: FeatureAlignment
     """The same with random weights."""
@@ -50,7 +50,7 @@ class FeaturesStudy(Study):
     def sections(self) -> list[Section]:
         both = [self.features_trained, self.features_random]
         return [
-            complete_search_section(self.features),
+            exhaustive_search_section(self.features),
             feature_alignment_section(both, names=["trained", "random weights"]),
         ]
 
@@ -68,8 +68,8 @@ def study_features(raw: LensModel, *, progress: bool | None = None) -> FeaturesS
     layers = sorted({round(x) for x in spread.tolist()})
     features = range(min(N_FEATURES, raw.cfg.d_model))
 
-    def search(of: LensModel) -> CompleteSearch:
-        return search_complete(of, layers=layers, features=features, top_k=5, progress=progress)
+    def search(of: LensModel) -> ExhaustiveSearch:
+        return search_exhaustive(of, Features(layers, features), top_k=5, progress=progress)
 
     found = search(raw)
     random = feature_alignment(search(random_like(raw, seed=0)))

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from mechlens.analyses.features import feature_alignment, search_complete
+from mechlens.analyses.features import Features, feature_alignment, search_exhaustive
 from mechlens.measures.statistics import exact_interval
 from mechlens.models.load.loading import load_model
 from mechlens.models.weights.randomize import random_like
-from mechlens.results import CompleteSearch
+from mechlens.results import ExhaustiveSearch
 from tests import hand_made
 from tests.reference import features as reference
 from tests.tiny_models import write_tiny_model
@@ -20,8 +20,8 @@ from tests.tiny_models import write_tiny_model
 D_VOCAB = 9
 
 
-def complete(ids, **changes):
-    """A complete search that found these tokens, `[layer][feature][k]`."""
+def search(ids, **changes):
+    """An exhaustive search that found these tokens, `[layer][feature][k]`."""
     ids = torch.tensor(ids) if not isinstance(ids, torch.Tensor) else ids
     ones = torch.ones(ids.shape)
     fields = {
@@ -39,12 +39,12 @@ def complete(ids, **changes):
         "strings": {str(i): str(i) for i in range(D_VOCAB)},
         "vocabulary": "a",
     }
-    return CompleteSearch(**fields | changes)
+    return ExhaustiveSearch(**fields | changes)
 
 
 def test_a_known_case():
     # the two layers agree on features 0 and 1 of three; token 5 is the best of two features
-    found = feature_alignment(complete([[[5], [6], [7]], [[5], [6], [5]]]))
+    found = feature_alignment(search([[[5], [6], [7]], [[5], [6], [5]]]))
     assert found.same[0, 1].tolist() == [True, True, False]
     assert found.same[0, 0].tolist() == [True] * 3
     # of the six pairs of unlike features, only (0, 2) has 5 on both sides
@@ -62,7 +62,7 @@ def test_every_number_is_that_of_literal_loops(top_k):
         )
         for layers in (3, 2)
     )
-    found = feature_alignment(complete(mine), complete(theirs, vocabulary="a"), top_k=top_k)
+    found = feature_alignment(search(mine), search(theirs, vocabulary="a"), top_k=top_k)
     for i in range(3):
         for j in range(2):
             same, overlap = reference.alignment(mine[i].tolist(), theirs[j].tolist(), top_k)
@@ -77,8 +77,8 @@ def test_every_number_is_that_of_literal_loops(top_k):
 
 
 def test_features_are_matched_by_number_not_by_place():
-    a = complete([[[1], [2], [3]]], features=(4, 7, 2))
-    b = complete([[[3], [1]]], features=(2, 4))
+    a = search([[[1], [2], [3]]], features=(4, 7, 2))
+    b = search([[[3], [1]]], features=(2, 4))
     found = feature_alignment(a, b)
     assert found.features == (4, 2)
     assert found.same.tolist() == [[[True, True]]]
@@ -89,39 +89,39 @@ def test_random_tokens_agree_as_often_as_chance_says():
     # many features, so that share and chance are close: 3 standard deviations of 4000 draws
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(D_VOCAB, (2, 4000, 1), generator=draw)
-    share = feature_alignment(complete(ids, features=tuple(range(4000)))).share()
+    share = feature_alignment(search(ids, features=tuple(range(4000)))).share()
     assert share.chance == pytest.approx(1 / D_VOCAB, abs=0.002)
     assert share.value == pytest.approx(share.chance, abs=3 * math.sqrt(share.chance / 4000))
     assert share.low < share.chance < share.high
     assert share.verdict == "no more than chance"
 
 
-def test_tokens_that_excite_everything_are_no_alignment():
+def test_one_token_that_is_best_for_everything_is_not_alignment():
     # one token is the best of every feature: it is so for unlike ones, too
-    share = feature_alignment(complete(torch.full((2, 50, 1), 4))).share()
+    share = feature_alignment(search(torch.full((2, 50, 1), 4))).share()
     assert share.value == share.chance == 1
     assert share.verdict == "no more than chance"
 
 
 def test_the_summary_is_over_pairs_of_layers():
-    a = complete([[[1], [2]], [[1], [3]], [[4], [3]]])
+    a = search([[[1], [2]], [[1], [3]], [[4], [3]]])
     within = feature_alignment(a)
     assert within.pairs() == [(0, 1), (0, 2), (1, 2)]
     # 1 of 2, 0 of 2 and 1 of 2
     assert within.share().value == pytest.approx(1 / 3)
-    across = feature_alignment(a, complete([[[1], [2]], [[1], [4]]]))
+    across = feature_alignment(a, search([[[1], [2]], [[1], [4]]]))
     assert across.pairs() == [(0, 0), (1, 1)]
     assert across.share().value == pytest.approx(3 / 4)
-    apart = feature_alignment(complete([[[1], [2]]], layers=(5,)), complete([[[1], [4]]], layers=(0,)))
+    apart = feature_alignment(search([[[1], [2]]], layers=(5,)), search([[[1], [4]]], layers=(0,)))
     assert apart.pairs() == [(5, 0)]
-    one = feature_alignment(complete([[[1], [2]]]))
+    one = feature_alignment(search([[[1], [2]]]))
     assert one.pairs() == []
     assert math.isnan(one.share().value)
     assert one.share().verdict == ""
 
 
 def test_the_table_has_each_pair_of_two_searches():
-    a, b = complete([[[1], [2]], [[1], [3]]]), complete([[[1], [2]], [[4], [3]]])
+    a, b = search([[[1], [2]], [[1], [3]]]), search([[[1], [2]], [[4], [3]]])
     table = feature_alignment(a, b).to_dataframe()
     assert table[["layer", "other_layer", "same"]].to_numpy().tolist() == [
         [0, 0, 1.0],
@@ -133,7 +133,7 @@ def test_the_table_has_each_pair_of_two_searches():
 
 
 def test_the_table_of_one_search_has_each_pair_once_and_no_layer_with_itself():
-    found = feature_alignment(complete([[[1], [2]], [[1], [3]], [[4], [3]]]))
+    found = feature_alignment(search([[[1], [2]], [[1], [3]], [[4], [3]]]))
     table = found.to_dataframe()
     assert table[["layer", "other_layer", "same"]].to_numpy().tolist() == [
         [0, 1, 0.5],
@@ -141,70 +141,70 @@ def test_the_table_of_one_search_has_each_pair_once_and_no_layer_with_itself():
         [1, 2, 0.5],
     ]
     assert table["same"].mean() == pytest.approx(found.share().value)
-    alone = feature_alignment(complete([[[1], [2]]])).to_dataframe()
+    alone = feature_alignment(search([[[1], [2]]])).to_dataframe()
     assert len(alone) == 0
     assert list(alone) == list(table)
 
 
 def test_one_feature_has_no_chance():
-    share = feature_alignment(complete([[[1]], [[1]]])).share()
+    share = feature_alignment(search([[[1]], [[1]]])).share()
     assert share.value == 1
     assert math.isnan(share.chance)
     assert share.verdict == ""
 
 
-def test_what_does_not_compare():
-    a = complete([[[1, 2], [2, 3]]])
+def test_searches_that_cannot_be_compared_are_refused():
+    a = search([[[1, 2], [2, 3]]])
     with pytest.raises(ValueError, match="different vocabularies"):
-        feature_alignment(a, complete([[[1], [2]]], vocabulary="b"))
+        feature_alignment(a, search([[[1], [2]]], vocabulary="b"))
     without = dataclasses.replace(a, vocabulary=None)
     other = dataclasses.replace(without, model=dataclasses.replace(a.model, d_vocab=D_VOCAB + 1))
     with pytest.raises(ValueError, match="different vocabularies"):
         feature_alignment(without, other)
     with pytest.raises(ValueError, match="no feature in common"):
-        feature_alignment(a, complete([[[1], [2]]], features=(5, 6)))
-    with pytest.raises(ValueError, match="nothing but their numbers in common"):
-        feature_alignment(a, complete([[[1], [2]]], site="post"))
-    with pytest.raises(ValueError, match="top_k must be from 1 to the 1 tokens that both"):
-        feature_alignment(a, complete([[[1], [2]]]), top_k=2)
+        feature_alignment(a, search([[[1], [2]]], features=(5, 6)))
+    with pytest.raises(ValueError, match="share nothing but their numbers"):
+        feature_alignment(a, search([[[1], [2]]], site="post"))
+    with pytest.raises(ValueError, match="top_k must be between 1 and 1, the tokens that both"):
+        feature_alignment(a, search([[[1], [2]]]), top_k=2)
     with pytest.raises(ValueError, match="layers 0 and 3 were not compared"):
         feature_alignment(a).share(pairs=[(0, 3)])
-    with pytest.raises(ValueError, match="`same` or `overlap`"):
+    with pytest.raises(ValueError, match="what must be one of same, overlap, got 'both'"):
         feature_alignment(a).share("both")
 
 
 def test_directions_are_compared_with_the_same_ones_only():
     some = {"site": "direction", "directions": torch.eye(2, 4)}
-    a = complete([[[1], [2]], [[1], [3]]], **some)
+    a = search([[[1], [2]], [[1], [3]]], **some)
     assert feature_alignment(a).share().value == 0.5
-    assert feature_alignment(a, complete([[[1], [2]]], **some)).share().value == 1
+    assert feature_alignment(a, search([[[1], [2]]], **some)).share().value == 1
     # a direction's number means nothing
     assert math.isnan(feature_alignment(a).index_share().value)
-    with pytest.raises(ValueError, match="of different directions"):
-        feature_alignment(a, complete([[[1], [2]]], **(some | {"directions": torch.ones(2, 4)})))
+    with pytest.raises(ValueError, match="have different directions"):
+        feature_alignment(a, search([[[1], [2]]], **(some | {"directions": torch.ones(2, 4)})))
 
 
-def test_one_coincidence_is_no_alignment():
+def test_one_coincidence_is_not_alignment():
     # one of 50 features agrees, where one in 500 would by chance
     ids = torch.arange(100).view(2, 50, 1) % 97
     ids[1, 7] = ids[0, 7]
-    search = complete(ids, model=dataclasses.replace(hand_made.model(), d_vocab=100))
-    share = feature_alignment(search).share()
+    found = search(ids, model=dataclasses.replace(hand_made.model(), d_vocab=100))
+    share = feature_alignment(found).share()
     assert share.value == pytest.approx(1 / 50)
     assert share.verdict == "no more than chance"
 
 
 def test_of_the_stream_sites_may_differ():
-    found = feature_alignment(complete([[[1], [2]]]), complete([[[1], [3]]], site="mlp_out"))
+    found = feature_alignment(search([[[1], [2]]]), search([[[1], [3]]], site="mlp_out"))
     assert (found.site, found.other_site) == ("resid_post", "mlp_out")
     assert found.same.tolist() == [[[True, False]]]
 
 
-def test_a_feature_that_no_token_excites_is_left_out():
+def test_a_feature_that_no_token_activates_is_left_out():
     # feature 0 has no best token in layer 1, feature 3 in neither: the lowest id stands there, and agrees
     ids = torch.tensor([[[0], [5], [6], [0]], [[0], [5], [7], [0]]])
     activations = torch.tensor([[[1.0], [1.0], [1.0], [0.0]], [[0.0], [1.0], [1.0], [-0.0]]])
-    found = feature_alignment(complete(ids, activations=activations, site="post"))
+    found = feature_alignment(search(ids, activations=activations, site="post"))
     assert found.compared[0, 1].tolist() == [False, True, True, False]
     assert found.same[0, 1].tolist() == [False, True, False, False]
     assert found.overlap[0, 1].isnan().tolist() == [True, False, False, True]
@@ -220,7 +220,7 @@ def test_a_feature_that_no_token_excites_is_left_out():
     assert index.value == pytest.approx((1 / 3 + 0 / 2) / 2)
     # layers are no further observations: the harmonic mean of 3 and 2 features, rounded down
     assert (index.low, index.high) == exact_interval(index.value, 2)
-    nothing = feature_alignment(complete(ids, activations=torch.zeros(2, 4, 1), site="post"))
+    nothing = feature_alignment(search(ids, activations=torch.zeros(2, 4, 1), site="post"))
     assert math.isnan(nothing.share().value)
     assert math.isnan(nothing.index_share().value)
     assert nothing.to_dataframe()["features"].tolist() == [0]
@@ -230,7 +230,7 @@ def test_pairs_of_layers_may_count_other_numbers_of_features():
     # layers 0 and 1 agree on 4 of 6; of layer 2 only features 0 and 1 have a best token, both the same; of
     # layer 3 a single one, of which there is no chance
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [1, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
-    found = feature_alignment(complete(ids[..., None], activations=(ids[..., None] > 0).float()))
+    found = feature_alignment(search(ids[..., None], activations=(ids[..., None] > 0).float()))
     assert found.to_dataframe()["features"].tolist() == [6, 2, 1, 2, 1, 1]
     some = found.share(pairs=[(0, 1), (0, 2)])
     assert some.value == pytest.approx((4 / 6 + 1) / 2)
@@ -256,7 +256,7 @@ def test_of_a_model_with_dead_neurons_every_number_is_that_of_literal_loops(tmp_
             block.mlp.c_fc.bias[slice(*rare)] = -2.5
     body.save_pretrained(tmp_path / "dead")
     model = load_model(tmp_path / "dead", processing=False)
-    found = feature_alignment(search_complete(model, site="post", top_k=top_k))
+    found = feature_alignment(search_exhaustive(model, Features(site="post"), top_k=top_k))
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(2)]
     best = [
         [
@@ -293,9 +293,9 @@ def test_of_a_model_with_dead_neurons_every_number_is_that_of_literal_loops(tmp_
 
 def test_a_model_agrees_with_itself_and_not_with_random_weights(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    own = search_complete(model, top_k=2)
-    assert feature_alignment(own, search_complete(model, top_k=2)).share().value == 1
-    random = search_complete(random_like(model, 0), top_k=2)
+    own = search_exhaustive(model, top_k=2)
+    assert feature_alignment(own, search_exhaustive(model, top_k=2)).share().value == 1
+    random = search_exhaustive(random_like(model, 0), top_k=2)
     share = feature_alignment(own, random).share()
     assert share.low <= share.chance
     assert share.value < 0.3

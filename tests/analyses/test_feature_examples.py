@@ -1,11 +1,11 @@
-"""Real contexts against one run per window."""
+"""Maximally activating examples against one run per window."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from mechlens.analyses.features import examples, feature_examples
+from mechlens.analyses.features import Features, examples, feature_examples
 from mechlens.models.load.loading import load_model
 from mechlens.text.corpus import token_windows
 from tests.close import assert_same
@@ -29,16 +29,23 @@ def model(request, tiny_directories):
     return load_model(tiny_directories / request.param, processing=False)
 
 
+@pytest.fixture
+def five_at_once(monkeypatch):
+    """Batches of five windows."""
+    monkeypatch.setattr(examples, "_rows", lambda model, length: 5)
+
+
 def special_of(model):
     return set(model.tokenizer.all_special_ids)
 
 
+@pytest.mark.usefixtures("five_at_once")
 @pytest.mark.parametrize(
     ("site", "name"),
     [("resid_post", "blocks.{}.hook_resid_post"), ("post", "blocks.{}.mlp.hook_post")],
 )
 def test_the_windows_are_those_of_single_runs(model, windows, site, name):
-    result = feature_examples(model, windows, site=site, features=[0, 5, 31], top_k=4, batch_size=5)
+    result = feature_examples(model, Features(indices=[0, 5, 31], site=site), windows, top_k=4)
     assert result.read == len(windows)
     for layer in range(LAYERS):
         expected = reference.real_contexts(model, windows, name.format(layer), (0, 5, 31), special_of(model))
@@ -56,7 +63,7 @@ def test_the_windows_are_those_of_single_runs(model, windows, site, name):
 
 
 def test_the_shading_is_every_position_but_special_tokens(model, windows):
-    result = feature_examples(model, windows, layers=[1], features=[7], top_k=3)
+    result = feature_examples(model, Features([1], [7]), windows, top_k=3)
     for rank in range(3):
         window = result.tokens[result.windows[0, 0, rank]]
         _, cache = model.run_with_cache(
@@ -72,7 +79,7 @@ def test_the_shading_is_every_position_but_special_tokens(model, windows):
 def test_text_is_cut_into_windows_behind_bos(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     texts = ["a b c d e f g h i j k l m n o p", "the cat sat on the mat and the dog sat on the log"]
-    result = feature_examples(model, texts, layers=[0], features=[3], top_k=2, length=8)
+    result = feature_examples(model, Features([0], [3]), texts, top_k=2, length=8)
     expected = torch.stack(list(token_windows(model, texts, length=8)))
     assert result.read == len(expected)
     assert torch.equal(result.tokens, expected[result.numbers])
@@ -80,15 +87,14 @@ def test_text_is_cut_into_windows_behind_bos(tiny_directories):
     assert result.activations[0, 0, :, 0].isnan().all()
     assert (result.positions > 0).all()
     assert (
-        feature_examples(model, texts, layers=[0], features=[3], length=8, prepend_bos=False).prepend_bos
-        is False
+        feature_examples(model, Features([0], [3]), texts, length=8, prepend_bos=False).prepend_bos is False
     )
 
 
 def test_a_direction(tiny_directories, windows):
     model = load_model(tiny_directories / "llama", processing=False)
     direction = torch.linspace(-1, 1, WIDTH)[None]
-    result = feature_examples(model, windows, layers=[1], directions=direction, top_k=2)
+    result = feature_examples(model, Features([1], directions=direction), windows, top_k=2)
     window = result.tokens[result.windows[0, 0, 0]]
     _, cache = model.run_with_cache(
         window[None], names_filter=lambda name: name == "blocks.1.hook_resid_post"
@@ -100,7 +106,7 @@ def test_a_direction(tiny_directories, windows):
 
 def test_fewer_windows_than_places(tiny_directories, windows):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    result = feature_examples(model, windows, layers=[0], features=[1], top_k=3, limit=2)
+    result = feature_examples(model, Features([0], [1]), windows, top_k=3, limit=2)
     assert result.read == 2
     assert (result.windows[0, 0] >= 0).tolist() == [True, True, False]
     assert result.peaks[0, 0].isnan().tolist() == [False, False, True]
@@ -109,7 +115,7 @@ def test_fewer_windows_than_places(tiny_directories, windows):
 
 def test_half_as_many_run_together_where_memory_runs_out(tiny_directories, windows, monkeypatch):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    whole = feature_examples(model, windows, features=[1, 2], top_k=3)
+    whole = feature_examples(model, Features(indices=[1, 2]), windows, top_k=3)
     sizes, watch = [], examples.watch
 
     def small(model, tokens, readers):
@@ -119,13 +125,14 @@ def test_half_as_many_run_together_where_memory_runs_out(tiny_directories, windo
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(examples, "watch", small)
-    found = feature_examples(model, windows, features=[1, 2], top_k=3)
+    found = feature_examples(model, Features(indices=[1, 2]), windows, top_k=3)
     assert max(sizes) > 4
     assert found.read == whole.read
     assert torch.equal(found.numbers, whole.numbers)
     torch.testing.assert_close(found.activations, whole.activations, equal_nan=True, **CLOSE)
 
 
+@pytest.mark.usefixtures("five_at_once")
 class TestResume:
     def interrupted(self, model, windows, file, monkeypatch, after=2):
         calls, watch = [], examples.watch
@@ -138,7 +145,7 @@ class TestResume:
 
         monkeypatch.setattr(examples, "watch", breaks)
         with pytest.raises(KeyboardInterrupt):
-            feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, resume=file)
+            feature_examples(model, Features(indices=[1, 2]), windows, top_k=3, resume=file)
         monkeypatch.setattr(examples, "watch", watch)
 
     def test_an_interrupted_search_resumes(self, tiny_directories, windows, tmp_path, monkeypatch):
@@ -152,52 +159,52 @@ class TestResume:
             watch(model, tokens, readers)
 
         monkeypatch.setattr(examples, "watch", counted)
-        found = feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5, resume=file)
+        found = feature_examples(model, Features(indices=[1, 2]), windows, top_k=3, resume=file)
         # three batches are left, and one run of what was kept
         assert runs[:3] == [5, 5, 3]
-        assert_same(found, feature_examples(model, windows, features=[1, 2], top_k=3, batch_size=5))
+        assert_same(found, feature_examples(model, Features(indices=[1, 2]), windows, top_k=3))
 
     def test_another_corpus_or_question_is_refused(self, tiny_directories, windows, tmp_path, monkeypatch):
         model = load_model(tiny_directories / "gpt_neox", processing=False)
         file = tmp_path / "checkpoint.safetensors"
         self.interrupted(model, windows, file, monkeypatch)
         with pytest.raises(ValueError, match="another corpus"):
-            feature_examples(model, windows.flip(0), features=[1, 2], top_k=3, resume=file)
+            feature_examples(model, Features(indices=[1, 2]), windows.flip(0), top_k=3, resume=file)
         with pytest.raises(ValueError, match="has read 10 windows already, more than the limit of 4"):
-            feature_examples(model, windows, features=[1, 2], top_k=3, resume=file, limit=4)
+            feature_examples(model, Features(indices=[1, 2]), windows, top_k=3, resume=file, limit=4)
         other = load_model(tiny_directories / "gpt_neox", processing=False)
         with torch.no_grad():
             other.W_E[1:] = other.W_E[1:].flip(0)
         with pytest.raises(ValueError, match="other weights"):
-            feature_examples(other, windows, features=[1, 2], top_k=3, resume=file)
+            feature_examples(other, Features(indices=[1, 2]), windows, top_k=3, resume=file)
         with pytest.raises(ValueError, match="top_k 3, not 4"):
-            feature_examples(model, windows, features=[1, 2], top_k=4, resume=file)
+            feature_examples(model, Features(indices=[1, 2]), windows, top_k=4, resume=file)
 
 
 def test_a_checkpoint_of_windows_with_bos_is_refused_without_bos(tiny_directories, tmp_path):
     model = load_model(tiny_directories / "gpt2", processing=False)
     texts, file = ["the cat sat on the mat and the dog sat on the log"] * 3, tmp_path / "s.safetensors"
-    feature_examples(model, texts, layers=[0], features=[3], length=8, resume=file)
+    feature_examples(model, Features([0], [3]), texts, length=8, resume=file)
     with pytest.raises(ValueError, match="begun with BOS 0, not None"):
-        feature_examples(model, texts, layers=[0], features=[3], length=8, resume=file, prepend_bos=False)
+        feature_examples(model, Features([0], [3]), texts, length=8, resume=file, prepend_bos=False)
 
 
 def test_ids_that_begin_with_bos(tiny_directories, windows):
     model = load_model(tiny_directories / "gpt2", processing=False)
     bos = torch.cat([torch.zeros(len(windows), 1, dtype=torch.long), windows], dim=1)
-    assert feature_examples(model, bos, layers=[0], features=[1]).prepend_bos is True
-    assert feature_examples(model, windows, layers=[0], features=[1]).prepend_bos is False
+    assert feature_examples(model, Features([0], [1]), bos).prepend_bos is True
+    assert feature_examples(model, Features([0], [1]), windows).prepend_bos is False
 
 
 def test_bad_input(tiny_directories, windows, tmp_path):
     model = load_model(tiny_directories / "gpt2", processing=False)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
-        feature_examples(model, windows, top_k=0)
+        feature_examples(model, None, windows, top_k=0)
     with pytest.raises(ValueError, match="shorter than one window of 16 tokens"):
-        feature_examples(model, ["a b"], length=16)
+        feature_examples(model, None, ["a b"], length=16)
     with pytest.raises(ValueError, match=r"processing=False"):
-        feature_examples(load_model(tiny_directories / "gpt2"), windows)
-    result = feature_examples(model, windows, layers=[0], features=[1])
+        feature_examples(load_model(tiny_directories / "gpt2"), None, windows)
+    result = feature_examples(model, Features([0], [1]), windows)
     with pytest.raises(ValueError, match="feature 2 was not searched: there are 1"):
         result.at(0, 2)
     assert result.at(0, 1) == (0, 0)
@@ -208,4 +215,4 @@ def test_broken_weights_are_refused(tiny_directories, windows):
     with torch.no_grad():
         model.W_E[int(windows[4, 2])] = torch.nan
     with pytest.raises(ValueError, match=r"activations at blocks\.0\.hook_resid_post are nan"):
-        feature_examples(model, windows, layers=[0])
+        feature_examples(model, Features([0]), windows)

@@ -1,4 +1,4 @@
-"""Gradient search against the seed's descent on Hugging Face's models."""
+"""Gradient search against plain gradient descent on Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 import transformers as hf
 
 from mechlens.analyses.features import (
-    gradient,
+    Continue,
+    Features,
+    Match,
+    Maximize,
+    Optimizer,
+    Prior,
     objectives,
     optimization,
-    search_complete,
+    search_exhaustive,
     search_gradient,
-    spec,
 )
-from mechlens.arguments import check_counts, generator_of
 from mechlens.models.load.loading import load_model
 from mechlens.models.run import from_embeddings
 from mechlens.models.run.from_embeddings import run_embedded, token_embeddings
@@ -39,6 +42,31 @@ FEW = {"steps": 5, "restarts": 3}
 def loaded(tiny_directories):
     models = {kind: load_model(tiny_directories / kind, processing=False) for kind in KINDS}
     return models.__getitem__
+
+
+def search(model, *, n_tokens, layer=None, selection=None, objective="constant", target=None, **asked):
+    """`search_gradient` with the arguments of its objects by name."""
+    about = {name: asked.pop(name) for name in ("site", "directions") if name in asked}
+    features = Features(layer, **about)
+    read = {name: asked.pop(name) for name in ("isolated",) if name in asked} | {"at": selection}
+    if objective == "continuation":
+        asked.pop("constant", None)
+        stated = Continue(target)
+    elif objective in objectives.DISTANCES:
+        asked.pop("constant", None)
+        stated = Match(features, target, objective, **read)
+    else:
+        more = {name: asked.pop(name) for name in ("constant", "optimum") if name in asked}
+        if objective != "constant":
+            more.pop("constant", None)
+        stated = Maximize(features, how=objective, **read, **more)
+    names = ("learning_rate", "steps", "patience", "restarts")
+    how = {name: asked.pop(name) for name in names if name in asked}
+    optimizer = Optimizer(asked.pop("optimizer", "Adam"), **how)
+    weight = asked.pop("prior_weight", None)
+    prior = asked.pop("prior", None)
+    prior = None if prior in (None, "none") else Prior(prior, weight)
+    return search_gradient(model, stated, n_tokens=n_tokens, optimizer=optimizer, prior=prior, **asked)
 
 
 def first_tokens(model, restarts, n_tokens, seed):
@@ -95,13 +123,13 @@ def test_padding_tokens_are_run_like_any_other(kind, prefix, tiny_directories):
         rows = torch.cat([begin.expand(len(ids), -1), ids], dim=1)
         return other.run_with_cache(rows, names_filter=lambda each: each == name)[1][name].detach()
 
-    result = search_gradient(model, prefix=begin, **asked)
+    result = search(model, prefix=begin, **asked)
     for way, ids in result.ids.items():
         torch.testing.assert_close(result.true_activations[way], own(ids)[:, -1, 3], **CLOSE)
         torch.testing.assert_close(result.selected_activations[way], own(ids)[:, -1, 3:4], **CLOSE)
     # the first restart is of padding tokens; so may a target be
     target = torch.tensor([0, 0])
-    result = search_gradient(model, prefix=begin, objective="l1", target=target, **asked)
+    result = search(model, prefix=begin, objective="l1", target=target, **asked)
     wanted = own(target[None])[0, -1, 3]
     for way, ids in result.ids.items():
         off = (own(ids)[:, -1, 3] - wanted).abs()
@@ -137,13 +165,13 @@ def test_three_steps_are_the_seeds(kind, selection, loaded):
 
     start = E[first_tokens(model, 3, 3, seed=5)]
     losses, _ = reference.descend(loss_of, start, rate * float(E.square().mean().sqrt()), 4)
-    result = search_gradient(
+    result = search(
         model,
         layer=1,
         selection=index,
         n_tokens=3,
         prefix=torch.tensor([4, 9]),
-        optimiser="SGD",
+        optimizer="SGD",
         learning_rate=rate,
         steps=3,
         restarts=3,
@@ -172,14 +200,14 @@ def test_softmax_after_each_step_is_the_seeds(kind, loaded):
         return passed[-1]
 
     losses, _ = reference.descend(loss_of, start, 3.0, 5, after)
-    result = search_gradient(
+    result = search(
         model,
         layer=0,
         selection=np.s_[1, 3],
         n_tokens=2,
-        objective="maximise",
+        objective="mean",
         prior="softmax",
-        optimiser="SGD",
+        optimizer="SGD",
         learning_rate=3.0,
         steps=4,
         restarts=2,
@@ -205,15 +233,15 @@ def test_each_objective_is_what_it_says(kind, loaded):
     follows = log_probs.gather(-1, target.expand(3, -1)[..., None])[..., 0].sum(-1)
     expected = {
         "constant": (50.0 - own).abs().mean(-1),
-        "maximise": -own.mean(-1),
-        "maximin": -own.amin(-1),
+        "mean": -own.mean(-1),
+        "min": -own.amin(-1),
         "l1": (own - wanted).abs().mean(-1),
         "cosine": 1 - (own * wanted).sum(-1) / own.norm(dim=-1) / wanted.norm(),
         "continuation": -follows,
     }
-    assert set(expected) == set(objectives.OBJECTIVES)
+    assert set(expected) == {*objectives.HOW, *objectives.DISTANCES, "continuation"}
     for objective, values in expected.items():
-        result = search_gradient(
+        result = search(
             model,
             layer=None if objective == "continuation" else layer,
             selection=None if objective == "continuation" else np.s_[:, 4:9],
@@ -244,7 +272,7 @@ def test_a_continuation_is_judged_by_all_that_makes_logits(kind, tiny_directorie
         hf_model = tiny_hf_model(kind)
     model, target = load_model(directory, processing=False), torch.tensor([20, 33])
     asked = {"n_tokens": 2, "objective": "continuation", "target": target, "steps": 2, "restarts": 3}
-    result = search_gradient(model, **asked)
+    result = search(model, **asked)
     for way, ids in result.ids.items():
         with torch.no_grad():
             rows = torch.cat([ids, target.expand(len(ids), -1)], dim=1)
@@ -258,12 +286,12 @@ def test_a_continuation_is_judged_by_all_that_makes_logits(kind, tiny_directorie
 def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     E = hf_embeddings(hf_model)
-    result = search_gradient(
+    result = search(
         model,
         layer=1,
         selection=np.s_[-1, 9],
         n_tokens=3,
-        objective="maximise",
+        objective="mean",
         isolated=isolated,
         prefix=torch.tensor([6]),
         steps=15,
@@ -288,19 +316,17 @@ def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("prior", "objective"), [("none", "maximise"), ("norm", "maximise"), ("none", "constant")]
-)
+@pytest.mark.parametrize(("prior", "objective"), [("none", "mean"), ("norm", "mean"), ("none", "constant")])
 def test_what_is_found_is_decoded_at_the_end(kind, prior, objective, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     E = hf_embeddings(hf_model)
     options = {"layer": 1, "selection": np.s_[:, 9], "n_tokens": 3, "objective": objective, "prior": prior}
     # a constant that is reached and passed, so that the best embeddings are not the last
     options |= {"constant": 2.0, "steps": 12, "restarts": 6, "learning_rate": 0.3}
-    result = search_gradient(model, **options)
+    result = search(model, **options)
     coefficients = result.embeddings.double() @ torch.linalg.pinv(E.double())
     decoded = {"pinv": coefficients.argmax(-1), "nearest": nearest_token(result.embeddings, E)}
-    if objective == "maximise":
+    if objective == "mean":
         assert not torch.equal(decoded["pinv"], decoded["nearest"])
     else:
         assert int((result.objectives.argmin(1) < 12).sum()) >= 3
@@ -308,10 +334,10 @@ def test_what_is_found_is_decoded_at_the_end(kind, prior, objective, loaded):
     for way, ids in decoded.items():
         assert torch.equal(result.decoded_ids[way], ids)
         own = output(ids)[..., 9]
-        reached = -own.mean(-1) if objective == "maximise" else (2.0 - own).abs().mean(-1)
+        reached = -own.mean(-1) if objective == "mean" else (2.0 - own).abs().mean(-1)
         # up to the rounding of other sums
         assert bool((reached > result.true_objectives[way] - 2e-4).all())
-        if objective == "maximise":
+        if objective == "mean":
             assert not torch.equal(ids, result.ids[way]), "better tokens were passed on the way"
         assert set(map(str, ids.flatten().tolist())) <= set(result.strings)
 
@@ -344,11 +370,11 @@ def test_decoding_where_the_embedding_is_far_wider_in_some_directions():
 
 def test_priors_hold_embeddings_near_real_ones(loaded):
     model = loaded("gpt2")
-    options = {"layer": 1, "selection": np.s_[0, 3], "n_tokens": 1, "objective": "maximise"}
+    options = {"layer": 1, "selection": np.s_[0, 3], "n_tokens": 1, "objective": "mean"}
     options |= {"steps": 15, "restarts": 4, "learning_rate": 0.3}
-    free = search_gradient(model, **options)
-    norm = search_gradient(model, prior="norm", prior_weight=1000.0, **options)
-    near = search_gradient(model, prior="nearest", prior_weight=1000.0, **options)
+    free = search(model, **options)
+    norm = search(model, prior="norm", prior_weight=1000.0, **options)
+    near = search(model, prior="nearest", prior_weight=1000.0, **options)
     mean = float(token_embeddings(model).norm(dim=-1).mean())
     # a thousandth of the objective's own scale is left to gain
     assert float((norm.embeddings.norm(dim=-1) / mean - 1).abs().max()) < 0.1
@@ -358,13 +384,11 @@ def test_priors_hold_embeddings_near_real_ones(loaded):
 
 def test_default_settings_reach_the_optimum_on_the_bundled_model():
     model = load_model(processing=False)
-    complete = search_complete(model, layers=[0, 1])
+    complete = search_exhaustive(model, Features([0, 1]))
     reached = missed = 0
     for feature in range(0, 192, 24):
         layer = int(feature % 48 == 24)
-        result = search_gradient(
-            model, layer=layer, selection=np.s_[0, feature], n_tokens=1, complete=complete
-        )
+        result = search(model, layer=layer, selection=np.s_[0, feature], n_tokens=1, optimum=complete)
         best = float(complete.activations[layer, feature, 0])
         assert result.optimum == best
         assert result.below_optimum == best - result.best_activation()
@@ -386,23 +410,23 @@ def test_default_settings_reach_the_optimum_on_the_bundled_model():
 def test_a_seed_repeats_a_search(loaded):
     options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 2} | FEW
     with torch.inference_mode():
-        one = search_gradient(loaded("gpt2"), **options)
-    assert_same(one, search_gradient(loaded("gpt2"), **options))
-    other = search_gradient(loaded("gpt2"), seed=1, **options)
+        one = search(loaded("gpt2"), **options)
+    assert_same(one, search(loaded("gpt2"), **options))
+    other = search(loaded("gpt2"), seed=1, **options)
     assert not torch.equal(one.embeddings, other.embeddings)
 
 
 def test_it_stops_when_it_stalls(loaded):
-    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimiser": "SGD", "restarts": 2}
+    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimizer": "SGD", "restarts": 2}
     # steps too small to change a float32
-    result = search_gradient(loaded("gpt2"), learning_rate=1e-12, steps=50, patience=4, **options)
+    result = search(loaded("gpt2"), learning_rate=1e-12, steps=50, patience=4, **options)
     # the first place, four without progress, and the end
     assert result.objectives.shape[1] == 1 + 4 + 1
 
 
 def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
     options = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "steps": 2, "restarts": 5}
-    right, sizes, call = search_gradient(loaded("llama"), **options), [], objectives.Judge.__call__
+    right, sizes, call = search(loaded("llama"), **options), [], objectives.Objective.__call__
 
     def short_of_memory(self, embedded):
         sizes.append(len(embedded))
@@ -410,8 +434,8 @@ def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return call(self, embedded)
 
-    monkeypatch.setattr(objectives.Judge, "__call__", short_of_memory)
-    found = search_gradient(loaded("llama"), **options)
+    monkeypatch.setattr(objectives.Objective, "__call__", short_of_memory)
+    found = search(loaded("llama"), **options)
     # in halves at first, and as many at once as went well from then on
     assert sizes[:7] == [5, 2, 2, 1, 2, 2, 1]
     torch.testing.assert_close(found.objectives, right.objectives, **CLOSE)
@@ -433,10 +457,10 @@ def test_embeddings_are_looked_up_in_parts_when_memory_runs_out(kind, loaded, mo
 
 
 # more than two looks at the tokens
-WHOLE = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "objective": "maximise"}
+WHOLE = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "objective": "mean"}
 WHOLE |= {"steps": 11, "restarts": 3, "learning_rate": 2.0}
-WAYS = {optimiser: {"optimiser": optimiser} for optimiser in gradient.OPTIMISERS}
-WAYS |= {prior: {"prior": prior} for prior in optimization.PRIORS if prior != "none"}
+WAYS = {optimizer: {"optimizer": optimizer} for optimizer in optimization.OPTIMIZERS}
+WAYS |= {prior: {"prior": prior} for prior in optimization.PRIORS}
 # the best place is not the last
 WAYS["passed"] = {"objective": "constant", "constant": 2.0, "learning_rate": 0.3}
 WAYS["continuation"] = {
@@ -452,7 +476,7 @@ def noted_judge(monkeypatch, interrupt_at=None):
 
     After the step that is named the tokens' batch is an interruption.
     """
-    steps, call = [], objectives.Judge.__call__
+    steps, call = [], objectives.Objective.__call__
 
     def noting(self, embedded):
         steps.append(embedded.requires_grad)
@@ -460,26 +484,26 @@ def noted_judge(monkeypatch, interrupt_at=None):
             raise KeyboardInterrupt
         return call(self, embedded)
 
-    monkeypatch.setattr(objectives.Judge, "__call__", noting)
+    monkeypatch.setattr(objectives.Objective, "__call__", noting)
     return steps
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_search_resumes(way, loaded, tmp_path, monkeypatch):
     model, file, options = loaded("gpt2"), tmp_path / "checkpoint.safetensors", WHOLE | WAYS[way]
-    whole = search_gradient(model, **options)
+    whole = search(model, **options)
     with monkeypatch.context() as patched:
-        # the optimiser has made the 10th step, and the walk has noted it
+        # the optimizer has made the 10th step, and the walk has noted it
         noted_judge(patched, interrupt_at=10)
         with pytest.raises(KeyboardInterrupt):
-            search_gradient(model, resume=file, **options)
+            search(model, resume=file, **options)
     with monkeypatch.context() as patched:
         rest = noted_judge(patched)
-        assert_same(search_gradient(model, resume=file, **options), whole)
+        assert_same(search(model, resume=file, **options), whole)
         # the 10th step again, the 11th, and the end
         assert sum(rest) == 3
         rest.clear()
-        assert_same(search_gradient(model, resume=file, **options), whole)
+        assert_same(search(model, resume=file, **options), whole)
         assert sum(rest) == 1
 
 
@@ -491,15 +515,15 @@ def test_progress_is_saved_during_a_search(loaded, tmp_path, monkeypatch):
         save(self)
 
     monkeypatch.setattr(checkpoint.Checkpoint, "save", noting)
-    search_gradient(loaded("gpt2"), resume=tmp_path / "checkpoint.safetensors", **GOOD)
+    search(loaded("gpt2"), resume=tmp_path / "checkpoint.safetensors", **GOOD)
     assert steps == [5]
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
-    search_gradient(loaded("gpt2"), resume=tmp_path / "other.safetensors", **GOOD)
+    search(loaded("gpt2"), resume=tmp_path / "other.safetensors", **GOOD)
     assert steps == [5, 1, 2, 3, 4, 5, 5]
 
 
 def test_a_stalled_search_is_still_stalled_when_it_resumes(loaded, tmp_path, monkeypatch):
-    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimiser": "SGD", "restarts": 2}
+    options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimizer": "SGD", "restarts": 2}
     # steps too small to change a float32
     options |= {
         "learning_rate": 1e-12,
@@ -510,25 +534,25 @@ def test_a_stalled_search_is_still_stalled_when_it_resumes(loaded, tmp_path, mon
     with monkeypatch.context() as patched:
         noted_judge(patched, interrupt_at=5)
         with pytest.raises(KeyboardInterrupt):
-            search_gradient(loaded("gpt2"), **options)
-    result = search_gradient(loaded("gpt2"), **options)
+            search(loaded("gpt2"), **options)
+    result = search(loaded("gpt2"), **options)
     assert result.objectives.shape[1] == 1 + 7 + 1
 
 
 def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
     file = tmp_path / "checkpoint.safetensors"
     asked = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 2, "resume": file} | FEW
-    search_gradient(loaded("gpt2"), **asked)
+    search(loaded("gpt2"), **asked)
     for change, message in (
         ({"layer": 1}, r"begun with layers \[0\], not \[1\]"),
         ({"selection": np.s_[:, 3]}, "begun with selection"),
         ({"n_tokens": 3}, "n_tokens 2, not 3"),
-        ({"objective": "maximise"}, "begun with objective 'constant', not 'maximise'"),
+        ({"objective": "mean"}, "begun with objective 'constant', not 'mean'"),
         ({"objective": "l1", "target": torch.tensor([3, 4])}, "target None, not '"),
         ({"constant": 10.0}, "begun with constant 1000.0, not 10.0"),
-        ({"prior": "norm"}, "begun with prior 'none', not 'norm', prior_weight None, not 1.0"),
-        ({"prior": "softmax"}, "begun with prior 'none', not 'softmax':"),
-        ({"optimiser": "SGD"}, "begun with optimiser 'Adam', not 'SGD'"),
+        ({"prior": "norm"}, "begun with prior None, not 'norm', prior_weight None, not 1.0"),
+        ({"prior": "softmax"}, "begun with prior None, not 'softmax':"),
+        ({"optimizer": "SGD"}, "begun with optimizer 'Adam', not 'SGD'"),
         ({"learning_rate": 0.2}, "begun with learning_rate 0.1, not 0.2"),
         ({"steps": 6}, "begun with steps 5, not 6"),
         ({"patience": 9}, "begun with patience 10, not 9"),
@@ -540,30 +564,30 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         ({"directions": torch.eye(WIDTH)}, "begun with site 'resid_post', not 'direction', directions"),
     ):
         with pytest.raises(ValueError, match=message):
-            search_gradient(loaded("gpt2"), **(asked | change))
+            search(loaded("gpt2"), **(asked | change))
     with pytest.raises(ValueError, match="begun with model's "):
-        search_gradient(loaded("llama"), **asked)
+        search(loaded("llama"), **asked)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         # the same numbers for other tokens
         other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
-        search_gradient(other, **asked)
+        search(other, **asked)
     asked["resume"] = tmp_path / "complete.safetensors"
-    search_complete(loaded("gpt2"), resume=asked["resume"])
+    search_exhaustive(loaded("gpt2"), resume=asked["resume"])
     with pytest.raises(ValueError, match="is not a checkpoint of a gradient search"):
-        search_gradient(loaded("gpt2"), **asked)
+        search(loaded("gpt2"), **asked)
 
 
 def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_directories):
     file = tmp_path / "checkpoint.safetensors"
     asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
-    search_gradient(loaded("gpt2"), resume=file, **asked)
+    search(loaded("gpt2"), resume=file, **asked)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         other.blocks[1].mlp.W_out.mul_(1.5)
     with pytest.raises(ValueError, match="begun with other weights"):
-        search_gradient(other, resume=file, **asked)
+        search(other, resume=file, **asked)
 
 
 def test_the_constant_lies_beyond_what_is_there(tiny_directories):
@@ -572,14 +596,14 @@ def test_the_constant_lies_beyond_what_is_there(tiny_directories):
     with torch.no_grad():
         b_out = model.blocks[1].mlp.b_out
         b_out[3] += 3000
-    complete = search_complete(model, layers=[1], features=[3])
-    found = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, complete=complete)
+    complete = search_exhaustive(model, Features([1], [3]))
+    found = search(model, layer=1, selection=np.s_[:, 3], n_tokens=1, optimum=complete)
     assert found.constant is not None
     assert found.constant > 10 * 2990
     # float32 at 3000, run in other company
     assert found.best_activation() == pytest.approx(found.optimum, abs=2e-3)
     # asked for, it is taken as it is: what is larger gets smaller
-    low = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, constant=1000.0)
+    low = search(model, layer=1, selection=np.s_[:, 3], n_tokens=1, constant=1000.0)
     assert low.best_activation() == pytest.approx(float(complete.lowest_activations[0, 0, 0]), abs=2e-3)
 
 
@@ -588,7 +612,7 @@ def test_the_constant_is_by_size_and_not_by_sign(tiny_directories):
     with torch.no_grad():
         b_out = model.blocks[1].mlp.b_out
         b_out[3] -= 3000
-    found = search_gradient(model, layer=1, selection=np.s_[:, 3], n_tokens=1, **FEW)
+    found = search(model, layer=1, selection=np.s_[:, 3], n_tokens=1, **FEW)
     assert found.constant is not None
     assert found.constant > 10 * 2990
 
@@ -600,10 +624,8 @@ def test_each_selected_activation_is_told(kind, loaded):
     output = reference.hf_block_output(tiny_hf_model(kind), 1)
     every = torch.arange(64)[:, None]
     own = output(every)[:, 0][:, [3, 9]]
-    for objective, worth in (("maximise", own.mean(-1)), ("maximin", own.amin(-1))):
-        found = search_gradient(
-            model, layer=1, selection=chosen, n_tokens=1, objective=objective, restarts=64, seed=1
-        )
+    for objective, worth in (("mean", own.mean(-1)), ("min", own.amin(-1))):
+        found = search(model, layer=1, selection=chosen, n_tokens=1, objective=objective, restarts=64, seed=1)
         for way, ids in found.ids.items():
             torch.testing.assert_close(found.selected_activations[way], own[ids[:, 0]], **CLOSE)
         best = int(worth.argmax())
@@ -617,7 +639,7 @@ def test_each_selected_activation_is_told(kind, loaded):
 
 def test_a_continuation_needs_no_layer(loaded):
     asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
-    found = search_gradient(loaded("gpt2"), **asked)
+    found = search(loaded("gpt2"), **asked)
     assert found.best_activations().tolist() == []
     assert found.best_objective() == min(float(each.min()) for each in found.true_objectives.values())
 
@@ -627,7 +649,7 @@ def test_broken_weights_are_refused(tiny_directories):
     with torch.no_grad():
         model.blocks[0].mlp.W_out[:] = torch.nan
     with pytest.raises(ValueError, match="the model's activations are nan"):
-        search_gradient(model, **GOOD)
+        search(model, **GOOD)
 
 
 GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
@@ -636,127 +658,95 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": np.s_[0, WIDTH]}, r"is no index of \[1 positions, 32 features\]"),
-        ({"selection": np.s_[1:, 0]}, "is empty: there are 1 positions and 32 features"),
-        ({"selection": "all"}, "is no index of"),
-        ({"selection": 0.5}, "is no index of"),
-        ({"selection": np.s_[0, 0, 0]}, "is no index of"),
-        ({"selection": torch.tensor([0.5])}, "is no index of"),
-        ({"selection": [[0, 0], [0]]}, "is no index of"),
-        ({"layer": 2}, "there is no layer 2"),
-        ({"objective": "largest"}, "objective must be one of constant, maximise, maximin, l1"),
-        ({"prior": "bayes"}, "prior must be one of none, softmax, norm, nearest, but is 'bayes'"),
-        ({"optimiser": "LBFGS"}, "optimiser must be one of"),
+        ({"selection": np.s_[0, WIDTH]}, r"is not an index of \[1 positions, 32 features\]"),
+        ({"selection": np.s_[1:, 0]}, "selects nothing: there are 1 positions and 32 features"),
+        ({"selection": "all"}, "is not an index of"),
+        ({"selection": 0.5}, "is not an index of"),
+        ({"selection": np.s_[0, 0, 0]}, "is not an index of"),
+        ({"selection": torch.tensor([0.5])}, "is not an index of"),
+        ({"selection": [[0, 0], [0]]}, "is not an index of"),
+        ({"layer": 2}, "layer 2 is out of range"),
+        ({"layer": [0, 1]}, r"layers must be a single layer for this search, got \[0, 1\]"),
+        ({"objective": "largest"}, "how must be one of constant, mean, min, got 'largest'"),
+        ({"prior": "bayes"}, "prior must be one of softmax, norm, nearest, got 'bayes'"),
+        ({"prior": "softmax", "prior_weight": 1.0}, "weight must be None with the prior softmax, got 1.0"),
+        ({"prior": "norm", "prior_weight": -1.0}, "weight must be at least 0, got -1"),
+        ({"optimizer": "LBFGS"}, "optimizer must be one of"),
         ({"restarts": 0}, "restarts must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0 and at most 1e.06, but is 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and at most 1e.06, got 0.0"),
         ({"learning_rate": 1e300}, "learning_rate must be above 0"),
-        ({"objective": "l1"}, "the objective 'l1' needs a target"),
         ({"objective": "l1", "target": torch.tensor([3, 4])}, "as many tokens as are searched, 1, but has 2"),
-        ({"target": torch.tensor([3])}, "the objective 'constant' has no target"),
-        (
-            {"objective": "continuation", "target": torch.tensor([64]), "selection": None, "layer": None},
-            "token id 64 is not in",
-        ),
-        (
-            {
-                "objective": "continuation",
-                "target": torch.tensor([3]),
-                "selection": None,
-                "layer": None,
-                "isolated": True,
-            },
-            "a block alone predicts no continuation",
-        ),
-        ({"objective": "continuation", "target": torch.tensor([3])}, "reads no feature: leave selection out"),
-        (
-            {"objective": "continuation", "target": torch.tensor([3]), "selection": None},
-            "reads no feature: leave layer out",
-        ),
-        ({"layer": None}, "the objective 'constant' reads features of a layer"),
-        ({"objective": "cosine", "target": torch.tensor([3])}, "a cosine of one number is 1 or -1"),
+        ({"objective": "cosine", "target": torch.tensor([3])}, "the cosine of a single number is 1 or -1"),
+        ({"objective": "continuation", "target": torch.tensor([64])}, "token id 64 is not in"),
         ({"constant": math.nan}, "constant must be a finite number, got nan"),
-        (
-            {"prior": "norm", "prior_weight": -1.0},
-            "prior_weight must be a finite number from 0 on, got -1",
-        ),
         ({"seed": 2**70}, r"seed must be below 2\*\*64, got 1180591620717411303424"),
         ({"n_tokens": 33}, "33 tokens, of which 33 are searched, do not fit"),
     ],
 )
-def test_bad_arguments(loaded, options, message):
+def test_bad_arguments_are_refused_by_name(loaded, options, message):
     with pytest.raises(ValueError, match=message):
-        search_gradient(loaded("gpt2"), **(GOOD | options))
+        search(loaded("gpt2"), **(GOOD | options))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"learning_rate": "x"}, "learning_rate must be a number, got 'x'"),
-        ({"prior_weight": "a"}, "prior_weight must be a number, got 'a'"),
-        ({"constant": "5"}, "constant must be a number, got '5'"),
-        ({"isolated": "no"}, "isolated must be True or False, but is 'no'"),
-        ({"steps": True}, "steps must be an integer, got True"),
-    ],
-)
-def test_values_of_another_kind_are_refused_where_nobody_checks_types(options, message, loaded):
-    # as it is without the tests' type checker, which would refuse most of them before
-    with pytest.raises(TypeError, match=message):
-        inspect.unwrap(search_gradient)(loaded("gpt2"), **(GOOD | options))
+def test_a_constant_that_has_no_effect_is_refused():
+    with pytest.raises(ValueError, match=r"constant must be None with how='mean', got 5.0"):
+        Maximize(Features(0), how="mean", constant=5.0)
 
 
-def test_so_are_they_in_what_searches_share():
-    with pytest.raises(TypeError, match="seed must be an integer, got 'a'"):
-        inspect.unwrap(generator_of)("a")
-    with pytest.raises(TypeError, match=r"resume must be the path of a \.safetensors file, but is 5"):
-        inspect.unwrap(checkpoint.checkpoint_path)(5)
-    with pytest.raises(TypeError, match="top_k must be a whole number, but is True"):
-        check_counts(top_k=True)
-
-
-def test_complex_directions_are_refused(loaded):
-    with pytest.raises(TypeError, match="directions are real numbers, but these are complex"):
-        inspect.unwrap(spec._directions)(loaded("gpt2"), "resid_post", torch.ones(1, WIDTH) * 1j)
-
-
-def test_another_complete_search_is_refused(loaded):
-    model = loaded("gpt2")
-    complete = search_complete(model, layers=[1], features=[3])
-    for options, message in (
-        ({"layer": 0, "selection": np.s_[0, 3]}, "not of the same layer"),
-        ({"layer": 1, "selection": np.s_[0, 4]}, "not of the same feature"),
-        ({"layer": 1, "selection": np.s_[0, 3], "prefix": torch.tensor([3])}, "not of the same prefix"),
-        ({"layer": 1, "selection": np.s_[0, 3], "site": "mlp_out"}, "not of the same site"),
-        ({"layer": 1, "selection": np.s_[:, 3], "n_tokens": 2}, "of one token and one feature, but here"),
-        ({"layer": 1, "selection": np.s_[0, 3], "isolated": True}, "use isolated=False"),
+def test_values_of_another_type_are_refused(loaded):
+    """Without the tests' type checker, which would refuse them first."""
+    made = lambda cls, *given, **named: inspect.unwrap(cls.__init__)(object.__new__(cls), *given, **named)  # noqa: E731
+    for make, message in (
+        (lambda: made(Optimizer, learning_rate="x"), "learning_rate must be a number, got 'x'"),
+        (lambda: made(Optimizer, steps=True), "steps must be an integer, got True"),
+        (lambda: made(Prior, "norm", "a"), "weight must be a number, got 'a'"),
+        (lambda: made(Maximize, Features(0), constant="5"), "constant must be a number, got '5'"),
+        (lambda: made(Maximize, Features(0), isolated="no"), "isolated must be a bool"),
+        (lambda: made(Maximize, 3), "features must be"),
+        (lambda: inspect.unwrap(search_gradient)(loaded("gpt2"), "mean", n_tokens=1), "objective must be"),
         (
-            {"layer": 1, "selection": np.s_[0, 3], "constant": -50.0},
-            "but the search is for -50, which is less: leave complete out",
-        ),
-        (
-            {"layer": 1, "selection": np.s_[0, 3], "objective": "l1", "target": torch.tensor([3])},
-            "which the objective 'l1' does not look for",
+            lambda: made(Features, 0, directions=torch.ones(1, WIDTH) * 1j),
+            "must be real numbers, got",
         ),
     ):
+        with pytest.raises(TypeError, match=message):
+            make()
+
+
+def test_an_optimum_of_another_search_is_refused(loaded):
+    model = loaded("gpt2")
+    best = search_exhaustive(model, Features([1], [3]))
+    at = {"layer": 1, "selection": np.s_[0, 3]}
+    for options, message in (
+        ({"layer": 0}, "with another layer"),
+        ({"selection": np.s_[0, 4]}, "with another feature"),
+        ({"prefix": torch.tensor([3])}, "with another prefix"),
+        ({"site": "mlp_out"}, "with another site"),
+        ({"selection": np.s_[:, 3], "n_tokens": 2}, "the search is for 2 activations of 2 tokens"),
+        ({"isolated": True}, "but isolated is True: leave optimum out"),
+        ({"constant": -50.0}, "is above the constant -50: leave optimum out"),
+        ({"objective": "min"}, r"how='min'\): leave optimum out"),
+    ):
         with pytest.raises(ValueError, match=message):
-            search_gradient(model, complete=complete, **(GOOD | options))
-    with pytest.raises(ValueError, match="not of the same model"):
-        search_gradient(loaded("llama"), complete=complete, **(GOOD | {"layer": 1}))
+            search(model, optimum=best, **(GOOD | at | options))
+    with pytest.raises(ValueError, match="with another model"):
+        search(loaded("llama"), optimum=best, **(GOOD | at))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_complete_search_of_other_weights_is_refused(dtype, tiny_directories):
+def test_an_optimum_of_other_weights_is_refused(dtype, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False, dtype=dtype)
-    complete = search_complete(model, layers=[0, 1])
+    complete = search_exhaustive(model, Features([0, 1]))
     # as it stands, each is of this model
     for layer, feature in ((0, 0), (0, 9), (1, 3), (1, 31)):
-        asked = {"layer": layer, "selection": np.s_[0, feature], "n_tokens": 1, "complete": complete} | FEW
-        search_gradient(model, **asked)
+        asked = {"layer": layer, "selection": np.s_[0, feature], "n_tokens": 1, "optimum": complete} | FEW
+        search(model, **asked)
     with torch.no_grad():
         model.blocks[1].mlp.W_out.mul_(1.5)
-    with pytest.raises(ValueError, match=r"the complete search is of other weights: its best token has"):
-        search_gradient(model, **asked)
+    with pytest.raises(ValueError, match="optimum is from other weights: its best token has"):
+        search(model, **asked)
 
 
 def test_processed_weights_are_refused(tiny_bos_model):
     with pytest.raises(ValueError, match="processing changes the basis"):
-        search_gradient(tiny_bos_model, **GOOD)
+        search(tiny_bos_model, **GOOD)

@@ -1,4 +1,4 @@
-"""Greedy search against the seed's loop on Hugging Face's models, and beams against whole runs."""
+"""Greedy search against the published loop on Hugging Face's models, and beams against whole runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mechlens.analyses.features import greedy, search_complete, search_greedy
+from mechlens.analyses.features import Features, greedy, search_exhaustive, search_greedy
 from mechlens.models.load.loading import load_model
 from tests.close import assert_close, assert_same
 from tests.counting import positions_run
@@ -27,12 +27,12 @@ def loaded(tiny_directories):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("aggregate", ["last", "sum"])
-def test_it_is_the_seeds_for_one_to_four_tokens(kind, aggregate, loaded):
+def test_one_to_four_tokens_are_those_of_the_published_loop(kind, aggregate, loaded):
     features, layer = [0, 7, 30], 1
     output = reference.hf_block_output(tiny_hf_model(kind), layer)
     found = {
         n: search_greedy(
-            loaded(kind), layer=layer, features=features, n_tokens=n, aggregate=aggregate, batch_size=25
+            loaded(kind), Features(layer, features), n_tokens=n, aggregate=aggregate, batch_size=25
         )
         for n in range(1, 5)
     }
@@ -52,7 +52,7 @@ def test_it_is_the_seeds_for_one_to_four_tokens(kind, aggregate, loaded):
 def test_a_beam_behind_a_prefix(kind, aggregate, loaded):
     output = reference.hf_block_output(tiny_hf_model(kind), 1)
     options = {"n_tokens": 3, "beam": 3, "aggregate": aggregate}
-    result = search_greedy(loaded(kind), layer=1, features=[4, 9], prefix=torch.tensor([8, 3]), **options)
+    result = search_greedy(loaded(kind), Features(1, [4, 9]), **options, prefix=torch.tensor([8, 3]))
     for i, feature in enumerate([4, 9]):
         inputs = reference.beam_search(output, VOCAB, 3, feature, 3, aggregate == "sum", [8, 3])
         assert result.ids[i].tolist() == [tokens for _, tokens in inputs]
@@ -61,7 +61,7 @@ def test_a_beam_behind_a_prefix(kind, aggregate, loaded):
 
 def test_aggregates_differ_in_a_beam(loaded):
     last, total = (
-        search_greedy(loaded("gpt2"), layer=1, features=range(4), n_tokens=3, beam=3, aggregate=aggregate)
+        search_greedy(loaded("gpt2"), Features(1, range(4)), n_tokens=3, beam=3, aggregate=aggregate)
         for aggregate in ("last", "sum")
     )
     assert not torch.equal(last.ids, total.ids)
@@ -71,21 +71,21 @@ def test_a_beam_of_the_whole_vocabulary_is_exhaustive(loaded):
     output, feature = reference.hf_block_output(tiny_hf_model("llama"), 0), 11
     pairs = torch.tensor(list(itertools.product(range(VOCAB), repeat=2)))
     own = output(pairs)[:, 1, feature]
-    result = search_greedy(loaded("llama"), layer=0, features=[feature], n_tokens=2, beam=VOCAB)
+    result = search_greedy(loaded("llama"), Features(0, [feature]), n_tokens=2, beam=VOCAB)
     best = own.sort(descending=True)
     assert result.ids[0, 0].tolist() == pairs[best.indices[0]].tolist()
     torch.testing.assert_close(result.scores[0], best.values[:VOCAB], **CLOSE)
 
 
-def test_one_token_is_complete_search(loaded):
+def test_one_token_is_exhaustive_search(loaded):
     model, vectors = loaded("gpt2"), torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
     for options in (
-        {"features": [3, 1], "site": "post"},
-        {"features": [2], "site": "attn_out"},
-        {"features": None, "directions": vectors},
+        {"indices": [3, 1], "site": "post"},
+        {"indices": [2], "site": "attn_out"},
+        {"directions": vectors},
     ):
-        one = search_greedy(model, layer=1, n_tokens=1, beam=2, prefix="ab", **options)
-        complete = search_complete(model, layers=[1], top_k=2, prefix="ab", **options)
+        one = search_greedy(model, Features(1, **options), n_tokens=1, beam=2, prefix="ab")
+        complete = search_exhaustive(model, Features(1, **options), top_k=2, prefix="ab")
         assert torch.equal(one.ids[:, :, 0], complete.ids[0])
         # the same runs
         assert_close(one.activations[:, :, 0], complete.activations[0])
@@ -95,7 +95,7 @@ def test_one_token_is_complete_search(loaded):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_costs_one_token_per_candidate(kind, loaded):
     model, name = loaded(kind), "blocks.0.hook_resid_post"
-    seen = positions_run(model, [name], lambda: search_greedy(model, layer=0, features=[5], n_tokens=4))
+    seen = positions_run(model, [name], lambda: search_greedy(model, Features(0, [5]), n_tokens=4))
     # before each step 4 tokens are tried in whole runs and 4 against the prefix, which is run once
     tried = sum(4 * (n + 1) + 4 + n for n in range(4))
     assert seen[name] == 4 * VOCAB + tried
@@ -106,15 +106,15 @@ def test_features_with_the_same_input_share_a_pass(loaded):
     vectors = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
     # the same direction in two lengths, and its opposite
     three = torch.cat([vectors, 2 * vectors, -vectors])
-    run = greedy._best_behind
+    run = greedy._best_after
 
     def counting(sought, before, columns, *others):
         passes.append((before.tolist(), columns.tolist()))
         return run(sought, before, columns, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy, "_best_behind", counting)
-        result = search_greedy(model, layer=1, features=None, directions=three, n_tokens=2)
+        patch.setattr(greedy, "_best_after", counting)
+        result = search_greedy(model, Features(1, directions=three), n_tokens=2)
     assert passes[0] == ([], [0, 1, 2])
     assert [columns for _, columns in passes[1:]] == [[0, 1], [2]]
     assert torch.equal(result.ids[0], result.ids[1])
@@ -126,14 +126,14 @@ def test_of_equal_inputs_those_of_the_first_input_come_first(tiny_directories):
     with torch.no_grad():
         # every token is the same one
         model.W_E[:] = model.W_E[5].clone()
-    result = search_greedy(model, layer=1, features=[3, 9], n_tokens=2, beam=3, batch_size=8)
+    result = search_greedy(model, Features(1, [3, 9]), n_tokens=2, beam=3, batch_size=8)
     assert result.ids.tolist() == [[[0, 0], [0, 1], [0, 2]]] * 2
 
 
 def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
     model, file = loaded("gpt2"), tmp_path / "checkpoint.safetensors"
-    options = {"layer": 1, "features": [1, 2, 3], "n_tokens": 3, "beam": 2}
-    whole, run, passes = search_greedy(model, **options), greedy._best_behind, []
+    options = {"features": Features(1, [1, 2, 3]), "n_tokens": 3, "beam": 2}
+    whole, run, passes = search_greedy(model, **options), greedy._best_after, []
 
     def interrupted(*given):
         if len(passes) == stop:
@@ -141,7 +141,7 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
         passes.append(given[1].tolist())
         return run(*given)
 
-    monkeypatch.setattr(greedy, "_best_behind", interrupted)
+    monkeypatch.setattr(greedy, "_best_after", interrupted)
     stop = 4
     with pytest.raises(KeyboardInterrupt):
         search_greedy(model, resume=file, **options)
@@ -154,33 +154,34 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
     for change, message in (
         ({"beam": 1}, "begun with beam 2, not 1"),
         ({"aggregate": "sum"}, "begun with aggregate 'last'"),
-        ({"layer": 0}, r"begun with layers \[1\], not \[0\]"),
+        ({"features": Features(0, [1, 2, 3])}, r"begun with layers \[1\], not \[0\]"),
     ):
         with pytest.raises(ValueError, match=message):
             search_greedy(model, resume=file, **(options | change))
     with pytest.raises(ValueError, match="is not a checkpoint of an exhaustive search"):
-        search_complete(model, layers=[1], features=[1, 2, 3], resume=file)
+        search_exhaustive(model, Features([1], [1, 2, 3]), resume=file)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer": 2}, "there is no layer 2"),
-        ({"features": []}, "no feature selected"),
+        ({"features": Features(2)}, "layer 2 is out of range"),
+        ({"features": Features(0, [])}, "no feature selected"),
+        ({"features": Features([0, 1])}, r"layers must be a single layer for this search, got \[0, 1\]"),
         ({"n_tokens": 0}, "n_tokens must be at least 1, got 0"),
-        ({"n_tokens": 33}, "33 tokens behind a prefix of 0 do not fit into the model's context of 32"),
-        ({"n_tokens": 3, "prefix": torch.ones(30, dtype=torch.long)}, "3 tokens behind a prefix of 30"),
+        ({"n_tokens": 33}, "33 tokens after a prefix of 0 do not fit into the model's context of 32"),
+        ({"n_tokens": 3, "prefix": torch.ones(30, dtype=torch.long)}, "3 tokens after a prefix of 30"),
         ({"beam": 0}, "beam must be at least 1"),
-        ({"beam": VOCAB + 1}, f"beam must be at most the vocabulary's {VOCAB}"),
-        ({"aggregate": "mean"}, "aggregate must be one of last, sum, but is 'mean'"),
+        ({"beam": VOCAB + 1}, f"beam must be at most {VOCAB}, the size of the vocabulary"),
+        ({"aggregate": "mean"}, "aggregate must be one of last, sum, got 'mean'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
 def test_bad_arguments(loaded, options, message):
     with pytest.raises(ValueError, match=message):
-        search_greedy(loaded("gpt2"), **({"layer": 0, "features": [0], "n_tokens": 1} | options))
+        search_greedy(loaded("gpt2"), **({"features": Features(0, [0]), "n_tokens": 1} | options))
 
 
 def test_processed_weights_are_refused(tiny_bos_model):
     with pytest.raises(ValueError, match="processing changes the basis"):
-        search_greedy(tiny_bos_model, layer=0, features=[0], n_tokens=1)
+        search_greedy(tiny_bos_model, Features(0, [0]), n_tokens=1)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
 import shlex
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from mechlens.analyses.features import (
+    Continue,
+    Features,
+    Match,
+    Maximize,
+    Optimizer,
+    Prefix,
+    Prior,
     feature_alignment,
     feature_examples,
-    search_complete,
+    search_exhaustive,
     search_gradient,
     search_greedy,
 )
@@ -22,7 +29,7 @@ from mechlens.models.load.loading import load_model
 from mechlens.models.run.sampling import sample_tokens
 from mechlens.models.weights.randomize import random_like
 from mechlens.results import (
-    CompleteSearch,
+    ExhaustiveSearch,
     FeatureAlignment,
     FeatureExamples,
     GradientSearch,
@@ -32,7 +39,7 @@ from mechlens.results.checkpoint import Checkpoint
 from tests.cli.test_cli import run
 from tests.close import assert_same
 
-COMMANDS = ("complete", "greedy", "gradient", "align", "examples")
+COMMANDS = ("exhaustive", "greedy", "gradient", "alignment", "examples")
 TEXT = "the cat sat on the mat and the dog sat on the cat " * 4
 
 
@@ -59,7 +66,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
     code, out, _ = run(capsys, "features", command, "--help")
     assert code == 0
     assert f"Example: mechlens features {command}" in out
-    for option in ("--json", "--quiet", "--seed", "--device", "--dtype", "--revision", "--out", "--model"):
+    for option in ("--json", "--quiet", "--device", "--dtype", "--revision", "--out", "--model"):
         assert option in out, f"{command} has no {option}"
 
 
@@ -72,99 +79,57 @@ def test_the_group_lists_its_commands(capsys):
 
 BEFORE_LOADING = [
     (["bogus"], "No such command 'bogus'"),
-    (["complete", "--layer", "first"], "--layer must be a number, or a nonempty range"),
-    (["complete", "--layer", "4:4"], "got '4:4'"),
+    (["exhaustive", "--layer", "first"], "--layer must be a number, or a nonempty range"),
     (
-        ["greedy", "--feature", "1,2"],
-        "such as 10:40 or -20:, got '1,2'; repeat the option for several",
+        ["exhaustive", "--resume", "x.safetensors", "--out", "./x.safetensors"],
+        "--out and --resume must be different files",
+    ),
+    (["exhaustive", "--site", "resid_pre"], "--site must be one of resid_post, attn_out, mlp_out"),
+    (["exhaustive", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
+    (["exhaustive", "-f", "0:65", "--out", "x.html"], "a page shows at most 64 features, got 65"),
+    (["exhaustive", "--resume", "x.json"], "resume must be a .safetensors file"),
+    (["greedy", "-l", "0:2", "--out", "x.safetensors"], "holds one result, but there are several: give one"),
+    (["greedy", "-l", "0:2", "--resume", "x.safetensors"], "--resume saves the progress of one search"),
+    (["gradient", "--objective", "l2"], "--objective must be one of constant, mean, min, l1, cosine"),
+    (["gradient", "--objective", "l1"], "--objective l1 needs --target"),
+    (["gradient", "--target", "a"], "--target has no effect with --objective constant"),
+    *(
+        (
+            ["gradient", "--objective", "continuation", "--target", "a", *unused],
+            f"{unused[0]} has no effect with --objective continuation: leave it out",
+        )
+        for unused in (["--feature", "3"], ["--position", "0"], ["--layer", "0"], ["--isolated"])
     ),
     (
-        ["complete", "--resume", "x.safetensors", "--out", "./x.safetensors"],
-        "--out and --resume must be different files, got x.safetensors for both",
-    ),
-    (
-        ["complete", "--site", "resid_pre"],
-        "--site must be one of resid_post, attn_out, mlp_out",
-    ),
-    (["complete", "--top", "0"], "Invalid value for '--top'"),
-    (["complete", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
-    (["complete", "--out", "no/such/x.csv"], "does not exist"),
-    (["complete", "-f", "0:65", "--out", "x.html"], "the tokens of at most 64 features, but 65 are"),
-    (["complete", "--resume", "x.json"], "resume must be a .safetensors file"),
-    (["greedy", "--aggregate", "mean"], "--aggregate must be one of last, sum, got 'mean'"),
-    (["greedy", "--tokens", "0"], "Invalid value for '--tokens'"),
-    (["greedy", "--beam", "0"], "Invalid value for '--beam'"),
-    (["greedy", "-l", "0:2", "--out", "x.safetensors"], "holds one search, but 2 layers are asked for"),
-    (
-        ["greedy", "-l", "0", "-l", "1", "--resume", "x.safetensors"],
-        "--resume is for the search of one layer",
-    ),
-    (["gradient", "--objective", "l2"], "--objective must be one of constant, maximise, maximin, l1, cosine"),
-    (["gradient", "--objective", "l1"], "--objective l1 needs --target TEXT"),
-    (
-        ["gradient", "--target", "a"],
-        "is for --objective l1, cosine or continuation, but it is constant",
-    ),
-    (
-        ["gradient", "--objective", "continuation", "--target", "a", "--feature", "3"],
-        "--objective continuation reads no feature: leave out --feature",
-    ),
-    (
-        ["gradient", "--objective", "continuation", "--target", "a", "--position", "0"],
-        "leave out --position",
-    ),
-    (
-        ["gradient", "--objective", "continuation", "--target", "a", "--layer", "0"],
-        "reads no feature: leave out --layer",
-    ),
-    (["gradient", "--objective", "continuation", "--target", "a", "--isolated"], "leave out --isolated"),
-    (
-        ["gradient", "--objective", "maximise", "--constant", "5"],
-        "--constant is for --objective constant, but it is maximise",
+        ["gradient", "--objective", "mean", "--constant", "5"],
+        "--constant must be None with how='mean'",
     ),
     (["gradient", "--constant", "inf"], "--constant must be a finite number, got inf"),
-    (["gradient", "--patience", "0"], "Invalid value for '--patience'"),
-    (["gradient", "--prior", "l2"], "--prior must be one of none, softmax, norm, nearest, got 'l2'"),
-    (["gradient", "--prior-weight", "2"], "--prior-weight is for --prior norm and nearest, but it is none"),
-    (
-        ["gradient", "--prior", "norm", "--prior-weight", "-1"],
-        "--prior-weight must be a finite number",
-    ),
-    (["gradient", "--optimiser", "LBFGS"], "--optimiser must be one of Adadelta"),
-    (["gradient", "--learning-rate", "0"], "--learning-rate must be above 0 and at most 1e+06, but is 0.0"),
-    (["gradient", "--learning-rate", "nan"], "--learning-rate must be above 0"),
-    (["gradient", "--learning-rate", "1e38"], "--learning-rate must be above 0 and at most 1e+06"),
-    (["gradient", "--steps", "0"], "Invalid value for '--steps'"),
+    (["gradient", "--prior", "l2"], "--prior must be one of softmax, norm, nearest, got 'l2'"),
+    (["gradient", "--prior-weight", "2"], "--prior-weight has no effect without --prior"),
+    (["gradient", "--prior", "norm", "--prior-weight", "-1"], "--prior-weight must be at least 0, got -1.0"),
+    (["gradient", "--optimizer", "LBFGS"], "--optimizer must be one of Adadelta"),
+    (["gradient", "--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
+    (["gradient", "--learning-rate", "1e38"], "--learning-rate must be above 0 and at most 1e+06, got 1e+38"),
     (["gradient", "--restarts", "0"], "Invalid value for '--restarts'"),
-    (["gradient", "--tokens", "2", "--position", "2"], "position 2 is out of range"),
-    (["gradient", "--layer", "0:2"], "Invalid value for '--layer'"),
-    (["align", "--out", "x.safetensors"], "holds one comparison: leave out --against and add --no-random"),
-    (["align", "--no-random", "--layer", "3"], "one layer has no other to be compared with"),
+    (["alignment", "--out", "x.safetensors"], "there are several: add --no-random and leave out --against"),
+    (["alignment", "--no-random", "--layer", "3"], "one layer has nothing to be compared with"),
     (["examples", "nowhere.txt"], "corpus nowhere.txt does not exist"),
-    (["examples", "/", "--length", "0"], "Invalid value for '--length'"),
-    (
-        ["examples", "/", "-f", "0:65", "--out", "x.html"],
-        "at most 64 features, but 65 are asked for",
-    ),
+    (["examples", "/", "-f", "0:65", "--out", "x.html"], "at most 64 features, got 65"),
 ]
 AFTER_LOADING = [
-    (["complete", "--layer", "2"], "layer 2 is out of range"),
-    (["complete", "--layer", "1", "--layer", "-1"], "layer 1 is given twice"),
-    (["complete", "--feature", "0:40"], "feature 32 is out of range"),
-    (["complete", "--top", "65"], "--top must be at most the vocabulary's 64, but is 65"),
-    (["complete", "--prefix", "a" * 32], "context"),
-    (["greedy", "--layer", "-3"], "layer -3 is out of range"),
-    (["greedy", "--beam", "65"], "beam must be at most the vocabulary's 64"),
+    (["exhaustive", "--layer", "2"], "layer 2 is out of range"),
+    (["exhaustive", "--feature", "0:40"], "feature 32 is out of range"),
+    (["exhaustive", "--top", "65"], "--top must be at most 64, the size of the vocabulary, got 65"),
+    (["exhaustive", "--prefix", "a" * 32], "context"),
+    (["greedy", "--beam", "65"], "--beam must be at most 64"),
+    (["greedy", "--aggregate", "mean"], "--aggregate must be one of last, sum, got 'mean'"),
     (["greedy", "--tokens", "33"], "context of 32: search fewer"),
     (["gradient", "--layer", "2"], "layer 2 is out of range"),
-    (["gradient", "--feature", "32"], "feature 32 is out of range"),
-    (
-        ["gradient", "--objective", "l1", "--target", "ab"],
-        "as many tokens as are searched, 1, but has 2",
-    ),
-    (["align", "--layer", "0:3"], "layer 2 is out of range"),
-    (["align", "--feature", "32"], "feature 32 is out of range"),
-    (["align", "--against", "./elsewhere"], "elsewhere"),
+    (["gradient", "--tokens", "2", "--position", "2"], "at=2 is not an index of [2 positions, 1 features]"),
+    (["gradient", "--objective", "l1", "--target", "ab"], "as many tokens as are searched, 1, but has 2"),
+    (["alignment", "--layer", "0:3"], "layer 2 is out of range"),
+    (["alignment", "--against", "./elsewhere"], "elsewhere"),
 ]
 
 
@@ -200,19 +165,20 @@ def test_a_model_without_bos_or_mlps_or_tokenizer_is_told(
 ):
     from tests.tiny_models import write_toy
 
-    bos = ["complete", "--bos", "--model", tiny_directories / "qwen2"]
-    refused(capsys, bos, "this model has no BOS token: leave out --bos", monkeypatch, tmp_path)
+    bos = ["exhaustive", "--bos", "--model", tiny_directories / "qwen2"]
+    refused(
+        capsys,
+        bos,
+        "--bos must be False for this model, got True: it has no BOS token",
+        monkeypatch,
+        tmp_path,
+    )
     toy = tmp_path_factory.mktemp("toy")
     write_toy(toy)
-    message = "this model has no MLPs, so there is no post to search"
-    refused(capsys, ["complete", "--site", "post", "--model", toy], message, monkeypatch, tmp_path)
-    text = ["complete", "--prefix", "a", "--model", toy]
+    message = "this model has no MLPs, so it has no post to search"
+    refused(capsys, ["exhaustive", "--site", "post", "--model", toy], message, monkeypatch, tmp_path)
+    text = ["exhaustive", "--prefix", "a", "--model", toy]
     refused(capsys, text, "this model has no tokenizer, so it reads no text", monkeypatch, tmp_path)
-
-
-def test_a_model_given_twice_is_refused(capsys, monkeypatch, tmp_path):
-    message = "the model is given twice, as gpt2 and as --model gpt2-medium: leave one out"
-    refused(capsys, ["align", "gpt2", "--model", "gpt2-medium"], message, monkeypatch, tmp_path)
 
 
 def saved(capsys, tmp_path, directory, *arguments):
@@ -225,162 +191,117 @@ def saved(capsys, tmp_path, directory, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        ([], {"features": range(8)}),
+        ([], {"features": Features(indices=range(8))}),
         (
             ["--layer", 1, "--feature", "2:4", "--feature", -1, "--top", 3],
-            {"layers": [1], "features": [2, 3, 31], "top_k": 3},
+            {"features": Features([1], [2, 3, 31]), "top_k": 3},
         ),
         (
             ["--site", "post", "-l", "-2:", "--bos"],
-            {"site": "post", "features": range(8), "prepend_bos": True},
+            {"features": Features(indices=range(8), site="post"), "prefix": Prefix(prepend_bos=True)},
         ),
-        (["--prefix", "ab", "-f", 3], {"features": [3], "prefix": "ab"}),
-        (["--prefix", "", "-f", 3], {"features": [3]}),
+        (["--prefix", "ab", "-f", 3], {"features": Features(indices=[3]), "prefix": "ab"}),
+        (["--prefix", "", "-f", 3], {"features": Features(indices=[3])}),
     ],
 )
-def test_every_option_of_complete_reaches_the_analysis(
+def test_every_option_of_exhaustive_reaches_the_analysis(
     capsys, tmp_path, directory, model, arguments, options
 ):
-    path = saved(capsys, tmp_path, directory, "complete", *arguments)
-    assert_same(CompleteSearch.load(path), search_complete(model, **options))
+    path = saved(capsys, tmp_path, directory, "exhaustive", *arguments)
+    assert_same(ExhaustiveSearch.load(path), search_exhaustive(model, **options))
 
 
 def test_every_option_of_greedy_reaches_the_analysis(capsys, tmp_path, directory, model):
     path = saved(capsys, tmp_path, directory, "greedy", "--tokens", 1)
-    assert_same(GreedySearch.load(path), search_greedy(model, layer=1, features=range(4), n_tokens=1))
+    assert_same(GreedySearch.load(path), search_greedy(model, Features(1, range(4)), n_tokens=1))
     path = saved(capsys, tmp_path, directory, "greedy", "--feature", 9)
-    assert_same(GreedySearch.load(path), search_greedy(model, layer=1, features=[9], n_tokens=4))
+    assert_same(GreedySearch.load(path), search_greedy(model, Features(1, [9]), n_tokens=4))
     arguments = ["-l", 0, "-f", 5, "--tokens", 2, "--aggregate", "sum", "--beam", 2, "--site", "mlp_out"]
     path = saved(capsys, tmp_path, directory, "greedy", *arguments, "--prefix", "a", "--bos")
     assert_same(
         GreedySearch.load(path),
         search_greedy(
             model,
-            layer=0,
-            features=[5],
+            Features(0, [5], site="mlp_out"),
             n_tokens=2,
             aggregate="sum",
             beam=2,
-            site="mlp_out",
-            prefix="a",
-            prepend_bos=True,
+            prefix=Prefix("a", prepend_bos=True),
         ),
     )
 
 
 FEW = ["--restarts", 4, "--steps", 3]
-FEW_OPTIONS = {"restarts": 4, "steps": 3}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options"),
+    ("arguments", "objective", "options"),
     [
         (
             ["-l", 0, "--tokens", 2, "-f", "3:5", "--position", -1, "--prior", "norm", "--prior-weight", 0.5],
-            {
-                "layer": 0,
-                "n_tokens": 2,
-                "selection": np.s_[1, [3, 4]],
-                "prior": "norm",
-                "prior_weight": 0.5,
-            },
+            Maximize(Features(0, [3, 4]), at=-1),
+            {"n_tokens": 2, "prior": Prior("norm", 0.5)},
         ),
         (
-            # steps so large that none gets better
+            # steps so large that nothing improves
             ["--tokens", 2, "--constant", 0.5, "--patience", 1, "--learning-rate", 100],
-            {
-                "layer": 1,
-                "n_tokens": 2,
-                "selection": np.s_[:, [0]],
-                "constant": 0.5,
-                "patience": 1,
-                "learning_rate": 100,
-            },
+            Maximize(Features(1, 0), constant=0.5),
+            {"n_tokens": 2, "optimizer": Optimizer(patience=1, learning_rate=100, steps=3, restarts=4)},
         ),
         (
-            [
-                "--objective",
-                "maximise",
-                "--optimiser",
-                "SGD",
-                "--learning-rate",
-                0.5,
-                "--seed",
-                3,
-                "--isolated",
-            ],
-            {
-                "layer": 1,
-                "n_tokens": 1,
-                "selection": np.s_[:, [0]],
-                "objective": "maximise",
-                "optimiser": "SGD",
-                "learning_rate": 0.5,
-                "seed": 3,
-                "isolated": True,
-            },
+            ["--objective", "mean", "--optimizer", "SGD", "--learning-rate", 0.5, "--seed", 3, "--isolated"],
+            Maximize(Features(1, 0), how="mean", isolated=True),
+            {"optimizer": Optimizer("SGD", learning_rate=0.5, steps=3, restarts=4), "seed": 3},
         ),
         (
             ["--objective", "cosine", "--target", "ab", "--tokens", 2, "--prefix", "c", "--bos"],
-            {
-                "layer": 1,
-                "n_tokens": 2,
-                "selection": None,
-                "objective": "cosine",
-                "target": "ab",
-                "prefix": "c",
-                "prepend_bos": True,
-            },
+            Match(Features(1), "ab", "cosine"),
+            {"n_tokens": 2, "prefix": Prefix("c", prepend_bos=True)},
         ),
-        (
-            ["-l", 0, "-f", "3:6", "--objective", "maximin"],
-            {"layer": 0, "n_tokens": 1, "selection": np.s_[:, 3:6], "objective": "maximin"},
-        ),
+        (["-l", 0, "-f", "3:6", "--objective", "min"], Maximize(Features(0, [3, 4, 5]), how="min"), {}),
         (
             ["--objective", "continuation", "--target", "ab", "--prior", "nearest"],
-            {
-                "n_tokens": 1,
-                "objective": "continuation",
-                "target": "ab",
-                "prior": "nearest",
-            },
+            Continue("ab"),
+            {"prior": Prior("nearest")},
         ),
     ],
 )
 def test_every_option_of_gradient_reaches_the_analysis(
-    capsys, tmp_path, directory, model, arguments, options
+    capsys, tmp_path, directory, model, arguments, objective, options
 ):
     path = saved(capsys, tmp_path, directory, "gradient", *arguments, *FEW)
-    assert_same(GradientSearch.load(path), search_gradient(model, **FEW_OPTIONS, **options))
+    options = {"n_tokens": 1, "optimizer": Optimizer(steps=3, restarts=4)} | options
+    assert_same(GradientSearch.load(path), search_gradient(model, objective, **options))
 
 
-def test_one_token_and_one_feature_stand_beside_the_best_of_all_tokens(capsys, tmp_path, directory, model):
-    options = {"site": "mlp_out", "prefix": "a", "prepend_bos": True}
-    best = search_complete(model, layers=[0], features=[7], **options)
+def test_one_token_and_one_feature_are_compared_with_the_optimum(capsys, tmp_path, directory, model):
+    features, prefix = Features(0, 7, site="mlp_out"), Prefix("a", prepend_bos=True)
+    best = search_exhaustive(model, features, prefix=prefix)
     arguments = ["-l", 0, "-f", 7, "--site", "mlp_out", "--prefix", "a", "--bos"]
-    path = saved(capsys, tmp_path, directory, "gradient", *arguments, *FEW)
-    found = GradientSearch.load(path)
+    found = GradientSearch.load(saved(capsys, tmp_path, directory, "gradient", *arguments, *FEW))
     assert found.optimum == float(best.activations[0, 0, 0])
-    assert_same(
-        found,
-        search_gradient(
-            model, layer=0, selection=np.s_[:, 7], n_tokens=1, complete=best, **options, **FEW_OPTIONS
-        ),
-    )
-    code, out, _ = run(capsys, "features", "gradient", *arguments, *FEW, "--model", directory)
-    assert code == 0
-    assert f"The best of all tokens ({best.to_dataframe()['token'][0]}) has {found.optimum:.3f}: " in out
 
 
-def test_align_compares_layers_and_random_weights(capsys, directory, model):
+def test_alignment_compares_layers_and_random_weights(capsys, directory, model):
     code, out, _ = run(
-        capsys, "features", "align", directory, "--top", 3, "--seed", 2, "--feature", "0:16", "--json"
+        capsys,
+        "features",
+        "alignment",
+        "--model",
+        directory,
+        "--top",
+        3,
+        "--seed",
+        2,
+        "--feature",
+        "0:16",
+        "--json",
     )
     assert code == 0
     found = json.loads(out)
 
     def search(one):
-        return search_complete(one, features=range(16), top_k=3)
+        return search_exhaustive(one, Features(indices=range(16)), top_k=3)
 
     trained, drawn = search(model), search(random_like(model, 2))
     blocks = search(random_like(model, 2, keep_embeddings=True))
@@ -391,32 +312,27 @@ def test_align_compares_layers_and_random_weights(capsys, directory, model):
         "trained vs. random weights": feature_alignment(trained, drawn),
         "trained vs. random blocks": feature_alignment(trained, blocks),
     }
-    assert [each["compared"] for each in found["comparisons"]] == list(expected)
-    for each, result in zip(found["comparisons"], expected.values(), strict=True):
+    assert [each["compared"] for each in found] == list(expected)
+    for each, result in zip(found, expected.values(), strict=True):
         for what in ("same", "overlap"):
             share = result.share(what)
-            assert each[what]["value"] == share.value
-            assert (each[what]["low"], each[what]["high"]) == (share.low, share.high)
-            assert (each[what]["chance"], each[what]["verdict"]) == (share.chance, share.verdict)
-    index = expected["trained vs. random blocks"].index_share(other=True)
-    assert list(found["is_index"].values())[-1]["value"] == index.value
-    assert len(found["is_index"]) == 3
+            assert each["shares"][what] == dataclasses.asdict(share) | {"verdict": share.verdict}
 
 
-def test_align_with_another_model_compares_layer_with_layer(capsys, tmp_path, directory, model):
+def test_alignment_with_another_model_compares_layer_with_layer(capsys, tmp_path, directory, model):
     from tests.tiny_models import write_tiny_model
 
     other = tmp_path / "deeper"
     write_tiny_model(other, "gpt2", seed=1, n_layer=3)
-    arguments = ["features", "align", "--model", directory, "--against", other, "--no-random"]
+    arguments = ["features", "alignment", "--model", directory, "--against", other, "--no-random"]
     _, out, _ = run(capsys, *arguments, "--json")
     found = json.loads(out)
-    assert [each["compared"] for each in found["comparisons"]] == ["layers", "gpt2 vs. deeper"]
+    assert [each["compared"] for each in found] == ["layers", "gpt2 vs. deeper"]
     options = {"top_k": 5}
     expected = feature_alignment(
-        search_complete(model, **options), search_complete(load_model(other, processing=False), **options)
+        search_exhaustive(model, **options), search_exhaustive(load_model(other, processing=False), **options)
     )
-    assert_same(found["comparisons"][1]["same"]["value"], expected.share().value)
+    assert_same(found[1]["shares"]["same"]["value"], expected.share().value)
     path = tmp_path / "x.csv"
     code, _, _ = run(capsys, *arguments, "--out", path, "--quiet")
     assert code == 0
@@ -433,48 +349,46 @@ def test_a_model_that_does_not_compare_is_refused(
     write_tiny_model(small, "gpt2", n_layer=1, n_inner=16)
     capsys.readouterr()
     for against, arguments, message in (
-        (tiny_directories / "llama", [], "llama has another tokenizer"),
-        (small, ["--layer", "1"], "small has no layer 1: it has 1"),
-        (small, ["--feature", "17", "--site", "post"], "small has no feature 17: it has 16"),
+        (tiny_directories / "llama", [], "--against has another tokenizer"),
+        (small, ["--layer", "1"], "layer of --against 1 is out of range"),
+        (small, ["--feature", "17", "--site", "post"], "feature of --against 17 is out of range"),
     ):
-        given = ["align", "--model", directory, "--against", against, *arguments]
+        given = ["alignment", "--model", directory, "--against", against, *arguments]
         refused(capsys, given, message, monkeypatch, tmp_path)
 
 
-def test_align_alone_is_saved(capsys, tmp_path, directory, model):
-    path = saved(capsys, tmp_path, directory, "align", "--no-random", "--top", 2, "--site", "mlp_out")
-    expected = feature_alignment(search_complete(model, top_k=2, site="mlp_out"))
+def test_alignment_alone_is_saved(capsys, tmp_path, directory, model):
+    path = saved(capsys, tmp_path, directory, "alignment", "--no-random", "--top", 2, "--site", "mlp_out")
+    expected = feature_alignment(search_exhaustive(model, Features(site="mlp_out"), top_k=2))
     assert_same(FeatureAlignment.load(path), expected)
 
 
-def test_align_of_one_layer_is_with_random_weights_alone(capsys, directory):
-    code, out, _ = run(capsys, "features", "align", directory, "--layer", 1, "--json")
+def test_alignment_of_one_layer_is_with_random_weights_alone(capsys, directory):
+    code, out, _ = run(capsys, "features", "alignment", "--model", directory, "--layer", 1, "--json")
     assert code == 0
-    names = [each["compared"] for each in json.loads(out)["comparisons"]]
+    names = [each["compared"] for each in json.loads(out)]
     assert names == ["trained vs. random weights", "trained vs. random blocks"]
 
 
 def test_every_option_of_examples_reaches_the_analysis(capsys, tmp_path, directory, model, corpus):
     path = saved(capsys, tmp_path, directory, "examples", corpus)
-    expected = feature_examples(model, corpus, layers=[1], features=range(4))
+    expected = feature_examples(model, Features(1, range(4)), corpus)
     assert_same(FeatureExamples.load(path), expected)
     other = tmp_path / "other.txt"
     other.write_text(TEXT[::-1])
     path = saved(capsys, tmp_path, directory, "examples", corpus, other)
-    expected = feature_examples(model, [corpus, other], layers=[1], features=range(4))
+    expected = feature_examples(model, Features(1, range(4)), [corpus, other])
     assert_same(FeatureExamples.load(path), expected)
     arguments = ["-l", 0, "-f", 3, "--top", 2, "--length", 8, "--limit", 5, "--no-bos", "--site", "post"]
     path = saved(capsys, tmp_path, directory, "examples", corpus, *arguments)
     expected = feature_examples(
         model,
+        Features(0, [3], site="post"),
         corpus,
-        layers=[0],
-        features=[3],
         top_k=2,
         length=8,
         limit=5,
         prepend_bos=False,
-        site="post",
     )
     assert_same(FeatureExamples.load(path), expected)
 
@@ -483,7 +397,7 @@ def test_examples_without_files_are_of_what_the_model_writes(capsys, tmp_path, d
     options = ["--length", 8, "--limit", 5, "--seed", 3]
     path = saved(capsys, tmp_path, directory, "examples", *options)
     written = sample_tokens(model, batch=5, seq_len=8, seed=3)
-    expected = feature_examples(model, written, layers=[1], features=range(4))
+    expected = feature_examples(model, Features(1, range(4)), written)
     assert_same(FeatureExamples.load(path), expected)
 
 
@@ -499,7 +413,7 @@ def test_a_corpus_that_is_none_is_refused(capsys, tmp_path, directory, corpus):
         assert len(err.strip().splitlines()) == 1, err
 
 
-@pytest.mark.parametrize("arguments", [["complete"], ["greedy", "--tokens", 1], ["examples", "CORPUS"]])
+@pytest.mark.parametrize("arguments", [["exhaustive"], ["greedy", "--tokens", 1], ["examples", "CORPUS"]])
 def test_a_search_resumes_and_says_if_it_cannot(capsys, tmp_path, directory, corpus, arguments):
     file = tmp_path / "progress.safetensors"
     arguments = [corpus if each == "CORPUS" else each for each in arguments]
@@ -517,7 +431,7 @@ def test_a_search_resumes_and_says_if_it_cannot(capsys, tmp_path, directory, cor
 @pytest.mark.parametrize(
     "command",
     [
-        ["complete"],
+        ["exhaustive"],
         ["greedy", "--tokens", "3"],
         ["gradient", "--tokens", "2", "--restarts", "4", "--steps", "9"],
         ["examples", "CORPUS", "--length", "2"],
@@ -560,16 +474,16 @@ def test_several_layers_are_searched_greedily_one_by_one(capsys, tmp_path, direc
     path = tmp_path / "x.csv"
     arguments = ["-l", "0:2", "-f", 3, "--tokens", 2, "--model", directory]
     _, out, _ = run(capsys, "features", "greedy", *arguments, "--json", "--out", path)
-    tables = [search_greedy(model, layer=layer, features=[3], n_tokens=2).to_dataframe() for layer in (0, 1)]
+    tables = [search_greedy(model, Features(layer, [3]), n_tokens=2).to_dataframe() for layer in (0, 1)]
     expected = pd.concat(tables, ignore_index=True)
-    assert_same(json.loads(out)["tokens"], expected.to_dict("records"))
+    assert_same([row for each in json.loads(out) for row in each["rows"]], expected.to_dict("records"))
     assert pd.read_csv(path, keep_default_na=False)["id"].tolist() == expected["id"].tolist()
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["complete", "--layer", "0:2", "--feature", "1", "--feature", "4:6", "--bos", "--top", "2"],
+        ["exhaustive", "--layer", "0:2", "--feature", "1", "--feature", "4:6", "--bos", "--top", "2"],
         [
             "greedy",
             "--feature",
@@ -584,8 +498,7 @@ def test_several_layers_are_searched_greedily_one_by_one(capsys, tmp_path, direc
             "a b",
         ],
         ["gradient", "--feature", "3", "--restarts", "4", "--steps", "3", "--prior", "norm", "--isolated"],
-        ["align", "--top", "2", "--no-random", "--model", "MODEL"],
-        ["align", "--top", "1", "--seed", "3", "MODEL"],
+        ["alignment", "--top", "2", "--no-random", "--model", "MODEL"],
         ["examples", "--feature", "1", "--top", "2", "--length", "9", "--no-bos", "--limit", "4", "CORPUS"],
     ],
 )
@@ -607,7 +520,7 @@ def test_a_page_has_the_command_that_wrote_it(capsys, tmp_path, directory, corpu
 def test_a_page_shows_all_features_that_were_asked_for(capsys, tmp_path, directory):
     path = tmp_path / "x.html"
     arguments = ["--feature", "0:20", "--model", directory, "--out", path, "--quiet"]
-    code, _, _ = run(capsys, "features", "complete", *arguments)
+    code, _, _ = run(capsys, "features", "exhaustive", *arguments)
     assert code == 0
     # of layer, feature, and tokens: the table below the picture
     rows = re.findall(r"<tr><td[^>]*>(\d+)</td><td[^>]*>(\d+)</td>", path.read_text())
@@ -616,7 +529,7 @@ def test_a_page_shows_all_features_that_were_asked_for(capsys, tmp_path, directo
 
 @pytest.mark.parametrize(
     "arguments",
-    [["complete"], ["greedy", "--tokens", 1], ["gradient", *FEW, "--tokens", 2], ["examples", "CORPUS"]],
+    [["exhaustive"], ["greedy", "--tokens", 1], ["gradient", *FEW, "--tokens", 2], ["examples", "CORPUS"]],
 )
 def test_json_is_one_object_that_tells_the_model(capsys, directory, corpus, arguments):
     arguments = [corpus if each == "CORPUS" else each for each in arguments]
@@ -625,12 +538,3 @@ def test_json_is_one_object_that_tells_the_model(capsys, directory, corpus, argu
     found = json.loads(out)
     assert found["model"]["processing"] is False
     assert found["site"] == "resid_post"
-
-
-def test_the_bundled_models_tokens_fit_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, _ = run(capsys, "features", "complete", "--top", 2)
-    assert code == 0
-    assert max(map(len, out.splitlines())) <= 80
-    shown = re.findall(r"feature \d", out)
-    assert shown == [f"feature {number}" for number in range(8)]

@@ -28,10 +28,10 @@ PAGES = {
     "circuit": ["circuit", "0.0", "1.0"],
     "composition": ["composition", "--draws", "2"],
     "induction-circuits": ["induction-circuits", "--pair", "0.0,1.0", *SMALL],
-    "features complete": ["features", "complete"],
+    "features exhaustive": ["features", "exhaustive"],
     "features greedy": ["features", "greedy", "--tokens", "1"],
     "features gradient": ["features", "gradient", "--restarts", "2", "--steps", "1"],
-    "features align": ["features", "align", "--no-random"],
+    "features alignment": ["features", "alignment", "--no-random"],
     "features examples": ["features", "examples", "CORPUS", "--length", "8"],
 }
 FILES = {**PAGES, "heads": ["heads", "--n-seeds", "1", *SMALL]}
@@ -291,11 +291,11 @@ RUNS = [
     ["patch", "--text", TEXT, "--by", "layer", "--model", "MODEL"],
     ["circuit", "0.2", "1.1", "--tokens", TEXT, "--top", "2", "--model", "MODEL"],
     ["induction-circuits", "--pair", "0.2,1.1", "--batch", "2", "--seq-len", "9", "--model", "MODEL"],
-    ["features", "complete", "--feature", "0:2", "--model", "MODEL"],
+    ["features", "exhaustive", "--feature", "0:2", "--model", "MODEL"],
     ["features", "greedy", "--tokens", "1", "--prefix", TEXT, "--model", "MODEL"],
     ["features", "gradient", "--steps", "1", "--restarts", "2", "--prefix", TEXT, "--model", "MODEL"],
     ["features", "examples", "CORPUS", "--length", "9", "--feature", "1", "--model", "MODEL"],
-    ["features", "align", "--no-random", "--feature", "0:4", "--model", "MODEL"],
+    ["features", "alignment", "--no-random", "--feature", "0:4", "--model", "MODEL"],
     ["models", "--like", "gpt2"],
     *([*words, "--help"] for words in commands.every()),
 ]

@@ -9,13 +9,13 @@ import sys
 import pytest
 
 from mechlens.analyses.circuits import factors
-from mechlens.analyses.features import gradient, greedy, objectives, optimization, spec
+from mechlens.analyses.features import Continue, objectives, optimization, spec
 from mechlens.cli import circuits as cli_circuits
-from mechlens.cli import commands, feature_options, options
+from mechlens.cli import commands, options
+from mechlens.cli import features as cli_features
 from mechlens.cli import patching as cli_patching
 from mechlens.models.load import loading
 from mechlens.models.run import sites
-from mechlens.plots import features as plots_features
 
 HEAVY = {
     *("torch", "transformers", "transformer_lens", "tokenizers", "safetensors", "huggingface_hub"),
@@ -89,11 +89,6 @@ def test_an_unknown_command_imports_nothing_heavy(words):
         ["circuit", "1.2", "--embedding", "W_U"],
         ["composition", "--kind", "ov"],
         ["induction-circuits", "--how", "half"],
-        ["features", "complete", "--site", "z"],
-        ["features", "greedy", "--aggregate", "mean"],
-        ["features", "gradient", "--optimiser", "LBFGS"],
-        ["features", "gradient", "--prior", "l2"],
-        ["features", "gradient", "--objective", "l2"],
     ],
 )
 def test_a_wrong_value_imports_no_torch(arguments):
@@ -116,14 +111,10 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
         (options.BUNDLED, loading.BUNDLED),
         (cli_patching.SITES, tuple(sites.SITES)),
         (cli_circuits.EMBEDDINGS, factors.EMBEDDINGS),
-        (set(feature_options.SITES), set(spec.SITES)),
-        (feature_options.AGGREGATES, greedy.AGGREGATES),
-        (feature_options.EXCITING, plots_features.EXCITING),
-        (feature_options.OBJECTIVES, objectives.OBJECTIVES),
-        (feature_options.PRIORS, optimization.PRIORS),
-        (feature_options.PENALTIES, optimization.PENALTIES),
-        (feature_options.OPTIMISERS, gradient.OPTIMISERS),
-        (feature_options.FASTEST, gradient.FASTEST),
+        (cli_features.SITES, tuple(spec.SITES)),
+        (cli_features.OBJECTIVES, (*objectives.HOW, *objectives.DISTANCES, Continue.name)),
+        (cli_features.PRIORS, optimization.PRIORS),
+        (cli_features.OPTIMIZERS, optimization.OPTIMIZERS),
     ],
 )
 def test_choices_repeated_in_the_command_line_equal_those_of_the_analyses(ours, theirs):

@@ -11,8 +11,8 @@ import torch
 
 import mechlens
 from mechlens.results import (
-    CompleteSearch,
     CompositionScores,
+    ExhaustiveSearch,
     FeatureAlignment,
     InputProbe,
     LogitAttribution,
@@ -188,7 +188,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
             seed=0,
             prepend_bos=True,
         ),
-        "search": CompleteSearch(
+        "search": ExhaustiveSearch(
             model=info,
             site="mlp_out",
             layers=tuple(range(n_layers)),
@@ -215,8 +215,8 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
             top_k=4,
             prefix=torch.tensor([0]),
             other_prefix=torch.tensor([0]),
-            excited=torch.ones(n_layers, n_features, dtype=torch.bool),
-            other_excited=torch.ones(n_layers, n_features, dtype=torch.bool),
+            activated=torch.ones(n_layers, n_features, dtype=torch.bool),
+            other_activated=torch.ones(n_layers, n_features, dtype=torch.bool),
             same=same,
             overlap=same.float(),
             chance_same=torch.full((n_layers, n_layers), 0.1),

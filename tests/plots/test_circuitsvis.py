@@ -11,7 +11,7 @@ from mechlens.plots.circuitsvis import POLICY, View
 from mechlens.plots.features import plot_feature_examples
 from mechlens.plots.heads import plot_attention
 from tests import hand_made
-from tests.plots.test_features import examples
+from tests.feature_results import examples
 from tests.show.test_page import Page
 
 VIEWS = {

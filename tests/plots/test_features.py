@@ -1,4 +1,4 @@
-"""Pictures of features hold the results' numbers, and tokens stay texts in them."""
+"""Figures of features hold the results' numbers, and tokens stay text in them."""
 
 from __future__ import annotations
 
@@ -10,210 +10,30 @@ import pytest
 import torch
 
 from mechlens.plots.feature_alignment import plot_feature_alignment
-from mechlens.plots.features import (
-    plot_feature_examples,
-    plot_feature_tokens,
-    plot_gradient_search,
-    searched_words,
-)
+from mechlens.plots.features import plot_feature_examples, plot_feature_tokens
+from mechlens.plots.gradient_search import plot_gradient_search
 from mechlens.plots.style import figure_text
-from mechlens.results import (
-    CompleteSearch,
-    FeatureAlignment,
-    FeatureExamples,
-    GradientSearch,
-    GreedySearch,
-    ModelInfo,
-)
+from mechlens.results import GradientSearch
 from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import MINUS
-from tests import hand_made
-
-MARKUP = "</script><b>&lt;$x$"
-STRINGS = {"0": "<s>", "5": " a", "6": "\n", "7": MARKUP, "8": "b"}
-
-
-def own(name: str = "tiny") -> ModelInfo:
-    return dataclasses.replace(hand_made.model(name, n_layers=4), processing=False)
-
-
-def complete(**changes) -> CompleteSearch:
-    """Layers 0, 2, 3, features 4, 1; feature 4 has ` a` first in two layers, feature 1 has none twice."""
-    plain = CompleteSearch(
-        model=own(),
-        site="resid_post",
-        layers=(0, 2, 3),
-        features=(4, 1),
-        directions=None,
-        prefix=torch.tensor([0]),
-        prepend_bos=True,
-        ids=torch.tensor([[[5, 6], [5, 8]], [[5, 8], [6, 5]], [[8, 5], [7, 5]]]),
-        activations=torch.tensor(
-            [[[2.0, 1.0], [3.0, 0.5]], [[4.0, 1.5], [5.0, 2.5]], [[6.0, 3.5], [-7.0, -8.0]]]
-        ),
-        lowest_ids=torch.tensor([[[8, 7], [8, 7]], [[8, 7], [8, 7]], [[8, 7], [6, 8]]]),
-        lowest_activations=torch.full((3, 2, 2), -9.0),
-        strings=STRINGS,
-        vocabulary="0f1e2d3c4b5a",
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def greedy(**changes) -> GreedySearch:
-    """Two features of layer 2, two inputs of two tokens each."""
-    plain = GreedySearch(
-        model=own(),
-        site="resid_post",
-        layer=2,
-        features=(4, 1),
-        directions=None,
-        prefix=torch.tensor([0]),
-        prepend_bos=True,
-        aggregate="sum",
-        ids=torch.tensor([[[5, 6], [5, 8]], [[7, 8], [8, 8]]]),
-        activations=torch.tensor([[[2.0, 3.0], [2.0, 1.5]], [[0.5, -0.25], [0.25, -0.5]]]),
-        strings=STRINGS,
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def gradient(**changes) -> GradientSearch:
-    """Feature 3 at both of two tokens; three restarts, two steps; restart 1 decoded by `nearest` is best."""
-    pinv, nearest = torch.tensor([[5, 5], [6, 5], [8, 8]]), torch.tensor([[6, 8], [5, 7], [8, 5]])
-    plain = GradientSearch(
-        model=own(),
-        site="resid_post",
-        layer=2,
-        directions=None,
-        selected=torch.tensor([[0, 3], [1, 3]]),
-        prefix=torch.tensor([0]),
-        prepend_bos=True,
-        objective="maximise",
-        target_ids=None,
-        constant=None,
-        prior="norm",
-        prior_weight=0.5,
-        optimiser="Adam",
-        learning_rate=0.125,
-        isolated=False,
-        seed=1,
-        objectives=torch.tensor([[1.0, -2.0, -3.0], [0.5, -4.0, -4.5], [0.25, 0.0, -0.5]]),
-        activations=torch.tensor([[-1.0, 2.0, 3.0], [-0.5, 4.0, 4.5], [-0.25, 0.0, 0.5]]),
-        embeddings=torch.ones(3, 2, 8),
-        nearest_cosine=torch.tensor([[0.5, 0.25], [0.75, 0.5], [0.125, 0.125]]),
-        token_cosine=0.25,
-        decoded_ids={"pinv": pinv, "nearest": nearest},
-        ids={"pinv": pinv, "nearest": nearest},
-        true_objectives={
-            "pinv": torch.tensor([-1.0, -0.5, -0.25]),
-            "nearest": torch.tensor([-0.5, -1.5, 0.0]),
-        },
-        true_activations={"pinv": torch.tensor([1.0, 0.5, 0.25]), "nearest": torch.tensor([0.5, 1.5, 0.0])},
-        selected_activations={
-            "pinv": torch.tensor([[1.5, 0.5], [0.5, 0.5], [0.5, 0.0]]),
-            "nearest": torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 0.0]]),
-        },
-        optimum=None,
-        strings=STRINGS,
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def continuation() -> GradientSearch:
-    """The same, searching for what the token `b` follows."""
-    nan = {way: torch.full((3,), torch.nan) for way in ("pinv", "nearest")}
-    return gradient(
-        objective="continuation",
-        selected=torch.zeros(0, 2, dtype=torch.long),
-        target_ids=torch.tensor([8]),
-        activations=torch.full((3, 3), torch.nan),
-        true_activations=nan,
-        selected_activations={way: torch.zeros(3, 0) for way in nan},
-        true_objectives={"pinv": torch.tensor([3.0, 2.0, 1.0]), "nearest": torch.tensor([4.0, 0.5, 6.0])},
-        objectives=torch.tensor([[1.0, 2.0, 3.0], [5.0, 4.0, 0.25], [7.0, 8.0, 9.0]]),
-    )
-
-
-def alignment(**changes) -> FeatureAlignment:
-    """Layers 0 and 2 of one search, four features: 3 of them the same, by chance 1 in 8."""
-    same = torch.tensor([True, True, True, False])
-    plain = FeatureAlignment(
-        model=own(),
-        other=own(),
-        within=True,
-        site="resid_post",
-        other_site="resid_post",
-        layers=(0, 2),
-        other_layers=(0, 2),
-        features=(0, 1, 3, 4),
-        top_k=2,
-        prefix=torch.tensor([0]),
-        other_prefix=torch.tensor([0]),
-        excited=torch.ones(2, 4, dtype=torch.bool),
-        other_excited=torch.ones(2, 4, dtype=torch.bool),
-        same=torch.stack([torch.stack([same | True, same]), torch.stack([same, same | True])]),
-        overlap=torch.tensor([[[1.0] * 4, [0.5, 0.5, 1.0, 0.5]], [[0.5, 0.5, 1.0, 0.5], [1.0] * 4]]),
-        chance_same=torch.tensor([[0.0625, 0.125], [0.125, 0.25]]),
-        chance_overlap=torch.tensor([[0.0625, 0.375], [0.375, 0.25]]),
-        is_index=torch.tensor([[True, False, False, False]] * 2),
-        other_is_index=torch.zeros(2, 4, dtype=torch.bool),
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def untrained(**changes) -> FeatureAlignment:
-    """Layers 0, 1, 2 of the model with layer 2 of another, where nothing is the same."""
-    plain = alignment(
-        other=own("<b>$other$"),
-        within=False,
-        layers=(0, 1, 2),
-        other_layers=(2,),
-        excited=torch.ones(3, 4, dtype=torch.bool),
-        other_excited=torch.ones(1, 4, dtype=torch.bool),
-        same=torch.zeros(3, 1, 4, dtype=torch.bool),
-        overlap=torch.zeros(3, 1, 4),
-        chance_same=torch.full((3, 1), 0.125),
-        chance_overlap=torch.full((3, 1), 0.25),
-        is_index=torch.zeros(3, 4, dtype=torch.bool),
-        other_is_index=torch.ones(1, 4, dtype=torch.bool),
-    )
-    return dataclasses.replace(plain, **changes)
-
-
-def examples(**changes) -> FeatureExamples:
-    """Feature 2 of layer 1 in windows 7 and 3 of a corpus, behind BOS; there was no third."""
-    nan = torch.nan
-    plain = FeatureExamples(
-        model=own(),
-        site="mlp_out",
-        layers=(0, 1),
-        features=(6, 2),
-        directions=None,
-        prepend_bos=True,
-        read=9,
-        numbers=torch.tensor([3, 7]),
-        tokens=torch.tensor([[0, 5, 6], [0, 7, 8]]),
-        windows=torch.tensor([[[-1] * 3, [-1] * 3], [[0, 1, -1], [1, 0, -1]]]),
-        positions=torch.tensor([[[-1] * 3, [-1] * 3], [[1, 2, -1], [2, 1, -1]]]),
-        activations=torch.tensor(
-            [
-                [[[nan] * 3] * 3] * 2,
-                [
-                    [[nan, 9.0, 8.0], [nan, 6.0, 7.0], [nan] * 3],
-                    [[nan, -1.0, 2.123456], [nan, 1.5, 0.25], [nan] * 3],
-                ],
-            ]
-        ),
-        strings=STRINGS,
-    )
-    return dataclasses.replace(plain, **changes)
-
+from tests.feature_results import (
+    MARKUP,
+    alignment,
+    continuation,
+    examples,
+    exhaustive,
+    gradient,
+    of_layers,
+    own,
+    sites,
+    untrained,
+)
 
 # -- best tokens -----------------------------------------------------------------------------------
 
 
 def test_cells_hold_the_best_token_and_how_many_layers_have_it():
-    figure = plot_feature_tokens(complete())
+    figure = plot_feature_tokens(exhaustive())
     (cells,) = figure.data
     assert [list(row) for row in cells.text] == [
         ["·a", "·a"],
@@ -229,8 +49,8 @@ def test_cells_hold_the_best_token_and_how_many_layers_have_it():
     assert figure.layout.yaxis.autorange is None, "layers go upwards"
 
 
-def test_under_the_cursor_stand_the_best_tokens_with_their_activations():
-    hovers = plot_feature_tokens(complete()).data[0].hovertext
+def test_hover_texts_have_the_best_tokens_with_their_activations():
+    hovers = plot_feature_tokens(exhaustive()).data[0].hovertext
     assert hovers[1][0] == "<b>layer 2, feature 4</b><br>1. ·a 4.000<br>2. b 1.500<br>first in 2 of 3 layers"
     assert hovers[2][1] == (
         f"<b>layer 3, feature 1</b><br>1. {figure_text(MARKUP)} {MINUS}7.000<br>2. ·a {MINUS}8.000"
@@ -239,7 +59,7 @@ def test_under_the_cursor_stand_the_best_tokens_with_their_activations():
 
 
 def test_chosen_layers_and_features_are_drawn_in_their_order():
-    figure = plot_feature_tokens(complete(), layers=[3, 0], features=[1], end="lowest")
+    figure = plot_feature_tokens(exhaustive(), layers=[3, 0], features=[1], end="lowest")
     (cells,) = figure.data
     assert [list(row) for row in cells.text] == [["⏎"], ["b"]]
     assert figure.layout.yaxis.ticktext == ("3", "0")
@@ -248,21 +68,21 @@ def test_chosen_layers_and_features_are_drawn_in_their_order():
     )
     # only layers that are drawn count, and each once
     np.testing.assert_array_equal(
-        plot_feature_tokens(complete(), layers=[2, 3, 3]).data[0].z, [[1, 1], [1, 1]]
+        plot_feature_tokens(exhaustive(), layers=[2, 3, 3]).data[0].z, [[1, 1], [1, 1]]
     )
-    assert "resid_post least" in figure.layout.title.text
+    assert "Minimally activating token" in figure.layout.title.text
 
 
 def test_one_layer_has_nothing_to_agree_with():
-    figure = plot_feature_tokens(complete(), layers=[2])
+    figure = plot_feature_tokens(exhaustive(), layers=[2])
     assert not figure.data[0].showscale
     assert "first in" not in figure.data[0].hovertext[0][0]
     assert "darker" not in figure.layout.title.text
 
 
-def test_the_first_eight_features_are_drawn_unasked():
+def test_the_first_eight_features_are_drawn_by_default():
     ids = torch.arange(10).reshape(1, 10, 1)
-    many = complete(
+    many = exhaustive(
         layers=(0,),
         features=tuple(range(10, 20)),
         ids=ids,
@@ -277,11 +97,11 @@ def test_the_first_eight_features_are_drawn_unasked():
     assert len(cells.text[0]) == 10
 
 
-def test_what_no_token_excites_has_no_token():
+def test_a_feature_that_no_token_activates_has_a_dash():
     """Neither does it agree with another layer; what is lowest is there all the same."""
     ids = torch.tensor([[[0, 1], [0, 1]], [[0, 2], [0, 2]], [[0, 3], [2, 0]]])
     values = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[1.0, 0.5], [-0.0, -0.0]], [[0.0, 0.0], [3.0, 0.0]]])
-    search = complete(
+    search = exhaustive(
         site="post",
         layers=(0, 1, 2),
         features=(4, 5),
@@ -297,32 +117,32 @@ def test_what_no_token_excites_has_no_token():
     hovers = cells.hovertext
     assert hovers[0][0].endswith("1. t0 2.000<br>first in 2 of 3 layers")
     assert hovers[1][0].endswith("1. t0 1.000<br>2. t2 0.500<br>first in 2 of 3 layers")
-    assert hovers[0][1].endswith("no token excites it")
+    assert hovers[0][1].endswith("no token activates it")
     (cells,) = plot_feature_tokens(search, end="lowest").data
     assert [list(row) for row in cells.text] == [["t0", "t0"], ["t0", "t0"], ["t0", "t2"]]
 
 
 def test_titles_say_what_was_searched():
-    title = plot_feature_tokens(complete()).layout.title.text
-    assert "Tokens that excite each feature of resid_post most" in title
-    assert f"of all 64 tokens, each behind {figure_text('<s>')}" in title
+    title = plot_feature_tokens(exhaustive()).layout.title.text
+    assert "Maximally activating token of each feature of resid_post" in title
+    assert f"of all 64 tokens, each after {figure_text('<s>')}" in title
     nothing = torch.tensor([], dtype=torch.long)
-    neurons = plot_feature_tokens(complete(site="post", prefix=nothing, prepend_bos=False))
-    assert "each neuron of the MLP most" in neurons.layout.title.text
+    neurons = plot_feature_tokens(exhaustive(site="post", prefix=nothing, prepend_bos=False))
+    assert "each neuron of the MLP" in neurons.layout.title.text
     assert "each without BOS" in neurons.layout.title.text
     assert neurons.layout.xaxis.title.text == "neuron"
     assert "<b>layer 0, neuron 4</b>" in neurons.data[0].hovertext[0][0]
 
 
-def test_what_was_not_searched_is_refused():
+def test_layers_and_features_that_were_not_searched_are_refused():
     with pytest.raises(ValueError, match=r"layer 1 was not searched: there are 0, 2, 3$"):
-        plot_feature_tokens(complete(), layers=[0, 1])
+        plot_feature_tokens(exhaustive(), layers=[0, 1])
     with pytest.raises(ValueError, match=r"feature 2 was not searched: there are 4, 1$"):
-        plot_feature_tokens(complete(), features=[2])
+        plot_feature_tokens(exhaustive(), features=[2])
     with pytest.raises(ValueError, match="no layer is chosen"):
-        plot_feature_tokens(complete(), layers=[])
-    with pytest.raises(ValueError, match="end must be one of highest, lowest, but is 'best'"):
-        plot_feature_tokens(complete(), end="best")
+        plot_feature_tokens(exhaustive(), layers=[])
+    with pytest.raises(ValueError, match="end must be one of highest, lowest, got 'best'"):
+        plot_feature_tokens(exhaustive(), end="best")
 
 
 # -- alignment -------------------------------------------------------------------------------------
@@ -374,7 +194,7 @@ def test_long_names_keep_clear_of_the_next_heatmap():
     assert long.layout.height > short.layout.height
 
 
-def test_under_the_cursor_stand_interval_chance_and_verdict():
+def test_hover_texts_have_interval_chance_and_verdict():
     (cells,) = plot_feature_alignment(alignment()).data
     share = alignment().share("same", [(0, 2)])
     assert cells.hovertext[0][1] == (
@@ -392,24 +212,19 @@ def test_under_the_cursor_stand_interval_chance_and_verdict():
     )
 
 
-def test_cells_are_of_the_features_that_some_token_excites_in_both_layers():
-    excited = torch.tensor([[True, True, True, True], [True, False, False, True]])
-    figure = plot_feature_alignment(alignment(excited=excited, other_excited=excited))
+def test_cells_count_features_that_some_token_activates_in_both_layers():
+    activated = torch.tensor([[True, True, True, True], [True, False, False, True]])
+    figure = plot_feature_alignment(alignment(activated=activated, other_activated=activated))
     assert "of up to 4 features" in figure.layout.title.text
     assert "of 4 features" in plot_feature_alignment(alignment()).layout.title.text
     (cells,) = figure.data
     np.testing.assert_array_equal(cells.z, [[np.nan, 0.5], [0.5, np.nan]])
     assert "the same best token: 0.500<br>" in cells.hovertext[0][1]
-    assert "<br>of 2 features that tokens excite in both" in cells.hovertext[0][1]
+    assert "<br>of 2 features that tokens activate in both" in cells.hovertext[0][1]
     nothing = torch.zeros(2, 4, dtype=torch.bool)
-    figure = plot_feature_alignment(alignment(excited=nothing, other_excited=nothing))
+    figure = plot_feature_alignment(alignment(activated=nothing, other_activated=nothing))
     assert np.isnan(figure.data[0].z).all()
     assert "nothing to compare" in figure.layout.annotations[0].text
-
-
-def sites(**changes) -> FeatureAlignment:
-    """The same model's two layers at one site with these at another."""
-    return alignment(within=False, site="attn_out", other_site="mlp_out", **changes)
 
 
 def test_two_sites_are_named_by_axes_titles_and_cursor():
@@ -461,12 +276,12 @@ def test_heatmaps_stand_in_rows_that_fit_a_page(count, rows):
     assert [(bar.lenmode, bar.len, bar.y) for bar in colour_bars] == [("pixels", 230, 1)]
 
 
-def test_what_cannot_be_compared_says_so():
+def test_one_layer_has_nothing_to_compare():
     alone = alignment(
         layers=(2,),
         other_layers=(2,),
-        excited=torch.ones(1, 4, dtype=torch.bool),
-        other_excited=torch.ones(1, 4, dtype=torch.bool),
+        activated=torch.ones(1, 4, dtype=torch.bool),
+        other_activated=torch.ones(1, 4, dtype=torch.bool),
         same=torch.ones(1, 1, 4, dtype=torch.bool),
         overlap=torch.ones(1, 1, 4),
         chance_same=torch.full((1, 1), torch.nan),
@@ -478,27 +293,12 @@ def test_what_cannot_be_compared_says_so():
     assert "nothing to compare" in note.text
     with pytest.raises(ValueError, match="at least one result"):
         plot_feature_alignment()
-    with pytest.raises(ValueError, match="names must be 2, one for each result, but is 1"):
+    with pytest.raises(ValueError, match="names must be 2 texts, one for each result, got"):
         plot_feature_alignment(alignment(), alignment(), names=["one"])
-    with pytest.raises(ValueError, match="but is the text 'ab'"):
+    with pytest.raises(ValueError, match="got 'ab'"):
         plot_feature_alignment(alignment(), alignment(), names="ab")
-    with pytest.raises(ValueError, match="what must be one of same, overlap, but is 'x'"):
+    with pytest.raises(ValueError, match="what must be one of same, overlap, got 'x'"):
         plot_feature_alignment(alignment(), what="x")
-
-
-def of_layers(size: int) -> FeatureAlignment:
-    return alignment(
-        layers=tuple(range(size)),
-        other_layers=tuple(range(size)),
-        excited=torch.ones(size, 4, dtype=torch.bool),
-        other_excited=torch.ones(size, 4, dtype=torch.bool),
-        same=torch.ones(size, size, 4, dtype=torch.bool),
-        overlap=torch.ones(size, size, 4),
-        chance_same=torch.zeros(size, size),
-        chance_overlap=torch.zeros(size, size),
-        is_index=torch.zeros(size, 4, dtype=torch.bool),
-        other_is_index=torch.zeros(size, 4, dtype=torch.bool),
-    )
 
 
 def test_large_models_have_no_numbers_in_their_cells():
@@ -534,7 +334,7 @@ def test_each_restart_is_a_line_and_that_of_the_best_tokens_the_strong_one():
     assert best.line.width > others.line.width
 
 
-def test_true_activations_stand_behind_the_last_step():
+def test_true_activations_are_to_the_right_of_the_last_step():
     figure = plot_gradient_search(gradient())
     drawn = traces(gradient())
     pinv, nearest = (drawn[f"tokens by {way}"] for way in ("pinv", "nearest"))
@@ -543,7 +343,7 @@ def test_true_activations_stand_behind_the_last_step():
     assert 2 < pinv.x[0] < nearest.x[0] <= figure.layout.xaxis.range[1]
     assert nearest.hovertext[1] == (
         f"<b>·a {figure_text(MARKUP)}</b><br>restart 1, nearest<br>1.500"
-        "<br>its embedding's cosine to the nearest real one 0.625"
+        "<br>cosine of its embedding to the nearest real one 0.625"
     )
     sizes = [*pinv.marker.size, *nearest.marker.size]
     assert max(sizes) == nearest.marker.size[1]
@@ -553,7 +353,7 @@ def test_true_activations_stand_behind_the_last_step():
 
 
 @pytest.mark.parametrize(("steps", "last"), [(40, [35, 40]), (98, [84, 98]), (100, [91, 100]), (5, [4, 5])])
-def test_the_last_step_is_named_and_its_number_stands_on_no_other(steps, last):
+def test_the_last_step_is_labeled_without_overlap(steps, last):
     # every twelfth of 98 steps would be named up to the 96th, whose number is as wide as three steps
     values = torch.zeros(3, steps + 1)
     ticks = plot_gradient_search(gradient(objectives=values, activations=values)).layout.xaxis.tickvals
@@ -568,8 +368,8 @@ def test_the_optimum_is_a_line_where_it_is_known():
     title = plot_gradient_search(gradient(optimum=2.5)).layout.title.text
     assert f"best tokens: ·a {figure_text(MARKUP)}, 1.500; optimum 2.500" in title
     assert "feature 3 at every position" in title
-    assert "resid_post of layer 2, behind" in title
-    assert "objective maximise, prior norm, Adam, 3 restarts" in title
+    assert "resid_post of layer 2, after" in title
+    assert "objective mean, prior norm, Adam, 3 restarts" in title
     assert "this block alone" not in title
     assert "this block alone" in plot_gradient_search(gradient(isolated=True)).layout.title.text
 
@@ -599,7 +399,7 @@ def test_a_target_is_drawn_by_the_distance_from_it():
 
 
 def test_the_smallest_of_several_is_drawn_where_it_is_raised():
-    result = gradient(objective="maximin", objectives=gradient().objectives + 0.25, optimum=None)
+    result = gradient(objective="min", objectives=gradient().objectives + 0.25, optimum=None)
     best = traces(result)["restart of the best tokens"]
     # minus the objective, and not the mean of the activations
     assert list(best.y) == [-0.75, 3.75, 4.25]
@@ -621,39 +421,10 @@ def test_one_restart_is_the_best():
     assert list(traces(one)) == ["restart of the best tokens", "tokens by pinv"]
 
 
-@pytest.mark.parametrize(
-    ("selected", "words"),
-    [
-        ([(0, 3)], "feature 3 at position 0"),
-        ([(0, 3), (0, 5)], "features 3, 5 at position 0"),
-        ([(0, 3), (1, 5)], "features 3, 5 at chosen positions"),
-        ([(pos, feature) for pos in (0, 1) for feature in range(6)], "6 features at every position"),
-    ],
-)
-def test_a_selection_in_words(selected, words):
-    each = {way: torch.zeros(3, len(selected)) for way in ("pinv", "nearest")}
-    result = gradient(selected=torch.tensor(selected), selected_activations=each)
-    assert searched_words(result) == words
-
-
-def test_a_selection_of_one_token_needs_no_position():
-    ids = {"pinv": torch.tensor([[5], [5], [8]])}
-    one = gradient(
-        site="post",
-        selected=torch.tensor([[0, 3]]),
-        embeddings=torch.ones(3, 1, 8),
-        nearest_cosine=torch.ones(3, 1),
-        decoded_ids=ids,
-        ids=ids,
-        selected_activations={"pinv": torch.zeros(3, 1)},
-    )
-    assert searched_words(one) == "neuron 3"
-
-
 # -- real contexts ---------------------------------------------------------------------------------
 
 
-def test_windows_are_shaded_by_their_activations_most_exciting_first():
+def test_windows_are_shaded_by_their_activations_largest_first():
     view = plot_feature_examples(examples(), 1, 2)
     assert view.component == "TopkSamples"
     ((activations,),) = view.props["activations"]
@@ -699,7 +470,7 @@ def test_a_token_cannot_begin_markup_in_the_view():
     assert plot_feature_examples(examples(), 1, 2)._repr_html_().count("</script") == 1
 
 
-def test_examples_that_are_not_there_are_refused():
+def test_examples_that_were_not_searched_are_refused():
     with pytest.raises(ValueError, match="layer 2 was not searched"):
         plot_feature_examples(examples(), 2, 2)
     with pytest.raises(ValueError, match="no window was read"):

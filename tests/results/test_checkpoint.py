@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -13,6 +10,7 @@ from safetensors.torch import load_file
 import mechlens
 from mechlens.results import checkpoint
 from mechlens.results.checkpoint import Checkpoint
+from tests.checked import unchecked
 
 MODEL = {"n_layers": 2}
 
@@ -78,22 +76,13 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
 def test_searches_take_numbers_of_numpy(tmp_path, tiny_directories):
     """As a notebook has them; without the tests' checks of types, which refuse some."""
     model = mechlens.load_model(tiny_directories / "gpt2", processing=False)
-    asked = {"layer": np.int64(0), "selection": np.s_[:, 3], "n_tokens": np.int64(1), "steps": np.int64(3)}
-    asked |= {"restarts": np.int64(4), "seed": np.int64(3), "learning_rate": np.float32(0.1)}
-    asked["resume"] = tmp_path / "checkpoint.safetensors"
+    features = mechlens.Features(0, 3)
+    file = tmp_path / "checkpoint.safetensors"
     with unchecked():
-        found = [mechlens.search_gradient(model, **asked) for _ in range(2)]
-        best = mechlens.search_complete(model, layers=np.arange(2), features=np.arange(4), top_k=np.int64(2))
+        few = mechlens.Optimizer(learning_rate=0.1, steps=3, restarts=4)
+        asked = {"n_tokens": np.int64(1), "optimizer": few, "seed": np.int64(3), "resume": file}
+        found = [mechlens.search_gradient(model, mechlens.Maximize(features), **asked) for _ in range(2)]
+        best = mechlens.search_exhaustive(model, mechlens.Features(range(2), range(4)), top_k=np.int64(2))
     assert found[0] == found[1]
     for each in (found[0], best):
         assert mechlens.load(each.save(tmp_path / "result.safetensors")) == each
-
-
-@contextlib.contextmanager
-def unchecked():
-    """What users run: without the checks of every signature that conftest.py puts in."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)

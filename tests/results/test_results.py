@@ -26,12 +26,7 @@ from mechlens.results import (
     AttributionPatchResult,
     Circuit,
     CircuitSummary,
-    CompleteSearch,
     CompositionScores,
-    FeatureAlignment,
-    FeatureExamples,
-    GradientSearch,
-    GreedySearch,
     HeadScores,
     InductionCircuits,
     LogitAttribution,
@@ -48,6 +43,7 @@ from mechlens.results import (
     load,
 )
 from mechlens.results.lens import STATISTICS
+from tests import feature_results
 from tests.hand_made import attention_spread, deep_lens, facts, indirect_object, input_probe
 
 MODEL = ModelInfo(
@@ -355,130 +351,13 @@ def positional() -> PositionalAttention:
     )
 
 
-def complete_search() -> CompleteSearch:
-    """Two neurons of one layer behind BOS, the best token at either end."""
-    return CompleteSearch(
-        model=dataclasses.replace(MODEL, processing=False),
-        site="post",
-        layers=(0,),
-        features=(3, 1),
-        directions=None,
-        prefix=torch.tensor([0]),
-        prepend_bos=True,
-        ids=torch.tensor([[[5], [6]]]),
-        activations=torch.tensor([[[2.0], [1.0]]]),
-        lowest_ids=torch.tensor([[[6], [5]]]),
-        lowest_activations=torch.tensor([[[-0.5], [0.25]]]),
-        strings={"0": "<s>", "5": " a", "6": "\n"},
-        vocabulary="0f1e2d3c4b5a",
-    )
-
-
-def feature_alignment() -> FeatureAlignment:
-    """Two layers of one search, three features; no token is its feature's number."""
-    return FeatureAlignment(
-        model=dataclasses.replace(MODEL, processing=False),
-        other=dataclasses.replace(MODEL, processing=False, name="other"),
-        within=True,
-        site="resid_post",
-        other_site="resid_post",
-        layers=(0, 2),
-        other_layers=(0, 2),
-        features=(0, 1, 3),
-        top_k=2,
-        prefix=torch.tensor([0]),
-        other_prefix=torch.tensor([], dtype=torch.long),
-        excited=torch.ones(2, 3, dtype=torch.bool),
-        other_excited=torch.ones(2, 3, dtype=torch.bool),
-        same=torch.tensor([[[True, True, True], [True, False, True]], [[True, False, True], [True] * 3]]),
-        overlap=torch.tensor([[[1.0, 1.0, 1.0], [0.5, 0.0, 1.0]], [[0.5, 0.0, 1.0], [1.0, 1.0, 1.0]]]),
-        chance_same=torch.tensor([[0.125, 0.25], [0.25, 0.0]]),
-        chance_overlap=torch.tensor([[0.25, 0.125], [0.125, 0.25]]),
-        is_index=torch.zeros(2, 3, dtype=torch.bool),
-        other_is_index=torch.zeros(2, 3, dtype=torch.bool),
-    )
-
-
-def feature_examples() -> FeatureExamples:
-    """One feature in one layer, two places for windows and one window, behind BOS."""
-    return FeatureExamples(
-        model=dataclasses.replace(MODEL, processing=False),
-        site="mlp_out",
-        layers=(0,),
-        features=(2,),
-        directions=None,
-        prepend_bos=True,
-        read=1,
-        numbers=torch.tensor([0]),
-        tokens=torch.tensor([[0, 5, 6]]),
-        windows=torch.tensor([[[0, -1]]]),
-        positions=torch.tensor([[[1, -1]]]),
-        activations=torch.tensor([[[[torch.nan, 2.0, -1.0], [torch.nan] * 3]]]),
-        strings={"0": "<s>", "5": " a", "6": "\n"},
-    )
-
-
-def greedy_search() -> GreedySearch:
-    """A direction in one layer, two inputs of two tokens without a prefix."""
-    return GreedySearch(
-        model=dataclasses.replace(MODEL, processing=False),
-        site="direction",
-        layer=0,
-        features=(0,),
-        directions=torch.tensor([[1.0, 0.0, -1.0, 0.5]]),
-        prefix=torch.tensor([], dtype=torch.long),
-        prepend_bos=False,
-        aggregate="sum",
-        ids=torch.tensor([[[5, 5], [5, 6]]]),
-        activations=torch.tensor([[[2.0, 3.0], [2.0, 1.5]]]),
-        strings={"5": " a", "6": "\n"},
-    )
-
-
-def gradient_search() -> GradientSearch:
-    """Two restarts of one token and two steps; the optimum is not known."""
-    return GradientSearch(
-        model=dataclasses.replace(MODEL, processing=False),
-        site="resid_post",
-        layer=0,
-        directions=None,
-        selected=torch.tensor([[0, 3]]),
-        prefix=torch.tensor([0]),
-        prepend_bos=True,
-        objective="maximise",
-        target_ids=None,
-        constant=None,
-        prior="norm",
-        prior_weight=0.5,
-        optimiser="Adam",
-        learning_rate=0.125,
-        isolated=False,
-        seed=1,
-        objectives=torch.tensor([[1.0, -2.0], [0.5, -4.0]]),
-        activations=torch.tensor([[-1.0, 2.0], [-0.5, 4.0]]),
-        embeddings=torch.ones(2, 1, 4),
-        nearest_cosine=torch.tensor([[0.5], [0.75]]),
-        token_cosine=0.25,
-        decoded_ids={"pinv": torch.tensor([[6], [6]]), "nearest": torch.tensor([[5], [5]])},
-        ids={"pinv": torch.tensor([[5], [6]]), "nearest": torch.tensor([[6], [5]])},
-        true_objectives={"pinv": torch.tensor([-1.0, -0.5]), "nearest": torch.tensor([-1.5, -0.25])},
-        true_activations={"pinv": torch.tensor([1.0, 0.5]), "nearest": torch.tensor([1.5, 0.25])},
-        selected_activations={
-            "pinv": torch.tensor([[1.0], [0.5]]),
-            "nearest": torch.tensor([[1.5], [0.25]]),
-        },
-        optimum=None,
-        strings={"0": "<s>", "5": " a", "6": "\n"},
-    )
-
-
 RESULTS = {
     "attention_spread": attention_spread,
-    "gradient_search": gradient_search,
-    "complete_search": complete_search,
-    "feature_alignment": feature_alignment,
-    "feature_examples": feature_examples,
-    "greedy_search": greedy_search,
+    "gradient_search": feature_results.gradient,
+    "exhaustive_search": feature_results.exhaustive,
+    "feature_alignment": feature_results.alignment,
+    "feature_examples": feature_results.examples,
+    "greedy_search": feature_results.greedy,
     "circuit": circuit,
     "circuit_summary": circuit_summary,
     "induction_circuits": induction_circuits,
@@ -951,43 +830,6 @@ def test_composition_is_ranked_by_score() -> None:
     table = dataclasses.replace(composition(), scores=scores).to_dataframe()
     # a head without weights has no score, and comes last
     assert list(table["earlier"] + table["later"]) == ["L0H1L1H0", "L0H1L1H1", "L0H0L1H0", "L0H0L1H1"]
-
-
-def test_tables_of_feature_searches() -> None:
-    rows = [tuple(row) for row in complete_search().to_dataframe().itertuples(index=False)]
-    assert rows == [
-        (0, 3, "highest", 1, 5, " a", 2.0),
-        (0, 3, "lowest", 1, 6, "\n", -0.5),
-        (0, 1, "highest", 1, 6, "\n", 1.0),
-        (0, 1, "lowest", 1, 5, " a", 0.25),
-    ]
-    rows = [tuple(row) for row in greedy_search().to_dataframe().itertuples(index=False)]
-    assert rows == [
-        (0, 0, 1, 0, 5, " a", 2.0),
-        (0, 0, 1, 1, 5, " a", 3.0),
-        (0, 0, 2, 0, 5, " a", 2.0),
-        (0, 0, 2, 1, 6, "\n", 1.5),
-    ]
-    assert greedy_search().scores.tolist() == [[5.0, 3.5]]
-    assert dataclasses.replace(greedy_search(), aggregate="last").scores.tolist() == [[3.0, 1.5]]
-
-
-def test_table_of_a_gradient_search() -> None:
-    result = gradient_search()
-    rows = [tuple(row) for row in result.to_dataframe().itertuples(index=False)]
-    assert rows == [
-        ("nearest", 0, (6,), "\n", -1.5, 1.5, 1.5, 0.5),
-        ("pinv", 0, (5,), " a", -1.0, 1.0, 1.0, 0.5),
-        ("pinv", 1, (6,), "\n", -0.5, 0.5, 0.5, 0.75),
-        ("nearest", 1, (5,), " a", -0.25, 0.25, 0.25, 0.75),
-    ]
-    assert result.best_ids().tolist() == [6]
-    assert result.best_ids("pinv").tolist() == [5]
-    assert result.best_activation("pinv") == 1.0
-    assert result.below_optimum is None
-    assert dataclasses.replace(result, optimum=2.0).below_optimum == 0.5
-    with pytest.raises(ValueError, match="no decoding 'closest': there are pinv, nearest"):
-        result.best_ids("closest")
 
 
 def test_table_of_positional_attention() -> None:

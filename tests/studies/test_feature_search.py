@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 
-from mechlens.analyses.features import feature_alignment, search_complete, search_gradient
+from mechlens.analyses.features import (
+    Features,
+    Maximize,
+    Optimizer,
+    feature_alignment,
+    search_exhaustive,
+    search_gradient,
+)
 from mechlens.models.load.loading import load_model
 from mechlens.models.weights.randomize import random_like
 from mechlens.studies import feature_claims as claims
@@ -25,6 +32,7 @@ from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model
 
 LAST = 3
+ONE_START = Optimizer(restarts=1)
 """Of the study's four features; a search takes a second, so this one alone is searched again."""
 
 
@@ -182,8 +190,8 @@ def test_untrained_models_are_searched_themselves(study, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     for name in ("random", "embeddings"):
         other = random_like(model, 0, keep_embeddings=name == "embeddings")
-        asked = {"layer": 0, "selection": (slice(None), LAST), "n_tokens": 1, "restarts": 1}
-        assert_same(study.descents[name][LAST], search_gradient(other, seed=1, **asked))
+        alone = search_gradient(other, Maximize(Features(0, LAST)), n_tokens=1, optimizer=ONE_START, seed=1)
+        assert_same(study.descents[name][LAST], alone)
 
 
 def test_one_layer_agrees_with_none(study):
@@ -254,8 +262,8 @@ def test_last_and_sum_are_held_against_whole_runs(study, tiny_directories):
 def test_nothing_is_planted_where_one_word_is_looked_for(study, tiny_directories):
     """From one random start, as in the post: of many, some begin with one special token alone."""
     model = load_model(tiny_directories / "gpt2", processing=False)
-    asked = {"layer": 0, "selection": (slice(None), LAST), "n_tokens": 5, "restarts": 1, "seed": 0}
-    assert_same(study.repeated[LAST], search_gradient(model, **asked))
+    alone = search_gradient(model, Maximize(Features(0, LAST)), n_tokens=5, optimizer=ONE_START)
+    assert_same(study.repeated[LAST], alone)
     same = sum(len(set(each.decoded_ids["pinv"][0].tolist())) == 1 for each in study.repeated)
     assert measured(claims.ONE_WORD_REPEATED, study)[0].startswith(f"{same} of 4 decoded")
     words = dataclasses.replace(study, repeated=tuple(decoding(each, 7) for each in study.repeated))
@@ -264,8 +272,8 @@ def test_nothing_is_planted_where_one_word_is_looked_for(study, tiny_directories
 
 def test_the_last_block_alone_is_searched_alone(study, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    asked = {"layer": 1, "selection": (slice(None), LAST), "n_tokens": 1, "isolated": True}
-    assert_same(study.alone[LAST], search_gradient(model, **asked))
+    block = Maximize(Features(1, LAST), isolated=True)
+    assert_same(study.alone[LAST], search_gradient(model, block, n_tokens=1))
     same = sum(
         torch.equal(one.best_ids(), other.best_ids())
         for one, other in zip(study.alone, study.gradient, strict=True)
@@ -289,7 +297,7 @@ def test_a_model_of_another_size(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     found = study_feature_search(model, n_features=1, n_tokens=1, against=random_like(model, 3))
     share = feature_alignment(
-        search_complete(model, top_k=5), search_complete(random_like(model, 3), top_k=5)
+        search_exhaustive(model, top_k=5), search_exhaustive(random_like(model, 3), top_k=5)
     ).share()
     assert measured(claims.SIZES_AGREE, found) == (str(share), "not reproduced")
     same = dataclasses.replace(
@@ -352,7 +360,7 @@ def test_another_model_of_the_same_name_is_not_compared_with_the_tables(study):
 
 def test_bad_sizes_are_refused_before_any_search(tiny_directories, monkeypatch):
     model = load_model(tiny_directories / "gpt2", processing=False)
-    monkeypatch.setattr(feature_search, "search_complete", None)
+    monkeypatch.setattr(feature_search, "search_exhaustive", None)
     with pytest.raises(ValueError, match="n_tokens must be at most 32, the model's context, got 40"):
         study_feature_search(model, n_tokens=40)
     with pytest.raises(ValueError, match="n_features must be at least 1, got 0"):

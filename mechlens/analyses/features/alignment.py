@@ -9,63 +9,73 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_type
-from mechlens.results import CompleteSearch, FeatureAlignment
+from mechlens.errors import ArgumentError
+from mechlens.results import ExhaustiveSearch, FeatureAlignment
+from mechlens.results.features import listed
 
 _STREAM = ("resid_post", "attn_out", "mlp_out")
-"""Sites whose elements are those of the stream."""
+"""Sites whose dimensions are those of the residual stream."""
 _NO_TOKEN = -1
-"""In the place of an id that does not excite its feature; so are smaller numbers."""
+"""Replaces an id that does not activate its feature; so do smaller numbers."""
 
 
 def feature_alignment(
-    a: CompleteSearch, b: CompleteSearch | None = None, *, top_k: int | None = None
+    search: ExhaustiveSearch, other: ExhaustiveSearch | None = None, *, top_k: int | None = None
 ) -> FeatureAlignment:
-    """Compare the best tokens of features with the same number, each layer of `a` with each layer of `b`.
+    """Compare the best tokens of features with the same number in each pair of layers, of one search or two.
 
-    Beside each share stands what chance gives: the same share for features of unlike numbers. It is exact,
-    over all pairs of them, and counts in that a few tokens excite many features. Features that no token
-    excites (see `CompleteSearch.excites`), such as neurons at 0 for all of them, have no best token: they are
-    left out for each pair of layers in one of which they have none.
+    A feature is a basis dimension of an activation, or a direction in the residual stream. Chance is the same
+    share for features with different numbers. It is exact, over all pairs of them, so it accounts for tokens
+    that activate many features. A feature that no token activates (see `ExhaustiveSearch.activates`), such as
+    a neuron at 0 for all of them, has no best token and is left out for each pair of layers where it has
+    none.
 
     Args:
-        a: a complete search.
-        b: another one: of a larger model of the family, of the same model with random weights
-            (`random_like`), with another prefix or site. None compares the layers of `a` with each other.
-        top_k: how many of the best tokens the overlap is of; None takes as many as both searches have.
+        search: an exhaustive search.
+        other: another one: of a larger model of the family, of the same model with random weights, with
+            another prefix or site. None compares the layers of `search` with each other.
+        top_k: how many of the best tokens the overlap counts; None takes as many as both searches have.
 
     Returns:
-        Shares in [0, 1] by pair of layers and feature; `share()` has the mean with its interval and verdict.
-        Compared are the features that both searches have; `to_dataframe()` says how many count.
+        Shares in [0, 1] by pair of layers and feature, for the features that both searches have. `share()`
+        has the mean with its interval and verdict.
 
     Raises:
-        TypeError: anything but complete searches.
-        ValueError: searches of different vocabularies, of sites that do not compare or of other directions,
-            no feature in common, or a `top_k` that is not there.
+        TypeError: not exhaustive searches.
+        ValueError: different vocabularies, sites that cannot be compared, different directions, no feature in
+            common, or more tokens than both searches kept.
 
-    Source: Badger, "Language Model Features"; there by eye, on four features.
+    Example:
+        >>> search = mechlens.search_exhaustive(raw, mechlens.Features(indices=range(32)), top_k=2)
+        >>> mechlens.feature_alignment(search).share().verdict
+        'aligned'
+
+    References: Badger, "Language Model Features", which compares four features by eye.
     Cost: for each pair of layers a comparison of `top_k` squared ids per feature; no model is run.
     """
-    within, b = b is None, a if b is None else b
-    check_type("a", a, CompleteSearch)
-    check_type("b", b, CompleteSearch)
+    a, within, b = search, other is None, search if other is None else other
+    check_type("search", a, ExhaustiveSearch)
+    check_type("other", b, ExhaustiveSearch)
     _check(a, b)
     features = tuple(feature for feature in a.features if feature in set(b.features))
     if not features:
         raise ValueError(
-            f"the searches have no feature in common: one has {_few(a.features)}, the other "
-            f"{_few(b.features)}"
+            f"the searches have no feature in common: one has {listed(a.features, 5)}, the other "
+            f"{listed(b.features, 5)}"
         )
     most = min(a.ids.shape[-1], b.ids.shape[-1])
     top_k = most if top_k is None else top_k
     if not 1 <= top_k <= most:
-        raise ValueError(
-            f"top_k must be from 1 to the {most} tokens that both searches kept, but is {top_k}: search with "
-            "a larger top_k"
+        raise ArgumentError(
+            "top_k",
+            f"between 1 and {most}, the tokens that both searches kept",
+            top_k,
+            "search with a larger one",
         )
-    # what is no token is none of the other's, either
+    # different numbers, so two missing tokens never match
     mine, theirs = (_ids(each, features, top_k, no) for each, no in ((a, _NO_TOKEN), (b, _NO_TOKEN - 1)))
-    excited, other_excited = (ids[..., 0] >= 0 for ids in (mine, theirs))
-    compared = excited[:, None] & other_excited
+    activated, other_activated = (ids[..., 0] >= 0 for ids in (mine, theirs))
+    compared = activated[:, None] & other_activated
     index = torch.tensor(features)
     same = mine[:, None, :, 0] == theirs[None, :, :, 0]
     overlap = torch.stack([_overlap(layer, theirs) for layer in mine])
@@ -82,8 +92,8 @@ def feature_alignment(
         top_k=top_k,
         prefix=a.prefix.clone(),
         other_prefix=b.prefix.clone(),
-        excited=excited,
-        other_excited=other_excited,
+        activated=activated,
+        other_activated=other_activated,
         same=same,
         overlap=overlap.float().where(compared, torch.nan),
         chance_same=_chance(mine[..., :1], theirs[..., :1], same.double(), compared, d_vocab).float(),
@@ -93,30 +103,30 @@ def feature_alignment(
     )
 
 
-def _check(a: CompleteSearch, b: CompleteSearch) -> None:
+def _check(a: ExhaustiveSearch, b: ExhaustiveSearch) -> None:
     if a.vocabulary != b.vocabulary or (a.vocabulary is None and a.model.d_vocab != b.model.d_vocab):
         raise ValueError(
-            f"{a.model.name} and {b.model.name} have different vocabularies, so that their ids are different "
+            f"{a.model.name} and {b.model.name} have different vocabularies, so their ids are different "
             "tokens: compare models with the same tokenizer"
         )
     for site, other in ((a.site, b.site), (b.site, a.site)):
         if site != other and site not in _STREAM:
             raise ValueError(
-                f"features of {a.site} and {b.site} have nothing but their numbers in common: compare "
-                f"searches of one of them, or of {', '.join(_STREAM)}"
+                f"features of {a.site} and {b.site} share nothing but their numbers: compare "
+                f"searches of one site, or of {', '.join(_STREAM)}"
             )
     if a.directions is not None and b.directions is not None and not torch.equal(a.directions, b.directions):
         raise ValueError(
-            "the searches are of different directions, whose numbers have nothing in common: search both "
+            "the searches have different directions, so their numbers mean different features: search both "
             "with the same ones"
         )
 
 
 def _ids(
-    search: CompleteSearch, features: tuple[int, ...], top_k: int, no_token: int
+    search: ExhaustiveSearch, features: tuple[int, ...], top_k: int, no_token: int
 ) -> Int[Tensor, "layer feature k"]:
     columns = {feature: column for column, feature in enumerate(search.features)}
-    ids = search.ids.where(search.excites, no_token)
+    ids = search.ids.where(search.activates, no_token)
     return ids[:, [columns[feature] for feature in features], :top_k]
 
 
@@ -134,7 +144,7 @@ def _chance(
     compared: Bool[Tensor, "layer other_layer feature"],
     d_vocab: int,
 ) -> Float[Tensor, "layer other_layer"]:
-    """The mean share over pairs of features of unlike numbers: over all pairs, less those of like ones."""
+    """The mean share over pairs of features with different numbers."""
     chance = torch.full(like.shape[:2], torch.nan, dtype=torch.double)
     for i, j in itertools.product(range(len(mine)), range(len(theirs))):
         counted = compared[i, j]
@@ -149,7 +159,3 @@ def _chance(
         total = counts @ others / mine.shape[-1] - like[i, j, counted].sum()
         chance[i, j] = total / (n_features * (n_features - 1))
     return chance
-
-
-def _few(features: tuple[int, ...]) -> str:
-    return ", ".join(map(str, features[:5])) + (", ..." if len(features) > 5 else "")

@@ -1,4 +1,4 @@
-"""Real contexts: the windows of a corpus that excite each feature most."""
+"""Maximally activating examples: the windows of a corpus where each feature is largest."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechlens.analyses.features.spec import Sought, check_numbers
+from mechlens.analyses.features.spec import Features, FeatureSpec, check_numbers
 from mechlens.arguments import check_counts
 from mechlens.measures.accumulators import TopRows
 from mechlens.measures.memory import in_parts
@@ -33,36 +33,31 @@ _TENSORS = ("values", "numbers", "kept", "tokens", "corpus")
 
 def feature_examples(
     model: LensModel,
+    features: Features | None,
     corpus: Source | Int[Tensor, "window pos"],
     *,
-    layers: Sequence[int] | None = None,
-    features: Sequence[int] | None = None,
-    site: str = "resid_post",
-    directions: Float[Tensor, "direction d_model"] | None = None,
     top_k: int = 5,
     length: int | None = None,
     prepend_bos: bool | None = None,
     limit: int | None = None,
-    batch_size: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> FeatureExamples:
-    """Find the windows of a corpus in which each feature gets largest: real contexts, to hold a searched
-    token against.
+    """Find the maximally activating examples of each feature: the windows of a corpus where it is largest.
 
-    A window counts by its largest activation. Special tokens (BOS, the ends of documents) are read but do not
-    count: they are no text, and often excite features most.
+    A feature is a basis dimension of an activation, or a direction in the residual stream. A window counts by
+    its largest activation. Special tokens (BOS, the ends of documents) are read but do not count, because
+    they often activate features most and are not text.
 
     Args:
-        corpus: text or token ids, as for `token_windows`; it is read once, as a stream.
-        layers: as in `search_complete`; so are `features`, `site` and `directions`.
+        model: with unprocessed weights.
+        features: which layers and features; None is all of `resid_post`.
+        corpus: text or token ids, as for `token_windows`. It is read once, as a stream.
         top_k: windows to keep for each feature.
         length: tokens in a window with its BOS; None is 128, or the model's context if that is shorter.
         prepend_bos: None begins each window with BOS where the tokenizer has one. Without it the first token
-            of a window stands in its place, which moves many features of GPT-2.
-        limit: how many windows to read at most; None reads to the end.
-        batch_size: windows that run together; None takes what memory allows. It is halved when memory runs
-            out.
+            of a window takes its place, which changes many features of GPT-2.
+        limit: the largest number of windows to read; None reads to the end.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it; the corpus must be the same.
         progress: show a bar; None shows one in a terminal and in Jupyter.
@@ -71,24 +66,23 @@ def feature_examples(
         The windows, with each feature's activations in the model's own units, float32.
 
     Raises:
-        ValueError: as `search_complete` and `token_windows`; a corpus without one whole window, or a
-            checkpoint that was begun on another one.
+        TypeError: features of another type.
+        ValueError: processed weights, a layer or feature out of range, a corpus that cannot be read or does
+            not fill one window, activations that are nan, or a checkpoint of another search or corpus.
 
-    Source: for the comparison with searched tokens, Badger, "Language Model Features"; maximal contexts are
-    common practice.
-    Cost: one forward pass of the corpus up to the deepest layer, and one of the windows that are kept. Held
-    are a batch and at most `top_k` windows for each feature of each layer.
+    Example:
+        >>> texts = ["The captain of the ship looked at the sea, and the sea looked at the captain."]
+        >>> features = mechlens.Features(layers=2, indices=7)
+        >>> found = mechlens.feature_examples(raw, features, texts, length=8, top_k=2)
+        >>> found.activations.shape  # layer, feature, k, position
+        torch.Size([1, 1, 2, 8])
+
+    References: Badger, "Language Model Features", for the comparison with searched tokens.
+    Cost: one forward pass of the corpus up to the deepest layer, and one of the windows that are kept. Memory
+        holds a batch and at most `top_k` windows for each feature of each layer.
     """
-    sought = Sought.of(
-        model,
-        site=site,
-        layers=layers,
-        features=features,
-        directions=directions,
-        prefix=None,
-        prepend_bos=False,
-    )
-    check_counts(top_k=top_k, batch_size=batch_size, length=length, limit=limit)
+    check_counts(top_k=top_k, length=length, limit=limit)
+    spec = FeatureSpec.of(model, features)
     ids = corpus_ids(corpus)
     if ids is not None:
         length = ids.shape[-1] if length is None else length
@@ -97,8 +91,8 @@ def feature_examples(
         model, corpus if ids is None else ids, length=length, prepend_bos=prepend_bos, limit=limit
     )
     bos = None if ids is not None else bos_to_prepend(model, prepend_bos)
-    heap = _Heap(sought, top_k, length, bos)
-    rows = batch_size or _rows(model, length)
+    heap = _Heap(spec, top_k, length, bos)
+    rows = _rows(model, length)
 
     def batches() -> Iterator[Int[Tensor, "row pos"]]:
         for index, batch in enumerate(_batches(windows, rows)):
@@ -131,11 +125,11 @@ def feature_examples(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Seen:
-    """What is known after some windows."""
+    """State after some windows."""
 
     read: int
     best: dict[int, TopRows]
-    """By layer, of each feature: the largest activations, and the numbers of the windows they are in."""
+    """By layer: the largest activations of each feature, and the numbers of their windows."""
     kept: dict[int, Int[Tensor, " pos"]]
     """The windows that are among the best, by number."""
     corpus: Any
@@ -145,13 +139,13 @@ class _Seen:
 class _Heap:
     """The best windows so far."""
 
-    def __init__(self, sought: Sought, top_k: int, length: int, bos: int | None) -> None:
-        self.sought, self.top_k, self.length, self.bos = sought, top_k, length, bos
-        model = sought.model
+    def __init__(self, spec: FeatureSpec, top_k: int, length: int, bos: int | None) -> None:
+        self.spec, self.top_k, self.length, self.bos = spec, top_k, length, bos
+        model = spec.model
         self.special = torch.tensor(sorted(special_ids(model.tokenizer)), dtype=torch.long)
-        empty = TopRows.empty(top_k, len(sought.features), model.W_E.device)
-        # one object, so that whatever interrupts finds no part of it ahead of the rest
-        self.seen = _Seen(0, dict.fromkeys(sought.layers, empty), {}, hashlib.sha256())
+        empty = TopRows.empty(top_k, len(spec.features), model.W_E.device)
+        # one object, so an interruption finds no part of it ahead of the rest
+        self.seen = _Seen(0, dict.fromkeys(spec.layers, empty), {}, hashlib.sha256())
 
     @property
     def read(self) -> int:
@@ -162,31 +156,29 @@ class _Heap:
         return ~torch.isin(tokens, self.special)
 
     def add(self, tokens: Int[Tensor, "row pos"]) -> None:
-        """Run windows and keep what is better than before."""
+        """Run windows and keep the best so far."""
         seen, found = self.seen, dict[int, TopRows]()
         silent = ~self.counts(tokens)
         numbers = torch.arange(seen.read, seen.read + len(tokens))
 
         def note(activation: Tensor, layer: int) -> None:
-            values = self.sought.read(activation)
-            check_numbers(values.flatten(0, 1), self.sought.name(layer))
+            values = self.spec.read(activation)
+            check_numbers(values.flatten(0, 1), self.spec.name(layer))
             values = values.masked_fill(silent.to(values.device)[..., None], -torch.inf).amax(1)
             found[layer] = seen.best[layer].joined(values, numbers.to(values.device))
 
         self._watch(tokens, note)
         used = torch.cat([best.rows[best.values > -torch.inf] for best in found.values()]).unique().tolist()
         own = dict(zip(numbers.tolist(), tokens, strict=True))
-        # a copy of each, since a view would keep its whole batch
+        # a copy of each, because a view would keep its whole batch
         kept = {number: seen.kept[number] if number in seen.kept else own[number].clone() for number in used}
         corpus = seen.corpus.copy()
         corpus.update(tokens.numpy().tobytes())
         self.seen = _Seen(seen.read + len(tokens), found, kept, corpus)
 
     def _watch(self, tokens: Int[Tensor, "row pos"], note: Any) -> None:
-        readers = {
-            self.sought.name(layer): functools.partial(note, layer=layer) for layer in self.sought.layers
-        }
-        watch(self.sought.model, tokens, readers)
+        readers = {self.spec.name(layer): functools.partial(note, layer=layer) for layer in self.spec.layers}
+        watch(self.spec.model, tokens, readers)
 
     def result(self, prepend_bos: bool) -> FeatureExamples:
         numbers = torch.tensor(sorted(self.seen.kept), dtype=torch.long)
@@ -195,41 +187,41 @@ class _Heap:
             if len(numbers)
             else (torch.zeros(0, self.length, dtype=torch.long))
         )
-        bests = [self.seen.best[layer] for layer in self.sought.layers]
+        bests = [self.seen.best[layer] for layer in self.spec.layers]
         wanted = torch.stack([best.rows.T for best in bests]).cpu().clone()
         absent = torch.stack([best.values.T for best in bests]).cpu() == -torch.inf
         windows = torch.searchsorted(numbers, wanted).masked_fill(absent, -1)
         activations = self._activations(tokens, windows)
         peaks = activations.nan_to_num(nan=-torch.inf).amax(-1)
-        # run in other company, two windows may have changed places by a rounding
+        # in another batch, rounding may swap two windows
         order = peaks.sort(dim=-1, descending=True, stable=True).indices
         windows = windows.gather(-1, order)
         activations = activations.gather(2, order[..., None].expand_as(activations))
         positions = activations.nan_to_num(nan=-torch.inf).argmax(-1).masked_fill(windows < 0, -1)
-        fields = self.sought.fields()
+        fields = self.spec.fields()
         del fields["prefix"]
         return FeatureExamples(
             **fields | {"prepend_bos": prepend_bos},
-            layers=self.sought.layers,
+            layers=self.spec.layers,
             read=self.read,
             numbers=numbers,
             tokens=tokens,
             windows=windows,
             positions=positions,
             activations=activations,
-            strings=self.sought.strings(tokens),
+            strings=self.spec.strings(tokens),
         )
 
     def _activations(
         self, tokens: Int[Tensor, "window pos"], windows: Int[Tensor, "layer feature k"]
     ) -> Float[Tensor, "layer feature k pos"]:
-        """Of the kept windows, at every position that counts."""
+        """Activations of the kept windows, at every position that counts."""
         found = torch.full((*windows.shape, self.length), torch.nan, dtype=torch.float32)
         begin = 0
 
         def note(activation: Tensor, layer: int, begin: int, silent: Tensor) -> None:
-            values = self.sought.read(activation).cpu().masked_fill(silent[..., None], torch.nan)
-            at = self.sought.layers.index(layer)
+            values = self.spec.read(activation).cpu().masked_fill(silent[..., None], torch.nan)
+            at = self.spec.layers.index(layer)
             own = windows[at]
             feature, k = ((own >= begin) & (own < begin + len(values))).nonzero(as_tuple=True)
             found[at, feature, k] = values[own[feature, k] - begin, :, feature]
@@ -237,19 +229,19 @@ class _Heap:
         def run(part: Tensor) -> None:
             self._watch(part, functools.partial(note, begin=begin, silent=~self.counts(part)))
 
-        for part, _ in in_parts(run, tokens, _rows(self.sought.model, self.length)):
+        for part, _ in in_parts(run, tokens, _rows(self.spec.model, self.length)):
             begin += len(part)
         return found
 
     # -- the checkpoint ----------------------------------------------------------------------------
 
     def arguments(self) -> dict[str, object]:
-        return self.sought.fingerprint | {"top_k": self.top_k, "length": self.length, "BOS": self.bos}
+        return self.spec.fingerprint | {"top_k": self.top_k, "length": self.length, "BOS": self.bos}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
         seen = self.seen
-        best = [seen.best[layer] for layer in self.sought.layers]
+        best = [seen.best[layer] for layer in self.spec.layers]
         kept = list(seen.kept.values())
         return {
             "values": torch.stack([each.values for each in best]).clone(),
@@ -275,10 +267,10 @@ class _Heap:
                 f"the search in {saved.path} was begun on another corpus: use the same one to resume it, or "
                 "another file"
             )
-        device = self.sought.model.W_E.device
+        device = self.spec.model.W_E.device
         best = {
             layer: TopRows(tensors["values"][at].to(device), tensors["numbers"][at].to(device))
-            for at, layer in enumerate(self.sought.layers)
+            for at, layer in enumerate(self.spec.layers)
         }
         kept = dict(zip(tensors["kept"].tolist(), tensors["tokens"], strict=True))
         self.seen = _Seen(read, best, kept, corpus)

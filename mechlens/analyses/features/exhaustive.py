@@ -1,109 +1,98 @@
-"""Complete search: which token of the whole vocabulary excites each feature most."""
+"""Exhaustive search: the maximally activating token of each feature among the whole vocabulary."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.analyses.features.spec import Sought, check_numbers
+from mechlens.analyses.features.spec import Features, FeatureSpec, PrefixLike, check_numbers
 from mechlens.arguments import check_counts
+from mechlens.errors import ArgumentError
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.arithmetic import block_flop, block_rate
 from mechlens.models.run.next_token_scan import candidates
 from mechlens.progress import announce, duration
-from mechlens.results import CompleteSearch
+from mechlens.results import ExhaustiveSearch
 from mechlens.results.checkpoint import Checkpoint
 from mechlens.text.tokens import vocabulary_hash
 
 _TENSORS = ("highest", "highest_ids", "lowest", "lowest_ids")
 
 
-def search_complete(
+def search_exhaustive(
     model: LensModel,
+    features: Features | None = None,
     *,
-    layers: Sequence[int] | None = None,
-    features: Sequence[int] | None = None,
-    site: str = "resid_post",
-    directions: Float[Tensor, "direction d_model"] | None = None,
-    prefix: str | Int[Tensor, "*one prefix"] | None = None,
-    prepend_bos: bool = False,
+    prefix: PrefixLike = None,
     top_k: int = 1,
     batch_size: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-) -> CompleteSearch:
-    """Find the tokens that excite each feature most, and least, among all tokens of the vocabulary.
+) -> ExhaustiveSearch:
+    """Find the maximally and minimally activating tokens of each feature among the whole vocabulary.
 
-    A feature is one element of an activation: the input of one token, alone or behind a prefix, that makes
-    it largest at that token. Ids past the tokenizer's length are searched, too, as in the source.
+    A feature is a basis dimension of an activation, or a direction in the residual stream. Its activation is
+    read at the last token of an input: every token of the vocabulary, alone or after a prefix.
 
     Args:
-        layers: whose features are searched; None is all. All are served by one pass.
-        features: elements of the activation; None is all.
-        site: `resid_post` (a block's output), `attn_out`, `mlp_out` or `post` (the MLP's neurons).
-        directions: vectors whose product with `resid_post` is the feature, instead of its elements; then
-            `features` chooses among them. For what a logit reads behind the last norm, multiply by the
-            norm's weights, which are not folded into `W_U` here: `(W_U[:, a] - W_U[:, b]) * ln_final.w`.
-        prefix: a text or token ids to stand before every token.
-        prepend_bos: begin with BOS; the source does not.
-        top_k: how many tokens to keep at either end.
-        batch_size: tokens that run together; None takes 1024, or what memory allows behind a long prefix. It
+        model: with unprocessed weights.
+        features: which layers and features; None is all of `resid_post`. One pass serves all of them.
+        prefix: text or token ids before every token; `Prefix` adds BOS. None is no token at all.
+        top_k: tokens to keep at either end.
+        batch_size: tokens that run together; None takes 1024, or what memory allows after a long prefix. It
             is halved when memory runs out.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Ids and activations in the model's own units, float32.
+        Ids and activations in the model's own units, float32. Ids past the tokenizer's length are searched,
+        too.
 
     Raises:
-        ValueError: processed weights, a layer, feature or site that is not there, a prefix that the model
-            cannot be run on, `top_k` beyond the vocabulary, activations that are nan, or a checkpoint of
-            another search.
+        TypeError: features or a prefix of another type.
+        ValueError: processed weights, a layer or feature out of range, a prefix that the model cannot read,
+            `top_k` beyond the vocabulary, activations that are nan, or a checkpoint of another search.
 
-    Source: Badger, "Language Model Features", "Complete Search Features"; there one feature of one layer at a
-    time.
-    Cost: one forward pass of the vocabulary up to the deepest layer, for any number of features. Behind a
-    prefix each token costs one position. Without one, queries and keys are not computed (they change
-    nothing), and values and output are one product, so that a GPT-2 block costs 9/12.
+    Example:
+        >>> found = mechlens.search_exhaustive(raw, mechlens.Features(layers=2, indices=[0, 7]), top_k=3)
+        >>> found.ids.shape  # layer, feature, k
+        torch.Size([1, 2, 3])
+
+    References: Badger, "Language Model Features", "Complete Search Features", which searches one feature of
+        one layer at a time.
+    Cost: one forward pass of the vocabulary up to the deepest layer, for any number of features. After a
+        prefix each token costs one position. Without one, queries and keys are not computed, because they
+        change nothing, and values and output are one product, so a GPT-2 block costs 9/12.
     """
-    sought = Sought.of(
-        model,
-        site=site,
-        layers=layers,
-        features=features,
-        directions=directions,
-        prefix=prefix,
-        prepend_bos=prepend_bos,
-    )
+    spec = FeatureSpec.of(model, features, prefix)
     d_vocab = model.cfg.d_vocab
     check_counts(top_k=top_k, batch_size=batch_size)
     if top_k > d_vocab:
-        raise ValueError(f"top_k must be at most the vocabulary's {d_vocab}, but is {top_k}")
-    runs = candidates(model, sought.prefix, sought.names)
+        raise ArgumentError("top_k", f"at most {d_vocab}, the size of the vocabulary", top_k)
+    runs = candidates(model, spec.prefix, spec.names)
     found: dict[int, tuple[TopRows, TopRows]] = {}
     with Checkpoint(
         resume,
         "search",
-        lambda: sought.fingerprint | {"top_k": top_k},
+        lambda: spec.fingerprint | {"top_k": top_k},
         owner="an exhaustive search",
         names=_TENSORS,
     ) as saved:
-        done = _Done(sought, top_k, saved)
+        done = _Best(spec, top_k, saved)
 
         def note(activation: Tensor, layer: int, ids: Tensor) -> None:
-            rows = sought.read(activation)
-            # few columns have anything new after the first tokens: the rest of the work is done on those
-            # alone (aminmax takes ten times as long along this axis)
+            rows = spec.read(activation)
+            # few columns change after the first batches, so the rest of the work is done on those alone
+            # (aminmax takes ten times as long along this axis)
             low, high = rows.amin(0), rows.amax(0)
-            check_numbers(torch.stack([low, high]), sought.name(layer))
+            check_numbers(torch.stack([low, high]), spec.name(layer))
             highest, lowest = done.best[layer]
             numbers, above, below = ids.to(rows.device), highest.changed_by(high), lowest.changed_by(-low)
             found[layer] = (
@@ -112,12 +101,10 @@ def search_complete(
             )
 
         def readers(ids: Int[Tensor, " row"]) -> dict[str, functools.partial[None]]:
-            return {
-                sought.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in sought.layers
-            }
+            return {spec.name(layer): functools.partial(note, layer=layer, ids=ids) for layer in spec.layers}
 
         if progress is not False:
-            _announce(sought, d_vocab - done.count, saved.path, progress)
+            _announce(spec, d_vocab - done.count, saved.path, progress)
         for ids in saved.loop(
             runs.vocabulary(readers, begin=done.count, batch_size=batch_size),
             lambda: (done.tensors(), done.count),
@@ -127,42 +114,42 @@ def search_complete(
             progress=progress,
             size=len,
         ):
-            # at once, so that an interruption finds neither a layer nor the count ahead of the rest
+            # in one assignment, so an interruption finds neither a layer nor the count ahead of the rest
             done.so_far = (done.count + len(ids), dict(found))
     tensors = done.tensors()
-    return CompleteSearch(
-        **sought.fields(),
-        layers=sought.layers,
+    return ExhaustiveSearch(
+        **spec.fields(),
+        layers=spec.layers,
         ids=tensors["highest_ids"],
         activations=tensors["highest"],
         lowest_ids=tensors["lowest_ids"],
         lowest_activations=-tensors["lowest"],
-        strings=sought.strings(tensors["highest_ids"], tensors["lowest_ids"]),
+        strings=spec.strings(tensors["highest_ids"], tensors["lowest_ids"]),
         vocabulary=vocabulary_hash(model.tokenizer),
     )
 
 
-def _announce(sought: Sought, n_tokens: int, path: Path | None, progress: bool | None) -> None:
-    """Say how much there is to compute, and how long it takes."""
-    model, blocks = sought.model, max(sought.layers) + 1
-    operations = n_tokens * blocks * block_flop(model, len(sought.prefix) + 1)
+def _announce(spec: FeatureSpec, n_tokens: int, path: Path | None, progress: bool | None) -> None:
+    """Say how much is computed, and about how long it takes."""
+    model, blocks = spec.model, max(spec.layers) + 1
+    operations = n_tokens * blocks * block_flop(model, len(spec.prefix) + 1)
     seconds = operations / block_rate(model)
     announce(
-        f"search: {n_tokens:,} tokens through {blocks} blocks for {len(sought.features):,} features of "
-        f"{len(sought.layers)} layers ({operations / 1e12:.2g} TFLOP), about {duration(seconds)}"
+        f"search: {n_tokens:,} tokens through {blocks} blocks for {len(spec.features):,} features of "
+        f"{len(spec.layers)} layers ({operations / 1e12:.2g} TFLOP), about {duration(seconds)}"
         + (f"; progress is saved to {path}" if path else ""),
         seconds=seconds,
         progress=progress,
     )
 
 
-class _Done:
-    """The best of the tokens so far, by layer; of the lowest, their negatives."""
+class _Best:
+    """The best tokens so far, by layer. The lowest are kept as the highest negatives."""
 
-    def __init__(self, sought: Sought, top_k: int, saved: Checkpoint) -> None:
-        self.layers = sought.layers
-        device = sought.model.W_E.device
-        empty = TopRows.empty(top_k, len(sought.features), device)
+    def __init__(self, spec: FeatureSpec, top_k: int, saved: Checkpoint) -> None:
+        self.layers = spec.layers
+        device = spec.model.W_E.device
+        empty = TopRows.empty(top_k, len(spec.features), device)
 
         def rows(end: str, index: int) -> TopRows:
             if not saved.tensors:
@@ -188,7 +175,7 @@ class _Done:
         both = [self.best[layer] for layer in self.layers]
         found = {}
         for index, end in enumerate(("highest", "lowest")):
-            # a copy: what leaves inference mode can be computed with
+            # a copy: tensors made in inference mode cannot be computed with outside of it
             found[end] = torch.stack([each[index].values.T for each in both]).cpu().clone()
             found[f"{end}_ids"] = torch.stack([each[index].rows.T for each in both]).cpu().clone()
         return found

@@ -1,19 +1,20 @@
-"""Greedy search: an input that excites a feature, built from left to right."""
+"""Greedy search: an input that activates a feature, built from left to right."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mechlens.analyses.features.spec import Sought, check_numbers
+from mechlens.analyses.features.spec import Features, FeatureSpec, PrefixLike, check_numbers
 from mechlens.arguments import check_counts
+from mechlens.errors import ArgumentError
 from mechlens.measures.accumulators import TopRows
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.next_token_scan import candidates
@@ -25,73 +26,70 @@ AGGREGATES = ("last", "sum")
 
 def search_greedy(
     model: LensModel,
+    features: Features,
     *,
-    layer: int,
-    features: Sequence[int] | None,
     n_tokens: int,
     aggregate: str = "last",
-    site: str = "resid_post",
-    directions: Float[Tensor, "direction d_model"] | None = None,
-    prefix: str | Int[Tensor, "*one prefix"] | None = None,
-    prepend_bos: bool = False,
     beam: int = 1,
+    prefix: PrefixLike = None,
     batch_size: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> GreedySearch:
-    """Build inputs from left to right, each token the one of the whole vocabulary that excites the feature
-    most behind those before it.
+    """Build inputs from left to right, each token the most activating one after those before.
+
+    A feature is a basis dimension of an activation, or a direction in the residual stream. Every token of the
+    vocabulary is tried at each step.
 
     Args:
-        layer: whose feature it is.
-        features: as in `search_complete`; each gets inputs of its own.
+        model: with unprocessed weights.
+        features: features of one layer; each gets inputs of its own.
         n_tokens: how many tokens to find.
-        aggregate: what an input is judged by: the activation at its `last` token, or the `sum` over the
-            tokens that were found. With one input at a time both find the same, since a token changes
-            nothing before it: they differ in which inputs a beam keeps.
-        site: as in `search_complete`; so are `directions`, `prefix`, `prepend_bos`, `batch_size`.
-        beam: how many inputs to go on with at each step; 1 is the source's search.
+        aggregate: what inputs are ranked by: the activation at the `last` token, or the `sum` over the tokens
+            found. Both find the same with `beam=1`, because a token does not change those before it.
+        beam: inputs kept at each step; 1 is plain greedy search.
+        prefix: text or token ids before the input; `Prefix` adds BOS.
+        batch_size: tokens that run together; None takes 1024, or what memory allows after a long prefix. It
+            is halved when memory runs out.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        For each feature `beam` inputs, the best first.
+        `beam` inputs for each feature, the best first.
 
     Raises:
-        ValueError: as `search_complete`; a size below 1, a beam beyond the vocabulary, an unknown aggregate,
-            or more tokens than the context holds.
+        TypeError: features or a prefix of another type.
+        ValueError: processed weights, several layers, a feature out of range, a size below 1, a beam beyond
+            the vocabulary, an unknown aggregate, more tokens than the context holds, or a checkpoint of
+            another search.
 
-    Source: Badger, "Language Model Features", "Greedy Search Features".
-    Cost: for the first token one pass of the vocabulary for all features; for each further one a pass for
-    each different input so far (at most features x beam). In a pass each token costs one position, up to
-    `layer`, whatever stands before it.
+    Example:
+        >>> found = mechlens.search_greedy(raw, mechlens.Features(layers=2, indices=[0, 7]), n_tokens=3)
+        >>> found.ids.shape  # feature, beam, position
+        torch.Size([2, 1, 3])
+
+    References: Badger, "Language Model Features", "Greedy Search Features".
+    Cost: one pass of the vocabulary for the first token of all features, then one pass for each distinct
+        input so far (at most features x beam). In a pass each token costs one position, up to the layer.
     """
-    sought = Sought.of(
-        model,
-        site=site,
-        layers=[layer],
-        features=features,
-        directions=directions,
-        prefix=prefix,
-        prepend_bos=prepend_bos,
-    )
+    spec = FeatureSpec.of(model, features, prefix).of_one_layer()
     d_vocab, n_ctx = model.cfg.d_vocab, model.cfg.n_ctx
     if aggregate not in AGGREGATES:
-        raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, but is {aggregate!r}")
+        raise ArgumentError("aggregate", f"one of {', '.join(AGGREGATES)}", aggregate)
     check_counts(n_tokens=n_tokens, beam=beam, batch_size=batch_size)
     if beam > d_vocab:
-        raise ValueError(f"beam must be at most the vocabulary's {d_vocab}, but is {beam}")
-    if len(sought.prefix) + n_tokens > n_ctx:
+        raise ArgumentError("beam", f"at most {d_vocab}, the size of the vocabulary", beam)
+    if len(spec.prefix) + n_tokens > n_ctx:
         raise ValueError(
-            f"{n_tokens} tokens behind a prefix of {len(sought.prefix)} do not fit into the model's context "
+            f"{n_tokens} tokens after a prefix of {len(spec.prefix)} do not fit into the model's context "
             f"of {n_ctx}: search fewer"
         )
     asked = {"n_tokens": n_tokens, "aggregate": aggregate, "beam": beam}
     with Checkpoint(
-        resume, "search", lambda: sought.fingerprint | asked, owner="a greedy search", names=_TENSORS
+        resume, "search", lambda: spec.fingerprint | asked, owner="a greedy search", names=_TENSORS
     ) as saved:
-        beams = _Beams(**saved.tensors) if saved.tensors else _Beams.begin(len(sought.features), beam)
+        beams = _Beams(**saved.tensors) if saved.tensors else _Beams.begin(len(spec.features), beam)
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal beams
@@ -110,33 +108,33 @@ def search_greedy(
             progress=progress,
             size=lambda _: 0,
         ):
-            beams.note(users, _best_behind(sought, before, users[:, 0].unique(), beam, batch_size, saved.bar))
+            beams.note(users, _best_after(spec, before, users[:, 0].unique(), beam, batch_size, saved.bar))
     return GreedySearch(
-        **sought.fields(),
-        layer=sought.layers[0],
+        **spec.fields(),
+        layer=spec.layer,
         aggregate=aggregate,
         ids=beams.ids,
         activations=beams.activations,
-        strings=sought.strings(beams.ids),
+        strings=spec.strings(beams.ids),
     )
 
 
-def _best_behind(
-    sought: Sought,
+def _best_after(
+    spec: FeatureSpec,
     before: Int[Tensor, " pos"],
     columns: Int[Tensor, " some"],
     k: int,
     batch_size: int | None,
     bar: tqdm[None],
 ) -> dict[int, tuple[Float[Tensor, " k"], Int[Tensor, " k"]]]:
-    """Of some features, by number in `sought.features`: the activations and ids of the best next tokens."""
-    (name,) = sought.names
-    runs = candidates(sought.model, torch.cat([sought.prefix, before]), [name])
-    best = TopRows.empty(k, len(columns), sought.model.W_E.device)
+    """Activations and ids of the best next tokens, by the features' numbers in `spec.features`."""
+    (name,) = spec.names
+    runs = candidates(spec.model, torch.cat([spec.prefix, before]), [name])
+    best = TopRows.empty(k, len(columns), spec.model.W_E.device)
     found: list[TopRows] = []
 
     def note(activation: Tensor, ids: Tensor) -> None:
-        rows = sought.read(activation)[:, columns.to(activation.device)]
+        rows = spec.read(activation)[:, columns.to(activation.device)]
         check_numbers(rows, name)
         found[:] = [best.joined(rows, ids.to(rows.device))]
 
@@ -146,22 +144,22 @@ def _best_behind(
     for ids in runs.vocabulary(readers, batch_size=batch_size):
         best = found[0]
         bar.update(len(ids))
-    # copies: what leaves inference mode can be computed with
+    # copies: tensors made in inference mode cannot be computed with outside of it
     values, rows = best.values.T.cpu().clone(), best.rows.T.cpu().clone()
     return {column: (values[i], rows[i]) for i, column in enumerate(columns.tolist())}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Beams:
-    """The inputs so far, and what is known of the tokens that may come next."""
+    """The inputs so far, and the best next tokens of those that were searched."""
 
     ids: Int[Tensor, "feature beam pos"]
     activations: Float[Tensor, "feature beam pos"]
     next_ids: Int[Tensor, "feature beam k"]
-    """The best tokens behind each input."""
+    """The best tokens after each input."""
     next_activations: Float[Tensor, "feature beam k"]
     known: Bool[Tensor, "feature beam"]
-    """Behind which inputs these were searched."""
+    """Whether the tokens after an input were searched."""
 
     @classmethod
     def begin(cls, n_features: int, k: int) -> _Beams:
@@ -178,7 +176,7 @@ class _Beams:
         return {name: getattr(self, name) for name in _TENSORS}
 
     def unread(self) -> list[tuple[Int[Tensor, " pos"], Int[Tensor, "user 2"]]]:
-        """Inputs behind which nothing is known, and the (feature, beam) pairs that have each."""
+        """Inputs that were not searched yet, and the (feature, beam) pairs that have each."""
         users: dict[tuple[int, ...], list[list[int]]] = {}
         for feature, beam in (~self.known).nonzero().tolist():
             users.setdefault(tuple(self.ids[feature, beam].tolist()), []).append([feature, beam])
@@ -193,11 +191,11 @@ class _Beams:
     ) -> None:
         for feature, beam in users.tolist():
             self.next_activations[feature, beam], self.next_ids[feature, beam] = found[feature]
-            # last, so that whatever interrupts finds no input without its next tokens
+            # last, so an interruption finds no input without its next tokens
             self.known[feature, beam] = True
 
     def extended(self, aggregate: str) -> _Beams:
-        """The best inputs that are one token longer; of equally good ones those of the better input."""
+        """The best inputs with one token more; among equals those of the better input."""
         k = self.next_ids.shape[-1]
         # every continuation of every input, `[feature, beam x k, pos]`
         longer_ids, longer = (

@@ -1,4 +1,4 @@
-"""Embeddings on their way down an objective, and the tokens that they stand for."""
+"""How gradient search changes embeddings, and the tokens that they are decoded to."""
 
 from __future__ import annotations
 
@@ -9,41 +9,119 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.analyses.features.objectives import Judge
+from mechlens.analyses.features.objectives import Objective
+from mechlens.arguments import check_reals, whole_number
+from mechlens.errors import ArgumentError
 from mechlens.measures.memory import in_parts
 
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 PENALTIES = ("norm", "nearest")
-PRIORS = ("none", "softmax", *PENALTIES)
+PRIORS = ("softmax", *PENALTIES)
+FASTEST = 1e6
+"""The largest learning rate: larger steps overflow float32 inside torch's optimizers."""
 DECODE_EVERY = 5
-"""Steps between two looks at the tokens that the embeddings stand for."""
+"""Steps between two decodings of the embeddings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How a gradient search changes embeddings.
+
+    Args:
+        name: one of torch's: Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD.
+        learning_rate: in units of the root mean square of a real embedding's elements; with the softmax prior
+            it is used as it is.
+        steps: the largest number of steps.
+        patience: stop when no restart has improved for this many steps.
+        restarts: independent starts, run as one batch, or in parts where memory runs out.
+
+    Raises:
+        TypeError: a value of another type.
+        ArgumentError: an unknown optimizer, a number below 1, a learning rate that is not above 0 and at most
+            1e6.
+
+    Example:
+        >>> mechlens.Optimizer("SGD", learning_rate=0.5, restarts=8).steps
+        40
+    """
+
+    name: str = "Adam"
+    learning_rate: float = 0.1
+    steps: int = 40
+    patience: int = 10
+    restarts: int = 64
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ArgumentError("optimizer", f"one of {', '.join(OPTIMIZERS)}", self.name)
+        for name in ("steps", "patience", "restarts"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        check_reals(learning_rate=self.learning_rate)
+        if not 0 < self.learning_rate <= FASTEST:
+            raise ArgumentError("learning_rate", f"above 0 and at most {FASTEST:g}", self.learning_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """What keeps the embeddings of a gradient search close to real ones.
+
+    Args:
+        name: `softmax` optimizes a distribution over tokens, renormalized by a softmax after each step, as
+            Badger does; it is slow with the default optimizer: try SGD with a learning rate of 100. `norm`
+            and `nearest` add a penalty, summed over the searched tokens: the squared relative difference of
+            an embedding's norm to the mean norm of real ones, or 1 minus the cosine to the nearest real one.
+        weight: what a penalty is multiplied by.
+
+    Raises:
+        TypeError: a weight that is not a number.
+        ArgumentError: an unknown prior, a negative weight, or a weight of `softmax`.
+
+    Example:
+        >>> mechlens.Prior("norm").weight
+        1.0
+    """
+
+    name: str
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in PRIORS:
+            raise ArgumentError("prior", f"one of {', '.join(PRIORS)}", self.name)
+        check_reals(weight=self.weight)
+        if self.weight is not None and self.name not in PENALTIES:
+            raise ArgumentError("weight", f"None with the prior {self.name}", self.weight)
+        if self.weight is not None and self.weight < 0:
+            raise ArgumentError("weight", "at least 0", self.weight)
+        if self.weight is None and self.name in PENALTIES:
+            object.__setattr__(self, "weight", 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Space:
-    """Where real embeddings lie."""
+    """The real embeddings, and what decoding needs of them."""
 
     E: Float[Tensor, "d_vocab d_model"]
     unit: Float[Tensor, "d_vocab d_model"]
     inverse: Float[Tensor, "d_model d_model"]
-    """Of `E.T @ E`: with it `E.T` is the pseudo-inverse."""
+    """Inverse of `E.T @ E`: multiplied by `E.T` it is the pseudo-inverse of `E`."""
     norm: float
 
     @classmethod
     def of(cls, E: Float[Tensor, "d_vocab d_model"]) -> Space:
-        # float64, since the Gram matrix has the square of the embedding's condition
+        # float64, because the Gram matrix has the square of the embedding's condition number
         wide = E.double()
         inverse = torch.linalg.pinv(wide.T @ wide, hermitian=True).float()
         return cls(E, torch.nn.functional.normalize(E, dim=-1), inverse, float(E.norm(dim=-1).mean()))
 
     def coefficients(self, embedded: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """The smallest weights of tokens that sum to each embedding: its product with the pseudo-inverse."""
+        """The smallest token weights that sum to each embedding: its product with the pseudo-inverse."""
         return embedded @ self.inverse @ self.E.T
 
     def cosines(self, embedded: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         return torch.nn.functional.normalize(embedded, dim=-1) @ self.unit.T
 
     def between_tokens(self) -> float:
-        """Mean cosine of a real embedding to the nearest other one, over at most 1000 of them."""
+        """Mean cosine of a real embedding with the nearest other one, over at most 1000 embeddings."""
         some = (
             torch.linspace(0, len(self.E) - 1, min(1000, len(self.E)), dtype=torch.double)
             .long()
@@ -56,7 +134,7 @@ class Space:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
-    """The best tokens that each restart has passed, by the objective of running them."""
+    """The best tokens that each restart was decoded to, by the objective when the tokens are run."""
 
     ids: Int[Tensor, "restart pos"]
     objective: Float[Tensor, " restart"]
@@ -66,27 +144,28 @@ class Decoded:
 WAYS = ("pinv", "nearest")
 _DECODED = dataclasses.fields(Decoded)
 TENSORS = (
-    *("free", "optimiser", "objectives", "activations", "lowest", "best", "stalled"),
+    *("free", "optimizer", "objectives", "activations", "lowest", "best", "stalled"),
     *(f"{way}_{field.name}" for way in WAYS for field in _DECODED),
 )
-"""What a checkpoint holds."""
+"""The tensors of a checkpoint."""
 
 
-class Walk:
-    """All restarts on their way."""
+class Optimization:
+    """State of all restarts."""
 
     def __init__(
         self,
-        judge: Judge,
+        objective: Objective,
         space: Space,
-        prior: str,
-        weight: float,
+        prior: Prior | None,
         free: Float[Tensor, "restart pos width"],
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
-        """`free` is what the optimiser changes: embeddings, or distributions over tokens."""
-        self.judge, self.space, self.prior, self.weight = judge, space, prior, weight
-        self.free, self.optimiser = free, optimiser
+        """`free` is what the optimizer changes: embeddings, or distributions over tokens."""
+        self.objective, self.space = objective, space
+        self.prior = None if prior is None else prior.name
+        self.weight = 0.0 if prior is None or prior.weight is None else prior.weight
+        self.free, self.optimizer = free, optimizer
         self.rows = len(free)
         self.objectives: list[Float[Tensor, " restart"]] = []
         self.activations: list[Float[Tensor, " restart"]] = []
@@ -100,28 +179,28 @@ class Walk:
         return len(self.objectives)
 
     def begin(self) -> None:
-        """Look at the starts.
+        """Decode the starts.
 
         Raises:
-            ValueError: what they do to the model is nan.
+            ValueError: their activations are nan.
         """
         self._decode(self.free.detach())
         if any(bool(each.objective.isnan().any()) for each in self.decoded.values()):
-            raise ValueError("some of the model's activations are nan, so that no token is the best")
+            raise ValueError("some of the model's activations are nan, so no token is the best")
 
     def step(self) -> None:
         self.free.grad = self._gradient()
-        self.optimiser.step()
+        self.optimizer.step()
         if self.prior == "softmax":
             self.free.data = self.free.data.softmax(-1)
         if self.steps % DECODE_EVERY == 0:
             self._decode(self.free.detach())
 
     def end(self) -> dict[str, Int[Tensor, "restart pos"]]:
-        """Look at the last and at the best embeddings.
+        """Decode the last and the best embeddings.
 
         Returns:
-            The tokens that the best ones stand for, by decoding.
+            The tokens that the best ones are decoded to, by decoding.
         """
         self._gradient()
         self._decode(self.free.detach())
@@ -133,17 +212,17 @@ class Walk:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next steps depend on, by the names in `TENSORS`; no step changes it."""
-        kept = _kept(self.optimiser, self.free)
+        """All that the next steps depend on, by the names in `TENSORS`. Later steps leave it unchanged."""
+        kept = _kept(self.optimizer, self.free)
         decoded = {
             f"{way}_{field.name}": getattr(each, field.name)
             for way, each in self.decoded.items()
             for field in _DECODED
         }
         return decoded | {
-            # the optimiser changes its own and these in place
+            # copies, because the optimizer changes these and its own state in place
             "free": self.free.detach().clone(),
-            "optimiser": torch.cat(
+            "optimizer": torch.cat(
                 [torch.zeros(0, dtype=torch.float32), *(each.cpu().flatten() for each in kept)]
             ),
             "objectives": torch.stack(self.objectives, dim=1),
@@ -154,15 +233,15 @@ class Walk:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
-        # after a step, wherever it leads, the optimiser has tensors to copy into
+        """Restore from a checkpoint."""
+        # a step, wherever it leads, makes the optimizer's tensors, which are then overwritten
         self.free.grad = torch.zeros_like(self.free)
-        self.optimiser.step()
-        kept = _kept(self.optimiser, self.free)
-        parts = tensors["optimiser"].split([each.numel() for each in kept])
+        self.optimizer.step()
+        kept = _kept(self.optimizer, self.free)
+        parts = tensors["optimizer"].split([each.numel() for each in kept])
         for each, part in zip(kept, parts, strict=True):
             each.copy_(part.view_as(each))
-        # a copy, since the optimiser changes it in place
+        # a copy, because the optimizer changes it in place
         self.free.data = tensors["free"].to(self.free.device, copy=True)
         self.objectives = list(tensors["objectives"].unbind(1))
         self.activations = list(tensors["activations"].unbind(1))
@@ -175,7 +254,7 @@ class Walk:
     # -- one step ----------------------------------------------------------------------------------
 
     def _gradient(self) -> Tensor:
-        """The gradient of objective and penalty, and a note of where the restarts are."""
+        """The gradient of objective plus penalty; records the objectives and the best embeddings."""
         free = self.free.detach()
         parts = self._in_parts(self._one_gradient, free)
         gradient, total, objective, activation = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -191,7 +270,7 @@ class Walk:
     def _one_gradient(self, free: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         free = free.clone().requires_grad_()
         embedded = self.embedded(free)
-        objective, activation = self.judge(embedded)
+        objective, activation = self.objective(embedded)
         total = objective
         if self.prior == "norm":
             total = total + self.weight * (embedded.norm(dim=-1) / self.space.norm - 1).square().sum(-1)
@@ -201,19 +280,19 @@ class Walk:
         return gradient, total.detach(), objective.detach(), activation.detach()
 
     def _decode(self, free: Tensor) -> dict[str, Int[Tensor, "restart pos"]]:
-        """Read the embeddings as tokens, run these, and keep what is better than before.
+        """Decode the embeddings to tokens, run these, and keep the best so far.
 
         Returns:
             The tokens, by decoding.
         """
         embedded = self.embedded(free)
         ways = {
-            # a distribution over tokens tells by itself
+            # a distribution over tokens needs no decoding
             "pinv": free if self.prior == "softmax" else self.space.coefficients(embedded),
             "nearest": self.space.cosines(embedded),
         }
         read = {way: likeness.argmax(-1) for way, likeness in ways.items()}
-        # more and more restarts stand for the same tokens
+        # many restarts are decoded to the same tokens
         rows, where = torch.cat([read[way] for way in WAYS]).unique(dim=0, return_inverse=True)
         parts = self._in_parts(self._run, rows)
         objective, activation = (torch.cat(each)[where].cpu() for each in zip(*parts, strict=True))
@@ -232,19 +311,19 @@ class Walk:
         return read
 
     def _run(self, ids: Int[Tensor, "row pos"]) -> tuple[Tensor, Tensor]:
-        objective, activation = self.judge.judge_tokens(ids)
+        objective, activation = self.objective.of_tokens(ids)
         return objective.detach(), activation.detach()
 
     def _in_parts(
         self, make: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor
     ) -> list[tuple[Tensor, ...]]:
-        """All restarts together, or as many as memory holds, which is remembered."""
+        """Run all restarts together, or as many as memory holds; later calls use the same number."""
         done = list(in_parts(make, rows, self.rows))
         if len(done) > 1:
             self.rows = len(done[0][0])
         return [made for _, made in done]
 
 
-def _kept(optimiser: torch.optim.Optimizer, free: Tensor) -> list[Tensor]:
-    """What an optimiser carries from step to step, always in the same order."""
-    return [tensor for _, tensor in sorted(optimiser.state.get(free, {}).items())]
+def _kept(optimizer: torch.optim.Optimizer, free: Tensor) -> list[Tensor]:
+    """An optimizer's state, always in the same order."""
+    return [tensor for _, tensor in sorted(optimizer.state.get(free, {}).items())]

@@ -1,10 +1,9 @@
-"""Which features are asked for, checked before anything is run."""
+"""Which features are searched, after which prefix: arguments that are checked once, for every search."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,17 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.arguments import chosen
+from mechlens.arguments import check_model, check_type, chosen
+from mechlens.errors import ArgumentError
+from mechlens.measures.hashing import content_hash
 from mechlens.models.protocol import LensModel, describe
-from mechlens.models.run import sites
 from mechlens.models.run.forward import check_tokens
+from mechlens.models.run.sites import SITES as HOOKS
 from mechlens.models.weights.access import settings_hash, weights_hash
 from mechlens.models.weights.folding import is_blind_to_mean
 from mechlens.results import ModelInfo
 from mechlens.text.prompts import bos_to_prepend, prompt_tokens
-from mechlens.text.tokens import all_bos, token_strings
+from mechlens.text.tokens import all_bos, own_bos_token_id, token_strings
 
-SITES = {name: sites.SITES[name] for name in ("resid_post", "attn_out", "mlp_out")}
+SITES = {name: HOOKS[name] for name in ("resid_post", "attn_out", "mlp_out")}
 SITES |= {"post": "blocks.{}.mlp.hook_post"}
 MOST_NAMED = 16
 """Features or tokens that a message lists."""
@@ -30,8 +31,102 @@ _OF_MLPS = ("mlp_out", "post")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sought:
-    """Features of some layers, and what stands before the tokens that are searched for."""
+class Features:
+    """Which features to search: basis dimensions of an activation, or directions in the residual stream.
+
+    Args:
+        layers: layer numbers, or one of them; negative ones count from the end. None is every layer.
+        indices: dimensions of the activation, or rows of `directions`; None is all of them.
+        site: `resid_post` (a block's output), `attn_out`, `mlp_out`, or `post` (the MLP's neurons).
+        directions: vectors `[direction, d_model]`; a feature is then the dot product of `resid_post` with one
+            of them. To search for a logit difference, multiply by the final norm's weights, which are not
+            folded into `W_U` when weights are raw: `(W_U[:, a] - W_U[:, b]) * ln_final.w`.
+
+    Raises:
+        TypeError: directions that are not a tensor of real numbers.
+        ArgumentError: an unknown site.
+        ValueError: directions of another site, with another number of axes, or not finite.
+
+    Example:
+        >>> features = mechlens.Features(layers=2, indices=range(4))
+        >>> found = mechlens.search_exhaustive(raw, features)
+        >>> found.layers, found.features
+        ((2,), (0, 1, 2, 3))
+        >>> neurons = mechlens.Features(layers=[0, 1], site="post")
+        >>> directions = mechlens.Features(layers=-1, directions=raw.W_U[:, :3].T)
+    """
+
+    layers: Sequence[int] | int | None = None
+    indices: Sequence[int] | int | None = None
+    site: str = "resid_post"
+    directions: Float[Tensor, "direction d_model"] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.site, str) or self.site not in SITES:
+            raise ArgumentError("site", f"one of {', '.join(SITES)}", self.site)
+        if self.directions is not None:
+            object.__setattr__(self, "directions", _directions(self.site, self.directions))
+
+    def width(self, model: LensModel) -> int:
+        """How many features each layer has: dimensions of the activation, or directions.
+
+        Raises:
+            ValueError: a site of MLPs in a model without MLPs.
+        """
+        if self.site in _OF_MLPS and getattr(model.cfg, "attn_only", False):
+            raise ValueError(f"this model has no MLPs, so it has no {self.site} to search")
+        if self.directions is not None:
+            return len(self.directions)
+        return int(model.cfg.d_mlp if self.site == "post" else model.cfg.d_model)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix:
+    """Tokens before the searched ones.
+
+    Args:
+        tokens: a text or token ids; None for no text.
+        prepend_bos: begin with BOS, unless the text itself begins with it.
+
+    Example:
+        >>> after_the = mechlens.Prefix("The", prepend_bos=True)
+        >>> mechlens.search_exhaustive(raw, mechlens.Features(0, 3), prefix=after_the).prepend_bos
+        True
+    """
+
+    tokens: str | Int[Tensor, "*one prefix"] | None = None
+    prepend_bos: bool = False
+
+    def ids(self, model: LensModel) -> Int[Tensor, " prefix"]:
+        """The token ids for a model.
+
+        Raises:
+            TypeError: neither text nor a tensor of ids.
+            ValueError: several sequences, or tokens that the model cannot read.
+        """
+        if self.prepend_bos and own_bos_token_id(model.tokenizer) is None:
+            raise ArgumentError("prepend_bos", "False for this model", True, "it has no BOS token")
+        bos = bos_to_prepend(model, self.prepend_bos)
+        begin = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+        if self.tokens is None or (isinstance(self.tokens, str) and not self.tokens):
+            return begin
+        tokens = prompt_tokens(model, self.tokens, prepend_bos=False)
+        if len(tokens) != 1:
+            raise ValueError(f"a prefix is one sequence, but got {len(tokens)} sequences")
+        if not tokens.shape[1]:
+            return begin
+        check_tokens(model, tokens)
+        # a rendered chat template and decoded tokens begin with their own BOS
+        return tokens[0] if bos is not None and int(tokens[0, 0]) == bos else torch.cat([begin, tokens[0]])
+
+
+PrefixLike = Prefix | str | Int[Tensor, "*one prefix"] | None
+"""A prefix without BOS may be given as its text or ids alone."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureSpec:
+    """The features and the prefix of one search in one model, checked and resolved."""
 
     model: LensModel
     info: ModelInfo
@@ -42,42 +137,50 @@ class Sought:
     prefix: Int[Tensor, " prefix"]
 
     @classmethod
-    def of(
-        cls,
-        model: LensModel,
-        *,
-        site: str,
-        layers: Sequence[int] | None,
-        features: Sequence[int] | None,
-        directions: Float[Tensor, "direction d_model"] | None,
-        prefix: str | Int[Tensor, "*one prefix"] | None,
-        prepend_bos: bool,
-    ) -> Sought:
-        """Check everything but whether there is such a hook point.
+    def of(cls, model: LensModel, features: Features | None = None, prefix: Any = None) -> FeatureSpec:
+        """Check everything except whether the hook point exists.
 
         Raises:
-            TypeError: a prefix that is neither text nor a tensor of ids.
-            ValueError: processed weights, an unknown site, a layer or feature out of range or none at all,
-                directions of another size, or a prefix that the model cannot be run on.
+            TypeError: features or a prefix of another type.
+            ValueError: processed weights, a layer or feature out of range or none at all, directions of
+                another size, or a prefix that the model cannot read.
         """
-        info = own_basis(model, site)
-        if not isinstance(site, str) or site not in SITES:
-            raise ValueError(f"site must be one of {', '.join(SITES)}, but is {site!r}")
-        if site in _OF_MLPS and getattr(model.cfg, "attn_only", False):
-            raise ValueError(f"this model has no MLPs, so there is no {site} to search")
-        width = model.cfg.d_mlp if site == "post" else info.d_model
-        if directions is not None:
-            directions = _directions(model, site, directions)
-            width = len(directions)
+        check_model(model)
+        features = Features() if features is None else features
+        check_type("features", features, Features)
+        info = own_basis(model, features.site)
+        width = features.width(model)
+        directions = features.directions
+        if directions is not None and directions.shape[1] != info.d_model:
+            raise ValueError(
+                f"directions must be [direction, d_model] with d_model {info.d_model}, got "
+                f"{tuple(directions.shape)}"
+            )
         return cls(
             model,
             info,
-            site if directions is None else "direction",
-            chosen("layer", layers, info.n_layers),
-            chosen("feature", features, width),
+            features.site if directions is None else "direction",
+            chosen("layer", features.layers, info.n_layers),
+            chosen("feature", features.indices, width),
             directions,
-            _prefix(model, prefix, prepend_bos),
+            (prefix if isinstance(prefix, Prefix) else Prefix(prefix)).ids(model),
         )
+
+    def of_one_layer(self) -> FeatureSpec:
+        """The same, where there is one layer.
+
+        Raises:
+            ArgumentError: there are several.
+        """
+        if len(self.layers) > 1:
+            raise ArgumentError("layers", "a single layer for this search", list(self.layers))
+        return self
+
+    @property
+    def layer(self) -> int:
+        """The only layer."""
+        (layer,) = self.layers
+        return layer
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +202,7 @@ class Sought:
         return activation[..., list(self.features)].float()
 
     def fields(self) -> dict[str, Any]:
-        """What every result says of them."""
+        """The fields that every result has."""
         return {
             "model": self.info,
             "site": self.site,
@@ -111,97 +214,69 @@ class Sought:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The arguments that a checkpoint must agree with; reads all weights."""
+        """The arguments that a checkpoint must agree with. Reads all weights."""
         return {
             "model": dataclasses.asdict(self.info),
             "site": self.site,
             "layers": list(self.layers),
             "features": _short(self.features),
-            "directions": None if self.directions is None else hashed(self.directions),
+            "directions": None if self.directions is None else content_hash(self.directions),
             "prefix": _short(self.prefix.tolist()),
             "weights": weights_hash(self.model),
             "settings": settings_hash(self.model),
         }
 
     def strings(self, *ids: Int[Tensor, "..."]) -> dict[str, str]:
-        """The tokens that occur, by their id."""
+        """The text of the prefix's tokens and of these, by id."""
         seen = torch.cat([each.flatten() for each in (self.prefix, *ids)]).unique()
         return dict(zip(map(str, seen.tolist()), token_strings(self.model, seen), strict=True))
 
 
 def own_basis(model: LensModel, site: str) -> ModelInfo:
-    """Describe a model whose features at a site are its own.
+    """Describe a model whose activations at a site are in its own basis.
 
-    Processing takes the mean out of what is written to the stream, where all that reads it is LayerNorm; of
-    RMSNorm models, and of an MLP's neurons, it changes nothing.
+    Processing centers what is written to the residual stream where only LayerNorm reads it. It changes
+    nothing in RMSNorm models or in an MLP's neurons.
 
     Raises:
-        ValueError: weights that are centred, or of which it cannot be told.
+        ValueError: the weights are centered, or may be.
     """
     info = describe(model)
     if info.processing is not False and site != "post" and is_blind_to_mean(model):
         what = "has processed weights" if info.processing else "has weights that may be processed"
         raise ValueError(
-            f"{info.name} {what}, and processing changes the basis that features live in, by centring what "
-            "is written to the stream: load it with load_model(..., processing=False)"
+            f"{info.name} {what}, and processing changes the basis of features, because it centers what is "
+            "written to the residual stream: load it with load_model(..., processing=False)"
         )
     return info
 
 
 def check_numbers(rows: Float[Tensor, "row feature"], name: str) -> None:
-    """Refuse activations that are no numbers."""
+    """Refuse nan among activations."""
     if bool(rows.isnan().any()):
-        raise ValueError(f"some of the model's activations at {name} are nan, so that none is the largest")
-
-
-def hashed(values: Tensor) -> str:
-    """Of shape and numbers, in short."""
-    whole = values.detach().cpu().contiguous()
-    return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]
+        raise ValueError(f"some of the model's activations at {name} are nan, so none is the largest")
 
 
 def _short(ids: Sequence[int]) -> list[int] | str:
-    """As they stand in messages: many of them by their count and a hash."""
+    """Few ids as they are, many as their count and a hash."""
     if len(ids) <= MOST_NAMED:
         return list(ids)
-    return f"{len(ids)} of them ({hashed(torch.tensor(ids))})"
+    return f"{len(ids)} of them ({content_hash(torch.tensor(ids))})"
 
 
-def _directions(
-    model: LensModel, site: str, directions: Float[Tensor, "direction d_model"]
-) -> Float[Tensor, "direction d_model"]:
-    d_model = model.cfg.d_model
+def _directions(site: str, directions: Any) -> Float[Tensor, "direction d_model"]:
     if not isinstance(directions, Tensor):
-        raise TypeError(
-            f"directions are a tensor [direction, d_model], but here is a {type(directions).__name__}"
-        )
+        raise TypeError(f"directions must be a tensor [direction, d_model], got {type(directions).__name__}")
     if directions.is_complex():
-        raise TypeError("directions are real numbers, but these are complex")
+        raise TypeError("directions must be real numbers, got complex ones")
     if site != "resid_post":
-        raise ValueError(f"directions are of resid_post, but site is {site!r}")
-    if directions.ndim != 2 or directions.shape[1] != d_model or len(directions) == 0:
+        raise ValueError(f"directions are read from resid_post, but site is {site!r}")
+    if directions.ndim != 2 or len(directions) == 0:
         raise ValueError(
-            f"directions must be [direction, d_model] with d_model {d_model}, but are "
-            f"{tuple(directions.shape)}" + (": give directions[None]" if directions.ndim == 1 else "")
+            f"directions must be [direction, d_model], got {tuple(directions.shape)}"
+            + (": give directions[None]" if directions.ndim == 1 else "")
         )
     if not bool(directions.isfinite().all()):
-        raise ValueError("some of the directions' numbers are not finite")
-    # a copy, so that a result does not change with what its maker does to them afterwards
+        raise ValueError("directions must be finite numbers, but some are not")
+    # a copy, so that later changes to the caller's tensor do not change a result
     return directions.detach().to("cpu", torch.float32, copy=True)
-
-
-def _prefix(
-    model: LensModel, prefix: str | Int[Tensor, "*one prefix"] | None, prepend_bos: bool
-) -> Int[Tensor, " prefix"]:
-    bos = bos_to_prepend(model, prepend_bos)
-    begin = torch.tensor([] if bos is None else [bos], dtype=torch.long)
-    if prefix is None or (isinstance(prefix, str) and not prefix):
-        return begin
-    tokens = prompt_tokens(model, prefix, prepend_bos=False)
-    if len(tokens) != 1:
-        raise ValueError(f"a prefix is one sequence, but here are {len(tokens)}")
-    if not tokens.shape[1]:
-        return begin
-    check_tokens(model, tokens)
-    # a rendered chat template and decoded tokens begin with their own
-    return tokens[0] if bos is not None and int(tokens[0, 0]) == bos else torch.cat([begin, tokens[0]])

@@ -1,4 +1,4 @@
-"""Complete search against the seed's loop on Hugging Face's models, and against single runs."""
+"""Exhaustive search against the published loop on Hugging Face's models, and against single runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from mechlens.analyses.features import exhaustive, search_complete
+from mechlens.analyses.features import Features, Prefix, exhaustive, search_exhaustive
 from mechlens.models.load.loading import load_model
 from mechlens.models.run import next_token_scan as runs
 from tests.close import assert_close, assert_same
@@ -37,8 +37,8 @@ def loaded(tiny_directories):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_feature_of_every_layer_is_the_seeds(kind, loaded):
-    result = search_complete(loaded(kind), batch_size=9)
+def test_every_feature_of_every_layer_is_that_of_the_published_loop(kind, loaded):
+    result = search_exhaustive(loaded(kind), batch_size=9)
     hf_model = tiny_hf_model(kind)
     for layer in range(LAYERS):
         output = reference.hf_block_output(hf_model, layer)
@@ -66,8 +66,8 @@ SITES = {
 def test_each_site_and_both_ends(kind, site, prefix, loaded):
     model, features = loaded(kind), [3, 0, 17]
     given = torch.tensor(prefix) if prefix else None
-    result = search_complete(
-        model, layers=[1], features=features, site=site, prefix=given, top_k=4, batch_size=10
+    result = search_exhaustive(
+        model, Features([1], features, site=site), top_k=4, batch_size=10, prefix=given
     )
     name = SITES[site].format(1)
     values = reference.by_hand(model, [name], prefix)[name][:, features].T
@@ -84,7 +84,7 @@ def test_each_site_and_both_ends(kind, site, prefix, loaded):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_bos_stands_first(kind, loaded):
     model = loaded(kind)
-    result = search_complete(model, layers=[0], features=[2], prefix="ab", prepend_bos=True)
+    result = search_exhaustive(model, Features([0], [2]), prefix=Prefix("ab", prepend_bos=True))
     tokens = model.tokenizer("ab")["input_ids"]
     bos = model.tokenizer.bos_token_id
     prefix = [bos, *(token for token in tokens if token != bos)]
@@ -94,27 +94,27 @@ def test_bos_stands_first(kind, loaded):
     values = reference.by_hand(model, [name], prefix)[name][:, 2]
     assert int(result.ids) == int(values.argmax())
     # it changes what is found
-    assert float(result.activations) != float(search_complete(model, layers=[0], features=[2]).activations)
+    assert float(result.activations) != float(search_exhaustive(model, Features([0], [2])).activations)
 
 
 def test_directions_of_the_stream(loaded):
     model = loaded("gpt2")
     vectors = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
-    result = search_complete(model, directions=vectors, features=[2, 0])
+    result = search_exhaustive(model, Features(indices=[2, 0], directions=vectors))
     for layer in range(LAYERS):
         output = reference.hf_block_output(tiny_hf_model("gpt2"), layer)(torch.arange(VOCAB)[:, None])
         products = output[:, 0] @ vectors[[2, 0]].T
         assert result.ids[layer, :, 0].tolist() == products.argmax(0).tolist()
         torch.testing.assert_close(result.activations[layer, :, 0], products.amax(0), **CLOSE)
     assert result.site == "direction"
-    unit = search_complete(model, directions=torch.eye(WIDTH))
-    torch.testing.assert_close(unit.activations, search_complete(model).activations, **CLOSE)
+    unit = search_exhaustive(model, Features(directions=torch.eye(WIDTH)))
+    torch.testing.assert_close(unit.activations, search_exhaustive(model).activations, **CLOSE)
 
 
 def test_some_layers_and_features_are_those_of_all(loaded):
     model = loaded("llama")
-    whole = search_complete(model, top_k=2)
-    some = search_complete(model, layers=[-1, 0], features=[5, -1], top_k=2)
+    whole = search_exhaustive(model, top_k=2)
+    some = search_exhaustive(model, Features([-1, 0], [5, -1]), top_k=2)
     assert some.layers == (1, 0)
     assert some.features == (5, WIDTH - 1)
     assert torch.equal(some.ids, whole.ids[[1, 0]][:, [5, WIDTH - 1]])
@@ -127,7 +127,7 @@ def test_of_equal_tokens_the_smaller_id_comes_first(loaded, tiny_directories):
     with torch.no_grad():
         # one after the other, in different batches
         model.W_E[20:] = model.W_E[19].clone()
-    result = search_complete(model, top_k=VOCAB, batch_size=8)
+    result = search_exhaustive(model, top_k=VOCAB, batch_size=8)
     for ids in (*result.ids.flatten(0, 1), *result.lowest_ids.flatten(0, 1)):
         equal = [token for token in ids.tolist() if token >= 19]
         assert equal == list(range(19, VOCAB))
@@ -140,7 +140,7 @@ def test_a_padding_token_is_run_like_any_other(kind, prefix, tiny_directories):
     # HookedTransformer would hide it at the left end of a run
     model.tokenizer.padding_side, model.tokenizer.pad_token_id = "left", 7
     given = torch.tensor(prefix, dtype=torch.long)
-    result = search_complete(model, layers=[1], prefix=given, top_k=VOCAB)
+    result = search_exhaustive(model, Features([1]), top_k=VOCAB, prefix=given)
     behind = torch.cat([given.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1)
     rows = reference.hf_block_output(tiny_hf_model(kind), 1)(behind)[:, -1]
     torch.testing.assert_close(result.activations[0], rows.T.sort(-1, descending=True).values, **CLOSE)
@@ -153,7 +153,7 @@ def test_a_padding_token_is_run_like_any_other(kind, prefix, tiny_directories):
 def test_a_token_alone_needs_no_queries_and_later_layers_are_not_run(kind, loaded):
     model = loaded(kind)
     names = ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
-    seen = positions_run(model, names, lambda: search_complete(model, layers=[0]))
+    seen = positions_run(model, names, lambda: search_exhaustive(model, Features([0])))
     # 4 tokens are tried before, by whole runs and by the short way
     assert seen == dict(zip(names, [4, 4 + 4 + VOCAB, 0], strict=True))
 
@@ -162,7 +162,7 @@ def test_a_token_alone_needs_no_queries_and_later_layers_are_not_run(kind, loade
 def test_a_prefix_is_run_once(kind, loaded):
     model, name = loaded(kind), "blocks.0.hook_resid_post"
     prefix = torch.arange(5, 15)
-    seen = positions_run(model, [name], lambda: search_complete(model, layers=[0], prefix=prefix))
+    seen = positions_run(model, [name], lambda: search_exhaustive(model, Features([0]), prefix=prefix))
     # the prefix, 4 tokens tried in whole runs and 4 against its keys and values, and the vocabulary
     assert seen[name] <= 10 + 4 * 11 + 4 + VOCAB
 
@@ -170,7 +170,7 @@ def test_a_prefix_is_run_once(kind, loaded):
 @pytest.mark.parametrize("prefix", [None, torch.tensor([5, 9])])
 def test_where_the_short_way_is_wrong_whole_runs_are_made(prefix, loaded, monkeypatch):
     model = loaded("gpt2")
-    right = search_complete(model, prefix=prefix)
+    right = search_exhaustive(model, prefix=prefix)
 
     def wrong(model, layer):
         return torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH)
@@ -181,7 +181,7 @@ def test_where_the_short_way_is_wrong_whole_runs_are_made(prefix, loaded, monkey
     runs_of_old = runs.clean_run
     monkeypatch.setattr(runs, "_attention_of_one", wrong)
     monkeypatch.setattr(runs, "clean_run", wrong_past)
-    found = search_complete(model, prefix=prefix)
+    found = search_exhaustive(model, prefix=prefix)
     assert torch.equal(found.ids, right.ids)
     torch.testing.assert_close(found.activations, right.activations, **CLOSE)
 
@@ -194,9 +194,9 @@ def test_the_model_is_left_as_it_was(loaded, monkeypatch):
     def broken(self, activation):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(exhaustive.Sought, "read", broken)
+    monkeypatch.setattr(exhaustive.FeatureSpec, "read", broken)
     with pytest.raises(ZeroDivisionError):
-        search_complete(model)
+        search_exhaustive(model)
     assert all("forward" not in vars(block.attn) for block in model.blocks)
     with torch.no_grad():
         assert_close(model(tokens), before)
@@ -207,8 +207,8 @@ def test_the_model_is_left_as_it_was(loaded, monkeypatch):
 
 def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
     model, sizes = loaded("gpt2"), []
-    right = search_complete(model, top_k=3)
-    read = exhaustive.Sought.read
+    right = search_exhaustive(model, top_k=3)
+    read = exhaustive.FeatureSpec.read
 
     def short_of_memory(self, activation):
         sizes.append(len(activation))
@@ -217,8 +217,8 @@ def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return read(self, activation)
 
-    monkeypatch.setattr(exhaustive.Sought, "read", short_of_memory)
-    found = search_complete(model, top_k=3, batch_size=40)
+    monkeypatch.setattr(exhaustive.FeatureSpec, "read", short_of_memory)
+    found = search_exhaustive(model, top_k=3, batch_size=40)
     assert sizes[:6] == [40, 40, 20, 20, 10, 10]
     assert torch.equal(found.ids, right.ids)
 
@@ -226,7 +226,7 @@ def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
     model, prefix = loaded(kind), torch.arange(5, 15)
-    right, watch, sizes = search_complete(model, prefix=prefix), runs.watch, []
+    right, watch, sizes = search_exhaustive(model, prefix=prefix), runs.watch, []
 
     def short_of_memory(model, tokens, readers):
         # whole runs of the prefix, but for those that end at the embedding
@@ -237,15 +237,15 @@ def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
         watch(model, tokens, readers)
 
     monkeypatch.setattr(runs, "watch", short_of_memory)
-    assert_same(search_complete(model, prefix=prefix), right)
+    assert_same(search_exhaustive(model, prefix=prefix), right)
     # a half, a quarter, and from then on one at a time
     assert sizes == [4, 2, 1, 1, 1, 1]
 
 
 def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
     model, file = loaded("gpt2"), tmp_path / "checkpoint.safetensors"
-    whole = search_complete(model, top_k=3, batch_size=10)
-    read, rows = exhaustive.Sought.read, []
+    whole = search_exhaustive(model, top_k=3, batch_size=10)
+    read, rows = exhaustive.FeatureSpec.read, []
 
     def interrupted(self, activation):
         rows.append(len(activation))
@@ -253,9 +253,9 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return read(self, activation)
 
-    monkeypatch.setattr(exhaustive.Sought, "read", interrupted)
+    monkeypatch.setattr(exhaustive.FeatureSpec, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        search_complete(model, top_k=3, batch_size=10, resume=file)
+        search_exhaustive(model, top_k=3, batch_size=10, resume=file)
     # two batches through both layers; the third had noted the first layer
     assert sum(rows) == 60
     rest = []
@@ -264,12 +264,12 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
         rest.append(len(activation))
         return read(self, activation)
 
-    monkeypatch.setattr(exhaustive.Sought, "read", counting)
-    found = search_complete(model, top_k=3, batch_size=10, resume=file)
+    monkeypatch.setattr(exhaustive.FeatureSpec, "read", counting)
+    found = search_exhaustive(model, top_k=3, batch_size=10, resume=file)
     assert sum(rest) == 2 * (VOCAB - 20)
     assert_same(found, whole)
     rest.clear()
-    assert_same(search_complete(model, top_k=3, resume=file), whole)
+    assert_same(search_exhaustive(model, top_k=3, resume=file), whole)
     assert rest == []
 
 
@@ -280,33 +280,33 @@ def test_it_says_before_how_long_it_takes(loaded, tmp_path, monkeypatch, capsys)
     d, mlp = model.cfg.d_model, model.cfg.d_mlp
     block = 2 * (4 * d * d + 2 * d * mlp + 2 * d)
     monkeypatch.setattr(exhaustive, "block_rate", lambda _: VOCAB * 2 * block / 90)
-    search_complete(model, layers=[0, 1], features=[3], resume=file, progress=True)
+    search_exhaustive(model, Features([0, 1], [3]), resume=file, progress=True)
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"search: {VOCAB} tokens through 2 blocks for 1 features of 2 layers (")
     assert said.endswith(f"TFLOP), about 1.5 minutes; progress is saved to {file}")
     monkeypatch.setattr(exhaustive, "block_rate", lambda _: pytest.fail("nothing is measured for nobody"))
-    search_complete(model, layers=[0], features=[3], progress=False)
+    search_exhaustive(model, Features([0], [3]), progress=False)
     assert capsys.readouterr().err == ""
 
 
 def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
     file = tmp_path / "checkpoint.safetensors"
-    search_complete(loaded("gpt2"), resume=file)
+    search_exhaustive(loaded("gpt2"), resume=file)
     for change, message in (
         ({"top_k": 2}, "begun with top_k 1, not 2"),
-        ({"layers": [0]}, r"begun with layers \[0, 1\], not \[0\]"),
-        ({"features": [0]}, "begun with features"),
+        ({"features": Features(0)}, r"begun with layers \[0, 1\], not \[0\]"),
+        ({"features": Features(indices=[0])}, "begun with features"),
         ({"prefix": torch.tensor([3])}, "begun with prefix"),
-        ({"site": "mlp_out"}, "begun with site 'resid_post'"),
+        ({"features": Features(site="mlp_out")}, "begun with site 'resid_post'"),
     ):
         with pytest.raises(ValueError, match=message):
-            search_complete(loaded("gpt2"), resume=file, **change)
+            search_exhaustive(loaded("gpt2"), resume=file, **change)
     other = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         # the same numbers for other tokens
         other.W_E[1:] = other.W_E[1:].flip(0)
     with pytest.raises(ValueError, match="begun with other weights"):
-        search_complete(other, resume=file)
+        search_exhaustive(other, resume=file)
 
 
 @pytest.mark.parametrize(
@@ -321,27 +321,27 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
 def test_a_checkpoint_of_other_settings_of_the_model_is_refused(kind, change, tiny_directories, tmp_path):
     here, file = tmp_path / kind, tmp_path / "checkpoint.safetensors"
     shutil.copytree(tiny_directories / kind, here)
-    found = search_complete(load_model(tiny_directories / kind, processing=False), resume=file)
+    found = search_exhaustive(load_model(tiny_directories / kind, processing=False), resume=file)
     # of the same name, in another place
     moved = load_model(here, processing=False)
-    assert search_complete(moved, resume=file) == found
+    assert search_exhaustive(moved, resume=file) == found
     # nor does it matter what was run before, or what hooks are wanted
     moved(torch.tensor([[1, 2, 3]]))
     moved.cfg.use_attn_result = True
-    assert search_complete(moved, resume=file) == found
+    assert search_exhaustive(moved, resume=file) == found
     config = json.loads((here / "config.json").read_text()) | change
     (here / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="begun with another configuration: use the same"):
-        search_complete(load_model(here, processing=False), resume=file)
+        search_exhaustive(load_model(here, processing=False), resume=file)
 
 
 def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
     file = tmp_path / "checkpoint.safetensors"
-    search_complete(loaded("gpt2"), features=[4], resume=file)
+    search_exhaustive(loaded("gpt2"), Features(indices=[4]), resume=file)
     with pytest.raises(ValueError, match=r"begun with features \[4\], not \[5\]"):
-        search_complete(loaded("gpt2"), features=[5], resume=file)
+        search_exhaustive(loaded("gpt2"), Features(indices=[5]), resume=file)
     with pytest.raises(ValueError, match=r"begun with features \[4\], not '32 of them \("):
-        search_complete(loaded("gpt2"), resume=file)
+        search_exhaustive(loaded("gpt2"), resume=file)
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -350,50 +350,60 @@ def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": [2]}, "layer 2 is out of range"),
-        ({"features": [WIDTH]}, f"feature {WIDTH} is out of range"),
-        ({"features": []}, "no feature selected"),
+        ({"features": Features([2])}, "layer 2 is out of range"),
+        ({"features": Features(indices=[WIDTH])}, f"feature {WIDTH} is out of range"),
+        ({"features": Features(indices=[])}, "no feature selected"),
         (
-            {"site": "resid_pre"},
-            "site must be one of resid_post, attn_out, mlp_out, post, but",
+            {"features": Features(directions=torch.ones(2, 5))},
+            r"directions must be \[direction, d_model\] with d_model 32",
         ),
-        ({"directions": torch.ones(2, 5)}, r"directions must be \[direction, d_model\] with d_model 32"),
-        ({"directions": torch.ones(2, WIDTH), "site": "post"}, "directions are of resid_post"),
-        ({"directions": torch.full((1, WIDTH), torch.nan)}, "some of the directions' numbers are not finite"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"top_k": 65}, "but is 65"),
+        ({"top_k": 65}, "top_k must be at most 64, the size of the vocabulary, got 65"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prefix": torch.ones(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),
         ({"prefix": torch.tensor([64])}, "token id 64 is not in the model's vocabulary of 64"),
-        ({"prefix": torch.ones(2, 3, dtype=torch.long)}, "one sequence, but here are 2"),
+        ({"prefix": torch.ones(2, 3, dtype=torch.long)}, "a prefix is one sequence, but got 2 sequences"),
     ],
 )
 def test_bad_arguments(loaded, options, message):
     with pytest.raises(ValueError, match=message):
-        search_complete(loaded("gpt2"), **options)
+        search_exhaustive(loaded("gpt2"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"site": "resid_pre"}, "site must be one of resid_post, attn_out, mlp_out, post, got 'resid_pre'"),
+        ({"directions": torch.ones(2, WIDTH), "site": "post"}, "directions are read from resid_post"),
+        ({"directions": torch.full((1, WIDTH), torch.nan)}, "directions must be finite numbers"),
+    ],
+)
+def test_features_are_checked_without_a_model(options, message):
+    with pytest.raises(ValueError, match=message):
+        Features(**options)
 
 
 def test_an_empty_prefix_is_none(loaded):
-    assert_same(search_complete(loaded("gpt2"), prefix=""), search_complete(loaded("gpt2")))
+    assert_same(search_exhaustive(loaded("gpt2"), prefix=""), search_exhaustive(loaded("gpt2")))
 
 
 def test_processed_weights_are_refused_with_the_reason(loaded):
     with pytest.raises(ValueError, match=r"has processed weights, and processing changes the basis"):
-        search_complete(loaded("gpt2", processing=True))
+        search_exhaustive(loaded("gpt2", processing=True))
 
 
 def test_a_model_without_tokenizer_or_mlps(tmp_path):
     write_toy(tmp_path / "toy")
     model = load_model(tmp_path / "toy", processing=False)
-    result = search_complete(model, layers=[1], features=[0, 1])
+    result = search_exhaustive(model, Features([1], [0, 1]))
     name = "blocks.1.hook_resid_post"
     values = reference.by_hand(model, [name])[name][:, [0, 1]].T
     assert result.ids[0, :, 0].tolist() == values.argmax(-1).tolist()
     assert result.strings[str(int(result.ids[0, 0, 0]))] == str(int(result.ids[0, 0, 0]))
     with pytest.raises(ValueError, match="no tokenizer, so it reads no text"):
-        search_complete(model, prefix="a")
+        search_exhaustive(model, prefix="a")
     with pytest.raises(ValueError, match="this model has no MLPs"):
-        search_complete(model, site="post")
+        search_exhaustive(model, Features(site="post"))
 
 
 def test_broken_weights_are_refused(tiny_directories):
@@ -401,7 +411,7 @@ def test_broken_weights_are_refused(tiny_directories):
     with torch.no_grad():
         model.W_E[7] = torch.nan
     with pytest.raises(ValueError, match=r"activations at blocks\.0\.hook_resid_post are nan"):
-        search_complete(model)
+        search_exhaustive(model)
 
 
 # -- a trained model -------------------------------------------------------------------------------
@@ -410,7 +420,7 @@ def test_broken_weights_are_refused(tiny_directories):
 @needs_shared
 def test_a_trained_llama_agrees_with_running_each_token_by_hand():
     model = load_model(STORIES, processing=False)
-    result = search_complete(model)
+    result = search_exhaustive(model)
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
     for layer, rows in enumerate(reference.by_hand(model, names).values()):
         assert result.ids[layer, :, 0].tolist() == rows.argmax(0).tolist()

@@ -1,0 +1,114 @@
+"""The section on gradient searches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import mechlens
+from mechlens.results import GradientSearch
+from mechlens.results.gradient_search import ACTIVATING
+from mechlens.show.features import differing, feature_terms, paragraphs, some
+from mechlens.show.section import Figure, Section, Table
+from mechlens.text.display import count, number
+
+_TERMS = {
+    "Gradient search": (
+        "Gradient descent changes embeddings until they activate the feature. They are decoded to tokens, "
+        "which are then run."
+    ),
+    "Activation": (
+        "When the tokens are run: the mean over all selected elements. Embeddings that are not those of a "
+        "token may exceed it."
+    ),
+    "Optimum": "The largest activation of all single tokens, from an exhaustive search.",
+    "Objective": (
+        "What the search minimized, when the tokens are run: the distance to the target, or minus the "
+        "log-probability of the continuation in nats."
+    ),
+    "Nearest cosine": "Cosine of the embedding with the nearest real one, mean over positions.",
+    "Prior": (
+        "Keeps the embeddings close to real ones. Softmax: they are mixtures of real ones. Norm and nearest: "
+        "a penalty for an unusual norm, or for the distance to the nearest real one."
+    ),
+}
+
+
+def gradient_search_section(
+    results: Sequence[GradientSearch], *, title: str = "Gradient search", text: str = ""
+) -> Section:
+    """What each search found and how far it is from the optimum; the steps of the first as a figure.
+
+    Args:
+        results: of several features, or different in other ways.
+
+    Raises:
+        ValueError: no result.
+    """
+    first = some(results, "search_gradient")
+    varying = differing(
+        results,
+        {
+            "model": lambda each: each.model.name,
+            # a continuation reads no layer
+            "layer": lambda each: "" if each.objective == "continuation" else each.layer,
+            "searched": lambda each: each.searched,
+            "begins": lambda each: each.begins,
+            "objective": lambda each: each.objective,
+            "prior": lambda each: each.prior,
+            "optimizer": lambda each: each.optimizer,
+            "block alone": lambda each: "yes" if each.isolated else "no",
+        },
+    )
+    left_out = {"restart"}
+    if all(each.objective == "continuation" for each in results):
+        left_out.add("activation")
+    if all(each.objective in ACTIVATING for each in results):
+        # it says the same as the activation
+        left_out.add("objective")
+    if not any(len(each.selected) > 1 and each.objective in ACTIVATING for each in results):
+        left_out.add("smallest_activation")
+    columns = [each for each in first.columns if each.name not in left_out]
+    has_optimum = any(each.optimum is not None for each in results)
+    rows = [
+        [
+            *(values[at] for values in varying.values()),
+            *row,
+            *([result.optimum] if has_optimum else []),
+        ]
+        for at, result in enumerate(results)
+        for row in result.summary()[[each.name for each in columns]].to_numpy().tolist()
+    ]
+    best = first.text(first.best_ids(), " ")
+    steps = first.objectives.shape[1] - 1
+    weight = "" if first.prior_weight is None else f" x {first.prior_weight:g}"
+    said = (
+        f"{first.title}, {first.begins}: {count(len(first.embeddings), 'restart')} of "
+        f"{count(first.embeddings.shape[1], 'token')}, {count(steps, 'step')} of {first.optimizer}"
+        + (f", prior {first.prior}{weight}" if first.prior != "none" else "")
+        + f". {first.verdict if len(results) == 1 else ''} The cosine of the embeddings with the nearest "
+        f"real one is {number(float(first.nearest_cosine.mean()))} on average; of a real embedding with the "
+        f"nearest other one it is {number(first.token_cosine)}."
+    )
+    return Section(
+        title,
+        paragraphs(text, " ".join(said.split())),
+        [
+            Table(
+                [*varying, *columns, *(["optimum"] if has_optimum else [])],
+                rows,
+                "The best tokens by each decoding",
+            ),
+            Figure(
+                partial(mechlens.plot_gradient_search, first),
+                "Each line is a restart; the strong one found the best tokens. Marks to the right are the "
+                "decoded tokens, when run."
+                + (" Dashed: the largest activation of all tokens." if first.optimum is not None else ""),
+                f"Values along the steps of the gradient search for {first.searched}. Best tokens: {best}.",
+            ),
+        ],
+        feature_terms(first.noun) | _TERMS,
+    )
+
+
+SECTIONS = {GradientSearch: lambda result, **options: gradient_search_section([result], **options)}
