@@ -11,7 +11,8 @@ from mechlens.plots.attribution import plot_attribution
 from mechlens.plots.heads import plot_attention, plot_attention_heatmap
 from mechlens.plots.logit_lens import plot_logit_lens
 from mechlens.plots.patching import plot_patch_grid
-from mechlens.terminal import print_attention
+from mechlens.show.section import section
+from mechlens.show.terminal import print_section
 from mechlens.text.display import turns
 from tests import hand_made
 from tests.plots.test_attribution import attribution
@@ -100,7 +101,7 @@ def test_a_patch_grid_names_the_roles():
 
 
 def test_the_terminal_names_the_roles(capsys):
-    print_attention(hand_made.attention(tokens=CHAT))
+    print_section(section(hand_made.attention(tokens=CHAT)))
     out = capsys.readouterr().out
     assert "user: <|im_start|>" in out
     assert "assistant: <|im_start|>" in out
