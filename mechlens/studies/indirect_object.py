@@ -16,7 +16,6 @@ from mechlens.analyses.patching import LogitDiff, Patching
 from mechlens.arguments import check_counts, check_model, generator_of
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import IndirectObject, PatchGridResult, head_label
-from mechlens.show.patching import patching_section
 from mechlens.show.section import Section, section
 from mechlens.studies.claims import Measured, Study
 from mechlens.text.prompts import check_equally_long, text_tokens
@@ -232,13 +231,13 @@ class IndirectObjectStudy(Study):
     def sections(self) -> list[Section]:
         return [
             section(self.indirect_object),
-            patching_section(
+            section(
                 self.indirect_object_heads,
                 title="Heads that move the indirect object",
                 text="Each head's output in the clean run is patched into the run whose subject is the other "
                 "name.",
             ),
-            patching_section(
+            section(
                 self.indirect_object_positions,
                 title="Layers and positions that carry the indirect object",
                 text="The residual stream of the clean run is patched in at one position before one layer.",

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import mechlens
 from mechlens.analyses.logit_lens import logit_lens
 from mechlens.analyses.logit_variance import logit_variance
 from mechlens.arguments import check_counts, generator_of
@@ -26,8 +23,9 @@ from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
 from mechlens.results import NOT_JUDGED, LogitLensResult, LogitVariance
 from mechlens.results.claims import verdict_of
-from mechlens.show.section import Figure, Section
+from mechlens.show.section import Section
 from mechlens.studies.claims import Claim, Measured, Study
+from mechlens.studies.logit_lens_sections import lens_sections
 from mechlens.studies.published import LENS_POST
 from mechlens.text.batches import prompt_batch
 from mechlens.text.tokens import drawable_tokens, token_strings
@@ -61,11 +59,6 @@ SETTLED_ROUNDS = 2
 RARE_SHARE = 0.8
 """Tokenizers number tokens roughly by how common they are. Ids above this share of the vocabulary are
 rare."""
-STRETCH = 12
-"""Tokens that a figure shows."""
-RANK_BOUND, INPUT_RANK_BOUND, INPUT_KL_BOUND = 100, 1000, 30
-"""Where the color scales end, as in the post: ranks of the prediction and of the input, KL(input ||
-layer)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,150 +79,7 @@ class LensStudy(Study):
     """How much logits vary over layers, on the first piece of prose: a question below the post."""
 
     def sections(self) -> list[Section]:
-        prose, copying, repetition = self.prose, self.copying, self.repetition
-        some = _stretch(int(prose.mask[0].sum()) // 2)
-        last, again = int(copying.mask[0].sum()) - 2, int(repetition.mask[0].sum()) - 2
-        ids = copying.tokens[0][copying.mask[0]]
-        first = int((ids == ids[-1]).nonzero()[0])
-
-        def lens(result: LogitLensResult, stat: str, caption: str, **options: Any) -> Figure:
-            return Figure(
-                partial(mechlens.plot_logit_lens, result, stat, **options), caption, keeps_width=True
-            )
-
-        def lines(result: LogitLensResult, stats: tuple[str, ...], at: list[int], caption: str) -> Figure:
-            draw = partial(mechlens.plot_lens_lines, result, stats, positions=at)
-            return Figure(draw, caption, keeps_width=True)
-
-        top = "The top-1 prediction of each layer at each position of an abstract"
-        tied = not prose.kl_input.isnan().all()
-        return [
-            Section(
-                "Predictions, ranks and distances",
-                "A stretch from the middle of an abstract. Each position has read everything before it.",
-                [
-                    lens(prose, "probability", f"{top}; darker is more likely.", positions=some),
-                    lens(
-                        prose,
-                        "rank_final",
-                        f"{top}; color: rank of the final prediction, cut at {RANK_BOUND}.",
-                        positions=some,
-                        high=RANK_BOUND,
-                    ),
-                    lens(prose, "kl_final", f"{top}; color: KL(final || layer) in nats.", positions=some),
-                    lines(
-                        prose,
-                        ("rank_final", "kl_final"),
-                        some[-6:],
-                        "Rank of the final prediction and KL(final || layer) by layer, at six positions.",
-                    ),
-                ],
-            ),
-            Section(
-                "What is left of the input",
-                "How close each layer still is to the token that was read."
-                + (
-                    ""
-                    if tied
-                    else " KL(input || layer) is undefined: the unembedding is not tied to the embedding."
-                ),
-                [
-                    *[
-                        lens(
-                            prose,
-                            "kl_input",
-                            f"KL(input || layer) in nats, cut at {INPUT_KL_BOUND}.",
-                            positions=some,
-                            high=INPUT_KL_BOUND,
-                        )
-                    ][: int(tied)],
-                    lens(
-                        prose,
-                        "rank_input",
-                        f"Rank of the input token at its own position, cut at {INPUT_RANK_BOUND}.",
-                        positions=some,
-                        high=INPUT_RANK_BOUND,
-                    ),
-                ],
-            ),
-            Section(
-                "Copying a rare token",
-                "The same rare token twice in the same words. Which layer predicts the second one?",
-                [
-                    lens(
-                        copying,
-                        "rank_next",
-                        "Rank of the next token; at the last position the next token is the rare one.",
-                        positions=_stretch(last),
-                        high=RANK_BOUND,
-                    ),
-                    lens(
-                        copying,
-                        "rank_input",
-                        "Rank of the input token around the first occurrence of the rare token.",
-                        positions=_stretch(first + 4),
-                        high=INPUT_RANK_BOUND,
-                    ),
-                    lines(
-                        copying,
-                        ("rank_next", "kl_final"),
-                        [last],
-                        "Rank of the rare token and KL(final || layer) at the position before the second "
-                        "copy.",
-                    ),
-                ],
-            ),
-            Section(
-                "Repetition",
-                f"A sentence that is repeated {ROUNDS} times. Which layers notice?",
-                [
-                    lens(
-                        repetition,
-                        "rank_next",
-                        "Rank of the next token in the last rounds.",
-                        positions=_stretch(again),
-                        high=RANK_BOUND,
-                    )
-                ],
-            ),
-            Section(
-                "Attention and MLPs",
-                "What each sublayer adds, read alone.",
-                [
-                    Figure(
-                        partial(
-                            mechlens.plot_logit_lens,
-                            mechlens.interleaved(self.attention, self.mlp),
-                            "probability",
-                            positions=some,
-                        ),
-                        "Top-1 predictions of each layer's attention and MLP.",
-                        keeps_width=True,
-                    )
-                ],
-            ),
-            Section(
-                "A fact",
-                "",
-                [lens(self.eiffel, "probability", "The top-1 prediction by layer and position.")],
-            ),
-            Section(
-                "Logit variance",
-                "A question below the post: do unlikely tokens' directions serve other work?",
-                [
-                    Figure(
-                        partial(mechlens.plot_logit_variance, self.variance),
-                        "How much logits vary over layers, by the final probability of the tokens.",
-                        keeps_width=True,
-                    )
-                ],
-            ),
-        ]
-
-
-def _stretch(last: int) -> list[int]:
-    """The positions that end with `last`."""
-    return list(range(max(0, last + 1 - STRETCH), last + 1))
+        return lens_sections(self)
 
 
 def study_logit_lens(

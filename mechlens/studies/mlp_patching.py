@@ -19,9 +19,7 @@ from mechlens.analyses.patching import Earlier, Loss, Patching, ablate_heads, ab
 from mechlens.measures.statistics import rank_correlation
 from mechlens.models.protocol import LensModel
 from mechlens.results import HeadScores, PatchGridResult
-from mechlens.show.heads import scores_section
-from mechlens.show.patching import patching_section
-from mechlens.show.section import Section
+from mechlens.show.section import Section, section
 from mechlens.studies.claims import Claim, Study
 from mechlens.studies.published import ARTICLE
 from mechlens.text.prompts import RepeatedTokens
@@ -57,24 +55,24 @@ class MlpStudy(Study):
             for kind, words in ((INDUCTION, "induction"), (PREVIOUS, "previous-token"))
         )
         return [
-            patching_section(
+            section(
                 self.mlps_as_written,
                 title="MLP outputs from the first copy, as the article's loop is written",
                 text="The loop starts at position seq_len. Counted with BOS, that is the last token of the "
                 "first copy, and it receives the MLP output at BOS.",
             ),
-            patching_section(
+            section(
                 self.mlps_aligned,
                 title="MLP outputs from the first copy, aligned",
                 text="Each position of the second copy receives the MLP output at the same token of the "
                 "first.",
             ),
-            patching_section(
+            section(
                 self.ablated_heads,
                 title="Ablated heads",
                 text=f"Rank correlation of the effect of ablating a head: {correlations}.",
             ),
-            scores_section(self.ablated_head_scores, top=3),
+            section(self.ablated_head_scores, top=3),
         ]
 
 

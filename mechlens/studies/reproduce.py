@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from mechlens.arguments import check_model
 from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import Comparison, ModelInfo, Result, write_table
-from mechlens.results.claims import comparisons_table
+from mechlens.results.claims import comparisons_table, verdict_statement
 from mechlens.show.section import Section
 from mechlens.studies import STUDIES
 from mechlens.studies.circuits import study_composition, study_induction_circuits
@@ -62,6 +63,19 @@ class Reproduction:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per comparison: claim, published, measured, low, high, verdict, source."""
         return comparisons_table(self.comparisons)
+
+    def _repr_html_(self) -> str:
+        """The comparisons, for Jupyter."""
+        import pandas as pd
+
+        rows = [
+            dict(zip((each.words for each in Comparison.columns), one.row, strict=True))
+            for one in self.comparisons
+        ]
+        table = pd.DataFrame(rows).to_html(index=False) if rows else ""
+        return (
+            f"<p><b>{escape(self.title)}</b></p>{table}<p>{escape(verdict_statement(self.comparisons))}</p>"
+        )
 
     def sections(self) -> list[Section]:
         """What a report shows: text, tables and figures of each study."""
