@@ -24,8 +24,7 @@ from mechlens.results import (
 )
 from mechlens.results.claims import verdict_of
 from mechlens.results.heads import CLEAR_SCORE, TIMES_NULL
-from mechlens.show.heads import attention_section, performance_section, scores_section
-from mechlens.show.section import Section
+from mechlens.show.section import Section, section
 from mechlens.studies.claims import Claim, Measured, Study
 from mechlens.studies.published import Published
 from mechlens.text.prompts import RepeatedTokens
@@ -49,12 +48,12 @@ class HeadsStudy(Study):
         names = ", ".join(head_label(*head) for head in self.attention_patterns.heads)
         return [
             Section("What was found", self._findings()),
-            performance_section(self.repeated_tokens),
-            scores_section(self.head_scores, top=3),
-            attention_section(
+            section(self.repeated_tokens),
+            section(self.head_scores, top=3),
+            section(
                 self.attention_patterns,
                 title="Attention of the strongest heads",
-                text=f"The two heads with the highest induction score and the two with the highest "
+                text="The two heads with the highest induction score and the two with the highest "
                 f"previous-token score ({names}), on the first sequence. An induction head shows a second "
                 f"diagonal over the later copy, {self.repeated_tokens.seq_len - 1} positions below the main "
                 "one; a previous-token head shows one directly below the main diagonal.",
@@ -95,14 +94,14 @@ def study_heads(
     performance, heads = performance_and_scores(
         model,
         on,
-        kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=on.prepend_bos),
+        kinds_that_fit(model, (*KINDS, *VARIANTS), prepend_bos=on.prepend_bos, jitter=on.jitter),
         progress=progress,
     )
     strongest: list[tuple[int, int]] = []
     for kind in ("induction_score", "previous_token_score"):
         strongest += [head for head, _ in list(heads.ranked(kind))[:2] if head not in strongest]
     patterns = attention_patterns(model, heads.tokens["repeated"][0, 0], strongest)
-    as_published = on.seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos
+    as_published = on.seq_len == PUBLISHED_SEQ_LEN and heads.prepend_bos and not on.jitter
     study = HeadsStudy((), performance, heads, patterns)
     return study.holding(claim_of(figure) for figure in figures if as_published)
 
