@@ -437,7 +437,7 @@ def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"how": "half"}, "how must be mean, zero or resample"),
+        ({"how": "half"}, "how must be one of mean, zero, resample"),
         ({"per_head": 0}, "per_head must be at least 1"),
         ({"threshold": 1.5}, "threshold must lie between 0 and 1"),
         ({"seq_len": 1}, "seq_len must be at least 2"),

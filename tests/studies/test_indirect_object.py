@@ -66,7 +66,7 @@ def study_by_hand():
         model=model,
         clean=torch.tensor([2.0, 4.0]),
         corrupted=torch.tensor([-2.0, 0.0]),
-        direction="denoising",
+        into="corrupted",
     )
     heads = torch.zeros(2, 3, 2)
     heads += grid.corrupted[:, None, None]

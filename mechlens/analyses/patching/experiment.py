@@ -41,13 +41,10 @@ class Patching(Experiment):
         ValueError: prompts of different lengths, or a metric that does not fit the prompts.
 
     Example:
-        >>> ioi = mechlens.Patching(
-        ...     model,
-        ...     "said Mr. Pickwick to Sam. And",
-        ...     "said Mr. Winkle to Sam. And",
-        ...     metric=mechlens.LogitDiff(" Mr", " Sam"),
-        ... )
-        >>> ioi.grid("z", over=("layer", "head")).effect.shape
+        >>> text = "The old woman went to the {}. The old woman went to the"
+        >>> metric = mechlens.LogitDiff(" sea", " town")
+        >>> experiment = mechlens.Patching(model, text.format("sea"), text.format("town"), metric=metric)
+        >>> experiment.grid("z", over=("layer", "head")).effect.shape
         torch.Size([4, 6])
 
     References: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv:2202.05262.
@@ -162,10 +159,11 @@ class Patching(Experiment):
                 `exact` of other arguments.
 
         Example:
-            >>> experiment = mechlens.Patching(model, "said Mr. Pickwick")
-            >>> exact = experiment.grid("z", values="zero", over=("layer", "head"))
-            >>> found = experiment.attribution("z", values="zero", over=("layer", "head"), exact=exact)
-            >>> found.correlation > 0.5
+            >>> text = "The old woman went to the {}. The old woman went to the"
+            >>> metric = mechlens.LogitDiff(" sea", " town")
+            >>> experiment = mechlens.Patching(model, text.format("sea"), text.format("town"), metric=metric)
+            >>> exact = experiment.grid("z", over=("layer", "head"))
+            >>> experiment.attribution("z", over=("layer", "head"), exact=exact).correlation > 0.9
             True
 
         References: Nanda 2023, "Attribution Patching: Activation Patching At Industrial Scale".
@@ -218,7 +216,7 @@ class Patching(Experiment):
                 the model.
 
         Example:
-            >>> experiment = mechlens.Patching(model, "said Mr. Pickwick", "said Mr. Winkle")
+            >>> experiment = mechlens.Patching(model, "She went to the sea", "She went to the town")
             >>> experiment.path("L1H2", "L3H5.k").source
             'L1H2 (the clean run) as the k of L3H5 sees it'
 

@@ -138,12 +138,9 @@ class LogitDiff(Metric):
         at: positions whose predictions count; None is the last.
 
     Example:
-        >>> ioi = mechlens.Patching(
-        ...     model,
-        ...     "said Mr. Pickwick to Sam. And",
-        ...     "said Mr. Winkle to Sam. And",
-        ...     metric=mechlens.LogitDiff(" Mr", " Sam"),
-        ... )
+        >>> metric = mechlens.LogitDiff(" sea", " town")
+        >>> mechlens.Patching(model, "She went to the", metric=metric).grid("z", values="zero").unit
+        'logits'
 
     References: Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593.
     """
