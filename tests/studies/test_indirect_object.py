@@ -68,6 +68,7 @@ def study_by_hand():
         corrupted=torch.tensor([-2.0, 0.0]),
         into="corrupted",
     )
+    every = tuple((layer, head) for layer in range(3) for head in range(2))
     heads = torch.zeros(2, 3, 2)
     heads += grid.corrupted[:, None, None]
     heads[:, 1, 1] += torch.tensor([1.0, 3.0])
@@ -79,7 +80,7 @@ def study_by_hand():
     return IndirectObjectStudy(
         (),
         task,
-        dataclasses.replace(grid, values=heads, axes=("layer", "head"), heads=(0, 1), positions=()),
+        dataclasses.replace(grid, values=heads, axes=("layer", "head"), heads=every, positions=()),
         dataclasses.replace(grid, values=places, axes=("layer", "pos"), heads=(), positions=tuple(range(5))),
     )
 
