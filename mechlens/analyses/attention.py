@@ -1,4 +1,4 @@
-"""What chosen heads attend to on one sequence."""
+"""The attention patterns of chosen heads on one sequence."""
 
 from __future__ import annotations
 
@@ -23,24 +23,32 @@ def attention_patterns(
     cache: Any = None,
     prepend_bos: bool | None = None,
 ) -> AttentionPatterns:
-    """The attention patterns of some heads on one sequence.
+    """Read the attention patterns of chosen heads on one sequence.
 
     Args:
-        prompt: a text, or the ids of one sequence.
-        heads: (layer, head) of each, or their names, as `detect_heads` gives them.
-        cache: an `ActivationCache` of this one sequence; nothing is run then.
-        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        prompt: a text, or the token ids of one sequence.
+        heads: one head or several, each as `"L5H5"`, `"5.5"` or `(5, 5)`.
+        cache: an `ActivationCache` of this sequence. With it, the model is not run.
+        prepend_bos: for a text, whether to prepend BOS; None does so if the tokenizer has one.
+
+    Returns:
+        Attention after softmax, `[head, dest, src]`, in [0, 1]; each row sums to 1.
 
     Raises:
         ValueError: no heads, a head that the model does not have, more than one sequence, or a cache of
             another length.
+
+    Example:
+        >>> found = mechlens.attention_patterns(model, "Mr. Pickwick met Mr. Winkle.", ["L0H3", (1, 2)])
+        >>> found.labels, found.patterns.shape
+        (('L0H3', 'L1H2'), torch.Size([2, 14, 14]))
 
     Cost: one forward pass up to the deepest head's pattern, or none with a cache.
     """
     info = describe(model)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     if len(tokens) != 1:
-        raise ValueError(f"attention patterns are of one sequence, but the tokens are {tuple(tokens.shape)}")
+        raise ValueError(f"attention patterns need one sequence, got tokens of shape {tuple(tokens.shape)}")
     wanted = parse_heads(heads)
     if not wanted:
         raise ValueError("attention patterns need at least one head")

@@ -23,7 +23,7 @@ from mechlens.models.run.forward import parts, watch
 from mechlens.models.weights.access import direct_unembedding
 from mechlens.progress import progress_bar
 from mechlens.results import InputProbe
-from mechlens.text.corpus import Source, token_windows
+from mechlens.text.corpus import Corpus, token_windows
 from mechlens.text.tokens import all_bos, own_bos_token_id
 
 BASES = ("pca", "nmf")
@@ -33,7 +33,7 @@ ELEMENTS = 64
 
 def probe_input(
     model: LensModel,
-    corpus: Source | Int[Tensor, "window pos"],
+    corpus: Corpus | Int[Tensor, "window pos"],
     *,
     per_layer: bool = True,
     bases: Sequence[str] | Mapping[str, int] = BASES,

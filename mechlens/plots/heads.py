@@ -41,14 +41,23 @@ _NO_TICKS = {"ticks": "", "ticklabelstandoff": 4}
 
 
 def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
-    """Draw how likely the right token is at each position, in the first and the second copy.
+    """Draw the log-probability of the correct token at each position of the first and the second copy.
 
-    The line is the mean over all sequences of all seeds, the band holds the central 90% of them. `x` is
-    the position of the *predicted* token, so the last position, which predicts nothing, adds no point.
-    The dotted line is a uniform guess over the vocabulary. Above each copy stand its means.
+    The line is the mean over all sequences of all seeds, and the band contains the central 90% of them. The
+    dotted line is a uniform guess over the vocabulary.
 
     Returns:
-        A figure in nats; traces `band`, `mean` and `uniform guess`.
+        A figure in nats, with the traces `band`, `mean` and `uniform guess`. `x` is the position of the
+        *predicted* token, so the last position, which predicts nothing, has no point.
+
+    Raises:
+        TypeError: `result` is not a `RepeatedTokenPerformance`.
+
+    Example:
+        >>> on = mechlens.RepeatedTokens(seq_len=10, batch=2, seeds=[0])
+        >>> found = mechlens.repeated_token_performance(model, on)
+        >>> [trace.name for trace in mechlens.plot_log_probs(found).data]
+        ['band', 'mean', 'uniform guess']
     """
     check_type("result", result, RepeatedTokenPerformance)
     log_prob = result.log_prob[..., :-1].flatten(0, 1).double().cpu()
@@ -133,19 +142,30 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
 
 
 def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = None) -> go.Figure:
-    """Draw one kind of score of every head as a heatmap, layer 0 at the bottom.
+    """Draw one score of every head as a heatmap, with layer 0 at the bottom.
 
-    The colours span the score's whole range ([0, 1], or [-1, 1] around a neutral 0 for the copying score),
-    so that figures of different models compare. A head without a score is grey. Under the cursor stands
-    the head's name with its score, interval and null.
+    The colors span the whole range of the score ([0, 1], or [-1, 1] around a neutral 0 for the copying
+    score), so figures of different models are comparable. A head without a score is gray. Hover for a head's
+    name, score, interval and null.
 
     Args:
-        labelled: how many of the strongest heads get their score written into the cell (`.91`), in layers
-            of at most 16 heads; more would not fit. None writes all of them into a model of at most 48
-            heads and the strongest 5 into a larger one.
+        kind: a score of the result, such as `"induction_score"`.
+        labelled: write the score into the cells of this many heads, the strongest first. None labels all
+            heads of a model with at most 48, and 5 heads of a larger one. Layers of more than 16 heads have
+            no room for labels.
+
+    Returns:
+        A heatmap `[layer, head]`.
 
     Raises:
-        ValueError: the result has no such kind.
+        TypeError: `result` is not a `HeadScores`.
+        ValueError: the result has no such score.
+
+    Example:
+        >>> on = mechlens.RepeatedTokens(seq_len=10, batch=2, seeds=[0])
+        >>> found = mechlens.score_heads(model, on)
+        >>> mechlens.plot_head_scores(found, "induction_score").data[0].z.shape
+        (4, 6)
     """
     check_type("result", result, HeadScores)
     mean = result.mean(kind).double().cpu()
@@ -194,16 +214,28 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
 
 
 def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -> go.Figure:
-    """Draw the strongest heads' scores with their intervals, and each head's null beside it.
+    """Draw the scores of the strongest heads with their intervals and null baselines.
 
-    A score proves something only as far as it stands clear of its null, the same measure where its
-    cause is taken away. The strongest head is at the top.
+    A score is evidence only if it is well above its null, the same measure without its cause. The strongest
+    head is at the top.
 
     Args:
-        top: how many heads, at least 1.
+        kind: a score of the result, such as `"induction_score"`.
+        top: number of heads to draw, at least 1.
+
+    Returns:
+        A figure with the traces `null` (if the score has one) and `score, 95% interval`.
 
     Raises:
-        ValueError: the result has no such kind, or `top` is below 1.
+        TypeError: `result` is not a `HeadScores`.
+        ValueError: the result has no such score, or `top` is below 1.
+
+    Example:
+        >>> on = mechlens.RepeatedTokens(seq_len=10, batch=2, seeds=[0])
+        >>> found = mechlens.score_heads(model, on)
+        >>> figure = mechlens.plot_scores_against_nulls(found, "induction_score", top=3)
+        >>> [trace.name for trace in figure.data]
+        ['null', 'score, 95% interval']
     """
     check_type("result", result, HeadScores)
     check_counts(top=top)
@@ -267,11 +299,24 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
 
 
 def plot_attention(patterns: AttentionPatterns) -> View:
-    """Show heads' attention through circuitsvis: small maps to choose from, the chosen one large.
+    """Show attention patterns as an interactive circuitsvis view: choose a head to enlarge its pattern.
 
-    Jupyter shows it without a network, `.write_html("attention.html")` saves it as a page. Attention is
-    rounded to 3 decimals; invisible characters of tokens are shown as `visible_token` does, long tokens
-    shortened. Where a turn of a conversation begins, its role stands before the token.
+    It works offline. Jupyter shows it, and `.write_html("attention.html")` saves it as a page. Attention is
+    rounded to 3 decimals. Spaces and newlines in tokens are made visible, and long tokens are cut. The first
+    token of each turn of a conversation is preceded by its role.
+
+    Returns:
+        A view, to display or save.
+
+    Raises:
+        TypeError: `patterns` is not an `AttentionPatterns`.
+
+    Example:
+        >>> found = mechlens.attention_patterns(model, "Mr. Pickwick met Mr. Winkle.", ["L0H3", "L1H2"])
+        >>> mechlens.plot_attention(found).write_html("attention.html").name
+        'attention.html'
+
+    References: circuitsvis, https://github.com/TransformerLensOrg/CircuitsVis.
     """
     check_type("patterns", patterns, AttentionPatterns)
     begins = turns(patterns.token_strings)
@@ -297,17 +342,26 @@ def plot_attention(patterns: AttentionPatterns) -> View:
 
 
 def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None) -> go.Figure:
-    """Draw heads' attention as heatmaps: each row is a position that attends, from top to bottom.
+    """Draw attention patterns as heatmaps: rows are attending positions (dest), columns attended ones (src).
 
-    Positions that a row cannot see are grey. Under the cursor stand both tokens, with their positions. Turns
-    of a conversation have their role before their first token, and lines between them.
+    Positions that a row cannot attend to are gray. Hover for both tokens and their positions. Dotted lines
+    separate the turns of a conversation, and the first token of each is preceded by its role.
 
     Args:
-        index: which of the result's heads; negative counts from the end. None draws all, two in a row; of
-            more than 4 the first 4, and the title says so.
+        index: the pattern to draw; a negative index counts from the end. None draws the first 4 patterns, two
+            in a row.
+
+    Returns:
+        A figure with one heatmap `[dest, src]` for each pattern drawn.
 
     Raises:
-        ValueError: there is no such head.
+        TypeError: `patterns` is not an `AttentionPatterns`.
+        ValueError: `index` is out of range.
+
+    Example:
+        >>> found = mechlens.attention_patterns(model, "Mr. Pickwick met Mr. Winkle.", ["L0H3", "L1H2"])
+        >>> len(mechlens.plot_attention_heatmap(found).data)
+        2
     """
     check_type("patterns", patterns, AttentionPatterns)
     n_patterns = len(patterns.heads)

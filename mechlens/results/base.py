@@ -203,11 +203,22 @@ class Result:
 
 
 def load(path: str | os.PathLike[str]) -> Result:
-    """Read whatever result a file holds.
+    """Load a saved result.
+
+    Args:
+        path: a `.safetensors` file written by `save`.
+
+    Returns:
+        A result equal to the one that was saved, of the same type.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or no result of mechlens.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is not a result of mechlens.
+
+    Example:
+        >>> found = mechlens.attention_patterns(model, "Mr. Pickwick met Mr. Winkle.", "L1H2")
+        >>> mechlens.load(found.save("patterns.safetensors")) == found
+        True
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such result file: {path}")

@@ -27,7 +27,7 @@ what it is given."""
 LENGTH = 128
 """Tokens in a window, where nothing else is asked for and the model's context holds them."""
 
-Source: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
+Corpus: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
 """A path, or an iterable of paths, texts or mappings with a `text`; see `read_texts`."""
 
 
@@ -41,65 +41,76 @@ class Windows(Iterator[Tensor]):
         return next(self._made)
 
 
-def read_texts(source: Source) -> Iterator[str]:
-    """The documents of files or of a dataset, one after the other.
+def read_texts(corpus: Corpus) -> Iterator[str]:
+    """Read the documents of files or of a dataset, one at a time.
 
     Args:
-        source: a path, as `str` or `Path`: of a `.txt` file (one document), of a `.jsonl` or `.jsonl.gz` file
-            (one document per line, in the field `text`), or of a folder that is searched for those, in
-            the order of their names; or an iterable of texts, of mappings with a `text` such as a Hugging
-            Face dataset, or of `Path`s. A `str` by itself is a path and within an iterable a text: give a
-            single text as `[text]`.
+        corpus: a path (`str` or `Path`) or an iterable. A path is a `.txt` file (one document), a `.jsonl` or
+            `.jsonl.gz` file (one document per line, in the field `text`), or a folder of such files, which
+            are read in the order of their names. An iterable has texts, mappings with a `text` (such as a
+            Hugging Face dataset) or `Path`s. Give a single text as `[text]`.
 
     Returns:
-        Texts that are not blank. An iterable is read once, as far as texts are asked for.
+        An iterator over the texts that are not blank. It reads no further than you iterate.
 
     Raises:
-        FileNotFoundError: a `Path` to nothing.
-        ValueError: a `str` that is no path, another ending, a folder without such files, a file that is
-            damaged or has a line without `text`, an entry of another kind, or nothing but blanks in all.
+        FileNotFoundError: a `Path` that does not exist.
+        ValueError: a `str` that is not a path, a file with another ending, a folder without such files, a
+            damaged file, a line or an entry without text, or a corpus without any text.
+
+    Example:
+        >>> list(mechlens.read_texts(["The captain", " ", {"text": "The boatswain"}]))
+        ['The captain', 'The boatswain']
     """
-    return _joined(_pieces(source, _opened(source)))
+    return _joined(_pieces(corpus, _opened(corpus)))
 
 
 def token_windows(
     model: Any,
-    source: Source | Int[Tensor, "window pos"],
+    corpus: Corpus | Int[Tensor, "window pos"],
     *,
     length: int | None = None,
     prepend_bos: bool | None = None,
     limit: int | None = None,
     drop_last: bool = True,
 ) -> Windows:
-    """Cut a corpus into windows of tokens, each beginning with BOS where there is one.
+    """Cut a corpus into windows of tokens, each of which begins with BOS.
 
-    Documents follow each other with the tokenizer's EOS (or else its BOS) between them, and windows are cut
-    from that stream without overlap, so that one may hold the end of a document and the beginning of the
-    next. No more than a piece of text and a window of tokens is held at a time.
+    Documents are joined into one stream, with the tokenizer's EOS (or else its BOS) between them. Windows are
+    cut from the stream without overlap, so one may hold the end of a document and the beginning of the next.
+    Only one window and one piece of text are in memory at a time.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
-        source: see `read_texts`; or token ids `[window, pos]`, whose rows are the windows as they are (BOS
-            is yours to put).
-        length: tokens in a window with its BOS; None is 128, or the context of a model with a shorter one,
-            and the length of the rows of ids.
-        prepend_bos: None prepends BOS where the tokenizer has one.
-        limit: how many windows to make at most; None reads to the end.
-        drop_last: leave out the tokens after the last whole window; otherwise they make a shorter one.
+        corpus: a path to a `.txt`, `.jsonl` or `.jsonl.gz` file or to a folder of those; an iterable of
+            texts, of mappings with a `text`, or of `Path`s; or token ids `[window, pos]`, whose rows are used
+            as they are, without a BOS added.
+        length: tokens in a window, with BOS. None means 128 (or the context, if it is shorter), and for token
+            ids the length of the rows.
+        prepend_bos: whether windows begin with BOS; None means if the tokenizer has one.
+        limit: maximum number of windows; None reads the whole corpus.
+        drop_last: leave out an incomplete window at the end.
 
     Returns:
-        Windows of ids on the CPU, made as they are asked for.
+        An iterator over windows of ids `[pos]`, on the CPU.
 
     Raises:
-        ValueError: as `read_texts`; a length that the context does not hold, or that leaves no token beside
-            BOS; no tokenizer for texts; ids that the model does not have, or rows of another length.
+        FileNotFoundError: a `Path` that does not exist.
+        ValueError: a corpus that cannot be read or has no text, a length longer than the context or too short
+            for BOS and a token, texts for a model without a tokenizer, token ids outside the vocabulary, or
+            rows of ids of another length.
+
+    Example:
+        >>> windows = mechlens.token_windows(model, ["The captain came on deck."], length=8)
+        >>> [len(window) for window in windows]
+        [8]
     """
     check_model(model)
     check_counts(limit=limit, length=length)
     n_ctx = model.cfg.n_ctx
-    if isinstance(source, Windows):
-        return Windows(islice(source, limit))
-    rows = corpus_ids(source)
+    if isinstance(corpus, Windows):
+        return Windows(islice(corpus, limit))
+    rows = corpus_ids(corpus)
     if rows is not None:
         _check_ids(model, rows, length)
         return Windows(iter(rows if limit is None else rows[:limit]))
@@ -114,21 +125,21 @@ def token_windows(
             f"windows of {length} tokens hold no text{' beside BOS' if bos is not None else ''}: "
             f"length must be at least {1 + (bos is not None)}"
         )
-    stream = _ids(model.tokenizer, _pieces(source, _opened(source)))
+    stream = _ids(model.tokenizer, _pieces(corpus, _opened(corpus)))
     return Windows(_windows(stream, length, bos, limit, drop_last))
 
 
-def corpus_ids(source: Any) -> Int[Tensor, "window pos"] | None:
+def corpus_ids(corpus: Any) -> Int[Tensor, "window pos"] | None:
     """The windows of a corpus of ids: a tensor, an array, lists or what a tokenizer gives; None for text.
 
     Raises:
         ValueError: numbers that are no integers, or rows with padding.
     """
-    lists = isinstance(source, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in source)
-    encoded = isinstance(source, Mapping) and "input_ids" in source
-    if not (isinstance(source, (Tensor, np.ndarray)) or encoded or (lists and source)):
+    lists = isinstance(corpus, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in corpus)
+    encoded = isinstance(corpus, Mapping) and "input_ids" in corpus
+    if not (isinstance(corpus, (Tensor, np.ndarray)) or encoded or (lists and corpus)):
         return None
-    rows, mask = as_ids(source)
+    rows, mask = as_ids(corpus)
     if mask is not None and not bool(mask.all()):
         raise ValueError("the rows of ids have padding (zeros in attention_mask): windows are equally long")
     return rows
@@ -207,29 +218,29 @@ def _joined(pieces: Iterator[str | None]) -> Iterator[str]:
             text = io.StringIO()
 
 
-def _opened(source: Source) -> Iterator[tuple[str, Any]]:
-    """(where, entry) of a source; an entry is a file, a text or a mapping. What is named by paths is looked
+def _opened(corpus: Corpus) -> Iterator[tuple[str, Any]]:
+    """(where, entry) of a corpus; an entry is a file, a text or a mapping. What is named by paths is looked
     for at once, before anything is read."""
-    if isinstance(source, str) and not os.path.exists(source):
+    if isinstance(corpus, str) and not os.path.exists(corpus):
         raise ValueError(
-            f"the corpus {source[:80]!r} is no file or folder; if it is a text, give it in a list: [text]"
+            f"the corpus {corpus[:80]!r} is no file or folder; if it is a text, give it in a list: [text]"
         )
-    if isinstance(source, (str, os.PathLike)):
-        return iter([(str(file), file) for file in _files(Path(source))])
-    if isinstance(source, (Mapping, bytes)) or not isinstance(source, Iterable):
-        kind = type(source).__name__
-        keys = f" with {', '.join(map(str, list(source)[:5]))}" if isinstance(source, Mapping) else ""
+    if isinstance(corpus, (str, os.PathLike)):
+        return iter([(str(file), file) for file in _files(Path(corpus))])
+    if isinstance(corpus, (Mapping, bytes)) or not isinstance(corpus, Iterable):
+        kind = type(corpus).__name__
+        keys = f" with {', '.join(map(str, list(corpus)[:5]))}" if isinstance(corpus, Mapping) else ""
         raise ValueError(
             f"a corpus is a path or an iterable of texts, but this is a {kind}{keys}"
             + (": give one of its entries" if keys else "")
         )
-    if isinstance(source, (list, tuple)):
-        for entry in source:
+    if isinstance(corpus, (list, tuple)):
+        for entry in corpus:
             if isinstance(entry, os.PathLike):
                 _files(Path(entry))
     return (
         place
-        for number, entry in enumerate(source)
+        for number, entry in enumerate(corpus)
         for place in (
             [(str(file), file) for file in _files(Path(entry))]
             if isinstance(entry, os.PathLike)
@@ -251,7 +262,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _pieces(source: Source, entries: Iterator[tuple[str, Any]]) -> Iterator[str | None]:
+def _pieces(corpus: Corpus, entries: Iterator[tuple[str, Any]]) -> Iterator[str | None]:
     """Texts in pieces that end with a line; None ends a document."""
     empty = True
     for where, entry in entries:
@@ -269,7 +280,7 @@ def _pieces(source: Source, entries: Iterator[tuple[str, Any]]) -> Iterator[str 
                 empty = False
                 yield None
     if empty:
-        what = f"in {source}" if isinstance(source, (str, os.PathLike)) else "in this corpus"
+        what = f"in {corpus}" if isinstance(corpus, (str, os.PathLike)) else "in this corpus"
         raise ValueError(f"there is no text {what}")
 
 

@@ -98,27 +98,35 @@ def repeated_tokens(
     prepend_bos: bool | None = None,
     jitter: int = 0,
 ) -> RandomTokens:
-    """Draw `[BOS, S random tokens, the same S again, ...]` for each row of a batch.
+    """Draw sequences `[BOS, S random tokens, the same S tokens, ...]`.
 
-    BOS is put before the random tokens and overwrites none. Tokens are drawn uniformly and with
-    replacement from `drawable_tokens`.
+    Tokens are drawn uniformly with replacement, special tokens excluded. BOS replaces none of them.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
-        seq_len: S, the random tokens in one copy.
-        batch: rows, all drawn independently.
-        copies: how often the S tokens come in all; 1 repeats nothing.
-        seed: of the `torch.Generator` that draws; the same seed gives the same tokens.
-        prepend_bos: None prepends BOS where the tokenizer has one. What was done is in the result.
-        jitter: for a repeat at no fixed distance: 0 to `jitter` further random tokens, a number drawn
-            for each row, come between the first and the second copy (and what is left of `jitter`
-            after the last one, so that all rows are equally long).
+        seq_len: S, the number of random tokens in one copy.
+        batch: number of sequences, each drawn independently.
+        copies: number of copies; 1 repeats nothing.
+        seed: seed of the `torch.Generator`; the same seed gives the same tokens.
+        prepend_bos: whether to prepend BOS; None does so if the tokenizer has one.
+        jitter: vary the distance of the two copies: insert 0 to `jitter` other random tokens between them, a
+            number drawn for each sequence. The rest of `jitter` follows the second copy, so that all
+            sequences are equally long.
+
+    Returns:
+        Token ids on the CPU, with the position at which each copy begins.
 
     Raises:
-        ValueError: a size below 1, jitter with other than 2 copies, a BOS wanted but not there, or
-            more tokens than the model's context holds.
+        TypeError: a size that is not a whole number.
+        ValueError: a size below 1, jitter with more or less than 2 copies, `prepend_bos=True` with a
+            tokenizer that has no BOS, or more tokens than the context holds.
 
-    Source: the repeated-token experiment of Olsson et al. 2022, arXiv:2209.11895.
+    Example:
+        >>> drawn = mechlens.repeated_tokens(model, seq_len=3, batch=2)
+        >>> drawn.tokens.shape, drawn.starts[0]
+        (torch.Size([2, 7]), tensor([1, 4]))
+
+    References: Olsson et al. 2022, "In-context Learning and Induction Heads", arXiv:2209.11895.
     """
     check_model(model)
     seq_len, batch, copies, seed = (
@@ -188,13 +196,22 @@ def bos_to_prepend(model: Any, prepend_bos: bool | None) -> int | None:
 
 
 def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, "1 pos"]:
-    """The tokens of a text, as one row.
+    """Tokenize a text into one row of ids.
 
     Args:
-        prepend_bos: None prepends BOS where the tokenizer has one.
+        model: anything with TransformerLens's `cfg` and `tokenizer`.
+        prepend_bos: whether to prepend BOS; None does so if the tokenizer has one. A text that begins with
+            BOS gets no second one.
+
+    Returns:
+        Token ids `[1, pos]` on the CPU.
 
     Raises:
-        ValueError: no tokenizer, an empty text, or more tokens than the model's context holds.
+        ValueError: no tokenizer, an empty text, or more tokens than the context holds.
+
+    Example:
+        >>> mechlens.text_tokens(model, "The captain", prepend_bos=False)
+        tensor([[ 562,  276, 1586]])
     """
     return _in_context(model, text_ids(model, text, prepend_bos=prepend_bos)[None], "text")
 
@@ -234,21 +251,32 @@ def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[T
 def chat_tokens(
     model: Any, messages: str | Sequence[Mapping[str, Any]], *, generation_prompt: bool = True
 ) -> Int[Tensor, "1 pos"]:
-    """The tokens of a conversation as the model's chat template writes it, as one row.
+    """Tokenize a conversation with the model's chat template into one row of ids.
 
-    These are the ids of the tokenizer's own `apply_chat_template`: BOS is where the template puts it, and
-    nowhere else. Every analysis takes them as its prompt, and pictures mark where each turn begins.
+    The ids are those of the tokenizer's own `apply_chat_template`; BOS is added only where the template has
+    it. Every analysis takes them as its prompt, and figures mark where each turn begins.
 
     Args:
-        messages: mappings with a `role` (`system`, `user`, `assistant`, or what else the template knows) and
-            a `content`, in their order; a text alone is one message of the user's.
-        generation_prompt: end with what comes before an answer, so that the last position predicts its first
-            token.
+        model: anything with TransformerLens's `cfg` and `tokenizer`.
+        messages: mappings with a `role` (`system`, `user`, `assistant`, or another that the template knows)
+            and a `content`. A single text is one message from the user.
+        generation_prompt: end with the header of the assistant's turn, so that the last position predicts the
+            first token of the answer.
+
+    Returns:
+        Token ids `[1, pos]` on the CPU.
 
     Raises:
-        TypeError: no messages.
+        TypeError: `messages` are not messages.
         ValueError: no tokenizer or chat template, messages that the template refuses, or more tokens than the
-            model's context holds.
+            context holds.
+
+    Example:
+        >>> # mechlens-books has no chat template, so it borrows one
+        >>> model.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+        >>> mechlens.chat_tokens(model, "The captain").shape
+        torch.Size([1, 6])
+        >>> model.tokenizer.chat_template = None
     """
     check_model(model)
     if isinstance(messages, str):

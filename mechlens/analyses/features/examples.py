@@ -24,7 +24,7 @@ from mechlens.models.run.patched_runs import TOKEN_BUDGET, row_charge
 from mechlens.models.run.properties import check_rows_alike
 from mechlens.results import FeatureExamples
 from mechlens.results.checkpoint import Checkpoint
-from mechlens.text.corpus import LENGTH, Source, corpus_ids, token_windows
+from mechlens.text.corpus import LENGTH, Corpus, corpus_ids, token_windows
 from mechlens.text.prompts import bos_to_prepend
 from mechlens.text.tokens import all_bos, special_ids
 
@@ -34,7 +34,7 @@ _TENSORS = ("values", "numbers", "kept", "tokens", "corpus")
 def feature_examples(
     model: LensModel,
     features: Features | None,
-    corpus: Source | Int[Tensor, "window pos"],
+    corpus: Corpus | Int[Tensor, "window pos"],
     *,
     top_k: int = 5,
     length: int | None = None,

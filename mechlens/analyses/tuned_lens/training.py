@@ -22,7 +22,7 @@ from mechlens.models.run.unembedding import check_streamed
 from mechlens.progress import announce
 from mechlens.results import TunedLens
 from mechlens.results.checkpoint import Checkpoint, checkpoint_path
-from mechlens.text.corpus import Source
+from mechlens.text.corpus import Corpus
 from mechlens.text.tokens import all_bos
 
 
@@ -66,11 +66,11 @@ class Training:
 @torch.inference_mode(False)  # it takes gradients, whatever mode its caller is in
 def train_tuned_lens(
     model: LensModel,
-    corpus: Source | Int[Tensor, "window pos"],
+    corpus: Corpus | Int[Tensor, "window pos"],
     *,
     training: Training = Training(),
     held_out: int | None = None,
-    held_out_corpus: Source | Int[Tensor, "other pos"] | None = None,
+    held_out_corpus: Corpus | Int[Tensor, "other pos"] | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> TunedLens:

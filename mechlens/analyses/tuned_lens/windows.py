@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechlens.arguments import generator_of
 from mechlens.models.protocol import LensModel
-from mechlens.text.corpus import Source, token_windows
+from mechlens.text.corpus import Corpus, token_windows
 
 MOST_HELD_OUT = 64
 """The most windows that are held out by default."""
@@ -18,8 +18,8 @@ MOST_HELD_OUT = 64
 
 def training_windows(
     model: LensModel,
-    corpus: Source | Int[Tensor, "window pos"],
-    held_out_corpus: Source | Int[Tensor, "other pos"] | None,
+    corpus: Corpus | Int[Tensor, "window pos"],
+    held_out_corpus: Corpus | Int[Tensor, "other pos"] | None,
     *,
     steps: int,
     batch_tokens: int,
