@@ -1,0 +1,48 @@
+"""The code of README and docs runs, in the order of the page, and prints what stands below it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import mechlens
+from tests.shared import HAS_SMOLLM2
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/tour.md")
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S | re.M)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_on_a_page_runs_and_prints_what_stands_below_it(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert blocks
+    names = {"mechlens": mechlens}
+    for code, printed in blocks:
+        if "smollm2" in code and not HAS_SMOLLM2:
+            continue
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(code, page, "exec"), names)
+        assert not printed or out.getvalue() == printed, code
+
+
+def test_the_readme_is_read_in_a_minute():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    first, _ = BLOCK.findall(text)[0]
+    assert len(first.splitlines()) <= 10
+
+
+def test_links_between_pages_lead_somewhere():
+    missing = []
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not (page.parent / target).exists():
+                missing.append(f"{page.name}: {target}")
+    assert not missing
