@@ -60,7 +60,7 @@ def scores_section(
     """Every score of every head, and the strongest heads with their nulls.
 
     Args:
-        top: heads of each score to draw beside their nulls and to list; one number, or one for each score.
+        top: heads of each score to list; one number, or one for each score.
     """
     jitter = f", up to {result.jitter} random tokens between the copies" if result.jitter else ""
     source = (
@@ -72,11 +72,7 @@ def scores_section(
         f"{source}, {count(result.n_sequences, 'sequence')}{'' if result.prepend_bos else ', no BOS'}. L3H1 "
         "is head 1 of layer 3, counted from 0."
     )
-    figures = [
-        figure
-        for kind in result.kinds
-        for figure in _score_figures(result, kind, top if isinstance(top, int) else max(1, top[kind]))
-    ]
+    figures = [figure for kind in result.kinds for figure in _score_figures(result, kind)]
     columns = _with_interval(result.columns, result.confidence)
     return Section(
         title,
@@ -87,7 +83,7 @@ def scores_section(
     )
 
 
-def _score_figures(result: HeadScores, kind: str, top: int) -> tuple[Figure, Figure]:
+def _score_figures(result: HeadScores, kind: str) -> tuple[Figure, Figure]:
     """The heatmap of a score, and its strongest heads beside their nulls."""
     title, (low, high) = score_title(kind), score_range(kind)
     best = list(result.ranked(kind))[:5]
@@ -102,7 +98,7 @@ def _score_figures(result: HeadScores, kind: str, top: int) -> tuple[Figure, Fig
             wide=False,
         ),
         Figure(
-            lambda: mechlens.plot_scores_against_nulls(result, kind, top=top),
+            lambda: mechlens.plot_scores_against_nulls(result, kind),
             f"The heads with the highest {title.lower()}: dots are scores with their {result.confidence:.0%} "
             f"intervals{nulls if kind in result.nulls else ''}.",
             f"Highest: {named or 'none'}.",
@@ -112,10 +108,10 @@ def _score_figures(result: HeadScores, kind: str, top: int) -> tuple[Figure, Fig
 
 
 def attention_section(
-    result: AttentionPatterns, *, title: str = "Attention patterns", text: str = ""
+    result: AttentionPatterns, *, top: int = 64, title: str = "Attention patterns", text: str = ""
 ) -> Section:
-    """The attention of some heads on one sequence, to explore, and what each token attends to most."""
-    table = result.summary()
+    """The attention of some heads on one sequence, to explore, and what the last `top` tokens attend to most."""
+    table = result.summary(top)
     left_out = len(result.token_strings) - len(table)
     more = f" The last {len(table)} of {len(result.token_strings)} tokens." if left_out else ""
     return Section(

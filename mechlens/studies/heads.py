@@ -52,6 +52,7 @@ class HeadsStudy(Study):
             section(self.head_scores, top=3),
             section(
                 self.attention_patterns,
+                top=6,
                 title="Attention of the strongest heads",
                 text="The two heads with the highest induction score and the two with the highest "
                 f"previous-token score ({names}), on the first sequence. An induction head shows a second "
