@@ -110,7 +110,7 @@ def _score_figures(result: HeadScores, kind: str) -> tuple[Figure, Figure]:
 def attention_section(
     result: AttentionPatterns, *, top: int = 64, title: str = "Attention patterns", text: str = ""
 ) -> Section:
-    """The attention of some heads on one sequence, to explore, and what the last `top` tokens attend to most."""
+    """The attention of some heads on one sequence, and what each of the last `top` tokens attends to most."""
     table = result.summary(top)
     left_out = len(result.token_strings) - len(table)
     more = f" The last {len(table)} of {len(result.token_strings)} tokens." if left_out else ""
