@@ -64,10 +64,10 @@ from mechlens.models.weights.randomize import random_like as random_like
 from mechlens.plots.attention_spread import plot_attention_spread as plot_attention_spread
 from mechlens.plots.attribution import plot_attribution as plot_attribution
 from mechlens.plots.circuits import plot_circuit_corner as plot_circuit_corner
-from mechlens.plots.circuits import plot_composition_scores as plot_composition_scores
 from mechlens.plots.circuits import plot_eigenvalues as plot_eigenvalues
-from mechlens.plots.circuits import plot_head_graph as plot_head_graph
 from mechlens.plots.circuits import plot_positional_attention as plot_positional_attention
+from mechlens.plots.composition import plot_composition_scores as plot_composition_scores
+from mechlens.plots.composition import plot_head_graph as plot_head_graph
 from mechlens.plots.facts import plot_facts as plot_facts
 from mechlens.plots.feature_alignment import plot_feature_alignment as plot_feature_alignment
 from mechlens.plots.features import plot_feature_examples as plot_feature_examples

@@ -24,7 +24,6 @@ FLOORS = {
     "analyses": 2,
     "plots": 2,
     "show": 3,
-    "terminal": 4,
     "studies": 4,
     "cli": 5,
     "__main__": 5,

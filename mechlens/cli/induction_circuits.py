@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mechlens.cli import options
-from mechlens.cli.options import (
-    BUNDLED,
-    BosOption,
-    CacheOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    QuietOption,
-    RevisionOption,
-)
-from mechlens.cli.output import deliver, file_of
-
-if TYPE_CHECKING:
-    from mechlens.show.section import Section
-
-_ENDINGS = (".html", ".csv", ".safetensors")
+from mechlens.cli.options import BosOption
+from mechlens.cli.run import Run, command
 
 
+@command("induction-circuits")
 def induction_circuits(
-    model: ModelOption = BUNDLED,
+    run: Run,
     pair: Annotated[
         list[str] | None,
-        typer.Option(
-            "--pair",
-            help="Judge this pair, such as 4.11,5.5 (previous, induction); repeatable. [default: find]",
-        ),
+        typer.Option("--pair", help="Pair to judge: previous,induction, such as 4.11,5.5; repeatable."),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="What both scores of a pair must reach.")
+        float, typer.Option(min=0, max=1, help="Least score of both heads of a pair.")
     ] = 0.4,
     per_head: Annotated[
         int, typer.Option(min=1, help="Previous-token heads to try for each induction head.")
     ] = 3,
     how: Annotated[
-        str, typer.Option(help="What is in an ablated head's place: mean, resample or zero.")
+        str, typer.Option(help="What replaces an ablated head's output: mean, resample or zero.")
     ] = "mean",
     all_tokens: Annotated[
         bool,
@@ -52,63 +34,38 @@ def induction_circuits(
     seq_len: Annotated[int, typer.Option(min=2, help="Random tokens in one copy.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of random tokens.")] = 8,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31, help="Of the random tokens, and of the sample of the vocabulary.")
+        int, typer.Option(min=0, max=2**31, help="Seed of the random tokens and of the vocabulary's sample.")
     ] = 0,
     bos: BosOption = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Save to this .html (a page), .csv or .safetensors file.")
-    ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    revision: RevisionOption = None,
-    cache: CacheOption = True,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
 ) -> None:
-    """Find the previous-token heads that induction heads work with, and print what speaks for each pair: how
-    the two attend, what their weights say, and what is lost without the one in the other's keys."""
-    given = dict(locals())
-    options.check_file(out, _ENDINGS)
+    """Find the previous-token heads that feed induction heads. Prints the evidence for each pair: where both
+    heads attend, what their weights say, and what is lost when the first is ablated in the second's keys."""
     options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
-    loaded = options.load(model, device, dtype, revision, quiet, cache=cache)
+    model = run.load()
     from mechlens.analyses.circuits.induction import N_TOKENS, find_induction_circuits
+    from mechlens.text.prompts import RepeatedTokens
 
     found = find_induction_circuits(
-        loaded,
+        model,
+        RepeatedTokens(seq_len, batch=batch, seeds=[seed], prepend_bos=bos),
         pairs=pairs or None,
         threshold=threshold,
         per_head=per_head,
-        seq_len=seq_len,
-        batch=batch,
-        seed=seed,
         how=how,
         n_tokens=None if all_tokens else N_TOKENS,
-        prepend_bos=bos,
-        progress=options.progress(quiet),
+        progress=run.progress,
     )
-    from mechlens import terminal
-
-    def sections() -> list[Section]:
-        from mechlens.show.induction_circuits import induction_circuits_section
-
-        return [induction_circuits_section(found)]
-
-    command = options.command("induction-circuits", induction_circuits, given)
-    deliver(
-        given,
-        save=file_of([found], title="Induction circuits", sections=sections, command=command),
-        tables=lambda: terminal.print_induction_circuits(found),
-        as_object=lambda: terminal.induction_circuits_json(found),
-    )
+    run.show(found)
 
 
 def _pair(text: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Two heads that are written with a comma between them."""
     from mechlens.results import parse_head
 
     parts = text.split(",")
     if len(parts) != 2:
-        raise ValueError(f"--pair is two heads with a comma between, such as 4.11,5.5, but is {text!r}")
+        raise ValueError(
+            f"--pair must be two heads with a comma between them, such as 4.11,5.5, got {text!r}"
+        )
     previous, induction = (parse_head(part.strip()) for part in parts)
     return previous, induction

@@ -60,7 +60,7 @@ def deliver(
             failure, elsewhere = error, _save_elsewhere(save, out)
     try:
         if given["as_json"]:
-            from mechlens.terminal import print_json
+            from mechlens.show.terminal import print_json
 
             print_json(as_object())
         elif given.get("as_csv") and frame is not None:

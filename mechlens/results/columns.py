@@ -38,7 +38,8 @@ class Column:
 
     def text(self, value: Any) -> str:
         """A value of this column, for people; a dash where there is none (None or nan)."""
-        if value is None or value != value:
+        # pandas's own missing value is neither true nor false
+        if value is None or type(value).__name__ == "NAType" or value != value:
             return ABSENT
         if isinstance(value, bool):
             return "yes" if value else "no"

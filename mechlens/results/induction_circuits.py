@@ -1,14 +1,15 @@
-"""The table of evidence for induction circuits: behaviour, weights and cause, pair by pair."""
+"""The result of a search for induction circuits: behavior, weights and cause, pair by pair."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.results.base import Result
+from mechlens.results.columns import Column
 from mechlens.results.heads import head_label
 
 if TYPE_CHECKING:
@@ -16,58 +17,100 @@ if TYPE_CHECKING:
 
 
 LEAST_Z = 3.0
-"""Standard deviations over the baseline from which a K-composition score speaks for a pair. In a trained
-model many scores are, so this alone selects little."""
+"""Standard deviations above the baseline from which a K-composition score supports a pair. In a trained model
+many scores reach it, so this alone selects little."""
 UPPER_SHARE = 0.25
 """Share of the earlier heads, those that compose most, to which the previous-token head must belong; one head
 always does."""
-LEAST_FALL = 0.1
-"""Share of the induction score that must be lost through the keys alone, to speak for a pair."""
-COUNTED = ("k_top1_keys", "k_top1_queries", "ov_top1")
-"""The evidence that is a share of the vocabulary's tokens, and may be counted over a sample of them."""
+LEAST_LOSS = 0.1
+"""Share of the induction score that must be lost through the keys alone to support a pair."""
+VERDICTS = ("circuit", "in part", "no circuit")
+"""From the best."""
 VERDICT_RULE = (
-    "A pair is a circuit where both heads attend as in one (both scores reach the threshold and twice their "
-    f"null), their K-composition is at least {LEAST_Z:g} standard deviations over chance and among the "
-    f"highest {UPPER_SHARE:.0%} of all earlier heads' (the highest alone, of fewer than 8), and at least "
-    f"{LEAST_FALL:.0%} of the induction score is lost without the previous-token head in the keys; in part, "
-    "where they attend so and one of the others holds."
+    "A pair is a circuit if three tests hold. Behavior: both heads' scores reach the threshold and twice "
+    f"their null. Weights: the K-composition is at least {LEAST_Z:g} standard deviations above chance, and "
+    f"in the top {UPPER_SHARE:.0%} of all earlier heads (the highest, if there are fewer than 8). Cause: "
+    f"ablating the previous-token head in the induction head's keys costs at least {LEAST_LOSS:.0%} of the "
+    "induction score. A pair is a circuit in part if behavior and one other test hold."
 )
+_ON_REPEATED, _NULL = "on repeated tokens", "The same score where nothing repeats."
+EVIDENCE = (
+    Column("induction_score", "score", help=f"Induction score {_ON_REPEATED}."),
+    Column("induction_null", "null", help=_NULL),
+    Column("previous_token_score", "previous-token score", help=f"Previous-token score {_ON_REPEATED}."),
+    Column("previous_token_null", "its null", help=_NULL),
+    Column("k_score", "K-composition"),
+    Column("k_z", "above chance, sd", digits=1, help="In standard deviations of random weights."),
+    Column("k_rank", "rank", help="Among all earlier heads; 1 is the highest."),
+    Column("n_earlier", "earlier heads"),
+    Column("k_top1_keys", "top-1, keys"),
+    Column("k_top1_queries", "top-1, queries"),
+    Column("ov_top1", "OV top-1"),
+    Column("ov_copying", "OV copying", help="Eigenvalue copying score."),
+    Column("score_path", "score, keys"),
+    Column("score_removed", "score, head"),
+    Column("loss_path", "loss change, keys", "nats", signed=True),
+    Column("loss_path_error", "its error", "nats"),
+    Column("loss_removed", "loss change, head", "nats", signed=True),
+    Column("loss_removed_error", "its error", "nats"),
+)
+"""Each is a field of `InductionCircuits`, one number per pair."""
+COUNTED = ("k_top1_keys", "k_top1_queries", "ov_top1")
+"""The evidence that is a share of the vocabulary's tokens, and may be estimated from a sample of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class InductionCircuits(Result):
-    """Pairs of a previous-token head and an induction head, with what speaks for and against each."""
+    """Pairs of a previous-token head and an induction head, with the evidence for and against each."""
 
     pairs: tuple[tuple[int, int, int, int], ...]
     """(layer, head) of the previous-token head, (layer, head) of the induction head."""
-    evidence: dict[str, Float[Tensor, " pair"]]
-    """By name, one number for each pair:
-
-    - behaviour, on repeated tokens: `induction_score`, `induction_null`, `previous_token_score`,
-      `previous_token_null`;
-    - weights: `k_score` (K-composition), `k_z` (over the baseline, in its standard deviations), `k_rank`
-      (among all earlier heads, 1 is the highest), all three nan where a head's weights are zero, and
-      `n_earlier`; `k_top1_keys` and `k_top1_queries`, how often a token's entry with itself is larger than
-      all others for its query and for its key in the K-composition circuit; `ov_top1`, the same of the
-      induction head's full OV circuit for its source, and `ov_copying`, its eigenvalue copying score;
-    - cause: `score_path` and `score_removed`, the induction score when the previous-token head is ablated as
-      seen through the induction head's keys alone, and altogether; `loss_path` and `loss_removed`, what
-      the second copy's loss is then less `clean_loss`, nats, with `loss_path_error` and
-      `loss_removed_error`, standard errors over sequences.
-    """
+    induction_score: Float[Tensor, " pair"]
+    """Behavior on repeated tokens, of the induction head."""
+    induction_null: Float[Tensor, " pair"]
+    previous_token_score: Float[Tensor, " pair"]
+    """The same of the previous-token head."""
+    previous_token_null: Float[Tensor, " pair"]
+    k_score: Float[Tensor, " pair"]
+    """K-composition of the two heads' weights; nan, as are `k_z` and `k_rank`, where a head's are zero."""
+    k_z: Float[Tensor, " pair"]
+    """`k_score` above the baseline, in its standard deviations."""
+    k_rank: Float[Tensor, " pair"]
+    """Rank of `k_score` among all earlier heads; 1 is the highest."""
+    n_earlier: Float[Tensor, " pair"]
+    """The number of these heads."""
+    k_top1_keys: Float[Tensor, " pair"]
+    """Share of tokens whose entry with itself in the K-composition circuit is the largest for its query."""
+    k_top1_queries: Float[Tensor, " pair"]
+    """The same for its key."""
+    ov_top1: Float[Tensor, " pair"]
+    """The same in the induction head's full OV circuit, for its source."""
+    ov_copying: Float[Tensor, " pair"]
+    """Eigenvalue copying score of that circuit."""
+    score_path: Float[Tensor, " pair"]
+    """Induction score with the previous-token head ablated in the induction head's keys only."""
+    score_removed: Float[Tensor, " pair"]
+    """Induction score with the previous-token head ablated."""
+    loss_path: Float[Tensor, " pair"]
+    """Loss on the second copy minus `clean_loss` with it ablated in the keys only, nats."""
+    loss_path_error: Float[Tensor, " pair"]
+    """Standard error over sequences."""
+    loss_removed: Float[Tensor, " pair"]
+    """Loss on the second copy minus `clean_loss` with it ablated, nats."""
+    loss_removed_error: Float[Tensor, " pair"]
     verdicts: tuple[str, ...]
-    """Of each pair: `circuit`, `in part` or `no circuit`, by `VERDICT_RULE`."""
+    """For each pair, one of `VERDICTS` by `VERDICT_RULE`."""
     reasons: tuple[str, ...]
-    """Of each verdict, in words."""
+    """For each verdict, in words."""
     clean_loss: float
-    """Of the second copy's tokens, nats."""
+    """On the second copy's tokens, nats."""
     chance: float
     """Of a top-1 accuracy: one in the vocabulary."""
     n_tokens: int
-    """Of the vocabulary's tokens, those that top-1 accuracies are counted over; drawn where it is not all."""
+    """Tokens that top-1 accuracies are counted over; a random sample where not the whole vocabulary."""
     intervals: dict[str, Float[Tensor, "bound pair"]]
-    """By name of a top-1 accuracy: between what two values that of all tokens lies, by Clopper and Pearson;
-    the accuracy itself twice where all are counted."""
+    """By name in `COUNTED`: Clopper and Pearson's interval for the whole vocabulary; the accuracy itself
+    twice where all tokens are counted."""
     confidence: float
     """Coverage of `intervals`."""
     tokens: Int[Tensor, "sequence pos"]
@@ -75,13 +118,24 @@ class InductionCircuits(Result):
     seq_len: int
     seed: int
     how: str
-    """What is put in the place of an ablated head: `mean`, `zero` or `resample`."""
+    """What replaces an ablated head's output: `mean`, `zero` or `resample`."""
     prepend_bos: bool
     relative_position: int | None
-    """Of a rotary model: how far before its query the key of K-composition stands; that of a perfect
-    induction head on these tokens."""
+    """In a rotary model, how far before its query K-composition's key is: where a perfect induction head
+    finds it on these tokens."""
     note: str
-    """Why there is no pair, where there is none; else empty."""
+    """Why no pair was found; empty where there are pairs."""
+
+    columns: ClassVar = (
+        Column("previous", help="The previous-token head."),
+        Column("induction", help="The induction head."),
+        Column("verdict"),
+        *EVIDENCE,
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Induction circuits of {self.model.name}"
 
     @property
     def labels(self) -> tuple[tuple[str, str], ...]:
@@ -89,31 +143,43 @@ class InductionCircuits(Result):
         return tuple((head_label(*pair[:2]), head_label(*pair[2:])) for pair in self.pairs)
 
     @property
+    def strongest(self) -> int | None:
+        """The pair with the best verdict and, among these, the largest loss of induction score; None without
+        pairs."""
+        lost = self.induction_score - self.score_path
+        order = [(VERDICTS.index(verdict), -float(lost[at])) for at, verdict in enumerate(self.verdicts)]
+        return order.index(min(order)) if order else None
+
+    @property
     def counted(self) -> str:
-        """What top-1 accuracies are counted over, and what a sample costs, in a sentence."""
+        """What top-1 accuracies are counted over, and the error of a sample, in a sentence."""
         d_vocab = self.model.d_vocab
         if self.n_tokens == d_vocab:
-            return f"Top-1 accuracies are counted over all {d_vocab} tokens."
-        said = f"Top-1 accuracies are counted over {self.n_tokens} of the {d_vocab} tokens, drawn at random"
+            return f"Top-1 accuracies are counted over all {d_vocab:,} tokens."
+        said = f"Top-1 accuracies are counted over a random sample of {self.n_tokens:,} of {d_vocab:,} tokens"
         if not self.pairs:
             return f"{said}."
-        off = max(float((self.intervals[name] - self.evidence[name]).abs().max()) for name in COUNTED)
-        return f"{said}: those of all lie at most {off:.3f} away, each with {self.confidence:.0%} confidence."
+        off = max(float((self.intervals[name] - getattr(self, name)).abs().max()) for name in COUNTED)
+        return f"{said}: with {self.confidence:.0%} confidence, each is within {off:.3f} of the true value."
+
+    def evidence(self, pair: int) -> dict[str, float]:
+        """All numbers of one pair, by name."""
+        return {each.name: float(getattr(self, each.name)[pair]) for each in EVIDENCE}
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per pair: previous, induction (such as `L4H11`), previous_layer, previous_head,
-        induction_layer, induction_head, verdict, the evidence (its ranks whole numbers; low and high
-        of each top-1 accuracy), reasons."""
+        induction_layer, induction_head, verdict, the evidence (ranks as whole numbers; low and high of each
+        top-1 accuracy), reasons."""
         import pandas as pd
 
         places = ["previous_layer", "previous_head", "induction_layer", "induction_head"]
         rows = [(*labels, *pair) for labels, pair in zip(self.labels, self.pairs, strict=True)]
         table = pd.DataFrame(rows, columns=["previous", "induction", *places])
         table["verdict"] = list(self.verdicts)
-        for name, values in self.evidence.items():
+        for name in (each.name for each in EVIDENCE):
             # pandas's own whole numbers, because a rank can be absent
-            counted = name in ("k_rank", "n_earlier")
-            table[name] = pd.Series(values.tolist(), dtype="Int64" if counted else "float64")
+            whole = name in ("k_rank", "n_earlier")
+            table[name] = pd.Series(getattr(self, name).tolist(), dtype="Int64" if whole else "float64")
             if name in self.intervals:
                 table[f"{name}_low"], table[f"{name}_high"] = self.intervals[name].double().numpy()
         table["reasons"] = list(self.reasons)

@@ -1,194 +1,193 @@
-"""A report's sections on circuits and composition: results in, `Section`s out."""
+"""Sections on circuits, composition, and attention by positions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from functools import partial
 
-from mechlens.measures.weights import eigenvalue_copying_score
-from mechlens.plots.circuits import (
-    eigenvalue_score_name,
-    plot_circuit_corner,
-    plot_composition_scores,
-    plot_eigenvalues,
-    plot_head_graph,
-    rotation_words,
-    strongest_pairs,
-)
-from mechlens.results import Circuit, CompositionScores
+import mechlens
+from mechlens.results import Circuit, CircuitSummary, CompositionScores, PositionalAttention
+from mechlens.results.columns import Column
 from mechlens.show.section import Figure, Section, Table
 from mechlens.text.display import number, visible_token
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-_EIGENVALUES = "Sum of the eigenvalues over the sum of their magnitudes, -1 to 1: 1 where every token "
+_EIGENVALUES = "Sum of the eigenvalues over the sum of their magnitudes, from -1 to 1: 1 where every token "
 _QK = {
     "QK circuit": (
-        "How much a head at a query wants to attend to a key, for all pairs of tokens: a product of weights, "
-        "before the attention scale and without the biases."
+        "How much a head at a query token prefers to attend to a key token, for all pairs of tokens: a "
+        "product of weights, before the attention scale and without biases."
     ),
     "Matching score": f"{_EIGENVALUES}matches itself.",
 }
 _OV = {
     "OV circuit": (
-        "What a head that attends to a source adds to the logit of each destination, a token that may come "
-        "next: a product of weights, without the biases and the norms' division."
+        "What a head that attends to a source token adds to the logit of each destination, a possible next "
+        "token: a product of weights, without biases and without the norms' division."
     ),
     "Copying score": f"{_EIGENVALUES}raises itself.",
 }
-_TERMS = {
+_TOP_K = {
     "Top-k accuracy": (
-        "How often the entry of a token with itself is among the k largest, where one axis is fixed and the "
-        "other searched."
+        "How often a token's entry with itself is among the k largest, along one axis for each token of the "
+        "other."
     ),
 }
 _COMPOSITION = {
     "Composition": (
-        "How much of what a later head reads could come from what an earlier one writes, by their weights "
-        "alone: the norm of the product of both over the product of their norms, 0 to 1. Q, K and V are the "
-        "later head's query, key and value."
+        "How much of what a later head reads could come from what an earlier head writes, by weights alone: "
+        "the norm of the product of both heads' circuits over the product of their norms, from 0 to 1. Q, K "
+        "and V are the later head's query, key and value."
     ),
-    "Baseline": "The same score of heads of these sizes with random weights; scores say something above it.",
+    "Baseline": "The same score of heads of these sizes with random weights.",
 }
+_LONGEST = 16
+"""Characters of a token in a table."""
 
 
-def circuit_section(
-    circuit: Circuit,
-    *,
-    accuracy: Mapping[str, Mapping[int, float]] | None = None,
-    pairs: pd.DataFrame | None = None,
-    corner: pd.DataFrame | None = None,
-    title: str | None = None,
-    text: str = "",
-) -> Section:
-    """A circuit's eigenvalues, what part of it and which of its largest entries are given, and accuracies.
-
-    Args:
-        circuit: eigenvalues are drawn of a square one.
-        accuracy: `top_k_accuracy` by k, for each axis that is searched; undefined of a circuit that is zero.
-        pairs: of `largest_pairs`.
-        corner: of `circuit_corner`.
-        title: None is the circuit's name.
-        text: what to look for.
-
-    Cost: eigenvalues of a matrix of the inner dimension.
-    """
+def circuit_section(result: Circuit, *, title: str = "", text: str = "") -> Section:
+    """Eigenvalues of a square circuit; a `CircuitSummary`'s part, accuracies and largest entries."""
+    square = result.shape[0] == result.shape[1]
+    said = [f"{result.shape[0]:,} x {result.shape[1]:,}, {' by '.join(result.axes)}."]
+    if result.embedding == "effective":
+        said.append("Tokens enter by the effective embedding.")
+    if result.rotation:
+        said.append(f"Rotation: {result.rotation}.")
     parts: list[Figure | Table] = []
-    said = [f"{circuit.shape[0]:,} x {circuit.shape[1]:,}, {' by '.join(circuit.axes)}."]
-    if circuit.embedding not in ("W_E", "none"):
-        said.append(f"Tokens come in by the {circuit.embedding} embedding.")
-    if rotation_words(circuit):
-        said.append(f"In it: {rotation_words(circuit)}.")
-    if corner is not None:
-        one, other = circuit.axes
+    if isinstance(result, CircuitSummary):
+        parts += [_part(result), _part_table(result)]
+    if square:
+        score = result.copying_score()
+        written = number(score) if score == score else "undefined"
+        said.append(f"{result.score_name.capitalize()} {written}.")
         parts.append(
             Figure(
-                plot_circuit_corner(corner, circuit),
-                f"A part of the circuit, {one} down and {other} across. Where a token meets itself in blue, "
-                "it looks for itself or copies itself.",
-                f"Entries of {len(corner)} x {len(corner.columns)} tokens of the {circuit.name}.",
-                # a small one shares a row with the eigenvalues
-                keeps_width=len(corner.columns) > 12,
-                wide=len(corner.columns) > 12,
-            )
-        )
-    if circuit.shape[0] == circuit.shape[1]:
-        score = "undefined" if circuit.is_zero else number(eigenvalue_copying_score(circuit))
-        score_name = eigenvalue_score_name(circuit)
-        said.append(f"{score_name.capitalize()} {score}.")
-        parts.append(
-            Figure(
-                plot_eigenvalues(circuit),
-                "The eigenvalues in the complex plane; the radius is the logarithm of their magnitude. "
-                f"Those to the right {'match' if score_name == 'matching score' else 'copy'}.",
-                f"Eigenvalues of the {circuit.name}: {score_name} {score}.",
+                partial(_eigenvalues, result),
+                "The eigenvalues in the complex plane; the radius is the logarithm of their magnitude. Those "
+                f"to the right {'match' if result.score_name == 'matching score' else 'copy'}.",
+                f"Eigenvalues of the {result.name}: {result.score_name} {written}.",
                 wide=False,
             )
         )
-    if accuracy:
-        ks = list(next(iter(accuracy.values())))
-        one, other = circuit.axes
-        searched = {one: f"{one} of each {other}", other: f"{other} of each {one}"}
-        shown: list[tuple[str | float, ...]] = [
-            (searched[axis], *("undefined" if circuit.is_zero else shares[k] for k in ks))
-            for axis, shares in accuracy.items()
-        ]
-        # a share of a large vocabulary is 0.000
-        chance = ("by chance", *(f"{k} in {circuit.shape[1]:,}" for k in ks))
-        parts.append(
-            Table(
-                ("the token itself is among the largest", *(f"top {k}" for k in ks)),
-                [*shown, chance],
-                "Top-k accuracy over the whole vocabulary",
-            )
-        )
-    if pairs is not None:
-        rows = [
-            (*(visible_token(row[axis]) for axis in circuit.axes), row["value"])
-            for row in pairs.to_dict("records")
-        ]
-        parts.append(
-            Table((*circuit.axes, "entry"), rows, f"The {len(rows)} largest entries", folded=len(rows) > 15)
-        )
-    name = f"{circuit.name[0].upper()}{circuit.name[1:]}"
+    if isinstance(result, CircuitSummary):
+        parts += [_accuracies(result), _pairs(result)]
+    terms = _QK if result.axes == ("query", "key") else _OV
     return Section(
-        name if title is None else title,
-        "\n\n".join(each for each in (text, " ".join(said)) if each),
+        title or result.title,
+        "\n\n".join(filter(None, (text, " ".join(said)))),
         parts,
-        (_QK if circuit.axes == ("query", "key") else _OV) | _TERMS,
+        terms | (_TOP_K if isinstance(result, CircuitSummary) else {}),
     )
+
+
+def _eigenvalues(result: Circuit) -> object:
+    return mechlens.plot_eigenvalues(result)
+
+
+def _part(result: CircuitSummary) -> Figure:
+    n, (one, other) = len(result.shown), result.axes
+    return Figure(
+        lambda: mechlens.plot_circuit_corner(result.corner_table(), result),
+        f"Part of the circuit, {one} down and {other} across. Blue on the diagonal: the token "
+        f"{'matches' if one == 'query' else 'copies'} itself.",
+        f"Entries of {n} x {n} tokens of the {result.name}.",
+        # a small one shares a row with the eigenvalues
+        keeps_width=n > 12,
+        wide=n > 12,
+    )
+
+
+def _part_table(result: CircuitSummary) -> Table:
+    table, (one, other) = result.corner_table(), result.axes
+    names = [visible_token(str(label), longest=_LONGEST) for label in table.index]
+    rows = [[name, *line] for name, line in zip(names, table.to_numpy().tolist(), strict=True)]
+    columns = [Column("token", one), *(Column(name, name, digits=2) for name in names)]
+    return Table(columns, rows, f"Part of the circuit: {one} down, {other} across", where="terminal")
+
+
+def _accuracies(result: CircuitSummary) -> Table:
+    one, other = result.axes
+    rows = [
+        (f"{axis} for each {fixed}", *result.accuracy_of(axis).values())
+        for axis, fixed in ((other, one), (one, other))
+    ]
+    # a share of a large vocabulary would be 0.0000
+    chance = ("by chance", *(f"{k} in {result.shape[1]:,}" for k in result.ks))
+    columns = [Column("axis", "the token itself is among the largest")]
+    columns += [Column(f"top {k}", digits=4) for k in result.ks]
+    return Table(columns, [*rows, chance], "Top-k accuracy over the whole vocabulary")
+
+
+def _pairs(result: CircuitSummary) -> Table:
+    rows = [
+        (*(visible_token(row[axis], longest=_LONGEST) for axis in result.axes), row["value"])
+        for row in result.to_dataframe().to_dict("records")
+    ]
+    columns = (*result.axes, result.column("value"))
+    return Table(columns, rows, f"The {len(rows)} largest entries", folded=len(rows) > 15)
 
 
 def composition_section(
-    result: CompositionScores, *, top: int = 20, title: str | None = None, text: str = ""
+    result: CompositionScores, *, top: int = 20, title: str = "", text: str = ""
 ) -> Section:
-    """All pairs of heads as a heatmap, the strongest as a graph and as a table.
+    """All pairs of heads as a heatmap, and the strongest as a graph and a table.
 
     Args:
         top: how many pairs are drawn as edges and listed; those that are not above the baseline are left out.
-        title: None says which composition.
-        text: what to look for.
 
     Raises:
-        ValueError: `top` is below 1, or the model has one layer.
+        ArgumentError: `top` is below 1.
     """
-    best = strongest_pairs(result, top).to_dict("records")
-    kind = f"{result.kind.upper()}-composition"
-    named = "; ".join(f"{row['earlier']} with {row['later']}, {number(row['score'])}" for row in best[:3])
-    columns = {"earlier": "earlier", "later": "later", "score": "score", "over baseline": "over_baseline"}
-    columns |= {"standard deviations": "z"}
-    said = (
-        f"Random weights of these sizes score {number(result.baseline_mean)} with a standard deviation of "
-        f"{number(result.baseline_std, 4)}, over {result.baseline_draws} draws."
-    )
-    if rotation_words(result):
-        said += f" In the scores: {rotation_words(result)}."
-    parts: list[Figure | Table] = [
-        Figure(
-            plot_composition_scores(result),
-            "Score of each pair less the baseline's: blue is more than random weights give, grey is no pair "
-            "of an earlier and a later layer. Point at a cell for its heads.",
-            f"{kind} of all pairs of heads. Highest: {named or 'none above the baseline'}.",
-            keeps_width=True,
-        ),
-        Figure(
-            plot_head_graph(result, top=top),
-            f"The {len(best)} pairs with the highest scores, layer 0 at the bottom: wider and darker edges "
-            "are further above the baseline.",
-            f"Graph of the {len(best)} strongest pairs. Highest: {named or 'none above the baseline'}.",
-            keeps_width=True,
-        ),
-        Table(
-            tuple(columns),
-            [tuple(row[name] for name in columns.values()) for row in best],
-            f"The {len(best)} strongest pairs as a table",
-            folded=True,
-        ),
+    best = result.summary(top)
+    first = best[:3].to_dict("records")
+    highest = "; ".join(f"{row['earlier']} with {row['later']}, {number(row['score'])}" for row in first)
+    highest = f"Highest: {highest or 'none above the baseline'}."
+    said = [
+        f"Random weights of these sizes score {number(result.baseline_mean, 4)} with a standard deviation of "
+        f"{number(result.baseline_std, 4)}, over {result.baseline_draws} draws.",
+        f"Rotation: {result.rotation}." if result.rotation else "",
     ]
     return Section(
-        f"{kind} of heads" if title is None else title,
-        "\n\n".join(each for each in (text, said) if each),
-        parts,
+        title or result.title,
+        "\n\n".join(filter(None, (text, " ".join(filter(None, said))))),
+        (
+            Figure(
+                lambda: mechlens.plot_composition_scores(result),
+                "Score of each pair minus the baseline: blue is above random weights, gray is not a pair of "
+                "an earlier and a later layer. Hover for the heads.",
+                f"{result.title}, all pairs. {highest}",
+                keeps_width=True,
+            ),
+            Figure(
+                lambda: mechlens.plot_head_graph(result, top=top),
+                f"The {len(best)} pairs with the highest scores, layer 0 at the bottom: wider and darker "
+                "edges are further above the baseline.",
+                f"Graph of the {len(best)} strongest pairs. {highest}",
+                keeps_width=True,
+            ),
+            Table.of(best, result.columns, f"The {len(best)} strongest pairs", folded=True),
+        ),
         _COMPOSITION,
     )
+
+
+def positional_section(result: PositionalAttention, *, title: str = "", text: str = "") -> Section:
+    """The pattern as a figure."""
+    return Section(
+        title or result.title,
+        text,
+        (
+            Figure(
+                lambda: mechlens.plot_positional_attention(result),
+                "Each row is a position that attends, from the top; gray positions are in its future.",
+                result.title,
+                wide=False,
+            ),
+        ),
+    )
+
+
+SECTIONS = {
+    Circuit: circuit_section,
+    CircuitSummary: circuit_section,
+    CompositionScores: composition_section,
+    PositionalAttention: positional_section,
+}

@@ -17,6 +17,7 @@ from mechlens.show.induction_circuits import induction_circuits_section
 from mechlens.show.section import Section
 from mechlens.studies.claims import Measured, Study
 from mechlens.studies.published import Published
+from mechlens.text.prompts import RepeatedTokens
 
 DRAWN = 0.1
 """How far the induction scores of two draws of 8 sequences may differ: those of smollm2-135m differ by
@@ -36,13 +37,13 @@ class CompositionStudy(Study):
 
     def quantities(self) -> dict[str, Measured]:
         circuits = self.composition_circuits
-        at = strongest(circuits)
+        at = circuits.strongest
         if at is None:
             return {}
         names = " and ".join(circuits.labels[at])
         return {
             what: Measured(
-                float(circuits.evidence[what][at]),
+                circuits.evidence(at)[what],
                 f"top-1 accuracy of the circuit of {names} over {over}",
                 FOLDING,
             )
@@ -66,7 +67,7 @@ class InductionCircuitsStudy(Study):
     def quantities(self) -> dict[str, Measured]:
         measured: dict[str, Measured] = {}
         for at, (previous, induction) in enumerate(self.circuits.labels):
-            evidence = {name: float(values[at]) for name, values in self.circuits.evidence.items()}
+            evidence = self.circuits.evidence(at)
             names, rank = f"{previous} {induction}", evidence["k_rank"]
             measured |= {
                 f"verdict {names}": Measured(
@@ -135,7 +136,8 @@ def study_induction_circuits(
 def _circuits(
     model: LensModel, pairs: Sequence[Pair] | None, n_tokens: int | None, seed: int, progress: bool | None
 ) -> tuple[InductionCircuits, CompositionScores]:
-    circuits = find_induction_circuits(model, pairs=pairs, n_tokens=n_tokens, seed=seed, progress=progress)
+    on = RepeatedTokens(batch=8, seeds=[seed])
+    circuits = find_induction_circuits(model, on, pairs=pairs, n_tokens=n_tokens, progress=progress)
     distance = circuits.relative_position
     return circuits, composition_scores(model, "k", relative_position=distance, seed=seed, progress=progress)
 
@@ -145,14 +147,3 @@ def _sections(circuits: InductionCircuits, composition: CompositionScores) -> li
         induction_circuits_section(circuits),
         composition_section(composition, title="K-composition of all heads"),
     ]
-
-
-def strongest(circuits: InductionCircuits) -> int | None:
-    """The pair with the best verdict and, among these, the largest loss of induction score; None without
-    pairs."""
-    order = ("circuit", "in part", "no circuit")
-    lost = circuits.evidence["induction_score"] - circuits.evidence["score_path"]
-    ranked = sorted(
-        range(len(circuits.pairs)), key=lambda at: (order.index(circuits.verdicts[at]), -float(lost[at]))
-    )
-    return ranked[0] if ranked else None

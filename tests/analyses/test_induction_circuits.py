@@ -17,15 +17,16 @@ from mechlens.analyses.circuits.ov import full_OV
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
 from mechlens.results import load
+from mechlens.results.induction_circuits import COUNTED, VERDICT_RULE
 from mechlens.show.induction_circuits import induction_circuits_section
-from mechlens.terminal import induction_circuits_json, print_induction_circuits, print_json
+from mechlens.text.prompts import RepeatedTokens
 from tests.counting import positions_run
 from tests.reference import heads as reference
 from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 
 V, SEQ_LEN = 48, 12
 P, D_HEAD = 2 * SEQ_LEN, 48
-OPTIONS = {"seq_len": SEQ_LEN, "batch": 4}
+ON = RepeatedTokens(SEQ_LEN, batch=4, seeds=[0])
 
 
 def write_circuit(directory, *, shuffled=False, cut="", n_heads=2, back=1, sharpness=30.0):
@@ -125,10 +126,10 @@ def shuffled(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
 def test_a_circuit_that_was_written_is_found(by_hand, how, tmp_path):
-    found = find_induction_circuits(by_hand, how=how, **OPTIONS)
+    found = find_induction_circuits(by_hand, ON, how=how)
     assert found.labels == (("L0H0", "L1H0"),)
     assert found.verdicts == ("circuit",)
-    said = {name: float(values[0]) for name, values in found.evidence.items()}
+    said = found.evidence(0)
     # a token that comes twice within a copy shares its attention
     assert said["induction_score"] > 0.7
     # all positions but the first attend to the one before
@@ -145,14 +146,11 @@ def test_a_circuit_that_was_written_is_found(by_hand, how, tmp_path):
     assert said["score_removed"] < 0.25
     assert said["loss_path"] == pytest.approx(said["loss_removed"], abs=1e-3), "there is no other way"
     assert said["loss_path"] > 1
-    assert "attends as a circuit does" in found.reasons[0]
-    # what is with the head stands beside what is without it, whichever is more
+    assert found.reasons[0].startswith("behavior: yes (")
     clean = found.clean_loss
     assert found.reasons[0].endswith(
-        f"in the keys the induction score is {said['score_path']:.2f} instead of "
-        f"{said['induction_score']:.2f}, and the loss {clean + said['loss_path']:.2f} nats instead of "
-        f"{clean:.2f}; without it at all they are {said['score_removed']:.2f} and "
-        f"{clean + said['loss_removed']:.2f}"
+        f"the loss {clean + said['loss_path']:.2f} nats instead of {clean:.2f}; ablated everywhere, "
+        f"{said['score_removed']:.2f} and {clean + said['loss_removed']:.2f})"
     )
     assert load(found.save(tmp_path / "found.safetensors")) == found
     table = found.to_dataframe()
@@ -160,56 +158,49 @@ def test_a_circuit_that_was_written_is_found(by_hand, how, tmp_path):
 
 
 def test_a_shuffled_copy_has_none(shuffled):
-    found = find_induction_circuits(shuffled, **OPTIONS)
+    found = find_induction_circuits(shuffled, ON)
     assert found.pairs == ()
-    assert "no head has an induction score of 0.4" in found.note
+    assert "no head has an induction score of at least 0.4" in found.note
     assert len(found.to_dataframe()) == 0
-    judged = find_induction_circuits(shuffled, pairs=[("L0H0", "1.0")], **OPTIONS)
+    judged = find_induction_circuits(shuffled, ON, pairs=[("L0H0", "1.0")])
     assert judged.verdicts == ("no circuit",)
-    assert float(judged.evidence["k_top1_keys"][0]) < 0.2
-    assert "does not attend" in judged.reasons[0]
+    assert judged.evidence(0)["k_top1_keys"] < 0.2
+    assert "behavior: no (" in judged.reasons[0]
 
 
 @pytest.mark.parametrize(("n_heads", "verdict"), [(4, "in part"), (8, "circuit")])
-def test_a_pair_composes_only_above_most_earlier_heads(tmp_path, n_heads, verdict, capsys):
+def test_a_pair_composes_only_above_most_earlier_heads(tmp_path, n_heads, verdict):
     """The second of two heads that compose far over chance: of 8 it is in the upper quarter, of 4 not."""
     model = load_model(write_circuit(tmp_path, n_heads=n_heads))
-    found = find_induction_circuits(model, pairs=[("0.0", "1.0"), ("0.1", "1.0")], **OPTIONS)
-    assert found.evidence["k_rank"].tolist() == [1, 2]
-    assert found.evidence["n_earlier"].tolist() == [n_heads] * 2
-    assert float(found.evidence["k_z"].min()) > 3
+    found = find_induction_circuits(model, ON, pairs=[("0.0", "1.0"), ("0.1", "1.0")])
+    assert found.k_rank.tolist() == [1, 2]
+    assert found.n_earlier.tolist() == [n_heads] * 2
+    assert float(found.k_z.min()) > 3
     assert found.verdicts == ("circuit", verdict)
-    rule = "at least 3 standard deviations over chance and among the highest 25% of all earlier heads' (the"
-    assert rule in induction_circuits_section(found).terms["Verdict"]
-    print_induction_circuits(found)
-    assert rule in " ".join(capsys.readouterr().out.split())
+    assert VERDICT_RULE in induction_circuits_section(found).text
 
 
 @pytest.mark.parametrize("cut", ["writes", "compares"])
-def test_a_head_of_zeros_is_no_evidence(tmp_path, cut, capsys):
+def test_a_head_of_zeros_is_no_evidence(tmp_path, cut):
     """All entries of its circuits tie."""
     model = load_model(write_circuit(tmp_path, cut=cut))
-    found = find_induction_circuits(model, pairs=[("0.0", "1.0")], **OPTIONS)
-    said = {name: float(values[0]) for name, values in found.evidence.items()}
+    found = find_induction_circuits(model, ON, pairs=[("0.0", "1.0")])
+    said = found.evidence(0)
     assert math.isnan(said["k_score"])
     assert math.isnan(said["k_rank"])
     assert said["k_top1_keys"] == said["k_top1_queries"] == 0
     assert found.verdicts == ("no circuit",)
     head = "L0H0" if cut == "writes" else "L1H0"
-    assert f"; {head} {cut} nothing, its weights are zero; " in found.reasons[0]
+    assert f"weights: no ({head} {cut} nothing, its weights are zero); " in found.reasons[0]
     rank = found.to_dataframe()["k_rank"]
     assert (str(rank.dtype), rank.isna().tolist()) == ("Int64", [True])
-    print_json(induction_circuits_json(found))
-    assert '"k_rank": null' in capsys.readouterr().out
     table = induction_circuits_section(found).parts[0]
-    assert table.rows[0][3:6] == ["undefined"] * 3
-    print_induction_circuits(found)
-    assert "undefined" in capsys.readouterr().out
+    assert [cell.text for cell in table.cells()[0][3:6]] == ["—"] * 3
 
 
 def test_the_scores_of_a_pair_are_those_of_its_own_runs(by_hand):
     """Against runs with hooks: the key input is written by hand for this model, which has no norms."""
-    found = find_induction_circuits(by_hand, how="zero", **OPTIONS)
+    found = find_induction_circuits(by_hand, ON, how="zero")
     kept = {}
 
     def removed(z, hook):
@@ -233,22 +224,22 @@ def test_the_scores_of_a_pair_are_those_of_its_own_runs(by_hand):
         return -log_probs.gather(2, found.tokens[:, SEQ_LEN + 1 :, None]).mean()
 
     score = sum(reference.induction(p, SEQ_LEN, bos=0) for p in kept["pattern"]) / len(kept["pattern"])
-    assert float(found.evidence["score_removed"][0]) == pytest.approx(score, abs=1e-5)
+    assert found.evidence(0)["score_removed"] == pytest.approx(score, abs=1e-5)
     assert found.clean_loss == pytest.approx(float(loss(clean)), abs=1e-4)
     expected = float(loss(logits) - loss(clean))
-    assert float(found.evidence["loss_removed"][0]) == pytest.approx(expected, abs=1e-4)
+    assert found.evidence(0)["loss_removed"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_bundled_models_own_circuit(bundled):
-    found = find_induction_circuits(bundled, batch=2, per_head=1, threshold=0.83)
+    found = find_induction_circuits(bundled, RepeatedTokens(batch=2, seeds=[0]), per_head=1, threshold=0.83)
     assert found.labels[0] == ("L1H2", "L3H5")
     assert len(found.pairs) >= 2
     assert {pair[:2] for pair in found.pairs} == {(1, 2)}, "its one previous-token head"
     assert set(found.verdicts) == {"circuit"}
     for name, at_least in (("k_z", 10), ("k_top1_keys", 0.1), ("loss_path", 0.1)):
-        assert float(found.evidence[name].min()) > at_least
-    assert bool((found.evidence["k_rank"] == 1).all())
-    assert float(found.evidence["score_path"].max()) < 0.05
+        assert float(getattr(found, name).min()) > at_least
+    assert bool((found.k_rank == 1).all())
+    assert float(found.score_path.max()) < 0.05
     assert found.relative_position == 49
 
 
@@ -276,48 +267,44 @@ def hits_by_hand(directory):
     return {"k_top1_keys": hits(composed), "k_top1_queries": hits(composed.T), "ov_top1": hits(copied)}
 
 
-def test_accuracies_of_a_sample_have_an_interval_that_covers_those_of_all_tokens(tmp_path, capsys):
+def test_accuracies_of_a_sample_have_an_interval_that_covers_those_of_all_tokens(tmp_path):
     directory = write_circuit(tmp_path, n_heads=4)
     model, by_hand = load_model(directory), hits_by_hand(directory)
-    options = {"pairs": [("0.0", "1.0"), ("0.1", "1.0")], "seq_len": 4, "batch": 1}
-    complete = find_induction_circuits(model, n_tokens=None, **options)
+    pairs = [("0.0", "1.0"), ("0.1", "1.0")]
+    complete = find_induction_circuits(
+        model, RepeatedTokens(4, batch=1, seeds=[0]), pairs=pairs, n_tokens=None
+    )
     assert complete.counted == "Top-1 accuracies are counted over all 48 tokens."
     for name, hits in by_hand.items():
         share = float(hits.double().mean())
-        assert float(complete.evidence[name][0]) == pytest.approx(share), name
+        assert float(getattr(complete, name)[0]) == pytest.approx(share), name
         assert complete.intervals[name][:, 0].tolist() == pytest.approx([share, share])
     # L0H0 writes two thirds of the tokens
-    assert float(complete.evidence["k_top1_keys"][0]) == pytest.approx(2 / 3)
+    assert complete.evidence(0)["k_top1_keys"] == pytest.approx(2 / 3)
     covered, differs = [], []
     for seed in range(12):
-        found = find_induction_circuits(model, n_tokens=20, seed=seed, **options)
+        on = RepeatedTokens(4, batch=1, seeds=[seed])
+        found = find_induction_circuits(model, on, pairs=pairs, n_tokens=20)
         drawn = torch.randperm(V, generator=torch.Generator().manual_seed(seed))[:20]
         for name, hits in by_hand.items():
-            (low, high), share = found.intervals[name][:, 0].tolist(), float(found.evidence[name][0])
+            (low, high), share = found.intervals[name][:, 0].tolist(), float(getattr(found, name)[0])
             assert share == pytest.approx(float(hits[drawn].double().mean())), (name, seed)
             assert low <= share <= high
             assert 0.1 < high - low < 0.5, "of 20 tokens something is known"
-            covered.append(low <= float(complete.evidence[name][0]) <= high)
-            differs.append(share != float(complete.evidence[name][0]))
+            covered.append(low <= float(getattr(complete, name)[0]) <= high)
+            differs.append(share != float(getattr(complete, name)[0]))
         if seed == complete.seed:
             assert found.verdicts == complete.verdicts, "no verdict hangs on a sample"
     # 95%, and of a sample of nearly half of all a little more
     assert sum(covered) >= 35
     assert any(differs)
-    off = max(float((found.intervals[name] - found.evidence[name]).abs().max()) for name in found.intervals)
-    said = (
-        "Top-1 accuracies are counted over 20 of the 48 tokens, drawn at random: those of all lie at most "
-        f"{off:.3f} away, each with 95% confidence."
-    )
-    assert said in induction_circuits_section(found).text
-    print_induction_circuits(found)
-    assert said in " ".join(capsys.readouterr().out.split())
+    off = max(float((found.intervals[name] - getattr(found, name)).abs().max()) for name in COUNTED)
+    assert f"of 20 of 48 tokens: with 95% confidence, each is within {off:.3f} of" in found.counted
+    assert found.counted in induction_circuits_section(found).text
     row = found.to_dataframe().iloc[0]
     assert [row["ov_top1_low"], row["ov_top1_high"]] == pytest.approx(
         found.intervals["ov_top1"][:, 0].tolist()
     )
-    shown = induction_circuits_json(found)
-    assert (shown["n_tokens"], shown["confidence"]) == (20, 0.95)
 
 
 def test_what_a_head_has_alone_and_what_runs_share_is_made_once(tmp_path, monkeypatch):
@@ -332,7 +319,7 @@ def test_what_a_head_has_alone_and_what_runs_share_is_made_once(tmp_path, monkey
 
     monkeypatch.setattr(induction, "full_OV", noted)
     pairs = [((0, a), (5, b)) for a in range(4) for b in range(3)]
-    options = {"seq_len": 8, "batch": 2, "how": "zero"}
+    options = {"on": RepeatedTokens(8, batch=2, seeds=[0]), "how": "zero"}
     *before, at, enters = [f"blocks.{layer}.attn.hook_z" for layer in (0, 1, 4, 5)] + [
         "blocks.5.hook_resid_pre"
     ]
@@ -372,16 +359,19 @@ def test_of_heads_that_share_a_key_the_pairs_own_alone_sees_the_patch(tmp_path):
     )
     apart.save_pretrained(tmp_path / "apart")
     write_tokenizer(tmp_path / "apart", bos_is_eos=False)
-    options = {"pairs": [((0, 1), (2, head)) for head in range(4)], "seq_len": 12, "batch": 3}
+    options = {
+        "pairs": [((0, 1), (2, head)) for head in range(4)],
+        "on": RepeatedTokens(12, batch=3, seeds=[0]),
+    }
     shared, alone = (
         find_induction_circuits(load_model(tmp_path / name), **options) for name in ("grouped", "apart")
     )
     for name in ("score_path", "loss_path", "loss_path_error", "score_removed", "loss_removed"):
         # float32 through three layers, in sums of another order
         torch.testing.assert_close(
-            shared.evidence[name], alone.evidence[name], atol=2e-5, rtol=0, msg=lambda m, name=name: name + m
+            getattr(shared, name), getattr(alone, name), atol=2e-5, rtol=0, msg=lambda m, name=name: name + m
         )
-    losses = shared.evidence["loss_path"]
+    losses = shared.loss_path
     assert (losses[0::2] - losses[1::2]).abs().min() > 1e-3, "two heads of one group are not the same"
 
 
@@ -400,7 +390,9 @@ def test_pairs_beside_a_users_hook_are_judged_in_whole_runs(tmp_path):
         return activation
 
     model.add_hook("blocks.1.hook_resid_pre", own, is_permanent=True)
-    found = find_induction_circuits(model, pairs=[((0, 1), (2, 3))], seq_len=12, batch=3, how="zero")
+    found = find_induction_circuits(
+        model, RepeatedTokens(12, batch=3, seeds=[0]), pairs=[((0, 1), (2, 3))], how="zero"
+    )
 
     def zero(z, hook):
         z = z.clone()
@@ -417,19 +409,19 @@ def test_pairs_beside_a_users_hook_are_judged_in_whole_runs(tmp_path):
     # float32
     assert found.clean_loss == pytest.approx(float(losses[0]), abs=1e-5)
     removed = float(losses[1] - losses[0])
-    assert float(found.evidence["loss_removed"][0]) == pytest.approx(removed, abs=2e-5)
+    assert found.evidence(0)["loss_removed"] == pytest.approx(removed, abs=2e-5)
 
 
 def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
-    found = find_induction_circuits(by_hand, threshold=0.999, **OPTIONS)
+    found = find_induction_circuits(by_hand, ON, threshold=0.999)
     assert re.search(r"the highest is L1H0 with 0\.\d{3}$", found.note), "the score alone is too low"
     # a head that attends as far back whatever the tokens are, and so as much where nothing is repeated
     fixed = load_model(write_circuit(tmp_path / "fixed", back=SEQ_LEN - 1))
-    found = find_induction_circuits(fixed, **OPTIONS)
+    found = find_induction_circuits(fixed, ON)
     assert re.search(r"the highest is L0H0 with 1\.000, but its null is (0\.[5-9]|1\.0)", found.note)
     # one that attends to the token before, but not enough, although the induction head makes do with it
     faint = load_model(write_circuit(tmp_path / "faint", sharpness=1.5))
-    found = find_induction_circuits(faint, **OPTIONS)
+    found = find_induction_circuits(faint, ON)
     said = r"no head before the induction heads L1H0 .*; the highest is L0H0 with 0\.[23]\d{2}$"
     assert re.search(said, found.note), found.note
 
@@ -439,20 +431,22 @@ def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
     [
         ({"how": "half"}, "how must be one of mean, zero, resample"),
         ({"per_head": 0}, "per_head must be at least 1"),
-        ({"threshold": 1.5}, "threshold must lie between 0 and 1"),
-        ({"seq_len": 1}, "seq_len must be at least 2"),
-        ({"seq_len": 13}, "the largest seq_len that fits is 12"),
+        ({"threshold": 1.5}, "threshold must be between 0 and 1"),
+        ({"on": RepeatedTokens(1, seeds=[0])}, "seq_len must be at least 2"),
+        ({"on": RepeatedTokens(5)}, "seeds must be a single seed"),
+        ({"on": RepeatedTokens(5, jitter=1, seeds=[0])}, "jitter must be 0"),
+        ({"on": RepeatedTokens(13, seeds=[0])}, "the largest seq_len that fits is 12"),
         ({"pairs": [("L1H0", "L0H0")]}, "earlier"),
         ({"pairs": [("L0H5", "L1H0")]}, "out of range"),
         ({"pairs": [("L0H0", "L2H0")]}, "out of range"),
         ({"pairs": [("first", "L1H0")]}, "a head is written L5H5"),
-        ({"pairs": []}, r"pairs must be one or several different ones, but are \[\]"),
-        ({"pairs": [("0.0", "1.0"), ((0, 0), (1, 0))]}, "pairs must be one or several different ones"),
+        ({"pairs": []}, "pairs must be one or several different pairs"),
+        ({"pairs": [("0.0", "1.0"), ((0, 0), (1, 0))]}, "pairs must be one or several different pairs"),
     ],
 )
 def test_what_cannot_be_is_refused(by_hand, options, message):
     with pytest.raises(ValueError, match=message):
-        find_induction_circuits(by_hand, **(OPTIONS | options))
+        find_induction_circuits(by_hand, **({"on": ON} | options))
 
 
 @pytest.mark.parametrize(
@@ -470,10 +464,10 @@ def test_what_is_no_list_of_pairs_is_refused_before_any_run(by_hand, pairs, show
     # as users have it, without the tests' own check of types
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
-        with pytest.raises(ValueError, match=f"pairs is a list of pairs .* but there is {shown} in it"):
-            find_induction_circuits(by_hand, pairs=pairs, **OPTIONS)
+        with pytest.raises(ValueError, match=f"pairs must be a list of .* got {shown} in it"):
+            find_induction_circuits(by_hand, ON, pairs=pairs)
         with pytest.raises(ValueError, match="head L9H0 is out of range"):
-            find_induction_circuits(by_hand, pairs=[("0.0", "9.0")], **OPTIONS)
+            find_induction_circuits(by_hand, ON, pairs=[("0.0", "9.0")])
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
         handle.remove()

@@ -13,12 +13,10 @@ import torch
 
 from mechlens.plots.circuits import (
     plot_circuit_corner,
-    plot_composition_scores,
     plot_eigenvalues,
-    plot_head_graph,
     plot_positional_attention,
-    rotation_words,
 )
+from mechlens.plots.composition import plot_composition_scores, plot_head_graph
 from mechlens.plots.style import ABSENT, DIVERGING, figure_text
 from mechlens.results import Circuit, CompositionScores, PositionalAttention
 from mechlens.text.display import MINUS
@@ -104,7 +102,7 @@ def test_layers_are_divided_and_named_where_heads_have_no_room():
     assert [line.x0 for line in large.layout.shapes][::2] == [13.5, 27.5]
 
 
-def test_titles_say_what_was_measured_and_what_became_of_the_rotation():
+def test_titles_say_what_was_measured_and_how_the_rotation_was_handled():
     result = dataclasses.replace(composition(), rotary="ignored")
     title = plot_composition_scores(result).layout.title.text
     assert "K-composition of heads" in title
@@ -241,7 +239,7 @@ def test_what_is_not_above_the_baseline_is_no_edge():
     figure = plot_head_graph(low)
     assert not edges(figure)
     assert "the 0 strongest" in figure.layout.title.text
-    with pytest.raises(ValueError, match="at least 1, but is 0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         plot_head_graph(composition(), top=0)
 
 
@@ -328,8 +326,3 @@ def test_positions_attend_from_the_top():
     assert "divided by its own scale" in figure.layout.title.text
     shorter = plot_positional_attention(dataclasses.replace(result, normalized_positions=False))
     assert "divided" not in shorter.layout.title.text
-
-
-def test_what_became_of_the_rotation_in_words():
-    assert rotation_words(circuit(rotary="relative", relative_position=3)) == "each key 3 before its query"
-    assert rotation_words(circuit(rotary="none")) == ""

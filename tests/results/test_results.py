@@ -42,6 +42,7 @@ from mechlens.results import (
     head_label,
     load,
 )
+from mechlens.results.induction_circuits import EVIDENCE
 from mechlens.results.lens import STATISTICS
 from tests import feature_results
 from tests.hand_made import attention_spread, deep_lens, facts, indirect_object, input_probe
@@ -198,11 +199,12 @@ def attribution_patch() -> AttributionPatchResult:
 
 
 def induction_circuits() -> InductionCircuits:
-    """One pair, with two kinds of evidence."""
+    """One pair, whose rank is undefined."""
     return InductionCircuits(
         model=MODEL,
         pairs=((0, 1, 2, 3),),
-        evidence={"induction_score": torch.tensor([0.9]), "k_z": torch.tensor([math.nan])},
+        **{each.name: torch.tensor([0.9]) for each in EVIDENCE}
+        | {"k_rank": torch.tensor([math.nan]), "n_earlier": torch.tensor([4.0])},
         verdicts=("in part",),
         reasons=("attends as a circuit does",),
         clean_loss=0.5,

@@ -1,5 +1,4 @@
-"""Induction circuits: which previous-token heads feed which induction heads, by behaviour, weights and
-cause."""
+"""Induction circuits: which previous-token heads feed which induction heads, and the evidence for it."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Number
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,8 @@ from mechlens.analyses.circuits.qk import QK
 from mechlens.analyses.heads.scores import score_heads
 from mechlens.analyses.patching.ablations import ablation_source, check_how
 from mechlens.analyses.patching.path import HeadPath, PathRuns
-from mechlens.arguments import check_between, check_counts, generator_of
+from mechlens.arguments import check_between, check_counts, check_model, generator_of
+from mechlens.errors import ArgumentError
 from mechlens.measures.attention import copies_mask, mask_score
 from mechlens.measures.statistics import exact_interval
 from mechlens.models.protocol import LensModel, describe
@@ -31,102 +32,102 @@ from mechlens.models.run.unembedding import check_streamed, token_log_probs
 from mechlens.models.weights.rotary import is_rotary
 from mechlens.progress import progress_bar
 from mechlens.results import Circuit, CompositionScores, HeadScores, InductionCircuits, head_label
-from mechlens.results.induction_circuits import COUNTED, LEAST_FALL, LEAST_Z, UPPER_SHARE
-from mechlens.text.prompts import RandomTokens, RepeatedTokens, repeated_tokens
+from mechlens.results.heads import Head
+from mechlens.results.induction_circuits import COUNTED, EVIDENCE, LEAST_LOSS, LEAST_Z, UPPER_SHARE
+from mechlens.text.prompts import RandomTokens, RepeatedTokens
 from mechlens.text.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 N_TOKENS = 2048
-"""Of the vocabulary, over which top-1 accuracies are counted: in 95 draws of 100 one is then at most 0.022
-off."""
+"""Size of the vocabulary's sample: with 95% confidence, a top-1 accuracy is within 0.022 of the true one."""
 CONFIDENCE = 0.95
 TIMES_NULL = 2.0
-"""The multiple of its null from which a head is a candidate; the tests of its pairs are stricter."""
+"""A head is a candidate if its score is this multiple of its null; the tests of its pairs are stricter."""
 
-Pair = tuple[str | tuple[int, int], str | tuple[int, int]]
-Heads = tuple[tuple[int, int], tuple[int, int]]
+Pair = tuple[Head, Head]
+HeadPair = tuple[tuple[int, int], tuple[int, int]]
 """(previous-token head, induction head), checked."""
 
 
 def find_induction_circuits(
     model: LensModel,
+    on: RepeatedTokens | None = None,
     *,
     pairs: Sequence[Pair] | None = None,
     threshold: float = 0.4,
     per_head: int = 3,
-    seq_len: int = 50,
-    batch: int = 8,
-    seed: int = 0,
     how: str = "mean",
     n_tokens: int | None = N_TOKENS,
-    prepend_bos: bool | None = None,
     progress: bool | None = None,
 ) -> InductionCircuits:
-    """Find the previous-token heads that induction heads work with, and say what speaks for each pair.
+    """Find the previous-token heads that feed induction heads, with the evidence for each pair.
 
-    Induction heads are those whose induction score reaches the threshold and twice their null; for each of
-    them the previous-token heads of earlier layers (by the same rule) that K-compose with it most strongly
-    are tried. A pair is a `circuit` where behaviour, weights and cause all speak for it, `in part` where
-    behaviour and one of the others do, and `no circuit` otherwise. Behaviour: both scores by that rule.
-    Weights: a K-composition at least 3 standard deviations over chance that is in the upper quarter of those
-    of all earlier heads (the highest, where these are fewer than 8). Cause: at least a tenth of the induction
-    score is lost when the previous-token head is ablated as the induction head's keys see it.
+    Induction heads are those whose induction score reaches the threshold and twice its null. For each, the
+    previous-token heads of earlier layers (by the same rule) with the highest K-composition are tried. A pair
+    is a `circuit` if three tests hold, `in part` if behavior and one other test hold, and `no circuit`
+    otherwise. Behavior: both scores pass that rule. Weights: the K-composition is at least 3 standard
+    deviations above chance and in the upper quarter of all earlier heads. Cause: ablating the previous-token
+    head in the induction head's keys costs at least a tenth of the induction score.
 
     Args:
-        pairs: (previous-token head, induction head) to be judged whatever they score; None looks for them.
-        threshold: of both scores, in [0, 1].
-        per_head: previous-token heads that are tried for each induction head.
-        seq_len: random tokens in one copy; the model reads BOS, the copy and the same again.
-        batch: sequences.
-        seed: of the sequences, of the tokens that are counted and of the weights that give composition its
-            baseline; the sequences that heads are ablated with have the next one.
-        how: `mean`, `zero` or `resample`: what takes an ablated head's place, as for `ablate_heads`. With
-            `zero` the figures depend on `load_model`'s `processing`, which moves `b_V` into `b_O`: a
-            processed model keeps it when `z` is zero, and a raw one loses it.
-        n_tokens: how many tokens top-1 accuracies are counted over, drawn from the vocabulary; what each of
-            them is held against is the whole vocabulary. None counts all. No verdict depends on it.
-        prepend_bos: None prepends BOS where the tokenizer has one.
-        progress: show bars; None shows them in a terminal and in Jupyter.
+        on: the sequences, of one seed and without jitter; None is 8 sequences of 50 random tokens, repeated.
+            The seed also draws the tokens that are counted and the random weights of the baseline; ablations
+            use the sequences of the next seed.
+        pairs: (previous-token head, induction head) to judge whatever they score, such as
+            `[("L1H2", "L3H5")]`; None searches.
+        threshold: least score of both heads, in [0, 1].
+        per_head: previous-token heads to try for each induction head.
+        how: what replaces an ablated head's output: `mean`, `zero` or `resample`. `zero` depends on
+            `load_model`'s `processing`, which moves `b_V` into `b_O`.
+        n_tokens: how many tokens of the vocabulary top-1 accuracies are counted over; each is compared with
+            the whole vocabulary. None counts all. No verdict depends on it.
+        progress: show progress bars; None shows them in a terminal and in Jupyter.
 
     Returns:
-        The evidence by pair, those of the strongest induction head first. Of a rotary model the K-composition
-        is that of a key `seq_len - 1` positions before its query, where a perfect induction head finds it. No
-        pair where nothing scores: `note` says what is missing. What is lost through the keys is lost by the
-        induction head alone, also where it shares them with others (grouped-query attention).
+        The evidence by pair, those of the strongest induction head first; without pairs, `note` says why. In
+        a rotary model K-composition is that of a key `seq_len - 1` positions before its query, where a
+        perfect induction head finds it. With grouped-query attention only the induction head of a pair sees
+        the ablated keys.
 
     Raises:
-        TypeError: a head that is no text and no pair of whole numbers.
-        ValueError: pairs that are none, or come twice, or whose first head is not in an earlier layer; an
-            option out of range, or sizes that do not fit the model.
+        TypeError: not a head.
+        ValueError: pairs that are empty, repeated, or not from an earlier to a later layer; an option out of
+            range; sequences that do not fit the model's context.
 
-    Source: Elhage et al. 2021; Olsson et al. 2022, arXiv:2209.11895; "How one can Interpret GPT2-Small". Path
-    ablation: Wang et al. 2022, arXiv:2211.00593.
-    Cost: head scores and all K-composition scores; a clean run and a reference run. For each induction head
-    one product `[n_tokens, d_head] @ [d_head, d_vocab]`, for each pair two; for each previous-token head a
-    run from its layer on, for each pair a block and a run from the induction head's layer on. Where a run
-    cannot begin in the middle (a bridge, hooks of the user's) each of these is a whole run.
+    Example:
+        >>> on = mechlens.RepeatedTokens(20, batch=2, seeds=[0])
+        >>> mechlens.find_induction_circuits(model, on, pairs=[("L1H2", "L3H5")]).verdicts
+        ('circuit',)
+
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022,
+    arXiv:2209.11895; "How one can Interpret GPT2-Small". Path ablation: Wang et al. 2022, arXiv:2211.00593.
+    Cost: head scores, K-composition scores, a clean run and a reference run. For each induction head one
+    product `[n_tokens, d_head] @ [d_head, d_vocab]`, for each pair two; for each previous-token head a run
+    from its layer on, for each pair a run from the induction head's layer on. These are whole runs on a
+    bridge and beside hooks of the user's.
     """
+    check_model(model)
+    on = RepeatedTokens(batch=8, seeds=[0]) if on is None else on
+    seed = _one_seed(on)
     check_how(how)
     check_counts(per_head=per_head, n_tokens=n_tokens)
     check_between("threshold", threshold, 0, 1)
-    if seq_len < 2:
-        raise ValueError(f"seq_len must be at least 2, so that a token predicts the next; it is {seq_len}")
-    info = describe(model)
-    bos = own_bos_token_id(model.tokenizer) is not None if prepend_bos is None else prepend_bos
-    given = None if pairs is None else _given(model, pairs)
-    random = repeated_tokens(model, seq_len=seq_len, batch=batch, seed=seed, prepend_bos=bos)
-    relative = seq_len - 1 if is_rotary(model) else None
+    chosen = None if pairs is None else _checked(model, pairs)
+    has_bos = own_bos_token_id(model.tokenizer) is not None
+    on = dataclasses.replace(on, prepend_bos=has_bos if on.prepend_bos is None else on.prepend_bos)
+    random = on.draw(model, seed)
+    relative = on.seq_len - 1 if is_rotary(model) else None
     scores = score_heads(
         model,
-        RepeatedTokens(seq_len, batch, [seed], prepend_bos=bos),
+        on,
         [INDUCTION, PREVIOUS],
         progress=progress,
     )
     composition = composition_scores(model, "k", relative_position=relative, seed=seed, progress=progress)
-    found, note = (given, "") if given is not None else _pairs(scores, composition, threshold, per_head)
-    counted = _drawn(info.d_vocab, n_tokens, seed)
+    found, note = (chosen, "") if chosen is not None else _pairs(scores, composition, threshold, per_head)
+    counted = _drawn(model.cfg.d_vocab, n_tokens, seed)
     copies = functools.cache(partial(_copies, model, tokens=counted))
-    effects = _Effects.of(model, found, random, how) if found else None
+    effects = _Effects.of(model, found, on, how) if found else None
     judged = [
         _attends(scores, pair)
         | _composes(model, composition, pair, relative, counted)
@@ -135,76 +136,70 @@ def find_induction_circuits(
         for pair in progress_bar(found, desc="induction circuits", unit="pair", progress=progress)
         if effects is not None
     ]
-    n_counted = info.d_vocab if counted is None else len(counted)
-    chance = 1 / info.d_vocab
     clean = math.nan if effects is None else float(effects.clean_loss.mean())
     verdicts = [
-        # a score is nan for no other reason
-        _verdict(
-            each,
-            clean,
-            threshold,
-            chance,
-            _idle(model, pair, relative) if math.isnan(each["k_score"]) else "",
-        )
+        _verdict(each, clean, threshold, 1 / model.cfg.d_vocab, _zero_weights(model, pair, each, relative))
         for pair, each in zip(found, judged, strict=True)
     ]
     return InductionCircuits(
-        model=info,
+        model=describe(model),
         pairs=tuple((*one, *other) for one, other in found),
-        evidence={
-            name: torch.tensor([each[name] for each in judged], dtype=torch.float32) for name in _NAMES
-        },
+        **_numbers(judged, model.cfg.d_vocab if counted is None else len(counted), model.cfg.d_vocab),
         verdicts=tuple(verdict for verdict, _ in verdicts),
         reasons=tuple(reasons for _, reasons in verdicts),
         clean_loss=clean,
-        chance=chance,
-        n_tokens=n_counted,
-        intervals={
-            name: _intervals([each[name] for each in judged], n_counted, info.d_vocab) for name in COUNTED
-        },
+        chance=1 / model.cfg.d_vocab,
         confidence=CONFIDENCE,
         tokens=random.tokens,
-        seq_len=seq_len,
+        seq_len=on.seq_len,
         seed=seed,
         how=how,
-        prepend_bos=bos,
+        prepend_bos=random.prepend_bos,
         relative_position=relative,
         note=note,
     )
 
 
+def _one_seed(on: RepeatedTokens) -> int:
+    """The seed of the sequences, which must have one, no jitter and at least two tokens."""
+    if len(on.seeds) != 1:
+        raise ArgumentError("seeds", "a single seed", on.seeds)
+    if on.jitter:
+        raise ArgumentError("jitter", "0, so that K-composition has one distance", on.jitter)
+    if on.seq_len < 2:
+        raise ArgumentError("seq_len", "at least 2, so that a token predicts the next", on.seq_len)
+    return on.seeds[0]
+
+
 # -- which pairs -----------------------------------------------------------------------------------
 
 
-def _given(model: LensModel, pairs: Sequence[Pair]) -> list[Heads]:
-    """The pairs that a user gave, checked."""
-    asked = []
+def _checked(model: LensModel, pairs: Sequence[Pair]) -> list[HeadPair]:
+    """The user's pairs as (layer, head) twice."""
+    given = []
     for pair in pairs:
         if isinstance(pair, (str, Number)) or len(pair) != 2 or any(isinstance(one, Number) for one in pair):
             raise ValueError(
-                "pairs is a list of pairs (previous-token head, induction head), such as [('4.11', '5.5')], "
-                f"but there is {pair!r} in it"
+                "pairs must be a list of (previous-token head, induction head), such as [('4.11', '5.5')], "
+                f"got {pair!r} in it"
             )
-        asked.append(head_pair(model, *pair))
-    if not asked or len(set(asked)) < len(asked):
-        raise ValueError(
-            f"pairs must be one or several different ones, but are {list(pairs)!r}: None looks for them"
-        )
-    return asked
+        given.append(head_pair(model, *pair))
+    if not given or len(set(given)) < len(given):
+        raise ArgumentError("pairs", "one or several different pairs, or None to search", list(pairs))
+    return given
 
 
 def _pairs(
     scores: HeadScores, composition: CompositionScores, threshold: float, per_head: int
-) -> tuple[list[Heads], str]:
-    """The pairs that are worth trying, or why there is none."""
+) -> tuple[list[HeadPair], str]:
+    """The pairs to try, or why there is none."""
     induction, previous = (
         [head for head, _ in scores.clear_heads(kind, threshold, TIMES_NULL)]
         for kind in (INDUCTION, PREVIOUS)
     )
     if not induction:
         most = _most(scores, INDUCTION, threshold)
-        return [], f"no head has an induction score of {threshold:g} and of twice its null{most}"
+        return [], f"no head has an induction score of at least {threshold:g} and twice its null{most}"
     pairs = []
     for head in induction:
         earlier = [other for other in previous if other[0] < head[0]]
@@ -214,14 +209,14 @@ def _pairs(
         names = ", ".join(head_label(*head) for head in induction)
         most = _most(scores, PREVIOUS, threshold, before=max(layer for layer, _ in induction))
         return [], (
-            f"no head before the induction heads {names} has a previous-token score of {threshold:g} and of "
-            f"twice its null{most}"
+            f"no head before the induction heads {names} has a previous-token score of at least "
+            f"{threshold:g} and twice its null{most}"
         )
     return pairs, ""
 
 
 def _most(scores: HeadScores, kind: str, threshold: float, before: int | None = None) -> str:
-    """Which head has most of a score, and its null where that is what it fails by."""
+    """The head with the highest score, and its null where the score alone would pass."""
     ranked = (each for each in scores.ranked(kind) if before is None or each[0][0] < before)
     best = next(ranked, None)
     if best is None:
@@ -231,31 +226,20 @@ def _most(scores: HeadScores, kind: str, threshold: float, before: int | None = 
     return f"; the highest is {head_label(*head)} with {score:.3f}{null}"
 
 
-# -- what speaks for a pair ------------------------------------------------------------------------
-
-_NAMES = (
-    "induction_score",
-    "induction_null",
-    "previous_token_score",
-    "previous_token_null",
-    "k_score",
-    "k_z",
-    "k_rank",
-    "n_earlier",
-    "k_top1_keys",
-    "k_top1_queries",
-    "ov_top1",
-    "ov_copying",
-    "score_path",
-    "score_removed",
-    "loss_path",
-    "loss_path_error",
-    "loss_removed",
-    "loss_removed_error",
-)
+# -- evidence for a pair ---------------------------------------------------------------------------
 
 
-def _attends(scores: HeadScores, pair: Heads) -> dict[str, float]:
+def _numbers(judged: Sequence[Mapping[str, float]], n_tokens: int, d_vocab: int) -> dict[str, Any]:
+    """The fields of the result that hold numbers of pairs."""
+    fields: dict[str, Any] = {
+        each.name: torch.tensor([pair[each.name] for pair in judged], dtype=torch.float32)
+        for each in EVIDENCE
+    }
+    intervals = {name: _intervals([each[name] for each in judged], n_tokens, d_vocab) for name in COUNTED}
+    return fields | {"n_tokens": n_tokens, "intervals": intervals}
+
+
+def _attends(scores: HeadScores, pair: HeadPair) -> dict[str, float]:
     previous, induction = pair
     return {
         "induction_score": float(scores.mean(INDUCTION)[induction]),
@@ -268,11 +252,11 @@ def _attends(scores: HeadScores, pair: Heads) -> dict[str, float]:
 def _composes(
     model: LensModel,
     composition: CompositionScores,
-    pair: Heads,
+    pair: HeadPair,
     relative: int | None,
     tokens: Int[Tensor, " token"] | None,
 ) -> dict[str, float]:
-    """What the two heads' weights say together."""
+    """Evidence from the weights of both heads."""
     previous, induction = pair
     circuit = k_composition_circuit(model, previous, induction, relative_position=relative)
     earlier = composition.scores[:, :, induction[0], induction[1]]
@@ -291,7 +275,7 @@ def _composes(
 def _copies(
     model: LensModel, head: tuple[int, int], *, tokens: Int[Tensor, " token"] | None
 ) -> dict[str, float]:
-    """What the induction head's weights say of what it writes; the same for all its pairs."""
+    """Evidence from the induction head's OV circuit; the same for all its pairs."""
     writes = full_OV(model, head)
     return {
         "ov_top1": _top_1(writes, "destination", tokens),
@@ -304,14 +288,14 @@ def _top_1(circuit: Circuit, over: str, tokens: Int[Tensor, " token"] | None) ->
 
 
 def _drawn(d_vocab: int, n_tokens: int | None, seed: int) -> Int[Tensor, " token"] | None:
-    """The tokens that accuracies are counted over; None is all of them."""
+    """The tokens that accuracies are counted over; None is all."""
     if n_tokens is None or n_tokens >= d_vocab:
         return None
     return torch.randperm(d_vocab, generator=generator_of(seed))[:n_tokens].sort().values
 
 
 def _intervals(shares: Sequence[float], n: int, d_vocab: int) -> Float[Tensor, "bound pair"]:
-    """Where the shares of the whole vocabulary lie; a share of all tokens has no doubt in it."""
+    """Intervals of the shares in the whole vocabulary; a share of all tokens is exact."""
     bounds = [
         (share, share) if n == d_vocab else exact_interval(share, n, confidence=CONFIDENCE)
         for share in shares
@@ -319,9 +303,14 @@ def _intervals(shares: Sequence[float], n: int, d_vocab: int) -> Float[Tensor, "
     return torch.tensor(bounds, dtype=torch.float32).reshape(-1, 2).T.contiguous()
 
 
-def _idle(model: LensModel, pair: Heads, relative: int | None) -> str:
+def _zero_weights(
+    model: LensModel, pair: HeadPair, evidence: Mapping[str, float], relative: int | None
+) -> str:
     """Why a pair cannot compose, where a head's weights are zero; else empty."""
     previous, induction = pair
+    # a score is nan for no other reason
+    if not math.isnan(evidence["k_score"]):
+        return ""
     if OV(model, previous).is_zero:
         return f"{head_label(*previous)} writes nothing, its weights are zero"
     if QK(model, induction, relative_position=relative).is_zero:
@@ -331,19 +320,20 @@ def _idle(model: LensModel, pair: Heads, relative: int | None) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Effects:
-    """What is lost without the previous-token heads, in runs that share their clean part."""
+    """Effects of ablating the previous-token heads, in runs that share their clean part."""
 
     model: LensModel
     random: RandomTokens
     runs: PathRuns
-    paths: Mapping[Heads, HeadPath]
+    paths: Mapping[HeadPair, HeadPath]
     """To the keys of each pair's induction head."""
     clean_loss: Float[Tensor, " sequence"]
     removed: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """By previous-token head, activations of the runs without it, which are the same for all its pairs."""
+    """Activations of the runs without each previous-token head, shared by all its pairs."""
 
     @classmethod
-    def of(cls, model: LensModel, pairs: Sequence[Heads], random: RandomTokens, how: str) -> _Effects:
+    def of(cls, model: LensModel, pairs: Sequence[HeadPair], on: RepeatedTokens, how: str) -> _Effects:
+        random = on.draw(model, _one_seed(on))
         check_streamed(model, random.tokens)
         check_adds_up(model, random.tokens)
         paths = {
@@ -352,26 +342,23 @@ class _Effects:
             )
             for sender, (layer, head) in pairs
         }
-        on = RepeatedTokens(
-            random.seq_len, len(random.tokens), seeds=[random.seed], prepend_bos=random.prepend_bos
-        )
         source = ablation_source(model, how, on)
         runs = PathRuns.of(model, random.tokens, source, list(paths.values()))
         found = cls(model, random, runs, paths, torch.empty(0, dtype=torch.float32))
         return dataclasses.replace(found, clean_loss=found._loss(found._read(runs.runs.clean.final)))
 
-    def of_pair(self, pair: Heads) -> dict[str, float]:
-        """The induction score and the loss without the previous-token head: through the induction head's keys
-        alone, and altogether."""
+    def of_pair(self, pair: HeadPair) -> dict[str, float]:
+        """Induction score and loss with the previous-token head ablated in the induction head's keys only,
+        and everywhere."""
         previous, (layer, head) = pair
         pattern, last = SITES["pattern"].format(layer), last_hook(self.model)
-        # before the path is run, which goes on from this
+        # first, because the run of the path starts from this one
         if previous not in self.removed:
             receivers = {to[0] for sender, to in self.paths if sender == previous}
             wanted = {SITES["pattern"].format(to): lambda activation: activation for to in receivers}
             self.removed[previous] = self.runs.altogether(previous, wanted | {last: self._read})
         removed = self.removed[previous]
-        # its key may be that of a whole group of heads, which are to attend as they did
+        # a key may be shared by a group of heads; the others must attend as before
         shared = key_value_heads(self.model) < self.model.cfg.n_heads
         path = self.runs.through(
             self.paths[pair],
@@ -389,7 +376,7 @@ class _Effects:
         }
 
     def _read(self, last: Float[Tensor, "sequence pos d_model"]) -> Float[Tensor, "sequence read d_model"]:
-        """At the positions of the second copy that predict a token of it."""
+        """The positions of the second copy that predict a token of it."""
         return last[:, int(self.random.starts[0, 1]) : -1]
 
     def _loss(self, read: Float[Tensor, "sequence read d_model"]) -> Float[Tensor, " sequence"]:
@@ -404,18 +391,18 @@ class _Effects:
 
 
 def _standard_error(changes: Float[Tensor, " sequence"]) -> float:
-    """Of their mean; nan of a single one."""
+    """Standard error of the mean; nan of a single value."""
     return float(changes.std() / math.sqrt(len(changes))) if len(changes) > 1 else math.nan
 
 
 def _verdict(
-    evidence: Mapping[str, float], clean: float, threshold: float, chance: float, idle: str
+    evidence: Mapping[str, float], clean: float, threshold: float, chance: float, zero_weights: str
 ) -> tuple[str, str]:
-    """A pair's verdict, and the reasons for it.
+    """A pair's verdict by `VERDICT_RULE`, and the reasons for it.
 
     Args:
         clean: the loss without any ablation.
-        idle: why the pair cannot compose, where it cannot; else empty.
+        zero_weights: why the pair cannot compose; empty where it can.
     """
     said = evidence
     behaves = (
@@ -423,25 +410,33 @@ def _verdict(
         and said["induction_score"] >= 2 * said["induction_null"]
         and said["previous_token_score"] >= 2 * said["previous_token_null"]
     )
-    # of one that is nan, both are false
+    # both are false of nan
     composes = said["k_z"] >= LEAST_Z and said["k_rank"] <= max(1, UPPER_SHARE * said["n_earlier"])
     lost = 1 - said["score_path"] / said["induction_score"] if said["induction_score"] > 0 else 0.0
-    causes = lost >= LEAST_FALL
+    causes = lost >= LEAST_LOSS
     reasons = [
-        f"{'attends' if behaves else 'does not attend'} as a circuit does (induction "
-        f"{said['induction_score']:.2f}, null {said['induction_null']:.2f}; previous token "
-        f"{said['previous_token_score']:.2f}, null {said['previous_token_null']:.2f})",
-        idle
-        or f"K-composition {said['k_z']:+.1f} standard deviations over chance, rank {said['k_rank']:.0f} of "
-        f"{said['n_earlier']:.0f}; matches {said['k_top1_keys']:.3f} of the tokens with themselves (chance "
-        f"{chance:.2g})",
-        f"without the previous-token head in the keys the induction score is {said['score_path']:.2f} "
-        f"instead of {said['induction_score']:.2f}, and the loss {clean + said['loss_path']:.2f} nats "
-        f"instead of {clean:.2f}; without it at all they are {said['score_removed']:.2f} and "
-        f"{clean + said['loss_removed']:.2f}",
+        f"behavior: {_yes(behaves)} (induction score {said['induction_score']:.2f}, null "
+        f"{said['induction_null']:.2f}; previous-token score {said['previous_token_score']:.2f}, null "
+        f"{said['previous_token_null']:.2f})",
+        f"weights: {_yes(composes)} ("
+        + (
+            zero_weights
+            or f"K-composition {said['k_z']:+.1f} standard deviations above chance, rank "
+            f"{said['k_rank']:.0f} of {said['n_earlier']:.0f}; {said['k_top1_keys']:.3f} of tokens match "
+            f"themselves, chance {chance:.2g}"
+        )
+        + ")",
+        f"cause: {_yes(causes)} (with the previous-token head ablated in the keys, the induction score is "
+        f"{said['score_path']:.2f} instead of {said['induction_score']:.2f}, and the loss "
+        f"{clean + said['loss_path']:.2f} nats instead of {clean:.2f}; ablated everywhere, "
+        f"{said['score_removed']:.2f} and {clean + said['loss_removed']:.2f})",
     ]
     if behaves and composes and causes:
         verdict = "circuit"
     else:
         verdict = "in part" if behaves and (composes or causes) else "no circuit"
     return verdict, "; ".join(reasons)
+
+
+def _yes(test: bool) -> str:
+    return "yes" if test else "no"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from mechlens.terminal import print_json
+from mechlens.show.terminal import print_json
 
 
 def test_json_has_neither_nan_nor_infinity(capsys):
