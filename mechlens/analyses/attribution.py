@@ -41,33 +41,38 @@ def direct_logit_attribution(
 ) -> LogitAttribution:
     """Split the logit of a token, or a difference of two logits, into what each component adds directly.
 
-    Each component writes a vector into the residual stream, and the logit is linear in that vector once the
-    last norm's division is held at its value in this run. So is the output of a head where another norm
-    comes before the stream (Gemma-2). What a component does through later components counts as theirs.
+    Each component adds a vector to the residual stream, and the logit is linear in that vector if the scale
+    of the last norm is held at its value in this run; so is the scale of a norm between a head and the stream
+    (Gemma-2). What a component does through later components counts as theirs.
 
     Processing moves value biases from the heads into `L0 bias` and the like, and the last norm's bias into
-    `b_U`; and it takes from every logit its mean over the vocabulary, so that only differences of logits are
-    the same in both states.
+    `b_U`. It also subtracts from every logit its mean over the vocabulary, so only differences of logits
+    agree between processed and raw weights.
 
     Args:
-        prompt: a text, or token ids (used as they are: BOS is yours to put), all rows equally long.
-        targets: the token to explain at every position, as a text of exactly one token or an id; or one id
-            per position of the prompt, such as `tokens.roll(-1, -1)` for the tokens that really follow (the
-            last position has none). None is the model's own most likely token at each position.
+        prompt: texts or token ids `[batch, pos]`, all rows of one length; ids are used as they are.
+        targets: the token to explain at every position, as a text of one token or an id; or one id per
+            position of the prompt, such as `tokens.roll(-1, -1)` for the next tokens (the last position has
+            none). None is the model's own most likely token at each position.
         against: the token whose logit is subtracted, in the same forms; None subtracts nothing.
-        positions: which to read; None reads all.
-        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        positions: positions to read, negative ones from the end; None reads all.
+        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
 
     Returns:
-        Logits by component, whose sum is the model's logit before a soft-cap.
+        Contributions `[component, batch, read]` in logits, whose sum is the model's logit before a soft-cap.
 
     Raises:
-        ValueError: a target that is not one token (its pieces are shown) or not one id per position, a
-            position out of range, more tokens than the context holds; a model whose logits are more than its
-            last norm, `W_U`, `b_U` and a soft-cap, or which adds something else to its stream, so that the
-            contributions would not sum to the logit.
+        ValueError: a target is not one token or not one id per position, a position is out of range, or the
+            prompt is longer than the context; the model's logits are more than its last norm, `W_U`, `b_U`
+            and a soft-cap, or it adds something else to its stream, so that contributions would not sum to
+            the logit.
 
-    Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and TransformerLens's
+    Example:
+        >>> found = mechlens.direct_logit_attribution(model, "The captain of the", " ship", positions=[-1])
+        >>> torch.allclose(found.contributions.sum(0), found.logit, atol=1e-3)
+        True
+
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and TransformerLens's
     `ActivationCache.logit_attrs`, which takes the learned scale of a norm only from processed weights.
     Cost: one forward pass, another where `targets` is None, and for each head's output one product with its
     `W_O`. No `[head, pos, d_model]` tensor exists.
@@ -114,7 +119,7 @@ def _ids(
     ids = (target[None] if target.ndim == 1 else target).cpu().long()
     if ids.shape != tokens.shape:
         raise ValueError(
-            f"{name} must be one id for every position of the prompt, {tuple(tokens.shape)}, but are "
+            f"{name} needs one id for every position of the prompt, {tuple(tokens.shape)}, got "
             f"{tuple(target.shape)}: give one token as a text or an int, or choose positions with `positions`"
         )
     for extreme in (ids.min(), ids.max()):
@@ -168,9 +173,9 @@ def _attribute(
     against: Int[Tensor, "batch read"] | None,
     n_components: int,
 ) -> tuple[Float[Tensor, "component batch read"], Float[Tensor, "batch read"]]:
-    """What each component adds, in the order of `_components`, and the logits that they add up to."""
+    """What each component adds, in the order of `_components`, and the logits that they sum to."""
     pairs = torch.stack([targets, targets if against is None else against], dim=-1).flatten(0, 1)
-    # one direction for each pair of tokens that is asked for, often a single one
+    # one direction for each distinct pair of tokens, often a single one
     unique, which = pairs.to(model.W_U.device).unique(dim=0, return_inverse=True)
     which = which.view(targets.shape)
     with torch.inference_mode():
@@ -241,15 +246,15 @@ def _check_sum(
     logit: Float[Tensor, "batch read"],
     size: Float[Tensor, "batch read"],
 ) -> None:
-    """Refuse contributions that do not add up, up to what the model's own dtype rounds off its stream."""
+    """Refuse contributions that do not sum to the logit, up to rounding in the model's own dtype."""
     off = (contributions.sum(0) - logit).abs()
     # each sum is rounded relative to its largest terms; 16, because several hundred are added
     allowed = 16 * torch.finfo(model.W_U.dtype).eps * (contributions.abs().sum(0) + size)
     worst = (off - allowed).argmax()
-    # a logit that is no number has parts that are none
+    # a logit that is nan has parts that are nan
     if not bool(((off <= allowed) | logit.isnan()).all()):
         raise ValueError(
             "this model adds something to its residual stream besides embeddings, heads, their biases and "
-            "MLPs, or scales what they add, so there is no attribution: the contributions miss a logit of "
-            f"{float(logit.flatten()[worst]):.4g} by {float(off.flatten()[worst]):.2g}"
+            "MLPs, or scales what they add, so it has no direct attribution: the contributions miss a logit "
+            f"of {float(logit.flatten()[worst]):.4g} by {float(off.flatten()[worst]):.2g}"
         )

@@ -93,10 +93,7 @@ def probe_input(
     info, W_E = describe(model), model.W_E
     d_vocab, d_model = W_E.shape
     sizes = _sizes(bases, min(d_model, d_vocab))
-    check_reals(ridge=ridge)
-    if not ridge >= 0:
-        raise ArgumentError("ridge", "at least 0", ridge)
-    whole_number("null_draws", null_draws, least=2)
+    _check_numbers(ridge, null_draws)
     bos = own_bos_token_id(model.tokenizer)
     windows = token_windows(model, corpus)
     train = _first(windows, "train_tokens", train_tokens, bos)
@@ -117,17 +114,12 @@ def probe_input(
             recovered = probe.recover(held_out, fits, n_held_out, seed)
         W_U = direct_unembedding(model).to(place).T
         compared = compare_maps(W_E, W_U, made, fits, null_draws, seed)
-    means = torch.cat([basis.mean for basis in made])
     return InputProbe(
         model=info,
         rows=tuple(probe.rows),
         maps=("per_layer", "shared") if per_layer else ("shared",),
         chance=float((held_out[_counted(held_out, bos)] == counts.argmax()).float().mean()),
         fits=tuple(fits),
-        weights=_narrow(by_basis(made, torch.stack([fit.M for fit in fits.values()]))),
-        biases=_narrow(by_basis(made, torch.stack([fit.b + means for fit in fits.values()]))),
-        directions=_narrow({basis.name: basis.directions for basis in made}),
-        importance=_narrow({basis.name: basis.importance for basis in made}),
         explained={basis.name: basis.explained for basis in made},
         nmf_converged=converged,
         train_tokens=n_train,
@@ -137,8 +129,26 @@ def probe_input(
         null_draws=null_draws,
         seed=seed,
         prepend_bos=all_bos(model.tokenizer, torch.cat([train, held_out])[:, 0]),
-        **{name: _narrow(values) for name, values in (recovered | compared).items()},
+        **{name: _narrow(values) for name, values in (_parts_of(made, fits) | recovered | compared).items()},
     )
+
+
+def _parts_of(made: Sequence[Basis], fits: Mapping[str, Fit]) -> dict[str, dict[str, Tensor]]:
+    """The maps and the bases, by field of the result and basis."""
+    means = torch.cat([basis.mean for basis in made])
+    return {
+        "weights": by_basis(made, torch.stack([fit.M for fit in fits.values()])),
+        "biases": by_basis(made, torch.stack([fit.b + means for fit in fits.values()])),
+        "directions": {basis.name: basis.directions for basis in made},
+        "importance": {basis.name: basis.importance for basis in made},
+    }
+
+
+def _check_numbers(ridge: float, null_draws: int) -> None:
+    check_reals(ridge=ridge)
+    if not ridge >= 0:
+        raise ArgumentError("ridge", "at least 0", ridge)
+    whole_number("null_draws", null_draws, least=2)
 
 
 def _sizes(bases: Sequence[str] | Mapping[str, int], most: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Do the logits of improbable tokens wander in the middle layers, and are they put right at the end?"""
+"""Whether the logits of improbable tokens vary more over layers than those of probable ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.arguments import chosen, generator_of, whole_number
+from mechlens.errors import ArgumentError
 from mechlens.measures.vocabulary_variance import vocabulary_variance
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import parts, watch
@@ -30,31 +31,43 @@ def logit_variance(
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> LogitVariance:
-    """Compare how far the lens's logits of finally improbable and probable tokens vary over layers.
+    """Compare how much the lens's logits vary over layers, for finally improbable and probable tokens.
 
-    The conjecture: directions of tokens that a context rules out are used for other work in the middle layers
-    and "smoothly subtracted out at the end". Then their logits vary more over layers than those of probable
-    tokens, and more than where the same tokens are less ruled out, with an excess that falls to nothing.
+    The conjecture: the directions of tokens that a context rules out are used for other purposes in the
+    middle layers, and "smoothly subtracted out at the end". Then their logits vary more over layers than
+    those of probable tokens, and more than the logits of the same tokens at other positions, and the excess
+    vanishes at the end.
 
-    Logits are those of the lens with the decoder `final_norm`, before a soft-cap, less their mean over the
-    vocabulary: a constant in all of them changes no prediction.
+    Logits are those of the lens with the decoder `final_norm`, before a soft-cap and centered over the
+    vocabulary, because a constant in all of them changes no prediction.
 
     Args:
-        prompt: a text, or token ids (used as they are: BOS is yours to put), all rows equally long.
-        bins: the last final rank of each bin, increasing; the last bin goes to the end of the vocabulary.
-            None is 1, 10, 100 and so on: the first bin is the model's own guess alone.
-        positions: which to read; None reads all. The first position of many models is unlike all others.
-        nulls: how many random assignments of tokens to bins.
+        prompt: texts or token ids `[batch, pos]`, all rows of one length; ids are used as they are.
+        bins: the last final rank of each bin, increasing; the last bin extends to the end of the vocabulary.
+            None is 1, 10, 100 and so on, so that the first bin is the model's own guess.
+        positions: positions to read, negative ones from the end; None reads all. In many models the first
+            position is an outlier.
+        nulls: number of random assignments of tokens to bins, at least 1.
         seed: of these, and of the other position by whose ranks tokens are binned for comparison.
-        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
+
+    Returns:
+        Variance over layers of each bin in logits², beside random bins and ranks at another position; and
+        mean, spread and distance from the final logit by layer.
 
     Raises:
-        ValueError: bins that do not increase or lie outside the vocabulary, a position out of range, no null,
-            more tokens than the context holds, or a model whose logits are more than norm, `W_U`, `b_U` and
-            soft-cap.
+        ArgumentError: bins do not increase or lie outside the vocabulary, or `nulls` is below 1.
+        ValueError: a position is out of range, the prompt is longer than the context, or the model's logits
+            are more than its last norm, `W_U`, `b_U` and a soft-cap.
 
-    Source: a comment on nostalgebraist 2020, "interpreting GPT: the logit lens", which leaves open how to
-    check it; the measure is ours.
+    Example:
+        >>> found = mechlens.logit_variance(model, "The captain of the ship", nulls=2)
+        >>> found.labels
+        ('1', '2-10', '11-100', '101-1000', '1001-2048')
+
+    References: a comment on nostalgebraist 2020, "interpreting GPT: the logit lens", which leaves open how to
+        test the
+    conjecture; the measure is ours.
     Cost: one forward pass, one product with `W_U` per row and one more, a sort of the vocabulary and `nulls`
     passes over it per position; no `[row, pos, d_vocab]` tensor beyond a chunk of positions.
     """
@@ -106,16 +119,14 @@ def _bins(ends: Sequence[int] | None, d_vocab: int) -> tuple[tuple[int, int], ..
     """First and last rank of each bin."""
     given = [10**power for power in range(12) if 10**power < d_vocab] if ends is None else list(ends)
     if any(b <= a for a, b in zip([0, *given], given, strict=False)) or (given and given[-1] > d_vocab):
-        raise ValueError(
-            f"bins must be increasing ranks between 1 and the vocabulary of {d_vocab}, but are {tuple(given)}"
-        )
+        raise ArgumentError("bins", f"increasing ranks between 1 and {d_vocab} (d_vocab)", tuple(given))
     if not given or given[-1] < d_vocab:
         given.append(d_vocab)
     return tuple(zip([1, *(end + 1 for end in given)], given, strict=False))
 
 
 def _others(count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
-    """For each of several vectors another one, at random; never itself, each once."""
+    """For each of several vectors another one at random: never itself, and each once."""
     around = torch.randperm(count, generator=generator)
     others = torch.empty_like(around)
     others[around] = around.roll(1)

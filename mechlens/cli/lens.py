@@ -17,61 +17,73 @@ _UNFOLDED = ("norm_only", "none")
 """Decoders that need the weights as they were trained."""
 
 
+_StatOption = Annotated[
+    str,
+    typer.Option(
+        help="Color: probability (of the top guess), entropy, kl_final, kl_input (tied models only), "
+        "rank_final, rank_input, rank_next, or rank_ and probability_ with a --target."
+    ),
+]
+_HighOption = Annotated[
+    float | None, typer.Option(help="Value with the darkest color. [default: the largest]")
+]
+_ReadOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
+        "head such as L3H5 (repeatable), or an output with its stream, such as resid_pre+attn_out. "
+        "[default: resid_post]",
+    ),
+]
+_DecoderOption = Annotated[
+    str,
+    typer.Option(help="Before the unembedding: final_norm, norm_only or none (as trained: see --raw)."),
+]
+_LastBlocksOption = Annotated[
+    int, typer.Option(min=0, help="Run vectors through this many of the last blocks first.")
+]
+_TunedLensOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Decode with a tuned lens: a .safetensors file of train-lens, or a published lens (folder "
+        "or name)."
+    ),
+]
+_LayerOption = Annotated[
+    list[int] | None, typer.Option("--layer", "-l", help="A layer to read; repeatable. [default: all]")
+]
+_PositionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--position",
+        "-p",
+        help="A position to read, or a range such as 10:40 or -20: (the last 20); negative counts from "
+        "the end; repeatable. [default: all are read, the last 64 drawn]",
+    ),
+]
+_TargetOption = Annotated[
+    list[str] | None,
+    typer.Option("--target", "-t", help='A token whose rank is wanted, such as " Paris"; repeatable.'),
+]
+_TopKOption = Annotated[
+    int, typer.Option(min=1, help="Likely tokens in the figure, in --json and in .safetensors.")
+]
+
+
 @command("lens", renamed={"count": "--last-blocks", "layers": "--layer", "targets": "--target"})
 def lens(
     run: Run,
     text: Annotated[str, typer.Argument(help="What the model reads; longer than its context is fine.")],
-    stat: Annotated[
-        str,
-        typer.Option(
-            help="Color: probability (of the top guess), entropy, kl_final, kl_input (tied models only), "
-            "rank_final, rank_input, rank_next, or rank_ and probability_ with a --target."
-        ),
-    ] = "kl_final",
-    high: Annotated[
-        float | None, typer.Option(help="Value with the darkest color. [default: the largest]")
-    ] = None,
-    read: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
-            "head such as L3H5 (repeatable), or an output with its stream, such as resid_pre+attn_out. "
-            "[default: resid_post]",
-        ),
-    ] = None,
-    decoder: Annotated[
-        str,
-        typer.Option(help="Before the unembedding: final_norm, norm_only or none (as trained: see --raw)."),
-    ] = "final_norm",
-    last_blocks: Annotated[
-        int, typer.Option(min=0, help="Run vectors through this many of the last blocks first.")
-    ] = 0,
-    tuned_lens: Annotated[
-        str | None,
-        typer.Option(
-            help="Decode with a tuned lens: a .safetensors file of train-lens, or a published lens (folder "
-            "or name)."
-        ),
-    ] = None,
-    layer: Annotated[
-        list[int] | None, typer.Option("--layer", "-l", help="A layer to read; repeatable. [default: all]")
-    ] = None,
-    position: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--position",
-            "-p",
-            help="A position to read, or a range such as 10:40 or -20: (the last 20); negative counts from "
-            "the end; repeatable. [default: all are read, the last 64 drawn]",
-        ),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", "-t", help='A token whose rank is wanted, such as " Paris"; repeatable.'),
-    ] = None,
-    top_k: Annotated[
-        int, typer.Option(min=1, help="Likely tokens in the figure, in --json and in .safetensors.")
-    ] = 5,
+    stat: _StatOption = "kl_final",
+    high: _HighOption = None,
+    read: _ReadOption = None,
+    decoder: _DecoderOption = "final_norm",
+    last_blocks: _LastBlocksOption = 0,
+    tuned_lens: _TunedLensOption = None,
+    layer: _LayerOption = None,
+    position: _PositionOption = None,
+    target: _TargetOption = None,
+    top_k: _TopKOption = 5,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Use the weights as trained, without folding LayerNorm or centering."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -46,7 +47,7 @@ def plot_attribution(
     values = result.parts(row=row, position=position)
     n_layers, n_heads = result.model.n_layers, result.model.n_heads
     has_mlp = "L0 MLP" in values
-    # an empty column sets what is no head apart
+    # an empty column separates the heads from the bias and the MLP
     columns = [*(f"H{head}" for head in range(n_heads)), "", " bias", *([" MLP"] if has_mlp else [])]
     names = [[f"L{layer}{column}" if column else "" for column in columns] for layer in range(n_layers)]
     cells = [[values.get(name, math.nan) for name in line] for line in names]
@@ -85,23 +86,7 @@ def plot_attribution(
         row=1,
     )
     figure.data[0].colorbar.update(x=0.5, xanchor="left", tickformat=".3~g", len=1.05)
-    figure.add_trace(
-        go.Bar(
-            name="largest",
-            orientation="h",
-            x=list(bars.values()),
-            y=list(bars),
-            marker={"color": [BLUE if value >= 0 else VERMILION for value in bars.values()]},
-            text=[_written(value, 2) for value in bars.values()],
-            textposition="outside",
-            textfont={"color": INK},
-            cliponaxis=False,
-            hovertext=[f"<b>{name}</b><br>adds {number(value)}" for name, value in bars.items()],
-            hoverinfo="text",
-        ),
-        col=2,
-        row=1,
-    )
+    figure.add_trace(_bars(bars), col=2, row=1)
     step = 1 if n_heads <= 16 else 2 if n_heads <= 32 else 4
     ticks = [at for at in range(len(columns)) if at > n_heads or (at < n_heads and at % step == 0)]
     labels = [str(at) if at < n_heads else columns[at].strip() for at in ticks]
@@ -130,6 +115,23 @@ def plot_attribution(
     )
     figure.update_annotations(font={"size": 13, "color": MUTED})
     return figure
+
+
+def _bars(bars: Mapping[str, float]) -> go.Bar:
+    """The largest components, each with its number."""
+    return go.Bar(
+        name="largest",
+        orientation="h",
+        x=list(bars.values()),
+        y=list(bars),
+        marker={"color": [BLUE if value >= 0 else VERMILION for value in bars.values()]},
+        text=[_written(value, 2) for value in bars.values()],
+        textposition="outside",
+        textfont={"color": INK},
+        cliponaxis=False,
+        hovertext=[f"<b>{name}</b><br>adds {number(value)}" for name, value in bars.items()],
+        hoverinfo="text",
+    )
 
 
 def _written(value: float, digits: int) -> str:

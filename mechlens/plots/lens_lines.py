@@ -56,7 +56,7 @@ def plot_lens_lines(
         >>> lens = mechlens.logit_lens(model, "The captain of the ship")
         >>> figure = mechlens.plot_lens_lines(lens, ["rank_next", "entropy"], positions=[2])
         >>> [trace.name for trace in figure.data]
-        ['2 ·captain', '2 ·captain']
+        ['2 ·c', '2 ·c']
     """
     check_type("result", result, LogitLensResult)
     shown = [lens_statistic(result, stat) for stat in check_statistics(stats)]

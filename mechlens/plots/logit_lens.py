@@ -71,7 +71,7 @@ def plot_logit_lens(
     Example:
         >>> lens = mechlens.logit_lens(model, "The captain of the", targets=" ship")
         >>> mechlens.plot_logit_lens(lens, "rank_ ship").data[0].z.shape
-        (5, 5)
+        (5, 6)
 
     References: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """

@@ -115,7 +115,7 @@ def test_a_saved_result_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bins": [10, 5]}, r"bins must be increasing ranks between 1 and the vocabulary of 64, but"),
+        ({"bins": [10, 5]}, r"bins must be increasing ranks between 1 and 64 \(d_vocab\), got"),
         ({"bins": [0]}, "bins must be increasing ranks"),
         ({"bins": [65]}, "bins must be increasing ranks"),
         ({"positions": [4]}, "position 4 is out of range"),

@@ -80,7 +80,7 @@ def logit_lens(
         >>> lens.rows
         ('embed', '0', '1', '2', '3')
         >>> lens.rank[" ship"].shape
-        torch.Size([5, 1, 10])
+        torch.Size([5, 1, 6])
 
     References: nostalgebraist 2020, "interpreting GPT: the logit lens", whose decoder is `norm_only`.
     Cost: one forward pass and one product with `W_U` per row, in tiles; no `[row, pos, d_vocab]` tensor

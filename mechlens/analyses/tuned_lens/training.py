@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.analyses.tuned_lens.plan import measured_rate, training_plan
+from mechlens.analyses.tuned_lens.plan import TrainingPlan, measured_rate, training_plan
 from mechlens.analyses.tuned_lens.translators import TENSORS, Head, gradients, held_out_kl, translators
 from mechlens.analyses.tuned_lens.windows import batch_windows, training_windows
 from mechlens.arguments import check_counts, check_reals, generator_of
@@ -126,13 +126,8 @@ def train_tuned_lens(
     length = train.shape[1]
     per_step = max(1, training.batch_tokens // length)
     check_rows_alike(model, train[:per_step])
-    shared: dict[str, Any] = {
-        "steps": steps,
-        "batch_tokens": per_step * length,
-        "length": length,
-        "learning_rate": rate,
-        "seed": training.seed,
-    }
+    shared: dict[str, Any] = {"steps": steps, "batch_tokens": per_step * length, "length": length}
+    shared |= {"learning_rate": rate, "seed": training.seed}
     corpus_hash = hashlib.sha256(train.numpy().tobytes()).hexdigest()
     arguments = {"model": dataclasses.asdict(info), "corpus": corpus_hash, "held_out": len(rest), **shared}
     head = Head.of(model)
@@ -142,21 +137,13 @@ def train_tuned_lens(
         state = translators(model, saved.tensors, saved.step)
         if progress is not False and state.step < steps:
             plan = training_plan(model, batch_tokens=per_step * length, length=length, held_out=len(rest))
-            left = steps - state.step
-            said, seconds = plan.words(left, measured_rate(head.reader), fixed=held_out is not None)
-            announce(f"tuned lens: {said}", seconds=seconds, progress=progress)
+            _announce(plan, head, steps - state.step, fixed=held_out is not None, progress=progress)
 
         def now() -> tuple[dict[str, Tensor], int]:
             return state.tensors(), state.step
 
-        for step in saved.loop(
-            range(state.step, steps),
-            now,
-            total=steps,
-            desc="tuned lens",
-            unit="step",
-            progress=progress,
-        ):
+        bar: dict[str, Any] = {"desc": "tuned lens", "unit": "step", "progress": progress}
+        for step in saved.loop(range(state.step, steps), now, total=steps, **bar):
             batch = train[batch_windows(step, per_step, len(train), training.seed)]
             loss, found = gradients(model, head, batch, state)
             state = state.after(found, rate * (1 - step / steps))
@@ -176,3 +163,9 @@ def train_tuned_lens(
         prepend_bos=all_bos(model.tokenizer, train[:, 0]),
         **shared,
     )
+
+
+def _announce(plan: TrainingPlan, head: Head, steps: int, *, fixed: bool, progress: bool | None) -> None:
+    """Say how long it will take."""
+    said, seconds = plan.words(steps, measured_rate(head.reader), fixed=fixed)
+    announce(f"tuned lens: {said}", seconds=seconds, progress=progress)

@@ -21,7 +21,7 @@ from mechlens.results import ModelInfo, TunedLens
 PUBLISHED = "AlignmentResearch/tuned-lens"
 """The space on the hub that has the lenses, each in a folder `lens/<model's name>`."""
 FILES = ("config.json", "params.pt")
-# What old checkpoints hold beside the translators: the model's own last norm and unembedding.
+# What old checkpoints hold besides the translators: the model's own last norm and unembedding.
 _OF_THE_MODEL = re.compile(r"(unembed(ding)?|layer_norm|final_norm)\..*")
 _TRANSLATOR = re.compile(r"(?:layer_translators\.)?(\d+)\.(weight|bias)")
 
@@ -29,25 +29,32 @@ _TRANSLATOR = re.compile(r"(?:layer_translators\.)?(\d+)\.(weight|bias)")
 def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> TunedLens:
     """Read a tuned lens that was trained with AlignmentResearch/tuned-lens.
 
-    Translator i is applied to the residual before block i, so 0 belongs to the row `embed` and l + 1 to
-    layer l. The older checkpoints with an `input_translator` and copies of the model's last norm and
-    unembedding (which are not used) are read, too.
+    Translator i is applied to the residual stream before block i, so 0 belongs to the row `embed` and l + 1
+    to layer l. Older checkpoints, with an `input_translator` and unused copies of the model's last norm and
+    unembedding, can be read as well.
 
     Args:
         source: a folder with `config.json` and `params.pt`, or the name of a lens in the space
             `AlignmentResearch/tuned-lens`, such as `gpt2`, from the local cache or else from the hub.
-        model: the one it was trained for, with unprocessed weights. Its sizes are checked; a different name
-            is warned of.
+        model: the model it was trained for, with unprocessed weights. Another size is an error, another name
+            a warning.
 
     Returns:
-        The lens, in float32; what the checkpoint says nothing about (held-out KL, training) is nan or None.
+        The lens in float32; what the checkpoint does not say (held-out KL, training) is nan or None.
 
     Raises:
-        ModelLoadError: a model with processed weights or of other sizes, no such lens, files that are damaged
-            or have more in them than tensors (the pickle is read with `weights_only`), or a lens of another
+        ModelLoadError: the model has processed weights or other sizes; there is no such lens; or its files
+            are damaged, hold more than tensors (the pickle is read with `weights_only`), or are of another
             kind.
 
-    Source: Belrose et al. 2023, arXiv:2303.08112; https://github.com/AlignmentResearch/tuned-lens.
+    Example:
+        >>> raw = mechlens.load_model(processing=False)
+        >>> mechlens.load_tuned_lens("./no-such-folder", model=raw)
+        Traceback (most recent call last):
+        mechlens.errors.ModelLoadError: no-such-folder is no folder with config.json and params.pt:
+        config.json is not there
+
+    References: Belrose et al. 2023, arXiv:2303.08112; https://github.com/AlignmentResearch/tuned-lens.
     """
     info = describe(model)
     if info.processing is not False:
