@@ -62,19 +62,18 @@ def find_induction_circuits(
 ) -> InductionCircuits:
     """Find the previous-token heads that feed induction heads, with the evidence for each pair.
 
-    Induction heads are those whose induction score reaches the threshold and twice its null. For each, the
-    previous-token heads of earlier layers (by the same rule) with the highest K-composition are tried. A pair
-    is a `circuit` if three tests hold, `in part` if behavior and one other test hold, and `no circuit`
-    otherwise. Behavior: both scores pass that rule. Weights: the K-composition is at least 3 standard
-    deviations above chance and in the upper quarter of all earlier heads. Cause: ablating the previous-token
-    head in the induction head's keys costs at least a tenth of the induction score.
+    For each head whose induction score reaches the threshold and twice its null, the previous-token heads of
+    earlier layers (by the same rule) with the highest K-composition are tried. A pair is a `circuit` if three
+    tests hold, `in part` if behavior and one other hold, else `no circuit`. Behavior: both scores pass.
+    Weights: the K-composition is at least 3 standard deviations above chance and in the upper quarter of all
+    earlier heads. Cause: ablating the previous-token head in the induction head's keys costs at least a tenth
+    of the induction score.
 
     Args:
         on: the sequences, of one seed and without jitter; None is 8 sequences of 50 random tokens, repeated.
             The seed also draws the tokens that are counted and the random weights of the baseline; ablations
             use the sequences of the next seed.
-        pairs: (previous-token head, induction head) to judge whatever they score, such as
-            `[("L1H2", "L3H5")]`; None searches.
+        pairs: pairs to judge whatever they score, such as `[("L1H2", "L3H5")]`; None searches.
         threshold: least score of both heads, in [0, 1].
         per_head: previous-token heads to try for each induction head.
         how: what replaces an ablated head's output: `mean`, `zero` or `resample`. `zero` depends on
@@ -103,29 +102,21 @@ def find_induction_circuits(
     arXiv:2209.11895; "How one can Interpret GPT2-Small". Path ablation: Wang et al. 2022, arXiv:2211.00593.
     Cost: head scores, K-composition scores, a clean run and a reference run. For each induction head one
     product `[n_tokens, d_head] @ [d_head, d_vocab]`, for each pair two; for each previous-token head a run
-    from its layer on, for each pair a run from the induction head's layer on. These are whole runs on a
-    bridge and beside hooks of the user's.
+    from its layer on, for each pair one from the induction head's (whole runs on a bridge).
     """
-    check_model(model)
-    on = RepeatedTokens(batch=8, seeds=[0]) if on is None else on
-    seed = _one_seed(on)
+    on = _sequences(model, on)
+    seed = on.seeds[0]
     check_how(how)
     check_counts(per_head=per_head, n_tokens=n_tokens)
     check_between("threshold", threshold, 0, 1)
     chosen = None if pairs is None else _checked(model, pairs)
-    has_bos = own_bos_token_id(model.tokenizer) is not None
-    on = dataclasses.replace(on, prepend_bos=has_bos if on.prepend_bos is None else on.prepend_bos)
     random = on.draw(model, seed)
     relative = on.seq_len - 1 if is_rotary(model) else None
-    scores = score_heads(
-        model,
-        on,
-        [INDUCTION, PREVIOUS],
-        progress=progress,
-    )
+    scores = score_heads(model, on, [INDUCTION, PREVIOUS], progress=progress)
     composition = composition_scores(model, "k", relative_position=relative, seed=seed, progress=progress)
     found, note = (chosen, "") if chosen is not None else _pairs(scores, composition, threshold, per_head)
-    counted = _drawn(model.cfg.d_vocab, n_tokens, seed)
+    d_vocab = model.cfg.d_vocab
+    counted = _drawn(d_vocab, n_tokens, seed)
     copies = functools.cache(partial(_copies, model, tokens=counted))
     effects = _Effects.of(model, found, on, how) if found else None
     judged = [
@@ -138,17 +129,17 @@ def find_induction_circuits(
     ]
     clean = math.nan if effects is None else float(effects.clean_loss.mean())
     verdicts = [
-        _verdict(each, clean, threshold, 1 / model.cfg.d_vocab, _zero_weights(model, pair, each, relative))
+        _verdict(each, clean, threshold, 1 / d_vocab, _zero_weights(model, pair, each, relative))
         for pair, each in zip(found, judged, strict=True)
     ]
     return InductionCircuits(
         model=describe(model),
         pairs=tuple((*one, *other) for one, other in found),
-        **_numbers(judged, model.cfg.d_vocab if counted is None else len(counted), model.cfg.d_vocab),
-        verdicts=tuple(verdict for verdict, _ in verdicts),
-        reasons=tuple(reasons for _, reasons in verdicts),
+        **_numbers(judged, d_vocab if counted is None else len(counted), d_vocab),
+        verdicts=tuple(each[0] for each in verdicts),
+        reasons=tuple(each[1] for each in verdicts),
         clean_loss=clean,
-        chance=1 / model.cfg.d_vocab,
+        chance=1 / d_vocab,
         confidence=CONFIDENCE,
         tokens=random.tokens,
         seq_len=on.seq_len,
@@ -160,15 +151,18 @@ def find_induction_circuits(
     )
 
 
-def _one_seed(on: RepeatedTokens) -> int:
-    """The seed of the sequences, which must have one, no jitter and at least two tokens."""
+def _sequences(model: LensModel, on: RepeatedTokens | None) -> RepeatedTokens:
+    """The sequences with their BOS decided, checked: one seed, no jitter and at least two tokens."""
+    check_model(model)
+    on = RepeatedTokens(batch=8, seeds=[0]) if on is None else on
     if len(on.seeds) != 1:
         raise ArgumentError("seeds", "a single seed", on.seeds)
     if on.jitter:
         raise ArgumentError("jitter", "0, so that K-composition has one distance", on.jitter)
     if on.seq_len < 2:
         raise ArgumentError("seq_len", "at least 2, so that a token predicts the next", on.seq_len)
-    return on.seeds[0]
+    bos = own_bos_token_id(model.tokenizer) is not None if on.prepend_bos is None else on.prepend_bos
+    return dataclasses.replace(on, prepend_bos=bos)
 
 
 # -- which pairs -----------------------------------------------------------------------------------
@@ -333,7 +327,7 @@ class _Effects:
 
     @classmethod
     def of(cls, model: LensModel, pairs: Sequence[HeadPair], on: RepeatedTokens, how: str) -> _Effects:
-        random = on.draw(model, _one_seed(on))
+        random = on.draw(model, on.seeds[0])
         check_streamed(model, random.tokens)
         check_adds_up(model, random.tokens)
         paths = {

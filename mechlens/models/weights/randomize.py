@@ -1,4 +1,4 @@
-"""A model like another one, but for its weights, which are as before training."""
+"""A copy of a model with random weights, as before training."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from mechlens.models.weights.access import all_parameters
 
 _EMBEDDINGS = ("embed", "pos_embed")
 _WRITERS = {"W_O", "W_out", "o", "c_proj"}
-"""GPT-2's matrices that write to the stream, as the engines and Hugging Face name them."""
+"""Names of GPT-2's matrices that write to the stream, in the engines and Hugging Face."""
 
 
 def random_like(
     model: LensModel, seed: int, *, keep_embeddings: bool = False, std: float = 0.02
 ) -> LensModel:
-    """Copy a model and draw its weights anew, as Hugging Face begins GPT-2, NeoX and Llama models.
+    """Copy a model with random weights, initialized as Hugging Face initializes GPT-2, NeoX and Llama models.
 
-    Every matrix is drawn from a normal distribution around 0, biases are 0, and norms neither scale nor
-    shift. GPT-2's matrices that write to the stream are divided by the square root of twice its layers. An
-    unembedding that is the embedding stays so.
+    Matrices are drawn from a normal distribution with mean 0, biases are 0, norms have scale 1 and bias 0.
+    GPT-2's matrices that write to the stream are divided by the square root of twice the number of layers. A
+    tied unembedding stays tied.
 
     Args:
         model: of either engine; it is not changed.
-        seed: of the `torch.Generator`. The engines keep weights in other orders, so the same seed gives other
-            weights on each.
-        keep_embeddings: leave the embeddings of tokens and positions as they are (and an unembedding that is
-            the embedding), and draw only the rest.
-        std: standard deviation of the weights; Hugging Face's default.
+        seed: seed of the `torch.Generator`. The engines order weights differently, so the same seed gives
+            different weights on each.
+        keep_embeddings: keep the embeddings of tokens and positions, and a tied unembedding.
+        std: standard deviation of the weights; the default is Hugging Face's.
 
     Returns:
-        A new model with the same tokenizer, in evaluation mode, on the same device. Its weights are drawn,
-        not processed, whatever the other model's are.
+        A new model with the same tokenizer, in evaluation mode, on the same device, with raw weights.
 
     Raises:
-        TypeError: neither a HookedTransformer nor a TransformerBridge, or a seed or `std` that is no number.
-        ValueError: `std` is not above 0, a seed that torch does not take, or the embeddings of processed
-            weights are to be kept.
+        TypeError: the model is of neither engine, or a seed or `std` is not a number.
+        ValueError: `std` is not above 0, torch does not take the seed, or embeddings to keep are processed.
 
-    Source: Radford et al. 2019 (GPT-2) for the initialisation; Badger, "Language Model Features", for what it
-    is compared with.
+    Example:
+        >>> mechlens.random_like(model, seed=0).W_E.shape
+        torch.Size([2048, 192])
+
+    References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", for the
+    initialization; Badger, "Language Model Features", for the comparison with random weights.
     Cost: the memory of a second model.
     """
     info, source, draw = describe(model), provenance_of(model), generator_of(seed)
@@ -56,8 +57,8 @@ def random_like(
         raise ValueError(f"std must be a finite number above 0, but is {std}")
     if keep_embeddings and info.processing is not False:
         raise ValueError(
-            f"{info.name}'s embeddings are processed, or may be, and the random blocks would not be: load it "
-            "with load_model(..., processing=False)"
+            f"the embeddings of {info.name} are or may be processed, and random blocks are not: load it with "
+            "load_model(..., processing=False)"
         )
     # processing unties the two on one of the engines
     tied = source.tied if source else torch.equal(model.W_U, model.W_E.T)
