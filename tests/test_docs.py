@@ -21,6 +21,12 @@ def test_the_page_of_the_real_model_is_made_of_its_card():
     assert page(card) == (ROOT / "docs" / "smollm2-135m.md").read_text(encoding="utf-8")
 
 
+def test_the_page_on_adding_an_analysis_shows_the_files_and_they_are_short():
+    text, around = runpy.run_path(str(ROOT / "docs" / "make_analysis_page.py"))["page"]()
+    assert text == (ROOT / "docs" / "add-an-analysis.md").read_text(encoding="utf-8")
+    assert around <= 160
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_what_a_page_links_to_is_there(path):
     links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8"))
