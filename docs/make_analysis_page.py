@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "add-an-analysis.md"
 COMPUTATION = ("measures/attention_spread.py", "analyses/attention_spread.py")
 AROUND = {
-    "results/attention_spread.py": "The result holds the numbers and their words. Its columns say once what a "
-    "data frame, a table, a hover text and JSON need. Saving, loading, JSON and the view in Jupyter come with "
-    "`Result`.",
+    "results/attention_spread.py": "The result holds the numbers and their words. Its columns say once what "
+    "a data frame, a table, a hover text and JSON need. Saving, loading, JSON and the view in Jupyter come "
+    "with `Result`.",
     "plots/attention_spread.py": "A figure takes the result and returns a plotly figure. Layout that figures "
     "share is in `plots/style.py`.",
     "show/attention_spread.py": "A section says what there is to show. A terminal, a page and Jupyter render "
