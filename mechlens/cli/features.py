@@ -6,46 +6,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mechlens.cli import feature_options as shared
 from mechlens.cli import options
+from mechlens.cli.feature_options import (
+    OBJECTIVES,
+    OPTIMIZERS,
+    PRIORS,
+    RENAMED,
+    BeginOption,
+    FeaturesOption,
+    LayersOption,
+    PrefixOption,
+    SiteOption,
+    StartSeed,
+)
 from mechlens.cli.options import BosOption, CorpusArgument, HelpOption, ResumeOption
-from mechlens.cli.run import PAGE, Run, command
+from mechlens.cli.run import Run, command
 
 if TYPE_CHECKING:
-    from mechlens.analyses.features import Features, Prefix
     from mechlens.models.protocol import LensModel
     from mechlens.show.section import Section
-
-SITES = ("resid_post", "attn_out", "mlp_out", "post")
-OBJECTIVES = ("constant", "mean", "min", "l1", "cosine", "continuation")
-PRIORS = ("softmax", "norm", "nearest")
-OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
-MOST_PLACES = 64
-"""Features that are shown, at most; a page refuses more."""
-RENAMED = {
-    "top_k": "--top",
-    "n_tokens": "--tokens",
-    "how": "--objective",
-    "distance": "--objective",
-    "name": "--prior",
-    "weight": "--prior-weight",
-    "layers": "--layer",
-    "prepend_bos": "--bos",
-}
-
-LayersOption = Annotated[
-    list[str] | None,
-    typer.Option("--layer", "--layers", "-l", help="A layer, or a range such as 0:4; repeatable."),
-]
-FeaturesOption = Annotated[
-    list[str] | None,
-    typer.Option("--feature", "--features", "-f", help="A feature, or a range such as 0:4; repeatable."),
-]
-SiteOption = Annotated[
-    str, typer.Option(help=f"Activation to read: {', '.join(SITES)} (post: the MLP's neurons).")
-]
-PrefixOption = Annotated[str | None, typer.Option(help="Text before the searched tokens. [default: none]")]
-BeginOption = Annotated[bool, typer.Option("--bos", help="Begin with BOS.")]
-StartSeed = Annotated[int, typer.Option("--seed", min=0, max=2**31, help="Random seed of the starts.")]
 
 features = typer.Typer(rich_markup_mode=None, add_help_option=False)
 
@@ -75,21 +55,21 @@ def exhaustive(
 ) -> None:
     """Run every token of the vocabulary, and find the maximally and minimally activating tokens of each
     feature, a basis dimension of an activation, in one pass. Default: every layer, features 0 to 7."""
-    wanted = _features(layer, feature, site)
-    _check_page(run, len(_numbers("--feature", feature) or []))
+    wanted = shared.features_of(layer, feature, site)
+    shared.check_page(run, len(shared.numbers("--feature", feature) or []))
     model = run.load(processing=False)
     from mechlens.analyses.features import search_exhaustive
 
     with run.saving():
         found = search_exhaustive(
             model,
-            _first(model, wanted, 8),
-            prefix=_prefix(prefix, bos),
+            shared.first_of(model, wanted, 8),
+            prefix=shared.prefix_of(prefix, bos),
             top_k=top,
             resume=resume,
             progress=run.progress,
         )
-    run.show(found, features=found.features[:MOST_PLACES])
+    run.show(found, features=found.features[: shared.MOST_PLACES])
 
 
 @features.command(
@@ -115,8 +95,8 @@ def greedy(
     """Build inputs from left to right. Each token is the one of the whole vocabulary that activates the
     feature, a basis dimension of an activation, most after those before it. Default: the last layer, features
     0 to 3."""
-    layers = _numbers("--layer", layer) or [-1]
-    wanted = _features(None, feature, site)
+    layers = shared.numbers("--layer", layer) or [-1]
+    wanted = shared.features_of(None, feature, site)
     if len(layers) > 1:
         run.check_single("give one --layer")
     model = run.load(processing=False)
@@ -129,11 +109,11 @@ def greedy(
         found = [
             search_greedy(
                 model,
-                dataclasses.replace(_first(model, wanted, 4), layers=each),
+                dataclasses.replace(shared.first_of(model, wanted, 4), layers=each),
                 n_tokens=tokens,
                 aggregate=aggregate,
                 beam=beam,
-                prefix=_prefix(prefix, bos),
+                prefix=shared.prefix_of(prefix, bos),
                 resume=resume,
                 progress=run.progress,
             )
@@ -232,7 +212,7 @@ def gradient(
 
     how = Optimizer(optimizer, learning_rate, steps, patience, restarts)
     held = None if prior is None else Prior(prior, prior_weight)
-    wanted = _numbers("--feature", feature)
+    wanted = shared.numbers("--feature", feature)
     unused: dict[str, Any] = {"prior_weight": prior_weight} if prior is None else {}
     made: Any
     if objective == "continuation":
@@ -263,7 +243,7 @@ def gradient(
     else:
         raise ArgumentError("objective", f"one of {', '.join(OBJECTIVES)}", objective)
     model = run.load(processing=False)
-    begin = _prefix(prefix, bos)
+    begin = shared.prefix_of(prefix, bos)
     with run.saving():
         # a constant of the user's own may be below the optimum
         largest = objective == "mean" or (objective == "constant" and constant is None)
@@ -313,12 +293,12 @@ def alignment(
     token: in two layers, in the model and in random weights, in two models. Each share comes with chance.
     Default: all layers and features."""
     alone = not random and against is None
-    layers = _numbers("--layer", layer)
+    layers = shared.numbers("--layer", layer)
     if not alone:
         run.check_single("add --no-random and leave out --against")
     elif layers is not None and len(layers) == 1:
         raise ValueError("one layer has nothing to be compared with: give several, --random or --against")
-    wanted = _features(layer, feature, site)
+    wanted = shared.features_of(layer, feature, site)
     own = run.load(processing=False)
     others = {} if against is None else {against: run.load(other=against, processing=False)}
     from mechlens.analyses.features import feature_alignment, search_exhaustive
@@ -329,10 +309,12 @@ def alignment(
     if alone and not several:
         raise ValueError("this model has one layer, which has nothing to be compared with: add --against")
     for each in others.values():
-        _check_other(own, each, wanted)
+        shared.check_other(own, each, wanted)
 
     def search(one: LensModel) -> Any:
-        return search_exhaustive(one, wanted, prefix=_prefix(prefix, bos), top_k=top, progress=run.progress)
+        return search_exhaustive(
+            one, wanted, prefix=shared.prefix_of(prefix, bos), top_k=top, progress=run.progress
+        )
 
     trained = search(own)
     drawn = {}
@@ -384,17 +366,17 @@ def examples(
 ) -> None:
     """Find the windows of text where each feature, a basis dimension of an activation, is largest, and mark
     the token. Default: text that the model writes itself, the last layer, features 0 to 3."""
-    wanted = _features(layer or ["-1:"], feature, site)
+    wanted = shared.features_of(layer or ["-1:"], feature, site)
     options.check_corpus(files)
-    n_layers = len(_numbers("--layer", layer) or [-1])
-    _check_page(run, n_layers * len(_numbers("--feature", feature) or range(4)))
+    n_layers = len(shared.numbers("--layer", layer) or [-1])
+    shared.check_page(run, n_layers * len(shared.numbers("--feature", feature) or range(4)))
     model = run.load(processing=False)
     from mechlens.analyses.features import feature_examples
 
     with run.saving():
         found = feature_examples(
             model,
-            _first(model, wanted, 4),
+            shared.first_of(model, wanted, 4),
             options.corpus(
                 files, model, length=length, windows=limit, bos=bos, seed=seed, quiet=run.given["quiet"]
             ),
@@ -406,55 +388,7 @@ def examples(
             progress=run.progress,
         )
     places = [(one, each) for one in found.layers for each in found.features]
-    run.show(found, places=places[:MOST_PLACES])
+    run.show(found, places=places[: shared.MOST_PLACES])
 
 
 # -- steps --
-
-
-def _numbers(option: str, given: list[str] | None) -> list[int] | None:
-    return options.numbers(option, given) if given else None
-
-
-def _features(layer: list[str] | None, feature: list[str] | None, site: str) -> Features:
-    layers, indices = _numbers("--layer", layer), _numbers("--feature", feature)
-    from mechlens.analyses.features import Features
-
-    return Features(layers, indices, site)
-
-
-def _first(model: LensModel, wanted: Features, n: int) -> Features:
-    """The features asked for, or the first `n`."""
-    import dataclasses
-
-    if wanted.indices is not None:
-        return wanted
-    return dataclasses.replace(wanted, indices=range(min(n, wanted.width(model))))
-
-
-def _prefix(text: str | None, bos: bool) -> Prefix:
-    from mechlens.analyses.features import Prefix
-
-    return Prefix(text, prepend_bos=bos)
-
-
-def _check_page(run: Run, places: int) -> None:
-    out = run.given["out"]
-    if out is not None and out.suffix == PAGE and places > MOST_PLACES:
-        raise ValueError(
-            f"a page shows at most {MOST_PLACES} features, got {places}: give fewer, or save to .csv or "
-            ".safetensors"
-        )
-
-
-def _check_other(model: LensModel, other: LensModel, wanted: Features) -> None:
-    """Refuse a model that cannot be compared before either is searched, which takes long for a large one."""
-    from mechlens.arguments import chosen
-    from mechlens.text.tokens import vocabulary_hash
-
-    if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
-        raise ValueError(
-            "--against has another tokenizer, so its ids are other tokens: compare models with the same"
-        )
-    chosen("layer of --against", wanted.layers, other.cfg.n_layers)
-    chosen("feature of --against", wanted.indices, wanted.width(other))

@@ -12,7 +12,7 @@ from mechlens.analyses.circuits import factors
 from mechlens.analyses.features import Continue, objectives, optimization, spec
 from mechlens.cli import circuits as cli_circuits
 from mechlens.cli import commands, options
-from mechlens.cli import features as cli_features
+from mechlens.cli import feature_options as cli_features
 from mechlens.cli import patching as cli_patching
 from mechlens.models.load import loading
 from mechlens.models.run import sites

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import plotly.graph_objects as go
 import pytest
 
+import mechlens
+from mechlens.results import Result
 from mechlens.results.columns import Column
 from mechlens.show.page import table_html
 from mechlens.show.section import Cell, Figure, Section, Table, section
@@ -56,6 +59,17 @@ def test_jupyter_displays_tables_and_figures_in_their_order(monkeypatch):
     assert kinds[2] == "<det"
     assert isinstance(kinds[3], go.Figure)
     assert "shaded" not in "".join(each for each in kinds if isinstance(each, str))
+
+
+def test_every_public_result_is_shown_by_the_module_of_its_name():
+    public = {name: kind for name, kind in Result.types.items() if name in mechlens.__all__}
+    missing = []
+    for name, kind in public.items():
+        home = importlib.import_module(f"mechlens.show.{kind.__module__.rsplit('.', 1)[1]}")
+        if kind not in getattr(home, "SECTIONS", {}):
+            missing.append(name)
+    assert len(public) > 20
+    assert not missing
 
 
 def test_what_is_not_a_result_is_refused():
