@@ -84,7 +84,7 @@ def write_gguf(
         values = weight.numpy()
         n_heads = heads.get(stem.rpartition(".")[2])
         if n_heads:
-            # llama.cpp rotates neighbours, Hugging Face the two halves
+            # llama.cpp rotates neighbors, Hugging Face the two halves
             halves = values.reshape(n_heads, 2, -1, values.shape[-1])
             values = halves.swapaxes(1, 2).reshape(values.shape)
         if family == "gemma2" and stem.endswith("norm"):

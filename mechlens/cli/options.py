@@ -54,7 +54,6 @@ SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="First random seed; further seeds count up from it.")
 ]
 SeedsOption = Annotated[int, typer.Option("--n-seeds", min=1, help="Number of random seeds.")]
-NoSeedOption = Annotated[int, typer.Option("--seed", help="No effect: nothing is drawn.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Number of random tokens before they repeat.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Number of sequences per seed.")]
 BosOption = Annotated[

@@ -159,7 +159,7 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
                 "size": [22 if head in linked else 6 for head in heads],
                 "color": ["white" if head in linked else ABSENT for head in heads],
             },
-            hovertext=[_neighbours(head, pairs) for head in heads],
+            hovertext=[_neighbors(head, pairs) for head in heads],
             hoverinfo="text",
         )
     )
@@ -350,7 +350,7 @@ def _edge_colors() -> list[str]:
     return [f"rgb({red}, {green}, {blue})" for red, green, blue in shades]
 
 
-def _neighbours(head: tuple[int, int], pairs: list[dict[Any, Any]]) -> str:
+def _neighbors(head: tuple[int, int], pairs: list[dict[Any, Any]]) -> str:
     text = f"<b>{head_label(*head)}</b>"
     for words, own, other in (("reads", 1, "earlier"), ("is read by", 0, "later")):
         named = [

@@ -36,7 +36,7 @@ def plot_input_probe(result: InputProbe) -> go.Figure:
 
     Color and shape of a marker show the basis. In the panel of accuracy, filled markers on solid lines are
     the maps of single rows, open ones on dashed lines the shared map; the dotted line is the most frequent
-    token. In the other panels the shared map comes last, and a grey bar is the central 95% of random maps
+    token. In the other panels the shared map comes last, and a gray bar is the central 95% of random maps
     with the same singular values.
 
     Args:

@@ -54,7 +54,7 @@ def plot_logit_lens(
         stat: `probability` (of each cell's own guess), `entropy`, `kl_final`, `kl_input`, or the rank or
             probability of a token: `rank_final` (the model's final guess), `rank_input`, `rank_next`, and of
             each target `rank_ Paris` and `probability_ Paris`. Ranks are colored on a logarithmic scale,
-            undefined values are grey.
+            undefined values are gray.
         row: sequence of the batch.
         positions: which of the positions that were read; None draws the last that fit into 1,100 pixels, and
             says so where there are more.
@@ -96,13 +96,13 @@ def plot_logit_lens(
     figure.data[0].colorbar.update(_color_bar(statistic, top, len(result.rows), cut=cut))
     undefined = values.isnan()
     if undefined.any():
-        grey = torch.where(undefined, 1.0, torch.nan).numpy()
+        gray = torch.where(undefined, 1.0, torch.nan).numpy()
         # the other trace writes the text of the cells that have a value
         only = [
             [text if absent else "" for text, absent in zip(*line, strict=True)]
             for line in zip(texts, undefined.tolist(), strict=True)
         ]
-        figure.add_trace(heatmap(grey, low=0.0, high=1.0, text=only, **grid))
+        figure.add_trace(heatmap(gray, low=0.0, high=1.0, text=only, **grid))
         figure.data[-1].update(colorscale=[ABSENT, ABSENT], showscale=False)
     _lay_out(figure, result, statistic, row, cells)
     return figure

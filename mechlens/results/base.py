@@ -48,7 +48,7 @@ class ModelInfo:
     engine_version: str
     """TransformerLens's version."""
     processing: bool | None
-    """Whether LayerNorm was folded and weights were centred; None where it cannot be told."""
+    """Whether LayerNorm was folded and weights were centered; None where it cannot be told."""
     dtype: str
     """Of the weights, such as `float32`."""
     n_layers: int

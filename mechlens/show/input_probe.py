@@ -24,7 +24,7 @@ def input_probe_section(
     )
     figure = Figure(
         lambda: mechlens.plot_input_probe(result),
-        "Accuracy by row, and each map beside random maps with the same singular values (grey).",
+        "Accuracy by row, and each map beside random maps with the same singular values (gray).",
         said,
     )
     n_rows = len(result.rows)

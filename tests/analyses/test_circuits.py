@@ -301,8 +301,8 @@ def test_full_ov_is_what_the_head_adds_to_the_logits(tmp_path):
 def test_positional_qk(model, truth, normalize):
     vectors = truth.W_pos
     if normalize:
-        centred = vectors - vectors.mean(1, keepdim=True)
-        vectors = vectors / (centred.square().mean(1, keepdim=True) + model.cfg.eps).sqrt()
+        centered = vectors - vectors.mean(1, keepdim=True)
+        vectors = vectors / (centered.square().mean(1, keepdim=True) + model.cfg.eps).sqrt()
     expected = torch.einsum("im,mn,jn->ij", vectors, reference.qk(truth, *LATER), vectors)
     found = positional_QK(model, LATER, normalize=normalize)
     assert same(found, expected)
@@ -476,7 +476,7 @@ def test_directions_are_read_through_the_vocabulary(gpt2):
     table = singular_tokens(gpt2, OV(gpt2, LATER), n=1, k=64)
     U, _, Vh = torch.linalg.svd(reference.ov(truth, *LATER))
     for axis, expected in (
-        ("source", truth.W_E @ reference.centring(32) @ U[:, 0]),
+        ("source", truth.W_E @ reference.centering(32) @ U[:, 0]),
         ("destination", Vh[0] @ reference.unembed(truth)),
     ):
         rows = table[(table["axis"] == axis) & (table["end"] == "positive")].sort_values("id")

@@ -218,7 +218,7 @@ def test_a_map_that_leans_on_what_the_embedding_cares_little_about(tmp_path):
     result = probe_input(model, one, bases=(), ridge=0, train_tokens=300, held_out_tokens=50, null_draws=100)
     # float32, of numbers up to 100
     assert torch.allclose(result.weights["embedding"][1], turned, atol=1e-4)
-    # the training tokens are drawn unevenly, so that neighbours in importance may change places
+    # the training tokens are drawn unevenly, so that neighbors in importance may change places
     assert result.weight_correlation["embedding"][0] > 0.99
     assert result.weight_correlation["embedding"][1] < -0.99
     assert result.accuracy["embedding"][0].tolist() == [1, 1, 1]

@@ -161,8 +161,8 @@ def test_decoders_of_raw_weights(tiny_directories, kind):
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     resid = cache["blocks.0.hook_resid_post"]
-    centred = resid - resid.mean(-1, keepdim=True) if kind == "gpt2" else resid
-    bare = centred / (centred.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+    centered = resid - resid.mean(-1, keepdim=True) if kind == "gpt2" else resid
+    bare = centered / (centered.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
     for decoder, vectors in (("norm_only", bare), ("none", resid), (torch.nn.functional.relu, resid.relu())):
         lens = logit_lens(model, tokens, decoder=decoder, top_k=1)
         with torch.no_grad():

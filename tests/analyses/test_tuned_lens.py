@@ -1,4 +1,4 @@
-"""Training a tuned lens, against automatic gradients and PyTorch's own optimiser, on real small models."""
+"""Training a tuned lens, against automatic gradients and PyTorch's own optimizer, on real small models."""
 
 from __future__ import annotations
 

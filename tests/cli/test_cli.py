@@ -316,7 +316,7 @@ def test_every_option_of_lens_reaches_the_analysis(capsys, tmp_path):
     assert "resid_pre+attn_out, decoder LastBlocks(1, norm_only)\n" in out
 
 
-def test_lens_colours_by_a_target_and_up_to_a_value(capsys, tmp_path):
+def test_lens_colors_by_a_target_and_up_to_a_value(capsys, tmp_path):
     path = tmp_path / "lens.html"
     arguments = ["--stat", "rank_ two", "--high", "50.0", "--target", " two"]
     code, _, _ = run(capsys, "lens", TEXT, *arguments, "--out", path, "--quiet")

@@ -101,7 +101,7 @@ def test_ranks_of_random_factors_in_tiles_of_their_own_size(over, seed):
     matrix = reference.dense(circuit.A, circuit.B)
     expected = reference.diagonal_ranks(matrix, SIDES[over], "for")
     found = diagonal_ranks(circuit, over)
-    # rounding in float32 may change places with a neighbour, but for few of a million entries
+    # rounding in float32 may change places with a neighbor, but for few of a million entries
     assert (found - torch.tensor(expected)).abs().max() <= 1
     assert (found != torch.tensor(expected)).sum() <= 3
 

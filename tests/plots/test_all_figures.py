@@ -68,7 +68,7 @@ def test_letters_can_be_read(n_layers):
 
 
 @pytest.mark.parametrize("n_layers", [4, 30])
-def test_buttons_stand_above_colour_bars_and_legends(n_layers):
+def test_buttons_stand_above_color_bars_and_legends(n_layers):
     for name, figure in figures(n_layers).items():
         template, layout = figure.layout.template.layout, figure.layout
         bar = template.modebar

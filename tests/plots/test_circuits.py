@@ -84,7 +84,7 @@ def test_composition_is_drawn_less_its_baseline_with_earlier_heads_upward():
     np.testing.assert_allclose(cells.customdata[..., 1], np.array(expected) * 10, atol=1e-6)
     assert cells.zmin == -cells.zmax
     assert cells.zmax == pytest.approx(0.18)
-    assert [colour for _, colour in cells.colorscale] == DIVERGING
+    assert [color for _, color in cells.colorscale] == DIVERGING
     assert figure.layout.plot_bgcolor == ABSENT
     for part in ("<b>%{y} → %{x}</b>", "customdata[0]", "customdata[1]"):
         assert part in cells.hovertemplate

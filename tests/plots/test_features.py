@@ -43,7 +43,7 @@ def test_cells_hold_the_best_token_and_how_many_layers_have_it():
     np.testing.assert_array_equal(cells.z, [[2, 1], [2, 1], [1, 1]])
     assert (cells.zmin, cells.zmax) == (1, 3)
     assert cells.colorbar.ticktext == ("1 of 3", "2 of 3", "3 of 3")
-    assert [colour for _, colour in cells.colorscale] == SEQUENTIAL
+    assert [color for _, color in cells.colorscale] == SEQUENTIAL
     assert figure.layout.xaxis.ticktext == ("4", "1")
     assert figure.layout.yaxis.ticktext == ("0", "2", "3")
     assert figure.layout.yaxis.autorange is None, "layers go upwards"
@@ -272,8 +272,8 @@ def test_heatmaps_stand_in_rows_that_fit_a_page(count, rows):
     inner = figure.layout.height - margin.t - margin.b
     sizes = {round((high - low) * inner) for low, high in heights}
     assert sizes == {230}, "they do not shrink"
-    colour_bars = [cells.colorbar for cells in figure.data if cells.showscale]
-    assert [(bar.lenmode, bar.len, bar.y) for bar in colour_bars] == [("pixels", 230, 1)]
+    color_bars = [cells.colorbar for cells in figure.data if cells.showscale]
+    assert [(bar.lenmode, bar.len, bar.y) for bar in color_bars] == [("pixels", 230, 1)]
 
 
 def test_one_layer_has_nothing_to_compare():
@@ -456,7 +456,7 @@ def test_blue_and_red_are_shaded_on_one_scale():
     ((nothing,),) = plot_feature_examples(examples(activations=0 * examples().activations), 1, 2).props[
         "activations"
     ]
-    assert scale(nothing) == (-1, 1), "0 of 0 has no colour"
+    assert scale(nothing) == (-1, 1), "0 of 0 has no color"
 
 
 def test_a_token_cannot_begin_markup_in_the_view():

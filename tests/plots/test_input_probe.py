@@ -32,7 +32,7 @@ def test_every_number_is_where_its_row_and_basis_are():
     assert found["most frequent token"].y == (0.0625, 0.0625)
 
 
-def test_own_and_shared_maps_differ_by_more_than_colour():
+def test_own_and_shared_maps_differ_by_more_than_color():
     found = traces(plot_input_probe(hand_made.input_probe()))
     own, shared = found["accuracy embedding per_layer"], found["accuracy embedding shared"]
     assert (own.line.dash, shared.line.dash) == ("solid", "dash")

@@ -90,13 +90,13 @@ def test_the_color_is_the_statistic_by_its_columns_name(stat, values, title):
     assert heat.zmax == pytest.approx(max(least, *map(max, heat.z)))
 
 
-def test_an_undefined_cell_is_grey_and_keeps_its_guess():
+def test_an_undefined_cell_is_gray_and_keeps_its_guess():
     figure = plot_logit_lens(lens(), "rank_next")
-    values, grey = heatmaps(figure)
+    values, gray = heatmaps(figure)
     assert torch.tensor(values.z).isnan().tolist() == torch.tensor([[False, False, True]] * 2).tolist()
-    assert torch.tensor(grey.z).isnan().tolist() == torch.tensor([[True, True, False]] * 2).tolist()
-    assert list(grey.text[0]) == ["", "", "b"]
-    assert "follows undefined<br>" in grey.hovertext[1][2]
+    assert torch.tensor(gray.z).isnan().tolist() == torch.tensor([[True, True, False]] * 2).tolist()
+    assert list(gray.text[0]) == ["", "", "b"]
+    assert "follows undefined<br>" in gray.hovertext[1][2]
     assert len(heatmaps(plot_logit_lens(lens(), "kl_final"))) == 1
 
 

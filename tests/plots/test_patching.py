@@ -24,7 +24,7 @@ def test_effects_are_drawn_around_zero_with_tokens_below():
     (cells,) = figure.data
     np.testing.assert_array_equal(cells.z, EFFECTS)
     assert (cells.zmin, cells.zmax) == (-1, 1)
-    assert [colour for _, colour in cells.colorscale] == DIVERGING
+    assert [color for _, color in cells.colorscale] == DIVERGING
     assert figure.layout.xaxis.ticktext == ("·a", "⏎", "&lt;b&gt;&#36;x&#36;")
     assert figure.layout.yaxis.ticktext == ("0", "1")
     assert cells.hovertext[0][0] == (
@@ -52,7 +52,7 @@ def test_the_metric_itself_and_the_share_recovered():
     (cells,) = plot_patch_grid(result, value="mean").data
     np.testing.assert_array_equal(cells.z, hand_made.PATCHED)
     assert (cells.zmin, cells.zmax) == (0, 2)
-    assert [colour for _, colour in cells.colorscale] == SEQUENTIAL
+    assert [color for _, color in cells.colorscale] == SEQUENTIAL
     with pytest.raises(ValueError, match="needs a corrupted run"):
         plot_patch_grid(result, value="recovered")
     corrupted = dataclasses.replace(result, corrupted=torch.tensor([5.0]))
@@ -112,7 +112,7 @@ def test_the_largest_effects_come_first_whatever_their_sign():
     assert "the 3 largest of 6 heads" in plot_head_effects(result, top=3).layout.title.text
 
 
-def test_a_cell_without_a_value_is_grey_not_zero():
+def test_a_cell_without_a_value_is_gray_not_zero():
     result = hand_made.patch_grid(axes=("layer", "head"))
     values = result.values.clone()
     values[0, 0, 1] = math.nan

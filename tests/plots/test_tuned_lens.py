@@ -43,7 +43,7 @@ def test_the_title_has_room_beside_the_buttons() -> None:
     assert figure.layout.width >= 9 * len(title) + 30
 
 
-def test_lines_are_told_apart_without_colour() -> None:
+def test_lines_are_told_apart_without_color() -> None:
     plain, tuned = plot_tuned_lens(lens()).data
     assert plain.line.dash != tuned.line.dash
     assert plain.marker.symbol != tuned.marker.symbol

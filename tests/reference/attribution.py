@@ -16,7 +16,7 @@ def affine(model, norm):
     return ones if weight is None else weight.double(), zeros if bias is None else bias.double()
 
 
-def centred(model, vector):
+def centered(model, vector):
     is_layer_norm = (model.cfg.normalization_type or "").startswith("LN")
     return vector - vector.mean() if is_layer_norm else vector
 
@@ -24,7 +24,7 @@ def centred(model, vector):
 def scale_of(model, vector):
     if model.cfg.normalization_type is None:
         return torch.tensor(1.0).double()
-    return (centred(model, vector).pow(2).mean() + model.cfg.eps).sqrt()
+    return (centered(model, vector).pow(2).mean() + model.cfg.eps).sqrt()
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def contributions(model, tokens, batch, pos, token):
         if post is not None:
             scale = scale_of(model, sum(heads) + bias)
             weight, shift = affine(model, post)
-            heads = [centred(model, head) / scale * weight for head in heads]
-            bias = centred(model, bias) / scale * weight + shift
+            heads = [centered(model, head) / scale * weight for head in heads]
+            bias = centered(model, bias) / scale * weight + shift
         vectors |= {f"L{layer}H{head}": vector for head, vector in enumerate(heads)}
         vectors[f"L{layer} bias"] = bias
         if not getattr(model.cfg, "attn_only", False):
@@ -62,8 +62,8 @@ def contributions(model, tokens, batch, pos, token):
     column = model.W_U[:, token].double()
     scale = scale_of(model, final)
     added = {
-        name: float(centred(model, vector) / scale * weight @ column) for name, vector in vectors.items()
+        name: float(centered(model, vector) / scale * weight @ column) for name, vector in vectors.items()
     }
     added["final bias"] = float(shift @ column + model.b_U[token].double())
-    whole = (centred(model, final) / scale * weight + shift) @ column + model.b_U[token].double()
+    whole = (centered(model, final) / scale * weight + shift) @ column + model.b_U[token].double()
     return added, float(whole)

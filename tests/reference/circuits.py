@@ -42,7 +42,7 @@ class Weights:
     theta: float
 
 
-def centring(n):
+def centering(n):
     return torch.eye(n).double() - 1 / n
 
 
@@ -64,7 +64,7 @@ def gpt2(model):
     for block in body.h:
         Q, K, V = (by_head(part.T, d_head) for part in block.attn.c_attn.weight.split(d, dim=1))
         W_O = torch.stack(block.attn.c_proj.weight.split(d_head))
-        norm = centring(d) @ block.ln_1.weight.diag()
+        norm = centering(d) @ block.ln_1.weight.diag()
         layers.append(Layer(Q, K, V, W_O, norm, torch.eye(d).double()))
     W_E, first = body.wte.weight, body.h[0]
     return Weights(
@@ -72,8 +72,8 @@ def gpt2(model):
         effective=W_E + first.mlp(first.ln_2(W_E)),
         W_pos=body.wpe.weight,
         W_U=model.lm_head.weight.T,
-        final=centring(d) @ body.ln_f.weight.diag(),
-        centre=centring(d),
+        final=centering(d) @ body.ln_f.weight.diag(),
+        centre=centering(d),
         capped=False,
         layers=layers,
         rotary_dim=0,
@@ -94,7 +94,7 @@ def gpt_neox(model):
             for kind, part in zip((Q, K, V), of_head.split(d_head), strict=True):
                 kind.append(part.T)
         W_O = torch.stack([part.T for part in block.attention.dense.weight.split(d_head, dim=1)])
-        norm = centring(d) @ block.input_layernorm.weight.diag()
+        norm = centering(d) @ block.input_layernorm.weight.diag()
         layers.append(Layer(torch.stack(Q), torch.stack(K), torch.stack(V), W_O, norm, torch.eye(d).double()))
     W_E, first = body.embed_in.weight, body.layers[0]
     return Weights(
@@ -102,8 +102,8 @@ def gpt_neox(model):
         effective=W_E + first.mlp(first.post_attention_layernorm(W_E)),
         W_pos=None,
         W_U=model.get_output_embeddings().weight.T,
-        final=centring(d) @ body.final_layer_norm.weight.diag(),
-        centre=centring(d),
+        final=centering(d) @ body.final_layer_norm.weight.diag(),
+        centre=centering(d),
         capped=False,
         layers=layers,
         rotary_dim=d_head // 2,
@@ -176,15 +176,15 @@ def of_toy(weights, n_layers):
     layers = []
     for layer in range(n_layers):
         W = [weights[f"blocks.{layer}.attn.W_{name}"] for name in "QKVO"]
-        norm = centring(d) @ weights[f"blocks.{layer}.ln1.w"].diag()
+        norm = centering(d) @ weights[f"blocks.{layer}.ln1.w"].diag()
         layers.append(Layer(*W, norm, torch.eye(d).double()))
     return Weights(
         W_E=weights["embed.W_E"],
         effective=None,
         W_pos=weights["pos_embed.W_pos"],
         W_U=weights["unembed.W_U"],
-        final=centring(d) @ weights["ln_final.w"].diag(),
-        centre=centring(d),
+        final=centering(d) @ weights["ln_final.w"].diag(),
+        centre=centering(d),
         capped=False,
         layers=layers,
         rotary_dim=0,

@@ -24,7 +24,7 @@ def unembedding(model):
 
 def fit(X, Y):
     """Least squares with an intercept; of several solutions that of least norm."""
-    # gelsd gives that one; the others need a stream of full rank, which a centred one has but for the
+    # gelsd gives that one; the others need a stream of full rank, which a centered one has but for the
     # rounding of float32
     rounding = X.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
     M = torch.linalg.lstsq(X - X.mean(0), Y - Y.mean(0), rcond=rounding, driver="gelsd").solution
@@ -34,10 +34,10 @@ def fit(X, Y):
 def fit_ridge(X, Y, ridge):
     """The same with a ridge, as least squares of the data and of d_model further rows."""
     d_model = X.shape[1]
-    centred = X - X.mean(0)
-    penalty = (ridge * centred.pow(2).mean(0).mean() * len(X)).sqrt() * torch.eye(d_model).double()
+    centered = X - X.mean(0)
+    penalty = (ridge * centered.pow(2).mean(0).mean() * len(X)).sqrt() * torch.eye(d_model).double()
     wanted = torch.cat([Y - Y.mean(0), torch.zeros(d_model, Y.shape[1]).double()])
-    M = torch.linalg.lstsq(torch.cat([centred, penalty]), wanted).solution
+    M = torch.linalg.lstsq(torch.cat([centered, penalty]), wanted).solution
     return M, Y.mean(0) - X.mean(0) @ M
 
 

@@ -1,4 +1,4 @@
-"""The tuned lens, slow and literal: whole logits, automatic gradients, PyTorch's own optimiser."""
+"""The tuned lens, slow and literal: whole logits, automatic gradients, PyTorch's own optimizer."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def train(model, batches, rate):
         layer = nn.Linear(model.cfg.d_model, model.cfg.d_model, dtype=model.W_U.dtype)
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-        optimiser = torch.optim.Adam(layer.parameters(), lr=rate)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=len(batches))
+        optimizer = torch.optim.Adam(layer.parameters(), lr=rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
         for tokens in batches:
             stream = residuals(model, tokens)
             x = stream[row].clone()
             with torch.no_grad():
                 final = model(tokens)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             kl(final, logits(model, x + layer(x))).mean().backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         layers.append(layer)
     model.zero_grad()

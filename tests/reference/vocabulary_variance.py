@@ -10,21 +10,21 @@ def by_bin(logits, bins, ranking=None):
 
     Returns variance by bin, and by row and bin the mean, the spread and the distance to the last row.
     """
-    centred = [[value - statistics.fmean(row) for value in row] for row in logits]
+    centered = [[value - statistics.fmean(row) for value in row] for row in logits]
     final = list(logits[-1] if ranking is None else ranking)
     order = sorted(range(len(final)), key=lambda token: (-final[token], token))
     variance, rows = [], []
     for first, last in bins:
         tokens = order[first - 1 : last]
         variance.append(
-            statistics.fmean(statistics.pvariance([row[t] for row in centred[1:]]) for t in tokens)
+            statistics.fmean(statistics.pvariance([row[t] for row in centered[1:]]) for t in tokens)
         )
-    for row in centred:
+    for row in centered:
         line = []
         for first, last in bins:
             tokens = order[first - 1 : last]
             values = [row[t] for t in tokens]
-            away = statistics.fmean(abs(row[t] - centred[-1][t]) for t in tokens)
+            away = statistics.fmean(abs(row[t] - centered[-1][t]) for t in tokens)
             line.append((statistics.fmean(values), statistics.pstdev(values), away))
         rows.append(line)
     return variance, rows

@@ -117,7 +117,7 @@ def patterns() -> AttentionPatterns:
 def lens() -> LogitLensResult:
     """Two rows (embed, 0), one sequence of 2 tokens, one target; the last position has no label."""
     numbers = torch.tensor([[[1.5, 2.0]], [[0.25, 0.5]]])
-    unlabelled = torch.tensor([[[-1.0, math.nan]], [[-2.0, math.nan]]])
+    unlabeled = torch.tensor([[[-1.0, math.nan]], [[-2.0, math.nan]]])
     return LogitLensResult(
         model=MODEL,
         tokens=torch.tensor([[0, 5]]),
@@ -134,8 +134,8 @@ def lens() -> LogitLensResult:
         kl_final=numbers / 2,
         kl_input=torch.full_like(numbers, math.nan),
         final_ids=torch.tensor([[6, 6]]),
-        log_prob={"next": unlabelled, "7": -numbers},
-        rank={"next": -unlabelled, "7": numbers * 4},
+        log_prob={"next": unlabeled, "7": -numbers},
+        rank={"next": -unlabeled, "7": numbers * 4},
         target_ids={"7": torch.tensor([[7, 7]])},
         strings={"0": "<s>", "5": " a", "6": "\n", "7": "tensors"},
         prepend_bos=True,

@@ -1,7 +1,7 @@
 """Architectures as tiny random models, made on the spot, and where each begins to read a text otherwise.
 
 Weights are drawn wide enough that every part of a model moves its output: with the libraries' own narrow
-initialisation a wrong rotation or a lost bias would hide in the rounding. Windows and original contexts are
+initialization a wrong rotation or a lost bias would hide in the rounding. Windows and original contexts are
 longer than what `load_model` compares, and shorter than the context, as in real models.
 """
 

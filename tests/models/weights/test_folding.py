@@ -25,8 +25,8 @@ def test_logits_of_any_vector_are_differences_of_the_models_own(tiny_directories
     for kind in ("gpt2", "llama"):
         model = load_model(tiny_directories / kind, processing=processing)
         x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) + 1
-        centred = x - x.mean(1, keepdim=True) if kind == "gpt2" else x
-        scale = (centred.square().mean(1, keepdim=True) + model.cfg.eps).sqrt()
+        centered = x - x.mean(1, keepdim=True) if kind == "gpt2" else x
+        scale = (centered.square().mean(1, keepdim=True) + model.cfg.eps).sqrt()
         with torch.no_grad():
             up, down = (final_norm(model, sign * x[None])[0] @ model.W_U for sign in (1, -1))
         expected = (up - down) / 2 * scale

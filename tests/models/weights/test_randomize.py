@@ -155,7 +155,7 @@ def test_of_a_processed_model_comes_an_unprocessed_one(tiny_directories):
     assert describe(other).processing is False
     with torch.no_grad():
         logits = other(TOKENS)
-        # nothing was centred: a drawn unembedding has a mean
+        # nothing was centered: a drawn unembedding has a mean
         assert float(other.W_U.mean(-1).abs().max()) > 1e-3
         assert float(logits.mean(-1).abs().max()) > 1e-5
     scale, shift = final_affine(other)
