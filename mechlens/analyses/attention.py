@@ -55,7 +55,7 @@ def attention_patterns(
     for layer, head in wanted:
         if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
             raise ValueError(
-                f"no head {head_label(layer, head)}: the model has {model.cfg.n_layers} layers "
+                f"head {head_label(layer, head)} is out of range: the model has {model.cfg.n_layers} layers "
                 f"of {model.cfg.n_heads} heads"
             )
     found: dict[tuple[int, int], Tensor] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -11,33 +13,33 @@ from plotly.subplots import make_subplots
 from mechlens.arguments import check_counts, check_type
 from mechlens.plots.circuitsvis import View
 from mechlens.plots.style import (
-    ABSENT,
     BLUE,
     DIVERGING,
     GRID,
     INK,
     MUTED,
+    NO_TICKS,
     TEMPLATE,
     VERMILION,
     WIDTH,
     figure_text,
+    head_heatmap,
     heatmap,
     titles,
     top_margin,
 )
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
-from mechlens.results.heads import score_range, score_title
+from mechlens.results.heads import score_range, score_title, written_range
 from mechlens.text.color import SEQUENTIAL
-from mechlens.text.display import number, turns, visible_token
+from mechlens.text.display import count, number, turns, visible_token
 
 COVERAGE = 0.9
 """Share of the sequences inside the band of `plot_log_probs`."""
 
-# A vocabulary has tokens of a hundred characters, whose labels would push the picture off the page.
 _LABEL = 16
+"""Characters of a token's label. Tokens of a hundred characters would push the figure off the page."""
 _PATTERNS = 4
-"""Heads whose attention is drawn unasked."""
-_NO_TICKS = {"ticks": "", "ticklabelstandoff": 4}
+"""Patterns drawn by default."""
 
 
 def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
@@ -72,7 +74,7 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
                 name="band",
                 x=positions + positions[::-1],
                 y=high + low[::-1],
-                # a short one would have markers
+                # by default plotly draws markers on short lines
                 mode="lines",
                 fill="toself",
                 fillcolor="rgba(0, 114, 178, 0.22)",
@@ -104,11 +106,11 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
     )
     first = int(result.prepend_bos)
     halves = (("first", first, "white"), ("second", first + result.seq_len, "#eef3f7"))
-    for name, start, colour in halves:
+    for name, start, color in halves:
         left, right = max(start, 1) - 0.5, start + result.seq_len - 0.5
         mean = result.estimates[f"{name}_half_log_prob"][0]
         accuracy = result.estimates[f"{name}_half_accuracy"][0]
-        figure.add_vrect(left, right, fillcolor=colour, line_width=0, layer="below")
+        figure.add_vrect(left, right, fillcolor=color, line_width=0, layer="below")
         figure.add_annotation(
             x=(left + right) / 2,
             y=1,
@@ -122,7 +124,7 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title_text=titles(
-            "Right token's log-probability (nats)",
+            "Log-probability of the correct token (nats)",
             result.model.name,
             f"line: mean of {n_sequences} sequences; band: {COVERAGE:.0%} of them",
             f"dotted: uniform guess, {number(uniform, 2)} nats",
@@ -169,48 +171,32 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
     """
     check_type("result", result, HeadScores)
     mean = result.mean(kind).double().cpu()
-    n_layers, n_heads = mean.shape
+    n_heads = mean.shape[1]
     if labelled is None:
-        labelled = n_layers * n_heads if n_layers * n_heads <= 48 else 5
+        labelled = mean.numel() if mean.numel() <= 48 else 5
     strongest = list(result.ranked(kind))[:labelled]
-    written = [["" for _ in range(n_heads)] for _ in range(n_layers)]
+    written = [[""] * n_heads for _ in mean]
     for (layer, head), score in strongest if n_heads <= 16 else ():
         written[layer][head] = number(score, 2).replace("0.", ".").replace("1.00", "1.0")
-    absent = mean.isnan()
     low, high = score_range(kind)
-    hovers = _hover(result, kind)
-    gaps = {"xgap": 1, "ygap": 1}
-    figure = go.Figure(
-        heatmap(
-            mean.numpy(),
-            low=low,
-            high=high,
-            hovers=hovers,
-            name=figure_text(kind),
-            text=written,
-            texttemplate="%{text}",
-            textfont={"size": 12 if n_heads <= 8 else 10 if n_heads <= 12 else 9},
-            **gaps,
-        )
+    figure = head_heatmap(
+        mean,
+        _words(result, kind),
+        low=low,
+        high=high,
+        name=figure_text(kind),
+        text=written,
+        texttemplate="%{text}",
+        textfont={"size": 12 if n_heads <= 8 else 10 if n_heads <= 12 else 9},
     )
-    if absent.any():
-        grey = torch.where(absent, 1.0, torch.nan).numpy()
-        figure.add_trace(heatmap(grey, low=0.0, high=1.0, hovers=hovers, name="no score", **gaps))
-        figure.data[-1].update(colorscale=[ABSENT, ABSENT], showscale=False)
     top = ", ".join(f"{head_label(*head)} {number(score, 2)}" for head, score in strongest[:3])
-    figure.update_layout(
-        template=TEMPLATE,
+    return figure.update_layout(
         title_text=titles(
             f"{score_title(kind)} ({number(low, 0)} to {number(high, 0)})",
             result.model.name,
             f"highest: {top}" if top else "no head has a score",
-        ),
-        width=min(WIDTH, 150 + n_heads * (56 if n_heads <= 12 else 28)),
-        height=160 + n_layers * (56 if n_layers <= 4 else 34 if n_layers <= 12 else 16),
-        xaxis={"title": {"text": "head"}, "dtick": _step(n_heads), "showgrid": False, **_NO_TICKS},
-        yaxis={"title": {"text": "layer"}, "dtick": _step(n_layers), "showgrid": False, **_NO_TICKS},
+        )
     )
-    return figure
 
 
 def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -> go.Figure:
@@ -243,8 +229,8 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
     heads = [head for head, _ in ranked]
     scores = [score for _, score in ranked]
     labels = [head_label(*head) for head in heads]
-    bounds = result.intervals[kind].double().cpu()
-    hovers = _hover(result, kind)
+    lows, highs = ([float(bound[head]) for head in heads] for bound in result.intervals[kind])
+    words = _words(result, kind)
     figure = go.Figure()
     if kind in result.nulls:
         null = result.null(kind)
@@ -268,13 +254,13 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
             error_x={
                 "type": "data",
                 "symmetric": False,
-                "array": [float(bounds[1][h]) - s for h, s in zip(heads, scores, strict=True)],
-                "arrayminus": [s - float(bounds[0][h]) for h, s in zip(heads, scores, strict=True)],
+                "array": [high - score for high, score in zip(highs, scores, strict=True)],
+                "arrayminus": [score - low for low, score in zip(lows, scores, strict=True)],
                 "color": INK,
                 "thickness": 1.5,
                 "width": 6,
             },
-            text=[hovers[layer][head] for layer, head in heads],
+            text=[f"<b>{label}</b><br>{words(*head)}" for label, head in zip(labels, heads, strict=True)],
             hoverinfo="text",
         )
     )
@@ -284,7 +270,7 @@ def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -
         title_text=titles(
             f"{score_title(kind)} ({number(low, 0)} to {number(high, 0)}), top {len(heads)}",
             result.model.name,
-            "beside each head's null" if kind in result.nulls else "no null for this kind",
+            "with each head's null" if kind in result.nulls else "this score has no null",
         ),
         width=560,
         height=210 + 25 * len(heads),
@@ -319,19 +305,12 @@ def plot_attention(patterns: AttentionPatterns) -> View:
     References: circuitsvis, https://github.com/TransformerLensOrg/CircuitsVis.
     """
     check_type("patterns", patterns, AttentionPatterns)
-    begins = turns(patterns.token_strings)
-    labels = [visible_token(token, longest=_LABEL) for token in patterns.token_strings]
     return View(
         "AttentionHeads",
         {
-            "attention": [
-                [[round(value, 3) for value in row] for row in pattern]
-                for pattern in patterns.patterns.double().cpu().tolist()
-            ],
-            "attentionHeadNames": [head_label(*head) for head in patterns.heads],
-            "tokens": [
-                f"{begins[at]}: {label}" if at in begins else label for at, label in enumerate(labels)
-            ],
+            "attention": patterns.patterns.double().cpu().round(decimals=3).tolist(),
+            "attentionHeadNames": list(patterns.labels),
+            "tokens": patterns.shown_tokens,
             "maxValue": 1,
             "minValue": -1,
             "positiveColor": SEQUENTIAL[-1],
@@ -366,112 +345,106 @@ def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None
     check_type("patterns", patterns, AttentionPatterns)
     n_patterns = len(patterns.heads)
     if index is not None and not -n_patterns <= index < n_patterns:
-        raise ValueError(f"index must be below {n_patterns}, the number of heads here, but is {index}")
+        raise ValueError(f"index {index} is out of range: there are {count(n_patterns, 'pattern')}")
     shown = list(range(min(n_patterns, _PATTERNS))) if index is None else [index]
-    n_columns = min(2, len(shown))
-    n_rows = math.ceil(len(shown) / n_columns)
-    names = [head_label(*patterns.heads[at]) for at in shown]
-    tokens = [figure_text(visible_token(token)) for token in patterns.token_strings]
-    n_pos = len(tokens)
-    step = math.ceil(n_pos / (40 if len(shown) == 1 else 24))
-    longest = _LABEL if len(shown) == 1 else _LABEL // 2
-    labels = [figure_text(visible_token(token, longest=longest)) for token in patterns.token_strings]
-    begins = turns(patterns.token_strings)
-    # of what is crowded, the beginnings of turns have labels
-    ticks = [at for at in range(0, n_pos, step) if not any(abs(at - start) < step for start in begins)]
-    ticks = sorted({*ticks, *begins})
-    axis = {
-        "tickvals": ticks,
-        "ticktext": [f"<b>{begins[at]}</b> {labels[at]}" if at in begins else labels[at] for at in ticks],
-        "showgrid": False,
-        **_NO_TICKS,
-        "constrain": "domain",
-    }
-    width, height = (720, 720) if len(shown) == 1 else (WIDTH, 120 + 480 * n_rows)
+    several = len(shown) > 1
+    n_rows = math.ceil(len(shown) / 2)
+    names = [patterns.labels[at] for at in shown]
+    axis = _token_axis(patterns, crowded=several)
+    width, height = (WIDTH, 120 + 480 * n_rows) if several else (720, 720)
     figure = make_subplots(
         rows=n_rows,
-        cols=n_columns,
-        horizontal_spacing=0.12 if n_columns > 1 else 0,
+        cols=1 + several,
+        horizontal_spacing=0.12 if several else 0,
         vertical_spacing=130 / (height - 160) if n_rows > 1 else 0,
-        subplot_titles=names if len(shown) > 1 else None,
+        subplot_titles=names if several else None,
     )
-    for at, head in enumerate(shown):
-        pattern = patterns.patterns[head].double().cpu()
-        future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
-        # Only what is exactly 0: attention that does look ahead must show.
-        pattern = pattern.masked_fill(future & (pattern == 0), torch.nan)
-        place = {"row": at // n_columns + 1, "col": at % n_columns + 1}
-        named = f"<b>{names[at]}</b><br>" if len(shown) > 1 else ""
-        figure.add_trace(
-            heatmap(
-                pattern.numpy(),
-                low=0.0,
-                high=1.0,
-                hovers=[
-                    [
-                        f"{named}from <b>{tokens[dest]}</b> ({dest})<br>to <b>{tokens[src]}</b> ({src})"
-                        f"<br>attention {number(value)}"
-                        for src, value in enumerate(line)
-                    ]
-                    for dest, line in enumerate(pattern.tolist())
-                ],
-                name=names[at],
-                showscale=at == 0,
-            ),
-            **place,
-        )
-        beside = f"x{at + 1}" if at else "x"
+    for at, which in enumerate(shown):
+        place = {"row": at // 2 + 1, "col": at % 2 + 1}
+        trace = _attention(patterns, which, named=several).update(showscale=at == 0)
+        figure.add_trace(trace, **place)
         figure.update_xaxes(title_text="attended token (src)", tickangle=-90, **axis, **place)
         figure.update_yaxes(
-            title_text="attending token (dest)", autorange="reversed", scaleanchor=beside, **axis, **place
+            title_text="attending token (dest)",
+            autorange="reversed",
+            scaleanchor=f"x{at + 1}" if at else "x",
+            **axis,
+            **place,
         )
-    if len(shown) < n_patterns and index is None:
+    about = f"one of {n_patterns} heads"
+    if index is None:
         about = f"the first {len(shown)} of {n_patterns} heads; index= draws one"
-    else:
-        about = f"one of {n_patterns} heads" if len(shown) < n_patterns else ""
     title = titles(
-        f"Attention of {', '.join(names)} (0 to 1)", patterns.model.name, *([about] if about else [])
+        f"Attention of {', '.join(names)} (0 to 1)",
+        patterns.model.name,
+        *([about] if len(shown) < n_patterns else []),
     )
     figure.update_layout(
         template=TEMPLATE,
         title_text=title,
         width=width,
         height=height,
-        margin={"t": top_margin(title, 24 if len(shown) > 1 else 0)},
+        margin={"t": top_margin(title, 24 if several else 0)},
         plot_bgcolor=GRID,
     )
-    for start in filter(None, begins):
+    for start in filter(None, turns(patterns.token_strings)):
         for add in (figure.add_vline, figure.add_hline):
             add(start - 0.5, line={"color": MUTED, "width": 1, "dash": "dot"}, row="all", col="all")
     return figure
 
 
-def _hover(result: HeadScores, kind: str) -> list[list[str]]:
-    """What stands under the cursor, by layer and head."""
-    means = result.mean(kind).tolist()
-    lows, highs = result.intervals[kind].tolist()
-    nulls = result.null(kind).tolist() if kind in result.nulls else None
-    rows = []
-    for layer, row in enumerate(means):
-        texts = []
-        for head, score in enumerate(row):
-            text = f"<b>{head_label(layer, head)}</b><br>"
-            if math.isnan(score):
-                text += "no score"
-            else:
-                low, high = lows[layer][head], highs[layer][head]
-                text += f"{figure_text(score_title(kind).lower())} {number(score)}<br>"
-                text += (
-                    "no interval"
-                    if math.isnan(low)
-                    else f"{result.confidence:.0%} interval {number(low)} to {number(high)}"
-                )
-                text += f"<br>null {number(nulls[layer][head])}" if nulls else "<br>no null for this kind"
-            texts.append(text)
-        rows.append(texts)
-    return rows
+def _attention(patterns: AttentionPatterns, index: int, *, named: bool) -> go.Heatmap:
+    """One pattern, without the positions that a row cannot attend to; `named` hovers name the head."""
+    pattern = patterns.patterns[index].double().cpu()
+    future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
+    # only exact zeros are hidden: attention to later positions must show
+    pattern = pattern.masked_fill(future & (pattern == 0), torch.nan)
+    label = patterns.labels[index]
+    tokens = [f"<b>{figure_text(visible_token(token))}</b>" for token in patterns.token_strings]
+    first = f"<b>{label}</b><br>" if named else ""
+    hovers = [
+        [
+            f"{first}from {tokens[dest]} ({dest})<br>to {tokens[src]} ({src})<br>attention {number(value)}"
+            for src, value in enumerate(row)
+        ]
+        for dest, row in enumerate(pattern.tolist())
+    ]
+    return heatmap(pattern.numpy(), low=0.0, high=1.0, hovers=hovers, name=label)
 
 
-def _step(count: int) -> int:
-    """Between axis labels, so that they keep room at phone width."""
-    return 1 if count <= 16 else 2 if count <= 32 else 4
+def _token_axis(patterns: AttentionPatterns, *, crowded: bool) -> dict[str, Any]:
+    """An axis of tokens: as many labels as have room, and always the first token of each turn."""
+    n_pos, begins = len(patterns.token_strings), turns(patterns.token_strings)
+    step = math.ceil(n_pos / (24 if crowded else 40))
+    ticks = {at for at in range(0, n_pos, step) if not any(abs(at - start) < step for start in begins)}
+    longest = _LABEL // 2 if crowded else _LABEL
+    return {
+        "tickvals": sorted(ticks | set(begins)),
+        "ticktext": [
+            (f"<b>{begins[at]}</b> " if at in begins else "")
+            + figure_text(visible_token(patterns.token_strings[at], longest=longest))
+            for at in sorted(ticks | set(begins))
+        ],
+        **NO_TICKS,
+        "constrain": "domain",
+    }
+
+
+def _words(result: HeadScores, kind: str) -> Callable[[int, int], str]:
+    """The hover text of (layer, head)."""
+    mean, (low, high) = result.mean(kind), result.intervals[kind]
+    null = result.null(kind) if kind in result.nulls else None
+    title = figure_text(score_title(kind).lower())
+
+    def words(*head: int) -> str:
+        if mean[head].isnan():
+            return "no score"
+        interval = written_range(float(low[head]), float(high[head]))
+        lines = (
+            f"{title} {number(float(mean[head]))}",
+            f"{result.confidence:.0%} interval {interval}" if interval else "no interval",
+            f"null {number(float(null[head]))}" if null is not None else "this score has no null",
+        )
+        return "<br>".join(lines)
+
+    return words

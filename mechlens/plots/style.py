@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from mechlens.results.heads import head_label
 from mechlens.text.color import SEQUENTIAL
 
 # Okabe and Ito's colors, which people with any common color blindness can distinguish. Figures never rely
@@ -41,6 +46,9 @@ _AXIS = {
     "automargin": True,
     "title": {"standoff": 10, "font": {"size": 13}},
 }
+
+NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
+"""An axis of cells, whose labels need no tick marks."""
 
 _BUTTONS = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
 _BUTTONS += ["sendChartToCloud", "sendDataToCloud"]
@@ -98,6 +106,43 @@ def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **
         colorbar={"thickness": 12, "outlinewidth": 0, "ticks": "", **ticks},
         **options,
     )
+
+
+def head_heatmap(
+    values: Float[Tensor, "layer head"],
+    hover: Callable[[int, int], str],
+    *,
+    low: float,
+    high: float,
+    **options: Any,
+) -> go.Figure:
+    """A heatmap of one value of each head, with layer 0 at the bottom; heads without a value are gray.
+
+    Args:
+        hover: the hover text of (layer, head), which follows the head's name.
+        options: further properties of the trace.
+    """
+    n_layers, n_heads = values.shape
+    heads = [[(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
+    hovers = [[f"<b>{head_label(*head)}</b><br>{hover(*head)}" for head in row] for row in heads]
+    shared = {"hovers": hovers, "xgap": 1, "ygap": 1}
+    figure = go.Figure(heatmap(values.numpy(), low=low, high=high, **shared, **options))
+    if values.isnan().any():
+        gray = torch.where(values.isnan(), 1.0, torch.nan).numpy()
+        figure.add_trace(heatmap(gray, low=0.0, high=1.0, name="no score", **shared))
+        figure.data[-1].update(colorscale=[ABSENT, ABSENT], showscale=False)
+    return figure.update_layout(
+        template=TEMPLATE,
+        width=min(WIDTH, 150 + n_heads * (56 if n_heads <= 12 else 28)),
+        height=160 + n_layers * (56 if n_layers <= 4 else 34 if n_layers <= 12 else 16),
+        xaxis={"title": {"text": "head"}, "dtick": _step(n_heads), **NO_TICKS},
+        yaxis={"title": {"text": "layer"}, "dtick": _step(n_layers), **NO_TICKS},
+    )
+
+
+def _step(count: int) -> int:
+    """The distance of axis labels that keeps them apart on a phone."""
+    return 1 if count <= 16 else 2 if count <= 32 else 4
 
 
 def top_margin(title: str, more: int = 0) -> int:

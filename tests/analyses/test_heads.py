@@ -36,7 +36,7 @@ def patterns_of(model, tokens):
     return [cache[f"blocks.{layer}.attn.hook_pattern"] for layer in range(model.cfg.n_layers)], cache
 
 
-def test_pattern_scores_equal_the_articles_loops(tiny_model):
+def test_pattern_scores_equal_the_published_loops(tiny_model):
     result = score_heads(tiny_model, RepeatedTokens(seq_len=7, batch=3, seeds=(0, 4)), ON_REPEATED)
     bos = int(result.prepend_bos)
     for at in range(2):
@@ -78,7 +78,7 @@ def test_nulls_are_the_same_mask_on_unrelated_tokens(tiny_model):
 
 
 def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distance_model):
-    """It attends S - 1 back whatever the tokens are: only the null, or a jitter, gives it away."""
+    """It attends S - 1 back whatever the tokens are. Only the null or a jitter exposes it."""
     model, seq_len = fixed_distance_model
     fixed = score_heads(
         model, RepeatedTokens(seq_len=seq_len, batch=8, seeds=(0,), prepend_bos=False), ["induction_score"]
@@ -188,7 +188,7 @@ def test_performance_equals_the_literal_halves(tiny_model):
     assert frame.loc[frame.half == 2, "log_prob"].mean() == pytest.approx(sum(second) / len(second), abs=1e-4)
 
 
-def test_performance_and_scores_from_shared_runs_are_those_of_their_own_runs(tiny_model_with_room):
+def test_shared_runs_give_the_same_performance_and_scores_as_separate_runs(tiny_model_with_room):
     shape = {"seq_len": 7, "batch": 3, "seeds": (1, 2), "prepend_bos": False}
     runs = []
     hook = tiny_model_with_room.hook_dict["blocks.0.hook_resid_pre"]
@@ -237,7 +237,7 @@ def test_a_cache_gives_what_a_run_gives(tiny_model):
         assert torch.allclose(ran.scores[kind], cached.scores[kind], atol=1e-7, equal_nan=True)
 
 
-def test_attention_patterns_are_the_models(tiny_model):
+def test_attention_patterns_equal_the_models_own(tiny_model):
     tokens = torch.arange(4, 20)
     result = attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)])
     patterns, _ = patterns_of(tiny_model, tokens[None])
@@ -265,7 +265,7 @@ def test_stories260k_has_previous_token_heads_and_no_induction_head(stories260k)
     assert detect_heads(result, "induction_score", 0.1) == []
 
 
-def test_the_bundled_model_has_what_its_card_says(bundled):
+def test_the_bundled_model_has_the_heads_of_its_model_card(bundled):
     performance = repeated_token_performance(bundled, RepeatedTokens(batch=30, seeds=(0,)))
     assert performance.estimates["second_half_accuracy"][0] >= 0.90
     assert performance.estimates["first_half_accuracy"][0] < 0.01
@@ -304,7 +304,7 @@ def test_both_engines_give_the_same_scores(bundled):
         assert torch.allclose(golden.nulls[kind], result.nulls[kind], atol=1e-5, equal_nan=True), kind
 
 
-def test_kinds_that_do_not_fit_are_left_out_with_a_word(tiny_bos_model):
+def test_default_scores_that_do_not_fit_the_context_are_left_out_with_a_warning(tiny_bos_model):
     with pytest.warns(UserWarning, match="prefix_matching_score is left out: it needs 101 positions"):
         result = score_heads(tiny_bos_model, RepeatedTokens(seq_len=8, batch=2, seeds=(0,)))
     assert "prefix_matching_score" not in result.kinds
@@ -317,7 +317,7 @@ def test_kinds_that_do_not_fit_are_left_out_with_a_word(tiny_bos_model):
         score_heads(tiny_bos_model, RepeatedTokens(jitter=3), ["prefix_matching_score"])
 
 
-def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
+def test_a_model_without_tokenizer_is_scored_on_any_ids(tiny_directory_with_room):
     """A HookedTransformer or bridge that mechlens did not load, without a tokenizer."""
     ours = load_model(tiny_directory_with_room)
     ours.tokenizer = None
@@ -354,10 +354,10 @@ def test_models_of_the_users_own_are_taken(tiny_directory_with_room):
         ),
         (
             lambda m: attention_patterns(m, torch.arange(5), [(2, 0)]),
-            "no head L2H0: the model has 2 layers of 4",
+            "head L2H0 is out of range: the model has 2 layers of 4 heads",
         ),
         (lambda m: attention_patterns(m, torch.arange(5), []), "at least one"),
-        (lambda m: attention_patterns(m, torch.ones(2, 5).long(), [(0, 0)]), "of one sequence, but"),
+        (lambda m: attention_patterns(m, torch.ones(2, 5).long(), [(0, 0)]), "need one sequence, got"),
         (lambda m: attention_patterns(m, "abc", ["five"]), "a head is written L5H5, 5.5 or"),
     ],
 )
@@ -378,7 +378,7 @@ def test_ids_past_the_tokenizer_have_names_too(tiny_bos_model):
     assert patterns.token_strings == (tiny_bos_model.tokenizer.decode([5]), "[63]")
 
 
-def test_a_row_without_entries_does_not_take_the_others_along(tiny_bos_model):
+def test_a_sequence_without_repeats_leaves_the_mean_of_the_others(tiny_bos_model):
     tokens = torch.tensor([[5, 6, 5, 7], [5, 6, 7, 8]])  # the second row repeats nothing
     result = score_heads(tiny_bos_model, tokens, ("induction_score",))
     assert result.scores["induction_score"][0, 1].isnan().all()

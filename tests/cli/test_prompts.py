@@ -44,7 +44,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["attribution", "a b", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
         (["attention", "a b"], "Missing option '--head'"),
         (["attention", "a b", "--head", "3.x"], "'3.x'"),
-        (["attention", "a b", "--head", "L9H0"], "no head L9H0: the model has 4 layers"),
+        (["attention", "a b", "--head", "L9H0"], "head L9H0 is out of range: the model has 4 layers"),
         (["attention", "a b", "--head", "L1H2", "--out", "no/x.csv"], "does not exist"),
         (["attention", "a b", "--head", "L1H2", "--chat"], "this model has no chat template"),
         (["attention", "a b", "--head", "L1H2", "--chat", "--no-bos"], "leave out --no-bos"),

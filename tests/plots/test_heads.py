@@ -1,4 +1,4 @@
-"""Figures hold the results' numbers, and texts of others stay texts."""
+"""Figures of heads have the numbers of their results, and escape foreign text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trace(figure: go.Figure, name: str) -> go.Scatter:
     return found
 
 
-def test_log_probs_stand_at_the_predicted_position() -> None:
+def test_log_probs_are_at_the_predicted_position():
     figure = plot_log_probs(hand_made.performance())
     mean = trace(figure, "mean")
     # 7 positions: the last predicts nothing, the first is predicted by none.
@@ -43,7 +43,7 @@ def test_log_probs_stand_at_the_predicted_position() -> None:
     np.testing.assert_allclose(mean.y, [-1.15, -2.15, -3.15, -4.15, -5.15, -6.15], rtol=1e-6)
 
 
-def test_band_holds_the_central_ninety_percent_of_sequences() -> None:
+def test_the_band_contains_the_central_ninety_percent_of_sequences():
     band = trace(plot_log_probs(hand_made.performance()), "band")
     assert list(band.x) == [1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1]
     # Over -1, -1.1, -1.2, -1.3 the 5% and 95% quantiles lie 0.15 steps from the ends.
@@ -52,52 +52,46 @@ def test_band_holds_the_central_ninety_percent_of_sequences() -> None:
 
 
 @pytest.mark.parametrize(("prepend_bos", "edges"), [(True, (0.5, 3.5, 6.5)), (False, (0.5, 2.5, 5.5))])
-def test_copies_meet_between_the_positions(prepend_bos: bool, edges: tuple[float, ...]) -> None:
+def test_the_copies_meet_between_two_positions(prepend_bos: bool, edges: tuple[float, ...]):
     figure = plot_log_probs(hand_made.performance(prepend_bos=prepend_bos))
     first, second, border = figure.layout.shapes
     assert (first.x0, first.x1, second.x1) == edges
     assert first.x1 == second.x0 == border.x0
 
 
-def test_copies_are_labelled_with_their_means() -> None:
-    texts = [each.text for each in plot_log_probs(hand_made.performance()).layout.annotations]
-    assert "first copy" in texts[0]
-    assert "mean −9.50 nats" in texts[0]  # noqa: RUF001  # the minus sign is meant
-    assert "accuracy 0.00" in texts[0]
-    assert "second copy" in texts[1]
-    assert "mean −0.25 nats" in texts[1]  # noqa: RUF001
-    assert "accuracy 0.75" in texts[1]
+def test_each_copy_is_labeled_with_its_means():
+    first, second = (each.text for each in plot_log_probs(hand_made.performance()).layout.annotations)
+    assert first == f"<b>first copy</b><br>mean {number(-9.5, 2)} nats<br>accuracy 0.00"
+    assert second == f"<b>second copy</b><br>mean {number(-0.25, 2)} nats<br>accuracy 0.75"
 
 
-def test_uniform_guess_is_over_the_vocabulary() -> None:
+def test_a_uniform_guess_is_over_the_vocabulary():
     assert set(trace(plot_log_probs(hand_made.performance()), "uniform guess").y) == {-math.log(64)}
 
 
-def test_heatmap_holds_the_scores_on_the_whole_range() -> None:
-    scores = trace(plot_head_scores(hand_made.head_scores(), "induction_score"), "induction_score")
-    np.testing.assert_array_equal(scores.z, hand_made.INDUCTION)
-    assert (scores.zmin, scores.zmax) == (0, 1)
-    assert [colour for _, colour in scores.colorscale] == SEQUENTIAL
+@pytest.mark.parametrize(
+    ("kind", "low", "colors"), [("induction_score", 0, SEQUENTIAL), ("copying_score", -1, DIVERGING)]
+)
+def test_colors_span_the_whole_range_of_a_score(kind, low, colors):
+    figure = plot_head_scores(hand_made.head_scores(), kind)
+    scores = trace(figure, kind)
+    np.testing.assert_array_equal(scores.z, hand_made.head_scores().mean(kind))
+    assert (scores.zmin, scores.zmax) == (low, 1)
+    assert [color for _, color in scores.colorscale] == colors
+    assert figure.layout.yaxis.autorange is None, "layer 0 must be at the bottom"
 
 
-def test_copying_score_is_drawn_around_zero() -> None:
-    scores = trace(plot_head_scores(hand_made.head_scores(), "copying_score"), "copying_score")
-    assert (scores.zmin, scores.zmax) == (-1, 1)
-    assert [colour for _, colour in scores.colorscale] == DIVERGING
-    assert scores.colorscale[len(DIVERGING) // 2][0] == 0.5
-
-
-def test_hover_names_the_head_with_score_interval_and_null() -> None:
+def test_the_hover_text_has_head_score_interval_and_null():
     scores = trace(plot_head_scores(hand_made.head_scores(), "induction_score"), "induction_score")
     assert scores.hoverinfo == "text"
     assert scores.hovertext[1][2] == (
         "<b>L1H2</b><br>induction score 0.875<br>95% interval 0.750 to 0.938<br>null 0.062"
     )
     copying = trace(plot_head_scores(hand_made.head_scores(), "copying_score"), "copying_score")
-    assert copying.hovertext[0][1].endswith("<br>no null for this kind")
+    assert copying.hovertext[0][1].endswith("<br>this score has no null")
 
 
-def test_head_without_a_score_is_absent_not_zero() -> None:
+def test_a_head_without_a_score_is_gray():
     figure = plot_head_scores(hand_made.head_scores(), "induction_score")
     absent = trace(figure, "no score")
     np.testing.assert_array_equal(np.isfinite(absent.z), hand_made.INDUCTION.isnan())
@@ -106,17 +100,13 @@ def test_head_without_a_score_is_absent_not_zero() -> None:
     assert [each.name for each in whole.data] == ["copying_score"]
 
 
-def test_only_the_strongest_heads_are_written_into_cells() -> None:
+def test_only_the_strongest_heads_are_labeled():
     figure = plot_head_scores(hand_made.head_scores(), "copying_score", labelled=2)
     assert [list(row) for row in figure.data[0].text] == [["", "", ""], ["1.0", "", ".75"]]
     assert "highest: L1H0 1.00, L1H2 0.75" in figure.layout.title.text
 
 
-def test_layers_go_upwards() -> None:
-    assert plot_head_scores(hand_made.head_scores(), "copying_score").layout.yaxis.autorange is None
-
-
-def test_top_heads_stand_beside_their_nulls() -> None:
+def test_the_strongest_heads_are_drawn_with_their_nulls():
     figure = plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=2)
     null, score = figure.data
     assert list(score.y) == list(null.y) == ["L1H2", "L0H2"]
@@ -128,34 +118,29 @@ def test_top_heads_stand_beside_their_nulls() -> None:
     assert figure.layout.yaxis.autorange == "reversed"
 
 
-def test_all_heads_with_a_score_are_shown_where_there_are_few() -> None:
-    figure = plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=10)
-    assert len(figure.data[-1].y) == 5
+def test_heads_without_a_score_and_scores_without_a_null_are_not_drawn():
+    scored = plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=10)
+    assert len(scored.data[-1].y) == 5
+    assert len(plot_scores_against_nulls(hand_made.head_scores(), "copying_score").data) == 1
 
 
-def test_kind_without_null_says_so() -> None:
-    figure = plot_scores_against_nulls(hand_made.head_scores(), "copying_score")
-    assert len(figure.data) == 1
-    assert "no null" in figure.layout.title.text
-
-
-def test_unknown_kind_and_no_heads_are_refused() -> None:
+def test_an_unknown_score_and_no_heads_are_errors():
     with pytest.raises(ValueError, match="kind must be one of induction_score, copying_score, got 'x'"):
         plot_head_scores(hand_made.head_scores(), "x")
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=0)
 
 
-def test_attention_heatmap_hides_only_what_cannot_be_seen() -> None:
+def test_only_zero_attention_to_later_positions_is_hidden():
     patterns = hand_made.attention()
     (shown,) = plot_attention_heatmap(patterns, 0).data
     expected = torch.tensor([[1, math.nan, math.nan], [1 / 2, 1 / 2, math.nan], [1 / 3, 1 / 3, 1 / 3]])
     np.testing.assert_allclose(shown.z, expected, rtol=1e-6)
-    patterns.patterns[0, 0, 2] = 0.25  # no causal model does this, so nobody may be kept from seeing it
+    patterns.patterns[0, 0, 2] = 0.25  # no causal model does this, so it must be seen
     assert plot_attention_heatmap(patterns, 0).data[0].z[0, 2] == 0.25
 
 
-def test_attention_heatmap_has_tokens_on_both_axes() -> None:
+def test_both_axes_of_attention_are_labeled_with_tokens():
     figure = plot_attention_heatmap(hand_made.attention(), -1)
     assert list(figure.layout.xaxis.ticktext) == ["&lt;bos&gt;", "·a", "⏎"]
     assert figure.layout.xaxis.ticktext == figure.layout.yaxis.ticktext
@@ -164,7 +149,7 @@ def test_attention_heatmap_has_tokens_on_both_axes() -> None:
     assert figure.data[0].hovertext[2][1] == "from <b>⏎</b> (2)<br>to <b>·a</b> (1)<br>attention 0.000"
 
 
-def test_attention_of_all_heads_is_drawn_unasked_each_by_its_name() -> None:
+def test_all_patterns_are_drawn_by_default_each_with_its_name():
     patterns = hand_made.attention()
     figure = plot_attention_heatmap(patterns)
     assert [trace.name for trace in figure.data] == ["L0H2", "L1H0"]
@@ -178,7 +163,7 @@ def test_attention_of_all_heads_is_drawn_unasked_each_by_its_name() -> None:
     assert [trace.showscale for trace in figure.data] == [True, False]
 
 
-def test_attention_of_some_heads_says_how_many_there_are() -> None:
+def test_a_selection_of_patterns_says_how_many_there_are():
     patterns = hand_made.attention()
     assert "one of 2 heads" in plot_attention_heatmap(patterns, 1).layout.title.text
     many = dataclasses.replace(
@@ -193,26 +178,26 @@ def test_attention_of_some_heads_says_how_many_there_are() -> None:
     assert "head" not in plot_attention_heatmap(alone).layout.title.text
 
 
-def test_attention_heatmap_thins_out_many_labels_at_their_places() -> None:
+def test_labels_of_many_tokens_are_thinned_out_and_stay_in_place():
     axis = plot_attention_heatmap(hand_made.attention(tokens=tuple(map(str, range(101))))).layout.xaxis
     assert len(axis.ticktext) <= 40
     assert list(axis.ticktext) == [str(at) for at in axis.tickvals]
 
 
-def test_attention_of_a_missing_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="index must be below 2, the number of heads here, but is 2"):
+def test_an_index_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match="index 2 is out of range: there are 2 patterns"):
         plot_attention_heatmap(hand_made.attention(), 2)
 
 
-def test_attention_view_has_the_patterns_by_name() -> None:
+def test_the_view_has_the_patterns_and_their_heads():
     props = plot_attention(hand_made.attention()).props
     assert props["attentionHeadNames"] == ["L0H2", "L1H0"]
     assert props["tokens"] == ["<bos>", "·a", "⏎"]
     assert props["attention"][0] == [[1, 0, 0], [0.5, 0.5, 0], [0.333, 0.333, 0.333]]
 
 
-def test_attention_view_asks_no_network_and_brings_its_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
+def test_the_view_brings_its_script_and_opens_no_socket(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object):
         raise AssertionError("a display opened a socket")
 
     monkeypatch.setattr(socket, "socket", refuse)
@@ -230,24 +215,24 @@ def test_attention_view_asks_no_network_and_brings_its_script(monkeypatch: pytes
     assert f'showView("{place[1]}", "AttentionHeads", ' in shown
 
 
-def test_each_display_has_a_place_of_its_own() -> None:
+def test_each_display_has_an_id_of_its_own():
     view = plot_attention(hand_made.attention())
     places = {re.search(r'id="([^"]+)"', view._repr_html_())[1] for _ in range(2)}  # type: ignore[index]
     assert len(places) == 2
 
 
-def test_view_is_short_where_it_is_text() -> None:
+def test_the_text_of_a_view_is_short():
     assert repr(plot_attention(hand_made.attention())) == "View(component='AttentionHeads')"
 
 
-def test_bundle_is_the_installed_one_and_cannot_end_its_script() -> None:
+def test_the_bundle_is_the_installed_one_and_cannot_close_its_script_tag():
     assert circuitsvis_bundle().startswith('"use strict";var CircuitsVis=')
     assert "AttentionHeads" in circuitsvis_bundle()
     assert "</script" not in circuitsvis_bundle().lower()
     assert "<!--" not in circuitsvis_bundle()
 
 
-def test_script_json_says_the_same_without_a_tag() -> None:
+def test_script_json_has_no_tags_and_the_same_content():
     text = script_json({"token": MARKUP})
     assert "<" not in text
     assert json.loads(text) == {"token": MARKUP}
@@ -266,16 +251,16 @@ def test_script_json_says_the_same_without_a_tag() -> None:
         ("<|endoftext|>", "<|endoftext|>"),
     ],
 )
-def test_tokens_are_visible(token: str, shown: str) -> None:
+def test_invisible_characters_of_a_token_are_made_visible(token: str, shown: str):
     assert visible_token(token) == shown
 
 
-def test_long_tokens_are_shortened_where_asked() -> None:
+def test_long_tokens_are_cut_on_request():
     assert visible_token("-" * 64, longest=4) == "----…"
     assert visible_token("----", longest=4) == "----"
 
 
-def test_figure_texts_are_read_as_texts() -> None:
+def test_markup_in_tokens_and_names_is_escaped():
     assert figure_text(MARKUP) == "&lt;/script&gt;&lt;b&gt;&amp;lt;&#36;x&#36;"
     figures = [
         plot_log_probs(hand_made.performance(MARKUP)),
@@ -289,6 +274,6 @@ def test_figure_texts_are_read_as_texts() -> None:
         assert MARKUP not in text
 
 
-def test_nan_is_said() -> None:
+def test_numbers_have_a_minus_sign_and_nan_is_not_measured():
     assert number(math.nan) == "not measured"
     assert number(-0.5, 1) == "−0.5"  # noqa: RUF001
