@@ -125,7 +125,7 @@ def head_heatmap(
     n_layers, n_heads = values.shape
     heads = [[(layer, head) for head in range(n_heads)] for layer in range(n_layers)]
     hovers = [[f"<b>{head_label(*head)}</b><br>{hover(*head)}" for head in row] for row in heads]
-    shared = {"hovers": hovers, "xgap": 1, "ygap": 1}
+    shared: dict[str, Any] = {"hovers": hovers, "xgap": 1, "ygap": 1}
     figure = go.Figure(heatmap(values.numpy(), low=low, high=high, **shared, **options))
     if values.isnan().any():
         gray = torch.where(values.isnan(), 1.0, torch.nan).numpy()
