@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.errors import ArgumentError
 from mechlens.results.base import Result, column_name, row_place
 from mechlens.results.columns import Column
@@ -254,6 +255,8 @@ def interleaved(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
         >>> mechlens.interleaved(attn, mlp).rows[:3]
         ('embed', '0 attn', '0 MLP')
     """
+    check_type("attn", attn, LogitLensResult)
+    check_type("mlp", mlp, LogitLensResult)
     if (attn.read, mlp.read) not in _SUBLAYERS:
         raise ValueError(
             "interleaved lenses must read attn_out and mlp_out, or resid_mid and resid_post, got "
