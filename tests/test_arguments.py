@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from mechlens import Mean, Patching, detect_heads, repeated_token_performance, repeated_tokens
+from mechlens import Mean, Patching, detect_heads, repeated_tokens
 from mechlens.arguments import chosen, generator_of, names_of, seeds_of, whole_number
 from mechlens.results import parse_heads
 from mechlens.text.corpus import corpus_ids
@@ -35,9 +35,9 @@ def test_seeds_may_be_any_iterable_of_integers(seeds):
         ([0, 0], ValueError, "seeds must be distinct"),
     ],
 )
-def test_other_seeds_are_refused(bundled, seeds, error, message):
+def test_other_seeds_are_refused(seeds, error, message):
     with pytest.raises(error, match=message):
-        repeated_token_performance.__wrapped__(bundled, seeds=seeds)
+        seeds_of(seeds)
 
 
 def test_a_numpy_seed_draws_the_same_as_an_int():

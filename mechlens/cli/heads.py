@@ -20,7 +20,7 @@ def heads(
     text: Annotated[str | None, typer.Option(help="Score on this text instead of random tokens.")] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="List the heads at or above this score, -1 to 1. [default: the highest ones]"),
+        typer.Option(min=-1, max=1, help="List heads with at least this score. [default: the highest ones]"),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of heads of each score to list.")] = 5,
     seq_len: Annotated[
@@ -44,14 +44,12 @@ def heads(
             raise ValueError(f"{name} is for random tokens, but --text gives the tokens: leave it out")
     from mechlens.analyses.heads.kinds import KINDS, PROMPT_KINDS, VARIANTS
     from mechlens.analyses.heads.scores import score_heads
-    from mechlens.arguments import check_between, names_of
+    from mechlens.arguments import names_of
     from mechlens.text.prompts import RepeatedTokens
 
     # before the model is loaded, which takes seconds
     if kind:
         names_of("score", kind, (*KINDS, *VARIANTS) if text is None else PROMPT_KINDS)
-    if threshold is not None:
-        check_between("threshold", threshold, -1, 1)
     model = run.load()
     if text is None:
         seeds = range(seed, seed + n_seeds)

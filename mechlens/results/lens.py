@@ -247,6 +247,7 @@ def interleaved(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
         A lens with rows `embed`, `0 attn`, `0 MLP`, `1 attn`, ..., which `plot_logit_lens` draws.
 
     Raises:
+        TypeError: one is not a LogitLensResult.
         ValueError: the two are not such a pair, or differ in model, tokens, layers, decoder or targets.
 
     Example:

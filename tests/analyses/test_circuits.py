@@ -559,13 +559,13 @@ def unchecked():
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda m: OV(m, (0.7, 1.9)), r"with whole numbers, but this is \(0.7, 1.9\)"),
-        (lambda m: QK(m, (0.7, 1.9)), r"with whole numbers, but this is \(0.7, 1.9\)"),
-        (lambda m: OV(m, torch.tensor([0.7, 1.9])), "with whole numbers, but this is"),
+        (lambda m: OV(m, (0.7, 1.9)), r"with integers, got \(0.7, 1.9\)"),
+        (lambda m: QK(m, (0.7, 1.9)), r"with integers, got \(0.7, 1.9\)"),
+        (lambda m: OV(m, torch.tensor([0.7, 1.9])), "with integers, got"),
         (lambda m: OV(m, 5), "heads must be one head or a list of them, .*, got 5"),
         (lambda m: OV(m, None), "heads must be one head or a list of them, .*, got None"),
-        (lambda m: OV(m, [(0, 1), None]), "with whole numbers, but this is None"),
-        (lambda m: QK(m, 5), "with whole numbers, but this is 5"),
+        (lambda m: OV(m, [(0, 1), None]), "with integers, got None"),
+        (lambda m: QK(m, 5), "with integers, got 5"),
         (
             lambda m: QK(m, [(0, 1), (0, 2)]),
             r"takes one head, .* got a list: \[\(0, 1\), \(0, 2\)\]",
