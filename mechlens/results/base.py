@@ -1,8 +1,8 @@
-"""What analyses return: frozen dataclasses that explain themselves, make tables, save and load.
+"""Results of analyses: frozen dataclasses that can be tabulated, saved and loaded.
 
 A result is one `.safetensors` file: its tensors are the file's tensors, everything else is JSON in
-the file's header. Files are written beside their target and moved into place, so a save that is
-killed leaves the old file whole.
+the file's header. A file is written under a temporary name and moved into place, so an interrupted
+save leaves the old file intact.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class ModelInfo:
     """Which model a result was measured on, and in what state."""
 
     name: str
-    """Bundled name, hub name or the directory's last part."""
+    """Bundled name, hub name or the last part of the directory."""
     revision: str | None
-    """Hub revision or checkpoint, where one was asked for."""
+    """Hub revision or checkpoint, if one was requested."""
     architecture: str
     """The Hugging Face architecture, such as `GPTNeoXForCausalLM`; `attention-only` for toy models."""
     engine: str
@@ -57,8 +57,8 @@ class ModelInfo:
     d_vocab: int
     n_ctx: int
     quantization: str | None = None
-    """GGML's types that the weights had in their GGUF file, such as `Q4_1 (210 tensors), F32 (61)`: results
-    are those of weights so rounded. None where there was no such file, or where that cannot be told."""
+    """GGML types of the weights in their GGUF file, such as `Q4_1 (210 tensors), F32 (61)`. Results are
+    those of the rounded weights. None without such a file, or if unknown."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +69,7 @@ class Result:
 
     types: ClassVar[dict[str, type[Result]]] = {}
     columns: ClassVar[tuple[Column, ...]] = ()
-    """The columns of `to_dataframe()` that have more to say than their name."""
+    """The columns of `to_dataframe()` that have a title, a unit or a description."""
 
     def __init_subclass__(cls) -> None:
         Result.types[cls.__name__] = cls
@@ -77,19 +77,19 @@ class Result:
     def to_dataframe(self) -> pd.DataFrame:
         """A tidy table with one observation per row.
 
-        In all tables `layer` is a whole number (-1 for the row `embed` of a lens), `pos` a position, `token`
-        the text of what the model read there and `id` its number; no column's name has a blank.
+        In all tables, `layer` is an integer (-1 for the row `embed` of a lens), `pos` a position, `token` the
+        text of the token there and `id` its id. Column names have no spaces.
         """
         raise NotImplementedError
 
     @property
     def title(self) -> str:
-        """What this is, in a few words."""
+        """A short title for figures and tables."""
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).removesuffix(" Result")
         return f"{words.capitalize()} of {self.model.name}"
 
     def column(self, name: str) -> Column:
-        """One column of `to_dataframe()`, with its words."""
+        """The title, unit and description of one column of `to_dataframe()`."""
         return next((each for each in self.columns if each.name == name), Column(name))
 
     def summary(self, top: int = 10) -> pd.DataFrame:
@@ -97,7 +97,7 @@ class Result:
         return self.to_dataframe().head(top)
 
     def to_json(self) -> dict[str, Any]:
-        """All that is plain (names, numbers, arguments), and the table's rows: for other programs."""
+        """All names, numbers and arguments, and the rows of the table, for other programs."""
         plain = {
             field.name: value
             for field in dataclasses.fields(self)
@@ -125,16 +125,16 @@ class Result:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the result as one `.safetensors` file, whole or not at all.
+        """Save the result as one `.safetensors` file.
 
         Args:
-            path: the file; its folder must exist, and the ending must be `.safetensors`.
+            path: the file to write, ending in `.safetensors`, in an existing folder.
 
         Returns:
             The path written.
 
         Raises:
-            ValueError: another ending, or no such folder.
+            ValueError: another ending, or a folder that does not exist.
         """
         target = Path(path)
         if target.suffix != ".safetensors":
@@ -227,7 +227,7 @@ def load(path: str | os.PathLike[str]) -> Result:
             header_text = (file.metadata() or {}).get("mechlens")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole .safetensors file ({error}): save it again") from error
+        raise ValueError(f"{path} is not a complete .safetensors file ({error}): save it again") from error
     if header_text is None:
         raise ValueError(f"{path} is a .safetensors file, but not a result that mechlens saved")
     try:
@@ -276,7 +276,7 @@ def row_place(row: str) -> tuple[int, int | None]:
 
 
 def column_name(text: str) -> str:
-    """A text as part of a column's name: no two texts have the same, and none has a blank.
+    """A text as part of a column's name: unique, and without spaces.
 
     A space becomes `·`, as in pictures; that character itself, a backslash, and what does not print become
     their Python escapes.
@@ -288,21 +288,21 @@ def column_name(text: str) -> str:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> Path:
-    """Write a table as `.csv`, whole or not at all."""
+    """Write a table as `.csv`, completely or not at all."""
     with replacing(path) as part:
         table.to_csv(part, index=False)
     return path
 
 
 def plain_number(value: Any) -> Any:
-    """One of numpy's numbers as Python's, which JSON knows.
+    """A numpy number as a Python number, for JSON.
 
     Raises:
         TypeError: anything else.
     """
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"what is saved are tensors, numbers and texts, but here is a {type(value).__name__}")
+    raise TypeError(f"only tensors, numbers and texts can be saved, got a {type(value).__name__}")
 
 
 def _is_tensor_dict(value: object) -> bool:

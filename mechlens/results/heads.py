@@ -234,11 +234,13 @@ class HeadScores(Result):
 
     def null(self, kind: str) -> Float[Tensor, "layer head"]:
         """Mean null over all sequences that have one; nan where none has."""
+        if not self.nulls:
+            raise ValueError("this result has no null baselines")
         return self._of(self.nulls, kind).nanmean((0, 1))
 
     def _of(self, values: Mapping[str, Tensor], kind: str) -> Tensor:
         if kind not in values:
-            raise ArgumentError("kind", f"one of {', '.join(values) or 'none'}", kind)
+            raise ArgumentError("kind", f"one of {', '.join(values)}", kind)
         return values[kind]
 
     def ranked(self, kind: str) -> Iterator[tuple[tuple[int, int], float]]:

@@ -1,7 +1,7 @@
-"""Rows of unequal length, and rows longer than a model's context: what is run to read every token of them.
+"""Batches of sequences of different lengths, which may be longer than the model's context.
 
-A causal model's activations at a token depend on the tokens before it alone. So a padded row is run with its
-padding moved to the right, where it changes nothing, and a row longer than the context in windows.
+In a causal model, activations at a token depend only on the tokens before it. So padding is moved to the
+right, where it changes nothing, and a sequence longer than the context is run in overlapping windows.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Batch:
     """Rows of tokens, padded to one length."""
 
     tokens: Int[Tensor, "batch pos"]
-    """0 where a position is padding, whatever stood there: ids of padding may lie outside the vocabulary."""
+    """0 at padding, because padding ids may lie outside the vocabulary."""
     mask: Bool[Tensor, "batch pos"]
-    """False where a position is padding; the others of a row stand together."""
+    """False at padding; the True positions of a row are contiguous."""
 
     @property
     def first_tokens(self) -> Int[Tensor, " rows"]:
@@ -42,17 +42,17 @@ def prompt_batch(
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
-        prompt: a text, several texts, or token ids `[batch, pos]`; what a tokenizer returns has its mask.
-        attention_mask: for token ids: 1 or True for tokens, 0 or False for padding at either end.
-        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
+        prompt: a text, several texts, token ids `[batch, pos]`, or the output of a tokenizer with its mask.
+        attention_mask: for token ids, 1 or True at tokens, 0 or False at padding, which may be at both ends.
+        prepend_bos: for texts, whether to prepend BOS; None does so if the tokenizer has one.
 
     Returns:
-        Tokens and mask; `logit_lens` takes them as its prompt.
+        Tokens and mask `[batch, pos]`; `logit_lens` takes them as its prompt.
 
     Raises:
-        TypeError: neither a text, nor a list of texts, nor a tensor.
-        ValueError: no text or an empty one, ids that are not integers, a mask of another shape, with gaps or
-            without any token in a row, or a mask for texts.
+        TypeError: the prompt is neither text nor token ids.
+        ValueError: no text or an empty one, ids that are not integers, a mask for texts, or a mask that has
+            another shape than the tokens, padding between tokens, or a row of padding only.
 
     Example:
         >>> batch = mechlens.prompt_batch(model, ["The captain", "The"], prepend_bos=False)
@@ -64,10 +64,10 @@ def prompt_batch(
         tokens, mask = as_ids(prompt)
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(
-                f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"
+                f"tokens must be [batch, pos] with at least one token, got {tuple(tokens.shape)}"
             )
         if attention_mask is not None:
-            # a copy, so that a result does not change with what its maker does to the mask afterwards
+            # a copy, because the caller may change the mask later
             mask = torch.as_tensor(attention_mask).to("cpu", torch.bool, copy=True)
             mask = mask[None] if mask.ndim == 1 else mask
         if mask is None:
@@ -76,7 +76,7 @@ def prompt_batch(
         _check_mask(mask, tokens)
         return Batch(tokens.masked_fill(~mask, 0), mask)
     if attention_mask is not None:
-        raise ValueError("attention_mask says which token ids are padding, but the prompt is text")
+        raise ValueError("attention_mask is for token ids, but the prompt is text")
     rows = [text_ids(model, text, prepend_bos=prepend_bos) for text in texts]
     length = torch.tensor([len(row) for row in rows])
     return Batch(
@@ -94,30 +94,30 @@ def _check_mask(mask: Bool[Tensor, "rows cols"], tokens: Int[Tensor, "batch pos"
             raise ValueError(f"row {index} of attention_mask is all padding: leave that row out")
         if stretches > 1:
             raise ValueError(
-                f"row {index} of attention_mask has padding between tokens: it may stand at the ends only"
+                f"row {index} of attention_mask has padding between tokens: padding must be at the ends"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
-    """What a model is run on, and where each token of a batch is to be found in it."""
+    """The windows that a model is run on, and where they contain each token of a batch."""
 
     tokens: Int[Tensor, "piece width"]
     """Padded on the right."""
     piece: Int[Tensor, "batch pos"]
-    """In which piece a position is read."""
+    """The piece in which a position is read."""
     offset: Int[Tensor, "batch pos"]
-    """At which place of its piece; a position sees `offset + 1` tokens. Both are 0 for padding."""
+    """Its position in that piece, which sees `offset + 1` tokens. Both are 0 for padding."""
     lengths: Int[Tensor, " piece"]
-    """Of each piece, without its padding."""
+    """Length of each piece without padding."""
 
 
 def cut(batch: Batch, n_ctx: int, *, bos: int | None) -> Pieces:
     """Cut a batch into pieces that fit a context.
 
-    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens, each of which but the
-    first begins half a context before the first token that is read in it; where the row begins with BOS,
-    every window does.
+    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens. Except for the first,
+    each begins half a context before the first token that is read in it. If the row begins with BOS, every
+    window does.
 
     Args:
         bos: the tokenizer's own BOS, or None.

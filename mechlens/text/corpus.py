@@ -22,17 +22,17 @@ from mechlens.text.tokens import check_text
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz")
 PIECE = 16384
-"""Characters that are encoded at once, up to the end of a line: a tokenizer needs memory for several times
-what it is given."""
+"""Characters encoded at once, up to the end of a line: a tokenizer needs several times the memory of its
+input."""
 LENGTH = 128
-"""Tokens in a window, where nothing else is asked for and the model's context holds them."""
+"""Tokens in a window by default, if the context is not shorter."""
 
 Corpus: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
-"""A path, or an iterable of paths, texts or mappings with a `text`; see `read_texts`."""
+"""A path, or an iterable of paths, texts or mappings with a `text`."""
 
 
 class Windows(Iterator[Tensor]):
-    """Windows of tokens, made as they are asked for; an analysis of a corpus reads them as they are."""
+    """An iterator over windows of tokens, which every analysis of a corpus accepts."""
 
     def __init__(self, made: Iterator[Tensor]) -> None:
         self._made = made
@@ -118,11 +118,11 @@ def token_windows(
     if length > n_ctx:
         raise ValueError(f"windows of {length} tokens do not fit into the model's context of {n_ctx}")
     if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer, so it reads no text: pass token ids [window, pos]")
+        raise ValueError("this model has no tokenizer: pass token ids [window, pos] instead of text")
     bos = bos_to_prepend(model, prepend_bos)
     if length < 1 + (bos is not None):
         raise ValueError(
-            f"windows of {length} tokens hold no text{' beside BOS' if bos is not None else ''}: "
+            f"windows of {length} tokens have no room for text{' after BOS' if bos is not None else ''}: "
             f"length must be at least {1 + (bos is not None)}"
         )
     stream = _ids(model.tokenizer, _pieces(corpus, _opened(corpus)))
@@ -130,10 +130,10 @@ def token_windows(
 
 
 def corpus_ids(corpus: Any) -> Int[Tensor, "window pos"] | None:
-    """The windows of a corpus of ids: a tensor, an array, lists or what a tokenizer gives; None for text.
+    """The windows of a corpus of ids (a tensor, an array, lists or the output of a tokenizer); None for text.
 
     Raises:
-        ValueError: numbers that are no integers, or rows with padding.
+        ValueError: ids that are not integers, or rows with padding.
     """
     lists = isinstance(corpus, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in corpus)
     encoded = isinstance(corpus, Mapping) and "input_ids" in corpus
@@ -141,19 +141,21 @@ def corpus_ids(corpus: Any) -> Int[Tensor, "window pos"] | None:
         return None
     rows, mask = as_ids(corpus)
     if mask is not None and not bool(mask.all()):
-        raise ValueError("the rows of ids have padding (zeros in attention_mask): windows are equally long")
+        raise ValueError(
+            "the rows of ids have padding (zeros in attention_mask): windows must be equally long"
+        )
     return rows
 
 
 def _check_ids(model: Any, rows: Int[Tensor, "window pos"], length: int | None) -> None:
     if rows.ndim != 2:
-        raise ValueError(f"a corpus of ids is [window, pos], but has the shape {tuple(rows.shape)}")
+        raise ValueError(f"a corpus of ids must be [window, pos], got {tuple(rows.shape)}")
     if rows.numel() == 0:
-        raise ValueError(f"a corpus of ids needs at least one token, but is {tuple(rows.shape)}")
+        raise ValueError(f"a corpus of ids needs at least one token, got {tuple(rows.shape)}")
     if length not in (None, rows.shape[1]):
         raise ValueError(
-            f"the rows of ids are {rows.shape[1]} tokens long, but windows of {length} are asked for: cut "
-            "them, or leave length out"
+            f"the rows of ids are {rows.shape[1]} tokens long, which does not match length={length}: cut "
+            "them, or leave out length"
         )
     if rows.shape[1] > model.cfg.n_ctx:
         raise ValueError(
@@ -190,19 +192,19 @@ def _windows(
 
 
 def _begin(rest: list[int], bos: int | None, start: int) -> int:
-    """Where the next window's own tokens begin: a text that comes with its BOS does not get a second one."""
+    """Where the text of the next window begins: the BOS of a text that has one is not repeated."""
     while bos is not None and start < len(rest) and rest[start] == bos:
         start += 1
     return start
 
 
 def _ids(tokenizer: Any, pieces: Iterator[str | None]) -> Iterator[list[int]]:
-    """The ids of each piece; the end of a document as a token of its own where the tokenizer has one."""
+    """The ids of each piece, and EOS (or else BOS) at the end of a document."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     for piece in pieces:
         if piece is not None:
             check_text(piece, "corpus")
-            # not verbose: it would warn of more tokens than the context holds, which are cut here
+            # not verbose, or it warns of texts longer than the context, which are cut here
             yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         elif end is not None:
             yield [end]
@@ -219,19 +221,19 @@ def _joined(pieces: Iterator[str | None]) -> Iterator[str]:
 
 
 def _opened(corpus: Corpus) -> Iterator[tuple[str, Any]]:
-    """(where, entry) of a corpus; an entry is a file, a text or a mapping. What is named by paths is looked
-    for at once, before anything is read."""
+    """(where, entry) of a corpus; an entry is a file, a text or a mapping.
+
+    All paths are checked before anything is read.
+    """
     if isinstance(corpus, str) and not os.path.exists(corpus):
-        raise ValueError(
-            f"the corpus {corpus[:80]!r} is no file or folder; if it is a text, give it in a list: [text]"
-        )
+        raise ValueError(f"the corpus {corpus[:80]!r} is not a file or folder; give a text in a list: [text]")
     if isinstance(corpus, (str, os.PathLike)):
         return iter([(str(file), file) for file in _files(Path(corpus))])
     if isinstance(corpus, (Mapping, bytes)) or not isinstance(corpus, Iterable):
         kind = type(corpus).__name__
         keys = f" with {', '.join(map(str, list(corpus)[:5]))}" if isinstance(corpus, Mapping) else ""
         raise ValueError(
-            f"a corpus is a path or an iterable of texts, but this is a {kind}{keys}"
+            f"a corpus is a path or an iterable of texts, got a {kind}{keys}"
             + (": give one of its entries" if keys else "")
         )
     if isinstance(corpus, (list, tuple)):
@@ -253,24 +255,24 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file())
         if not found:
-            raise ValueError(f"the folder {path} holds no {', '.join(ENDINGS)} file")
+            raise ValueError(f"the folder {path} has no {', '.join(ENDINGS)} file")
         return found
     if not path.is_file():
         raise FileNotFoundError(f"no such corpus: {path}")
     if not path.name.endswith(ENDINGS):
-        raise ValueError(f"a corpus is a {', '.join(ENDINGS)} file or a folder of those, but this is {path}")
+        raise ValueError(f"a corpus is a {', '.join(ENDINGS)} file or a folder of those, got {path}")
     return [path]
 
 
 def _pieces(corpus: Corpus, entries: Iterator[tuple[str, Any]]) -> Iterator[str | None]:
-    """Texts in pieces that end with a line; None ends a document."""
+    """Pieces of text that end at the end of a line; None ends a document."""
     empty = True
     for where, entry in entries:
         for pieces in _documents(where, entry):
             blank = True
             held: list[str] = []
             for piece in pieces:
-                # what is blank so far is kept back, because a blank document does not count
+                # blank pieces are held back until the document has text, because blank documents are skipped
                 blank = blank and not piece.strip()
                 held.append(piece)
                 if not blank:
@@ -281,7 +283,7 @@ def _pieces(corpus: Corpus, entries: Iterator[tuple[str, Any]]) -> Iterator[str 
                 yield None
     if empty:
         what = f"in {corpus}" if isinstance(corpus, (str, os.PathLike)) else "in this corpus"
-        raise ValueError(f"there is no text {what}")
+        raise ValueError(f"no text found {what}")
 
 
 def _documents(where: str, entry: Any) -> Iterator[Iterator[str]]:
@@ -297,7 +299,7 @@ def _documents(where: str, entry: Any) -> Iterator[Iterator[str]]:
                     yield _lines(io.StringIO(_field(f"{where}, line {number}", _parsed(where, number, line))))
     elif isinstance(entry, str):
         if len(entry) < 1024 and entry.endswith(ENDINGS) and os.path.isfile(entry):
-            raise ValueError(f"{where} is the name of a file, {entry!r}: give it as a Path, not as a text")
+            raise ValueError(f"{where} is the name of a file, {entry!r}: pass it as a Path")
         yield _lines(io.StringIO(entry))
     else:
         yield _lines(io.StringIO(_field(where, entry)))

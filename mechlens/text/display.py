@@ -1,4 +1,4 @@
-"""How texts and numbers are written for people: tokens, numbers, turns of a chat."""
+"""How tokens, numbers and turns of a conversation are shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
 ABSENT = "—"
-"""Stands for a value that there is not."""
+"""Shown in place of a missing value."""
 _ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 _INSTRUCTIONS = {"[INST]": "user", "[/INST]": "assistant"}
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
@@ -19,7 +19,7 @@ def visible_token(token: str, *, longest: int | None = None) -> str:
 
     A space becomes `·`, a newline `⏎`, a carriage return `␍`, a tab `⇥`, an empty token `∅`. Anything else
     that does not print (control characters, zero-width and bidirectional marks, lone surrogates) becomes its
-    Python escape. Markup is left as it is: escape it where it is put into a page.
+    Python escape. Markup is not escaped.
 
     Args:
         longest: cut after this many characters, with an ellipsis; None shows all.
@@ -32,8 +32,8 @@ def visible_token(token: str, *, longest: int | None = None) -> str:
 def turns(tokens: Sequence[str]) -> dict[int, str]:
     """Positions at which a turn of a conversation begins, with its role.
 
-    A turn begins with a token that is written like a special token and names a role (`<|user|>`), or with one
-    that is followed by the name of a role and a newline or another special token (`<|im_start|>user`).
+    A turn begins with a special token that names a role (`<|user|>`), or that is followed by a role and a
+    newline or another special token (`<|im_start|>user`).
     """
     found: dict[int, str] = {}
     for at, token in enumerate(tokens):
@@ -61,5 +61,5 @@ def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """A number of things: `1 prompt`, `1,234 prompts`."""
+    """A count with its noun: `1 prompt`, `1,234 prompts`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -16,7 +16,7 @@ from mechlens.arguments import check_model, seeds_of, whole_number
 from mechlens.text.tokens import check_text, drawable_tokens, own_bos_token_id, token_strings
 
 Prompt = str | Sequence[Any] | Tensor | np.ndarray | Mapping[str, Any]
-"""Text, texts, or token ids: a tensor, an array, lists of numbers, or what a tokenizer gives."""
+"""Text, texts, or token ids: a tensor, an array, lists of numbers, or the output of a tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class RandomTokens:
     """Random tokens, some of which may be repeated."""
 
     tokens: Int[Tensor, "batch pos"]
-    """What the model reads: BOS (where `prepend_bos`), then random tokens and their copies."""
+    """What the model reads: BOS (if `prepend_bos`), then random tokens and their copies."""
     starts: Int[Tensor, "batch copy"]
     """The position at which each copy begins."""
     seq_len: int
@@ -69,10 +69,10 @@ class RepeatedTokens:
         object.__setattr__(self, "seeds", seeds_of(self.seeds))
 
     def draw(self, model: Any, seed: int) -> RandomTokens:
-        """The sequences of one seed for a model; see `repeated_tokens`.
+        """Draw the sequences of one seed for a model.
 
         Raises:
-            ValueError: the sequences do not fit the model's context, or a BOS is wanted and there is none.
+            ValueError: the sequences do not fit the context, or `prepend_bos=True` without a BOS token.
         """
         return repeated_tokens(
             model,
@@ -140,7 +140,9 @@ def repeated_tokens(
     )
     jitter = whole_number("jitter", jitter)
     if jitter < 0 or (jitter and copies != 2):
-        raise ValueError(f"jitter must be 0 or more, with 2 copies; it is {jitter} with {copies}")
+        raise ValueError(
+            f"jitter must be at least 0, and needs 2 copies, got jitter {jitter} with {copies} copies"
+        )
     bos = bos_to_prepend(model, prepend_bos)
     first = 0 if bos is None else 1
     n_ctx = model.cfg.n_ctx
@@ -176,13 +178,13 @@ def repeated_tokens(
 
 
 def bos_to_prepend(model: Any, prepend_bos: bool | None) -> int | None:
-    """The id of the BOS token to begin with, or None for none.
+    """The id of BOS if sequences begin with it, else None.
 
     Args:
-        prepend_bos: None asks for BOS where there is one and warns where there is none.
+        prepend_bos: None uses BOS if the tokenizer has one, and warns if it has none.
 
     Raises:
-        ValueError: BOS is asked for, but the tokenizer has none.
+        ValueError: `prepend_bos=True`, but the tokenizer has no BOS.
     """
     if prepend_bos is False:
         return None
@@ -226,25 +228,23 @@ def _in_context(model: Any, tokens: Int[Tensor, "1 pos"], what: str) -> Int[Tens
 
 
 def text_ids(model: Any, text: str, *, prepend_bos: bool | None = None) -> Int[Tensor, " pos"]:
-    """The tokens of a text of any length; see `text_tokens`."""
+    """The ids of a text, which may be longer than the context."""
     check_model(model)
     if model.tokenizer is None:
-        raise ValueError("this model has no tokenizer, so it reads no text: pass token ids")
+        raise ValueError("this model has no tokenizer: pass token ids instead of text")
     check_text(text, "text")
     if not text.strip():
         raise ValueError(
-            "the text is empty: there is no token to run the model on"
+            "the text is empty"
             if not text
-            else f"the text is blank ({text!r}): if that is meant, give its token ids"
+            else f"the text is blank ({text!r}): pass its token ids if you mean it"
         )
-    # verbose: longer than the context is no mistake here
+    # not verbose, or it warns of texts longer than the context
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
-        raise ValueError(
-            f"the tokenizer makes no token of the text {text!r}: there is none to run the model on"
-        )
+        raise ValueError(f"the tokenizer turns the text {text!r} into no tokens")
     bos = bos_to_prepend(model, prepend_bos)
-    # a rendered chat template and decoded tokens begin with their own
+    # rendered chat templates and decoded tokens may begin with BOS
     return torch.tensor(ids if bos is None or ids[0] == bos else [bos, *ids])
 
 
@@ -283,16 +283,16 @@ def chat_tokens(
         messages = [{"role": "user", "content": messages}]
     if not is_chat(messages):
         raise TypeError(
-            "messages are a list of {'role': ..., 'content': ...}, or one text of the user's, but these are "
+            "messages must be a list of {'role': ..., 'content': ...} or one text from the user, got "
             f"{str(messages)[:80]!r}"
         )
     for message in messages:
         check_text(str(message["content"]), f"message of the {message['role']}")
     if getattr(model.tokenizer, "chat_template", None) is None:
         raise ValueError(
-            "this model has no chat template, so it knows no roles: give the prompt as text"
+            "this model has no chat template: pass the prompt as text"
             if model.tokenizer is not None
-            else "this model has no tokenizer, so it reads no text: pass token ids"
+            else "this model has no tokenizer: pass token ids instead of text"
         )
     try:
         encoded = model.tokenizer.apply_chat_template(
@@ -301,13 +301,13 @@ def chat_tokens(
             tokenize=True,
             return_dict=True,
         )
-    except Exception as error:  # a template is a program of the model's maker
-        raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+    except Exception as error:  # the template is code, which may raise anything
+        raise ValueError(f"the chat template does not accept these messages: {error}") from error
     return _in_context(model, torch.tensor(encoded["input_ids"])[None], "conversation")
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is messages, as `chat_tokens` takes them."""
+    """Whether a prompt is a list of messages."""
     return (
         isinstance(prompt, (list, tuple))
         and bool(prompt)
@@ -316,12 +316,12 @@ def is_chat(prompt: Any) -> bool:
 
 
 def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-    """The rows of a prompt, on the CPU: texts' tokens, or a copy of ids, one sequence or several.
+    """The token ids of a prompt of one sequence or several, as a copy on the CPU.
 
     Raises:
-        TypeError: neither text nor ids.
-        ValueError: as `text_tokens`, sequences of different lengths or with padding, or ids that are no
-            integers.
+        TypeError: the prompt is neither text nor ids.
+        ValueError: no tokenizer, an empty text, more tokens than the context holds, sequences of different
+            lengths or with padding, or ids that are not integers.
     """
     check_model(model)
     texts = as_texts(prompt)
@@ -333,7 +333,7 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
     if mask is not None and not bool(mask.all()):
         raise ValueError(
             "the prompt has padding (zeros in its attention_mask), but sequences must be equally long here: "
-            "give those of one length together"
+            "pass sequences of the same length together"
         )
     if mask is None:
         warn_of_padding(model, tokens)
@@ -341,10 +341,10 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
 
 
 def check_equally_long(model: Any, rows: Sequence[Tensor]) -> None:
-    """Make sure that texts have equally many tokens.
+    """Check that texts have the same number of tokens.
 
     Raises:
-        ValueError: they have not; the tokens are shown.
+        ValueError: they have not. The message shows the tokens.
     """
     for row in rows:
         if row.shape != rows[0].shape:
@@ -359,41 +359,41 @@ def as_texts(prompt: Any) -> list[str] | None:
     """The texts of a prompt; None for one of ids.
 
     Raises:
-        TypeError: some texts and something else, or messages.
-        ValueError: no text.
+        TypeError: a mixture of texts and something else, or messages.
+        ValueError: an empty list.
     """
     if isinstance(prompt, str):
         return [prompt]
     if is_chat(prompt):
-        raise TypeError("these are messages: chat_tokens(model, messages) makes a prompt of them")
+        raise TypeError("these are messages: turn them into a prompt with chat_tokens(model, messages)")
     if isinstance(prompt, (Tensor, Mapping)) or not isinstance(prompt, Iterable):
         return None
     entries = list(prompt)
     if not entries and isinstance(prompt, (list, tuple)):
-        raise ValueError("there is no text: the list of prompts is empty")
+        raise ValueError("the list of prompts is empty")
     if not any(isinstance(entry, str) for entry in entries):
         return None
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(
-                f"a list of prompts has texts in it, but there is a {type(entry).__name__}: give token ids "
-                "as a tensor"
+                f"a list of prompts must have texts only, got a {type(entry).__name__}: pass token ids as a "
+                "tensor"
             )
     return entries
 
 
 def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
-    """Token ids `[batch, pos]` as a copy on the CPU, and their mask where a tokenizer gave one.
+    """Token ids `[batch, pos]` as a copy on the CPU, and their mask if a tokenizer returned one.
 
     Raises:
-        TypeError: no ids.
-        ValueError: ids that are no integers, or rows of different lengths.
+        TypeError: not token ids.
+        ValueError: ids that are not integers, or rows of different lengths.
     """
     if isinstance(prompt, Mapping) and "input_ids" in prompt:
         mask = prompt.get("attention_mask")
         ids, _ = as_ids(prompt["input_ids"])
         if mask is not None:
-            # a copy, so that a result does not change with what its maker does to the mask afterwards
+            # a copy, because the caller may change the mask later
             mask = torch.as_tensor(mask).to("cpu", torch.bool, copy=True)
             mask = mask[None] if mask.ndim == 1 else mask
         return ids, mask
@@ -402,23 +402,23 @@ def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
             prompt = torch.as_tensor(np.asarray(prompt))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "token ids are whole numbers [batch, pos], rows of one length; pad shorter ones and say so "
-                f"with attention_mask ({error})"
+                "token ids must be integers [batch, pos] with rows of the same length; pad shorter ones and "
+                f"mark the padding with attention_mask ({error})"
             ) from None
     if not isinstance(prompt, Tensor):
         raise TypeError(
-            f"a prompt is text or token ids, but this is a {type(prompt).__name__}: give tokens as "
-            "torch.tensor(ids), or what a tokenizer gives"
+            f"a prompt is text or token ids, got a {type(prompt).__name__}: pass tokens as torch.tensor(ids) "
+            "or the output of a tokenizer"
         )
     if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
-        raise ValueError(f"token ids are integers, but these are {prompt.dtype}")
-    # a copy, so that a result does not change with what its maker does to the tokens afterwards
+        raise ValueError(f"token ids must be integers, got {prompt.dtype}")
+    # a copy, because the caller may change the tokens later
     ids = prompt[None] if prompt.ndim == 1 else prompt
     return ids.to("cpu", torch.long, copy=True), None
 
 
 def warn_of_padding(model: Any, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Warn of ids that look like padding which nobody told of: they are read like all others."""
+    """Warn of ids that look like padding but have no mask: they are read like all others."""
     pad = getattr(model.tokenizer, "pad_token_id", None)
     if pad is None or tokens.ndim != 2 or not tokens.numel():
         return
@@ -435,8 +435,7 @@ def warn_of_padding(model: Any, tokens: Int[Tensor, "batch pos"]) -> None:
         if count[row]:
             warnings.warn(
                 f"row {row} of the prompt {side} with {int(count[row])} padding tokens (id {pad}), which are "
-                "read like any others: leave them out, or tell of them with attention_mask where it can be "
-                "given",
+                "read like any others: leave them out, or pass attention_mask where it is accepted",
                 stacklevel=4,
             )
             return

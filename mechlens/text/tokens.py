@@ -1,4 +1,4 @@
-"""What a tokenizer's ids are: which of them are special, and what each is called."""
+"""The ids of a tokenizer: which of them are special, and the label of each."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _AS_THEY_ARE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTES = {chr(byte): byte for byte in _AS_THEY_ARE} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_AS_THEY_ARE)))
 }
-"""What byte-level vocabularies, GPT-2's and those like it, write for each byte."""
+"""What byte-level vocabularies, such as GPT-2's, write for each byte."""
 
 
 _SPACE = "\u2581"
-"""What SentencePiece's vocabularies write for a space."""
+"""What SentencePiece vocabularies write for a space."""
 _KNOWN: weakref.WeakKeyDictionary[Any, Labels] = weakref.WeakKeyDictionary()
 
 
 def own_bos_token_id(tokenizer: Any) -> int | None:
-    """A tokenizer's BOS, unless it only has one since TransformerLens set it to the EOS."""
+    """The id of a tokenizer's BOS; None if it has none of its own (TransformerLens sets it to EOS)."""
     if tokenizer is None or tokenizer.bos_token is None:
         return None
     if tokenizer.bos_token == tokenizer.eos_token:
-        # What it was made with still tells: the settings in its files, else its class's own default.
+        # the settings in its files still tell, or else the default of its class
         default = inspect.signature(type(tokenizer).__init__).parameters.get("bos_token")
         first = tokenizer.init_kwargs.get("bos_token", default.default if default else None)
         if first is None:
@@ -48,7 +48,7 @@ def all_bos(tokenizer: Any, ids: Int[Tensor, " id"]) -> bool:
 
 
 def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
-    """The ids that may be drawn at random: no special token, nothing past the tokenizer's length.
+    """The ids that may be drawn at random: no special tokens, and none past the tokenizer's length.
 
     Args:
         tokenizer: a Hugging Face tokenizer, or None for a model without one, which may draw all ids.
@@ -58,7 +58,7 @@ def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
         Increasing ids in [0, d_vocab).
 
     Raises:
-        ValueError: nothing is left to draw.
+        ValueError: no id is left to draw.
     """
     if tokenizer is None:
         return torch.arange(d_vocab)
@@ -81,7 +81,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labels:
-    """What each token of a tokenizer is called: no two alike, so that a label names its token."""
+    """A unique label for each token of a tokenizer."""
 
     texts: tuple[str, ...]
     """By id."""
@@ -92,10 +92,10 @@ class Labels:
 def labels_of(tokenizer: Any) -> Labels:
     """The labels of a tokenizer's tokens: their text, with the space that a token begins with.
 
-    Bytes that are only a part of a character are written as `\\xfc`. Where two tokens have the same text, the
-    second has its id behind it.
+    Bytes that are only part of a character are written as `\\xfc`. If two tokens have the same text, the id
+    is appended to the second.
 
-    Cost: one look at each token, once for each tokenizer.
+    Cost: one pass over the vocabulary, once for each tokenizer.
     """
     known = _KNOWN.get(tokenizer)
     if known is None or len(known.texts) != len(tokenizer):
@@ -106,7 +106,7 @@ def labels_of(tokenizer: Any) -> Labels:
 def _labels(tokenizer: Any) -> Labels:
     n_tokens = len(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
-    # these are written as they are, whatever the others' alphabet is
+    # added tokens are plain text in every kind of vocabulary
     added = {token: str(each) for token, each in tokenizer.added_tokens_decoder.items() if token < n_tokens}
     plain = [piece for token, piece in enumerate(pieces) if piece is not None and token not in added]
     if any(_SPACE in piece for piece in plain):
@@ -137,9 +137,9 @@ def _of_bytes(piece: str) -> str:
 
 
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
-    """What each token is called, which `target_id` understands; see `labels_of`.
+    """The label of each token, which `target_id` accepts.
 
-    Without a tokenizer it is the id; an id past the tokenizer's length is `[id]`.
+    Without a tokenizer it is the id. The label of an id past the tokenizer's length is `[id]`.
     """
     if model.tokenizer is None:
         return tuple(str(token) for token in tokens.tolist())
@@ -158,15 +158,15 @@ def _past_the_end(tokenizer: Any, token: int) -> str:
 
 
 def target_id(model: Any, target: Any) -> int:
-    """The id of a target token, which is given as an id, by its label, or as a text of exactly one token.
+    """The id of a target token, given as an id, a label, or a text of exactly one token.
 
-    A label comes first: where a tokenizer puts a space before every text (Llama's), `"a"` is the token
+    Labels come first: with a tokenizer that puts a space before every text (Llama's), `"a"` is the token
     without a space, and `" a"` the one with it.
 
     Raises:
-        TypeError: neither a text nor an id.
-        ValueError: the text is not one token (its pieces are shown), there is no tokenizer to read it, or the
-            model's vocabulary ends before it.
+        TypeError: the target is neither a text nor an id.
+        ValueError: the text is not one token (the message shows its tokens), the model has no tokenizer, or
+            the id is not in the vocabulary.
     """
     d_vocab = model.cfg.d_vocab
     if not isinstance(target, str):
@@ -182,7 +182,7 @@ def target_id(model: Any, target: Any) -> int:
     if model.tokenizer is None:
         if target.isdecimal() and int(target) < d_vocab:
             return int(target)
-        raise ValueError(f"this model has no tokenizer: give the target {target!r} as an id")
+        raise ValueError(f"this model has no tokenizer: pass the target {target!r} as an id")
     labels = labels_of(model.tokenizer)
     found = labels.ids.get(target)
     if found is None:
@@ -201,27 +201,27 @@ def target_id(model: Any, target: Any) -> int:
     if found >= d_vocab:
         raise ValueError(
             f"the target {target!r} is the tokenizer's token {found}, but the model's vocabulary has "
-            f"{d_vocab}: the tokenizer has tokens that the model was not made for"
+            f"{d_vocab} tokens: tokenizer and model do not match"
         )
     return found
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuse what no tokenizer can read.
+    """Check that a text is valid Unicode.
 
     Raises:
-        ValueError: a lone surrogate, which stands for a byte that is no UTF-8.
+        ValueError: a lone surrogate, such as Python puts in place of bytes that are not UTF-8.
     """
     for place, letter in enumerate(text):
         if "\ud800" <= letter <= "\udfff":
             raise ValueError(
-                f"the {what} is not text: character {place} is {letter!a}, half of a pair, as bytes become "
-                "that are not UTF-8: decode them with their own encoding"
+                f"the {what} is not text: character {place} is {letter!a}, a lone surrogate: decode the "
+                "bytes with their own encoding"
             )
 
 
 def vocabulary_hash(tokenizer: Any) -> str | None:
-    """What tells one tokenizer's ids from another's: a hash of its tokens by id; None without a tokenizer."""
+    """A hash of a tokenizer's tokens by id, to compare vocabularies; None without a tokenizer."""
     if tokenizer is None:
         return None
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

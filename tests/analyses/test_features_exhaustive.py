@@ -400,7 +400,7 @@ def test_a_model_without_tokenizer_or_mlps(tmp_path):
     values = reference.by_hand(model, [name])[name][:, [0, 1]].T
     assert result.ids[0, :, 0].tolist() == values.argmax(-1).tolist()
     assert result.strings[str(int(result.ids[0, 0, 0]))] == str(int(result.ids[0, 0, 0]))
-    with pytest.raises(ValueError, match="no tokenizer, so it reads no text"):
+    with pytest.raises(ValueError, match="no tokenizer: pass token ids"):
         search_exhaustive(model, prefix="a")
     with pytest.raises(ValueError, match="this model has no MLPs"):
         search_exhaustive(model, Features(site="post"))

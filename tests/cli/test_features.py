@@ -178,7 +178,7 @@ def test_a_model_without_bos_or_mlps_or_tokenizer_is_told(
     message = "this model has no MLPs, so it has no post to search"
     refused(capsys, ["exhaustive", "--site", "post", "--model", toy], message, monkeypatch, tmp_path)
     text = ["exhaustive", "--prefix", "a", "--model", toy]
-    refused(capsys, text, "this model has no tokenizer, so it reads no text", monkeypatch, tmp_path)
+    refused(capsys, text, "this model has no tokenizer: pass token ids", monkeypatch, tmp_path)
 
 
 def saved(capsys, tmp_path, directory, *arguments):
@@ -405,7 +405,7 @@ def test_a_corpus_that_is_none_is_refused(capsys, tmp_path, directory, corpus):
     for arguments, message in (
         ([directory / "config.json"], "a corpus is a .txt"),
         ([corpus, "--length", 33], "do not fit into the model's context of 32"),
-        ([corpus, "--length", 1], "hold no text beside BOS"),
+        ([corpus, "--length", 1], "have no room for text after BOS"),
     ):
         code, _, err = run(capsys, "features", "examples", *arguments, "--model", directory)
         assert code == 2

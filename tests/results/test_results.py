@@ -621,7 +621,7 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"is no whole \.safetensors file"):
+        with pytest.raises(ValueError, match=r"is not a complete \.safetensors file"):
             load(path)
 
 
@@ -672,10 +672,10 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     code = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
     path.write_bytes(code)
-    with pytest.raises(ValueError, match=r"is no whole \.safetensors file"):
+    with pytest.raises(ValueError, match=r"is not a complete \.safetensors file"):
         load(path)
     torch.save(head_scores().scores, path)
-    with pytest.raises(ValueError, match=r"is no whole \.safetensors file"):
+    with pytest.raises(ValueError, match=r"is not a complete \.safetensors file"):
         load(path)
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
@@ -873,12 +873,12 @@ def test_rank_over_layers_keeps_ties_in_order() -> None:
     assert head_label(*heads[0]) == "L1H1"
 
 
-def test_an_unknown_kind_names_those_there_are() -> None:
+def test_an_unknown_score_is_an_error_that_lists_the_scores() -> None:
     with pytest.raises(
         ValueError, match="kind must be one of induction_score, copying_score, got 'inductoin'"
     ):
         head_scores().mean("inductoin")
     with pytest.raises(ValueError, match="kind must be one of induction_score, got 'copying_score'"):
         head_scores().null("copying_score")
-    with pytest.raises(ValueError, match="kind must be one of none"):
+    with pytest.raises(ValueError, match="this result has no null baselines"):
         dataclasses.replace(head_scores(), nulls={}).null("induction_score")

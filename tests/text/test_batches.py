@@ -23,7 +23,7 @@ BOS = 0
     left=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_every_token_stands_behind_the_tokens_before_it(lengths, n_ctx, with_bos, left, seed):
+def test_every_token_is_read_after_the_tokens_before_it(lengths, n_ctx, with_bos, left, seed):
     draw = torch.Generator().manual_seed(seed)
     width = max(lengths)
     tokens = torch.full((len(lengths), width), 99)
@@ -73,21 +73,21 @@ def test_texts_are_padded_on_the_right(tiny_bos_model):
         (torch.ones(1, 3, dtype=torch.long), [[1, 0, 1]], "row 0 of attention_mask has padding between"),
     ],
 )
-def test_what_is_no_batch_is_refused(tiny_bos_model, prompt, mask, message):
+def test_prompts_and_masks_that_make_no_batch_are_errors(tiny_bos_model, prompt, mask, message):
     mask = None if mask is None else torch.tensor(mask)
     with pytest.raises(ValueError, match=message):
         prompt_batch(tiny_bos_model, prompt, attention_mask=mask)
 
 
 def test_a_list_of_texts_and_ids_is_refused(tiny_bos_model):
-    with pytest.raises(TypeError, match="there is a int: give token ids as a tensor"):
+    with pytest.raises(TypeError, match="got a int: pass token ids as a tensor"):
         prompt_batch(tiny_bos_model, ["ab", 2])
 
 
 @pytest.mark.parametrize(
     "given", [[[5, 6, 7]], np.array([5, 6, 7]), [5, 6, 7], BatchEncoding({"input_ids": [[5, 6, 7]]})]
 )
-def test_ids_come_as_lists_arrays_and_what_a_tokenizer_gives(tiny_bos_model, given):
+def test_ids_may_be_lists_arrays_or_the_output_of_a_tokenizer(tiny_bos_model, given):
     assert prompt_batch(tiny_bos_model, given).tokens.tolist() == [[5, 6, 7]]
     assert prompt_tokens(tiny_bos_model, given).tolist() == [[5, 6, 7]]
 
@@ -100,5 +100,5 @@ def test_a_tokenizers_mask_is_used(tiny_bos_model):
 
 
 def test_rows_of_ids_of_different_lengths_are_refused(tiny_bos_model):
-    with pytest.raises(ValueError, match="pad shorter ones and say so with attention_mask"):
+    with pytest.raises(ValueError, match="mark the padding with attention_mask"):
         prompt_batch(tiny_bos_model, [[1, 2], [3]])

@@ -38,23 +38,23 @@ TEXTS = ["first\ntext\n", "second", "thürd", "fourth"]
 # -- texts -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_in_the_order_of_names(folder: Path) -> None:
+def test_a_folder_is_read_in_the_order_of_names(folder: Path):
     assert list(read_texts(folder)) == TEXTS
     assert list(read_texts(str(folder))) == TEXTS
 
 
-def test_several_paths_texts_and_mappings_may_be_mixed(folder: Path) -> None:
+def test_several_paths_texts_and_mappings_may_be_mixed(folder: Path):
     source = [folder / "d.jsonl.gz", "a text", {"text": "of a data set", "id": 3}, folder / "a.txt"]
     assert list(read_texts(source)) == ["fourth", "a text", "of a data set", TEXTS[0]]
 
 
-def test_a_long_text_comes_back_whole() -> None:
+def test_a_long_text_comes_back_whole():
     text = "".join(f"line {number}, which is as long as the others\n" for number in range(2000)) + "the end"
     assert len(text) > 3 * PIECE
     assert list(read_texts([text, "\n" * 20000 + "x"])) == [text, "\n" * 20000 + "x"]
 
 
-def test_an_iterable_is_read_as_far_as_asked_for() -> None:
+def test_an_iterable_is_read_as_far_as_asked_for():
     asked = []
 
     def texts():
@@ -80,63 +80,63 @@ def test_an_iterable_is_read_as_far_as_asked_for() -> None:
         ("a.jsonl", b'{"text": "x"}\n{"te\n', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl.gz", b"no archive", r"a\.jsonl\.gz cannot be read"),
         ("a.txt", b"\xff\xfe\xff", r"a\.txt cannot be read as UTF-8"),
-        ("a.txt", b" \n", r"there is no text in .*a\.txt"),
+        ("a.txt", b" \n", r"no text found in .*a\.txt"),
         ("a.csv", b"x", r"a corpus is a \.txt, \.jsonl, \.jsonl\.gz file or a folder"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(read_texts(tmp_path / name))
 
 
-def test_a_bad_source_says_what_is_needed(tmp_path: Path, folder: Path) -> None:
+def test_errors_of_a_corpus_say_what_is_needed(tmp_path: Path, folder: Path):
     with pytest.raises(FileNotFoundError, match=r"no such corpus: .*absent"):
         read_texts(tmp_path / "absent.txt")
     with pytest.raises(FileNotFoundError, match="absent"):
         read_texts(["a text", tmp_path / "absent.txt"])
-    with pytest.raises(ValueError, match=r"'The cat sat\.' is no file or folder.*give it in a list"):
+    with pytest.raises(ValueError, match=r"'The cat sat\.' is not a file or folder; give a text in a list"):
         read_texts("The cat sat.")
-    with pytest.raises(ValueError, match=r"is the name of a file.*give it as a Path"):
+    with pytest.raises(ValueError, match=r"is the name of a file.*pass it as a Path"):
         list(read_texts([str(folder / "a.txt")]))
-    with pytest.raises(ValueError, match="this is a dict with train, test: give one of its entries"):
+    with pytest.raises(ValueError, match="got a dict with train, test: give one of its entries"):
         read_texts({"train": ["x"], "test": ["y"]})
     with pytest.raises(ValueError, match="entry 1 is a int, not a text"):
         list(read_texts(["x", 3]))
-    with pytest.raises(ValueError, match="there is no text in this corpus"):
+    with pytest.raises(ValueError, match="no text found in this corpus"):
         list(read_texts(["", " "]))
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no \.txt"):
+    with pytest.raises(ValueError, match=r"empty has no \.txt"):
         read_texts(empty)
 
 
 # -- windows ---------------------------------------------------------------------------------------
 
 
-def test_half_a_pair_in_a_corpus_is_told(tiny_bos_model) -> None:
+def test_a_lone_surrogate_in_a_corpus_is_an_error(tiny_bos_model):
     with pytest.raises(ValueError, match=r"the corpus is not text: character 2 is '\\udcff'"):
         list(token_windows(tiny_bos_model, ["ab\udcff"], length=4))
 
 
-def test_windows_of_known_texts(tiny_bos_model) -> None:
+def test_windows_of_known_texts(tiny_bos_model):
     windows = token_windows(tiny_bos_model, ["abc", "defgh", "ij"], length=4)
-    # between documents stands the EOS, which is the BOS here: no window begins with two of them
+    # the EOS separates documents, which is the BOS here: no window begins with two of them
     expected = [[BOS, *ids("abc")], [BOS, *ids("def")], [BOS, *ids("gh"), BOS], [BOS, *ids("ij"), BOS]]
     assert [window.tolist() for window in windows] == expected
 
 
-def test_the_last_window_is_kept_if_asked_for(tiny_bos_model) -> None:
+def test_the_last_window_is_kept_with_drop_last_false(tiny_bos_model):
     windows = token_windows(tiny_bos_model, ["abcde"], length=4, drop_last=False)
     assert [window.tolist() for window in windows] == [[BOS, *ids("abc")], [BOS, *ids("de"), BOS]]
 
 
-def test_windows_without_bos_and_a_limit(tiny_bos_model) -> None:
+def test_windows_without_bos_and_a_limit(tiny_bos_model):
     windows = token_windows(tiny_bos_model, ["abcdefgh"], length=3, prepend_bos=False, limit=2)
     assert [window.tolist() for window in windows] == [ids("abc"), ids("def")]
 
 
-def test_a_model_without_bos_has_windows_of_text_alone(tiny_directories) -> None:
+def test_a_model_without_bos_has_windows_of_text_alone(tiny_directories):
     from mechlens.models.load.loading import load_model
 
     model = load_model(tiny_directories / "qwen2")
@@ -146,7 +146,7 @@ def test_a_model_without_bos_has_windows_of_text_alone(tiny_directories) -> None
     assert windows[0].tolist() == first
 
 
-def test_every_token_of_a_long_text_is_in_one_window(bundled) -> None:
+def test_every_token_of_a_long_text_is_in_one_window(bundled):
     text = "".join(f"Line {number}: it was a dark and stormy night.\n" for number in range(1500))
     assert len(text) > 3 * PIECE
     windows = list(token_windows(bundled, [text], drop_last=False))
@@ -158,7 +158,7 @@ def test_every_token_of_a_long_text_is_in_one_window(bundled) -> None:
     assert bundled.tokenizer.decode(joined[:-1]) == text
 
 
-def test_a_stream_without_end_is_cut_as_far_as_asked_for(tiny_bos_model) -> None:
+def test_an_endless_stream_is_read_no_further_than_needed(tiny_bos_model):
     def forever():
         while True:
             yield "abcdef"
@@ -169,7 +169,7 @@ def test_a_stream_without_end_is_cut_as_far_as_asked_for(tiny_bos_model) -> None
     assert len(list(token_windows(tiny_bos_model, forever(), length=5, limit=1000))) == 1000
 
 
-def test_token_ids_are_windows_as_they_are(tiny_bos_model) -> None:
+def test_token_ids_are_windows_as_they_are(tiny_bos_model):
     rows = torch.arange(12).view(3, 4)
     assert torch.equal(torch.stack(list(token_windows(tiny_bos_model, rows))), rows)
     assert len(list(token_windows(tiny_bos_model, rows, length=4, limit=2))) == 2
@@ -178,22 +178,22 @@ def test_token_ids_are_windows_as_they_are(tiny_bos_model) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (["abc"], {"length": 1}, "hold no text beside BOS: length must be at least 2"),
+        (["abc"], {"length": 1}, "have no room for text after BOS: length must be at least 2"),
         (["abc"], {"length": 33}, "windows of 33 tokens do not fit into the model's context of 32"),
         (["abc"], {"limit": 0}, "limit must be at least 1"),
-        (torch.zeros(2, 4, dtype=torch.long), {"length": 3}, "4 tokens long, but windows of 3 are asked for"),
+        (torch.zeros(2, 4, dtype=torch.long), {"length": 3}, "4 tokens long, which does not match length=3"),
         (torch.zeros(2, 33, dtype=torch.long), {}, "rows of 33 tokens do not fit"),
         (torch.full((2, 4), 64), {}, "token id 64 is not in the model's vocabulary of 64"),
         (torch.zeros(0, 4, dtype=torch.long), {}, "at least one token"),
-        ("absent", {}, "is no file or folder"),
+        ("absent", {}, "is not a file or folder"),
     ],
 )
-def test_errors_come_before_anything_is_read(tiny_bos_model, source, options, message) -> None:
+def test_errors_come_before_anything_is_read(tiny_bos_model, source, options, message):
     with pytest.raises(ValueError, match=message):
         token_windows(tiny_bos_model, source, **options)
 
 
-def test_no_tokenizer_reads_no_text(fixed_distance_model) -> None:
+def test_a_model_without_tokenizer_reads_ids_but_no_text(fixed_distance_model):
     model, _ = fixed_distance_model
     with pytest.raises(ValueError, match=r"no tokenizer.*pass token ids"):
         token_windows(model, ["abc"])
@@ -202,7 +202,7 @@ def test_no_tokenizer_reads_no_text(fixed_distance_model) -> None:
 
 
 @needs_shared
-def test_books(bundled) -> None:
+def test_windows_of_the_books_begin_with_their_first_document(bundled):
     path = SHARED / "corpus" / "books-validation.jsonl.gz"
     first = next(read_texts(path))
     windows = list(token_windows(bundled, path, length=64, limit=20))

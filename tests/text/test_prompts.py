@@ -81,13 +81,13 @@ def test_jitter_puts_a_varying_number_of_tokens_between_the_copies():
     assert gaps == {0, 1, 2, 3}
 
 
-def test_four_copies():
+def test_four_copies_are_equal():
     random = repeated_tokens(model(n_ctx=101), seq_len=25, copies=4, batch=2)
     assert random.starts.tolist() == [[1, 26, 51, 76]] * 2
     assert torch.equal(random.tokens[:, 1:26], random.tokens[:, 76:101])
 
 
-def test_a_model_without_bos_is_handled_and_says_so():
+def test_a_model_without_bos_warns_and_draws_without_it():
     with pytest.warns(UserWarning, match="no BOS token: its sequences begin with an ordinary token"):
         random = repeated_tokens(model(bos=None), seq_len=4)
     assert not random.prepend_bos
@@ -107,10 +107,10 @@ def test_a_model_without_bos_is_handled_and_says_so():
         ({"seq_len": 20, "jitter": 64}, "no seq_len fits"),
         ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"jitter": 2, "copies": 3, "seq_len": 3}, "with 2 copies; it is 2 with 3"),
+        ({"jitter": 2, "copies": 3, "seq_len": 3}, "needs 2 copies, got jitter 2 with 3 copies"),
     ],
 )
-def test_sizes_that_do_not_fit(options, message):
+def test_sizes_that_do_not_fit_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         repeated_tokens(model(), **options)
 
@@ -119,7 +119,7 @@ def test_the_largest_sequence_that_fits_fits():
     assert repeated_tokens(model(), seq_len=31).tokens.shape[1] == 63
 
 
-def test_text_and_its_errors():
+def test_a_text_becomes_one_row_that_fits_the_context():
     assert text_tokens(model(), "abc").tolist() == [[0, 2, 3, 4]]
     assert text_tokens(model(), "abc", prepend_bos=False).tolist() == [[2, 3, 4]]
     with pytest.raises(ValueError, match="the text is empty"):
@@ -127,7 +127,7 @@ def test_text_and_its_errors():
     with pytest.raises(ValueError, match="65 tokens, but the model's context is 64"):
         text_tokens(model(), "a" * 64)
     bare = SimpleNamespace(cfg=SimpleNamespace(n_ctx=8, d_vocab=4), tokenizer=None)
-    with pytest.raises(ValueError, match="has no tokenizer, so it reads no text"):
+    with pytest.raises(ValueError, match="has no tokenizer: pass token ids"):
         text_tokens(bare, "a")
     with pytest.raises(ValueError, match="none to draw"):
         drawable_tokens(Letters(2), d_vocab=24)
@@ -199,24 +199,26 @@ def test_a_template_without_bos_gets_none(chatting):
 @pytest.mark.parametrize(
     ("template", "messages", "error", "message"),
     [
-        (None, MESSAGES, ValueError, "no chat template, so it knows no roles: give the prompt as text"),
-        (TEMPLATE, [], TypeError, "messages are a list of {'role'"),
-        (TEMPLATE, [{"content": "a"}], TypeError, "messages are a list of {'role'"),
-        (TEMPLATE, [{"role": "user"}], TypeError, "messages are a list of {'role'"),
+        (None, MESSAGES, ValueError, "no chat template: pass the prompt as text"),
+        (TEMPLATE, [], TypeError, "messages must be a list of {'role'"),
+        (TEMPLATE, [{"content": "a"}], TypeError, "messages must be a list of {'role'"),
+        (TEMPLATE, [{"role": "user"}], TypeError, "messages must be a list of {'role'"),
         (TEMPLATE, "abc" * 10, ValueError, "the conversation has 44 tokens, but the model's context is 32"),
         (TEMPLATE, "a\udcff", ValueError, "the message of the user is not text"),
         ("{{ raise_exception('roles alternate') }}", MESSAGES, ValueError, "these messages: roles alternate"),
     ],
 )
-def test_a_conversation_that_is_none_is_refused(chatting, template, messages, error, message):
+def test_wrong_messages_are_errors(chatting, template, messages, error, message):
     chatting.tokenizer.chat_template = template
     with pytest.raises(error, match=message):
         chat_tokens(chatting, messages)
 
 
 @pytest.mark.parametrize("read", [prompt_tokens, prompt_batch])
-def test_messages_as_a_prompt_are_told_the_way(chatting, read):
-    with pytest.raises(TypeError, match=r"these are messages: chat_tokens\(model, messages\) makes"):
+def test_messages_as_a_prompt_point_to_chat_tokens(chatting, read):
+    with pytest.raises(
+        TypeError, match=r"these are messages: turn them into a prompt with chat_tokens\(model, messages\)"
+    ):
         read(chatting, MESSAGES)
 
 

@@ -39,7 +39,7 @@ def test_a_leading_space_makes_another_token(stories260k, text):
     assert piece == text.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
 
 
-def test_a_target_of_several_tokens_says_which_and_what_may_be_meant(bundled):
+def test_a_target_of_several_tokens_shows_them_and_suggests_another(bundled):
     with pytest.raises(ValueError, match=r"the target 'xqz' is \d tokens, not one: \["):
         target_id(bundled, "xqz")
     ids = {label: token for token, label in enumerate(all_labels(bundled))}
@@ -49,6 +49,6 @@ def test_a_target_of_several_tokens_says_which_and_what_may_be_meant(bundled):
         target_id(bundled, one[1:])
 
 
-def test_a_lone_surrogate_is_no_text(tiny_directories):
+def test_a_lone_surrogate_is_an_error(tiny_directories):
     with pytest.raises(ValueError, match=r"the target is not text: character 1 is '\\udcff'"):
         target_id(load_model(tiny_directories / "gpt2"), "a\udcff")
