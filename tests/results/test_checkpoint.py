@@ -69,7 +69,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     squares(file, arguments={"seed": 3, "rate": float(np.float32(0.1)), "which": [1, 2]})
     with pytest.raises(ValueError, match="begun with seed 3, not "):
         squares(file, arguments=given | {"seed": np.int64(5)})
-    with pytest.raises(TypeError, match="tensors, numbers and texts, but here is a set"):
+    with pytest.raises(TypeError, match="only tensors, numbers and texts can be saved, got a set"):
         squares(tmp_path / "other.safetensors", arguments={"which": {1}})
 
 
