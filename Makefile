@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 # A worker for each core, up to four; ARGS="-n 0" runs the tests in one process.
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
 # What no engine has a part in: it is tested once, by `make test`.
-NO_ENGINE := tests/plots tests/terminal $(filter-out %/test_weights.py,$(wildcard tests/measures/test_*.py)) \
+NO_ENGINE := tests/plots $(filter-out %/test_weights.py,$(wildcard tests/measures/test_*.py)) \
 	tests/show tests/results tests/cli/test_output.py tests/cli/test_start.py tests/text/test_corpus.py \
 	$(foreach name,files progress public_names training docs,tests/test_$(name).py)
 ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=default

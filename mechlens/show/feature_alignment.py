@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import mechlens
 from mechlens.results import FeatureAlignment, Share
 from mechlens.results.feature_alignment import contrast_words, index_shares, left_out_words, result_names
 from mechlens.results.features import feature_noun, place_words
 from mechlens.show.features import feature_terms, paragraphs
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, drawn
 from mechlens.text.display import count
 
 _TERMS = {
@@ -58,7 +56,7 @@ def feature_alignment_section(
             "Features with the same best token, mean over pairs of layers",
         ),
         Figure(
-            partial(mechlens.plot_feature_alignment, *results, names=called),
+            drawn("plot_feature_alignment", *results, names=called),
             "Share of features with the same best token in two layers, from 0 (light) to 1 (dark). Layer 0 "
             f"is at the bottom left{gray}. Hover for intervals and chance.",
             f"Heatmaps of the share of features with the same best token, by two layers. Mean: {means}.",
@@ -74,8 +72,8 @@ def feature_alignment_section(
                 f"The {tops} best tokens that are the same, mean over pairs of layers",
             ),
             Figure(
-                partial(
-                    mechlens.plot_feature_alignment,
+                drawn(
+                    "plot_feature_alignment",
                     *(each for _, each in several),
                     names=kept,
                     what="overlap",

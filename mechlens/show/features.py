@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TypeVar
 
-import mechlens
 from mechlens.results import ExhaustiveSearch, FeatureExamples, GradientSearch, GreedySearch
 from mechlens.results.features import NO_TOKEN, place_words
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, drawn
 from mechlens.text.display import count
 
 Search = TypeVar("Search", GreedySearch, GradientSearch)
@@ -89,7 +87,7 @@ def exhaustive_search_section(
         paragraphs(text, " ".join(filter(None, said))),
         [
             Figure(
-                partial(mechlens.plot_feature_tokens, result, layers=layers, features=features),
+                drawn("plot_feature_tokens", result, layers=layers, features=features),
                 f"The maximally activating token of each {noun}{darker}. Layer 0 is at the bottom. Hover for "
                 "the next best tokens and their activations.",
                 f"Best tokens by layer and {noun}. {'; '.join(named)}.",
@@ -190,7 +188,7 @@ def feature_examples_section(
     shown = table[[place in set(places) for place in zip(table["layer"], table["feature"], strict=True)]]
     figures = [
         Figure(
-            partial(mechlens.plot_feature_examples, result, layer, feature),
+            drawn("plot_feature_examples", result, layer, feature),
             f"{noun.capitalize()} {feature} of {place_words(result.site, layer)}: windows with the largest "
             "activation first. Each token is shaded by its activation, blue above 0 and red below, on one "
             "scale. Hover for numbers.",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import mechlens
 from mechlens.results import Facts, IndirectObject
 from mechlens.results.columns import Column
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, drawn
 from mechlens.text.display import count, number
 
 _TERMS = {
@@ -50,7 +47,7 @@ def facts_section(
         ),
         (
             Figure(
-                partial(mechlens.plot_facts, result),
+                drawn("plot_facts", result),
                 "Share of facts whose answer is the top-1 prediction or in the top 10, and its mean "
                 "probability, after each layer; dotted, the same for wrong answers.",
                 said,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-import mechlens
 from mechlens.results import GradientSearch
 from mechlens.results.gradient_search import ACTIVATING
 from mechlens.show.features import differing, feature_terms, paragraphs, some
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, drawn
 from mechlens.text.display import count, number
 
 _TERMS = {
@@ -100,7 +98,7 @@ def gradient_search_section(
                 "The best tokens by each decoding",
             ),
             Figure(
-                partial(mechlens.plot_gradient_search, first),
+                drawn("plot_gradient_search", first),
                 "Each line is a restart; the strong one found the best tokens. Marks to the right are the "
                 "decoded tokens, when run."
                 + (" Dashed: the largest activation of all tokens." if first.optimum is not None else ""),

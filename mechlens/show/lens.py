@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import mechlens
 from mechlens.errors import ArgumentError
 from mechlens.results import LogitLensResult, VectorLens
 from mechlens.results.lens_statistics import LensStatistic, check_statistics, lens_statistic
-from mechlens.show.section import Cell, Figure, Section, Table
+from mechlens.show.section import Cell, Figure, Section, Table, drawn
 from mechlens.text.display import visible_token
 
 MAX_POSITIONS = 64
@@ -194,7 +193,7 @@ def _heatmaps(
         where = f", part {at + 1} of {count}" if count > 1 else ""
         parts.append(
             Figure(
-                partial(mechlens.plot_logit_lens, result, stat, row=row, positions=some, high=bound),
+                drawn("plot_logit_lens", result, stat, row=row, positions=some, high=bound),
                 f"Top guess of each {result.unit} after each token{where}; the darker, the higher the "
                 f"{statistic.title}. Hover over a cell for the most likely tokens.",
                 f"Heatmap of top guesses by {result.unit} and position{where}, colored by the "

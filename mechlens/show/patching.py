@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import mechlens
 from mechlens.errors import ArgumentError
 from mechlens.results import AttributionPatchResult, PatchGridResult
 from mechlens.results.patching import EFFECT, RECOVERED
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, drawn
 from mechlens.text.display import number
 
 _TERMS = {
@@ -46,13 +43,13 @@ def patching_section(
     named = ", ".join(f"{row['cell']} {number(row['effect'])}" for row in best[:5])
     unit = f" in {result.unit}" if result.unit else ""
     what = f"change of the {result.about_metric}{unit}"
-    drawn = f" Drawn is head {head}, which has the largest effect." if head is not None else ""
+    shown = f" Drawn is head {head}, which has the largest effect." if head is not None else ""
     at_positions, several = "pos" in result.axes, len(result.tokens) > 1
     pictures = [
         Figure(
-            partial(mechlens.plot_patch_grid, result, head=head),
+            drawn("plot_patch_grid", result, head=head),
             f"The {what} by each patch of {result.site} ({result.put_there}): blue raises it, orange lowers "
-            f"it. Hover for numbers.{drawn}",
+            f"it. Hover for numbers.{shown}",
             f"The {what} by {' and '.join(result.axes)}. Largest: {named}.",
             keeps_width=at_positions,
             wide=at_positions,
@@ -61,7 +58,7 @@ def patching_section(
     if result.has_recovered:
         pictures.append(
             Figure(
-                partial(mechlens.plot_patch_grid, result, value="recovered", head=head),
+                drawn("plot_patch_grid", result, value="recovered", head=head),
                 "The same as a share of the difference between the two runs: 1 is all of it.",
                 f"Share of the way to the other run by {' and '.join(result.axes)}.",
                 keeps_width=at_positions,
@@ -72,7 +69,7 @@ def patching_section(
         errors = ", with standard errors over prompts" if several else ""
         pictures.append(
             Figure(
-                partial(mechlens.plot_head_effects, result, top=top),
+                drawn("plot_head_effects", result, top=top),
                 f"The heads with the largest effects{errors}.",
                 f"Largest effects: {named}.",
                 wide=False,

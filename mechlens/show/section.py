@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import mechlens
 from mechlens.results.columns import Column, column
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Figure:
     """A picture of a section: a plotly figure or a circuitsvis view."""
 
     draw: Callable[[], Any] | Any
-    """Draws it. A terminal never calls this, so it never loads plotly."""
+    """The drawn figure, or what draws it. A terminal never calls this, so it never loads plotly."""
     caption: str
     """How to read the figure, and its unit."""
     description: str = ""
@@ -86,6 +87,11 @@ class Figure:
     def figure(self) -> Any:
         """The picture, drawn."""
         return self.draw() if callable(self.draw) else self.draw
+
+
+def drawn(name: str, *given: Any, **options: Any) -> Callable[[], Any]:
+    """What draws a `Figure` by a public function of mechlens, which loads plotly no earlier."""
+    return lambda: getattr(mechlens, name)(*given, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mechlens
 from mechlens.results import LogitLensResult
-from mechlens.show.section import Figure, Section
+from mechlens.show.section import Figure, Section, drawn
 
 if TYPE_CHECKING:
     from mechlens.studies.logit_lens import LensStudy
@@ -24,7 +23,7 @@ _TOP = "The top-1 prediction of each layer at each position of an abstract"
 def lens_sections(study: LensStudy) -> list[Section]:
     """The post's figures, and how much logits vary over layers."""
     variance = Figure(
-        partial(mechlens.plot_logit_variance, study.variance),
+        drawn("plot_logit_variance", study.variance),
         "How much logits vary over layers, by the final probability of the tokens.",
         keeps_width=True,
     )
@@ -145,13 +144,11 @@ def _copying(copying: LogitLensResult) -> Section:
 
 
 def _lens(result: LogitLensResult, stat: str, caption: str, **options: Any) -> Figure:
-    return Figure(partial(mechlens.plot_logit_lens, result, stat, **options), caption, keeps_width=True)
+    return Figure(drawn("plot_logit_lens", result, stat, **options), caption, keeps_width=True)
 
 
 def _lines(result: LogitLensResult, stats: Sequence[str], positions: list[int], caption: str) -> Figure:
-    return Figure(
-        partial(mechlens.plot_lens_lines, result, stats, positions=positions), caption, keeps_width=True
-    )
+    return Figure(drawn("plot_lens_lines", result, stats, positions=positions), caption, keeps_width=True)
 
 
 def _stretch(last: int) -> list[int]:

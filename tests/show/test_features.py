@@ -206,7 +206,7 @@ def test_examples_show_their_windows_and_where_the_peaks_are():
     assert table.rows[1] == [1, 2, 2, 3, 1, 1.5, "<s>«·a»⏎"]
     assert made.text == (
         "The windows with the largest activations among 9 windows of 3 tokens, each with BOS first. Shown: 1 "
-        "of 4 features."
+        "of 2 features."
     )
     with pytest.raises(ValueError, match=r"at least one \(layer, feature\)"):
         feature_examples_section(examples(), places=[])

@@ -85,12 +85,15 @@ def test_options_of_a_section_are_those_of_its_result():
         section(hand_made.attention_spread(), rows=3)
 
 
-def test_showing_a_result_in_a_terminal_loads_no_plotly():
+def test_sections_in_a_terminal_load_no_plotly():
     code = (
-        "import sys, torch, mechlens\n"
-        "from tests import hand_made\n"
+        "import sys, mechlens\n"
         "from mechlens.show.terminal import print_section\n"
-        "print_section(mechlens.section(hand_made.attention_spread()))\n"
+        "from tests.results.test_results import RESULTS\n"
+        "made = [make() for make in RESULTS.values()]\n"
+        "made = [each for each in made if type(each).__name__ in mechlens.__all__]\n"
+        "for each in made:\n"
+        "    if not isinstance(each, mechlens.InductionCircuits): print_section(mechlens.section(each))\n"
         "assert 'plotly' not in sys.modules"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
