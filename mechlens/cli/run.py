@@ -115,7 +115,7 @@ class Run:
             from mechlens.show.terminal import print_section
 
             for each in made():
-                print_section(each)
+                print_section(each, of=results[0].model.name)
 
         def as_object() -> Any:
             found = [each.to_json() for each in results]

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from mechlens.results import Comparison
 
 
-def print_section(section: Section) -> None:
-    """Print a section's title, its text, and those of its tables that a terminal shows."""
+def print_section(section: Section, *, of: str = "") -> None:
+    """Print a section's title, its text, and those of its tables that a terminal shows.
+
+    Args:
+        of: the model's name, for the title.
+    """
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(section.title, style="bold"), soft_wrap=True)
+    console.print(Text(f"{section.title} ({of})" if of else section.title, style="bold"), soft_wrap=True)
     for paragraph in filter(None, section.text.split("\n\n")):
         console.print(Text(" ".join(paragraph.split())), soft_wrap=not console.is_terminal)
     for table in section.tables("terminal"):

@@ -36,7 +36,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
 
 BEFORE_LOADING = [
     (["circuit"], "Missing argument"),
-    (["circuit", "5-5"], "a head is written L5H5, 5.5 or (5, 5), but this is '5-5'"),
+    (["circuit", "5-5"], "a head is written L5H5, 5.5 or (5, 5), got '5-5'"),
     (["circuit", "1.2", "3.5", "--kind", "both"], "--kind must be one of ov, qk, k, q, v, got 'both'"),
     (["circuit", "1.2", "--kind", "k"], "--kind k takes an earlier and a later head, got 1"),
     (["circuit", "1.2", "3.5", "--kind", "qk"], "--kind qk takes one head, got 2"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import mechlens
 from mechlens.cli import commands, main, options
 from mechlens.results import load
 from tests.cli.test_cli import run
@@ -175,7 +176,7 @@ def test_a_page_and_a_whole_result_are_kept_as_well(
     if ending == ".html":
         assert "Plotly.newPlot" in kept.read_text()
     else:
-        assert load(kept).to_dataframe()["score"].max() == json.loads(printed)["pairs"][0]["score"]
+        assert load(kept).to_dataframe()["score"].max() == json.loads(printed)["rows"][0]["score"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX's")
@@ -214,7 +215,7 @@ def test_on_a_full_disk_what_was_found_is_printed_even_if_quiet(
     said = f"cannot write {out}: File too large; saving it in {temporary} failed, too"
     assert err.splitlines()[-1] == f"mechlens: {said}"
     assert code == 1
-    assert {"composition": "of gpt2", "reproduce": "Nothing is published"}[command] in printed
+    assert {"composition": "(gpt2)", "reproduce": "Nothing is published"}[command] in printed
     assert list(temporary.iterdir()) == []
     assert {each.name for each in tmp_path.iterdir()} <= {"x"}
 
@@ -225,15 +226,13 @@ FEW = {"composition": ["--draws", "2"], "reproduce": ["--n-seeds", "1", *SMALL]}
 def test_a_result_that_cannot_be_drawn_is_printed_and_the_reason_said(
     capsys, monkeypatch, tmp_path, temporary
 ):
-    from mechlens import show
-
     def refuse(*given, **more):
         raise ValueError("these scores cannot be drawn")
 
-    monkeypatch.setattr(show, "composition_section", refuse)
+    monkeypatch.setattr(mechlens, "plot_composition_scores", refuse, raising=False)
     code, printed, err = run(capsys, "composition", "--out", tmp_path / "x.html")
     assert (code, err) == (2, "mechlens: these scores cannot be drawn\n")
-    assert "K-composition of mechlens-books" in printed
+    assert "K-composition of heads (mechlens-books)" in printed
     assert list(temporary.iterdir()) == []
 
 
@@ -245,7 +244,7 @@ def test_what_was_written_is_said_beside_json_and_csv_not_in_them(capsys, tmp_pa
     assert out == path.read_text()
     code, out, err = run(capsys, "lens", "abc", *model, "--json", "--out", path)
     assert (code, err) == (0, f"mechlens: wrote {path}\n")
-    assert json.loads(out)["component"] == "resid_post"
+    assert json.loads(out)["read"] == "resid_post"
     assert run(capsys, "lens", "abc", *model, "--quiet", "--out", path) == (0, "", "")
 
 
@@ -347,7 +346,7 @@ def test_every_command_survives_every_encoding(in_encoding, encoding, n_runs):
 
     # frames are drawn in another way
     whole = [line for line in everything if not set(line) & set(FRAMES)]
-    assert any("東京" in line for line in whole)
+    assert any("東京" in line for line in everything)
     assert [line for line in in_this(whole) if line not in out] == []
     assert err == in_this(complaints)
     assert len(err) >= len(WRONG)
