@@ -71,7 +71,5 @@ def test_progress_is_automatic_by_default_in_every_function():
             parameter = inspect.signature(function).parameters.get("progress")
             if parameter is not None:
                 seen[name] = parameter.default
-    assert {"logit_lens", "score_heads", "ablate_heads", "find_induction_circuits", "sample_tokens"} <= set(
-        seen
-    )
+    assert {"score_heads", "ablate_heads", "find_induction_circuits", "sample_tokens"} <= set(seen)
     assert set(seen.values()) == {None}

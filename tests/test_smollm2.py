@@ -14,7 +14,7 @@ from mechlens.models.load import gguf, hub
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from mechlens.studies.circuits import study_induction_circuits
-from mechlens.studies.claims import MIN_DRAWS, Claim, Measured
+from mechlens.studies.claims import MIN_DRAWS, Claim, Measured, Study
 from mechlens.studies.facts import study_facts
 from mechlens.studies.indirect_object import indirect_object
 from mechlens.studies.published import figures_of
@@ -97,9 +97,9 @@ def test_predictions_are_hugging_faces_own_of_the_same_file(hugging_faces, backe
 
 @pytest.mark.parametrize(("prepend_bos", "probability"), [(True, 0.435), (False, 0.655)])
 def test_it_knows_where_the_eiffel_tower_is(load_once, prepend_bos, probability):
-    lens = mechlens.logit_lens(
-        load_once(NAME), "The Eiffel Tower is in the city of", targets=[" Paris"], prepend_bos=prepend_bos
-    )
+    model = load_once(NAME)
+    prompt = mechlens.prompt_batch(model, "The Eiffel Tower is in the city of", prepend_bos=prepend_bos)
+    lens = mechlens.logit_lens(model, prompt, targets=[" Paris"])
     ranks = lens.rank[" Paris"][:, 0, -1].tolist()
     assert ranks[-1] == 1
     # it shows in the last layers only
@@ -181,7 +181,7 @@ def test_it_gives_the_drink_to_the_indirect_object(smollm2):
     assert (task.logit_diff > 0).float().mean() == pytest.approx(by_name["right"].value, abs=0.05)
     drawn, figure = Measured(float(task.logit_diff.mean()), samples=task.logit_diff), by_name["logit_diff"]
     claim = Claim("logit difference", figure.value, figure.source, lambda _: drawn, draws=figure.sequences)
-    assert claim.compare(None).verdict == "reproduced"
+    assert claim.compare(Study(())).verdict == "reproduced"
     # of names that are not there it has no opinion
     assert abs(float(task.null.mean())) < 0.3 * float(task.logit_diff.mean())
 

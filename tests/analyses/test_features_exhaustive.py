@@ -175,12 +175,12 @@ def test_where_the_short_way_is_wrong_whole_runs_are_made(prefix, loaded, monkey
     def wrong(model, layer):
         return torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH)
 
-    def wrong_past(model, tokens):
-        return runs_of_old(model, tokens + 1)
+    def wrong_past(model, tokens, **options):
+        return right_past(model, tokens + 1, **options)
 
-    runs_of_old = runs.clean_run
+    right_past = runs.CleanRun.of
     monkeypatch.setattr(runs, "_attention_of_one", wrong)
-    monkeypatch.setattr(runs, "clean_run", wrong_past)
+    monkeypatch.setattr(runs.CleanRun, "of", wrong_past)
     found = search_exhaustive(model, prefix=prefix)
     assert torch.equal(found.ids, right.ids)
     torch.testing.assert_close(found.activations, right.activations, **CLOSE)

@@ -8,6 +8,7 @@ import torch
 from mechlens.analyses.input_probe import probe_input
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.load.loading import load_model
+from mechlens.models.weights.access import direct_unembedding
 from mechlens.results import InputProbe
 from mechlens.text.corpus import token_windows
 from mechlens.text.tokens import own_bos_token_id

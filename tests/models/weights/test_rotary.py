@@ -167,7 +167,7 @@ def test_rotations_add_up(tiny_directories):
 @pytest.mark.parametrize("distance", [-1, 32])
 def test_distances_that_the_context_does_not_hold(tiny_directories, distance):
     model = load_model(tiny_directories / "llama")
-    with pytest.raises(ValueError, match=f"0 to 31 in this model's context, but it is {distance}"):
+    with pytest.raises(ValueError, match=f"between 0 and 31, .* got {distance}"):
         rotation(model, 0, distance)
 
 
@@ -177,5 +177,5 @@ def test_attention_scales(tiny_directories):
         assert not is_rotary(model)
         # a difference of float32 logarithms
         assert attention_scale(model, 1) == pytest.approx(scale, abs=2e-6)
-    with pytest.raises(ValueError, match="attention in layer 1 depends on more than its queries and keys"):
+    with pytest.raises(ValueError, match="attention in layer 1 depends on more than queries and keys"):
         attention_scale(load_model(tiny_directories / "llama"), 1)
