@@ -25,7 +25,10 @@ def print_section(section: Section, *, of: str = "") -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(Text(f"{section.title} ({of})" if of else section.title, style="bold"), soft_wrap=True)
+    console.print(
+        Text(f"{section.title} ({of})" if of and of not in section.title else section.title, style="bold"),
+        soft_wrap=True,
+    )
     for paragraph in filter(None, section.text.split("\n\n")):
         console.print(Text(" ".join(paragraph.split())), soft_wrap=not console.is_terminal)
     for table in section.tables("terminal"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mechlens.models.protocol import describe
+
 
 def residuals(model, tokens, keep):
     """By row, the residual stream of the kept positions, in float64."""
@@ -18,7 +20,11 @@ def unembedding(model):
     """`W_U` with the last norm's scale, and for LayerNorm its centering; `[d_vocab, d_model]`, float64."""
     W_U = model.W_U.detach().double()
     if getattr(model.ln_final, "w", None) is not None:
-        W_U = model.ln_final.w.detach().double()[:, None] * W_U
+        scale = model.ln_final.w.detach().double()
+        # Gemma's norm multiplies by 1 + weight; HookedTransformer adds the 1 when it loads, a bridge does not
+        if type(model).__name__ == "TransformerBridge" and "Gemma" in describe(model).architecture:
+            scale = 1 + scale
+        W_U = scale[:, None] * W_U
     return (W_U - W_U.mean(0) if model.cfg.normalization_type.startswith("LN") else W_U).T
 
 

@@ -50,7 +50,7 @@ def test_adjacent_dimensions_of_a_part(tmp_path):
     assert is_rotary(model)
     if engine_of(model) == "TransformerBridge":
         # it leaves this attention to the model that it wraps, and shows no tables
-        with pytest.raises(ValueError, match=r"how this model rotates .* cannot be found out .*hook_cos"):
+        with pytest.raises(ValueError, match=r"cannot determine how this model rotates .*hook_cos"):
             rotation(model, 1, 3)
         return
     for distance in (0, 1, 5, 31):
@@ -124,7 +124,7 @@ def test_a_rotation_that_no_pairing_gives_is_refused(tmp_path):
         # not by a hook, because hooks of the user's are taken away
         point = model.hook_dict["blocks.1.attn.hook_sin"]
         point.forward = lambda sin: -sin if sin.shape[1] < 10 else sin
-        with pytest.raises(ValueError, match="its scores are none that a rotation of pairs"):
+        with pytest.raises(ValueError, match="no rotation of pairs of dimensions gives its scores"):
             rotation(model, 1, 9)
         del point.forward
         assert len(rotation(model, 1, 9)) == 128
