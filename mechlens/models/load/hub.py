@@ -205,11 +205,12 @@ def _in_cache(name: str, revision: str | None) -> Path:
 
 def cached_names() -> list[str]:
     """Names of the models that are complete in the local cache."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        # its default is read when its module is imported
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     names = sorted(repo.repo_id for repo in repos if repo.repo_type == "model")
