@@ -10,7 +10,7 @@ from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import parts, read_patterns
 from mechlens.results import AttentionSpread
 from mechlens.text.prompts import Prompt, prompt_tokens
-from mechlens.text.tokens import own_bos_token_id
+from mechlens.text.tokens import all_bos
 
 
 def attention_spread(model: LensModel, prompt: Prompt, *, prepend_bos: bool | None = None) -> AttentionSpread:
@@ -44,10 +44,9 @@ def attention_spread(model: LensModel, prompt: Prompt, *, prepend_bos: bool | No
 
     for part in parts(tokens):
         read_patterns(model, part, add)
-    bos = own_bos_token_id(model.tokenizer)
     return AttentionSpread(
         model=info,
         tokens=tokens,
         values=(total / len(tokens)).float(),
-        prepend_bos=bos is not None and bool((tokens[:, 0] == bos).all()),
+        prepend_bos=all_bos(model.tokenizer, tokens[:, 0]),
     )

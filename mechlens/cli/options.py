@@ -81,7 +81,7 @@ OWN_WINDOWS = 128
 """Maximum number of windows of text sampled from the model."""
 
 
-_NOT_WRITTEN = ("state", "resume", "quiet", "cache", "as_json", "as_csv")
+_NOT_WRITTEN = ("resume", "quiet", "cache", "as_json", "as_csv")
 
 
 def load(
@@ -95,7 +95,6 @@ def load(
     processing: bool = True,
     cache: bool = True,
 ) -> LensModel:
-    check_known("--dtype", dtype.removeprefix("torch."), DTYPES)
     with _loading(name, progress(quiet)) as say:
         from mechlens.models.load.loading import load_model, parse_device
 

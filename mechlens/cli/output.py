@@ -15,9 +15,6 @@ from mechlens.cli import finishing
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mechlens.results import Result
-    from mechlens.show.section import Section
-
 
 class NotSavedError(Exception):
     """The result could not be saved where the user asked; the message says where it is."""
@@ -73,50 +70,6 @@ def deliver(
     if out is not None and not given["quiet"]:
         more = f" and {len(written) - 1} other files" if len(written) > 1 else ""
         say(f"wrote {written[-1]}{more}")
-
-
-def file_of(
-    results: Sequence[Result],
-    *,
-    title: str = "",
-    sections: Callable[[], list[Section]] | None = None,
-    command: str = "",
-    table: pd.DataFrame | None = None,
-    names: Sequence[str] = (),
-) -> Callable[[Path], list[Path]]:
-    """What saves results of the same model in one file: a table of all, one result, or a page.
-
-    Args:
-        title: of the page.
-        sections: makes what the page shows.
-        command: the command line that the page names.
-        table: what `.csv` holds instead of the results' own tables.
-        names: what tells the results from each other in the table.
-    """
-
-    def save(out: Path) -> list[Path]:
-        if out.suffix == ".csv":
-            import pandas as pd
-
-            from mechlens.results import write_table
-
-            whole = table
-            if whole is None:
-                tables = [each.to_dataframe() for each in results]
-                for each, name in zip(tables, names, strict=False):
-                    each.insert(0, "compared", name)
-                whole = pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
-            return [write_table(whole, out)]
-        if out.suffix == ".safetensors":
-            (result,) = results
-            return [result.save(out)]
-        from mechlens.show.page import write_report
-
-        assert sections is not None
-        # no published figure is about these prompts
-        return [write_report(out, *sections(), title=title, model=results[0].model, command=command)]
-
-    return save
 
 
 def _save_elsewhere(save: Callable[[Path], Sequence[Path]], out: Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mechlens
 from mechlens.results import LogitAttribution
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, joined
 
 _TERMS = {
     "Direct attribution": (
@@ -22,7 +22,7 @@ def attribution_section(
     said = "; ".join(result.describe())
     return Section(
         title,
-        "\n\n".join(filter(None, (text, f"{said}."))),
+        joined(text, f"{said}."),
         (
             Figure(
                 lambda: mechlens.plot_attribution(result, largest=top),

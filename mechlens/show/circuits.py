@@ -7,7 +7,7 @@ from functools import partial
 import mechlens
 from mechlens.results import Circuit, CircuitSummary, CompositionScores, PositionalAttention
 from mechlens.results.columns import Column
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, joined
 from mechlens.text.display import number, visible_token
 
 _EIGENVALUES = "Sum of the eigenvalues over the sum of their magnitudes, from -1 to 1: 1 where every token "
@@ -72,7 +72,7 @@ def circuit_section(result: Circuit, *, title: str = "", text: str = "") -> Sect
     terms = _QK if result.axes == ("query", "key") else _OV
     return Section(
         title or result.title,
-        "\n\n".join(filter(None, (text, " ".join(said)))),
+        joined(text, " ".join(said)),
         parts,
         terms | (_TOP_K if isinstance(result, CircuitSummary) else {}),
     )
@@ -147,7 +147,7 @@ def composition_section(
     ]
     return Section(
         title or result.title,
-        "\n\n".join(filter(None, (text, " ".join(filter(None, said))))),
+        joined(text, " ".join(filter(None, said))),
         (
             Figure(
                 lambda: mechlens.plot_composition_scores(result),

@@ -8,8 +8,8 @@ from typing import Any
 from mechlens.results import FeatureAlignment, Share
 from mechlens.results.feature_alignment import contrast_words, index_shares, left_out_words, result_names
 from mechlens.results.features import feature_noun, place_words
-from mechlens.show.features import feature_terms, paragraphs
-from mechlens.show.section import Figure, Section, Table, drawn
+from mechlens.show.features import feature_terms
+from mechlens.show.section import Figure, Section, Table, drawn, joined
 from mechlens.text.display import count
 
 _TERMS = {
@@ -108,7 +108,7 @@ def feature_alignment_section(
     said = (_compared(pairs), _one_layer(results), left_out_words(results), contrast_words(results, called))
     return Section(
         title,
-        paragraphs(text, " ".join(filter(None, said))),
+        joined(text, " ".join(filter(None, said))),
         parts,
         feature_terms(*{feature_noun(each.site) for each in results}) | _TERMS,
     )

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from mechlens.results import ExhaustiveSearch, FeatureExamples, GradientSearch, GreedySearch
 from mechlens.results.features import NO_TOKEN, place_words
-from mechlens.show.section import Figure, Section, Table, drawn
+from mechlens.show.section import Figure, Section, Table, drawn, joined
 from mechlens.text.display import count
 
 Search = TypeVar("Search", GreedySearch, GradientSearch)
@@ -84,7 +84,7 @@ def exhaustive_search_section(
     )
     return Section(
         title,
-        paragraphs(text, " ".join(filter(None, said))),
+        joined(text, " ".join(filter(None, said))),
         [
             Figure(
                 drawn("plot_feature_tokens", result, layers=layers, features=features),
@@ -145,7 +145,7 @@ def greedy_search_section(
     )
     return Section(
         title,
-        paragraphs(text, said),
+        joined(text, said),
         [
             Table(
                 [*varying, *map(first.column, names)],
@@ -203,7 +203,7 @@ def feature_examples_section(
     )
     return Section(
         title,
-        paragraphs(text, said),
+        joined(text, said),
         [
             *figures,
             Table.of(
@@ -215,11 +215,6 @@ def feature_examples_section(
         ],
         feature_terms(noun) | _WINDOW,
     )
-
-
-def paragraphs(*texts: str) -> str:
-    """Texts that are not empty, as paragraphs."""
-    return "\n\n".join(filter(None, texts))
 
 
 def some(results: Sequence[Search], maker: str) -> Search:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechlens.results import Facts, IndirectObject
 from mechlens.results.columns import Column
-from mechlens.show.section import Figure, Section, Table, drawn
+from mechlens.show.section import Figure, Section, Table, drawn, joined
 from mechlens.text.display import count, number
 
 _TERMS = {
@@ -34,16 +34,10 @@ def facts_section(
     )
     return Section(
         title,
-        "\n\n".join(
-            filter(
-                None,
-                (
-                    text,
-                    "The logit lens reads the answer to each prompt off the residual stream after every "
-                    "layer. The null baseline is the answer to another fact of the same relation, which is "
-                    f"wrong here. {said}",
-                ),
-            )
+        joined(
+            text,
+            "The logit lens reads the answer to each prompt off the residual stream after every layer. The "
+            f"null baseline is the answer to another fact of the same relation, which is wrong here. {said}",
         ),
         (
             Figure(
@@ -71,7 +65,7 @@ def indirect_object_section(
         f"{number(float(result.null.mean()))}."
     )
     table = Table.of(result.to_dataframe(), result.columns, "Each prompt", folded=True, where="page")
-    return Section(title, "\n\n".join(filter(None, (text, said))), (table,), _TERMS)
+    return Section(title, joined(text, said), (table,), _TERMS)
 
 
 SECTIONS = {Facts: facts_section, IndirectObject: indirect_object_section}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mechlens.results import GradientSearch
 from mechlens.results.gradient_search import ACTIVATING
-from mechlens.show.features import differing, feature_terms, paragraphs, some
-from mechlens.show.section import Figure, Section, Table, drawn
+from mechlens.show.features import differing, feature_terms, some
+from mechlens.show.section import Figure, Section, Table, drawn, joined
 from mechlens.text.display import count, number
 
 _TERMS = {
@@ -90,7 +90,7 @@ def gradient_search_section(
     )
     return Section(
         title,
-        paragraphs(text, " ".join(said.split())),
+        joined(text, " ".join(said.split())),
         [
             Table(
                 [*varying, *columns, *(["optimum"] if has_optimum else [])],

@@ -8,7 +8,7 @@ import mechlens
 from mechlens.results import AttentionPatterns, HeadScores, RepeatedTokenPerformance, head_label
 from mechlens.results.columns import Column
 from mechlens.results.heads import SCORES, score_range, score_title
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, joined
 from mechlens.text.display import count, number
 
 _NULL = (
@@ -36,7 +36,7 @@ def performance_section(
     )
     return Section(
         title,
-        "\n\n".join(filter(None, (text, said))),
+        joined(text, said),
         (
             Figure(
                 lambda: mechlens.plot_log_probs(result),
@@ -76,7 +76,7 @@ def scores_section(
     columns = _with_interval(result.columns, result.confidence)
     return Section(
         title,
-        "\n\n".join(filter(None, (text, said))),
+        joined(text, said),
         [*figures, Table.of(result.summary(top), columns, "The highest heads of each score", folded=True)],
         {score_title(kind): SCORES[kind].help for kind in result.kinds if kind in SCORES}
         | {"Null": _NULL, "Interval": _TERMS["Interval"]},

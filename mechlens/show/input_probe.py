@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mechlens
 from mechlens.results import InputProbe
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, joined
 
 _TERMS = {
     "Input probe": "A linear map from the residual stream to the embedding of the token at the position.",
@@ -31,7 +31,7 @@ def input_probe_section(
     table = Table.of(
         result.summary(n_rows), result.columns, f"Maps to the embedding ({result.maps[0]})", folded=True
     )
-    return Section(title, "\n\n".join(filter(None, (text, said))), (figure, table), _TERMS)
+    return Section(title, joined(text, said), (figure, table), _TERMS)
 
 
 SECTIONS = {InputProbe: input_probe_section}

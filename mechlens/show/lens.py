@@ -9,7 +9,7 @@ import mechlens
 from mechlens.errors import ArgumentError
 from mechlens.results import LogitLensResult, VectorLens
 from mechlens.results.lens_statistics import LensStatistic, check_statistics, lens_statistic
-from mechlens.show.section import Cell, Figure, Section, Table, drawn
+from mechlens.show.section import Cell, Figure, Section, Table, drawn, joined
 from mechlens.text.display import visible_token
 
 MAX_POSITIONS = 64
@@ -90,9 +90,7 @@ def lens_section(
                 f"{' and '.join(lines)} by {result.unit} after {', '.join(_read(result, row, last))}.",
             )
         )
-    return Section(
-        title or result.title, "\n\n".join(filter(None, (text, left_out))), parts, _terms(*stats, *lines)
-    )
+    return Section(title or result.title, joined(text, left_out), parts, _terms(*stats, *lines))
 
 
 def vector_section(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mechlens
 from mechlens.results import LogitVariance
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, joined
 from mechlens.text.display import number
 
 _TERMS = {
@@ -31,7 +31,7 @@ def logit_variance_section(
         said,
     )
     table = Table.of(result.summary(), result.columns, "Variance over layers by final rank", folded=True)
-    return Section(title, "\n\n".join(filter(None, (text, said))), (figure, table), _TERMS)
+    return Section(title, joined(text, said), (figure, table), _TERMS)
 
 
 SECTIONS = {LogitVariance: logit_variance_section}

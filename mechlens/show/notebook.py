@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING
 
 from mechlens.show.page import paragraphs, table_html
@@ -16,10 +17,10 @@ def display_section(section: Section) -> None:
 
     from mechlens.show.section import Table
 
-    display(HTML(f"<h3>{section.title}</h3>{paragraphs(section.text)}"))
+    display(HTML(f"<h3>{escape(section.title)}</h3>{paragraphs(section.text)}"))
     for part in section.parts:
         if not isinstance(part, Table):
             display(part.figure)
-            display(HTML(f"<small>{part.caption}</small>"))
+            display(HTML(f"<small>{escape(part.caption)}</small>"))
         elif part.where != "terminal":
             display(HTML(table_html(part)))

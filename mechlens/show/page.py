@@ -82,7 +82,7 @@ def render_report(
         raise ValueError("there is nothing to show: give at least one result or section")
     sections = [each if isinstance(each, Section) else section(each) for each in shown]
     model = model or next((each.model for each in shown if isinstance(each, Result)), None)
-    title = title or sections[0].title
+    title = title or (sections[0].title if sections else "Published and measured")
     terms = {term: text for each in sections for term, text in each.terms.items()}
     chapters = []
     if comparisons is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechlens.errors import ArgumentError
 from mechlens.results import AttributionPatchResult, PatchGridResult
 from mechlens.results.patching import EFFECT, RECOVERED
-from mechlens.show.section import Figure, Section, Table, drawn
+from mechlens.show.section import Figure, Section, Table, drawn, joined
 from mechlens.text.display import number
 
 _TERMS = {
@@ -85,7 +85,7 @@ def patching_section(
     caption = f"The {len(best)} largest effects; patched with: {result.put_there}"
     return Section(
         title,
-        "\n\n".join(filter(None, (text, said))),
+        joined(text, said),
         [
             *(pictures if result.axes else []),
             Table.of(result.summary(top), result.columns, caption, folded=True),

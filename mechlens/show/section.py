@@ -94,6 +94,11 @@ def drawn(name: str, *given: Any, **options: Any) -> Callable[[], Any]:
     return lambda: getattr(mechlens, name)(*given, **options)
 
 
+def joined(*texts: str) -> str:
+    """Paragraphs of a section's text; empty ones are left out."""
+    return "\n\n".join(filter(None, texts))
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """What there is to show of a result, under its own heading; Jupyter shows it as it is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mechlens.show.section import Cell, Section, Table
@@ -93,11 +93,6 @@ def _print_dense(table: Table) -> None:
             console.print(text, no_wrap=True, crop=False, overflow="ignore")
 
 
-def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print texts that belong to no section as a table."""
-    print_table(Table(columns, [*rows], title))
-
-
 def print_comparisons(comparisons: Sequence[Comparison]) -> None:
     """Print measured numbers beside published ones, and how many claims were reproduced."""
     from mechlens.results import Comparison
@@ -139,20 +134,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def number(value: float | str) -> str:
-    return str(value) if isinstance(value, (str, int)) else f"{value:.4f}"
-
-
-def tolerance(low: float | None, high: float | None, digits: int = 4) -> str:
-    """From low to high; nothing where there is no interval (nan: of a single sequence)."""
-    if low is None or high is None or low != low:
-        return ""
-    if isinstance(low, int) and isinstance(high, int):
-        return f"{low} to {high}"
-    return f"{low:.{digits}f} to {high:.{digits}f}"
-
-
 def plain(value: Any) -> str:
+    """A value of a model's summary, for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mechlens
 from mechlens.results import TunedLens
-from mechlens.show.section import Figure, Section, Table
+from mechlens.show.section import Figure, Section, Table, joined
 
 _TERMS = {
     "Tuned lens": (
@@ -27,7 +27,7 @@ def tuned_lens_section(lens: TunedLens, *, title: str = "", text: str = "") -> S
         caption = "Distance of each row from the model's own prediction; lower is better."
         figures = [Figure(lambda: mechlens.plot_tuned_lens(lens), caption, f"{lens.title}: KL by row.")]
     table = Table.of(lens.summary(), lens.columns, "KL(final || row) of each row", folded=True)
-    return Section(title or lens.title, "\n\n".join(filter(None, (text, said))), [*figures, table], _TERMS)
+    return Section(title or lens.title, joined(text, said), [*figures, table], _TERMS)
 
 
 SECTIONS = {TunedLens: tuned_lens_section}

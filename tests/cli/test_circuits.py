@@ -21,7 +21,7 @@ from mechlens.analyses.circuits.ov import full_OV
 from mechlens.analyses.circuits.qk import full_QK
 from mechlens.analyses.circuits.tokens import circuit_corner, largest_pairs
 from mechlens.results import Circuit, CompositionScores
-from tests.cli.test_cli import run
+from tests.cli.test_cli import refused, run
 from tests.close import assert_same
 
 
@@ -64,18 +64,6 @@ AFTER_LOADING = [
     (["circuit", "1.2", "--tokens", ""], "the text is empty"),
     (["composition", "--relative-position", "512"], "between 0 and 511"),
 ]
-
-
-def refused(capsys, arguments, message, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *arguments)
-    assert code == 2
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.startswith("mechlens: ")
-    assert not out
-    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
 @pytest.mark.parametrize(("arguments", "message"), BEFORE_LOADING)

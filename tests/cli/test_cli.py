@@ -45,6 +45,19 @@ def run(capsys, *arguments):
     return ended.value.code, out, err
 
 
+def refused(capsys, arguments, message, monkeypatch, folder):
+    """A command is refused in one line, with exit code 2, and leaves nothing behind."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(folder)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith("mechlens: ")
+    assert not out
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["lens"], ["models"]])
 def test_help_has_an_example_and_the_common_options(capsys, command):
     code, out, _ = run(capsys, *command, "--help")

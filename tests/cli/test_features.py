@@ -36,7 +36,7 @@ from mechlens.results import (
     GreedySearch,
 )
 from mechlens.results.checkpoint import Checkpoint
-from tests.cli.test_cli import run
+from tests.cli.test_cli import refused, run
 from tests.close import assert_same
 
 COMMANDS = ("exhaustive", "greedy", "gradient", "alignment", "examples")
@@ -133,31 +133,19 @@ AFTER_LOADING = [
 ]
 
 
-def refused(capsys, arguments, message, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, "features", *arguments)
-    assert code == 2
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.startswith("mechlens: ")
-    assert not out
-    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
-
-
 @pytest.mark.parametrize(("arguments", "message"), BEFORE_LOADING)
 def test_a_wrong_argument_is_refused_before_the_model_is_loaded(
     capsys, arguments, message, monkeypatch, tmp_path
 ):
     # a model that is not there would be refused first, if it were asked for
-    refused(capsys, [*arguments, "--model", "./nowhere"], message, monkeypatch, tmp_path)
+    refused(capsys, ["features", *arguments, "--model", "./nowhere"], message, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "message"), AFTER_LOADING)
 def test_what_the_model_does_not_have_is_refused(
     capsys, arguments, message, monkeypatch, tmp_path, directory
 ):
-    refused(capsys, [*arguments, "--model", directory], message, monkeypatch, tmp_path)
+    refused(capsys, ["features", *arguments, "--model", directory], message, monkeypatch, tmp_path)
 
 
 def test_a_model_without_bos_or_mlps_or_tokenizer_is_told(
@@ -165,7 +153,7 @@ def test_a_model_without_bos_or_mlps_or_tokenizer_is_told(
 ):
     from tests.tiny_models import write_toy
 
-    bos = ["exhaustive", "--bos", "--model", tiny_directories / "qwen2"]
+    bos = ["features", "exhaustive", "--bos", "--model", tiny_directories / "qwen2"]
     refused(
         capsys,
         bos,
@@ -176,9 +164,10 @@ def test_a_model_without_bos_or_mlps_or_tokenizer_is_told(
     toy = tmp_path_factory.mktemp("toy")
     write_toy(toy)
     message = "this model has no MLPs, so it has no post to search"
-    refused(capsys, ["exhaustive", "--site", "post", "--model", toy], message, monkeypatch, tmp_path)
+    given = ["features", "exhaustive", "--site", "post", "--model", toy]
+    refused(capsys, given, message, monkeypatch, tmp_path)
     text = ["exhaustive", "--prefix", "a", "--model", toy]
-    refused(capsys, text, "this model has no tokenizer: pass token ids", monkeypatch, tmp_path)
+    refused(capsys, ["features", *text], "this model has no tokenizer: pass token ids", monkeypatch, tmp_path)
 
 
 def saved(capsys, tmp_path, directory, *arguments):
@@ -354,7 +343,7 @@ def test_a_model_that_does_not_compare_is_refused(
         (small, ["--feature", "17", "--site", "post"], "feature of --against 17 is out of range"),
     ):
         given = ["alignment", "--model", directory, "--against", against, *arguments]
-        refused(capsys, given, message, monkeypatch, tmp_path)
+        refused(capsys, ["features", *given], message, monkeypatch, tmp_path)
 
 
 def test_alignment_alone_is_saved(capsys, tmp_path, directory, model):

@@ -13,7 +13,7 @@ import pytest
 from mechlens.analyses.patching import KL, LogitDiff, Mean, Patching, Resampled, ablate_heads, ablate_mlps
 from mechlens.results import PatchGridResult
 from mechlens.text.prompts import RepeatedTokens
-from tests.cli.test_cli import run
+from tests.cli.test_cli import refused, run
 from tests.close import assert_same
 
 SMALL = ["--seq-len", "6", "--batch", "2"]
@@ -78,15 +78,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
     ],
 )
 def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, message, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *arguments)
-    assert code == 2
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.startswith("mechlens: ")
-    assert not out
-    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+    refused(capsys, arguments, message, monkeypatch, tmp_path)
 
 
 def saved(capsys, tmp_path, *arguments) -> PatchGridResult:

@@ -17,7 +17,7 @@ from mechlens.analyses.tuned_lens import Training, train_tuned_lens
 from mechlens.models.run.sampling import sample_tokens
 from mechlens.results import AttentionPatterns, HeadScores, LogitAttribution, TunedLens
 from mechlens.text.corpus import token_windows
-from tests.cli.test_cli import run
+from tests.cli.test_cli import refused, run
 from tests.close import assert_same
 
 TEXT = "Mr. Pickwick met Mr. Pickwick"
@@ -64,15 +64,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
     ],
 )
 def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, message, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *arguments)
-    assert code == 2
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.startswith("mechlens: ")
-    assert not out
-    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+    refused(capsys, arguments, message, monkeypatch, tmp_path)
 
 
 def test_attribution_is_that_of_the_function(capsys, tmp_path, bundled):

@@ -42,7 +42,7 @@ from mechlens.results import (
     head_label,
     load,
 )
-from mechlens.results.induction_circuits import EVIDENCE
+from mechlens.results.induction_circuits import COUNTED, EVIDENCE
 from mechlens.results.lens import STATISTICS
 from tests import feature_results
 from tests.hand_made import attention_spread, deep_lens, facts, indirect_object, input_probe
@@ -210,7 +210,7 @@ def induction_circuits() -> InductionCircuits:
         clean_loss=0.5,
         chance=0.01,
         n_tokens=4,
-        intervals={"k_top1_keys": torch.tensor([[0.25], [0.75]])},
+        intervals={name: torch.tensor([[0.25], [0.75]]) for name in COUNTED},
         confidence=0.95,
         tokens=torch.tensor([[0, 5, 6, 5, 6]]),
         seq_len=2,
@@ -237,7 +237,7 @@ def vector_lens() -> VectorLens:
 
 
 def tuned_lens() -> TunedLens:
-    """Of a model with two layers, read from a checkpoint: nothing is known of its training."""
+    """Of a model with two layers; not everything is known of its training."""
     draw = torch.Generator().manual_seed(0)
     return TunedLens(
         model=dataclasses.replace(MODEL, n_layers=2, processing=False),
@@ -247,7 +247,7 @@ def tuned_lens() -> TunedLens:
         kl_plain=torch.tensor([2.0, 1.0, 0.0]),
         kl_tuned=torch.tensor([1.5, math.nan, 0.0]),
         source="a checkpoint",
-        steps=None,
+        steps=3,
         batch_tokens=64,
         length=8,
         train_tokens=None,

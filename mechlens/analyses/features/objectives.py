@@ -178,7 +178,8 @@ class Objective:
         """
         check_type("objective", asked, Maximize, Match, Continue)
         continued = isinstance(asked, Continue)
-        features = Features(layers=-1) if continued else asked.features  # type: ignore[union-attr]
+        # a continuation reads the last layer
+        features = asked.features if isinstance(asked, (Maximize, Match)) else Features(layers=-1)
         spec = FeatureSpec.of(model, features, prefix).of_one_layer()
         target = None if isinstance(asked, Maximize) else _target(model, asked, n_tokens)
         after = target if continued and target is not None else torch.tensor([], dtype=torch.long)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mechlens.analyses.patching.sources import Source, Values, ValuesOf
 from mechlens.errors import ArgumentError
-from mechlens.models.protocol import LensModel, describe, engine_of
+from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.clean_run import CleanRun
-from mechlens.models.run.forward import watch_from
+from mechlens.models.run.forward import runs_blocks_alone, watch_from
 from mechlens.models.run.properties import alike
 from mechlens.models.run.sites import SITES
 
@@ -52,7 +52,7 @@ class Run(Source):
     def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
         def of_prompt(own: CleanRun, other: CleanRun, index: int) -> Values:
             # blocks are called alone, without what the model may give them beside the stream
-            if engine_of(self.of) == "HookedTransformer" and own.tokens.shape[1] > 1:
+            if runs_blocks_alone(self.of) and own.tokens.shape[1] > 1:
                 run = own if self.of is model else CleanRun.of(self.of, own.tokens, self.keep(site, layers))
                 for layer in layers:
                     if not alike(self._run(run.at("resid_pre", layer), layer), run.at("resid_post", layer)):

@@ -18,17 +18,16 @@ from mechlens.analyses.patching.sources import OtherRun, Source, Values, source_
 from mechlens.arguments import check_counts, chosen, names_of
 from mechlens.errors import ArgumentError
 from mechlens.measures.hashing import content_hash
-from mechlens.models.protocol import LensModel, describe, engine_of
+from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import check_tokens
-from mechlens.models.run.patched_runs import Patches, patterns_count
+from mechlens.models.run.patched_runs import Patches, check_site
 from mechlens.models.run.properties import key_value_heads
-from mechlens.models.run.sites import ATTENTION, PER_HEAD, SITES, by_position
+from mechlens.models.run.sites import PER_HEAD, by_position
 from mechlens.models.run.unembedding import check_streamed
-from mechlens.models.run.user_hooks import user_hooks
 from mechlens.results import head_label
 from mechlens.results.heads import Heads, parse_heads
 from mechlens.text.prompts import Prompt, prompt_tokens
-from mechlens.text.tokens import own_bos_token_id, token_strings
+from mechlens.text.tokens import all_bos, token_strings
 
 AXES = ("layer", "head", "pos")
 INTO = ("clean", "corrupted")
@@ -91,7 +90,6 @@ class Experiment:
 
     def fields(self) -> dict[str, Any]:
         """What every result says about the experiment."""
-        bos = own_bos_token_id(self.model.tokenizer)
         return {
             "model": self.info,
             "tokens": self.tokens,
@@ -100,7 +98,7 @@ class Experiment:
             "about": self.readout.about(),
             "at": self.readout.at,
             "strings": token_strings(self.model, self.tokens[0]),
-            "prepend_bos": bos is not None and bool((self.tokens[:, 0] == bos).all()),
+            "prepend_bos": all_bos(self.model.tokenizer, self.tokens[:, 0]),
         }
 
 
@@ -203,27 +201,6 @@ class GridSpec:
             "tokens": content_hash(self.experiment.tokens),
             **{f"ids of {name}": content_hash(ids) for name, ids in self.given().items()},
         }
-
-
-def check_site(model: LensModel, site: str) -> None:
-    """Refuse a site that this model does not have or whose patch would not count."""
-    if not isinstance(site, str) or site not in SITES:
-        raise ArgumentError("site", f"one of {', '.join(SITES)}", site)
-    if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
-        raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
-    if SITES[site].format(0) not in model.hook_dict:
-        raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
-    if site in ATTENTION and not patterns_count(model):
-        raise ValueError(
-            f"a TransformerBridge of GPT-Neo ignores a patch of {site}: patch z or v, or use "
-            f"HookedTransformer"
-        )
-    if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
-        raise ValueError(
-            "a TransformerBridge has no hook for the resid_mid that bypasses the MLP, so the patch is added "
-            f"after the block, where your hook at {user_hooks(model)[0]} might see it: remove the hook, or "
-            "patch attn_out"
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -69,6 +69,11 @@ def watch(
     serve(model, tokens, readers)
 
 
+def runs_blocks_alone(model: LensModel) -> bool:
+    """Whether `watch_from` runs only the blocks from a layer on; a bridge runs the earlier ones, too."""
+    return engine_of(model) == "HookedTransformer"
+
+
 def watch_from(
     model: LensModel,
     layer: int,

@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.errors import ArgumentError
 from mechlens.measures.memory import is_out_of_memory
 from mechlens.models.protocol import LensModel, describe, engine_of
 from mechlens.models.run.clean_run import CleanRun, bridge_cache, cache_entry
 from mechlens.models.run.forward import StopForward, run, running
 from mechlens.models.run.properties import alike, key_value_heads, rows_run_alike
-from mechlens.models.run.sites import SITES, last_hook
+from mechlens.models.run.sites import ATTENTION, SITES, last_hook
 from mechlens.models.run.user_hooks import user_hooks
 
 _AFTER_THE_BLOCK = ("mlp_out", "resid_post")
@@ -287,6 +288,27 @@ def patterns_count(model: LensModel) -> bool:
     A bridge of GPT-Neo shows them, and goes on with its own.
     """
     return engine_of(model) == "HookedTransformer" or describe(model).architecture != "GPTNeoForCausalLM"
+
+
+def check_site(model: LensModel, site: str) -> None:
+    """Refuse a site that this model does not have or whose patch would not count."""
+    if not isinstance(site, str) or site not in SITES:
+        raise ArgumentError("site", f"one of {', '.join(SITES)}", site)
+    if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
+        raise ValueError("this model has no MLPs, so there is no mlp_out to patch")
+    if SITES[site].format(0) not in model.hook_dict:
+        raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
+    if site in ATTENTION and not patterns_count(model):
+        raise ValueError(
+            f"a TransformerBridge of GPT-Neo ignores a patch of {site}: patch z or v, or use "
+            f"HookedTransformer"
+        )
+    if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
+        raise ValueError(
+            "a TransformerBridge has no hook for the resid_mid that bypasses the MLP, so the patch is added "
+            f"after the block, where your hook at {user_hooks(model)[0]} might see it: remove the hook, or "
+            "patch attn_out"
+        )
 
 
 # -- rows ------------------------------------------------------------------------------------------
