@@ -25,15 +25,7 @@ from typing import Any
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
-from common import (
-    Row,
-    check_peak_bytes,
-    peak_bytes,
-    print_rows,
-    random_gpt2,
-    random_gpt2_small,
-    seconds,
-)
+from common import Row, check_peak_bytes, peak_bytes, print_rows, random_gpt2, random_gpt2_small, seconds
 
 from mechlens import logit_lens
 from mechlens.measures.readout import read_out

@@ -188,9 +188,7 @@ def induction_circuits(model: Any, name: str) -> tuple[Study, list[Published]]:
     """The three strongest induction heads, each with the three strongest previous-token heads of earlier
     layers."""
     scores = mechlens.score_heads(
-        model,
-        mechlens.RepeatedTokens(seeds=SEEDS[:1]),
-        ["induction_score", "previous_token_score"],
+        model, mechlens.RepeatedTokens(seeds=SEEDS[:1]), ["induction_score", "previous_token_score"]
     )
     later = [head for head, _ in list(scores.ranked("induction_score"))[:3]]
     earlier = [head for head, _ in list(scores.ranked("previous_token_score"))[:3]]

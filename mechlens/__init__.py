@@ -20,7 +20,7 @@ _HOME_OF = {
 }
 
 __all__ = [  # read from __init__.pyi, which is the one list
-    *sorted(_HOME_OF),
+    *sorted(_HOME_OF)
 ]
 
 

@@ -16,12 +16,7 @@ from mechlens.text.tokens import token_strings
 
 
 def attention_patterns(
-    model: LensModel,
-    prompt: Prompt,
-    heads: Heads,
-    *,
-    cache: Any = None,
-    prepend_bos: bool | None = None,
+    model: LensModel, prompt: Prompt, heads: Heads, *, cache: Any = None, prepend_bos: bool | None = None
 ) -> AttentionPatterns:
     """Read the attention patterns of chosen heads on one sequence.
 

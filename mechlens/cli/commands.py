@@ -49,9 +49,7 @@ COMMANDS = {
         'lens "The captain of the ship" --stat entropy --out lens.html',
     ),
     "train-lens": Command(
-        "train_lens:train_lens",
-        "Train a tuned lens on text.",
-        "train-lens --out lens.safetensors --steps 40",
+        "train_lens:train_lens", "Train a tuned lens on text.", "train-lens --out lens.safetensors --steps 40"
     ),
     "attribution": Command(
         "attribution:attribution",
@@ -90,9 +88,7 @@ COMMANDS = {
         "induction-circuits --pair 1.2,3.5 --out circuits.html",
     ),
     "features": Command(
-        "features:features",
-        "Find what activates a feature.",
-        "features exhaustive --layer 0:4 --feature 0:8",
+        "features:features", "Find what activates a feature.", "features exhaustive --layer 0:4 --feature 0:8"
     ),
     "models": Command(
         "models:models", "List known models, describe one, or verify models.", "models mechlens-books"

@@ -216,12 +216,7 @@ def gradient(
     unused: dict[str, Any] = {"prior_weight": prior_weight} if prior is None else {}
     made: Any
     if objective == "continuation":
-        unused |= {
-            "layer": layer,
-            "feature": wanted,
-            "position": position,
-            "isolated": isolated or None,
-        }
+        unused |= {"layer": layer, "feature": wanted, "position": position, "isolated": isolated or None}
     if objective in ("l1", "cosine", "continuation"):
         unused |= {"constant": constant}
         if target is None:

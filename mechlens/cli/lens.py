@@ -32,12 +32,11 @@ _ReadOption = Annotated[
     typer.Option(
         help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
         "head such as L3H5 (repeatable), or an output with its stream, such as resid_pre+attn_out. "
-        "[default: resid_post]",
+        "[default: resid_post]"
     ),
 ]
 _DecoderOption = Annotated[
-    str,
-    typer.Option(help="Before the unembedding: final_norm, norm_only or none (as trained: see --raw)."),
+    str, typer.Option(help="Before the unembedding: final_norm, norm_only or none (as trained: see --raw).")
 ]
 _LastBlocksOption = Annotated[
     int, typer.Option(min=0, help="Run vectors through this many of the last blocks first.")
@@ -100,12 +99,7 @@ def lens(
     if tuned_lens is not None and (decoder != "final_norm" or last_blocks):
         raise ValueError("--tuned-lens is a decoder: leave out --decoder and --last-blocks")
     positions = options.numbers("--position", position) if position else None
-    from mechlens.results.lens_statistics import (
-        check_high,
-        check_statistic,
-        lens_statistic,
-        statistic_needed,
-    )
+    from mechlens.results.lens_statistics import check_high, check_statistic, lens_statistic, statistic_needed
 
     check_statistic(stat, target or ())
     if high is not None:
@@ -135,12 +129,7 @@ def lens(
         statistics=None if everything else sorted(filter(None, shown)),
     )
     lens_statistic(found, stat).bound(found.entropy, high)  # refused before anything is written
-    run.show(
-        found,
-        stats=stat,
-        positions=None if positions is None else found.positions,
-        high=high,
-    )
+    run.show(found, stats=stat, positions=None if positions is None else found.positions, high=high)
 
 
 def _saved(source: str | None) -> TunedLens | None:

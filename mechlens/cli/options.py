@@ -29,8 +29,7 @@ def _show_help(context: Any, wanted: bool) -> bool:
 
 
 HelpOption = Annotated[
-    bool,
-    typer.Option("--help", callback=_show_help, is_eager=True, help="Show this message and exit."),
+    bool, typer.Option("--help", callback=_show_help, is_eager=True, help="Show this message and exit.")
 ]
 """For groups of commands. Typer's own has no default, which makes typer import pydantic (0.15 s)."""
 ModelOption = Annotated[
@@ -38,8 +37,7 @@ ModelOption = Annotated[
     typer.Option("--model", "-m", help="Model name (`mechlens models` lists them), directory or GGUF file."),
 ]
 DeviceOption = Annotated[
-    str | None,
-    typer.Option(help="Device: cpu, cuda, cuda:1 or mps. [default: cuda if available, else cpu]"),
+    str | None, typer.Option(help="Device: cpu, cuda, cuda:1 or mps. [default: cuda if available, else cpu]")
 ]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Known values are repeated here, so that an unknown one is refused before torch is imported."""
@@ -47,8 +45,7 @@ DtypeOption = Annotated[str, typer.Option(help=f"Data type of the weights: {', '
 ABLATIONS = ("mean", "resample", "zero")
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 CacheOption = Annotated[
-    bool,
-    typer.Option("--cache/--no-cache", help="Cache the dequantized weights of a GGUF file."),
+    bool, typer.Option("--cache/--no-cache", help="Cache the dequantized weights of a GGUF file.")
 ]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**31, help="First random seed; further seeds count up from it.")

@@ -27,8 +27,7 @@ BY = {"position": ("layer", "pos"), "head": ("layer", "head"), "layer": ("layer"
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Random tokens in one copy. [default: 50]")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Sequences of random tokens. [default: 4]")]
 SeedOption = Annotated[
-    int,
-    typer.Option(min=0, max=2**31, help="Seed of the random tokens; mean and resample use the next one."),
+    int, typer.Option(min=0, max=2**31, help="Seed of the random tokens; mean and resample use the next one.")
 ]
 TopOption = Annotated[int, typer.Option(min=1, help="Number of the largest effects to list.")]
 

@@ -36,8 +36,7 @@ def reproduce(
     n_seeds: SeedsOption = 3,
     bos: BosOption = None,
     against: Annotated[
-        str | None,
-        typer.Option(help="For feature-search: a model of another size with the same tokenizer."),
+        str | None, typer.Option(help="For feature-search: a model of another size with the same tokenizer.")
     ] = None,
 ) -> None:
     """Run studies of published findings on a model: induction heads, the logit lens, patching of MLPs,

@@ -146,11 +146,7 @@ class Run:
             shown = made()
             return [
                 write_report(
-                    out,
-                    *shown,
-                    title=title or shown[0].title,
-                    model=results[0].model,
-                    command=self.line,
+                    out, *shown, title=title or shown[0].title, model=results[0].model, command=self.line
                 )
             ]
 

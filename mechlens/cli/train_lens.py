@@ -18,8 +18,7 @@ def train_lens(
     out: Annotated[Path, typer.Option(help="The .safetensors file of the lens, for lens --tuned-lens.")],
     files: CorpusArgument = None,
     held_out_file: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to measure on, instead of a part of FILES; repeatable."),
+        list[str] | None, typer.Option(help="Text to measure on, instead of a part of FILES; repeatable.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 250,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the batch of a step.")] = 1024,
@@ -39,8 +38,7 @@ def train_lens(
         typer.Option("--raw", help="Use the weights as trained, without folding LayerNorm or centering."),
     ] = False,
     seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**31, help="Seed of the batches, and of text that the model writes."),
+        int, typer.Option(min=0, max=2**31, help="Seed of the batches, and of text that the model writes.")
     ] = 0,
     bos: BosOption = None,
 ) -> None:

@@ -359,11 +359,7 @@ class _Targets:
     """The targets' logits, and how many logits so far are larger."""
 
     def __init__(
-        self,
-        wanted: Int[Tensor, "here target"],
-        own: Float[Tensor, "some here target"],
-        *,
-        counted: bool,
+        self, wanted: Int[Tensor, "here target"], own: Float[Tensor, "some here target"], *, counted: bool
     ) -> None:
         self.own, self.logits, self.larger = own, own.clone(), torch.zeros_like(own)
         self.n_targets, self.counted = wanted.shape[1], counted

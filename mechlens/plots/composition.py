@@ -12,17 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.arguments import check_counts, check_type
-from mechlens.plots.style import (
-    ABSENT,
-    HEIGHT,
-    INK,
-    MUTED,
-    TEMPLATE,
-    WIDTH,
-    heatmap,
-    titles,
-    top_margin,
-)
+from mechlens.plots.style import ABSENT, HEIGHT, INK, MUTED, TEMPLATE, WIDTH, heatmap, titles, top_margin
 from mechlens.results import CompositionScores, head_label
 from mechlens.text.color import SEQUENTIAL, sequential
 from mechlens.text.display import number

@@ -22,11 +22,7 @@ _PANELS = (
     "Similarity to W_E (cosine)",
     "Similarity to W_U (cosine)",
 )
-_COMPARED = {
-    "weight_correlation": (1, 2),
-    "similarity": (2, 1),
-    "unembedding_similarity": (2, 2),
-}
+_COMPARED = {"weight_correlation": (1, 2), "similarity": (2, 1), "unembedding_similarity": (2, 2)}
 _APART = 0.18
 """Distance of the markers of two bases, so that none hides another."""
 

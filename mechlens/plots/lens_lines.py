@@ -121,10 +121,7 @@ def _lay_out(
     ticks = [0, *range(step, n_rows, step)] if step == 1 else [0, *range(1 + step, n_rows, step)]
     figure.update_layout(
         template=TEMPLATE,
-        title_text=titles(
-            f"{title[0].upper()}{title[1:]} by {result.unit}",
-            " · ".join(result.facts),
-        ),
+        title_text=titles(f"{title[0].upper()}{title[1:]} by {result.unit}", " · ".join(result.facts)),
         width=min(WIDTH, 620 + 22 * n_rows),
         height=_height(len(shown)),
         margin=_MARGIN,

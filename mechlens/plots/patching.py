@@ -43,11 +43,7 @@ _NO_TICKS = {"ticks": "", "showgrid": False}
 
 
 def plot_patch_grid(
-    result: Patches,
-    *,
-    value: str = "effect",
-    head: int | None = None,
-    position: int | None = None,
+    result: Patches, *, value: str = "effect", head: int | None = None, position: int | None = None
 ) -> go.Figure:
     """Draw what each patch does to the metric: a heatmap by layer and position or head, bars for one axis.
 
@@ -230,11 +226,7 @@ def _cells(view: _View) -> tuple[go.Figure, str]:
         **across,
         height=(110 if view.axes[1] == "pos" else 60)
         + rows * (52 if rows <= 4 else 30 if rows <= 12 else 16),
-        yaxis={
-            "title": {"text": view.axes[0]},
-            **_ticks([str(layer) for layer in layers], 32),
-            **_NO_TICKS,
-        },
+        yaxis={"title": {"text": view.axes[0]}, **_ticks([str(layer) for layer in layers], 32), **_NO_TICKS},
         # between the cells that have a value
         plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
     )
@@ -315,11 +307,7 @@ def _across(view: _View) -> dict[str, Any]:
     if view.axes[1] == "head":
         return {
             "width": max(640, min(WIDTH, 170 + len(labels) * (56 if len(labels) <= 12 else 28))),
-            "xaxis": {
-                "title": {"text": "head"},
-                **_ticks([str(head) for head in labels], 32),
-                **_NO_TICKS,
-            },
+            "xaxis": {"title": {"text": "head"}, **_ticks([str(head) for head in labels], 32), **_NO_TICKS},
         }
     texts = [str(at) if not view.one_prompt else figure_text(view.token(at, _LABEL)) for at in labels]
     begins = turns(view.result.strings) if view.one_prompt else {}

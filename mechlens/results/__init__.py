@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from mechlens.results.attention_spread import AttentionSpread
 from mechlens.results.attribution import LogitAttribution, component_place
-from mechlens.results.base import (
-    FORMAT,
-    ModelInfo,
-    Result,
-    load,
-    write_table,
-)
+from mechlens.results.base import FORMAT, ModelInfo, Result, load, write_table
 from mechlens.results.circuits import Circuit, CircuitSummary, CompositionScores, PositionalAttention
 from mechlens.results.claims import NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Comparison
 from mechlens.results.feature_alignment import FeatureAlignment, Share

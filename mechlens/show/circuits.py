@@ -29,7 +29,7 @@ _TOP_K = {
     "Top-k accuracy": (
         "How often a token's entry with itself is among the k largest, along one axis for each token of the "
         "other."
-    ),
+    )
 }
 _COMPOSITION = {
     "Composition": (

@@ -72,12 +72,7 @@ def feature_alignment_section(
                 f"The {tops} best tokens that are the same, mean over pairs of layers",
             ),
             Figure(
-                drawn(
-                    "plot_feature_alignment",
-                    *(each for _, each in several),
-                    names=kept,
-                    what="overlap",
-                ),
+                drawn("plot_feature_alignment", *(each for _, each in several), names=kept, what="overlap"),
                 f"Share of the {tops} best tokens that are the same, in any order.",
                 f"Heatmaps of the share of the {tops} best tokens that are the same, by two layers.",
                 keeps_width=len(several) > 1,

@@ -29,7 +29,7 @@ _GREEDY = {
     "Greedy search": (
         "The input is built from left to right. Each token is the one of the vocabulary that activates the "
         "feature most after those before it. Other inputs may activate it more."
-    ),
+    )
 }
 _WINDOW = {"Window": "A piece of the corpus. All have the same length and are counted from 0."}
 

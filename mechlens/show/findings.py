@@ -9,7 +9,7 @@ from mechlens.text.display import count, number
 
 _TERMS = {
     "Logit difference": "The logit of one token minus that of another: the log of the ratio of their "
-    "probabilities.",
+    "probabilities."
 }
 
 

@@ -69,11 +69,7 @@ def gradient_search_section(
     columns = [each for each in first.columns if each.name not in left_out]
     has_optimum = any(each.optimum is not None for each in results)
     rows = [
-        [
-            *(values[at] for values in varying.values()),
-            *row,
-            *([result.optimum] if has_optimum else []),
-        ]
+        [*(values[at] for values in varying.values()), *row, *([result.optimum] if has_optimum else [])]
         for at, result in enumerate(results)
         for row in result.summary()[[each.name for each in columns]].to_numpy().tolist()
     ]

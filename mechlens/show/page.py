@@ -131,11 +131,7 @@ def render_report(
 
 
 def _facts(model: ModelInfo) -> str:
-    processing = {
-        True: "LayerNorm folded in, centered",
-        False: "as trained",
-        None: "processing unknown",
-    }
+    processing = {True: "LayerNorm folded in, centered", False: "as trained", None: "processing unknown"}
     facts = {
         "Model": model.name + (f" ({model.revision})" if model.revision else ""),
         "Architecture": model.architecture,

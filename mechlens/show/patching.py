@@ -77,11 +77,7 @@ def patching_section(
         )
     note = getattr(result, "note", "")
     said = f"{result.describe()}{f' Note: {note}.' if note else ''}"
-    told = {
-        "Nat": result.unit == "nats",
-        "Standard error": several,
-        "Recovered": result.has_recovered,
-    }
+    told = {"Nat": result.unit == "nats", "Standard error": several, "Recovered": result.has_recovered}
     caption = f"The {len(best)} largest effects; patched with: {result.put_there}"
     return Section(
         title,

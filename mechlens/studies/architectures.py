@@ -157,11 +157,7 @@ def verify_architectures(
 
 
 def verify_architecture(
-    architecture: Architecture,
-    *,
-    device: str | torch.device | None = None,
-    seed: int = 0,
-    both: bool = True,
+    architecture: Architecture, *, device: str | torch.device | None = None, seed: int = 0, both: bool = True
 ) -> Verified:
     """Verify a tiny random model of one architecture; see `verify_model`."""
     with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:

@@ -43,9 +43,7 @@ class CompositionStudy(Study):
         names = " and ".join(circuits.labels[at])
         return {
             what: Measured(
-                circuits.evidence(at)[what],
-                f"top-1 accuracy of the circuit of {names} over {over}",
-                FOLDING,
+                circuits.evidence(at)[what], f"top-1 accuracy of the circuit of {names} over {over}", FOLDING
             )
             for what, over in (
                 ("k_top1_keys", "keys, for each query"),

@@ -54,11 +54,7 @@ OTHERS = 256
 """Random tokens that the last token of a greedy input is compared with."""
 DRAWN = 4
 """Gradient searches that a report shows."""
-WITHIN = {
-    "trained": "trained",
-    "random": "random weights",
-    "embeddings": "random blocks, trained embeddings",
-}
+WITHIN = {"trained": "trained", "random": "random weights", "embeddings": "random blocks, trained embeddings"}
 """Alignments of the layers of one model, in words."""
 BETWEEN = {
     "trained_random": "trained and random weights",
@@ -238,8 +234,7 @@ def study_feature_search(
         del other
     alignments |= {name: feature_alignment(each) for name, each in complete.items()}
     greedy = for_each(
-        lambda layer: search_greedy(raw, Features(layer, four), n_tokens=n_tokens, progress=progress),
-        layers,
+        lambda layer: search_greedy(raw, Features(layer, four), n_tokens=n_tokens, progress=progress), layers
     )
     found = FeatureSearchStudy(
         comparisons=(),

@@ -111,12 +111,7 @@ def study_mlp_patching(
             "mlp_out", values=Earlier(seq_len), positions=written
         ),
         ablated_heads=ablate_heads(model, on=on, progress=progress),
-        ablated_head_scores=score_heads(
-            model,
-            on,
-            [INDUCTION, PREVIOUS],
-            progress=progress,
-        ),
+        ablated_head_scores=score_heads(model, on, [INDUCTION, PREVIOUS], progress=progress),
     )
     return study.holding(CLAIMS)
 

@@ -32,11 +32,7 @@ class Batch:
 
 
 def prompt_batch(
-    model: Any,
-    prompt: Prompt,
-    *,
-    attention_mask: Tensor | None = None,
-    prepend_bos: bool | None = None,
+    model: Any, prompt: Prompt, *, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
 ) -> Batch:
     """Make a batch of a text, several texts (padded on the right) or token ids, on the CPU.
 

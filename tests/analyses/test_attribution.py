@@ -213,10 +213,7 @@ def test_a_text_its_table_and_its_file(tiny_bos_model, tmp_path):
         ({"targets": 64}, "token id 64 is not in"),
         ({"targets": torch.tensor([1, 2, 3, -1])}, "token id -1 is not in"),
         ({"targets": torch.tensor([1, 2, 64, 1])}, "token id 64 is not in"),
-        (
-            {"targets": torch.tensor([1, 2])},
-            r"targets needs one id for every position of the prompt, \(1",
-        ),
+        ({"targets": torch.tensor([1, 2])}, r"targets needs one id for every position of the prompt, \(1"),
         ({"targets": 1, "against": torch.tensor([[1]])}, "against needs one id for every position"),
         ({"positions": [4]}, "position 4 is out of range"),
         ({"positions": [1, -3]}, "position 1 is given twice"),

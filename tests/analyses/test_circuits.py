@@ -372,9 +372,7 @@ def test_attention_that_is_no_number_has_no_scale(tiny_directories, monkeypatch)
 def test_a_model_processed_in_part(tiny_directories, monkeypatch, fold_ln, center):
     truth = reference.of_hf(tiny_hf_model("gpt2"), "gpt2")
     monkeypatch.setattr(
-        engines,
-        "sound_processing",
-        lambda *_, **__: engines.Processing(fold_ln, center, not center, False),
+        engines, "sound_processing", lambda *_, **__: engines.Processing(fold_ln, center, not center, False)
     )
     model = load_model(tiny_directories / "gpt2")
     assert same(OV(model, EARLIER), reference.ov(truth, *EARLIER))
@@ -566,10 +564,7 @@ def unchecked():
         (lambda m: OV(m, None), "heads must be one head or a list of them, .*, got None"),
         (lambda m: OV(m, [(0, 1), None]), "with integers, got None"),
         (lambda m: QK(m, 5), "with integers, got 5"),
-        (
-            lambda m: QK(m, [(0, 1), (0, 2)]),
-            r"takes one head, .* got a list: \[\(0, 1\), \(0, 2\)\]",
-        ),
+        (lambda m: QK(m, [(0, 1), (0, 2)]), r"takes one head, .* got a list: \[\(0, 1\), \(0, 2\)\]"),
         (lambda m: QK(m, ["0.1", "0.2"]), "takes one head"),
         (lambda m: k_composition_circuit(m, [(0, 1)], (1, 1)), "takes one head"),
         (

@@ -41,8 +41,7 @@ def special_of(model):
 
 @pytest.mark.usefixtures("five_at_once")
 @pytest.mark.parametrize(
-    ("site", "name"),
-    [("resid_post", "blocks.{}.hook_resid_post"), ("post", "blocks.{}.mlp.hook_post")],
+    ("site", "name"), [("resid_post", "blocks.{}.hook_resid_post"), ("post", "blocks.{}.mlp.hook_post")]
 )
 def test_the_windows_are_those_of_single_runs(model, windows, site, name):
     result = feature_examples(model, Features(indices=[0, 5, 31], site=site), windows, top_k=4)

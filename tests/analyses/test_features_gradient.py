@@ -702,10 +702,7 @@ def test_values_of_another_type_are_refused(loaded):
         (lambda: made(Prior, "norm", "a"), "weight must be a number, got 'a'"),
         (lambda: made(Maximize, Features(0), constant="5"), "constant must be a number, got '5'"),
         (lambda: made(Maximize, Features(0), isolated="no"), "isolated must be a bool"),
-        (
-            lambda: made(Features, 0, directions=torch.ones(1, WIDTH) * 1j),
-            "must be real numbers, got",
-        ),
+        (lambda: made(Features, 0, directions=torch.ones(1, WIDTH) * 1j), "must be real numbers, got"),
     ):
         with pytest.raises(TypeError, match=message):
             make()

@@ -29,10 +29,7 @@ def windows(count=N_TRAIN + N_HELD_OUT):
 def sizes(tokens, bos):
     """How many positions the first 60 windows have, and the rest, without BOS."""
     counted = tokens != (-1 if bos is None else bos)
-    return {
-        "train_tokens": int(counted[:N_TRAIN].sum()),
-        "held_out_tokens": int(counted[N_TRAIN:].sum()),
-    }
+    return {"train_tokens": int(counted[:N_TRAIN].sum()), "held_out_tokens": int(counted[N_TRAIN:].sum())}
 
 
 def probe(model, **options):

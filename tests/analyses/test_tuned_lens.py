@@ -217,10 +217,7 @@ def _step(path) -> int:
     ("change", "message"),
     [
         ({"seed": 1}, "begun with seed 0, not 1: use the same arguments"),
-        (
-            {"steps": 7, "learning_rate": 0.02},
-            "begun with steps 6, not 7, learning_rate 0.01, not",
-        ),
+        ({"steps": 7, "learning_rate": 0.02}, "begun with steps 6, not 7, learning_rate 0.01, not"),
         ({"batch_tokens": 16}, "batch_tokens 24, not 16"),
         ({"held_out": 9}, "begun with held_out 8, not 9: use"),
         ({"corpus": windows(count=41)[1:]}, "begun with another corpus: use"),

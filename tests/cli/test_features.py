@@ -28,13 +28,7 @@ from mechlens.analyses.features import (
 from mechlens.models.load.loading import load_model
 from mechlens.models.run.sampling import sample_tokens
 from mechlens.models.weights.randomize import random_like
-from mechlens.results import (
-    ExhaustiveSearch,
-    FeatureAlignment,
-    FeatureExamples,
-    GradientSearch,
-    GreedySearch,
-)
+from mechlens.results import ExhaustiveSearch, FeatureAlignment, FeatureExamples, GradientSearch, GreedySearch
 from mechlens.results.checkpoint import Checkpoint
 from tests.cli.test_cli import refused, run
 from tests.close import assert_same
@@ -100,10 +94,7 @@ BEFORE_LOADING = [
         )
         for unused in (["--feature", "3"], ["--position", "0"], ["--layer", "0"], ["--isolated"])
     ),
-    (
-        ["gradient", "--objective", "mean", "--constant", "5"],
-        "--constant must be None with how='mean'",
-    ),
+    (["gradient", "--objective", "mean", "--constant", "5"], "--constant must be None with how='mean'"),
     (["gradient", "--constant", "inf"], "--constant must be a finite number, got inf"),
     (["gradient", "--prior", "l2"], "--prior must be one of softmax, norm, nearest, got 'l2'"),
     (["gradient", "--prior-weight", "2"], "--prior-weight has no effect without --prior"),
@@ -371,13 +362,7 @@ def test_every_option_of_examples_reaches_the_analysis(capsys, tmp_path, directo
     arguments = ["-l", 0, "-f", 3, "--top", 2, "--length", 8, "--limit", 5, "--no-bos", "--site", "post"]
     path = saved(capsys, tmp_path, directory, "examples", corpus, *arguments)
     expected = feature_examples(
-        model,
-        Features(0, [3], site="post"),
-        corpus,
-        top_k=2,
-        length=8,
-        limit=5,
-        prepend_bos=False,
+        model, Features(0, [3], site="post"), corpus, top_k=2, length=8, limit=5, prepend_bos=False
     )
     assert_same(FeatureExamples.load(path), expected)
 
@@ -453,10 +438,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(capsys, monkeypatch, tmp_path
 
     monkeypatch.setattr(Checkpoint, "save", at_once)
     code, _, err = run(capsys, *arguments, never)
-    assert (code, err.strip()) == (
-        130,
-        f"mechlens: interrupted before any progress was saved in {never}",
-    )
+    assert (code, err.strip()) == (130, f"mechlens: interrupted before any progress was saved in {never}")
 
 
 def test_several_layers_are_searched_greedily_one_by_one(capsys, tmp_path, directory, model):

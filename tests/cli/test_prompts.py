@@ -55,10 +55,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["train-lens"], "Missing option '--out'"),
         (["train-lens", "--out", "x.html"], "--out must be a .safetensors file"),
         (["train-lens", "no.txt", "--out", "x.safetensors"], "no.txt does not exist"),
-        (
-            ["train-lens", "--out", "x.safetensors", "--held-out-file", "no.txt"],
-            "no.txt does not exist",
-        ),
+        (["train-lens", "--out", "x.safetensors", "--held-out-file", "no.txt"], "no.txt does not exist"),
         (["train-lens", "--out", "x.safetensors", "--resume", "x.safetensors"], "must be different files"),
         (["train-lens", "--out", "x.safetensors", "--learning-rate", "0"], "--learning-rate must be"),
     ],
@@ -194,10 +191,7 @@ def chatting(tiny_directories, tmp_path):
         (["attribution", "hi"], lambda found: ["<s>", *"user hi bo", found["rows"][0]["token"]]),
         (["attention", "hi", "--head", "L0H0"], lambda found: found["token_strings"]),
         (["patch", "--text", "hi", "--from", "zero"], lambda found: found["strings"]),
-        (
-            ["patch", "--text", "hi", "--corrupted", "ho", "--metric", "kl"],
-            lambda found: found["strings"],
-        ),
+        (["patch", "--text", "hi", "--corrupted", "ho", "--metric", "kl"], lambda found: found["strings"]),
         (
             ["lens", "hi", "--layer", "0"],
             lambda found: [cell["token"] for cell in found["rows"] if cell["row"] == "0"],

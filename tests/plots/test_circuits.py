@@ -11,11 +11,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from mechlens.plots.circuits import (
-    plot_circuit_corner,
-    plot_eigenvalues,
-    plot_positional_attention,
-)
+from mechlens.plots.circuits import plot_circuit_corner, plot_eigenvalues, plot_positional_attention
 from mechlens.plots.composition import plot_composition_scores, plot_head_graph
 from mechlens.plots.style import ABSENT, DIVERGING, figure_text
 from mechlens.results import Circuit, CompositionScores, PositionalAttention

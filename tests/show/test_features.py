@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from mechlens.show.feature_alignment import feature_alignment_section
-from mechlens.show.features import (
-    exhaustive_search_section,
-    feature_examples_section,
-    greedy_search_section,
-)
+from mechlens.show.features import exhaustive_search_section, feature_examples_section, greedy_search_section
 from mechlens.show.gradient_search import gradient_search_section
 from mechlens.show.page import render_report
 from mechlens.show.section import Figure, Section, Table, section

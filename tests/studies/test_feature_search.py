@@ -20,12 +20,7 @@ from mechlens.models.load.loading import load_model
 from mechlens.models.weights.randomize import random_like
 from mechlens.studies import feature_claims as claims
 from mechlens.studies import feature_search
-from mechlens.studies.feature_search import (
-    decoded,
-    share_of,
-    some_layers,
-    study_feature_search,
-)
+from mechlens.studies.feature_search import decoded, share_of, some_layers, study_feature_search
 from mechlens.studies.published import FEATURE_TOKENS
 from tests.close import assert_same
 from tests.reference import features as reference
@@ -345,8 +340,7 @@ def test_later_tokens(study):
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"),
-    [(1, [0]), (4, [0, 1, 2, 3]), (12, [0, 3, 7, 11]), (32, [0, 10, 20, 31])],
+    ("layers", "expected"), [(1, [0]), (4, [0, 1, 2, 3]), (12, [0, 3, 7, 11]), (32, [0, 10, 20, 31])]
 )
 def test_some_layers(layers, expected, study):
     search = dataclasses.replace(study.complete["trained"], layers=tuple(range(layers)))

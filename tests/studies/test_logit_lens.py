@@ -9,13 +9,7 @@ import re
 import pytest
 import torch
 
-from mechlens.studies.logit_lens import (
-    CLAIMS,
-    LensStudy,
-    depth_of_entry,
-    rare_words,
-    study_logit_lens,
-)
+from mechlens.studies.logit_lens import CLAIMS, LensStudy, depth_of_entry, rare_words, study_logit_lens
 
 NAMES = (
     "final_guess_enters",

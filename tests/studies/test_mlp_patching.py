@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from mechlens.models.load.loading import load_model
-from mechlens.studies.mlp_patching import (
-    CLAIMS,
-    INDUCTION,
-    MlpStudy,
-    first_and_others,
-    study_mlp_patching,
-)
+from mechlens.studies.mlp_patching import CLAIMS, INDUCTION, MlpStudy, first_and_others, study_mlp_patching
 from tests import hand_made
 from tests.close import assert_close
 from tests.reference import patching as reference

@@ -70,11 +70,7 @@ def test_an_iterable_is_read_as_far_as_asked_for():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl",
-            b'{"text": "x"}\n{"id": 1}\n',
-            "line 2 has no text in a field 'text'; it has id",
-        ),
+        ("a.jsonl", b'{"text": "x"}\n{"id": 1}\n', "line 2 has no text in a field 'text'; it has id"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"a\.jsonl, line 2 has no text"),
         ("a.jsonl", b'{"text": "x"}\n"x"\n', r"a\.jsonl, line 2 is a str, not"),
         ("a.jsonl", b'{"text": "x"}\n{"te\n', r"a\.jsonl, line 2 is not JSON"),

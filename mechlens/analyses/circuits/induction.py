@@ -271,10 +271,7 @@ def _copies(
 ) -> dict[str, float]:
     """Evidence from the induction head's OV circuit; the same for all its pairs."""
     writes = full_OV(model, head)
-    return {
-        "ov_top1": _top_1(writes, "destination", tokens),
-        "ov_copying": writes.copying_score(),
-    }
+    return {"ov_top1": _top_1(writes, "destination", tokens), "ov_copying": writes.copying_score()}
 
 
 def _top_1(circuit: Circuit, over: str, tokens: Int[Tensor, " token"] | None) -> float:

@@ -185,9 +185,7 @@ class _Beams:
         ]
 
     def note(
-        self,
-        users: Int[Tensor, "user 2"],
-        found: dict[int, tuple[Float[Tensor, " k"], Int[Tensor, " k"]]],
+        self, users: Int[Tensor, "user 2"], found: dict[int, tuple[Float[Tensor, " k"], Int[Tensor, " k"]]]
     ) -> None:
         for feature, beam in users.tolist():
             self.next_activations[feature, beam], self.next_ids[feature, beam] = found[feature]

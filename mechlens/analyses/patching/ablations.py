@@ -52,11 +52,7 @@ def ablate_mlps(
 
 
 def ablate_heads(
-    model: LensModel,
-    how: str = "mean",
-    *,
-    on: RepeatedTokens | None = None,
-    progress: bool | None = None,
+    model: LensModel, how: str = "mean", *, on: RepeatedTokens | None = None, progress: bool | None = None
 ) -> PatchGridResult:
     """Remove each attention head's output, at all positions, and measure the loss on the second copy.
 

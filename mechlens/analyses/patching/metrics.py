@@ -345,20 +345,14 @@ class PromptReadout:
         return float(self.of_rows(final, 0, final))
 
     def of_rows(
-        self,
-        final: Float[Tensor, "row suffix d_model"],
-        start: int,
-        base: Float[Tensor, "1 pos d_model"],
+        self, final: Float[Tensor, "row suffix d_model"], start: int, base: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, " row"]:
         """Of rows that are as the run `base` before `start`."""
         with torch.inference_mode():
             return self.differentiable(final, start, base)
 
     def differentiable(
-        self,
-        final: Float[Tensor, "row suffix d_model"],
-        start: int,
-        base: Float[Tensor, "1 pos d_model"],
+        self, final: Float[Tensor, "row suffix d_model"], start: int, base: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, " row"]:
         """The same; a gradient may be taken of it."""
         late = self.at >= start

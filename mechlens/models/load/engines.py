@@ -323,9 +323,7 @@ def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
                 raise
             raise ModelLoadError(f"TransformerBridge does not support {architecture}: {error}") from error
         sound = sound_processing(
-            processing,
-            architecture=architecture,
-            soft_cap=getattr(model.cfg, "output_logits_soft_cap", None),
+            processing, architecture=architecture, soft_cap=getattr(model.cfg, "output_logits_soft_cap", None)
         )
         with processing_by_blocks():
             model.enable_compatibility_mode(

@@ -320,11 +320,9 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except (RuntimeError, TypeError):
         raise ArgumentError("device", "a device such as 'cpu', 'cuda' or 'cuda:1'", device) from None
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(found.type, 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        found.type, 0
+    )
     if (found.index or 0) >= count:
         raise ModelLoadError(
             f"device {str(found)!r} is not available: use 'cpu' (there are {count} {found.type} devices)"

@@ -85,10 +85,7 @@ def _processed(
         own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
         # looking for a value bias, which may come from a norm, copies all weights of the block
         biased = any(re.search(r"\b_?b(_|$)|\bbias\b", name) and each.any() for name, each in block.items())
-        here = wanted | {
-            "center_unembed": False,
-            "fold_value_biases": wanted["fold_value_biases"] and biased,
-        }
+        here = wanted | {"center_unembed": False, "fold_value_biases": wanted["fold_value_biases"] and biased}
         done = process(block, _of_blocks(cfg, 1), adapter=adapter, **here)
         yield {
             _renumbered(name, layer): done[name].to(dtypes.get(name, own))

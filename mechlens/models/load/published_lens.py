@@ -77,7 +77,7 @@ def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> Tune
         kl_tuned=unknown.clone(),
         source=folder.name if folder == Path(source) else f"{PUBLISHED} {source}",
         **dict.fromkeys(
-            ("steps", "batch_tokens", "length", "train_tokens", "held_out_tokens", "learning_rate", "seed"),
+            ("steps", "batch_tokens", "length", "train_tokens", "held_out_tokens", "learning_rate", "seed")
         ),
         prepend_bos=None,
     )

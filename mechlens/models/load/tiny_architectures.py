@@ -135,9 +135,7 @@ ARCHITECTURES = (
     Architecture("Phi", "PhiConfig", _HEADS | _rope(partial_rotary_factor=0.5)),
     Architecture("Phi-3", "Phi3Config", _GROUPED | _rope() | _WINDOW),
     Architecture(
-        "Phi-3 (longrope)",
-        "Phi3Config",
-        _GROUPED | _rope("longrope", **_LONG, **_ORIGINAL) | _ORIGINAL,
+        "Phi-3 (longrope)", "Phi3Config", _GROUPED | _rope("longrope", **_LONG, **_ORIGINAL) | _ORIGINAL
     ),
     Architecture("OLMo 2", "Olmo2Config", _GROUPED | _rope()),
     Architecture(

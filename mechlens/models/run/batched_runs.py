@@ -68,10 +68,7 @@ class BatchedRuns:
         return cls(clean, resumed, parts)
 
     def read(
-        self,
-        layer: int,
-        hooks: Callable[[slice], Hooks],
-        wanted: Mapping[str, Callable[[Tensor], Tensor]],
+        self, layer: int, hooks: Callable[[slice], Hooks], wanted: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> dict[str, Float[Tensor, "prompt *rest"]]:
         """Activations of runs that are patched in `layer`, and maybe in later ones.
 

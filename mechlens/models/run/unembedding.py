@@ -20,9 +20,7 @@ Readers = Mapping[str, Callable[[Tensor], None]]
 
 
 def next_token_log_probs(
-    model: LensModel,
-    tokens: Int[Tensor, "batch pos"],
-    beside: Callable[[slice], Readers] | None = None,
+    model: LensModel, tokens: Int[Tensor, "batch pos"], beside: Callable[[slice], Readers] | None = None
 ) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """How well each position predicts the next token.
 

@@ -95,10 +95,7 @@ def head_outputs(
 
 
 def check_heads_add_up(
-    model: LensModel,
-    layer: int,
-    z: Float[Tensor, "row head d_head"],
-    attn_out: Float[Tensor, "row d_model"],
+    model: LensModel, layer: int, z: Float[Tensor, "row head d_head"], attn_out: Float[Tensor, "row d_model"]
 ) -> None:
     """Refuse a model whose heads' outputs, as `head_outputs` has them, are not what its attention adds to the
     stream: Granite multiplies it by a constant, and a hook may do anything.

@@ -245,10 +245,7 @@ LIST_KEY = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
         (header(rest=tensor("a", (1,) * 5)), "has 5 axes"),
         (header(rest=tensor("a", (8,), kind=99)), "in the unknown type 99"),
         (header(rest=tensor("a", (8, 8), kind=2)), "rows of 8 in blocks of 32 (Q4_0)"),
-        (
-            header(n_tensors=2, rest=tensor("a", (8,)) + tensor("b", (8,)) + bytes(99)),
-            "offset that is taken",
-        ),
+        (header(n_tensors=2, rest=tensor("a", (8,)) + tensor("b", (8,)) + bytes(99)), "offset that is taken"),
         (header(n_tensors=2, rest=tensor("a", (8,)) + tensor("a", (8,), 32)), "the tensor 'a' twice"),
         (header(n_tensors=0), "has no tensors"),
         (header(version=4), "GGUF version 4, and mechlens reads versions 2 and 3"),
@@ -264,15 +261,9 @@ def test_a_hostile_header_is_refused_without_allocating_memory(tmp_path, content
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"split.count": 3},
-            "is one of 3 parts of a model: join them with `llama-gguf-split --merge",
-        ),
+        ({"split.count": 3}, "is one of 3 parts of a model: join them with `llama-gguf-split --merge"),
         ({"tokenizer": False}, "has no tokenizer"),
-        (
-            {"architecture": "plamo2", "plamo2.block_count": 2},
-            "(plamo2): ",
-        ),
+        ({"architecture": "plamo2", "plamo2.block_count": 2}, "(plamo2): "),
         ({"llama.block_count": 2**31}, "has 2147483648 blocks, but has tensors for 2"),
         ({"llama.rope.scaling.type": "yarn"}, "ignores (llama.rope.scaling.type = yarn)"),
         ({"llama.attention.causal": False}, "ignores (llama.attention.causal = False)"),

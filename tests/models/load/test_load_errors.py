@@ -237,10 +237,7 @@ class TestArchitectures:
 
         config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
         place = self.save(tmp_path / "mamba", transformers.MambaForCausalLM(config))
-        told = {
-            "hooked": "does not support MambaForCausalLM",
-            "bridge": "has no attention patterns",
-        }
+        told = {"hooked": "does not support MambaForCausalLM", "bridge": "has no attention patterns"}
         with pytest.raises(ModelLoadError, match=told[backend]):
             load_model(place, backend=backend)
 
@@ -249,10 +246,7 @@ class TestArchitectures:
         [
             ({"model_type": "odd"}, "has model_type 'odd', which transformers does not know"),
             ({"hidden_size": 3}, "has no model_type"),
-            (
-                {"model_type": "gpt2", "architectures": ["OddForCausalLM"]},
-                "code that is not in transformers",
-            ),
+            ({"model_type": "gpt2", "architectures": ["OddForCausalLM"]}, "code that is not in transformers"),
         ],
         ids=["unknown", "none", "remote code"],
     )

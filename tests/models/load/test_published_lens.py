@@ -163,10 +163,7 @@ def weights(*sizes: int) -> dict:
             {"0.weight": torch.zeros(32, 32), "2.weight": torch.zeros(32, 32)},
             r"translators \[0, 2\]: some are",
         ),
-        (
-            weights(32, 16),
-            r"translator 1 of .* is \(16, 16\) with a bias \(16,\), but the",
-        ),
+        (weights(32, 16), r"translator 1 of .* is \(16, 16\) with a bias \(16,\), but the"),
         ({"0.weight": SQUARE, "1.weight": SQUARE}, "has no bias of translator 0"),
         (weights(32, 32) | {"0.0.weight": torch.zeros(1)}, r"has '0\.0\.weight' in it, which a linear"),
         (weights(32, 32) | {"0.weight": 3}, r"has '0\.weight' in it|holds no tensors by name"),
