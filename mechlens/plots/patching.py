@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 from typing import Any
 
@@ -32,6 +34,8 @@ from mechlens.text.display import count, number, turns, visible_token
 
 VALUES = ("effect", "mean", "recovered")
 Patches = PatchGridResult | AttributionPatchResult
+_HEADS = 40
+"""Rows of a grid by layer, head and position."""
 _LABEL = 12
 _WRITTEN = 60
 """Cells up to which each holds its number."""
@@ -47,10 +51,12 @@ def plot_patch_grid(
 ) -> go.Figure:
     """Draw what each patch does to the metric: a heatmap by layer and position or head, bars for one axis.
 
-    Layer 0 is at the bottom. Effects are colored around 0: blue where the patch raises the metric, orange
-    where it lowers it (which is worse for a loss, better for a logit difference). Cells that were not run are
-    gray. A grid of at most 60 cells holds its numbers; a larger one has those of its 5 largest effects where
-    they fit (by position, one layer of each position). Hovering shows the numbers with their standard error.
+    Layer 0 is at the bottom. A grid by layer, head and position has a row for each head: the 40 with the
+    largest effects, or those of one `head` or `position`. Effects are colored around 0: blue where the patch
+    raises the metric, orange where it lowers it (which is worse for a loss, better for a logit difference).
+    Cells that were not run are gray. A grid of at most 60 cells holds its numbers; a larger one has those of
+    its 5 largest effects where they fit (by position, one layer of each position). Hovering shows the numbers
+    with their standard error.
     With several prompts, the axis has positions in place of tokens.
 
     Args:
@@ -58,16 +64,15 @@ def plot_patch_grid(
             estimate.
         value: `effect`, the change in the metric; `mean`, the metric itself; `recovered`, the share of the
             way to the other run.
-        head: the head to draw, for a grid by layer, head and position.
-        position: or the position to draw.
+        head: of a grid by layer, head and position, draw only this head of each layer.
+        position: or only this position.
 
     Returns:
         A plotly figure.
 
     Raises:
-        ValueError: another `value`, a head or position that was not patched or must be chosen, a single cell,
-        or
-            a result without `recovered`.
+        ValueError: another `value`, a head or position that was not patched, a single cell, or a result
+            without `recovered`.
 
     Example:
         >>> found = mechlens.Patching(model, "said Mr. Pickwick").grid("mlp_out", values="zero")
@@ -113,6 +118,8 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
     check_counts(top=top)
     if "head" not in result.axes:
         raise ValueError(f"this result is by {' and '.join(result.axes)}, not by head")
+    if "pos" in result.axes and position is None:
+        raise ValueError("this result is also by position: choose position=")
     view = _View.of(result, "effect", None, position)
     effect, error, hovers = view.values("effect"), view.values("standard_error"), _hovers(view)
     cells = [
@@ -159,7 +166,7 @@ _ERROR_BAR = {"type": "data", "color": INK, "thickness": 1.5, "width": 5}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _View:
-    """What is drawn of a result: one or two of its axes."""
+    """What is drawn of a result: one or two of its axes, or every head of every layer by position."""
 
     result: Patches
     value: str
@@ -183,15 +190,24 @@ class _View:
                 raise ValueError(f"{name} {wanted} was not patched; patched were {patched}")
             index[result.axes.index(axis)] = known.index(wanted)
         axes = tuple(axis for axis, at in zip(result.axes, index, strict=True) if isinstance(at, slice))
-        if len(axes) > 2:
-            raise ValueError("this result is by layer, head and position: choose head= or position=")
         if not axes:
             raise ValueError("this result is a single cell: read its .effect")
         return cls(result, value, head, position, axes, tuple(index))
 
     @property
-    def labels(self) -> list[tuple[int, ...]]:
-        return [self.result.labels(axis) for axis in self.axes]
+    def labels(self) -> list[tuple[Any, ...]]:
+        """The rows, which are heads as (layer, head) where three axes are drawn, and the columns."""
+        labels = [self.result.labels(axis) for axis in self.axes]
+        if len(labels) < 3:
+            return labels
+        heads = list(itertools.product(*labels[:2]))
+        return [tuple(heads[row] for row in self.strongest), labels[2]]
+
+    @functools.cached_property
+    def strongest(self) -> list[int]:
+        """The heads that are drawn where three axes are, in the order of layers."""
+        largest = self.result.effect.flatten(0, 1).abs().nan_to_num(0).amax(-1)
+        return sorted(largest.argsort(descending=True, stable=True)[:_HEADS].tolist())
 
     @property
     def one_prompt(self) -> bool:
@@ -199,10 +215,14 @@ class _View:
 
     def values(self, name: str) -> Float[Tensor, "*drawn"]:
         found: Tensor = getattr(self.result, name)[self.index]
+        if len(self.axes) == 3:
+            found = found.flatten(0, 1)[self.strongest]
         return found.double().cpu()
 
-    def cell(self, *labels: int) -> tuple[int | None, int | None, int | None]:
+    def cell(self, *labels: Any) -> tuple[int | None, int | None, int | None]:
         """Layer, head and position of a cell that is drawn."""
+        if len(self.axes) == 3:
+            labels = (*labels[0], labels[1])
         named = {"head": self.head, "pos": self.position} | dict(zip(self.axes, labels, strict=True))
         return named.get("layer"), named["head"], named["pos"]
 
@@ -213,7 +233,7 @@ class _View:
 def _cells(view: _View) -> tuple[go.Figure, str]:
     """A heatmap of two axes, and its largest effects in words. Its height is that below the title."""
     values, across = view.values(view.value), _across(view)
-    layers, columns = view.labels
+    rows, columns = view.labels
     largest = _largest(view)
     drawn = _heatmap(values, view.value, _hovers(view))
     if across["width"] - 140 >= _ROOM * values.shape[1]:
@@ -221,22 +241,26 @@ def _cells(view: _View) -> tuple[go.Figure, str]:
         texts = _texts(values, None if few else largest)
         drawn.update(text=texts, texttemplate="%{text}", textfont={"size": 12 if few else 10})
     figure = go.Figure(drawn)
-    rows = len(layers)
+    by_head = len(view.axes) == 3
+    ticks = _ticks([head_label(*row) if by_head else str(row) for row in rows], _HEADS if by_head else 32)
     figure.update_layout(
         **across,
-        height=(110 if view.axes[1] == "pos" else 60)
-        + rows * (52 if rows <= 4 else 30 if rows <= 12 else 16),
-        yaxis={"title": {"text": view.axes[0]}, **_ticks([str(layer) for layer in layers], 32), **_NO_TICKS},
+        height=(110 if view.axes[-1] == "pos" else 60)
+        + len(rows) * (52 if len(rows) <= 4 else 30 if len(rows) <= 12 else 16),
+        yaxis={"title": {"text": "head" if by_head else view.axes[0]}, **ticks, **_NO_TICKS},
         # between the cells that have a value
         plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
     )
     named = []
     for row, column in largest[:3]:
-        cell = view.cell(layers[row], columns[column])
+        cell = view.cell(rows[row], columns[column])
         token = "" if cell[2] is None or not view.one_prompt else f" {view.token(cell[2], _LABEL)}"
         named.append(f"{cell_label(*cell)}{token} {number(float(values[row, column]), 2)}")
-    words = "largest effects" if view.axes[1] == "head" else "largest by position"
-    return figure, f"{words}: {', '.join(named)}" if named else "no effects"
+    words = "largest by position" if view.axes[1] == "pos" else "largest effects"
+    found = f"{words}: {', '.join(named)}" if named else "no effects"
+    n_heads = len(view.result.layers) * len(view.result.labels("head")) if by_head else 0
+    some = f"the {_HEADS} of {n_heads} heads with the largest effects; " if n_heads > _HEADS else ""
+    return figure, some + found
 
 
 def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
@@ -304,7 +328,7 @@ def _bars(view: _View) -> go.Figure:
 def _across(view: _View) -> dict[str, Any]:
     """Width and horizontal axis of a heatmap."""
     labels = view.labels[1]
-    if view.axes[1] == "head":
+    if view.axes[-1] == "head":
         return {
             "width": max(640, min(WIDTH, 170 + len(labels) * (56 if len(labels) <= 12 else 28))),
             "xaxis": {"title": {"text": "head"}, **_ticks([str(head) for head in labels], 32), **_NO_TICKS},
@@ -335,7 +359,7 @@ def _hovers(view: _View) -> list[list[str]]:
     """What hovering shows, by the first axis and the second; one column where there is no second."""
     result = view.result
     rows = view.labels[0]
-    columns: list[tuple[int, ...]] = [(label,) for label in view.labels[1]] if len(view.axes) == 2 else [()]
+    columns: list[tuple[int, ...]] = [(label,) for label in view.labels[1]] if len(view.axes) > 1 else [()]
     names = ("effect", "standard_error", "mean", "recovered")
     parts = [view.values(name).reshape(len(rows), -1).tolist() for name in names]
     metric, base = figure_text(result.metric), number(float(result.base.mean()))

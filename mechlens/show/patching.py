@@ -26,8 +26,6 @@ def patching_section(
 ) -> Section:
     """The whole grid as a picture, the heads with the largest effects as bars, and the largest as a table.
 
-    A grid by layer, head and position is drawn for the head with the largest effect.
-
     Args:
         top: heads and cells that are drawn and listed.
         title: the heading.
@@ -39,17 +37,15 @@ def patching_section(
     if top < 1:
         raise ArgumentError("top", "at least 1", top)
     best = result.largest(top).to_dict("records")
-    head = best[0]["head"] if len(result.axes) == 3 and best else None
     named = ", ".join(f"{row['cell']} {number(row['effect'])}" for row in best[:5])
     unit = f" in {result.unit}" if result.unit else ""
     what = f"change of the {result.about_metric}{unit}"
-    shown = f" Drawn is head {head}, which has the largest effect." if head is not None else ""
     at_positions, several = "pos" in result.axes, len(result.tokens) > 1
     pictures = [
         Figure(
-            drawn("plot_patch_grid", result, head=head),
+            drawn("plot_patch_grid", result),
             f"The {what} by each patch of {result.site} ({result.put_there}): blue raises it, orange lowers "
-            f"it. Hover for numbers.{shown}",
+            "it. Hover for numbers.",
             f"The {what} by {' and '.join(result.axes)}. Largest: {named}.",
             keeps_width=at_positions,
             wide=at_positions,
@@ -58,7 +54,7 @@ def patching_section(
     if result.has_recovered:
         pictures.append(
             Figure(
-                drawn("plot_patch_grid", result, value="recovered", head=head),
+                drawn("plot_patch_grid", result, value="recovered"),
                 "The same as a share of the difference between the two runs: 1 is all of it.",
                 f"Share of the way to the other run by {' and '.join(result.axes)}.",
                 keeps_width=at_positions,

@@ -78,19 +78,32 @@ def test_heads_have_names_under_the_cursor_and_numbers_below():
     assert figure.layout.xaxis.ticktext == ("0", "1", "2")
 
 
-def test_a_grid_of_three_axes_is_cut_by_a_head_or_a_position():
+def test_a_grid_of_three_axes_has_a_row_for_each_head_until_a_head_or_a_position_is_chosen():
     result = hand_made.patch_grid(axes=("layer", "head", "pos"))
-    with pytest.raises(ValueError, match="choose head= or position="):
-        plot_patch_grid(result)
+    figure = plot_patch_grid(result)
+    np.testing.assert_array_equal(figure.data[0].z, result.effect.flatten(0, 1))
+    assert figure.layout.yaxis.ticktext == ("L0H0", "L0H1", "L1H0", "L1H1")
+    assert (
+        figure.data[0].hovertext[3][0].startswith("<b>L1H1</b><br>position 1: ·a<br>loss changes by +0.500")
+    )
     (cells,) = plot_patch_grid(result, head=1).data
     np.testing.assert_array_equal(cells.z, np.array(EFFECTS) + 1)
     assert cells.hovertext[1][0].startswith("<b>L1H1</b><br>position 1: ·a<br>loss changes by +0.500")
     (cells,) = plot_patch_grid(result, position=3).data
     np.testing.assert_array_equal(cells.z, [[0.0, 1.0], [0.25, 1.25]])
     assert cells.hovertext[1][0].startswith("<b>L1H0</b><br>position 3: &lt;b")
-    with pytest.raises(ValueError, match="choose head= or position="):
+    with pytest.raises(ValueError, match="choose position="):
         plot_head_effects(result)
     assert list(plot_head_effects(result, position=3).data[0].x) == [1.25, 1.0, 0.25, 0.0]
+
+
+def test_of_many_heads_those_with_the_largest_effects_are_drawn(monkeypatch):
+    monkeypatch.setattr("mechlens.plots.patching._HEADS", 2)
+    result = hand_made.patch_grid(axes=("layer", "head", "pos"))
+    figure = plot_patch_grid(result)
+    assert figure.layout.yaxis.ticktext == ("L0H1", "L1H1")
+    np.testing.assert_array_equal(figure.data[0].z, result.effect[:, 1])
+    assert "the 2 of 4 heads with the largest effects" in figure.layout.title.text
 
 
 def test_layers_alone_are_bars_with_errors():

@@ -37,12 +37,6 @@ def test_heads_of_several_prompts_have_bars_and_errors():
     assert set(section.terms) == {"Patch", "Effect", "Standard error", "Nat"}
 
 
-def test_of_heads_and_positions_the_strongest_head_is_drawn():
-    plot, _ = patching_section(hand_made.patch_grid(axes=("layer", "head", "pos"))).parts
-    assert "Drawn is head 1, which has the largest effect." in plot.caption
-    assert plot.figure.data[0].z[0][0] == 2.0
-
-
 def test_a_corrupted_run_and_a_note_are_named_and_the_page_is_safe():
     result = dataclasses.replace(
         hand_made.patch_grid(), corrupted=torch.tensor([5.0]), note="every patch was a whole run"
