@@ -59,7 +59,7 @@ def first(function: Callable[..., Any]) -> inspect.Parameter | None:
     return next(iter(inspect.signature(function).parameters.values()), None)
 
 
-def called(function: Callable[..., Any], value: Any) -> None:
+def called(function: Callable[..., Any], value: Any, **given: Any) -> None:
     """Call a function with a value for its first argument, and something plausible for the rest."""
     _, *rest = inspect.signature(function).parameters.values()
     needed = [
@@ -67,7 +67,7 @@ def called(function: Callable[..., Any], value: Any) -> None:
         for each in rest
         if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
-    function(value, **{each: OTHERS[each] for each in needed})
+    function(value, **{each: OTHERS[each] for each in needed if each not in given}, **given)
 
 
 OF_MODELS = [
@@ -96,6 +96,15 @@ def test_the_lists_are_those_that_are_meant():
     assert len(plots) > 20
 
 
+OF_OBJECTS = [
+    (name, parameter)
+    for name, function in FUNCTIONS
+    for parameter in inspect.signature(function).parameters
+    if parameter in ("on", "training", "optimizer", "prior", "objective")
+    or (name, parameter) in (("reproduce", "heads"), ("search_greedy", "features"))
+    if (name, parameter) != ("score_heads", "on")  # which takes a text, too
+]
+"""Arguments that are one of our objects, which a text is not."""
 VALUES = {"text": "heads", "none": None, "tensor": torch.zeros(0)}
 CASES = [(name, "text") for name, _ in OF_MODELS] + [
     (name, value)
@@ -121,14 +130,24 @@ def test_one_sentence_names_what_was_needed(told, name, value):
     if models:
         wanted = r"model must be a HookedTransformer .* got str: load one with .*"
     else:
-        wanted = (
-            rf"{first(dict(OF_RESULTS)[name]).name.removesuffix('s')}s? must be an? \w+.*, (but is|got) .*"
-        )
+        wanted = rf"{first(dict(OF_RESULTS)[name]).name.removesuffix('s')}s? must be an? \w+.*, got .*"
     assert re.fullmatch(f"TypeError: {wanted}", told[f"{name}-{value}"]), told[f"{name}-{value}"]
+
+
+@pytest.mark.parametrize(("name", "argument"), OF_OBJECTS)
+def test_an_argument_that_is_no_argument_object_is_named(told, name, argument):
+    wanted = rf"TypeError: {argument} must be an? [A-Z]\w+.*, got 'heads'"
+    assert re.fullmatch(wanted, told[f"{name}-{argument}"]), told[f"{name}-{argument}"]
 
 
 def main() -> None:
     told, functions = {}, dict(FUNCTIONS)
+    model = mechlens.load_model(processing=False)
+    for name, argument in OF_OBJECTS:
+        try:
+            called(functions[name], model, **{argument: "heads"})
+        except Exception as error:
+            told[f"{name}-{argument}"] = f"{type(error).__name__}: {error}"
     for name, value in CASES:
         try:
             called(functions[name], VALUES[value])

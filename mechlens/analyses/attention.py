@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import read_patterns
-from mechlens.results import AttentionPatterns, head_label, parse_heads
-from mechlens.results.heads import Heads
+from mechlens.results import AttentionPatterns, parse_heads
+from mechlens.results.heads import Heads, check_in_range
 from mechlens.text.prompts import Prompt, prompt_tokens
 from mechlens.text.tokens import token_strings
 
@@ -48,11 +48,7 @@ def attention_patterns(
     if not wanted:
         raise ValueError("attention patterns need at least one head")
     for layer, head in wanted:
-        if not (0 <= layer < model.cfg.n_layers and 0 <= head < model.cfg.n_heads):
-            raise ValueError(
-                f"head {head_label(layer, head)} is out of range: the model has {model.cfg.n_layers} layers "
-                f"of {model.cfg.n_heads} heads"
-            )
+        check_in_range(layer, head, model.cfg.n_layers, model.cfg.n_heads)
     found: dict[tuple[int, int], Tensor] = {}
 
     def keep(layer: int, pattern: Tensor) -> None:

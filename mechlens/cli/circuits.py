@@ -43,7 +43,7 @@ def circuit(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of largest entries to list.")] = 10,
     embedding: Annotated[
-        str, typer.Option(help="How tokens enter: W_E, or effective (W_E plus the first MLP of it).")
+        str, typer.Option(help="Embedding of the tokens: W_E, or effective (W_E plus the first MLP of it).")
     ] = "W_E",
     relative_position: RelativeOption = None,
     rotary: Annotated[

@@ -27,6 +27,7 @@ RENAMED = {
     "name": "--prior",
     "weight": "--prior-weight",
     "layers": "--layer",
+    "at": "--position",
     "prepend_bos": "--bos",
 }
 

@@ -172,7 +172,7 @@ def gradient(
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="A text: of as many tokens as --tokens, or the continuation.")
+        str | None, typer.Option(help="Target text: of as many tokens as --tokens, or the continuation.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that are searched together.")] = 1,
     prefix: PrefixOption = None,

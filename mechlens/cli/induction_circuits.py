@@ -16,10 +16,10 @@ def induction_circuits(
     run: Run,
     pair: Annotated[
         list[str] | None,
-        typer.Option("--pair", help="Pair to judge: previous,induction, such as 4.11,5.5; repeatable."),
+        typer.Option("--pair", help="Pair to test: previous,induction, such as 4.11,5.5; repeatable."),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least score of both heads of a pair.")
+        float, typer.Option(min=0, max=1, help="Lowest score that each head of a pair may have.")
     ] = 0.4,
     per_head: Annotated[
         int, typer.Option(min=1, help="Previous-token heads to try for each induction head.")

@@ -30,13 +30,13 @@ _HighOption = Annotated[
 _ReadOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="What is read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
+        help="Activation to read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
         "head such as L3H5 (repeatable), or an output with its stream, such as resid_pre+attn_out. "
         "[default: resid_post]"
     ),
 ]
 _DecoderOption = Annotated[
-    str, typer.Option(help="Before the unembedding: final_norm, norm_only or none (as trained: see --raw).")
+    str, typer.Option(help="Applied before the unembedding: final_norm, norm_only or none (see --raw).")
 ]
 _LastBlocksOption = Annotated[
     int, typer.Option(min=0, help="Run vectors through this many of the last blocks first.")
@@ -62,17 +62,17 @@ _PositionOption = Annotated[
 ]
 _TargetOption = Annotated[
     list[str] | None,
-    typer.Option("--target", "-t", help='A token whose rank is wanted, such as " Paris"; repeatable.'),
+    typer.Option("--target", "-t", help='Token to report the rank of, such as " Paris"; repeatable.'),
 ]
 _TopKOption = Annotated[
-    int, typer.Option(min=1, help="Likely tokens in the figure, in --json and in .safetensors.")
+    int, typer.Option(min=1, help="Most likely tokens to keep in the figure, in --json and in .safetensors.")
 ]
 
 
 @command("lens", renamed={"count": "--last-blocks", "layers": "--layer", "targets": "--target"})
 def lens(
     run: Run,
-    text: Annotated[str, typer.Argument(help="What the model reads; longer than its context is fine.")],
+    text: Annotated[str, typer.Argument(help="Text to read; it may be longer than the context.")],
     stat: _StatOption = "kl_final",
     high: _HighOption = None,
     read: _ReadOption = None,

@@ -236,12 +236,17 @@ def corpus(
     )
 
 
+def one_of(names: Sequence[str]) -> str:
+    """Such as `a, b or c`."""
+    return " or ".join(", ".join(names).rsplit(", ", 1))
+
+
 def check_file(out: Path | None, endings: Sequence[str]) -> None:
     """Check before the work that the output file can be written."""
     if out is None:
         return
     if out.suffix not in endings:
-        raise ValueError(f"--out must be a {' or '.join(endings)} file, got {out}")
+        raise ValueError(f"--out must be a {one_of(endings)} file, got {out}")
     _check_writable(out)
 
 

@@ -47,7 +47,7 @@ def patch(
         str | None,
         typer.Option(
             "--from",
-            help="Values that are put there. On random tokens: first-half (the same token's, one copy "
+            help="Values to patch in. On random tokens: first-half (the same token's, one copy "
             "before), mean or resample (other random tokens) or zero. On a text: zero; with --corrupted the "
             "other run. zero is minus infinity for attn_scores. [default: first-half; zero with --text; the "
             "other run with --corrupted]",

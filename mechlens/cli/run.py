@@ -184,7 +184,7 @@ def command(
             parameter.replace(annotation=hints[parameter.name])
             for parameter in list(inspect.signature(function).parameters.values())[1:]
         ]
-        out_help = f"Save to this {' or '.join(', '.join(_OUT[e] for e in endings).rsplit(', ', 1))} file."
+        out_help = f"Save to this {options.one_of([_OUT[e] for e in endings])} file."
         shared = []
         for option, (kind, default) in SHARED.items():
             if option in without or option in hints:

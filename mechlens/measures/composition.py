@@ -90,7 +90,7 @@ def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0
     Cost: the QR decompositions of 2 n factors `[d_model, d_head]`.
     """
     if min(d_model, d_head) < 1:
-        raise ValueError(f"d_model and d_head must be at least 1, but are {d_model} and {d_head}")
+        raise ValueError(f"d_model and d_head must be at least 1, got {d_model} and {d_head}")
     if n < 2:
         raise ValueError(f"n must be at least 2 for a standard deviation, got {n}")
     generator = generator_of(seed)

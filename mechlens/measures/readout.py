@@ -85,7 +85,7 @@ def read_out(
     _, n_pos, _ = vectors.shape
     d_vocab = unembedding.d_vocab
     if whole_number("top_k", top_k) not in range(1, d_vocab + 1):
-        raise ValueError(f"top_k must lie between 1 and the vocabulary of {d_vocab}, but is {top_k}")
+        raise ValueError(f"top_k must be between 1 and the vocabulary of {d_vocab}, got {top_k}")
     if memory_budget is None:
         memory_budget = GPU_BUDGET if vectors.device.type == "cuda" else CPU_BUDGET
     check_counts(memory_budget=memory_budget)

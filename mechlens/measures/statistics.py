@@ -34,7 +34,7 @@ def bootstrap_interval(
     if len(samples) == 0:
         raise ValueError("a bootstrap interval needs at least 1 sample, but there is none")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, but it is {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     n = len(samples)
     if n == 1:
         unknown = torch.full_like(samples[0], torch.nan)
@@ -62,7 +62,7 @@ def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> 
     if len(samples) == 0:
         raise ValueError("an interval needs at least 1 sample, but there is none")
     if not 0 < share < 1:
-        raise ValueError(f"share must lie between 0 and 1, but it is {share}")
+        raise ValueError(f"share must be between 0 and 1, got {share}")
     tail = (1 - share) / 2
     low, high = samples.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
     return low, high
@@ -88,9 +88,9 @@ def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[f
     if n < 1:
         raise ValueError(f"an interval needs at least 1 observation, but n is {n}")
     if share < 0 or share > 1:
-        raise ValueError(f"a share lies between 0 and 1, but is {share}")
+        raise ValueError(f"a share must be between 0 and 1, got {share}")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, but it is {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if share != share:
         return math.nan, math.nan
     # imported here, because it takes a while

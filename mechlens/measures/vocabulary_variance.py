@@ -71,7 +71,7 @@ def vocabulary_variance(
     d_vocab, device = unembedding.d_vocab, vectors.device
     ends = [0, *(last for _, last in bins)]
     if [first for first, _ in bins] != [end + 1 for end in ends[:-1]] or ends[-1] != d_vocab:
-        raise ValueError(f"bins must go from rank 1 to {d_vocab} without a gap, but are {tuple(bins)}")
+        raise ValueError(f"bins must go from rank 1 to {d_vocab} without a gap, got {tuple(bins)}")
     slices = [slice(first - 1, last) for first, last in bins]
     uncapped = dataclasses.replace(unembedding, soft_cap=None)
 

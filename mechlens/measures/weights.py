@@ -95,7 +95,7 @@ def diagonal_ranks(
     rows, columns = _square(circuit, over)
     compare = {"for": torch.gt, "against": torch.ge}.get(ties)
     if compare is None:
-        raise ValueError(f"ties must be 'for' or 'against' the diagonal, but is {ties!r}")
+        raise ValueError(f"ties must be 'for' or 'against' the diagonal, got {ties!r}")
     place = None
     if tokens is not None:
         ids, place = _ids("token", tokens, len(rows)).to(rows.device).unique(return_inverse=True)
@@ -169,9 +169,9 @@ def top_k_accuracy(
     try:
         k = operator.index(k)
     except TypeError:
-        raise TypeError(f"k must be a whole number, but is {k!r}") from None
+        raise TypeError(f"k must be a whole number, got {k!r}") from None
     if not 1 <= k <= d_vocab:
-        raise ValueError(f"k must lie between 1 and the vocabulary of {d_vocab}, but is {k}")
+        raise ValueError(f"k must be between 1 and the vocabulary of {d_vocab}, got {k}")
     ids = torch.arange(d_vocab) if tokens is None else _ids("token", tokens, d_vocab)
     asked = len(ids)
     if asked == 0:
@@ -200,7 +200,7 @@ def largest_entries(circuit: Factored, n: int, *, progress: bool | None = None) 
     A, B = _factors(circuit)
     n_columns = B.shape[1]
     if not 1 <= n <= len(A) * n_columns:
-        raise ValueError(f"n must lie between 1 and the circuit's {len(A)} x {n_columns} entries, but is {n}")
+        raise ValueError(f"n must be between 1 and the circuit's {len(A)} x {n_columns} entries, got {n}")
     room = room_for_a_tile(A)
     values, places = A.new_empty(0), torch.empty(0, dtype=torch.long, device=A.device)
     lowest, last = -math.inf, len(A) * n_columns
@@ -272,7 +272,7 @@ def singular(circuit: Factored, n: int) -> Singular:
     A, B = _factors(circuit)
     most = min(*A.shape, B.shape[1])
     if not 1 <= n <= most:
-        raise ValueError(f"n must lie between 1 and {most}, the most that can differ from 0, but is {n}")
+        raise ValueError(f"n must be between 1 and {most}, the most that can differ from 0, got {n}")
     left, left_R = torch.linalg.qr(A)
     right, right_R = torch.linalg.qr(B.mT)
     U, S, Vh = torch.linalg.svd(left_R @ right_R.mT)
@@ -330,7 +330,7 @@ def eigenvalue_copying_score(circuit: Factored) -> float:
 def _factors(circuit: Factored) -> tuple[Float[Tensor, "row inner"], Float[Tensor, "inner column"]]:
     """The thin factors, in float32 or wider."""
     if not isinstance(circuit, Factored):
-        raise TypeError(f"circuit must be a Circuit or a FactoredMatrix, but is {circuit!r:.80}")
+        raise TypeError(f"circuit must be a Circuit or a FactoredMatrix, got {circuit!r:.80}")
     A, B = circuit.A, circuit.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(
@@ -348,10 +348,10 @@ def _square(
     """The factors of a square circuit, transposed if `over` is its first axis."""
     A, B = _factors(circuit)
     if len(A) != B.shape[1]:
-        raise ValueError(f"the circuit must be square, but is {len(A)} x {B.shape[1]}")
+        raise ValueError(f"the circuit must be square, got {len(A)} x {B.shape[1]}")
     axes = tuple(getattr(circuit, "axes", AXES))
     if over is not None and over not in axes:
-        raise ValueError(f"over must be an axis of the circuit, {axes[0]!r} or {axes[1]!r}, but is {over!r}")
+        raise ValueError(f"over must be an axis of the circuit, {axes[0]!r} or {axes[1]!r}, got {over!r}")
     return (B.mT, A.mT) if over == axes[0] else (A, B)
 
 
@@ -368,10 +368,10 @@ def _ids(what: str, given: Tensor | Sequence[int], count: int) -> Int[Tensor, " 
     if len(ids) == 0:
         return ids.long()
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{what}s must be integers, but are {ids.dtype}")
+        raise TypeError(f"{what}s must be integers, got {ids.dtype}")
     wrong = ids[(ids < 0) | (ids >= count)]
     if len(wrong):
-        raise ValueError(f"{what}s must lie between 0 and {count - 1}, but there is {int(wrong[0])}")
+        raise ValueError(f"{what}s must be between 0 and {count - 1}, but there is {int(wrong[0])}")
     return ids.long()
 
 

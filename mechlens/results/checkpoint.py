@@ -181,10 +181,10 @@ def checkpoint_path(path: str | os.PathLike[str] | None) -> Path | None:
     if path is None:
         return None
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"resume must be the path of a .safetensors file, but is {path!r}")
+        raise TypeError(f"resume must be the path of a .safetensors file, got {path!r}")
     file = Path(path)
     if file.suffix != ".safetensors":
-        raise ValueError(f"resume must be a .safetensors file, but is {file}")
+        raise ValueError(f"resume must be a .safetensors file, got {file}")
     if file.is_dir():
         raise ValueError(f"resume must be a .safetensors file, but {file} is a folder")
     if not file.parent.is_dir():

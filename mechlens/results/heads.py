@@ -102,6 +102,15 @@ def parse_head(head: Head) -> tuple[int, int]:
     raise ValueError(f"a head is written L5H5, 5.5 or (5, 5), got {head!r}")
 
 
+def check_in_range(layer: int, head: int, n_layers: int, n_heads: int) -> None:
+    """Refuse a head that the model does not have."""
+    if not (0 <= layer < n_layers and 0 <= head < n_heads):
+        raise ValueError(
+            f"head {head_label(layer, head)} is out of range: the model has layers 0 to {n_layers - 1} with "
+            f"heads 0 to {n_heads - 1}"
+        )
+
+
 def parse_heads(heads: Heads) -> list[tuple[int, int]]:
     """The same for one head or several."""
     one = isinstance(heads, str) or (isinstance(heads, tuple) and all(hasattr(n, "__index__") for n in heads))

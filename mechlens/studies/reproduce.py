@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mechlens.arguments import check_model
+from mechlens.arguments import check_model, check_type
 from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import Comparison, ModelInfo, Result, write_table
@@ -162,6 +162,7 @@ def reproduce(
     card of a model with 135 million parameters take about ten minutes on two cores.
     """
     check_model(model)
+    check_type("heads", heads, RepeatedTokens)
     info = describe(model)
     figures = figures_of(info)
     chosen = planned(info, names)

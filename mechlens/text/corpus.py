@@ -142,7 +142,7 @@ def corpus_ids(corpus: Any) -> Int[Tensor, "window pos"] | None:
     rows, mask = as_ids(corpus)
     if mask is not None and not bool(mask.all()):
         raise ValueError(
-            "the rows of ids have padding (zeros in attention_mask): windows must be equally long"
+            "the rows of ids have padding (zeros in attention_mask): windows must have the same length"
         )
     return rows
 

@@ -111,7 +111,7 @@ def repeated_tokens(
         prepend_bos: whether to prepend BOS; None does so if the tokenizer has one.
         jitter: vary the distance of the two copies: insert 0 to `jitter` other random tokens between them, a
             number drawn for each sequence. The rest of `jitter` follows the second copy, so that all
-            sequences are equally long.
+            sequences have the same length.
 
     Returns:
         Token ids on the CPU, with the position at which each copy begins.
@@ -332,8 +332,8 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
     tokens, mask = as_ids(prompt)
     if mask is not None and not bool(mask.all()):
         raise ValueError(
-            "the prompt has padding (zeros in its attention_mask), but sequences must be equally long here: "
-            "pass sequences of the same length together"
+            "the prompt has padding (zeros in its attention_mask), but sequences must have the same length "
+            "here: pass sequences of the same length together"
         )
     if mask is None:
         warn_of_padding(model, tokens)
@@ -349,9 +349,9 @@ def check_equally_long(model: Any, rows: Sequence[Tensor]) -> None:
     for row in rows:
         if row.shape != rows[0].shape:
             raise ValueError(
-                "the texts must have equally many tokens, but here are "
-                f"{rows[0].shape[1]}, {list(token_strings(model, rows[0][0]))}, and "
-                f"{row.shape[1]}, {list(token_strings(model, row[0]))}"
+                f"the texts must have the same number of tokens, got {rows[0].shape[1]}, "
+                f"{list(token_strings(model, rows[0][0]))}, and {row.shape[1]}, "
+                f"{list(token_strings(model, row[0]))}"
             )
 
 
@@ -407,7 +407,7 @@ def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
             ) from None
     if not isinstance(prompt, Tensor):
         raise TypeError(
-            f"a prompt is text or token ids, got a {type(prompt).__name__}: pass tokens as torch.tensor(ids) "
+            f"a prompt is text or token ids, got {prompt!r:.80}: pass tokens as torch.tensor(ids) "
             "or the output of a tokenizer"
         )
     if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:

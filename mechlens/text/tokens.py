@@ -210,8 +210,11 @@ def check_text(text: str, what: str) -> None:
     """Check that a text is valid Unicode.
 
     Raises:
+        TypeError: not a string.
         ValueError: a lone surrogate, such as Python puts in place of bytes that are not UTF-8.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"the {what} must be a string, got {text!r}")
     for place, letter in enumerate(text):
         if "\ud800" <= letter <= "\udfff":
             raise ValueError(

@@ -362,7 +362,7 @@ def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"prefix": torch.ones(32, dtype=torch.long)}, "a prefix of 32 tokens leaves no room"),
         ({"prefix": torch.tensor([64])}, "token id 64 is not in the model's vocabulary of 64"),
-        ({"prefix": torch.ones(2, 3, dtype=torch.long)}, "a prefix is one sequence, but got 2 sequences"),
+        ({"prefix": torch.ones(2, 3, dtype=torch.long)}, "a prefix must be one sequence, got 2 sequences"),
     ],
 )
 def test_bad_arguments(loaded, options, message):

@@ -354,7 +354,7 @@ def test_a_model_without_tokenizer_is_scored_on_any_ids(tiny_directory_with_room
         ),
         (
             lambda m: attention_patterns(m, torch.arange(5), [(2, 0)]),
-            "head L2H0 is out of range: the model has 2 layers of 4 heads",
+            "head L2H0 is out of range: the model has layers 0 to 1",
         ),
         (lambda m: attention_patterns(m, torch.arange(5), []), "at least one"),
         (lambda m: attention_patterns(m, torch.ones(2, 5).long(), [(0, 0)]), "need one sequence, got"),

@@ -197,7 +197,7 @@ def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
         ({"read": "resid_post+attn_out"}, "read must be one of"),
         ({"read": ["L0H1", "resid_pre+L0H2"]}, "read must be one of"),
         ({"read": []}, "read must be one of"),
-        ({"read": "0.9"}, "head L0H9 is out of range: the model has 2 layers with 4"),
+        ({"read": "0.9"}, "head L0H9 is out of range: the model has layers 0 to 1"),
         ({"read": "0.1", "layers": [1]}, "layers must be left out where read names heads"),
         ({"decoder": lambda vectors: vectors[..., :3]}, r"it gets, \(1, 4, 32\), got \(1, 4, 3\)"),
         ({"decoder": lambda vectors: None}, "got NoneType"),

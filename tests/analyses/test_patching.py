@@ -374,7 +374,7 @@ def test_induction_heads_show_by_what_their_absence_costs(bundled):
         ({"over": "batch"}, "batch"),
         ({"site": "z", "over": "head"}, "'head' without 'layer'"),
         ({"site": "z", "heads": [(0, 4)]}, "head 4"),
-        ({"site": "z", "heads": ["L0H1", (0, 1)]}, "several different ones, but are L0H1, L0H1"),
+        ({"site": "z", "heads": ["L0H1", (0, 1)]}, "several different ones, got L0H1, L0H1"),
         ({"site": "z", "heads": ["L0H1"], "layers": [0]}, "leave out layers"),
         ({"values": "mean"}, "values must be 'zero', Earlier"),
         ({"values": None}, "without a corrupted run, values says"),
@@ -526,7 +526,7 @@ def test_texts_are_a_batch_where_they_are_equally_long(tiny_bos_model):
     without = found("a a", "b b", prepend_bos=False)
     assert without.given["corrupted"].shape == without.tokens.shape
     assert without.tokens.shape[1] == alone.tokens.shape[1] - 1
-    with pytest.raises(ValueError, match="must have equally many tokens, but here are"):
+    with pytest.raises(ValueError, match="must have the same number of tokens, got"):
         found(["a b", "a a a a a"], "b a")
 
 

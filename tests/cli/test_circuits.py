@@ -50,13 +50,13 @@ BEFORE_LOADING = [
     ),
     (["circuit", "1.2", "--rotary", "unrotated"], "--rotary is for queries and keys, and --kind is ov"),
     (["circuit", "1.2", "3.5", "--kind", "v", "--relative-position", "1"], "and --kind is v: leave it out"),
-    (["circuit", "1.2", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
+    (["circuit", "1.2", "--out", "x.png"], "--out must be a .html, .csv or .safetensors file"),
     (["circuit", "1.2", "--out", "no/such/x.csv"], "does not exist"),
     (["circuit", "1.2", "--top", "0"], "Invalid value for '--top'"),
     (["composition", "--kind", "ov"], "--kind must be one of k, q, v, got 'ov'"),
     (["composition", "--kind", "v", "--relative-position", "1"], "and --kind is v: leave it out"),
     (["composition", "--draws", "1"], "Invalid value for '--draws'"),
-    (["composition", "--out", "x.pickle"], "--out must be a .html or .csv or .safetensors file"),
+    (["composition", "--out", "x.pickle"], "--out must be a .html, .csv or .safetensors file"),
 ]
 AFTER_LOADING = [
     (["circuit", "9.0"], "head L9H0 is out of range"),

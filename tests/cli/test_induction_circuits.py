@@ -69,7 +69,7 @@ def test_a_model_without_pairs_says_why(capsys):
         (["--pair", "1.2"], "--pair must be two heads with a comma"),
         (["--pair", "a,b"], "a head is written L5H5"),
         (["--pair", "3.5,1.2"], "L3H5"),
-        (["--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
+        (["--out", "x.png"], "--out must be a .html, .csv or .safetensors file"),
         (["--threshold", "2"], "less than or equal to 1"),
         (["--bogus"], "No such option: --bogus"),
     ],

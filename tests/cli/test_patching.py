@@ -53,7 +53,7 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["patch", "--text", "a b", "--metric", "logit_diff"], "needs --target and --against"),
         (
             ["patch", "--text", "a b", "--corrupted", "a b c"],
-            "the texts must have equally many tokens, but here are 3, [",
+            "the texts must have the same number of tokens, got 3, [",
         ),
         (
             ["patch", "--text", "a b", "--from", "zero", "--metric", "log_prob", "--target", " captain of"],
@@ -68,11 +68,11 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
             ["patch", "--resume", "x.safetensors", "--out", "x.safetensors"],
             "--out and --resume must be different files, got x.safetensors for both",
         ),
-        (["patch", "--out", "x.png"], "--out must be a .html or .csv or .safetensors file"),
+        (["patch", "--out", "x.png"], "--out must be a .html, .csv or .safetensors file"),
         (["ablate", "heads", "--how", "half"], "--how must be one of mean, resample, zero"),
         (["ablate", "heads", "--out", "no/such/x.csv"], "does not exist"),
         (["ablate", "mlps", "--seq-len", "300"], "the largest seq_len that fits is 255"),
-        (["ablate", "mlps", "--out", "x.pickle"], "--out must be a .html or .csv or .safetensors file"),
+        (["ablate", "mlps", "--out", "x.pickle"], "--out must be a .html, .csv or .safetensors file"),
         (["ablate", "heads", "--bogus"], "No such option: --bogus"),
         (["ablate", "neurons"], "No such command 'neurons'"),
     ],

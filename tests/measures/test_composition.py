@@ -121,5 +121,5 @@ def test_arguments_out_of_range_are_refused():
         composition_scores(A, B, A, B, source_layers=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="n must be at least 2"):
         random_composition(4, 2, n=1)
-    with pytest.raises(ValueError, match="at least 1, but are 0 and 2"):
+    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
         random_composition(0, 2)

@@ -169,7 +169,7 @@ def test_bounds():
     alone = read_out(vectors, Unembedding(W_U, b_U), targets=targets, statistics=("rank",))
     assert alone.rank.shape == (2, 2, 2), "without a reference the targets are those that were given"
     for top_k in (0, 6):
-        with pytest.raises(ValueError, match=f"vocabulary of 5, but is {top_k}"):
+        with pytest.raises(ValueError, match=f"vocabulary of 5, got {top_k}"):
             read_out(vectors, Unembedding(W_U, b_U), targets=targets, references=(0,), top_k=top_k)
     with pytest.raises(ValueError, match="memory_budget must be at least 1, got 0"):
         read_out(vectors, Unembedding(W_U, b_U), targets=targets, references=(0,), memory_budget=0)

@@ -64,7 +64,7 @@ def test_central_interval_of_a_known_set():
     ("call", "message"),
     [
         (lambda: bootstrap_interval(torch.empty(0, 3)), "at least 1 sample"),
-        (lambda: bootstrap_interval(torch.ones(3), confidence=95), "between 0 and 1, but it is 95"),
+        (lambda: bootstrap_interval(torch.ones(3), confidence=95), "between 0 and 1, got 95"),
         (lambda: central_interval(torch.empty(0)), "at least 1 sample"),
         (lambda: central_interval(torch.ones(3), share=1), "between 0 and 1"),
     ],
@@ -96,8 +96,8 @@ def test_a_share_that_is_not_there_has_no_interval():
     ("share", "n", "confidence", "message"),
     [
         (0.5, 0, 0.95, "at least 1 observation, but n is 0"),
-        (1.5, 4, 0.95, "a share lies between 0 and 1, but is 1.5"),
-        (0.5, 4, 1.0, "confidence must lie between 0 and 1"),
+        (1.5, 4, 0.95, "a share must be between 0 and 1, got 1.5"),
+        (0.5, 4, 1.0, "confidence must be between 0 and 1"),
     ],
 )
 def test_the_interval_of_a_bad_share(share, n, confidence, message):

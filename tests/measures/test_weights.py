@@ -153,7 +153,7 @@ def test_a_circuit_names_its_own_axes():
     assert diagonal_ranks(circuit, "destination").tolist() == [2, 1]
     assert diagonal_ranks(circuit, "source").tolist() == [1, 1]
     assert diagonal_ranks(circuit).tolist() == [2, 1]
-    with pytest.raises(ValueError, match="'source' or 'destination', but is 'key'"):
+    with pytest.raises(ValueError, match="'source' or 'destination', got 'key'"):
         diagonal_ranks(circuit, "key")
 
 
@@ -315,27 +315,27 @@ def test_arguments_out_of_range_are_refused():
         eigenvalues,
         eigenvalue_copying_score,
     ):
-        with pytest.raises(ValueError, match="must be square, but is 4 x 5"):
+        with pytest.raises(ValueError, match="must be square, got 4 x 5"):
             measure(wide)
     for k in (0, 5):
-        with pytest.raises(ValueError, match=f"vocabulary of 4, but is {k}"):
+        with pytest.raises(ValueError, match=f"vocabulary of 4, got {k}"):
             top_k_accuracy(square, k)
     for n in (0, 21):
-        with pytest.raises(ValueError, match=f"4 x 5 entries, but is {n}"):
+        with pytest.raises(ValueError, match=f"4 x 5 entries, got {n}"):
             largest_entries(wide, n)
     for n in (0, 3):
-        with pytest.raises(ValueError, match=f"between 1 and 2, .* but is {n}"):
+        with pytest.raises(ValueError, match=f"between 1 and 2, .* got {n}"):
             singular(wide, n)
-    with pytest.raises(ValueError, match="'query' or 'key', but is 'source'"):
+    with pytest.raises(ValueError, match="'query' or 'key', got 'source'"):
         diagonal_ranks(square, "source")
-    with pytest.raises(ValueError, match="'for' or 'against' the diagonal, but is 'none'"):
+    with pytest.raises(ValueError, match="'for' or 'against' the diagonal, got 'none'"):
         diagonal_ranks(square, ties="none")
     for token in (-1, 4):
         with pytest.raises(ValueError, match=f"between 0 and 3, but there is {token}"):
             diagonal_ranks(square, tokens=[0, token])
-        with pytest.raises(ValueError, match=f"rows must lie between 0 and 3, but there is {token}"):
+        with pytest.raises(ValueError, match=f"rows must be between 0 and 3, but there is {token}"):
             row(wide, token)
-    with pytest.raises(ValueError, match="columns must lie between 0 and 4, but there is 5"):
+    with pytest.raises(ValueError, match="columns must be between 0 and 4, but there is 5"):
         column(wide, 5)
     with pytest.raises(ValueError, match="at least 1 token"):
         top_k_accuracy(square, 1, tokens=[])
@@ -355,7 +355,7 @@ def test_arguments_out_of_range_are_refused():
 
 
 def test_a_boolean_mask_is_not_a_list_of_tokens():
-    code = "tokens must be integers, but are torch.bool"
+    code = "tokens must be integers, got torch.bool"
     with pytest.raises(TypeError, match=code):
         weights._ids("token", torch.tensor([True, False]), 2)
 

@@ -53,7 +53,7 @@ def test_names_of_several_tokens_are_left_out(bundled):
         indirect_object(bundled, names=[" Ozymandias", " Constantinople"])
     with pytest.raises(ValueError, match="n_prompts"):
         indirect_object(bundled, n_prompts=0, names=PEOPLE)
-    with pytest.raises(ValueError, match="equally many tokens"):
+    with pytest.raises(ValueError, match="same number of tokens"):
         indirect_object(bundled, names=PEOPLE, templates=["{a}{b}{s}", "{a} and{b} and{s}"])
 
 

@@ -95,7 +95,7 @@ def test_ids_may_be_lists_arrays_or_the_output_of_a_tokenizer(tiny_bos_model, gi
 def test_a_tokenizers_mask_is_used(tiny_bos_model):
     given = BatchEncoding({"input_ids": [[5, 6, 7], [0, 0, 9]], "attention_mask": [[1, 1, 1], [0, 0, 1]]})
     assert prompt_batch(tiny_bos_model, given).mask.tolist() == [[True] * 3, [False, False, True]]
-    with pytest.raises(ValueError, match="sequences must be equally long here"):
+    with pytest.raises(ValueError, match="sequences must have the same length here"):
         prompt_tokens(tiny_bos_model, given)
 
 

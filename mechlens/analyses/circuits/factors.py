@@ -16,7 +16,7 @@ from mechlens.models.protocol import LensModel, describe
 from mechlens.models.weights.folding import from_tokens
 from mechlens.models.weights.rotary import NO_ROTATION, HeadRotation
 from mechlens.results import Circuit, head_label, parse_head
-from mechlens.results.heads import Head, Heads
+from mechlens.results.heads import Head, Heads, check_in_range
 
 EMBEDDINGS = ("W_E", "effective")
 _IDENTITY = ("name", "revision", "n_layers", "n_heads", "d_model", "d_vocab")
@@ -36,12 +36,7 @@ def check_head(model: LensModel, head: Head) -> tuple[int, int]:
         raise TypeError(f"this circuit takes one head, such as 'L5H5' or (5, 5), got a list: {head!r}")
     check_model(model)
     layer, index = parse_head(head)
-    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    if not (0 <= layer < n_layers and 0 <= index < n_heads):
-        raise ValueError(
-            f"head {head_label(layer, index)} is out of range: the model has layers 0 to {n_layers - 1} with "
-            f"heads 0 to {n_heads - 1}"
-        )
+    check_in_range(layer, index, model.cfg.n_layers, model.cfg.n_heads)
     return layer, index
 
 

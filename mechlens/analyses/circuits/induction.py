@@ -21,7 +21,7 @@ from mechlens.analyses.circuits.qk import QK
 from mechlens.analyses.heads.scores import score_heads
 from mechlens.analyses.patching.ablations import ablation_source, check_how
 from mechlens.analyses.patching.path import HeadPath, PathRuns
-from mechlens.arguments import check_between, check_counts, check_model, generator_of
+from mechlens.arguments import check_between, check_counts, check_model, check_type, generator_of
 from mechlens.errors import ArgumentError
 from mechlens.measures.attention import copies_mask, mask_score
 from mechlens.measures.statistics import exact_interval
@@ -155,6 +155,7 @@ def _sequences(model: LensModel, on: RepeatedTokens | None) -> RepeatedTokens:
     """The sequences with their BOS decided, checked: one seed, no jitter and at least two tokens."""
     check_model(model)
     on = RepeatedTokens(batch=8, seeds=[0]) if on is None else on
+    check_type("on", on, RepeatedTokens)
     if len(on.seeds) != 1:
         raise ArgumentError("seeds", "a single seed", on.seeds)
     if on.jitter:

@@ -281,7 +281,7 @@ def _target(model: LensModel, asked: Match | Continue, n_tokens: int) -> Int[Ten
     ids = prompt_tokens(model, [target] if one_id else target, prepend_bos=False)
     check_tokens(model, ids)
     if len(ids) != 1:
-        raise ValueError(f"a target is one sequence, but got {len(ids)} sequences")
+        raise ValueError(f"a target must be one sequence, got {len(ids)} sequences")
     if isinstance(asked, Match) and ids.shape[1] != n_tokens:
         raise ValueError(
             f"the target must have as many tokens as are searched, {n_tokens}, but has {ids.shape[1]}"
@@ -297,8 +297,8 @@ def _places(at: Any, n_tokens: int, width: int) -> Int[Tensor, "selected 2"]:
         index = tuple(part.cpu().numpy() if isinstance(part, torch.Tensor) else part for part in parts)
         flat = torch.from_numpy(grid[index].flatten())
     except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"at={at!r} is not an index of [{n_tokens} positions, {width} features]: {error}"
+        raise ArgumentError(
+            "at", f"an index of [{n_tokens} positions, {width} features]", at, str(error)
         ) from error
     if not len(flat):
         raise ValueError(f"at={at!r} selects nothing: there are {n_tokens} positions and {width} features")

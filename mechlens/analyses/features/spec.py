@@ -112,7 +112,7 @@ class Prefix:
             return begin
         tokens = prompt_tokens(model, self.tokens, prepend_bos=False)
         if len(tokens) != 1:
-            raise ValueError(f"a prefix is one sequence, but got {len(tokens)} sequences")
+            raise ValueError(f"a prefix must be one sequence, got {len(tokens)} sequences")
         if not tokens.shape[1]:
             return begin
         check_tokens(model, tokens)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mechlens.arguments import check_type
 from mechlens.measures.statistics import bootstrap_interval, central_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.unembedding import next_token_log_probs
@@ -47,6 +48,7 @@ def repeated_token_performance(
     References: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
     Cost: one forward pass per seed; no logits are kept.
     """
+    check_type("on", on, RepeatedTokens)
     if on.jitter:
         raise ValueError(f"the two halves need a fixed period: use jitter=0, got {on.jitter}")
     drawn, predicted = [], []

@@ -21,7 +21,7 @@ from mechlens.models.run.forward import watch
 from mechlens.models.run.sites import SITES
 from mechlens.models.weights.access import check_heads_add_up, head_outputs
 from mechlens.results import head_label, parse_heads
-from mechlens.results.heads import Heads
+from mechlens.results.heads import Heads, check_in_range
 
 Read: TypeAlias = "str | Heads"
 STREAMS = ("resid_pre", "resid_mid", "resid_post")
@@ -70,6 +70,8 @@ class Reading:
         Raises:
             ArgumentError: it is something else.
         """
+        if not isinstance(read, (str, tuple, list)):
+            raise ArgumentError("read", _NEEDS, read)
         one = isinstance(read, str) or not all(isinstance(each, (str, tuple)) for each in read)
         several: list[Any] = [read] if one else list(read)
         texts = [each for each in several if isinstance(each, str)]
@@ -104,11 +106,7 @@ class Reading:
         if heads is None:
             heads = tuple((layer, head) for layer in chosen_layers for head in range(n_heads))
         for layer, head in heads:
-            if not (0 <= layer < n_layers and 0 <= head < n_heads):
-                raise ValueError(
-                    f"head {head_label(layer, head)} is out of range: the model has {n_layers} layers with "
-                    f"{n_heads} heads each"
-                )
+            check_in_range(layer, head, n_layers, n_heads)
         return [embed, *(Row(head_label(layer, head), layer, head, layer + 1) for layer, head in heads)]
 
     def check(self, model: LensModel) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mechlens.analyses.patching.experiment import Patching
 from mechlens.analyses.patching.metrics import Loss
 from mechlens.analyses.patching.sources import Earlier, Mean, Resampled, Source, Zero
-from mechlens.arguments import seeds_of
+from mechlens.arguments import check_type, seeds_of
 from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel
 from mechlens.results import PatchGridResult
@@ -104,6 +104,7 @@ def check_how(how: str) -> None:
 
 def _checked(on: RepeatedTokens | None) -> RepeatedTokens:
     on = RepeatedTokens(50, batch=4, seeds=[0]) if on is None else on
+    check_type("on", on, RepeatedTokens)
     if on.seq_len < 2:
         raise ArgumentError("seq_len", "at least 2, so that a token of the copy predicts another", on.seq_len)
     if on.jitter:

@@ -232,7 +232,7 @@ def metric_of(given: Any) -> Metric:
     if isinstance(given, type) or not callable(given):
         raise TypeError(
             "metric must be Loss(), LogProb(target), LogitDiff(target, against), KL() or a function of "
-            f"logits, but is {given!r}"
+            f"logits, got {given!r}"
         )
     return LogitFunction(given)
 

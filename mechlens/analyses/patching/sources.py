@@ -122,7 +122,7 @@ class Earlier(Source):
 
     def __post_init__(self) -> None:
         if not isinstance(self.shift, Integral):
-            raise TypeError(f"Earlier(shift) takes a number of positions, but got {self.shift!r}")
+            raise TypeError(f"Earlier(shift) takes a number of positions, got {self.shift!r}")
 
     @property
     def label(self) -> str:

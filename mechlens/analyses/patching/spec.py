@@ -329,7 +329,7 @@ def _pairs(heads: Heads, n_layers: int, n_heads: int) -> tuple[tuple[int, int], 
         chosen("head", [head], n_heads)
     if not pairs or len(set(pairs)) < len(pairs):
         names = ", ".join(head_label(*pair) for pair in pairs)
-        raise ValueError(f"heads must be one or several different ones, but are {names or 'none'}")
+        raise ValueError(f"heads must be one or several different ones, got {names or 'none'}")
     return tuple(sorted(pairs))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechlens.analyses.tuned_lens.plan import TrainingPlan, measured_rate, training_plan
 from mechlens.analyses.tuned_lens.translators import TENSORS, Head, gradients, held_out_kl, translators
 from mechlens.analyses.tuned_lens.windows import batch_windows, training_windows
-from mechlens.arguments import check_counts, check_reals, generator_of
+from mechlens.arguments import check_counts, check_reals, check_type, generator_of
 from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.properties import check_rows_alike
@@ -118,6 +118,7 @@ def train_tuned_lens(
     info = describe(model)
     check_counts(held_out=held_out)
     checkpoint_path(resume)
+    check_type("training", training, Training)
     steps, rate = training.steps, training.rate(model.cfg.d_model)
     train, rest = training_windows(
         model, corpus, held_out_corpus, steps=steps, batch_tokens=training.batch_tokens, held_out=held_out

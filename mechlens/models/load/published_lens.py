@@ -51,8 +51,8 @@ def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> Tune
         >>> raw = mechlens.load_model(processing=False)
         >>> mechlens.load_tuned_lens("./no-such-folder", model=raw)
         Traceback (most recent call last):
-        mechlens.errors.ModelLoadError: no-such-folder is no folder with config.json and params.pt:
-        config.json is not there
+        mechlens.errors.ModelLoadError: no-such-folder must be a folder with config.json and params.pt:
+        config.json is missing
 
     References: Belrose et al. 2023, arXiv:2303.08112; https://github.com/AlignmentResearch/tuned-lens.
     """
@@ -93,7 +93,9 @@ def _folder(source: str | os.PathLike[str]) -> Path:
     if path.is_dir() or not isinstance(source, str) or source.startswith((".", "~", "/")):
         absent = [name for name in FILES if not (path / name).is_file()]
         if absent:
-            raise ModelLoadError(f"{path} is no folder with {' and '.join(FILES)}: {absent[0]} is not there")
+            raise ModelLoadError(
+                f"{path} must be a folder with {' and '.join(FILES)}: {absent[0]} is missing"
+            )
         return path
     return _fetch(source)
 

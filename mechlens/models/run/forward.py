@@ -218,9 +218,7 @@ def check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
         ValueError: no tokens, ids out of range, or more tokens than the context holds.
     """
     if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(
-            f"tokens must be [batch, pos] with at least one token, but are {tuple(tokens.shape)}"
-        )
+        raise ValueError(f"tokens must be [batch, pos] with at least one token, got {tuple(tokens.shape)}")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= model.cfg.d_vocab:
         wrong = low if low < 0 else high

@@ -52,9 +52,9 @@ def random_like(
     """
     info, source, draw = describe(model), provenance_of(model), generator_of(seed)
     if isinstance(std, bool) or not isinstance(std, numbers.Real):
-        raise TypeError(f"std must be a number, but is {std!r}")
+        raise TypeError(f"std must be a number, got {std!r}")
     if not std > 0 or not math.isfinite(std):
-        raise ValueError(f"std must be a finite number above 0, but is {std}")
+        raise ValueError(f"std must be a finite number above 0, got {std}")
     if keep_embeddings and info.processing is not False:
         raise ValueError(
             f"the embeddings of {info.name} are or may be processed, and random blocks are not: load it with "

@@ -175,7 +175,7 @@ def test_attention_only(tmp_path):
 def test_bad_input(trained, tiny_directories):
     with pytest.raises(ValueError, match="embeddings of gpt2 are or may be processed"):
         random_like(load_model(tiny_directories / "gpt2"), 0, keep_embeddings=True)
-    with pytest.raises(ValueError, match="std must be a finite number above 0, but is 0"):
+    with pytest.raises(ValueError, match="std must be a finite number above 0, got 0"):
         random_like(trained("gpt2"), 0, std=0.0)
     with pytest.raises(ValueError, match=r"seed must be below 2\*\*64, got"):
         random_like(trained("gpt2"), 2**70)
