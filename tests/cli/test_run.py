@@ -78,7 +78,7 @@ def test_a_file_holds_the_result_and_the_page_the_command_that_made_it(tmp_path,
 
 
 def test_another_ending_is_refused_before_the_work():
-    with pytest.raises(ValueError, match=r"--out must be a \.html or \.csv or \.safetensors file"):
+    with pytest.raises(ValueError, match=r"--out must be a \.html, \.csv or \.safetensors file"):
         called(spread, "a", "--out", "found.txt")
 
 
