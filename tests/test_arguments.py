@@ -13,7 +13,7 @@ from mechlens import Mean, Patching, detect_heads, repeated_tokens
 from mechlens.arguments import chosen, generator_of, names_of, seeds_of, whole_number
 from mechlens.results import parse_heads
 from mechlens.text.corpus import corpus_ids
-from tests.hand_made import head_scores
+from tests.examples import head_scores
 
 
 @pytest.mark.parametrize("seeds", [[3, 0], (3, 0), np.array([3, 0]), torch.tensor([3, 0]), iter([3, 0])])

@@ -13,7 +13,7 @@ from mechlens.measures.statistics import exact_interval
 from mechlens.models.load.loading import load_model
 from mechlens.models.weights.randomize import random_like
 from mechlens.results import ExhaustiveSearch
-from tests import hand_made
+from tests import examples
 from tests.reference import features as reference
 from tests.tiny_models import write_tiny_model
 
@@ -25,7 +25,7 @@ def search(ids, **changes):
     ids = torch.tensor(ids) if not isinstance(ids, torch.Tensor) else ids
     ones = torch.ones(ids.shape)
     fields = {
-        "model": dataclasses.replace(hand_made.model(), d_vocab=D_VOCAB, processing=False),
+        "model": dataclasses.replace(examples.model(), d_vocab=D_VOCAB, processing=False),
         "site": "resid_post",
         "layers": tuple(range(ids.shape[0])),
         "features": tuple(range(ids.shape[1])),
@@ -188,7 +188,7 @@ def test_one_coincidence_is_not_alignment():
     # one of 50 features agrees, where one in 500 would by chance
     ids = torch.arange(100).view(2, 50, 1) % 97
     ids[1, 7] = ids[0, 7]
-    found = search(ids, model=dataclasses.replace(hand_made.model(), d_vocab=100))
+    found = search(ids, model=dataclasses.replace(examples.model(), d_vocab=100))
     share = feature_alignment(found).share()
     assert share.value == pytest.approx(1 / 50)
     assert share.verdict == "no more than chance"

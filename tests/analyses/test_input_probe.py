@@ -12,7 +12,7 @@ from mechlens.models.weights.access import direct_unembedding
 from mechlens.results import InputProbe
 from mechlens.text.corpus import token_windows
 from mechlens.text.tokens import own_bos_token_id
-from tests import hand_made
+from tests import examples
 from tests.close import assert_same
 from tests.reference import input_probe as reference
 from tests.shared import SHARED, needs_shared
@@ -296,7 +296,7 @@ def test_the_unembedding_is_taken_with_the_final_norms_scale(tiny_directories):
 def test_a_saved_probe_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
     result = probe(tiny_bos_model)
     assert InputProbe.load(result.save(tmp_path / "probe.safetensors")) == result
-    made = hand_made.input_probe()
+    made = examples.input_probe()
     table = made.to_dataframe()
     assert len(table) == 2 * 2 * 2
     row = table[(table.basis == "embedding") & (table.kind == "per_layer") & (table.row == "0")].iloc[0]

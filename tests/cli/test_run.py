@@ -14,7 +14,7 @@ from mechlens.cli import options
 from mechlens.cli.commands import build
 from mechlens.cli.run import Run, command
 from mechlens.errors import ArgumentError
-from tests import hand_made
+from tests import examples
 
 
 def called(function, *arguments):
@@ -38,7 +38,7 @@ def spread(
         raise ArgumentError("top_k", "at least 1", top)
     if layer_index > 3:
         raise ArgumentError("layer_index", "at most 3", layer_index)
-    run.show(hand_made.attention_spread(4, 3), top=top)
+    run.show(examples.attention_spread(4, 3), top=top)
 
 
 def test_every_command_of_the_runner_has_the_shared_options():
@@ -72,7 +72,7 @@ def test_a_file_holds_the_result_and_the_page_the_command_that_made_it(tmp_path,
     if ending == ".csv":
         assert len(pd.read_csv(out)) == 12
     elif ending == ".safetensors":
-        assert mechlens.load(out) == hand_made.attention_spread(4, 3)
+        assert mechlens.load(out) == examples.attention_spread(4, 3)
     else:
         assert "mechlens spread --top 1" in out.read_text(encoding="utf-8")
 

@@ -22,7 +22,7 @@ from mechlens.results import (
     Result,
     TunedLens,
 )
-from tests import hand_made
+from tests import examples
 
 WORDS = ("<|im_start|>", "The", "·E", "iffel", " Tower", " is", " in", " the", " city", " of")
 """What a model of the gallery reads: long tokens and short ones, as real texts have them."""
@@ -31,7 +31,7 @@ WORDS = ("<|im_start|>", "The", "·E", "iffel", " Tower", " is", " in", " the", 
 def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
     """A result of each kind that has layers or heads in it."""
     draw = torch.Generator().manual_seed(0)
-    info = hand_made.model("smollm2-135m", n_layers=n_layers, n_heads=n_heads)
+    info = examples.model("smollm2-135m", n_layers=n_layers, n_heads=n_heads)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw)
@@ -40,10 +40,10 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
         # squared: few are large, as of scores
         return torch.rand(*shape, generator=draw).pow(4)
 
-    lens = hand_made.deep_lens(n_layers, tokens=WORDS)
+    lens = examples.deep_lens(n_layers, tokens=WORDS)
     induction = uniform(1, 2, n_layers, n_heads)
     scores = dataclasses.replace(
-        hand_made.head_scores(),
+        examples.head_scores(),
         model=info,
         scores={"induction_score": induction, "copying_score": 2 * uniform(1, 2, n_layers, n_heads) - 1},
         nulls={"induction_score": induction / 8},
@@ -64,7 +64,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
     def grid(*axes: str, n_prompts: int = 1) -> PatchGridResult:
         sizes = {"layer": n_layers, "head": n_heads, "pos": len(WORDS)}
         return dataclasses.replace(
-            hand_made.patch_grid(axes=("layer", "pos")),
+            examples.patch_grid(axes=("layer", "pos")),
             model=info,
             tokens=torch.zeros(n_prompts, len(WORDS), dtype=torch.long),
             site="z" if "head" in axes else "resid_pre",
@@ -92,7 +92,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
     n_features, k = 32, 3
     ids = torch.randint(2, 10, (n_layers, n_features, k), generator=draw)
     same = torch.rand(n_layers, n_layers, n_features, generator=draw) < 0.4
-    probe: InputProbe = hand_made.input_probe()
+    probe: InputProbe = examples.input_probe()
     fits = (*rows, "shared")
 
     def stretched(values: torch.Tensor, axis: int, size: int) -> torch.Tensor:
@@ -134,8 +134,8 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
     return {
         "lens": lens,
         "scores": scores,
-        "performance": hand_made.performance(),
-        "patterns": hand_made.attention(tokens=WORDS),
+        "performance": examples.performance(),
+        "patterns": examples.attention(tokens=WORDS),
         "composition": CompositionScores(
             model=info,
             kind="k",
@@ -231,14 +231,14 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
     """Each figure as it is drawn unasked."""
     made = results(n_layers, n_heads)
     lens, heads, grids = made["lens"], made["scores"], made["patch_heads"]
-    long = hand_made.deep_lens(n_layers, tokens=WORDS * 4)
+    long = examples.deep_lens(n_layers, tokens=WORDS * 4)
     attn = dataclasses.replace(lens, read="attn_out")
     return {
         "lens": mechlens.plot_logit_lens(lens),
         "lens_rank": mechlens.plot_logit_lens(lens, "rank_ a"),
         "lens_long": mechlens.plot_logit_lens(long),
         "lens_lines": mechlens.plot_lens_lines(lens),
-        "facts": mechlens.plot_facts(hand_made.facts(n_layers)),
+        "facts": mechlens.plot_facts(examples.facts(n_layers)),
         "sublayers": mechlens.plot_logit_lens(
             mechlens.interleaved(attn, dataclasses.replace(lens, read="mlp_out"))
         ),
@@ -255,7 +255,7 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
         "patch_recovered": mechlens.plot_patch_grid(grids, value="recovered"),
         "patch_positions": mechlens.plot_patch_grid(made["patch_positions"]),
         "head_effects": mechlens.plot_head_effects(grids),
-        "spread": mechlens.plot_attention_spread(hand_made.attention_spread(n_layers, n_heads)),
+        "spread": mechlens.plot_attention_spread(examples.attention_spread(n_layers, n_heads)),
         "attribution": mechlens.plot_attribution(made["attribution"]),
         "probe": mechlens.plot_input_probe(made["probe"]),
         "variance": mechlens.plot_logit_variance(made["variance"]),

@@ -5,46 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from mechlens.plots.attribution import plot_attribution
-from mechlens.results import LogitAttribution
-from tests import hand_made
-
-VALUES = {
-    "embed": 0.25,
-    "pos_embed": -0.125,
-    "L0H0": 1.0,
-    "L0H1": -2.0,
-    "L0H2": 0.001,
-    "L0 bias": 0.5,
-    "L0 MLP": 4.0,
-    "L1H0": 0.0,
-    "L1H1": 3.0,
-    "L1H2": -0.75,
-    "L1 bias": 0.0,
-    "L1 MLP": -1.5,
-    "final bias": 0.0625,
-}
-
-
-def attribution(values=None) -> LogitAttribution:
-    """Two sequences of `<s>`, ` a`; the second is tenfold, and its last position explains `<b>` less ` a`."""
-    values = VALUES if values is None else values
-    column = torch.tensor(list(values.values()))
-    contributions = torch.stack([column, 2 * column], -1)[:, None] * torch.tensor([1.0, 10.0])[:, None]
-    return LogitAttribution(
-        model=hand_made.model(n_layers=2, n_heads=3),
-        tokens=torch.tensor([[0, 1], [0, 1]]),
-        positions=(0, 1),
-        components=tuple(values),
-        contributions=contributions,
-        logit=contributions.sum(0),
-        target_ids=torch.full((2, 2), 3),
-        against_ids=torch.full((2, 2), 1),
-        strings={"0": "<s>", "1": " a", "3": "<b>"},
-        prepend_bos=True,
-    )
+from tests.examples import CONTRIBUTIONS, attribution
 
 
 def test_every_component_of_a_layer_has_its_cell():
@@ -70,12 +33,14 @@ def test_the_bars_are_the_largest_and_sum_to_the_logit():
     assert sum(bars.x) == pytest.approx(float(result.logit[1, 1]), abs=1e-4)
     assert bars.marker.color[3] != bars.marker.color[0]
     everything = plot_attribution(result, largest=99).data[1]
-    assert len(everything.y) == len(VALUES)
+    assert len(everything.y) == len(CONTRIBUTIONS)
     assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias", "MLP")
 
 
 def test_small_numbers_are_written_and_nothing_has_no_sign():
-    figure = plot_attribution(attribution(VALUES | {"L0H1": -0.002, "final bias": -0.002, "embed": -1e-5}))
+    figure = plot_attribution(
+        attribution(CONTRIBUTIONS | {"L0H1": -0.002, "final bias": -0.002, "embed": -1e-5})
+    )
     assert figure.data[0].text[0][1] == "\N{MINUS SIGN}0.004"
     written = dict(zip(figure.data[1].y, figure.data[1].text, strict=True))
     assert written["final bias"] == "\N{MINUS SIGN}0.004"
@@ -91,7 +56,7 @@ def test_the_title_says_what_is_explained():
 
 
 def test_a_model_without_mlps_and_one_that_adds_nothing():
-    values = {name: 0.0 for name in VALUES if "MLP" not in name}
+    values = {name: 0.0 for name in CONTRIBUTIONS if "MLP" not in name}
     figure = plot_attribution(attribution(values))
     assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias")
     assert figure.data[0].zmax > 0

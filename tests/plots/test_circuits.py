@@ -14,44 +14,8 @@ import torch
 from mechlens.plots.circuits import plot_circuit_corner, plot_eigenvalues, plot_positional_attention
 from mechlens.plots.composition import plot_composition_scores, plot_head_graph
 from mechlens.plots.style import ABSENT, DIVERGING, figure_text
-from mechlens.results import Circuit, CompositionScores, PositionalAttention
 from mechlens.text.display import MINUS
-from tests import hand_made
-
-
-def composition(n_layers: int = 3, n_heads: int = 2) -> CompositionScores:
-    """From LiHj to LkHl the score is 0.01 i + 0.02 j + 0.1 k + 0.2 l; the baseline is 0.25, spread 0.1."""
-    i, j, k, later = torch.meshgrid(*[torch.arange(n) for n in (n_layers, n_heads) * 2], indexing="ij")
-    scores = (0.01 * i + 0.02 * j + 0.1 * k + 0.2 * later).masked_fill(i >= k, math.nan)
-    return CompositionScores(
-        model=hand_made.model(n_layers=n_layers, n_heads=n_heads),
-        kind="k",
-        scores=scores,
-        baseline_mean=0.25,
-        baseline_std=0.1,
-        baseline_draws=16,
-        seed=0,
-        rotary="none",
-        relative_position=None,
-    )
-
-
-def circuit(**changes) -> Circuit:
-    """Eigenvalues 2 and -1, and a rest of zeros; of 3 tokens."""
-    plain = Circuit(
-        model=hand_made.model(),
-        A=torch.tensor([[2.0, 0.0], [0.0, -1.0], [0.0, 0.0]]),
-        B=torch.eye(2, 3),
-        axes=("query", "key"),
-        spaces=("tokens", "tokens"),
-        name="K-composition of L0H1 with L1H2",
-        heads=((0, 1), (1, 2)),
-        embedding="W_E",
-        rotary="none",
-        relative_position=None,
-        normalized_positions=False,
-    )
-    return dataclasses.replace(plain, **changes)
+from tests.examples import circuit, composition, positional
 
 
 def corner() -> pd.DataFrame:
@@ -308,13 +272,7 @@ def test_eigenvalues_of_a_circuit_are_found():
 
 
 def test_positions_attend_from_the_top():
-    result = PositionalAttention(
-        model=hand_made.model(),
-        head=(0, 1),
-        pattern=torch.tensor([[1.0, 0.0], [0.25, 0.75]]),
-        scale=0.5,
-        normalized_positions=True,
-    )
+    result = positional()
     figure = plot_positional_attention(result)
     np.testing.assert_array_equal(figure.data[0].z, [[1.0, math.nan], [0.25, 0.75]])
     assert figure.layout.yaxis.autorange == "reversed"

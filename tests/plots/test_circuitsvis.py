@@ -10,13 +10,13 @@ import pytest
 from mechlens.plots.circuitsvis import POLICY, View
 from mechlens.plots.features import plot_feature_examples
 from mechlens.plots.heads import plot_attention
-from tests import hand_made
-from tests.feature_results import examples
+from tests import examples
+from tests.examples import feature_examples
 from tests.show.test_page import Page
 
 VIEWS = {
-    "attention": lambda: plot_attention(hand_made.attention(tokens=("</script><b>", "\ud800é"))),
-    "examples": lambda: plot_feature_examples(examples(), 1, 2),
+    "attention": lambda: plot_attention(examples.attention(tokens=("</script><b>", "\ud800é"))),
+    "examples": lambda: plot_feature_examples(feature_examples(), 1, 2),
 }
 
 

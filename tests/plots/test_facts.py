@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mechlens.plots.facts import plot_facts
-from tests import hand_made
+from tests import examples
 
 
 def test_lines_are_the_shares_and_the_mean_probability_of_each_row():
-    figure = plot_facts(hand_made.facts())
+    figure = plot_facts(examples.facts())
     lines = {trace.name: list(trace.y) for trace in figure.data}
     assert list(figure.data[0].x) == ["emb.", "0", "1"]
     assert lines["top-1"] == [0.0, 0.0, 0.5]
@@ -21,4 +21,4 @@ def test_lines_are_the_shares_and_the_mean_probability_of_each_row():
 
 def test_another_result_is_refused():
     with pytest.raises(TypeError, match="Facts"):
-        plot_facts(hand_made.lens())
+        plot_facts(examples.lens())

@@ -16,12 +16,12 @@ from mechlens.plots.style import figure_text
 from mechlens.results import GradientSearch
 from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import MINUS
-from tests.feature_results import (
+from tests.examples import (
     MARKUP,
     alignment,
     continuation,
-    examples,
     exhaustive,
+    feature_examples,
     gradient,
     of_layers,
     own,
@@ -425,7 +425,7 @@ def test_one_restart_is_the_best():
 
 
 def test_windows_are_shaded_by_their_activations_largest_first():
-    view = plot_feature_examples(examples(), 1, 2)
+    view = plot_feature_examples(feature_examples(), 1, 2)
     assert view.component == "TopkSamples"
     ((activations,),) = view.props["activations"]
     # BOS has none, four digits are kept
@@ -444,34 +444,34 @@ def test_blue_and_red_are_shaded_on_one_scale():
     def scale(activations):
         return min(map(min, activations)), max(map(max, activations))
 
-    ((shown,),) = plot_feature_examples(examples(), 1, 2).props["activations"]
+    ((shown,),) = plot_feature_examples(feature_examples(), 1, 2).props["activations"]
     for several in (shown, shown[:1], shown[1:]):
         assert scale(several) == (-2.123, 2.123)
     assert [len(window) for window in shown] == [3 + 2] * 2
     # of a feature that is never above 0 the red is as dark
-    ((below,),) = plot_feature_examples(examples(activations=-examples().activations.abs()), 1, 6).props[
-        "activations"
-    ]
+    ((below,),) = plot_feature_examples(
+        feature_examples(activations=-feature_examples().activations.abs()), 1, 6
+    ).props["activations"]
     assert scale(below) == (-9, 9)
-    ((nothing,),) = plot_feature_examples(examples(activations=0 * examples().activations), 1, 2).props[
-        "activations"
-    ]
+    ((nothing,),) = plot_feature_examples(
+        feature_examples(activations=0 * feature_examples().activations), 1, 2
+    ).props["activations"]
     assert scale(nothing) == (-1, 1), "0 of 0 has no color"
 
 
 def test_a_token_cannot_begin_markup_in_the_view():
-    ((tokens,),) = plot_feature_examples(examples(), 1, 2).props["tokens"]
+    ((tokens,),) = plot_feature_examples(feature_examples(), 1, 2).props["tokens"]
     evil = tokens[0][1]
     # circuitsvis puts tokens into the page as markup, where `<` and a letter or a sign begin an element
     assert "</" not in evil
     assert "<b" not in evil
     assert "&l" not in evil
     assert evil.replace("\N{WORD JOINER}", "") == MARKUP, "and nothing is lost"
-    assert plot_feature_examples(examples(), 1, 2)._repr_html_().count("</script") == 1
+    assert plot_feature_examples(feature_examples(), 1, 2)._repr_html_().count("</script") == 1
 
 
 def test_examples_that_were_not_searched_are_refused():
     with pytest.raises(ValueError, match="layer 2 was not searched"):
-        plot_feature_examples(examples(), 2, 2)
+        plot_feature_examples(feature_examples(), 2, 2)
     with pytest.raises(ValueError, match="no window was read"):
-        plot_feature_examples(examples(), 0, 2)
+        plot_feature_examples(feature_examples(), 0, 2)

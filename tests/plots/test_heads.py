@@ -24,7 +24,7 @@ from mechlens.plots.heads import (
 from mechlens.plots.style import DIVERGING, figure_text
 from mechlens.text.color import SEQUENTIAL
 from mechlens.text.display import number, visible_token
-from tests import hand_made
+from tests import examples
 
 MARKUP = "</script><b>&lt;$x$"
 
@@ -35,7 +35,7 @@ def trace(figure: go.Figure, name: str) -> go.Scatter:
 
 
 def test_log_probs_are_at_the_predicted_position():
-    figure = plot_log_probs(hand_made.performance())
+    figure = plot_log_probs(examples.performance())
     mean = trace(figure, "mean")
     # 7 positions: the last predicts nothing, the first is predicted by none.
     assert list(mean.x) == [1, 2, 3, 4, 5, 6]
@@ -44,7 +44,7 @@ def test_log_probs_are_at_the_predicted_position():
 
 
 def test_the_band_contains_the_central_ninety_percent_of_sequences():
-    band = trace(plot_log_probs(hand_made.performance()), "band")
+    band = trace(plot_log_probs(examples.performance()), "band")
     assert list(band.x) == [1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1]
     # Over -1, -1.1, -1.2, -1.3 the 5% and 95% quantiles lie 0.15 steps from the ends.
     assert band.y[0] == pytest.approx(-1.015, rel=1e-6)
@@ -53,61 +53,61 @@ def test_the_band_contains_the_central_ninety_percent_of_sequences():
 
 @pytest.mark.parametrize(("prepend_bos", "edges"), [(True, (0.5, 3.5, 6.5)), (False, (0.5, 2.5, 5.5))])
 def test_the_copies_meet_between_two_positions(prepend_bos: bool, edges: tuple[float, ...]):
-    figure = plot_log_probs(hand_made.performance(prepend_bos=prepend_bos))
+    figure = plot_log_probs(examples.performance(prepend_bos=prepend_bos))
     first, second, border = figure.layout.shapes
     assert (first.x0, first.x1, second.x1) == edges
     assert first.x1 == second.x0 == border.x0
 
 
 def test_each_copy_is_labeled_with_its_means():
-    first, second = (each.text for each in plot_log_probs(hand_made.performance()).layout.annotations)
+    first, second = (each.text for each in plot_log_probs(examples.performance()).layout.annotations)
     assert first == f"<b>first copy</b><br>mean {number(-9.5, 2)} nats<br>accuracy 0.00"
     assert second == f"<b>second copy</b><br>mean {number(-0.25, 2)} nats<br>accuracy 0.75"
 
 
 def test_a_uniform_guess_is_over_the_vocabulary():
-    assert set(trace(plot_log_probs(hand_made.performance()), "uniform guess").y) == {-math.log(64)}
+    assert set(trace(plot_log_probs(examples.performance()), "uniform guess").y) == {-math.log(64)}
 
 
 @pytest.mark.parametrize(
     ("kind", "low", "colors"), [("induction_score", 0, SEQUENTIAL), ("copying_score", -1, DIVERGING)]
 )
 def test_colors_span_the_whole_range_of_a_score(kind, low, colors):
-    figure = plot_head_scores(hand_made.head_scores(), kind)
+    figure = plot_head_scores(examples.head_scores(), kind)
     scores = trace(figure, kind)
-    np.testing.assert_array_equal(scores.z, hand_made.head_scores().mean(kind))
+    np.testing.assert_array_equal(scores.z, examples.head_scores().mean(kind))
     assert (scores.zmin, scores.zmax) == (low, 1)
     assert [color for _, color in scores.colorscale] == colors
     assert figure.layout.yaxis.autorange is None, "layer 0 must be at the bottom"
 
 
 def test_the_hover_text_has_head_score_interval_and_null():
-    scores = trace(plot_head_scores(hand_made.head_scores(), "induction_score"), "induction_score")
+    scores = trace(plot_head_scores(examples.head_scores(), "induction_score"), "induction_score")
     assert scores.hoverinfo == "text"
     assert scores.hovertext[1][2] == (
         "<b>L1H2</b><br>induction score 0.875<br>95% interval 0.750 to 0.938<br>null 0.062"
     )
-    copying = trace(plot_head_scores(hand_made.head_scores(), "copying_score"), "copying_score")
+    copying = trace(plot_head_scores(examples.head_scores(), "copying_score"), "copying_score")
     assert copying.hovertext[0][1].endswith("<br>this score has no null")
 
 
 def test_a_head_without_a_score_is_gray():
-    figure = plot_head_scores(hand_made.head_scores(), "induction_score")
+    figure = plot_head_scores(examples.head_scores(), "induction_score")
     absent = trace(figure, "no score")
-    np.testing.assert_array_equal(np.isfinite(absent.z), hand_made.INDUCTION.isnan())
+    np.testing.assert_array_equal(np.isfinite(absent.z), examples.INDUCTION.isnan())
     assert absent.hovertext[1][1] == "<b>L1H1</b><br>no score"
-    whole = plot_head_scores(hand_made.head_scores(), "copying_score")
+    whole = plot_head_scores(examples.head_scores(), "copying_score")
     assert [each.name for each in whole.data] == ["copying_score"]
 
 
 def test_only_the_strongest_heads_are_labeled():
-    figure = plot_head_scores(hand_made.head_scores(), "copying_score", labelled=2)
+    figure = plot_head_scores(examples.head_scores(), "copying_score", labelled=2)
     assert [list(row) for row in figure.data[0].text] == [["", "", ""], ["1.0", "", ".75"]]
     assert "highest: L1H0 1.00, L1H2 0.75" in figure.layout.title.text
 
 
 def test_the_strongest_heads_are_drawn_with_their_nulls():
-    figure = plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=2)
+    figure = plot_scores_against_nulls(examples.head_scores(), "induction_score", top=2)
     null, score = figure.data
     assert list(score.y) == list(null.y) == ["L1H2", "L0H2"]
     assert list(score.x) == [0.875, 0.5]
@@ -119,20 +119,20 @@ def test_the_strongest_heads_are_drawn_with_their_nulls():
 
 
 def test_heads_without_a_score_and_scores_without_a_null_are_not_drawn():
-    scored = plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=10)
+    scored = plot_scores_against_nulls(examples.head_scores(), "induction_score", top=10)
     assert len(scored.data[-1].y) == 5
-    assert len(plot_scores_against_nulls(hand_made.head_scores(), "copying_score").data) == 1
+    assert len(plot_scores_against_nulls(examples.head_scores(), "copying_score").data) == 1
 
 
 def test_an_unknown_score_and_no_heads_are_errors():
     with pytest.raises(ValueError, match="kind must be one of induction_score, copying_score, got 'x'"):
-        plot_head_scores(hand_made.head_scores(), "x")
+        plot_head_scores(examples.head_scores(), "x")
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
-        plot_scores_against_nulls(hand_made.head_scores(), "induction_score", top=0)
+        plot_scores_against_nulls(examples.head_scores(), "induction_score", top=0)
 
 
 def test_only_zero_attention_to_later_positions_is_hidden():
-    patterns = hand_made.attention()
+    patterns = examples.attention()
     (shown,) = plot_attention_heatmap(patterns, 0).data
     expected = torch.tensor([[1, math.nan, math.nan], [1 / 2, 1 / 2, math.nan], [1 / 3, 1 / 3, 1 / 3]])
     np.testing.assert_allclose(shown.z, expected, rtol=1e-6)
@@ -141,7 +141,7 @@ def test_only_zero_attention_to_later_positions_is_hidden():
 
 
 def test_both_axes_of_attention_are_labeled_with_tokens():
-    figure = plot_attention_heatmap(hand_made.attention(), -1)
+    figure = plot_attention_heatmap(examples.attention(), -1)
     assert list(figure.layout.xaxis.ticktext) == ["&lt;bos&gt;", "·a", "⏎"]
     assert figure.layout.xaxis.ticktext == figure.layout.yaxis.ticktext
     assert figure.layout.yaxis.autorange == "reversed"
@@ -150,7 +150,7 @@ def test_both_axes_of_attention_are_labeled_with_tokens():
 
 
 def test_all_patterns_are_drawn_by_default_each_with_its_name():
-    patterns = hand_made.attention()
+    patterns = examples.attention()
     figure = plot_attention_heatmap(patterns)
     assert [trace.name for trace in figure.data] == ["L0H2", "L1H0"]
     for trace, pattern in zip(figure.data, patterns.patterns, strict=True):
@@ -164,7 +164,7 @@ def test_all_patterns_are_drawn_by_default_each_with_its_name():
 
 
 def test_a_selection_of_patterns_says_how_many_there_are():
-    patterns = hand_made.attention()
+    patterns = examples.attention()
     assert "one of 2 heads" in plot_attention_heatmap(patterns, 1).layout.title.text
     many = dataclasses.replace(
         patterns,
@@ -179,18 +179,18 @@ def test_a_selection_of_patterns_says_how_many_there_are():
 
 
 def test_labels_of_many_tokens_are_thinned_out_and_stay_in_place():
-    axis = plot_attention_heatmap(hand_made.attention(tokens=tuple(map(str, range(101))))).layout.xaxis
+    axis = plot_attention_heatmap(examples.attention(tokens=tuple(map(str, range(101))))).layout.xaxis
     assert len(axis.ticktext) <= 40
     assert list(axis.ticktext) == [str(at) for at in axis.tickvals]
 
 
 def test_an_index_out_of_range_is_an_error():
     with pytest.raises(ValueError, match="index 2 is out of range: there are 2 patterns"):
-        plot_attention_heatmap(hand_made.attention(), 2)
+        plot_attention_heatmap(examples.attention(), 2)
 
 
 def test_the_view_has_the_patterns_and_their_heads():
-    props = plot_attention(hand_made.attention()).props
+    props = plot_attention(examples.attention()).props
     assert props["attentionHeadNames"] == ["L0H2", "L1H0"]
     assert props["tokens"] == ["<bos>", "·a", "⏎"]
     assert props["attention"][0] == [[1, 0, 0], [0.5, 0.5, 0], [0.333, 0.333, 0.333]]
@@ -202,7 +202,7 @@ def test_the_view_brings_its_script_and_opens_no_socket(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    view = plot_attention(hand_made.attention(tokens=(MARKUP, "a")))
+    view = plot_attention(examples.attention(tokens=(MARKUP, "a")))
     shown = view._repr_html_()
     assert shown.count("var CircuitsVis=") == 1
     assert "sourceMappingURL" not in shown
@@ -216,13 +216,13 @@ def test_the_view_brings_its_script_and_opens_no_socket(monkeypatch: pytest.Monk
 
 
 def test_each_display_has_an_id_of_its_own():
-    view = plot_attention(hand_made.attention())
+    view = plot_attention(examples.attention())
     places = {re.search(r'id="([^"]+)"', view._repr_html_())[1] for _ in range(2)}  # type: ignore[index]
     assert len(places) == 2
 
 
 def test_the_text_of_a_view_is_short():
-    assert repr(plot_attention(hand_made.attention())) == "View(component='AttentionHeads')"
+    assert repr(plot_attention(examples.attention())) == "View(component='AttentionHeads')"
 
 
 def test_the_bundle_is_the_installed_one_and_cannot_close_its_script_tag():
@@ -263,10 +263,10 @@ def test_long_tokens_are_cut_on_request():
 def test_markup_in_tokens_and_names_is_escaped():
     assert figure_text(MARKUP) == "&lt;/script&gt;&lt;b&gt;&amp;lt;&#36;x&#36;"
     figures = [
-        plot_log_probs(hand_made.performance(MARKUP)),
-        plot_head_scores(hand_made.head_scores(MARKUP), "induction_score"),
-        plot_scores_against_nulls(hand_made.head_scores(MARKUP), "induction_score"),
-        plot_attention_heatmap(hand_made.attention(MARKUP, tokens=(MARKUP, "a"))),
+        plot_log_probs(examples.performance(MARKUP)),
+        plot_head_scores(examples.head_scores(MARKUP), "induction_score"),
+        plot_scores_against_nulls(examples.head_scores(MARKUP), "induction_score"),
+        plot_attention_heatmap(examples.attention(MARKUP, tokens=(MARKUP, "a"))),
     ]
     for figure in figures:
         text = json.dumps(figure.to_plotly_json(), default=str)

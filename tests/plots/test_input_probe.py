@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mechlens.plots.input_probe import plot_input_probe
-from tests import hand_made
+from tests import examples
 
 
 def traces(figure):
@@ -15,7 +15,7 @@ def traces(figure):
 
 
 def test_every_number_is_where_its_row_and_basis_are():
-    found = traces(plot_input_probe(hand_made.input_probe()))
+    found = traces(plot_input_probe(examples.input_probe()))
     own, shared = found["accuracy embedding per_layer"], found["accuracy embedding shared"]
     assert own.y == (1.0, 0.5)
     assert shared.y == (0.0, 0.75)
@@ -33,7 +33,7 @@ def test_every_number_is_where_its_row_and_basis_are():
 
 
 def test_own_and_shared_maps_differ_by_more_than_color():
-    found = traces(plot_input_probe(hand_made.input_probe()))
+    found = traces(plot_input_probe(examples.input_probe()))
     own, shared = found["accuracy embedding per_layer"], found["accuracy embedding shared"]
     assert (own.line.dash, shared.line.dash) == ("solid", "dash")
     assert (own.marker.symbol, shared.marker.symbol) == ("circle", "circle-open")
@@ -41,7 +41,7 @@ def test_own_and_shared_maps_differ_by_more_than_color():
 
 
 def test_hovering_shows_the_numbers_and_their_nulls():
-    found = traces(plot_input_probe(hand_made.input_probe()))
+    found = traces(plot_input_probe(examples.input_probe()))
     assert found["accuracy embedding per_layer"].hovertext[1] == (
         "<b>0</b>, embedding, map of the row<br>accuracy 0.500 (0.375 to 0.625)<br>R² 0.250"
     )
@@ -52,7 +52,7 @@ def test_hovering_shows_the_numbers_and_their_nulls():
 
 
 def test_the_shared_map_alone():
-    both = hand_made.input_probe()
+    both = examples.input_probe()
     fields = ("accuracy", "accuracy_interval", "r2", "element_r2")
     per_fit = ("weights", "biases", "weight", "similarity", "unembedding_similarity", "weight_correlation")
     per_fit += tuple(f"{name}_null" for name in per_fit[3:])
@@ -70,7 +70,7 @@ def test_the_shared_map_alone():
 
 
 def test_many_layers_keep_legible_ticks_and_markup_stays_text():
-    made = hand_made.input_probe(name="<b>x</b>")
+    made = examples.input_probe(name="<b>x</b>")
     rows = ("embed", *map(str, range(47)))
     accuracy = {basis: value[:, :1].expand(2, 48) for basis, value in made.accuracy.items()}
     interval = {basis: value[:, :1].expand(2, 48, 2) for basis, value in made.accuracy_interval.items()}

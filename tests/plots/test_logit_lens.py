@@ -18,7 +18,7 @@ from mechlens.results import LogitLensResult
 from mechlens.results.lens import interleaved
 from mechlens.results.lens_statistics import NAMES
 from mechlens.text.color import SEQUENTIAL, is_dark, sequential
-from tests.hand_made import lens, sublayer_lens
+from tests.examples import lens, sublayer_lens
 
 
 def cells(figure: go.Figure) -> list[list[str]]:

@@ -9,30 +9,7 @@ import pytest
 import torch
 
 from mechlens.plots.logit_variance import plot_logit_variance
-from mechlens.results import LogitVariance
-from tests import hand_made
-
-
-def variance() -> LogitVariance:
-    """Rows embed, 0 and 1, bins 1 and 2-64, one sequence of two positions that differ by 2."""
-    by_row = torch.tensor([[0.0, 1.0], [4.0, 2.0], [6.0, 3.0]])[:, :, None, None] + torch.tensor([0.0, 2.0])
-    by_bin = torch.tensor([3.0, 6.0])[:, None, None] + torch.tensor([0.0, 2.0])
-    return LogitVariance(
-        model=hand_made.model(),
-        tokens=torch.tensor([[0, 1]]),
-        positions=(0, 1),
-        rows=("embed", "0", "1"),
-        bins=((1, 1), (2, 64)),
-        probability=torch.tensor([0.25, 0.75])[:, None, None].expand(-1, 1, 2),
-        variance=by_bin,
-        null_variance=torch.tensor([[4.0, 5.0], [6.0, 5.0]]),
-        elsewhere_variance=by_bin * 2,
-        mean_logit=by_row,
-        spread=by_row + 1,
-        excess=by_row + 2,
-        seed=0,
-        prepend_bos=True,
-    )
+from tests.examples import variance
 
 
 def test_lines_and_bars_are_means_over_positions():

@@ -14,13 +14,13 @@ from mechlens.plots.style import DIVERGING
 from mechlens.results import PatchGridResult
 from mechlens.results.patching import cell_label
 from mechlens.text.color import SEQUENTIAL
-from tests import hand_made
+from tests import examples
 
 EFFECTS = [[1.0, 0.5, 0.0], [-0.5, 0.0, 0.25]]
 
 
 def test_effects_are_drawn_around_zero_with_tokens_below():
-    figure = plot_patch_grid(hand_made.patch_grid())
+    figure = plot_patch_grid(examples.patch_grid())
     (cells,) = figure.data
     np.testing.assert_array_equal(cells.z, EFFECTS)
     assert (cells.zmin, cells.zmax) == (-1, 1)
@@ -37,7 +37,7 @@ def test_effects_are_drawn_around_zero_with_tokens_below():
 
 
 def test_several_prompts_have_errors_and_no_tokens():
-    figure = plot_patch_grid(hand_made.patch_grid(n_prompts=2))
+    figure = plot_patch_grid(examples.patch_grid(n_prompts=2))
     (cells,) = figure.data
     # the mean of 0 and 1/4 more
     np.testing.assert_allclose(cells.z, np.array(EFFECTS) + 0.125)
@@ -48,9 +48,9 @@ def test_several_prompts_have_errors_and_no_tokens():
 
 
 def test_the_metric_itself_and_the_share_recovered():
-    result = hand_made.patch_grid()
+    result = examples.patch_grid()
     (cells,) = plot_patch_grid(result, value="mean").data
-    np.testing.assert_array_equal(cells.z, hand_made.PATCHED)
+    np.testing.assert_array_equal(cells.z, examples.PATCHED)
     assert (cells.zmin, cells.zmax) == (0, 2)
     assert [color for _, color in cells.colorscale] == SEQUENTIAL
     with pytest.raises(ValueError, match="needs a corrupted run"):
@@ -64,22 +64,22 @@ def test_the_metric_itself_and_the_share_recovered():
 
 def test_what_was_restored_is_measured_from_the_corrupted_run():
     result = dataclasses.replace(
-        hand_made.patch_grid(), into="corrupted", corrupted=torch.tensor([3.0]), source="the clean run"
+        examples.patch_grid(), into="corrupted", corrupted=torch.tensor([3.0]), source="the clean run"
     )
     figure = plot_patch_grid(result)
-    np.testing.assert_array_equal(figure.data[0].z, hand_made.PATCHED - 3)
+    np.testing.assert_array_equal(figure.data[0].z, examples.PATCHED - 3)
     assert "without the patch 3.000" in figure.data[0].hovertext[0][0]
     assert "with: the clean run; into the corrupted run" in figure.layout.title.text
 
 
 def test_heads_have_names_under_the_cursor_and_numbers_below():
-    figure = plot_patch_grid(hand_made.patch_grid(axes=("layer", "head")))
+    figure = plot_patch_grid(examples.patch_grid(axes=("layer", "head")))
     assert figure.data[0].hovertext[1][2].startswith("<b>L1H2</b><br>loss changes by +0.250 nats")
     assert figure.layout.xaxis.ticktext == ("0", "1", "2")
 
 
 def test_a_grid_of_three_axes_has_a_row_for_each_head_until_a_head_or_a_position_is_chosen():
-    result = hand_made.patch_grid(axes=("layer", "head", "pos"))
+    result = examples.patch_grid(axes=("layer", "head", "pos"))
     figure = plot_patch_grid(result)
     np.testing.assert_array_equal(figure.data[0].z, result.effect.flatten(0, 1))
     assert figure.layout.yaxis.ticktext == ("L0H0", "L0H1", "L1H0", "L1H1")
@@ -99,7 +99,7 @@ def test_a_grid_of_three_axes_has_a_row_for_each_head_until_a_head_or_a_position
 
 def test_of_many_heads_those_with_the_largest_effects_are_drawn(monkeypatch):
     monkeypatch.setattr("mechlens.plots.patching._HEADS", 2)
-    result = hand_made.patch_grid(axes=("layer", "head", "pos"))
+    result = examples.patch_grid(axes=("layer", "head", "pos"))
     figure = plot_patch_grid(result)
     assert figure.layout.yaxis.ticktext == ("L0H1", "L1H1")
     np.testing.assert_array_equal(figure.data[0].z, result.effect[:, 1])
@@ -107,7 +107,7 @@ def test_of_many_heads_those_with_the_largest_effects_are_drawn(monkeypatch):
 
 
 def test_layers_alone_are_bars_with_errors():
-    (bars,) = plot_patch_grid(hand_made.patch_grid(axes=("layer",), n_prompts=2)).data
+    (bars,) = plot_patch_grid(examples.patch_grid(axes=("layer",), n_prompts=2)).data
     assert list(bars.x) == ["0", "1"]
     assert list(bars.y) == [1.125, -0.375]
     np.testing.assert_allclose(bars.error_y.array, 0.125)
@@ -115,7 +115,7 @@ def test_layers_alone_are_bars_with_errors():
 
 
 def test_the_largest_effects_come_first_whatever_their_sign():
-    result = hand_made.patch_grid(axes=("layer", "head"), n_prompts=2)
+    result = examples.patch_grid(axes=("layer", "head"), n_prompts=2)
     result = dataclasses.replace(result, values=result.values - 0.125)
     (bars,) = plot_head_effects(result, top=3).data
     assert list(bars.y) == ["L0H0", "L0H1", "L1H0"]
@@ -126,7 +126,7 @@ def test_the_largest_effects_come_first_whatever_their_sign():
 
 
 def test_a_cell_without_a_value_is_gray_not_zero():
-    result = hand_made.patch_grid(axes=("layer", "head"))
+    result = examples.patch_grid(axes=("layer", "head"))
     values = result.values.clone()
     values[0, 0, 1] = math.nan
     result = dataclasses.replace(result, values=values)
@@ -146,14 +146,14 @@ def test_a_cell_without_a_value_is_gray_not_zero():
 )
 def test_what_is_not_there_is_refused(axes, options, message):
     with pytest.raises(ValueError, match=message):
-        plot_patch_grid(hand_made.patch_grid(axes=axes), **options)
+        plot_patch_grid(examples.patch_grid(axes=axes), **options)
 
 
 def test_head_effects_need_heads():
     with pytest.raises(ValueError, match="by layer and pos, not by head"):
-        plot_head_effects(hand_made.patch_grid())
+        plot_head_effects(examples.patch_grid())
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        plot_head_effects(hand_made.patch_grid(axes=("layer", "head")), top=0)
+        plot_head_effects(examples.patch_grid(axes=("layer", "head")), top=0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_cell_is_named_by_what_it_patches(cell, name):
 
 
 def test_positions_alone_are_bars_and_a_single_cell_is_refused():
-    grid = hand_made.patch_grid()
+    grid = examples.patch_grid()
     positions = dataclasses.replace(grid, axes=("pos",), values=grid.values[:, 0])
     (bars,) = plot_patch_grid(positions).data
     assert list(bars.x) == ["1", "2", "3"]
@@ -187,7 +187,7 @@ def by_head(values: torch.Tensor) -> PatchGridResult:
     """A grid by layer and head, of one prompt, with these effects."""
     n_layers, n_heads = values.shape
     return dataclasses.replace(
-        hand_made.patch_grid(axes=("layer", "head")),
+        examples.patch_grid(axes=("layer", "head")),
         layers=tuple(range(n_layers)),
         heads=tuple((layer, head) for layer in range(n_layers) for head in range(n_heads)),
         values=1 + values[None],
@@ -195,10 +195,10 @@ def by_head(values: torch.Tensor) -> PatchGridResult:
 
 
 def test_cells_of_a_small_grid_hold_their_numbers():
-    (cells,) = plot_patch_grid(hand_made.patch_grid(axes=("layer", "head"))).data
+    (cells,) = plot_patch_grid(examples.patch_grid(axes=("layer", "head"))).data
     assert [list(line) for line in cells.text] == [["1.00", "0.50", "0.00"], ["−0.50", "0.00", "0.25"]]  # noqa: RUF001
     assert cells.texttemplate == "%{text}"
-    title = plot_patch_grid(hand_made.patch_grid(axes=("layer", "head"))).layout.title.text
+    title = plot_patch_grid(examples.patch_grid(axes=("layer", "head"))).layout.title.text
     # L0H1 and L1H0 are as large: the earlier comes first; what changes nothing is not named
     assert "largest effects: L0H0 1.00, L0H1 0.50, L1H0 −0.50" in title  # noqa: RUF001
 
@@ -228,9 +228,9 @@ def test_cells_without_room_hold_no_numbers_but_are_named():
 
 
 def test_positions_are_named_with_their_tokens():
-    title = plot_patch_grid(hand_made.patch_grid()).layout.title.text
+    title = plot_patch_grid(examples.patch_grid()).layout.title.text
     # of position 1 layer 0 alone is named
     words = "largest by position: L0 at 1 ·a 1.00, L0 at 2 ⏎ 0.50, L1 at 3 &lt;b&gt;&#36;x&#36; 0.25<"
     assert words in title
-    several = plot_patch_grid(hand_made.patch_grid(n_prompts=2)).layout.title.text
+    several = plot_patch_grid(examples.patch_grid(n_prompts=2)).layout.title.text
     assert "L0 at 1 1.12" in several

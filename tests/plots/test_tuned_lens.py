@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mechlens.plots.tuned_lens import plot_tuned_lens
-from tests.results.test_results import MODEL, tuned_lens
+from tests.examples import model, tuned_lens
 
 
 def lens():
     return dataclasses.replace(
         tuned_lens(),
-        model=dataclasses.replace(MODEL, n_layers=2, name="<b>tiny</b> $x$"),
+        model=dataclasses.replace(model(), name="<b>tiny</b> $x$"),
         kl_plain=torch.tensor([4.0, 2.0, 1e-7]),
         kl_tuned=torch.tensor([1.0, 0.5, 1e-7]),
         held_out_tokens=12345,

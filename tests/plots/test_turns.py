@@ -14,8 +14,8 @@ from mechlens.plots.patching import plot_patch_grid
 from mechlens.show.section import section
 from mechlens.show.terminal import print_section
 from mechlens.text.display import turns
-from tests import hand_made
-from tests.plots.test_attribution import attribution
+from tests import examples
+from tests.examples import attribution
 
 CHAT = ("<|im_start|>", "user", "\n", "Hi", "<|im_end|>", "\n", "<|im_start|>", "ass", "istant", "\n")
 
@@ -41,7 +41,7 @@ def test_turns_begin_with_a_special_token_and_a_role(tokens, found):
 
 
 def test_attention_names_the_roles_and_parts_the_turns():
-    patterns = hand_made.attention(tokens=CHAT)
+    patterns = examples.attention(tokens=CHAT)
     figure = plot_attention_heatmap(patterns, 0)
     for axis in (figure.layout.xaxis, figure.layout.yaxis):
         labels = dict(zip(axis.tickvals, axis.ticktext, strict=True))
@@ -51,12 +51,12 @@ def test_attention_names_the_roles_and_parts_the_turns():
     assert [(shape.x0, shape.y0) for shape in figure.layout.shapes] == [(5.5, 0), (0, 5.5)]
     shown = plot_attention(patterns).props["tokens"]
     assert [shown[0], shown[1], shown[6]] == ["user: <|im_start|>", "user", "assistant: <|im_start|>"]
-    assert not plot_attention_heatmap(hand_made.attention()).layout.shapes
+    assert not plot_attention_heatmap(examples.attention()).layout.shapes
 
 
 def test_turns_keep_their_labels_where_others_have_no_room():
     tokens = ("<s>", *["a"] * 100, "<|user|>", *["a"] * 100)
-    axis = plot_attention_heatmap(hand_made.attention(tokens=tokens)).layout.xaxis
+    axis = plot_attention_heatmap(examples.attention(tokens=tokens)).layout.xaxis
     assert "<b>user</b> &lt;|user|&gt;" in axis.ticktext
     assert 101 in axis.tickvals
     gaps = [right - left for left, right in zip(axis.tickvals, axis.tickvals[1:], strict=False)]
@@ -64,7 +64,7 @@ def test_turns_keep_their_labels_where_others_have_no_room():
 
 
 def test_the_lens_names_the_roles_and_parts_the_turns():
-    result = hand_made.lens()
+    result = examples.lens()
     strings = dict(result.strings) | {"0": "<|user|>", "2": "<|assistant|>"}
     chat = dataclasses.replace(result, strings=strings)
     figure = plot_logit_lens(chat, "kl_final")
@@ -92,7 +92,7 @@ def test_an_attribution_says_whose_turn_it_is():
 
 
 def test_a_patch_grid_names_the_roles():
-    result = hand_made.patch_grid()
+    result = examples.patch_grid()
     assert not any("<b>" in label for label in plot_patch_grid(result).layout.xaxis.ticktext)
     # positions 1 to 3 are patched
     chat = dataclasses.replace(result, strings=("<s>", "<|user|>", "a", "a"))
@@ -101,7 +101,7 @@ def test_a_patch_grid_names_the_roles():
 
 
 def test_the_terminal_names_the_roles(capsys):
-    print_section(section(hand_made.attention(tokens=CHAT)))
+    print_section(section(examples.attention(tokens=CHAT)))
     out = capsys.readouterr().out
     assert "user: <|im_start|>" in out
     assert "assistant: <|im_start|>" in out

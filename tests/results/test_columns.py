@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mechlens.results.columns import Column
-from tests import hand_made
+from tests import examples
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_column_has_its_digits_its_sign_and_its_unit():
 
 
 def test_jupyter_shows_a_result_as_the_rows_worth_reading_with_its_own_words():
-    found = hand_made.attention_spread(4, 3)
+    found = examples.attention_spread(4, 3)
     page = found._repr_html_()
     assert page.startswith("<p><b>Attention spread of")
     assert "<th>entropy, nats</th>" in page
@@ -48,13 +48,13 @@ def test_jupyter_shows_a_result_as_the_rows_worth_reading_with_its_own_words():
 
 
 def test_texts_of_a_result_are_escaped_where_jupyter_shows_them():
-    found = hand_made.attention_spread(1, 1)
+    found = examples.attention_spread(1, 1)
     named = dataclasses.replace(found, model=dataclasses.replace(found.model, name="<b>x"))
     assert "<b>x" not in named._repr_html_()
 
 
 def test_json_has_every_argument_and_every_row_but_no_tensor():
-    found = hand_made.attention_spread(2, 3)
+    found = examples.attention_spread(2, 3)
     made = json.loads(json.dumps(found.to_json()))
     assert made["model"]["name"] == found.model.name
     assert made["prepend_bos"] is True

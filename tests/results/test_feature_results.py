@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mechlens.results.features import NO_TOKEN
-from tests.feature_results import MARKUP, alignment, continuation, examples, exhaustive, gradient, greedy
+from tests.examples import MARKUP, alignment, continuation, exhaustive, feature_examples, gradient, greedy
 
 
 def test_an_exhaustive_search_has_a_row_per_end_and_rank():
@@ -151,7 +151,7 @@ def test_several_are_judged_by_what_was_maximized():
 
 
 def test_examples_are_cut_around_their_largest_token():
-    table = examples().summary(99)
+    table = feature_examples().summary(99)
     assert table[["layer", "feature", "rank", "window", "context"]].to_numpy().tolist() == [
         [1, 6, 1, 3, "<s>«·a»⏎"],
         [1, 6, 2, 7, f"<s>{MARKUP}«b»"],
@@ -159,10 +159,10 @@ def test_examples_are_cut_around_their_largest_token():
         [1, 2, 2, 3, "<s>«·a»⏎"],
     ]
     ids = torch.tensor([[5] * 50 + [6] + [8] * 50, [0] * 101])
-    long = examples(tokens=ids, activations=torch.zeros(2, 2, 3, 101))
+    long = feature_examples(tokens=ids, activations=torch.zeros(2, 2, 3, 101))
     assert long.context(0, 50) == "…" + " a" * 16 + "«⏎»" + "b" * 20 + "…"
     with pytest.raises(ValueError, match="layer 2 was not searched"):
-        examples().at(2, 2)
+        feature_examples().at(2, 2)
 
 
 def test_an_alignment_says_its_shares_to_other_programs():

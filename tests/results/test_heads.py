@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hand_made import head_scores
+from tests.examples import head_scores
 
 
 @pytest.mark.parametrize(

@@ -8,28 +8,14 @@ import math
 import pytest
 import torch
 
-from mechlens.results import Circuit, CircuitSummary
 from mechlens.show.circuits import circuit_section, composition_section
 from mechlens.show.page import render_report
 from mechlens.text.display import MINUS
-from tests.plots.test_circuits import circuit, composition
-
-
-def summary(**changes) -> CircuitSummary:
-    found: Circuit = circuit(**changes)
-    return CircuitSummary(
-        **vars(found),
-        ks=(1, 2),
-        accuracy=torch.tensor([[0.25, 0.5], [0.75, 1.0]]),
-        pairs=torch.tensor([[1, 2]]),
-        values=torch.tensor([1.5]),
-        shown=(1, 2),
-        strings={"1": " <b>$x$", "2": "\n"},
-    )
+from tests.examples import circuit, circuit_summary, composition
 
 
 def test_a_summary_shows_its_part_its_eigenvalues_and_its_tables():
-    found = summary(rotary="relative", relative_position=2, embedding="effective")
+    found = circuit_summary(rotary="relative", relative_position=2, embedding="effective")
     section = circuit_section(found, text="What to look for.")
     part, in_terminal, eigenvalues, accuracies, largest = section.parts
     assert part.figure.data[0].z.tolist() == [[-1.0, 0.0], [0.0, 0.0]]
@@ -53,7 +39,7 @@ def test_a_summary_shows_its_part_its_eigenvalues_and_its_tables():
 
 def test_a_circuit_of_zeros_has_no_score():
     """Every entry ties, so none is larger than a token's own."""
-    found = dataclasses.replace(summary(), A=torch.zeros(3, 2), accuracy=torch.full((2, 2), math.nan))
+    found = dataclasses.replace(circuit_summary(), A=torch.zeros(3, 2), accuracy=torch.full((2, 2), math.nan))
     assert "Matching score undefined." in circuit_section(found).text
     accuracies = circuit_section(found).parts[-2]
     assert [cell.text for cell in accuracies.cells()[0][1:]] == ["—", "—"]

@@ -12,12 +12,12 @@ from mechlens.show.features import exhaustive_search_section, feature_examples_s
 from mechlens.show.gradient_search import gradient_search_section
 from mechlens.show.page import render_report
 from mechlens.show.section import Figure, Section, Table, section
-from tests.feature_results import (
+from tests.examples import (
     MARKUP,
     alignment,
     continuation,
-    examples,
     exhaustive,
+    feature_examples,
     gradient,
     greedy,
     own,
@@ -34,7 +34,7 @@ def figures(made: Section) -> list[Figure]:
     return [part for part in made.parts if isinstance(part, Figure)]
 
 
-@pytest.mark.parametrize("make", [exhaustive, greedy, gradient, alignment, examples])
+@pytest.mark.parametrize("make", [exhaustive, greedy, gradient, alignment, feature_examples])
 def test_every_result_has_a_section_whose_markup_is_text(make):
     made = section(make(), title="Title", text="What to look for.")
     assert made.title == "Title"
@@ -195,7 +195,7 @@ def test_directions_have_no_numbers_and_one_feature_has_no_chance():
 
 
 def test_examples_show_their_windows_and_where_the_peaks_are():
-    made = feature_examples_section(examples(), places=[(1, 2)])
+    made = feature_examples_section(feature_examples(), places=[(1, 2)])
     (picture,), (table,) = figures(made), tables(made)
     assert picture.figure.props["activations"][0][0][0][:3] == [0, -1.0, 2.123]
     assert "Feature 2 of mlp_out of layer 1" in picture.caption
@@ -205,4 +205,4 @@ def test_examples_show_their_windows_and_where_the_peaks_are():
         "of 2 features."
     )
     with pytest.raises(ValueError, match=r"at least one \(layer, feature\)"):
-        feature_examples_section(examples(), places=[])
+        feature_examples_section(feature_examples(), places=[])

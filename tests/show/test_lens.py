@@ -14,7 +14,7 @@ from mechlens.results import LogitLensResult
 from mechlens.show.lens import MAX_POSITIONS, lens_section
 from mechlens.show.section import Figure
 from mechlens.show.terminal import print_section
-from tests.hand_made import deep_lens, lens, sublayer_lens
+from tests.examples import deep_lens, lens, sublayer_lens
 
 
 def sized(n_pos: int, n_rows: int, *, token: str = " word") -> LogitLensResult:

@@ -20,7 +20,7 @@ from mechlens.show.heads import attention_section, performance_section, scores_s
 from mechlens.show.lens import lens_section
 from mechlens.show.page import render_report, write_report
 from mechlens.show.section import Figure, Section, Table
-from tests import hand_made
+from tests import examples
 
 EVIL = "<script>alert(1)</script></script><!--<img src=x onerror=alert(1)>\"' onclick='x'&lt;"
 GOOD = Comparison("accuracy", 0.93, 0.912361, 0.9, None, "reproduced", "an article")
@@ -62,10 +62,10 @@ class Page(HTMLParser):
 
 
 def sections(name: str = "tiny", token: str = " a") -> list[Section]:
-    patterns = hand_made.attention(name, tokens=("<bos>", token, "\n"))
+    patterns = examples.attention(name, tokens=("<bos>", token, "\n"))
     return [
-        performance_section(hand_made.performance(name)),
-        scores_section(hand_made.head_scores(name)),
+        performance_section(examples.performance(name)),
+        scores_section(examples.head_scores(name)),
         attention_section(patterns),
         Section("More", parts=[Figure(plot_attention_heatmap(patterns), "caption", "description")]),
     ]
@@ -75,7 +75,7 @@ def report(name: str = "tiny", token: str = " a", *, comparisons: tuple[Comparis
     return render_report(
         *sections(name, token),
         title=name,
-        model=hand_made.model(name),
+        model=examples.model(name),
         comparisons=comparisons,
         command=f"mechlens reproduce --model {name}",
     )
@@ -96,7 +96,7 @@ def test_each_script_library_is_in_the_page_once() -> None:
     ("chosen", "libraries"), [(slice(0, 0), set()), (slice(0, 2), {"plotly"}), (slice(2, 3), {"circuitsvis"})]
 )
 def test_page_has_only_the_libraries_it_needs(chosen: slice, libraries: set[str]) -> None:
-    page = render_report(*sections()[chosen], title="t", model=hand_made.model(), comparisons=())
+    page = render_report(*sections()[chosen], title="t", model=examples.model(), comparisons=())
     assert {name for name, mark in BUNDLES.items() if mark in page} == libraries
 
 
@@ -117,7 +117,7 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     written = []
     for name in ("a.html", "b.html"):
         path = write_report(
-            tmp_path / name, *sections(), title="t", model=hand_made.model(), comparisons=(GOOD,)
+            tmp_path / name, *sections(), title="t", model=examples.model(), comparisons=(GOOD,)
         )
         written.append(path.read_bytes())
     assert written[0] == written[1]
@@ -178,7 +178,7 @@ def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() ->
         ]
         claim = Comparison(text, text, text, None, None, text, text)
         section = Section(text, text, parts, {text: text})
-        return render_report(section, title=text, model=hand_made.model(), comparisons=[claim], command=text)
+        return render_report(section, title=text, model=examples.model(), comparisons=[claim], command=text)
 
     assert counts(page(EVIL)) == counts(page("plain"))
 
@@ -206,7 +206,7 @@ def test_numbers_in_tables_are_the_results() -> None:
 
 def test_half_a_character_does_not_stop_the_report(tmp_path: Path) -> None:
     path = write_report(
-        tmp_path / "r.html", Section("\ud800", "\ud800"), title="t", model=hand_made.model(), comparisons=()
+        tmp_path / "r.html", Section("\ud800", "\ud800"), title="t", model=examples.model(), comparisons=()
     )
     assert "&#55296;" in path.read_text(encoding="utf-8")
 
@@ -220,23 +220,23 @@ def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "fsync", die)
     with pytest.raises(KeyboardInterrupt):
-        write_report(path, title="t", model=hand_made.model(), comparisons=())
+        write_report(path, title="t", model=examples.model(), comparisons=())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_wrong_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path must be an .html file, got .*r\.txt"):
-        write_report(tmp_path / "r.txt", title="t", model=hand_made.model(), comparisons=())
+        write_report(tmp_path / "r.txt", title="t", model=examples.model(), comparisons=())
     with pytest.raises(ValueError, match=r"there is no folder .*missing"):
-        write_report(tmp_path / "missing" / "r.html", title="t", model=hand_made.model(), comparisons=())
+        write_report(tmp_path / "missing" / "r.html", title="t", model=examples.model(), comparisons=())
 
 
 # -- the lens --------------------------------------------------------------------------------------
 
 
 def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
-    page = render_report(lens_section(hand_made.lens(), "kl_final"), title="t", model=hand_made.model())
+    page = render_report(lens_section(examples.lens(), "kl_final"), title="t", model=examples.model())
     elements = Page(page)
     scrolled = next(
         each for each in elements.of("div") if each.get("class") == "scroll" and "Heatmap" in str(each)
@@ -251,7 +251,7 @@ def test_a_lens_in_a_page_keeps_its_width_and_is_scrolled() -> None:
 
 def test_markup_in_a_token_of_a_lens_adds_no_element() -> None:
     def page(token: str) -> str:
-        found = dataclasses.replace(hand_made.lens(), strings=dict.fromkeys("0123", token))
-        return render_report(lens_section(found), title="t", model=hand_made.model(), comparisons=())
+        found = dataclasses.replace(examples.lens(), strings=dict.fromkeys("0123", token))
+        return render_report(lens_section(found), title="t", model=examples.model(), comparisons=())
 
     assert counts(page(EVIL)) == counts(page("plain"))

@@ -10,11 +10,11 @@ import torch
 from mechlens.show.page import render_report
 from mechlens.show.patching import patching_section
 from mechlens.show.section import Figure, Table
-from tests import hand_made
+from tests import examples
 
 
 def test_a_grid_is_drawn_and_its_largest_changes_are_listed():
-    section = patching_section(hand_made.patch_grid(), top=3, text="What to look for.")
+    section = patching_section(examples.patch_grid(), top=3, text="What to look for.")
     plot, table = section.parts
     assert isinstance(plot, Figure)
     assert isinstance(table, Table)
@@ -30,7 +30,7 @@ def test_a_grid_is_drawn_and_its_largest_changes_are_listed():
 
 
 def test_heads_of_several_prompts_have_bars_and_errors():
-    section = patching_section(hand_made.patch_grid(axes=("layer", "head"), n_prompts=2), top=2)
+    section = patching_section(examples.patch_grid(axes=("layer", "head"), n_prompts=2), top=2)
     _, bars, table = section.parts
     assert list(bars.figure.data[0].y) == ["L0H0", "L0H1"]
     assert table.rows[0] == ["L0H0", *map(pytest.approx, (1.125, 0.125, 2.125))]
@@ -39,7 +39,7 @@ def test_heads_of_several_prompts_have_bars_and_errors():
 
 def test_a_corrupted_run_and_a_note_are_named_and_the_page_is_safe():
     result = dataclasses.replace(
-        hand_made.patch_grid(), corrupted=torch.tensor([5.0]), note="every patch was a whole run"
+        examples.patch_grid(), corrupted=torch.tensor([5.0]), note="every patch was a whole run"
     )
     section = patching_section(result)
     assert section.text.endswith(", 5.000 in the corrupted run. Note: every patch was a whole run.")

@@ -15,7 +15,7 @@ from mechlens.results.columns import Column
 from mechlens.show.page import table_html
 from mechlens.show.section import Cell, Figure, Section, Table, section
 from mechlens.show.terminal import print_section
-from tests import hand_made
+from tests import examples
 
 
 def a_section(**options):
@@ -87,11 +87,11 @@ def test_what_is_not_a_result_is_refused():
 
 
 def test_options_of_a_section_are_those_of_its_result():
-    found = section(hand_made.attention_spread(), top=1, title="My title")
+    found = section(examples.attention_spread(), top=1, title="My title")
     assert found.title == "My title"
     assert len(found.parts[0].rows) == 1
     with pytest.raises(TypeError, match="rows"):
-        section(hand_made.attention_spread(), rows=3)
+        section(examples.attention_spread(), rows=3)
 
 
 def test_sections_in_a_terminal_load_no_plotly():

@@ -11,7 +11,7 @@ import torch
 from mechlens.results import Facts
 from mechlens.studies.claims import MIN_DRAWS, Claim, Measured, Study
 from mechlens.studies.published import Published
-from tests import hand_made
+from tests import examples
 
 
 def claim(published, measured, **options):
@@ -88,5 +88,5 @@ def test_results_are_named_after_their_fields_and_keys():
         both: dict[str, Facts]
         number: int = 3
 
-    facts = hand_made.facts()
+    facts = examples.facts()
     assert list(Several((), facts, {"a": facts, "b": facts}).results) == ["one", "both_a", "both_b"]

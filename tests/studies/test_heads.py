@@ -20,16 +20,16 @@ from mechlens.studies.published import (
     read_card,
 )
 from mechlens.text.prompts import RepeatedTokens
-from tests import hand_made
+from tests import examples
 
 
 def compare(figure, performance, heads):
-    return claim_of(figure).compare(HeadsStudy((), performance, heads, hand_made.attention()))
+    return claim_of(figure).compare(HeadsStudy((), performance, heads, examples.attention()))
 
 
 def spread_performance():
     """100 sequences of 3 tokens twice; the mean log-probability of the second half is 0, -0.01 .. -0.99."""
-    base = hand_made.performance()
+    base = examples.performance()
     log_prob = torch.full((1, 100, 7), torch.nan)
     log_prob[0, :, :3] = -5.0
     log_prob[0, :, 3:6] = -torch.arange(100.0)[:, None] / 100
@@ -46,7 +46,7 @@ def spread_performance():
 )
 def test_a_single_draw_is_compared_with_single_sequences(value, verdict):
     figure = Published("second_half_log_prob", value, "an article", sequences=1)
-    found = compare(figure, spread_performance(), hand_made.head_scores())
+    found = compare(figure, spread_performance(), examples.head_scores())
     assert found.verdict == verdict
     # 99% of single sequences lie between -0.99 and 0; the quantiles are those of 20000 draws
     assert (found.low, found.high) == pytest.approx((-0.99, 0.0), abs=0.011)
@@ -55,41 +55,39 @@ def test_a_single_draw_is_compared_with_single_sequences(value, verdict):
 
 def test_a_mean_of_many_is_compared_with_means_of_as_many():
     figure = Published("second_half_log_prob", -0.6, "an article", sequences=30)
-    found = compare(figure, spread_performance(), hand_made.head_scores())
+    found = compare(figure, spread_performance(), examples.head_scores())
     # 1 / (1/30 + 1/100) = 23 sequences of standard deviation 0.2887: 2.576 * 0.2887 / sqrt(23)
     assert found.high - found.measured == pytest.approx(0.155, abs=0.012)
     assert found.verdict == "reproduced"
     assert (
-        compare(
-            dataclasses.replace(figure, value=-0.7), spread_performance(), hand_made.head_scores()
-        ).verdict
+        compare(dataclasses.replace(figure, value=-0.7), spread_performance(), examples.head_scores()).verdict
         == "not reproduced"
     )
 
 
 def test_the_first_copy_is_read_for_a_claim_about_it():
     figure = Published("first_half_log_prob", -5.0, "an article")
-    found = compare(figure, spread_performance(), hand_made.head_scores())
+    found = compare(figure, spread_performance(), examples.head_scores())
     assert found.measured == -5
     assert found.verdict == "reproduced"
 
 
 def test_a_head_that_the_model_lacks_is_not_reproduced():
     figure = Published("score", 0.875, "an article", head=(1, 2), kind="induction_score", sequences=30)
-    scores = hand_made.head_scores()
+    scores = examples.head_scores()
     many = {kind: values.repeat(15, 1, 1, 1) for kind, values in scores.scores.items()}
     scores = dataclasses.replace(
         scores, scores=many, nulls={}, tokens={"repeated": scores.tokens["repeated"].repeat(15, 1, 1)}
     )
-    found = compare(figure, hand_made.performance(), scores)
+    found = compare(figure, examples.performance(), scores)
     assert (found.claim, found.measured, found.verdict) == ("induction score of L1H2", 0.875, "reproduced")
     absent = dataclasses.replace(figure, head=(5, 5))
-    found = compare(absent, hand_made.performance(), hand_made.head_scores())
+    found = compare(absent, examples.performance(), examples.head_scores())
     assert (found.measured, found.verdict) == ("no such head", "not reproduced")
 
 
 def test_the_highest_head_and_the_heads_above_a_threshold():
-    heads, performance = hand_made.head_scores(), hand_made.performance()
+    heads, performance = examples.head_scores(), examples.performance()
     highest = Published("highest_head", "L1H2", "an article", kind="induction_score")
     assert compare(highest, performance, heads).verdict == "reproduced"
     assert compare(dataclasses.replace(highest, value="L0H2"), performance, heads).verdict == "not reproduced"
@@ -107,7 +105,7 @@ def circuit_scores(previous: tuple[int, int], induction: tuple[int, int], *, nul
     scores["previous_token_score"][:, :, previous[0], previous[1]] = 0.95
     scores["induction_score"][:, :, induction[0], induction[1]] = 0.85
     nulls = {kind: torch.full((1, 2, 2, 3), null) for kind in scores}
-    return dataclasses.replace(hand_made.head_scores(), scores=scores, nulls=nulls)
+    return dataclasses.replace(examples.head_scores(), scores=scores, nulls=nulls)
 
 
 @pytest.mark.parametrize(
@@ -122,31 +120,31 @@ def circuit_scores(previous: tuple[int, int], induction: tuple[int, int], *, nul
 def test_an_induction_circuit_needs_the_right_order_and_clear_nulls(previous, induction, null, holds):
     figure = Published("induction_circuit", "yes", "a card")
     heads = circuit_scores(previous, induction, null=null)
-    found = compare(figure, hand_made.performance(), heads)
+    found = compare(figure, examples.performance(), heads)
     assert found.verdict == ("reproduced" if holds else "not reproduced")
     assert found.measured == ("L1H2 0.850 after L0H1 0.950" if holds else "none")
 
 
 def test_a_threshold_is_a_lower_or_an_upper_bound():
     figure = Published("at_least", "at least 0.90", "a card", kind="second_half_accuracy", threshold=0.9)
-    found = compare(figure, hand_made.performance(), hand_made.head_scores())
+    found = compare(figure, examples.performance(), examples.head_scores())
     assert found.verdict == "not reproduced"
     assert found.claim == "top-1 accuracy on the second copy, at least 0.90"
     low = dataclasses.replace(figure, threshold=0.7)
-    assert compare(low, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
+    assert compare(low, examples.performance(), examples.head_scores()).verdict == "reproduced"
     most = dataclasses.replace(figure, what="at_most", threshold=0.8)
-    assert compare(most, hand_made.performance(), hand_made.head_scores()).verdict == "reproduced"
+    assert compare(most, examples.performance(), examples.head_scores()).verdict == "reproduced"
     least = dataclasses.replace(most, threshold=0.7)
-    assert compare(least, hand_made.performance(), hand_made.head_scores()).verdict == "not reproduced"
+    assert compare(least, examples.performance(), examples.head_scores()).verdict == "not reproduced"
 
 
 def test_only_models_with_published_figures_are_compared():
     sizes = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
-    gpt2 = dataclasses.replace(hand_made.model("gpt2"), **sizes)
+    gpt2 = dataclasses.replace(examples.model("gpt2"), **sizes)
     for name in GPT2_SMALL:
         assert figures_of(dataclasses.replace(gpt2, name=name)) == (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2)
     assert figures_of(dataclasses.replace(gpt2, name="EleutherAI/pythia-160m")) == ()
-    assert figures_of(hand_made.model("gpt2")) == (), "another model in a folder of that name"
+    assert figures_of(examples.model("gpt2")) == (), "another model in a folder of that name"
     assert figures_of(dataclasses.replace(gpt2, revision="main~1")) == ()
 
 
@@ -157,7 +155,7 @@ def test_the_card_was_measured_on_other_seeds_than_the_default_ones():
 
 def test_too_few_sequences_judge_nothing():
     figure = Published("second_half_log_prob", -0.5, "an article")
-    found = compare(figure, hand_made.performance(), hand_made.head_scores())
+    found = compare(figure, examples.performance(), examples.head_scores())
     assert (found.verdict, found.low, found.high) == ("not judged", None, None)
 
 
@@ -174,9 +172,9 @@ def test_a_card_is_read_and_a_broken_one_refused(tmp_path):
 
 def test_a_kind_that_was_not_scored_is_not_judged():
     figure = Published("highest_head", "L1H2", "an article", kind="prefix_matching_score")
-    heads = hand_made.head_scores()
+    heads = examples.head_scores()
     scores = {kind: values for kind, values in heads.scores.items() if kind != figure.kind}
-    found = compare(figure, hand_made.performance(), dataclasses.replace(heads, scores=scores, nulls={}))
+    found = compare(figure, examples.performance(), dataclasses.replace(heads, scores=scores, nulls={}))
     assert (found.measured, found.verdict) == ("does not fit the model's context", "not judged")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mechlens.results import load
 from mechlens.studies.indirect_object import NAMES, IndirectObjectStudy, indirect_object, share_recovered
-from tests import hand_made
+from tests import examples
 from tests.close import assert_close
 
 TEMPLATES = tuple(f"When{{a}} and{{b}} {verb},{{s}} said to" for verb in ("came", "went", "sat"))
@@ -59,10 +59,10 @@ def test_names_of_several_tokens_are_left_out(bundled):
 
 def study_by_hand():
     """Three layers of two heads, two prompts; position 2 holds the second subject, 4 is the last."""
-    model = dataclasses.replace(hand_made.model(), n_layers=3, n_heads=2)
-    task = hand_made.indirect_object(model)
+    model = dataclasses.replace(examples.model(), n_layers=3, n_heads=2)
+    task = examples.indirect_object(model)
     grid = dataclasses.replace(
-        hand_made.patch_grid(n_prompts=2),
+        examples.patch_grid(n_prompts=2),
         model=model,
         clean=torch.tensor([2.0, 4.0]),
         corrupted=torch.tensor([-2.0, 0.0]),

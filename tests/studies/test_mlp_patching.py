@@ -10,7 +10,7 @@ import torch
 
 from mechlens.models.load.loading import load_model
 from mechlens.studies.mlp_patching import CLAIMS, INDUCTION, MlpStudy, first_and_others, study_mlp_patching
-from tests import hand_made
+from tests import examples
 from tests.close import assert_close
 from tests.reference import patching as reference
 from tests.tiny_models import write_toy
@@ -53,11 +53,11 @@ def test_heads_are_scored_on_the_sequences_they_are_ablated_on(study):
 
 def test_the_largest_of_the_first_and_of_the_others():
     # effects 1, 0.5, 0 | -0.5, 0, 0.25
-    assert first_and_others(hand_made.patch_grid()) == (1.0, 0.5)
+    assert first_and_others(examples.patch_grid()) == (1.0, 0.5)
 
 
 def test_claims_hold_and_fail_where_the_numbers_say_so(study):
-    grid = hand_made.patch_grid()
+    grid = examples.patch_grid()
     flat = dataclasses.replace(grid, values=torch.ones(1, 2, 3) + torch.tensor([0.05, 0.05, -0.05]))
     for aligned, small, is_small, stands_out, does_stand_out in (
         (grid, 0.5, "not reproduced", 2.0, "reproduced"),
@@ -75,8 +75,8 @@ def test_claims_hold_and_fail_where_the_numbers_say_so(study):
 
 
 def test_rank_correlation_of_known_ranks():
-    heads = hand_made.patch_grid(axes=("layer", "head"))
-    study = MlpStudy((), heads, heads, heads, hand_made.head_scores())
+    heads = examples.patch_grid(axes=("layer", "head"))
+    study = MlpStudy((), heads, heads, heads, examples.head_scores())
     # scores .125 .25 .5 0 .875 (one head has none) against 1 .5 0 -.5 .25, ranks 1 2 3 0 4 and 4 3 1 0 2
     score, effect = torch.tensor([1.0, 2, 3, 0, 4]), torch.tensor([4.0, 3, 1, 0, 2])
     expected = 1 - 6 * float((score - effect).square().sum()) / (5 * 24)

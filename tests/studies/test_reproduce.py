@@ -16,7 +16,7 @@ from mechlens.studies import STUDIES
 from mechlens.studies.published import CARDS, figures_of
 from mechlens.studies.reproduce import planned
 from mechlens.text.prompts import RepeatedTokens
-from tests import hand_made
+from tests import examples
 from tests.cli.test_cli import run
 
 SMALL = RepeatedTokens(seq_len=10, batch=1, seeds=[0])
@@ -31,7 +31,7 @@ def test_every_figure_on_a_card_belongs_to_a_study_and_has_a_value():
 
 def test_without_names_the_studies_of_the_card_are_planned():
     smollm2 = dataclasses.replace(
-        hand_made.model(),
+        examples.model(),
         name="smollm2-135m",
         n_layers=30,
         n_heads=9,
@@ -42,7 +42,7 @@ def test_without_names_the_studies_of_the_card_are_planned():
     with_card = {each.study for each in figures_of(smollm2)}
     assert with_card == {"heads", "facts", "induction-circuits", "indirect-object", "features"}
     assert planned(smollm2) == [name for name in STUDIES if name in with_card]
-    assert planned(hand_made.model()) == ["heads"]
+    assert planned(examples.model()) == ["heads"]
     assert planned(smollm2, ["features", "heads"]) == ["heads", "features"]
     with pytest.raises(ValueError, match=r"names must be among heads, logit-lens.*, got 'head'"):
         planned(smollm2, ["head"])
