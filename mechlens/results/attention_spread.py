@@ -30,7 +30,7 @@ class AttentionSpread(Result):
         Column("label", "head"),
         Column("entropy", unit="nats", help="Of the attention of one position; 0 is a single token."),
         Column("distance", unit="tokens", digits=1, help="Mean distance to the token attended to."),
-        Column("first", "on the first token", help="Attention to the first token: a head at rest."),
+        Column("first", "on the first token", help="Attention to the first token, where idle heads rest."),
     )
     measures: ClassVar = ("entropy", "distance", "first")
     """The names of the axis `measure`."""

@@ -44,7 +44,8 @@ SCORES = {
         Column("previous_token_score", help="Mean attention from each position to the one before it."),
         Column("duplicate_token_score", help="Mean attention from each token to its earlier occurrence."),
         Column(
-            "first_token_score", help="Mean attention from each later position to the first: a head at rest."
+            "first_token_score",
+            help="Mean attention from each later position to the first, where idle heads rest.",
         ),
         Column(
             "prefix_matching_score",
@@ -53,9 +54,9 @@ SCORES = {
         ),
         Column(
             "copying_score",
-            help="Twice the attended token's share of all that the head raises among the logits of the 25 "
-            "sampled tokens, minus 1: 1 if the head raises only that token, -1 if it never does. A head that "
-            "ignores which token it attends to scores as low as its null, about -0.9.",
+            help="The attended token's share of all logits that the head raises among the 25 sampled tokens, "
+            "scaled to [-1, 1]: 1 if it raises only that token, -1 if it never does. A head that ignores "
+            "which token it attends to scores as low as its null, about -0.9.",
         ),
     )
 }

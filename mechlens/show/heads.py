@@ -70,7 +70,7 @@ def scores_section(
     )
     said = (
         f"{source}, {count(result.n_sequences, 'sequence')}{'' if result.prepend_bos else ', no BOS'}. L3H1 "
-        "is head 1 of layer 3, counted from 0."
+        "is head 1 of layer 3, counted from 0. A head without a score is gray."
     )
     figures = [figure for kind in result.kinds for figure in _score_figures(result, kind)]
     columns = _with_interval(result.columns, result.confidence)
@@ -88,19 +88,18 @@ def _score_figures(result: HeadScores, kind: str) -> tuple[Figure, Figure]:
     title, (low, high) = score_title(kind), score_range(kind)
     best = list(result.ranked(kind))[:5]
     named = ", ".join(f"{head_label(*head)} {number(score, 2)}" for head, score in best)
-    nulls = ", diamonds their nulls. A score means something only if it is well above its null"
     return (
         Figure(
             lambda: mechlens.plot_head_scores(result, kind),
-            f"{title} of every head, from {number(low, 0)} to {number(high, 0)}; layer 0 is at the bottom, a "
-            "head without a score is gray. Hover for numbers.",
+            f"{title} of every head, from {number(low, 0)} to {number(high, 0)}, with layer 0 at the bottom. "
+            "Hover for numbers.",
             f"Heatmap of the {title.lower()} by layer and head. Highest: {named or 'none'}.",
             wide=False,
         ),
         Figure(
             lambda: mechlens.plot_scores_against_nulls(result, kind),
             f"The heads with the highest {title.lower()}: dots are scores with their {result.confidence:.0%} "
-            f"intervals{nulls if kind in result.nulls else ''}.",
+            f"intervals{', diamonds their nulls' if kind in result.nulls else ''}.",
             f"Highest: {named or 'none'}.",
             wide=False,
         ),

@@ -131,7 +131,7 @@ def test_every_figure_has_its_place_its_data_and_its_words() -> None:
     assert [each["id"] for each in places] == [f"figure-{at}" for at in range(1, 8)]
     assert data == [f"{each['id']}-data" for each in places]
     assert all(each["aria-label"] for each in places)
-    assert page.text.count("layer 0 is at the bottom") == 2
+    assert page.text.count("with layer 0 at the bottom") == 2
 
 
 def test_heatmaps_data_names_the_head_under_the_cursor() -> None:
