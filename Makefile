@@ -93,7 +93,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install $(QUICKLY) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# All but the engine is that of the other environment, whose packages come behind its own.
+# All but the engine is that of the other environment, whose packages come after its own.
 $(BRIDGE)/.installed: $(VENV)/.installed Makefile
 	$(call environment,$(BRIDGE))
 	@$(PY) $(PACKAGES) > "$$($(BRIDGE)/bin/python $(PACKAGES))/base.pth"

@@ -147,8 +147,8 @@ def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:
 
 
 def of_lens_study(study: LensStudy) -> dict[str, Any]:
-    """The post's claims, and what is left of the input on prose: mean KL(input || layer), and the geometric
-    mean of the input token's rank."""
+    """The logit-lens claims, and what is left of the input on prose: mean KL(input || layer), and the
+    geometric mean of the input token's rank."""
     prose = study.prose
     read = prose.mask[:, list(prose.positions)].clone()
     read[:, 0] = False
@@ -212,7 +212,7 @@ def features(model: Any, name: str) -> tuple[Study, list[Published]]:
 
 
 def logit_lens(model: Any, name: str) -> tuple[Study, list[Published]]:
-    """What the post claims, which is not compared with the card."""
+    """The logit-lens claims, which is not compared with the card."""
     return study_logit_lens(model, seed=SEED), []
 
 

@@ -21,14 +21,14 @@ TEXT = Path(__file__).with_suffix(".md")
 """The page, with the names of figures in place of the figures."""
 
 _LENS = (
-    "What the post saw in GPT-2, as numbers: on prose, on rare words that are copied, and on repeated "
+    "What nostalgebraist saw in GPT-2, as numbers: on prose, on rare words that are copied, and on repeated "
     "sentences (`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is tied to the embedding."
 )
 _INPUT = (
     "Because the embedding is tied, the lens at the embedding predicts the input token: its rank is "
     "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and "
     "{last[1]:.0f} after the last layer; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and "
-    "{last[0]:.1f} nats. The input is gone after one layer, as the post says; rare tokens are not kept "
+    "{last[0]:.1f} nats. The input is gone after one layer, as nostalgebraist says; rare tokens are not kept "
     "better than common ones."
 )
 _TUNED = (
@@ -156,7 +156,7 @@ def _circuit_words(circuits: dict[str, Any]) -> str:
 
 
 def _also(also: dict[str, Any]) -> str:
-    """What is not compared with the card: tokens of features, the claims of the post, a tuned lens."""
+    """What is not compared with the card: tokens of features, logit-lens claims, a tuned lens."""
     parts = []
     if "feature-tokens" in also:
         table = _table(

@@ -50,7 +50,7 @@ def probe_input(
     recovered if its embedding is nearest to `x @ M + b`. Positions that hold BOS are left out.
 
     The result compares each map, read as logits, with `W_E` and `W_U`, and where in the stream it reads with
-    what matters in `W_E`; see `InputProbe` for the definitions. Each number stands beside that of random maps
+    what matters in `W_E`; see `InputProbe` for the definitions. Each number comes with that of random maps
     with the same singular values.
 
     Args:

@@ -318,7 +318,7 @@ def _edge(
         return x0 + (x1 - x0) * (3 - 2 * t) * t.square() + bow * (torch.pi * t).sin()
 
     def clearance(bow: float) -> float:
-        """Distance to the nearest head behind which the line would seem to end, up to what is enough."""
+        """Distance to the nearest head at which the line would seem to end, up to what is enough."""
         line = across(t, bow)
         if float(line.min()) < -0.6 or float(line.max()) > n_heads - 0.4:
             return -1.0

@@ -143,7 +143,7 @@ def plot_log_probs(result: RepeatedTokenPerformance) -> go.Figure:
     return figure
 
 
-def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = None) -> go.Figure:
+def plot_head_scores(result: HeadScores, kind: str, *, labeled: int | None = None) -> go.Figure:
     """Draw one score of every head as a heatmap, with layer 0 at the bottom.
 
     The colors span the whole range of the score ([0, 1], or [-1, 1] around a neutral 0 for the copying
@@ -152,7 +152,7 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
 
     Args:
         kind: a score of the result, such as `"induction_score"`.
-        labelled: write the score into the cells of this many heads, the strongest first. None labels all
+        labeled: write the score into the cells of this many heads, the strongest first. None labels all
             heads of a model with at most 48, and 5 heads of a larger one. Layers of more than 16 heads have
             no room for labels.
 
@@ -172,9 +172,9 @@ def plot_head_scores(result: HeadScores, kind: str, *, labelled: int | None = No
     check_type("result", result, HeadScores)
     mean = result.mean(kind).double().cpu()
     n_heads = mean.shape[1]
-    if labelled is None:
-        labelled = mean.numel() if mean.numel() <= 48 else 5
-    strongest = list(result.ranked(kind))[:labelled]
+    if labeled is None:
+        labeled = mean.numel() if mean.numel() <= 48 else 5
+    strongest = list(result.ranked(kind))[:labeled]
     written = [[""] * n_heads for _ in mean]
     for (layer, head), score in strongest if n_heads <= 16 else ():
         written[layer][head] = number(score, 2).replace("0.", ".").replace("1.00", "1.0")

@@ -21,7 +21,7 @@ HALF = 0.5
 
 
 def tokens_claim(table: PublishedTokens) -> Claim[FeatureSearchStudy]:
-    """One line of the post's tables."""
+    """One line of Badger's tables."""
     return Claim(
         f"tokens of the {table.search} search in block {table.block}, features 0 to 3",
         " | ".join(table.inputs),
@@ -47,7 +47,7 @@ def _tokens(study: FeatureSearchStudy, *, table: PublishedTokens) -> Measured:
         found = [each.strings[str(int(each.best_ids()[0]))] for each in study.softmax.get(layer, ())]
     elif table.search == "l1":
         found = [each.strings[str(decoded(each)[0])] for each in study.descents["trained"][: len(FOUR)]]
-    reason = {"l1": " (from another start)", "cosine": "not run: the post does not name the target"}
+    reason = {"l1": " (from another start)", "cosine": "not run: Badger does not name the target"}
     said = " | ".join(each.strip() for each in found) + reason.get(table.search, "") or "not measured"
     if not judged or len(found) < len(table.inputs):
         return Measured(said, verdict=verdict_of(None))
@@ -96,7 +96,7 @@ def _learned(study: FeatureSearchStudy) -> Measured:
 
 
 def _decoded_alike(study: FeatureSearchStudy, *, name: str, judged: bool) -> Measured:
-    """Whether most features decode to the same token in the trained model and another, as in the post; and
+    """Whether most features decode to the same token in the trained model and another, as in Badger; and
     how often both have the same maximally activating token in a layer."""
     pairs = zip(study.descents["trained"], study.descents[name], strict=True)
     value, words = _counted([decoded(one) == decoded(other) for one, other in pairs], " decoded")
@@ -123,7 +123,7 @@ def _is_number(study: FeatureSearchStudy) -> Measured:
 
 
 def _gradient_differs(study: FeatureSearchStudy) -> Measured:
-    """From one start, decoded at its end, as in the post; and with the default settings, run as tokens."""
+    """From one start, decoded at its end, as in Badger; and with the default settings, run as tokens."""
     table = study.to_features()
     value, words = _counted((table.descent_token != table.best_token).tolist())
     shares = table.share_of_optimum.tolist()
@@ -272,5 +272,5 @@ CLAIMS: tuple[Claim[FeatureSearchStudy], ...] = (
 
 
 def claims_of(study: FeatureSearchStudy) -> list[Claim[FeatureSearchStudy]]:
-    """The claims, and the lines of the post's tables on this model."""
+    """The claims, and the lines of Badger's tables on this model."""
     return [*CLAIMS, *map(tokens_claim, tables_of(study.complete["trained"]))]

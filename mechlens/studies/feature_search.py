@@ -1,6 +1,6 @@
 """The study `feature-search`: the searches of "Language Model Features", with controls.
 
-A feature is here a basis dimension of the residual stream. The post looks at four features by eye. The study
+A feature is here a basis dimension of the residual stream. Badger looks at four features by eye. The study
 counts over many, and compares the trained model with chance, with random weights, and with random blocks on
 the trained embeddings, to separate what training, the residual stream and the embedding contribute.
 
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FOUR = (0, 1, 2, 3)
-"""The features that the post shows."""
+"""The features that Badger shows."""
 REPEATED = 5
-"""Tokens of the inputs at which every position is maximized, as in the post."""
+"""Tokens of the inputs at which every position is maximized, as in Badger."""
 OTHERS = 256
 """Random tokens that the last token of a greedy input is compared with."""
 DRAWN = 4
@@ -80,14 +80,14 @@ class FeatureSearchStudy(Study):
     gradient: tuple[GradientSearch, ...]
     """One token for each of some features of the first layer, with the default settings."""
     descents: Mapping[str, tuple[GradientSearch, ...]]
-    """The same from a single random start, as in the post, on each of the three models. Models with random
+    """The same from a single random start, as in Badger, on each of the three models. Models with random
     weights start elsewhere, because a shared start could make them agree."""
     repeated: tuple[GradientSearch, ...]
     """Several tokens from a single random start; the feature is summed over all positions."""
     alone: tuple[GradientSearch, ...]
     """One token for each of some features of the last layer's block, without the earlier blocks."""
     softmax: Mapping[int, tuple[GradientSearch, ...]]
-    """With the post's prior, by layer, where it is published for the model."""
+    """With Badger's prior, by layer, where it is published for the model."""
 
     @property
     def results(self) -> dict[str, Result]:
@@ -152,7 +152,7 @@ def study_feature_search(
     seed: int = 0,
     progress: bool | None = None,
 ) -> FeatureSearchStudy:
-    """Search features as the post does, in the model and in its controls; `feature_claims` has the claims.
+    """Search features as Badger does, in the model and in its controls; `feature_claims` has the claims.
 
     Args:
         raw: a model with unprocessed weights.
@@ -253,14 +253,14 @@ def study_feature_search(
 
 
 def tables_of(search: ExhaustiveSearch) -> list[PublishedTokens]:
-    """The post's tables on this model."""
+    """Badger's tables on this model."""
     name, n_layers = search.model.name, search.model.n_layers
     return [each for each in FEATURE_TOKENS if name in each.models and n_layers == each.n_layers]
 
 
 def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]:
     """For each feature's input, whether its last token is the best there by its own activation and by the
-    sum, in whole runs of it and of other tokens, as in the post's two loops."""
+    sum, in whole runs of it and of other tokens, as in Badger's two loops."""
     draw = generator_of(seed)
     others = torch.randperm(model.cfg.d_vocab, generator=draw)[:OTHERS]
     agree = []
@@ -278,7 +278,7 @@ def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]
 
 def some_layers(search: ExhaustiveSearch) -> list[int]:
     """All layers of a shallow model; of a deeper one the first, those at a third and two thirds, and the
-    last, as in the post."""
+    last, as in Badger."""
     n = len(search.layers)
     if n <= 4:
         return list(search.layers)
@@ -286,7 +286,7 @@ def some_layers(search: ExhaustiveSearch) -> list[int]:
 
 
 def decoded(search: GradientSearch) -> list[int]:
-    """The tokens that the first restart's embeddings decode to by the pseudo-inverse, as in the post."""
+    """The tokens that the first restart's embeddings decode to by the pseudo-inverse, as in Badger."""
     return list(search.decoded_ids["pinv"][0].tolist())
 
 

@@ -63,7 +63,7 @@ rare."""
 
 @dataclasses.dataclass(frozen=True)
 class LensStudy(Study):
-    """The post's kinds of text, read with the logit lens."""
+    """The article's kinds of text, read with the logit lens."""
 
     prose: LogitLensResult
     attention: LogitLensResult
@@ -76,7 +76,7 @@ class LensStudy(Study):
     repetition: LogitLensResult
     """Sentences that are repeated several times."""
     variance: LogitVariance
-    """How much logits vary over layers, on the first piece of prose: a question below the post."""
+    """How much logits vary over layers, on the first piece of prose, as a comment on the article asks."""
 
     def sections(self) -> list[Section]:
         return lens_sections(self)
@@ -85,7 +85,7 @@ class LensStudy(Study):
 def study_logit_lens(
     model: LensModel, *, n_rare: int = 24, seed: int = 0, prepend_bos: bool | None = None
 ) -> LensStudy:
-    """Read the post's kinds of text with the logit lens.
+    """Read the article's kinds of text with the logit lens.
 
     Args:
         n_rare: number of rare tokens that are copied, drawn among plain words with high ids. The first is the
@@ -302,4 +302,4 @@ CLAIMS: tuple[Claim[LensStudy], ...] = (
         _rare_inputs_kept,
     ),
 )
-"""What the post saw in GPT-2, in its words, with the thresholds that we chose."""
+"""What nostalgebraist saw in GPT-2, in his words, with the thresholds that we chose."""

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 STRETCH = 12
 """Tokens that a figure shows."""
 RANK_BOUND, INPUT_RANK_BOUND, INPUT_KL_BOUND = 100, 1000, 30
-"""Where the color scales end, as in the post: ranks of the prediction and of the input, and KL(input ||
+"""Where the color scales end, as in the article: ranks of the prediction and of the input, and KL(input ||
 layer)."""
 _TOP = "The top-1 prediction of each layer at each position of an abstract"
 
 
 def lens_sections(study: LensStudy) -> list[Section]:
-    """The post's figures, and how much logits vary over layers."""
+    """The article's figures, and how much logits vary over layers."""
     variance = Figure(
         drawn("plot_logit_variance", study.variance),
         "How much logits vary over layers, by the final probability of the tokens.",
@@ -63,7 +63,7 @@ def lens_sections(study: LensStudy) -> list[Section]:
         ),
         Section(
             "Logit variance",
-            "A question below the post: do unlikely tokens' directions serve other purposes?",
+            "A question from the article's comments: do unlikely tokens' directions serve other purposes?",
             [variance],
         ),
     ]

@@ -426,7 +426,7 @@ def test_largest_pairs(gpt2):
         largest_pairs(gpt2, OV(gpt2, EARLIER))
 
 
-def test_a_corner(gpt2):
+def test_a_corner_has_the_entries_of_its_tokens(gpt2):
     circuit = full_OV(gpt2, LATER)
     whole = circuit.matrix.AB
     ids = gpt2.tokenizer("a")["input_ids"][-1], gpt2.tokenizer("b")["input_ids"][-1]
@@ -594,7 +594,7 @@ def test_one_head_is_written_in_many_ways(gpt2, unchecked):
     assert OV(gpt2, torch.tensor([[0, 1], [1, 2]])).heads == ((0, 1), (1, 2))
 
 
-def test_an_empty_corner(gpt2):
+def test_an_empty_corner_is_refused(gpt2):
     with pytest.raises(ValueError, match="a corner needs at least one source, got an empty list"):
         circuit_corner(gpt2, full_OV(gpt2, EARLIER), [])
     with pytest.raises(ValueError, match="at least one destination"):

@@ -153,7 +153,7 @@ SELECTIONS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_three_steps_are_the_seeds(kind, selection, loaded):
+def test_three_steps_are_those_of_the_published_loop(kind, selection, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     index, pairs = SELECTIONS[selection]
     E, rate = hf_embeddings(hf_model), 0.05
@@ -184,7 +184,7 @@ def test_three_steps_are_the_seeds(kind, selection, loaded):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_softmax_after_each_step_is_the_seeds(kind, loaded):
+def test_softmax_after_each_step_is_that_of_the_published_loop(kind, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     E = hf_embeddings(hf_model)
 

@@ -101,7 +101,7 @@ def test_a_head_without_a_score_is_gray():
 
 
 def test_only_the_strongest_heads_are_labeled():
-    figure = plot_head_scores(examples.head_scores(), "copying_score", labelled=2)
+    figure = plot_head_scores(examples.head_scores(), "copying_score", labeled=2)
     assert [list(row) for row in figure.data[0].text] == [["", "", ""], ["1.0", "", ".75"]]
     assert "highest: L1H0 1.00, L1H2 0.75" in figure.layout.title.text
 

@@ -43,7 +43,7 @@ class Architecture:
 
 
 def _rope(kind: str = "default", **others: Any) -> dict[str, Any]:
-    # a base that is nobody's default
+    # a base that no model has by default
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0} | others}
 
 

@@ -121,7 +121,7 @@ class PatchedRuns:
 
     clean: CleanRun
     end: int
-    """Behind the last position that is read."""
+    """One past the last position that is read."""
     start: _Start | None
     """None where patched runs are whole ones."""
     why: str = ""
@@ -141,7 +141,7 @@ class PatchedRuns:
     ) -> PatchedRuns:
         """Run the prompt clean, and try whether a run can be resumed from it.
 
-        A run is resumed in the middle of the prompt and of the model and cut behind what is read, and must
+        A run is resumed in the middle of the prompt and of the model, and stopped after what is read. It must
         then be that part of the whole run. This is tried on these very tokens: kinds of attention, and what
         an engine makes of padding, are too many to list. With hooks of the user's it is not tried: they may
         act at one layer, site or position only.
@@ -185,7 +185,7 @@ class PatchedRuns:
                 It is halved when memory runs out.
 
         Yields:
-            Every patch once, in no fixed order. One behind the last position that is read changes nothing and
+            Every patch once, in no fixed order. One after the last position that is read changes nothing and
             has an empty `final`.
 
         Cost: on HookedTransformer each row runs through the blocks from its own layer on. On a bridge it runs
@@ -285,7 +285,7 @@ def _groups(
 def patterns_count(model: LensModel) -> bool:
     """Whether what a hook makes of scores and patterns reaches the rest of the model.
 
-    A bridge of GPT-Neo shows them, and goes on with its own.
+    A bridge of GPT-Neo shows them, and continues with its own.
     """
     return engine_of(model) == "HookedTransformer" or describe(model).architecture != "GPTNeoForCausalLM"
 
@@ -386,7 +386,7 @@ def _whole_rows(
     begin: int,
     options: Mapping[str, Any],
 ) -> Float[Tensor, "row suffix d_model"]:
-    """All rows through all layers: what a bridge can do behind a cache, and any model from position 0."""
+    """All rows through all layers: what a bridge can do after a cache, and any model from position 0."""
     layers = patches.layer[which]
     kept: list[Tensor] = []
     hooks: list[tuple[str, Callable[..., Any]]] = []
