@@ -22,7 +22,9 @@ PutThere = Source | str | Callable[[Tensor, int], Tensor] | None
 
 
 class Patching(Experiment):
-    """Prompts, their corrupted counterparts and a metric: what patching experiments have in common.
+    """A patching experiment: clean prompts, their corrupted counterparts and a metric.
+
+    Its methods `grid`, `path`, `path_attention`, `blocks` and `attribution` each answer one question.
 
     Args:
         clean: a text, or token ids; one sequence or several of one length. BOS is prepended to texts where
@@ -89,7 +91,8 @@ class Patching(Experiment):
                 and to resume from where it exists. It knows a function only by its name.
 
         Returns:
-            The metric of each patched run, and of the clean and the corrupted run.
+            `.effect`, the change in the metric of each cell, `.mean`, the metric itself, and `.recovered`,
+            the share of the way to the other run; `plot_patch_grid` draws it.
 
         Raises:
             ValueError: a site, layer, head or position that this model does not have, values that do not fit
