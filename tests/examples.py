@@ -762,3 +762,15 @@ def of_layers(size: int) -> FeatureAlignment:
         is_index=torch.zeros(size, 4, dtype=torch.bool),
         other_is_index=torch.zeros(size, 4, dtype=torch.bool),
     )
+
+
+RESULTS = {
+    name: globals()[name]
+    for name in (
+        *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
+        *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
+        *("lens", "patch_grid", "performance", "positional", "tuned_lens", "variance", "vector_lens"),
+        *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
+    )
+}
+"""One of every type."""

@@ -3,6 +3,7 @@ the engine says."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -23,3 +24,6 @@ needs_shared = pytest.mark.skipif(
 SMOLLM2 = "smollm2-135m"
 HAS_SMOLLM2 = hub.PACKAGED[SMOLLM2].find() is not None
 needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason=f"needs the package of {SMOLLM2}: make real-model")
+
+HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
+BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]

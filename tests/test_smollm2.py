@@ -18,8 +18,7 @@ from mechlens.studies.claims import MIN_DRAWS, Claim, Measured, Study
 from mechlens.studies.facts import study_facts
 from mechlens.studies.indirect_object import indirect_object
 from mechlens.studies.published import figures_of
-from tests.models.load.test_loading import BACKENDS
-from tests.shared import SMOLLM2, needs_smollm2
+from tests.shared import BACKENDS, SMOLLM2, needs_smollm2
 
 NAME = SMOLLM2
 pytestmark = needs_smollm2

@@ -21,7 +21,7 @@ from mechlens.analyses.circuits.ov import full_OV
 from mechlens.analyses.circuits.qk import full_QK
 from mechlens.analyses.circuits.tokens import circuit_corner, largest_pairs
 from mechlens.results import Circuit, CompositionScores
-from tests.cli.test_cli import refused, run
+from tests.cli.commands import refused, run
 from tests.close import assert_same
 
 

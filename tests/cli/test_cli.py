@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import html
 import json
 import re
@@ -15,47 +14,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mechlens import cli
-from mechlens.models.load import loading
 from mechlens.models.protocol import describe
 from mechlens.results import HeadScores, LogitLensResult, TunedLens
 from mechlens.results import load as load_result
+from tests.cli.commands import run
 from tests.shared import STORIES, needs_shared
 
 SMALL = ["--batch", "2", "--n-seeds", "1"]
-
-
-@functools.cache
-def kept(load_model, name, **options):
-    return load_model(name, **options)
-
-
-def run(capsys, *arguments):
-    """Exit code, what was printed, and complaints; the bundled model is loaded once in all."""
-    own = loading.load_model
-
-    def load_model(name, **options):
-        return kept(own, name, **options) if name == loading.BUNDLED else own(name, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load_model", load_model)
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return ended.value.code, out, err
-
-
-def refused(capsys, arguments, message, monkeypatch, folder):
-    """A command is refused in one line, with exit code 2, and leaves nothing behind."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(folder)
-    code, out, err = run(capsys, *arguments)
-    assert code == 2
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert err.startswith("mechlens: ")
-    assert not out
-    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("command", [[], ["reproduce"], ["heads"], ["lens"], ["models"]])

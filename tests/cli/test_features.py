@@ -30,7 +30,7 @@ from mechlens.models.run.sampling import sample_tokens
 from mechlens.models.weights.randomize import random_like
 from mechlens.results import ExhaustiveSearch, FeatureAlignment, FeatureExamples, GradientSearch, GreedySearch
 from mechlens.results.checkpoint import Checkpoint
-from tests.cli.test_cli import refused, run
+from tests.cli.commands import refused, run
 from tests.close import assert_same
 
 COMMANDS = ("exhaustive", "greedy", "gradient", "alignment", "examples")

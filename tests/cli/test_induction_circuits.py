@@ -12,7 +12,7 @@ from mechlens.analyses.circuits.induction import find_induction_circuits
 from mechlens.results import InductionCircuits, load
 from mechlens.show.section import section
 from mechlens.text.prompts import RepeatedTokens
-from tests.cli.test_patching import run
+from tests.cli.commands import run
 
 SMALL = ("--batch", "2", "--seq-len", "20", "--pair", "1.2,3.5")
 

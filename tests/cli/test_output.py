@@ -18,7 +18,7 @@ import pytest
 import mechlens
 from mechlens.cli import commands, main, options
 from mechlens.results import load
-from tests.cli.test_cli import run
+from tests.cli.commands import run
 
 SMALL = ["--seq-len", "5", "--batch", "2"]
 PAGES = {

@@ -13,7 +13,7 @@ import pytest
 from mechlens.analyses.patching import KL, LogitDiff, Mean, Patching, Resampled, ablate_heads, ablate_mlps
 from mechlens.results import PatchGridResult
 from mechlens.text.prompts import RepeatedTokens
-from tests.cli.test_cli import refused, run
+from tests.cli.commands import refused, run
 from tests.close import assert_same
 
 SMALL = ["--seq-len", "6", "--batch", "2"]

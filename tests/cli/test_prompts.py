@@ -17,7 +17,7 @@ from mechlens.analyses.tuned_lens import Training, train_tuned_lens
 from mechlens.models.run.sampling import sample_tokens
 from mechlens.results import AttentionPatterns, HeadScores, LogitAttribution, TunedLens
 from mechlens.text.corpus import token_windows
-from tests.cli.test_cli import refused, run
+from tests.cli.commands import refused, run
 from tests.close import assert_same
 
 TEXT = "Mr. Pickwick met Mr. Pickwick"

@@ -22,16 +22,7 @@ from torch import Tensor
 
 from mechlens.results import FORMAT, AttentionPatterns, HeadScores, LogitLensResult, Result, head_label, load
 from tests import examples
-
-RESULTS = {
-    name: getattr(examples, name)
-    for name in (
-        *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
-        *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
-        *("lens", "patch_grid", "performance", "positional", "tuned_lens", "variance", "vector_lens"),
-        *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
-    )
-}
+from tests.examples import RESULTS
 
 
 @pytest.fixture(params=RESULTS)

@@ -98,7 +98,7 @@ def test_sections_in_a_terminal_load_no_plotly():
     code = (
         "import sys, mechlens\n"
         "from mechlens.show.terminal import print_section\n"
-        "from tests.results.test_results import RESULTS\n"
+        "from tests.examples import RESULTS\n"
         "made = [make() for make in RESULTS.values()]\n"
         "made = [each for each in made if type(each).__name__ in mechlens.__all__]\n"
         "for each in made: print_section(mechlens.section(each))\n"

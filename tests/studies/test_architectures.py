@@ -34,7 +34,7 @@ from mechlens.studies.architectures import (
     verify_model,
 )
 from mechlens.studies.supported_analyses import Analysis
-from tests.models.load.test_loading import BACKENDS, HAS_HOOKED
+from tests.shared import BACKENDS, HAS_HOOKED
 from tests.tiny_models import write_tiny_model, write_toy
 
 DOCS = Path(__file__).parents[2] / "docs" / "architectures.md"

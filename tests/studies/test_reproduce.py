@@ -17,7 +17,7 @@ from mechlens.studies.published import CARDS, figures_of
 from mechlens.studies.reproduce import planned
 from mechlens.text.prompts import RepeatedTokens
 from tests import examples
-from tests.cli.test_cli import run
+from tests.cli.commands import run
 
 SMALL = RepeatedTokens(seq_len=10, batch=1, seeds=[0])
 

@@ -21,7 +21,8 @@ from mechlens.models.load import gguf, hub
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import describe
 from tests import tiny_gguf
-from tests.models.load.test_loading import BACKENDS, TOLERANCE, log_probs, tokens_for
+from tests.models.load.test_loading import TOLERANCE, log_probs, tokens_for
+from tests.shared import BACKENDS
 from tests.tiny_gguf import FAMILIES, largest_loss, write_gguf
 
 KINDS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_1")

@@ -17,7 +17,7 @@ from mechlens.models.load import loading
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
 from tests.close import assert_close
-from tests.models.load.test_loading import BACKENDS, HAS_HOOKED
+from tests.shared import BACKENDS, HAS_HOOKED
 from tests.tiny_models import tiny_hf_model, write_tiny_model, write_tokenizer
 
 NOT_NEAR = r"config.json\): give the bundled .* or a directory; `mechlens models` lists the known names$"

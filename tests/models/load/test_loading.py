@@ -19,11 +19,9 @@ from mechlens.models.load import loading, local
 from mechlens.models.load.loading import BUNDLED, load_model
 from mechlens.models.protocol import describe, engine_of
 from mechlens.text.tokens import own_bos_token_id
-from tests.shared import STORIES, needs_shared
+from tests.shared import BACKENDS, HAS_HOOKED, STORIES, needs_shared
 from tests.tiny_models import KINDS, TOY_CONFIG, write_tiny_model, write_tokenizer, write_toy
 
-HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
-BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
 # float32 sums in another order; the tiny models' log-probabilities reach -30
 TOLERANCE = 5e-5
 
