@@ -52,6 +52,8 @@ from mechlens.analyses.patching import Resampled as Resampled
 from mechlens.analyses.patching import Zero as Zero
 from mechlens.analyses.patching import ablate_heads as ablate_heads
 from mechlens.analyses.patching import ablate_mlps as ablate_mlps
+from mechlens.analyses.tasks import Task as Task
+from mechlens.analyses.tasks import load_task as load_task
 from mechlens.analyses.tuned_lens import Training as Training
 from mechlens.analyses.tuned_lens import train_tuned_lens as train_tuned_lens
 from mechlens.errors import ArgumentError as ArgumentError
@@ -109,6 +111,7 @@ from mechlens.results import PatchGridResult as PatchGridResult
 from mechlens.results import PositionalAttention as PositionalAttention
 from mechlens.results import RepeatedTokenPerformance as RepeatedTokenPerformance
 from mechlens.results import Result as Result
+from mechlens.results import TaskPerformance as TaskPerformance
 from mechlens.results import TunedLens as TunedLens
 from mechlens.results import VectorLens as VectorLens
 from mechlens.results import load as load
@@ -130,5 +133,6 @@ from mechlens.text.prompts import RepeatedTokens as RepeatedTokens
 from mechlens.text.prompts import chat_tokens as chat_tokens
 from mechlens.text.prompts import repeated_tokens as repeated_tokens
 from mechlens.text.prompts import text_tokens as text_tokens
+from mechlens.text.task_prompts import TaskPrompt as TaskPrompt
 
 __version__: str

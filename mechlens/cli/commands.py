@@ -90,6 +90,7 @@ COMMANDS = {
     "features": Command(
         "features:features", "Find what activates a feature.", "features exhaustive --layer 0:4 --feature 0:8"
     ),
+    "task": Command("task:task", "Measure how well the model does a task.", "task ioi --model smollm2-135m"),
     "models": Command(
         "models:models", "List known models, describe one, or verify models.", "models mechlens-books"
     ),
