@@ -17,8 +17,8 @@ def task(
     name: Annotated[
         str,
         typer.Argument(
-            help="ioi, greater-than, agreement, capitals, gender or docstring; or a .csv or .jsonl file with clean, "
-            "corrupted, answer, wrong and role_... columns."
+            help="ioi, greater-than, agreement, capitals, gender or docstring; or a .csv or .jsonl file with "
+            "columns clean, corrupted, answer, wrong and role_..."
         ),
     ],
     n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts of a built-in task.")] = 64,
@@ -29,8 +29,8 @@ def task(
     seed: SeedOption = 0,
     bos: BosOption = None,
 ) -> None:
-    """Measure how well the model does a task, such as naming the indirect object: accuracy and logit difference
-    with intervals, against chance and on corrupted prompts."""
+    """Measure how well the model does a task, such as naming the indirect object: accuracy and logit
+    difference with intervals, against chance and on corrupted prompts."""
     model = run.load()
     from mechlens.analyses.tasks import Task, load_task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.results.base import Result
@@ -37,9 +37,10 @@ class TaskPerformance(Result):
     corrupted_wrong_log_prob: Float[Tensor, " prompt"]
     rank: Float[Tensor, " prompt"]
     """Of the likeliest right answer among all tokens; 1 is the most likely."""
+    right: Bool[Tensor, " prompt"]
+    """Whether the likeliest of all right and wrong answers is a right one."""
     estimates: dict[str, tuple[float, float, float]]
-    """Mean over prompts, with the bootstrap interval: `accuracy` (right answers are likelier than wrong
-    ones), `top1` (a right answer is the top-1 prediction), `logit_diff` (nats), `probability_diff` and
+    """Mean over prompts, with the bootstrap interval: `accuracy` (of `right`), `top1` (a right answer is the top-1 prediction), `logit_diff` (nats), `probability_diff` and
     `corrupted_logit_diff`."""
     chance: float
     """Accuracy of a guess among right and wrong answers."""
@@ -49,11 +50,9 @@ class TaskPerformance(Result):
     columns: ClassVar[tuple[Column, ...]] = (
         Column("clean", "prompt"),
         Column("answer"),
-        Column(
-            "logit_diff", "logit difference", signed=True, help="Log of P(right answers) / P(wrong ones)."
-        ),
+        Column("logit_diff", "logit difference", signed=True, help="Log of P(right) / P(wrong)."),
         Column("corrupted_logit_diff", "corrupted", signed=True, help="The same after the corrupted prompt."),
-        Column("rank", help="Rank of the likeliest right answer; 1 is the most likely token."),
+        Column("rank", digits=0, help="Rank of the likeliest right answer; 1 is the most likely token."),
     )
 
     @property
@@ -64,6 +63,11 @@ class TaskPerformance(Result):
     def logit_diff(self) -> Float[Tensor, " prompt"]:
         """Log of the ratio of both probabilities: the difference of the logits where each is one token."""
         return self.answer_log_prob - self.wrong_log_prob
+
+    @property
+    def corrupted_logit_diff(self) -> Float[Tensor, " prompt"]:
+        """The same after the corrupted prompts."""
+        return self.corrupted_answer_log_prob - self.corrupted_wrong_log_prob
 
     @property
     def able(self) -> bool:
@@ -82,8 +86,9 @@ class TaskPerformance(Result):
         )
 
     def summary(self, top: int = 10) -> pd.DataFrame:
-        """The first `top` prompts."""
-        return self.to_dataframe()[[each.name for each in self.columns]].head(top)
+        """The first `top` prompts, on one line each."""
+        table = self.to_dataframe()[[each.name for each in self.columns]].head(top)
+        return table.assign(clean=table["clean"].str.replace("\n", "⏎"))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt: clean, corrupted, answer, wrong, logit_diff, corrupted_logit_diff, rank."""

@@ -7,12 +7,12 @@ from mechlens.show.section import Section, Table, joined
 from mechlens.text.display import count, number
 
 _TERMS = {
-    "Logit difference": "Log of the probability of the right answers over that of the wrong ones, in nats; the "
-    "difference of their logits where each is one token.",
+    "Logit difference": "Log of the probability of the right answers over that of the wrong ones, in nats; "
+    "the difference of their logits where each is one token.",
     "Chance": "Accuracy of a guess among right and wrong answers.",
 }
 _ROWS = {
-    "accuracy": "right answers likelier than wrong ones",
+    "accuracy": "a right answer likelier than every wrong one",
     "top1": "a right answer is the top-1 prediction",
     "logit_diff": "logit difference, nats",
     "probability_diff": "probability of right answers minus that of wrong ones",
@@ -29,7 +29,7 @@ def task_section(result: TaskPerformance, *, top: int = 10, title: str = "Task",
     mean, low, high = result.estimates["accuracy"]
     said = (
         f"Task {result.task}, {count(len(result.clean), 'prompt')}. The model "
-        f"{'does' if result.able else 'does not do'} it: the right answer is likelier than the wrong one in "
+        f"{'does' if result.able else 'does not do'} it: a right answer is likelier than every wrong one in "
         f"{mean:.0%} of the prompts ({low:.0%} to {high:.0%}); chance is {result.chance:.0%}."
     )
     if result.counterfactual:

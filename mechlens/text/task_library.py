@@ -125,7 +125,7 @@ def _digits(tens: int) -> tuple[range, range]:
 
 
 def _years_by_digit(model: Any) -> bool:
-    """Whether years are read digit by digit; False where they are two pairs of digits, as GPT-2 reads them."""
+    """Whether years are read digit by digit; False where they are two pairs of digits, as in GPT-2."""
     pieces = [each.strip() for each in _pieces(model, " 1742")]
     if pieces[-2:] == ["4", "2"]:
         return True
@@ -170,7 +170,7 @@ def _capitals(model: Any, n: int, generator: torch.Generator, counterfactual: st
     known = [(f" {a}", f" {b}") for a, b in CAPITALS.items() if usable >= {f" {a}", f" {b}"}]
     if len(known) < 2:
         raise ValueError(
-            "capitals needs at least 2 countries that are one token of this model with a capital that is one, "
+            "capitals needs at least 2 countries that, like their capitals, are one token of this model, "
             f"but there are {len(known)} of {len(CAPITALS)}"
         )
     prompts = []
@@ -198,7 +198,10 @@ def _gender(model: Any, n: int, generator: torch.Generator, counterfactual: str)
 
 def _docstring(model: Any, n: int, generator: torch.Generator, counterfactual: str) -> list[TaskPrompt]:
     words = one_token(model, [f" {word}" for word in ARGUMENTS], 10, "argument names")
-    template = 'def do(self,{a},{b},{c},{d}):\n    """{first}.\n\n    :param{p}: {second}\n    :param{q}: {third}\n    :param'
+    template = (
+        'def do(self,{a},{b},{c},{d}):\n    """{first}.\n\n'
+        "    :param{p}: {second}\n    :param{q}: {third}\n    :param"
+    )
     prompts = []
     for _ in range(n):
         a, b, c, d, *others = drawn(generator, words, 8)
@@ -226,7 +229,7 @@ BUILT_IN: dict[str, BuiltIn] = {
     "ioi": BuiltIn(
         _ioi,
         {
-            "swap-subject": "the indirect object is named again in the subject's place, which swaps the answer",
+            "swap-subject": "the indirect object is named again instead of the subject; swaps the answer",
             "other-names": "three other names, so that no name comes again",
         },
         "Wang et al. 2022, arXiv:2211.00593",

@@ -129,7 +129,7 @@ class Task:
         Cost: two forward passes of each prompt.
         """
         check_between("confidence", confidence, 0, 1)
-        names = ("answer", "wrong", "corrupted_answer", "corrupted_wrong", "rank")
+        names = ("answer", "wrong", "corrupted_answer", "corrupted_wrong", "rank", "right")
         found = {name: torch.full((len(self.prompts),), torch.nan) for name in names}
         for group in self.groups:
             which = list(group.index)
@@ -138,12 +138,11 @@ class Task:
                 for at, row in zip(which, log_probs, strict=True):
                     ids = self.encoded[at]
                     right, wrong = (row[list(some)] for some in (ids.answers, ids.wrong))
-                    found[f"{before}answer"][at], found[f"{before}wrong"][at] = (
-                        right.logsumexp(0),
-                        wrong.logsumexp(0),
-                    )
+                    found[f"{before}answer"][at] = right.logsumexp(0)
+                    found[f"{before}wrong"][at] = wrong.logsumexp(0)
                     if not before:
                         found["rank"][at] = 1 + int((row > right.max()).sum())
+                        found["right"][at] = float(right.max() > wrong.max())
         return _performance(self, found, confidence)
 
 
@@ -224,7 +223,7 @@ def _last_log_probs(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> Floa
 def _performance(task: Task, found: dict[str, Tensor], confidence: float) -> TaskPerformance:
     difference = found["answer"] - found["wrong"]
     samples = {
-        "accuracy": (difference > 0).float(),
+        "accuracy": found["right"],
         "top1": (found["rank"] == 1).float(),
         "logit_diff": difference,
         "probability_diff": found["answer"].exp() - found["wrong"].exp(),
@@ -234,9 +233,7 @@ def _performance(task: Task, found: dict[str, Tensor], confidence: float) -> Tas
     for name, values in samples.items():
         low, high = bootstrap_interval(values, confidence=confidence)
         estimates[name] = (float(values.mean()), float(low), float(high))
-    counts = torch.tensor(
-        [[len(each.answers), len(each.wrong)] for each in task.encoded], dtype=torch.float32
-    )
+    shares = [len(each.answers) / (len(each.answers) + len(each.wrong)) for each in task.encoded]
     return TaskPerformance(
         model=describe(task.model),
         task=task.name,
@@ -250,8 +247,9 @@ def _performance(task: Task, found: dict[str, Tensor], confidence: float) -> Tas
         corrupted_answer_log_prob=found["corrupted_answer"],
         corrupted_wrong_log_prob=found["corrupted_wrong"],
         rank=found["rank"],
+        right=found["right"].bool(),
         estimates=estimates,
-        chance=float((counts[:, 0] / counts.sum(1)).mean()),
+        chance=sum(shares) / len(shares),
         confidence=confidence,
         seed=task.seed,
     )
