@@ -40,8 +40,8 @@ class TaskPerformance(Result):
     right: Bool[Tensor, " prompt"]
     """Whether the likeliest of all right and wrong answers is a right one."""
     estimates: dict[str, tuple[float, float, float]]
-    """Mean over prompts, with the bootstrap interval: `accuracy` (of `right`), `top1` (a right answer is the top-1 prediction), `logit_diff` (nats), `probability_diff` and
-    `corrupted_logit_diff`."""
+    """Mean over prompts, with the bootstrap interval: `accuracy` (of `right`), `top1` (a right answer is the
+    top-1 prediction), `logit_diff` (nats), `probability_diff` and `corrupted_logit_diff`."""
     chance: float
     """Accuracy of a guess among right and wrong answers."""
     confidence: float
@@ -101,9 +101,7 @@ class TaskPerformance(Result):
                 "answer": self.answers,
                 "wrong": self.wrong,
                 "logit_diff": self.logit_diff.numpy(),
-                "corrupted_logit_diff": (
-                    self.corrupted_answer_log_prob - self.corrupted_wrong_log_prob
-                ).numpy(),
+                "corrupted_logit_diff": self.corrupted_logit_diff.numpy(),
                 "rank": self.rank.numpy(),
             }
         )

@@ -28,6 +28,12 @@ SPANS = (
 )
 """What lasts for years."""
 NUMBERED = {
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "friend": "friends",
+    "hand": "hands",
+    "eye": "eyes",
     "key": "keys",
     "book": "books",
     "car": "cars",
@@ -97,8 +103,8 @@ def _ioi(model: Any, n: int, generator: torch.Generator, counterfactual: str) ->
 
 
 def _greater_than(model: Any, n: int, generator: torch.Generator, counterfactual: str) -> list[TaskPrompt]:
-    nouns = one_token(model, [f" {noun}" for noun in SPANS], 2, "nouns")
     by_digit = _years_by_digit(model)
+    nouns = one_token(model, [f" {noun}" for noun in SPANS], 2, "nouns")
     prompts = []
     for _ in range(n):
         century = int(torch.randint(11, 18, (1,), generator=generator))

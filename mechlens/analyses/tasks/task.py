@@ -122,9 +122,9 @@ class Task:
                 through `W_U`.
 
         Example:
-            >>> found = mechlens.load_task("gender", model, n=8).performance()
-            >>> found.chance
-            0.5
+            >>> found = mechlens.load_task("agreement", model, n=8).performance()
+            >>> found.chance, found.able  # "The hand near the men is": the last noun misleads a small model
+            (0.5, False)
 
         Cost: two forward passes of each prompt.
         """
@@ -174,9 +174,9 @@ def load_task(
         ValueError: too few words are one token of this model, or it reads years in another way.
 
     Example:
-        >>> task = mechlens.load_task("gender", model, n=4)
+        >>> task = mechlens.load_task("agreement", model, n=4)
         >>> task.prompts[1].answers
-        (' he',)
+        (' are',)
 
     References: Wang et al. 2022, arXiv:2211.00593; Hanna et al. 2023, arXiv:2305.00586; Linzen et al. 2016,
     arXiv:1611.01368.

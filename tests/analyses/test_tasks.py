@@ -1,0 +1,177 @@
+"""Tasks: prompts for the tokenizer at hand, and how well a model does them, against whole runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mechlens.analyses.tasks import Task, load_task
+from mechlens.results import load
+from mechlens.text.task_library import BUILT_IN
+from mechlens.text.task_prompts import TaskPrompt
+from mechlens.text.tokens import target_id
+from tests.shared import needs_smollm2
+
+ROWS = [
+    {
+        "clean": "The sea is",
+        "corrupted": "The old is",
+        "answer": " the",
+        "wrong": [" a", " in"],
+        "role_N": "sea",
+    },
+    {
+        "clean": "The old sea is",
+        "corrupted": "The old man is",
+        "answer": " a",
+        "wrong": " the",
+        "role_N": "sea",
+    },
+    {
+        "clean": "The man is",
+        "corrupted": "The sea is",
+        "answer": [" a", " in"],
+        "wrong": " the",
+        "role_N": "man",
+    },
+]
+
+
+def log_probs(model, text):
+    """Of every next token, from the model's own logits."""
+    with torch.inference_mode():
+        return model(text, prepend_bos=True)[0, -1].double().log_softmax(-1)
+
+
+def test_performance_is_that_of_whole_runs(bundled):
+    found = Task.from_file(ROWS, bundled).performance()
+    for at, row in enumerate(ROWS):
+        right, wrong = (
+            [target_id(bundled, each) for each in ([row[name]] if isinstance(row[name], str) else row[name])]
+            for name in ("answer", "wrong")
+        )
+        clean, corrupted = log_probs(bundled, row["clean"]), log_probs(bundled, row["corrupted"])
+        # float32 logits of about 20, here and in the model's own run
+        difference = clean[right].exp().sum().log() - clean[wrong].exp().sum().log()
+        assert float(found.logit_diff[at]) == pytest.approx(float(difference), abs=1e-4)
+        other = corrupted[right].exp().sum().log() - corrupted[wrong].exp().sum().log()
+        assert float(found.corrupted_logit_diff[at]) == pytest.approx(float(other), abs=1e-4)
+        assert int(found.rank[at]) == 1 + int((clean > clean[right].max()).sum())
+        assert bool(found.right[at]) == bool(clean[right].max() > clean[wrong].max())
+    assert found.chance == pytest.approx((1 / 3 + 1 / 2 + 2 / 3) / 3)
+    mean, low, high = found.estimates["logit_diff"]
+    assert low <= mean <= high
+    assert mean == pytest.approx(float(found.logit_diff.mean()))
+
+
+def test_prompts_of_one_length_run_together_and_roles_are_the_last_token_of_their_word(bundled):
+    task = Task.from_file(ROWS, bundled)
+    assert sorted(at for group in task.groups for at in group.index) == [0, 1, 2]
+    for group in task.groups:
+        for at, row, position in zip(group.index, group.tokens, group.roles["N"].tolist(), strict=True):
+            before = bundled.to_string(row[1 : position + 1])
+            word = ROWS[at]["role_N"]
+            assert before.endswith(word)
+            assert ROWS[at]["clean"].startswith(before)
+        assert group.roles["END"].tolist() == [group.tokens.shape[1] - 1] * len(group.index)
+
+
+def test_a_task_comes_from_csv_and_jsonl(bundled, tmp_path):
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        'clean,corrupted,answer,wrong,role_S2\n"The sea, the sea is","The sea, the man is", the, a,sea#2\n',
+        "utf-8",
+    )
+    assert Task.from_file(lines, bundled).prompts == Task.from_file(ROWS, bundled).prompts
+    (prompt,) = Task.from_file(table, bundled).prompts
+    assert prompt.roles == {"S2": len("The sea, the sea")}
+    assert Task.from_file(table, bundled).name == "mine.csv"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corrupted": "The old man is"}, "same number of tokens, got 4 and 5"),
+        ({"answer": "two words"}, "the target 'two words' is .* tokens, not one"),
+        ({"answer": " a"}, "an answer that is right and wrong"),
+        ({"wrong": ""}, "row 1 has no wrong"),
+        ({"role_N": "ship"}, "row 1: 'ship' is not 1 times in 'The sea is'"),
+        ({"role_N": "sea#2"}, "row 1: 'sea' is not 2 times"),
+    ],
+)
+def test_a_wrong_row_is_refused_before_anything_runs(bundled, change, message):
+    with pytest.raises(ValueError, match=message):
+        Task.from_file([ROWS[0] | change], bundled)
+
+
+def test_what_is_no_task_is_refused(bundled):
+    with pytest.raises(ValueError, match=r"name must be one of ioi, greater-than, .*, got 'ioy'"):
+        load_task("ioy", bundled)
+    with pytest.raises(ValueError, match="counterfactual must be one of name, got 'swap'"):
+        load_task("gender", bundled, counterfactual="swap")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        Task(bundled, [])
+    with pytest.raises(ValueError, match=r"a \.csv or \.jsonl file, got 'mine.txt'"):
+        Task.from_file("mine.txt", bundled)
+    with pytest.raises(ValueError, match="this one reads 1742 as"):
+        load_task("greater-than", bundled)
+    with pytest.raises(
+        ValueError, match=r"at least 10 argument names that are one token of this model, but only \d"
+    ):
+        load_task("docstring", bundled)
+
+
+def test_a_task_that_the_model_cannot_do_says_so(bundled):
+    texts = TaskPrompt("The sea is", "The old is", (" zz",), (" the",))
+    with pytest.raises(ValueError, match="not one"):
+        Task(bundled, [texts])
+    hard = [TaskPrompt("The sea is", "The old is", ("z",), (" the",))] * 4
+    found = Task(bundled, hard, name="hard").performance()
+    assert not found.able
+    assert found.note.startswith("the model does not do the task hard: accuracy 0.00")
+
+
+def test_performance_comes_back_from_its_file(bundled, tmp_path):
+    found = load_task("agreement", bundled, n=6).performance()
+    assert load(found.save(tmp_path / "task.safetensors")) == found
+
+
+def test_the_seed_decides_the_prompts(bundled):
+    first, again, other = (load_task("agreement", bundled, n=8, seed=seed).prompts for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.fixture(scope="module")
+def smollm2(load_once):
+    return load_once("smollm2-135m")
+
+
+@needs_smollm2
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_real_model_does_every_built_in_task(smollm2, name):
+    found = load_task(name, smollm2, n=32).performance()
+    assert found.able, found.note
+    mean, *_ = found.estimates["logit_diff"]
+    corrupted, *_ = found.estimates["corrupted_logit_diff"]
+    assert mean > 0.5 > -0.5 > corrupted
+
+
+@needs_smollm2
+def test_roles_of_the_indirect_object_are_its_names(smollm2):
+    task = load_task("ioi", smollm2, n=12, counterfactual="other-names")
+    for group in task.groups:
+        for at, row in zip(group.index, group.tokens, strict=True):
+            prompt, place = task.prompts[at], group.index.index(at)
+            at_role = {
+                role: smollm2.to_string(row[positions[place]]) for role, positions in group.roles.items()
+            }
+            assert (at_role["IO"], at_role["S1"], at_role["S2"]) == (
+                *prompt.answers,
+                *prompt.wrong,
+                *prompt.wrong,
+            )
+            assert not {at_role["IO"], at_role["S1"]} & {f" {word}" for word in prompt.corrupted.split()}
