@@ -32,6 +32,7 @@ from mechlens.results import (
     PatchGridResult,
     PositionalAttention,
     RepeatedTokenPerformance,
+    TaskPerformance,
     TunedLens,
     VectorLens,
 )
@@ -562,6 +563,36 @@ def tuned_lens() -> TunedLens:
     )
 
 
+def task_performance(**changes) -> TaskPerformance:
+    """Two prompts: one right, one not; chance is a half."""
+    plain = TaskPerformance(
+        model=model(),
+        task="agreement",
+        counterfactual="number",
+        clean=("The key", "The\nkeys"),
+        corrupted=("The keys", "The\nkey"),
+        answers=(" is", " are"),
+        wrong=(" are", " is"),
+        answer_log_prob=torch.tensor([-0.5, -2.0]),
+        wrong_log_prob=torch.tensor([-1.5, -1.0]),
+        corrupted_answer_log_prob=torch.tensor([-3.0, -2.0]),
+        corrupted_wrong_log_prob=torch.tensor([-1.0, -0.5]),
+        rank=torch.tensor([1.0, 3.0]),
+        right=torch.tensor([True, False]),
+        estimates={
+            "accuracy": (0.5, 0.0, 1.0),
+            "top1": (0.5, 0.0, 1.0),
+            "logit_diff": (0.0, -1.0, 1.0),
+            "probability_diff": (0.0, -0.25, 0.375),
+            "corrupted_logit_diff": (-1.75, -2.0, -1.5),
+        },
+        chance=0.5,
+        confidence=0.95,
+        seed=0,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
 # -- features --------------------------------------------------------------------------------------
 
 MARKUP = "</script><b>&lt;$x$"
@@ -769,7 +800,16 @@ RESULTS = {
     for name in (
         *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
-        *("lens", "patch_grid", "performance", "positional", "tuned_lens", "variance", "vector_lens"),
+        *(
+            "lens",
+            "patch_grid",
+            "performance",
+            "positional",
+            "task_performance",
+            "tuned_lens",
+            "variance",
+            "vector_lens",
+        ),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )
 }

@@ -52,6 +52,7 @@ def numbers(option: str, given: list[str] | None) -> list[int] | None:
 
 
 def features_of(layer: list[str] | None, feature: list[str] | None, site: str) -> Features:
+    options.check_known("--site", site, SITES)
     layers, indices = numbers("--layer", layer), numbers("--feature", feature)
     from mechlens.analyses.features import Features
 

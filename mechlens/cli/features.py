@@ -13,6 +13,7 @@ from mechlens.cli.feature_options import (
     OPTIMIZERS,
     PRIORS,
     RENAMED,
+    SITES,
     BeginOption,
     FeaturesOption,
     LayersOption,
@@ -95,6 +96,7 @@ def greedy(
     """Build inputs from left to right. Each token is the one of the whole vocabulary that activates the
     feature, a basis dimension of an activation, most after those before it. Default: the last layer, features
     0 to 3."""
+    options.check_known("--aggregate", aggregate, ("last", "sum"))
     layers = shared.numbers("--layer", layer) or [-1]
     wanted = shared.features_of(None, feature, site)
     if len(layers) > 1:
@@ -198,6 +200,14 @@ def gradient(
     """Optimize embeddings by gradient descent until they activate a feature, a basis dimension of an
     activation, and decode them to tokens in two ways. For one token and one feature, an exhaustive search
     finds the optimum for comparison."""
+    # before torch is imported, which takes seconds
+    for option, given, known in (
+        ("--objective", objective, OBJECTIVES),
+        ("--optimizer", optimizer, OPTIMIZERS),
+        ("--prior", prior or PRIORS[0], PRIORS),
+        ("--site", site, SITES),
+    ):
+        options.check_known(option, given, known)
     from mechlens.analyses.features import (
         Continue,
         Features,
@@ -208,7 +218,6 @@ def gradient(
         search_exhaustive,
         search_gradient,
     )
-    from mechlens.errors import ArgumentError
 
     how = Optimizer(optimizer, learning_rate, steps, patience, restarts)
     held = None if prior is None else Prior(prior, prior_weight)
@@ -233,10 +242,8 @@ def gradient(
         made = Continue(target or "")
     elif target is not None:
         made = Match(read, target, objective, position, isolated)
-    elif objective in OBJECTIVES:
-        made = Maximize(read, position, objective, constant, isolated)
     else:
-        raise ArgumentError("objective", f"one of {', '.join(OBJECTIVES)}", objective)
+        made = Maximize(read, position, objective, constant, isolated)
     model = run.load(processing=False)
     begin = shared.prefix_of(prefix, bos)
     with run.saving():

@@ -13,7 +13,8 @@ from mechlens.cli.run import Run, command
 if TYPE_CHECKING:
     from mechlens.results import TunedLens
 
-_UNFOLDED = ("norm_only", "none")
+DECODERS = ("final_norm", "norm_only", "none")
+_UNFOLDED = DECODERS[1:]
 """Decoders that need the weights as they were trained."""
 
 
@@ -98,6 +99,7 @@ def lens(
     guess after every token, colored by a statistic, and saves a figure, a table or the whole result."""
     if tuned_lens is not None and (decoder != "final_norm" or last_blocks):
         raise ValueError("--tuned-lens is a decoder: leave out --decoder and --last-blocks")
+    options.check_known("--decoder", decoder, DECODERS)
     positions = options.numbers("--position", position) if position else None
     from mechlens.results.lens_statistics import check_high, check_statistic, lens_statistic, statistic_needed
 

@@ -9,11 +9,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_counts, check_type
-from mechlens.plots.style import BLUE, INK, MUTED, TEMPLATE, VERMILION, WIDTH, heatmap, titles
+from mechlens.plots.style import BLUE, INK, MUTED, NO_TICKS, TEMPLATE, VERMILION, WIDTH, heatmap, titles
 from mechlens.results import LogitAttribution, component_place
 from mechlens.text.display import number
-
-_NO_TICKS = {"ticks": "", "showgrid": False}
 
 
 def plot_attribution(
@@ -103,8 +101,8 @@ def plot_attribution(
         margin={"t": 128},
         showlegend=False,
         bargap=0.3,
-        xaxis={"title": {"text": "head"}, "tickvals": ticks, "ticktext": labels, "tickangle": 0, **_NO_TICKS},
-        yaxis={"title": {"text": "layer"}, "dtick": 1 if n_layers <= 16 else 4, **_NO_TICKS},
+        xaxis={"title": {"text": "head"}, "tickvals": ticks, "ticktext": labels, "tickangle": 0, **NO_TICKS},
+        yaxis={"title": {"text": "layer"}, "dtick": 1 if n_layers <= 16 else 4, **NO_TICKS},
         xaxis2={
             "title": {"text": "added to the logit"},
             "range": [low_end - (room if low_end < 0 else 0), high_end + (room if high_end > 0 else 0)],

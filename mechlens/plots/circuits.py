@@ -15,6 +15,7 @@ from mechlens.plots.style import (
     BLUE,
     GRID,
     MUTED,
+    NO_TICKS,
     TEMPLATE,
     VERMILION,
     WIDTH,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 DECADES = 4
 """Powers of ten below the largest eigenvalue; smaller ones are drawn as if they were not."""
 _LABEL = 14
-_NO_TICKS = {"ticks": "", "showgrid": False}
 _WRITTEN = 12
 """Rows and columns up to which each cell of a corner holds its number."""
 
@@ -95,7 +95,7 @@ def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> 
         {
             "tickvals": list(range(len(side))),
             "ticktext": [figure_text(visible_token(str(label), longest=_LABEL)) for label in side],
-            **_NO_TICKS,
+            **NO_TICKS,
         }
         for side in (table.index, table)
     ]
@@ -226,7 +226,7 @@ def plot_positional_attention(result: PositionalAttention) -> go.Figure:
     check_type("result", result, PositionalAttention)
     pattern = result.pattern.double().cpu()
     future = torch.ones_like(pattern, dtype=torch.bool).triu(1)
-    axis = {**_NO_TICKS, "constrain": "domain"}
+    axis = {**NO_TICKS, "constrain": "domain"}
     cells = heatmap(
         pattern.masked_fill(future, torch.nan).numpy(),
         low=0.0,

@@ -12,7 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechlens.arguments import check_counts, check_type
-from mechlens.plots.style import ABSENT, HEIGHT, INK, MUTED, TEMPLATE, WIDTH, heatmap, titles, top_margin
+from mechlens.plots.style import (
+    ABSENT,
+    HEIGHT,
+    INK,
+    MUTED,
+    NO_TICKS,
+    TEMPLATE,
+    WIDTH,
+    heatmap,
+    titles,
+    top_margin,
+)
 from mechlens.results import CompositionScores, head_label
 from mechlens.text.color import SEQUENTIAL, sequential
 from mechlens.text.display import number
@@ -24,7 +35,6 @@ _DEEP = 8
 """Layers from which on those without an edge may share a line of the graph."""
 FAINTEST = 0.3
 """Start of the color scale for edges: lighter colors are lost on white."""
-_NO_TICKS = {"ticks": "", "showgrid": False}
 _CLEAR = 0.45
 """How far an edge stays from heads that it passes, where it can: their names have half this width."""
 
@@ -182,13 +192,13 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
         margin={"t": margin},
         showlegend=False,
         hovermode="closest",
-        xaxis={"title": {"text": "head"}, "range": [-0.7, n_heads - 0.3], "dtick": 1, **_NO_TICKS},
+        xaxis={"title": {"text": "head"}, "range": [-0.7, n_heads - 0.3], "dtick": 1, **NO_TICKS},
         yaxis={
             "title": {"text": "layer"},
             "range": [-0.5, top_place + 0.5],
             "tickvals": [place for _, place in lines],
             "ticktext": [str(of[0]) if len(of) == 1 else f"{of[0]}-{of[-1]}" for of, _ in lines],
-            **_NO_TICKS,
+            **NO_TICKS,
         },
     )
     return figure
@@ -280,7 +290,7 @@ def _heads_axis(names: list[str], n_heads: int) -> dict[str, object]:
         texts = [f"layer {name[1:].split('H')[0]}" for name in shown]
         step = -(-len(shown) // 24)
         shown, texts = shown[::step], texts[::step]
-    return {"type": "category", "tickvals": shown, "ticktext": texts, **_NO_TICKS}
+    return {"type": "category", "tickvals": shown, "ticktext": texts, **NO_TICKS}
 
 
 def _ends(pair: dict[Any, Any]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from mechlens.arguments import check_type
 from mechlens.errors import ArgumentError
-from mechlens.plots.style import GRID, MUTED, TEMPLATE, figure_text, heatmap, titles
+from mechlens.plots.style import GRID, MUTED, NO_TICKS, TEMPLATE, figure_text, heatmap, titles
 from mechlens.results import FeatureAlignment
 from mechlens.results.feature_alignment import SHARES, Share, left_out, result_names
 from mechlens.text.display import number
@@ -26,7 +26,6 @@ _SIDES = {1: 460, 2: 340, 3: 230}
 """The longest side of a heatmap, in pixels, by how many are in a row, so that the row fits a page."""
 _LINE = 17
 """Height of a line of text, in pixels."""
-_NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
 
 
 def plot_feature_alignment(
@@ -105,7 +104,7 @@ def plot_feature_alignment(
                 title={"text": _wrapped(f"layer{whose}" + (f" ({site})" if differ else ""))[0]},
                 tickvals=list(range(0, len(layers), step)),
                 ticktext=[str(layer) for layer in layers[::step]],
-                **_NO_TICKS,
+                **NO_TICKS,
                 **place,
             )
         axis_x, axis_y = (figure.layout[f"{axis}axis{at + 1 if at else ''}"] for axis in "xy")

@@ -10,7 +10,7 @@ import torch
 from mechlens.arguments import check_type
 from mechlens.errors import ArgumentError
 from mechlens.plots.circuitsvis import View
-from mechlens.plots.style import TEMPLATE, WIDTH, figure_text, heatmap, titles, top_margin
+from mechlens.plots.style import NO_TICKS, TEMPLATE, WIDTH, figure_text, heatmap, titles, top_margin
 from mechlens.results import ExhaustiveSearch, FeatureExamples
 from mechlens.results.features import NO_TOKEN, listed, place_words
 from mechlens.text.display import number, visible_token
@@ -20,7 +20,6 @@ COLUMNS = 8
 """Features that are drawn by default."""
 _LABEL = 14
 _HOVERED = 10
-_NO_TICKS = {"ticks": "", "showgrid": False, "ticklabelstandoff": 4}
 # A letter or a sign after these characters would begin markup or an entity; this invisible one does not.
 _APART = "\N{WORD JOINER}"
 
@@ -153,13 +152,13 @@ def plot_feature_tokens(
             "title": {"text": noun},
             "tickvals": list(range(len(features))),
             "ticktext": [str(feature) for feature in features],
-            **_NO_TICKS,
+            **NO_TICKS,
         },
         yaxis={
             "title": {"text": "layer"},
             "tickvals": list(range(len(layers))),
             "ticktext": [str(layer) for layer in layers],
-            **_NO_TICKS,
+            **NO_TICKS,
         },
     )
     return figure

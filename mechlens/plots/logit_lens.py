@@ -15,6 +15,7 @@ from mechlens.plots.style import (
     ABSENT,
     HEIGHT,
     INK,
+    NO_TICKS,
     TEMPLATE,
     WIDTH,
     figure_text,
@@ -31,7 +32,6 @@ _LETTERS = (10, 8, 6)
 """Letters of a token before an ellipsis; the most that fit are drawn."""
 _BESIDE = 168
 """Width of the layer labels and the color bar, in pixels."""
-_NO_TICKS = {"tickmode": "array", "showgrid": False, "ticks": ""}
 
 
 def plot_logit_lens(
@@ -164,7 +164,7 @@ def _lay_out(
         "tickangle": 0,
         "tickfont": {"size": cells.size},
         "range": [-0.5, n_drawn - 0.5],
-        **_NO_TICKS,
+        **NO_TICKS,
     }
     # an axis is drawn only if something is on it
     figure.add_trace(
@@ -197,7 +197,7 @@ def _lay_out(
             "tickfont": {"size": cells.size},
             "range": [-0.5, n_rows - 0.5],
             "ticklabelstandoff": 4,
-            **_NO_TICKS,
+            **NO_TICKS,
         },
     )
 

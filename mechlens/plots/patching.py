@@ -20,6 +20,7 @@ from mechlens.plots.style import (
     GRID,
     INK,
     MUTED,
+    NO_TICKS,
     TEMPLATE,
     VERMILION,
     WIDTH,
@@ -43,7 +44,6 @@ _NAMED = 5
 """Of a larger grid, as many of the largest effects have their numbers."""
 _ROOM = 34
 """Width of a cell that a number fits into, in pixels."""
-_NO_TICKS = {"ticks": "", "showgrid": False}
 
 
 def plot_patch_grid(
@@ -247,7 +247,7 @@ def _cells(view: _View) -> tuple[go.Figure, str]:
         **across,
         height=(110 if view.axes[-1] == "pos" else 60)
         + len(rows) * (52 if len(rows) <= 4 else 30 if len(rows) <= 12 else 16),
-        yaxis={"title": {"text": "head" if by_head else view.axes[0]}, **ticks, **_NO_TICKS},
+        yaxis={"title": {"text": "head" if by_head else view.axes[0]}, **ticks, **NO_TICKS},
         # between the cells that have a value
         plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
     )
@@ -318,7 +318,7 @@ def _bars(view: _View) -> go.Figure:
         xaxis={
             "type": "category",
             "title": {"text": "patched position" if view.axes == ("pos",) else "layer"},
-            **_NO_TICKS,
+            **NO_TICKS,
         },
         yaxis={"title": {"text": _axis_title(view)}, "zeroline": True, "zerolinecolor": MUTED},
     )
@@ -331,7 +331,7 @@ def _across(view: _View) -> dict[str, Any]:
     if view.axes[-1] == "head":
         return {
             "width": max(640, min(WIDTH, 170 + len(labels) * (56 if len(labels) <= 12 else 28))),
-            "xaxis": {"title": {"text": "head"}, **_ticks([str(head) for head in labels], 32), **_NO_TICKS},
+            "xaxis": {"title": {"text": "head"}, **_ticks([str(head) for head in labels], 32), **NO_TICKS},
         }
     texts = [str(at) if not view.one_prompt else figure_text(view.token(at, _LABEL)) for at in labels]
     begins = turns(view.result.strings) if view.one_prompt else {}
@@ -345,7 +345,7 @@ def _across(view: _View) -> dict[str, Any]:
             "title": {"text": "patched token" if view.one_prompt else "patched position"},
             **_ticks(texts, 64 if view.one_prompt else 26),
             "tickangle": -90 if view.one_prompt else 0,
-            **_NO_TICKS,
+            **NO_TICKS,
         },
     }
 

@@ -20,6 +20,7 @@ from mechlens.results import Facts
 from mechlens.show.section import Section, section
 from mechlens.studies.claims import Measured, Study
 from mechlens.text.prompts import text_tokens
+from mechlens.text.task_library import CAPITALS
 from mechlens.text.tokens import target_id
 
 Fact = tuple[str, str, str]
@@ -36,20 +37,6 @@ _LANDMARKS = {
     "The Parthenon": "Athens",
     "The Sydney Opera House": "Sydney",
     "The Forbidden City": "Beijing",
-}
-_CAPITALS = {
-    "France": "Paris",
-    "Italy": "Rome",
-    "Germany": "Berlin",
-    "Spain": "Madrid",
-    "Japan": "Tokyo",
-    "Russia": "Moscow",
-    "Egypt": "Cairo",
-    "Greece": "Athens",
-    "Austria": "Vienna",
-    "Ireland": "Dublin",
-    "Portugal": "Lisbon",
-    "Poland": "Warsaw",
 }
 _LANGUAGES = {
     "France": "French",
@@ -93,7 +80,7 @@ def _facts(relation: str, template: str, answers: Mapping[str, str]) -> list[Fac
 
 FACTS: tuple[Fact, ...] = (
     *_facts("city of a landmark", "{} is in the city of", _LANDMARKS),
-    *_facts("capital of a country", "The capital of {} is the city of", _CAPITALS),
+    *_facts("capital of a country", "The capital of {} is the city of", CAPITALS),
     *_facts("language of a country", "The official language of {} is", _LANGUAGES),
     *_facts("opposite of a word", "The opposite of {} is", _OPPOSITES),
     *_facts("surname", "{}", _NAMES),

@@ -19,42 +19,11 @@ from mechlens.results import IndirectObject, PatchGridResult, head_label
 from mechlens.show.section import Section, section
 from mechlens.studies.claims import Measured, Study
 from mechlens.text.prompts import check_equally_long, text_tokens
+from mechlens.text.task_library import IOI_TEMPLATES, MEN, WOMEN
+from mechlens.text.task_prompts import one_token
 from mechlens.text.tokens import target_id
 
-TEMPLATES = (
-    "When{a} and{b} went to the store,{s} gave a drink to",
-    "After{a} and{b} went to the park,{s} gave a book to",
-    "Then{a} and{b} had a long argument, and afterwards{s} said to",
-)
-NAMES = tuple(
-    f" {name}"
-    for name in [
-        "Adam",
-        "Alice",
-        "Amy",
-        "Anna",
-        "Daniel",
-        "David",
-        "Emma",
-        "George",
-        "Henry",
-        "Jack",
-        "James",
-        "John",
-        "Kate",
-        "Laura",
-        "Lucy",
-        "Mark",
-        "Martin",
-        "Mary",
-        "Michael",
-        "Peter",
-        "Rachel",
-        "Robert",
-        "Sarah",
-        "Simon",
-    ]
-)
+NAMES = tuple(sorted((*WOMEN, *MEN)))
 """24 first names, each with the space before it."""
 N_PATCHED = 20
 """Prompts that are patched. With fewer, the spread of their mean is unknown."""
@@ -64,7 +33,7 @@ def indirect_object(
     model: LensModel,
     *,
     n_prompts: int = 60,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] = IOI_TEMPLATES,
     names: Sequence[str] = NAMES,
     seed: int = 0,
     prepend_bos: bool | None = None,
@@ -98,12 +67,7 @@ def indirect_object(
     """
     check_model(model)
     check_counts(n_prompts=n_prompts)
-    usable = [name for name in names if _is_one_token(model, name)]
-    if len(usable) < 4:
-        raise ValueError(
-            f"names must hold at least 4 that are one token of this model, got {len(usable)} of "
-            f"{len(names)}: give others with names="
-        )
+    usable = one_token(model, names, 4, "names")
     generator = generator_of(seed)
     clean, corrupted, subjects, objects, which, firsts, seconds = [], [], [], [], [], [], []
     for at in range(n_prompts):
@@ -155,14 +119,6 @@ def indirect_object(
         rank=lens.rank["IO"][-1, :, 0],
         seed=seed,
     )
-
-
-def _is_one_token(model: LensModel, name: str) -> bool:
-    try:
-        target_id(model, name)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclasses.dataclass(frozen=True)

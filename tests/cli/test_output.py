@@ -29,6 +29,7 @@ PAGES = {
     "circuit": ["circuit", "0.0", "1.0"],
     "composition": ["composition", "--draws", "2"],
     "induction-circuits": ["induction-circuits", "--pair", "0.0,1.0", *SMALL],
+    "task": ["task", "TASK"],
     "features exhaustive": ["features", "exhaustive"],
     "features greedy": ["features", "greedy", "--tokens", "1"],
     "features gradient": ["features", "gradient", "--restarts", "2", "--steps", "1"],
@@ -44,6 +45,7 @@ COMMANDS = {**FILES, **FOLDERS}
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     path.write_text("the cat sat on the mat and the dog sat on the cat " * 4)
+    path.with_name("task.csv").write_text("clean,corrupted,answer,wrong\nabc,bca,a,b\n")
     return path
 
 
@@ -56,7 +58,8 @@ def temporary(tmp_path_factory, monkeypatch):
 
 
 def arguments_of(command, model, corpus):
-    return [*(str(corpus) if each == "CORPUS" else each for each in COMMANDS[command]), "--model", str(model)]
+    places = {"CORPUS": str(corpus), "TASK": str(corpus.with_name("task.csv"))}
+    return [*(places.get(each, each) for each in COMMANDS[command]), "--model", str(model)]
 
 
 # -- targets that cannot be written ----------------------------------------------------------------

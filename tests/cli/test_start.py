@@ -10,9 +10,11 @@ import pytest
 
 from mechlens.analyses.circuits import factors
 from mechlens.analyses.features import Continue, objectives, optimization, spec
+from mechlens.analyses.logit_lens import decoders
 from mechlens.cli import circuits as cli_circuits
 from mechlens.cli import commands, options
 from mechlens.cli import feature_options as cli_features
+from mechlens.cli import lens as cli_lens
 from mechlens.cli import patching as cli_patching
 from mechlens.models.load import loading
 from mechlens.models.run import sites
@@ -89,6 +91,12 @@ def test_an_unknown_command_imports_nothing_heavy(words):
         ["circuit", "1.2", "--embedding", "W_U"],
         ["composition", "--kind", "ov"],
         ["induction-circuits", "--how", "half"],
+        ["lens", "a b", "--decoder", "half"],
+        ["features", "exhaustive", "--site", "half"],
+        ["features", "greedy", "--aggregate", "half"],
+        ["features", "gradient", "--objective", "half"],
+        ["features", "gradient", "--optimizer", "half"],
+        ["features", "gradient", "--prior", "half"],
     ],
 )
 def test_a_wrong_value_imports_no_torch(arguments):
@@ -115,6 +123,7 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
         (cli_features.OBJECTIVES, (*objectives.HOW, *objectives.DISTANCES, Continue.name)),
         (cli_features.PRIORS, optimization.PRIORS),
         (cli_features.OPTIMIZERS, optimization.OPTIMIZERS),
+        (cli_lens.DECODERS, tuple(decoders.DECODERS)),
     ],
 )
 def test_choices_repeated_in_the_command_line_equal_those_of_the_analyses(ours, theirs):

@@ -49,7 +49,9 @@ def test_the_indirect_object_is_the_difference_of_two_logits(bundled):
 def test_names_of_several_tokens_are_left_out(bundled):
     found = indirect_object(bundled, n_prompts=4, templates=TEMPLATES, names=(*PEOPLE, " Ozymandias"))
     assert " Ozymandias" not in found.subjects + found.objects
-    with pytest.raises(ValueError, match="at least 4 that are one token of this model, got 0 of 2"):
+    with pytest.raises(
+        ValueError, match="at least 4 names that are one token of this model, but only 0 of 2"
+    ):
         indirect_object(bundled, names=[" Ozymandias", " Constantinople"])
     with pytest.raises(ValueError, match="n_prompts"):
         indirect_object(bundled, n_prompts=0, names=PEOPLE)
