@@ -5,6 +5,7 @@ from __future__ import annotations
 from mechlens.results import TaskPerformance
 from mechlens.show.section import Section, Table, joined
 from mechlens.text.display import count, number
+from mechlens.text.task_library import BUILT_IN
 
 _TERMS = {
     "Logit difference": "Log of the probability of the right answers over that of the wrong ones, in nats; "
@@ -32,8 +33,11 @@ def task_section(result: TaskPerformance, *, top: int = 10, title: str = "Task",
         f"{'does' if result.able else 'does not do'} it: a right answer is likelier than every wrong one in "
         f"{mean:.0%} of the prompts ({low:.0%} to {high:.0%}); chance is {result.chance:.0%}."
     )
-    if result.counterfactual:
-        said += f" Corrupted prompts: {result.counterfactual}."
+    about = BUILT_IN.get(result.task)
+    if about is not None and result.counterfactual in about.counterfactuals:
+        said += (
+            f" In the corrupted prompts: {about.counterfactuals[result.counterfactual]}. {about.reference}."
+        )
     means = Table(
         ("", "mean", f"{result.confidence:.0%} interval"),
         [

@@ -105,13 +105,17 @@ def _ioi(model: Any, n: int, generator: torch.Generator, counterfactual: str) ->
 def _greater_than(model: Any, n: int, generator: torch.Generator, counterfactual: str) -> list[TaskPrompt]:
     by_digit = _years_by_digit(model)
     nouns = one_token(model, [f" {noun}" for noun in SPANS], 2, "nouns")
+    # where the answer is the tens digit, both sides need one
+    years = [
+        (century, year) for century in range(11, 18) for year in (range(10, 90) if by_digit else range(2, 99))
+    ]
+    if not by_digit:
+        # GPT-2 reads some years, such as 1776, as one token
+        years = [each for each in years if _two_pairs(model, *each) and _two_pairs(model, each[0], 1)]
     prompts = []
     for _ in range(n):
-        century = int(torch.randint(11, 18, (1,), generator=generator))
-        year = int(torch.randint(2, 99, (1,), generator=generator))
+        century, year = drawn(generator, years, 1)[0]
         if by_digit:
-            # the answer is the tens digit alone, so both sides need one
-            year = int(torch.randint(10, 90, (1,), generator=generator))
             answers, wrong = ([str(digit) for digit in some] for some in _digits(year // 10))
         else:
             answers, wrong = (
@@ -123,6 +127,10 @@ def _greater_than(model: Any, n: int, generator: torch.Generator, counterfactual
         corrupted, _ = filled(template, values | {"year": "01"}, {})
         prompts.append(TaskPrompt(clean, corrupted, tuple(answers), tuple(wrong), ends))
     return prompts
+
+
+def _two_pairs(model: Any, century: int, year: int) -> bool:
+    return [each.strip() for each in _pieces(model, f" {century}{year:02}")] == [str(century), f"{year:02}"]
 
 
 def _digits(tens: int) -> tuple[range, range]:
@@ -235,28 +243,28 @@ BUILT_IN: dict[str, BuiltIn] = {
     "ioi": BuiltIn(
         _ioi,
         {
-            "swap-subject": "the indirect object is named again instead of the subject; swaps the answer",
+            "swap-subject": "the indirect object is named again, not the subject, which swaps the answer",
             "other-names": "three other names, so that no name comes again",
         },
         "Wang et al. 2022, arXiv:2211.00593",
     ),
     "greater-than": BuiltIn(
         _greater_than,
-        {"year-01": "the first year ends in 01, after which every answer is later"},
+        {"year-01": "the first year ends in 01, so nearly every year is later"},
         "Hanna et al. 2023, arXiv:2305.00586",
     ),
     "agreement": BuiltIn(
-        _agreement,
-        {"number": "the subject's number is the other one"},
-        "Linzen et al. 2016, arXiv:1611.01368",
+        _agreement, {"number": "the subject has the other number"}, "Linzen et al. 2016, arXiv:1611.01368"
     ),
-    "capitals": BuiltIn(_capitals, {"country": "another country"}, "Meng et al. 2022, arXiv:2202.05262"),
+    "capitals": BuiltIn(
+        _capitals, {"country": "another country is named"}, "Meng et al. 2022, arXiv:2202.05262"
+    ),
     "gender": BuiltIn(
-        _gender, {"name": "a name of the other gender"}, "Mathwin et al. 2023, gendered pronouns"
+        _gender, {"name": "the name is of the other gender"}, "Mathwin et al. 2023, gendered pronouns"
     ),
     "docstring": BuiltIn(
         _docstring,
-        {"definition": "other argument names in the definition"},
+        {"definition": "the definition has other argument names"},
         "Heimersheim and Janiak 2023, a circuit for Python docstrings",
     ),
 }
