@@ -9,9 +9,9 @@ from tests.examples import task_performance
 def test_a_task_that_is_not_done_is_said_with_its_interval_and_chance():
     section = task_section(task_performance())
     assert section.text == (
-        "Task agreement, 2 prompts. The model does not do it: a right answer is likelier than every wrong one "
-        "in 50% of the prompts (0% to 100%); chance is 50%. In the corrupted prompts: the subject has the other "
-        "number. Linzen et al. 2016, arXiv:1611.01368."
+        "Task agreement, 2 prompts. The model does not do it: a right answer is likelier than every wrong "
+        "one in 50% of the prompts (0% to 100%); chance is 50%. In the corrupted prompts: the subject has "
+        "the other number. Linzen et al. 2016, arXiv:1611.01368."
     )
     means, prompts = section.parts
     assert means.rows[2] == ("logit difference, nats", "0.000", "\N{MINUS SIGN}1.000 to 1.000")
