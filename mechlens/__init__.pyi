@@ -86,6 +86,7 @@ from mechlens.plots.logit_lens import plot_logit_lens as plot_logit_lens
 from mechlens.plots.logit_variance import plot_logit_variance as plot_logit_variance
 from mechlens.plots.patching import plot_head_effects as plot_head_effects
 from mechlens.plots.patching import plot_patch_grid as plot_patch_grid
+from mechlens.plots.tasks import plot_role_grid as plot_role_grid
 from mechlens.plots.tuned_lens import plot_tuned_lens as plot_tuned_lens
 from mechlens.results import AttentionPatterns as AttentionPatterns
 from mechlens.results import AttentionSpread as AttentionSpread
@@ -111,6 +112,7 @@ from mechlens.results import PatchGridResult as PatchGridResult
 from mechlens.results import PositionalAttention as PositionalAttention
 from mechlens.results import RepeatedTokenPerformance as RepeatedTokenPerformance
 from mechlens.results import Result as Result
+from mechlens.results import RoleGrid as RoleGrid
 from mechlens.results import TaskPerformance as TaskPerformance
 from mechlens.results import TunedLens as TunedLens
 from mechlens.results import VectorLens as VectorLens

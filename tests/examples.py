@@ -32,6 +32,7 @@ from mechlens.results import (
     PatchGridResult,
     PositionalAttention,
     RepeatedTokenPerformance,
+    RoleGrid,
     TaskPerformance,
     TunedLens,
     VectorLens,
@@ -589,6 +590,28 @@ def task_performance(**changes) -> TaskPerformance:
         chance=0.5,
         confidence=0.95,
         seed=0,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def role_grid(**changes) -> RoleGrid:
+    """Two prompts, layers 0 and 2: effects 1, 3 | 0, -1 on average, of 4 between the runs; 2 more in one."""
+    effects = torch.tensor([[1.0, 3.0], [0.0, -1.0]])
+    plain = RoleGrid(
+        model=model(n_layers=3),
+        task="ioi",
+        counterfactual="swap-subject",
+        prompts=("a", "b"),
+        site="resid_pre",
+        source="the clean run",
+        into="corrupted",
+        layers=(0, 2),
+        roles=("S2", "<END>"),
+        values=torch.stack([effects - 3, effects - 1]),
+        clean=torch.tensor([2.0, 2.0]),
+        corrupted=torch.tensor([-2.0, -2.0]),
+        seed=0,
+        note="",
     )
     return dataclasses.replace(plain, **changes)
 

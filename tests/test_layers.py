@@ -32,7 +32,10 @@ TOP = max(FLOORS.values())
 # Each file in them answers one question alone; what several files of plots/ share is named here.
 NEVER_SIDEWAYS = {"analyses": set[str](), "plots": {"style", "circuitsvis"}}
 # What one file combines, because its question is about the answers of others.
-COMBINES = {("analyses", "circuits", "induction"): {"heads", "patching"}}
+COMBINES = {
+    ("analyses", "circuits", "induction"): {"heads", "patching"},
+    ("analyses", "tasks", "patching"): {"patching"},
+}
 # On one floor, but neither may know the other: a figure cannot run a model, an analysis draws nothing.
 STRANGERS = {"plots": {"models", "analyses"}, "analyses": {"plots"}}
 ENGINE = "transformer_lens"

@@ -25,7 +25,7 @@ from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
 from mechlens.results.patching import AttributionPatchResult, PatchGridResult
-from mechlens.results.tasks import TaskPerformance
+from mechlens.results.tasks import RoleGrid, TaskPerformance
 from mechlens.results.tuned_lens import TunedLens
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "PositionalAttention",
     "RepeatedTokenPerformance",
     "Result",
+    "RoleGrid",
     "Share",
     "TaskPerformance",
     "TunedLens",

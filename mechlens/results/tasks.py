@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def inability(task: str, accuracy: tuple[float, float, float], chance: float) -> str:
+    """That a model does not do a task, with its accuracy and interval; empty where it does."""
+    mean, low, high = accuracy
+    if low > chance:
+        return ""
+    return (
+        f"the model does not do the task {task}: accuracy {mean:.2f} ({low:.2f} to {high:.2f}), "
+        f"chance {chance:.2f}"
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TaskPerformance(Result):
     """The answers of a model to the prompts of a task and to their counterfactuals."""
@@ -72,18 +83,12 @@ class TaskPerformance(Result):
     @property
     def able(self) -> bool:
         """Whether the model does the task: the interval of its accuracy is above chance."""
-        return self.estimates["accuracy"][1] > self.chance
+        return not self.note
 
     @property
     def note(self) -> str:
         """What later results say of a task that the model cannot do; empty where it can."""
-        if self.able:
-            return ""
-        mean, low, high = self.estimates["accuracy"]
-        return (
-            f"the model does not do the task {self.task}: accuracy {mean:.2f} ({low:.2f} to {high:.2f}), "
-            f"chance {self.chance:.2f}"
-        )
+        return inability(self.task, self.estimates["accuracy"], self.chance)
 
     def summary(self, top: int = 10) -> pd.DataFrame:
         """The first `top` prompts, on one line each."""
@@ -105,3 +110,75 @@ class TaskPerformance(Result):
                 "rank": self.rank.numpy(),
             }
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RoleGrid(Result):
+    """Patches of one layer at the position of one role, for the prompts of a task."""
+
+    task: str
+    counterfactual: str
+    prompts: tuple[str, ...]
+    """The clean prompts as text."""
+    site: str
+    source: str
+    """What was put there, in words."""
+    into: str
+    """The run that was patched: `clean` or `corrupted`."""
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    values: Float[Tensor, "prompt layer role"]
+    """The logit difference of each patched run."""
+    clean: Float[Tensor, " prompt"]
+    """The logit difference without a patch."""
+    corrupted: Float[Tensor, " prompt"]
+    """The same on the corrupted prompts."""
+    seed: int | None
+    note: str
+    """That the model does not do the task; empty where it does."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("layer"),
+        Column("role"),
+        Column("effect", "change", "logits", signed=True, help="Of the logit difference, mean over prompts."),
+        Column("standard_error", "", "logits", help="Of the effect, over prompts."),
+        Column("recovered", help="Share of the way to the other run: 0 is none of it, 1 all of it."),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Patches of {self.site} by role, task {self.task} in {self.model.name}"
+
+    @property
+    def changes(self) -> Float[Tensor, "prompt layer role"]:
+        """The logit difference of each patched run less that of the same run without a patch."""
+        return self.values - (self.clean if self.into == "clean" else self.corrupted)[:, None, None]
+
+    @property
+    def effect(self) -> Float[Tensor, "layer role"]:
+        """Mean change over prompts."""
+        return self.changes.mean(0)
+
+    @property
+    def standard_error(self) -> Float[Tensor, "layer role"]:
+        """Of `effect`, over prompts; nan for a single one."""
+        return self.changes.std(0) / len(self.prompts) ** 0.5
+
+    @property
+    def recovered(self) -> Float[Tensor, "layer role"]:
+        """`effect` as a share of the difference between the two runs."""
+        way = self.clean.mean() - self.corrupted.mean()
+        return self.effect / (-way if self.into == "clean" else way)
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The cells with the largest effects, either way."""
+        return self.to_dataframe().sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per layer and role: layer, role, effect, standard_error, recovered."""
+        import pandas as pd
+
+        index = pd.MultiIndex.from_product([self.layers, self.roles], names=["layer", "role"])
+        names = ("effect", "standard_error", "recovered")
+        values = {name: getattr(self, name).flatten().numpy() for name in names}
+        return pd.DataFrame(values, index=index).reset_index()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mechlens.results import TaskPerformance
-from mechlens.show.section import Section, Table, joined
+from mechlens.results import RoleGrid, TaskPerformance
+from mechlens.show.section import Figure, Section, Table, drawn, joined
 from mechlens.text.display import count, number
 from mechlens.text.task_library import BUILT_IN
 
@@ -50,4 +50,29 @@ def task_section(result: TaskPerformance, *, top: int = 10, title: str = "Task",
     return Section(title, joined(text, said), [means, prompts], _TERMS)
 
 
-SECTIONS = {TaskPerformance: task_section}
+def role_grid_section(
+    result: RoleGrid, *, top: int = 10, title: str = "Patches by role", text: str = ""
+) -> Section:
+    """The grid as a figure, and the largest effects as a table.
+
+    Args:
+        top: cells to list.
+    """
+    said = (
+        f"Task {result.task}, {count(len(result.prompts), 'prompt')}. Without a patch the logit difference "
+        f"is {number(float(result.clean.mean()))} in the clean run and "
+        f"{number(float(result.corrupted.mean()))} in the corrupted run. {result.site} is patched with: "
+        f"{result.source}; into the {result.into} run."
+    )
+    figure = Figure(
+        drawn("plot_role_grid", result),
+        "Share of the way to the other run, by layer and role. Hover for numbers.",
+        wide=False,
+    )
+    table = Table.of(result.summary(top), result.columns, "The largest effects")
+    note = f"Note: {result.note}." if result.note else ""
+    terms = {"Logit difference": _TERMS["Logit difference"]}
+    return Section(title, joined(text, said, note), [figure, table], terms)
+
+
+SECTIONS = {TaskPerformance: task_section, RoleGrid: role_grid_section}

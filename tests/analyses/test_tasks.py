@@ -66,6 +66,48 @@ def test_performance_is_that_of_whole_runs(bundled):
     assert mean == pytest.approx(float(found.logit_diff.mean()))
 
 
+def test_patches_by_role_are_those_of_whole_runs_with_a_hook(bundled):
+    rows = [row for row in ROWS if isinstance(row["answer"], str) and isinstance(row["wrong"], str)]
+    rows += [
+        {"clean": "The man is", "corrupted": "The sea is", "answer": " a", "wrong": " the", "role_N": "man"},
+        {"clean": "A sea is", "corrupted": "A man is", "answer": " the", "wrong": " a", "role_N": "sea"},
+    ]
+    task = Task.from_file(rows, bundled)
+    assert len(task.groups) > 1
+    found = task.grid("resid_pre", layers=[1, 3])
+    assert (found.roles, found.layers, found.into) == (("N", "END"), (1, 3), "corrupted")
+    for at, prompt in enumerate(task.encoded):
+        cache = bundled.run_with_cache(prompt.clean)[1]
+        right, wrong = prompt.answers[0], prompt.wrong[0]
+        for row, layer in enumerate(found.layers):
+            for column, role in enumerate(found.roles):
+                name, position = f"blocks.{layer}.hook_resid_pre", prompt.roles[role]
+
+                def restore(stream, hook, position=position, name=name, cache=cache):
+                    stream[:, position] = cache[name][:, position]
+                    return stream
+
+                logits = bundled.run_with_hooks(prompt.corrupted, fwd_hooks=[(name, restore)])[0, -1].detach()
+                # float32 logits of about 10
+                assert float(found.values[at, row, column]) == pytest.approx(
+                    float(logits[right] - logits[wrong]), abs=1e-4
+                )
+    assert torch.allclose(found.clean, task.performance().logit_diff, atol=1e-4)
+    assert torch.allclose(found.effect, (found.values - found.corrupted[:, None, None]).mean(0))
+    noised = task.grid("resid_pre", layers=[1, 3], into="clean", roles=["END"])
+    assert torch.allclose(noised.recovered, noised.effect / (found.corrupted.mean() - found.clean.mean()))
+
+
+def test_a_role_that_a_prompt_lacks_and_several_answers_are_refused(bundled):
+    lacking = [ROWS[1], {name: value for name, value in ROWS[1].items() if name != "role_N"}]
+    with pytest.raises(ValueError, match="prompt 1 has no role 'N': 'The old sea is'"):
+        Task.from_file(lacking, bundled).grid("resid_pre", roles=["N"])
+    with pytest.raises(ValueError, match="unknown role 'S9': choose from N, END"):
+        Task.from_file(ROWS[1:2], bundled).grid("resid_pre", roles=["S9"])
+    with pytest.raises(ValueError, match=r"one right and one wrong answer .* 'The sea is' has 1 and 2"):
+        Task.from_file(ROWS, bundled).grid("resid_pre")
+
+
 def test_prompts_of_one_length_run_together_and_roles_are_the_last_token_of_their_word(bundled):
     task = Task.from_file(ROWS, bundled)
     assert sorted(at for group in task.groups for at in group.index) == [0, 1, 2]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechlens.analyses.tasks.patching import patch_roles
 from mechlens.arguments import check_between, check_counts, check_model, generator_of
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import LensModel, describe
@@ -19,7 +20,7 @@ from mechlens.models.run.forward import parts, watch
 from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.sites import last_hook
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
-from mechlens.results.tasks import TaskPerformance
+from mechlens.results.tasks import RoleGrid, TaskPerformance
 from mechlens.text.task_library import made
 from mechlens.text.task_prompts import EncodedPrompt, TaskPrompt, encoded, read_prompts
 from mechlens.text.tokens import token_strings
@@ -144,6 +145,44 @@ class Task:
                         found["rank"][at] = 1 + int((row > right.max()).sum())
                         found["right"][at] = float(right.max() > wrong.max())
         return _performance(self, found, confidence)
+
+    def grid(
+        self,
+        site: str,
+        *,
+        into: str | None = None,
+        values: Any = None,
+        layers: Sequence[int] | None = None,
+        roles: Sequence[str] | None = None,
+        progress: bool | None = None,
+    ) -> RoleGrid:
+        """Patch one layer at the position of one role, and measure the change in the logit difference.
+
+        Args:
+            site: `resid_pre`, `attn_out`, `mlp_out`, `z` (all heads) or another site of `Patching.grid`.
+            into: "corrupted" restores that run with the clean run's values (denoising), "clean" breaks it
+                (noising). None is "corrupted", unless `values` is given.
+            values: what is put there; None is the value of the other run. As in `Patching.grid`.
+            layers: the layers that are patched; None is all.
+            roles: the roles that are patched, such as ["S2", "END"]; None is all that every prompt has.
+            progress: show a bar; None shows one in a terminal and in Jupyter.
+
+        Returns:
+            `.effect` and `.recovered` `[layer, role]`, means over prompts; `plot_role_grid` draws it.
+
+        Raises:
+            ValueError: a role that a prompt lacks, or a prompt with several right or wrong answers.
+
+        Example:
+            >>> found = mechlens.load_task("agreement", model, n=4).grid("resid_pre", layers=[0])
+            >>> found.roles, found.effect.shape
+            (('subject', 'distractor', 'END'), torch.Size([1, 3]))
+
+        Cost: that of `Patching.grid` for each set of prompts with the same length and positions.
+        """
+        return patch_roles(
+            self, site, into=into, values=values, layers=layers, roles=roles, progress=progress
+        )
 
 
 def load_task(
