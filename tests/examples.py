@@ -823,16 +823,8 @@ RESULTS = {
     for name in (
         *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
-        *(
-            "lens",
-            "patch_grid",
-            "performance",
-            "positional",
-            "task_performance",
-            "tuned_lens",
-            "variance",
-            "vector_lens",
-        ),
+        *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
+        *("variance", "vector_lens"),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )
 }
