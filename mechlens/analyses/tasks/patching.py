@@ -58,7 +58,9 @@ def patch_roles(
             ("corrupted", grid.corrupted),
         ):
             shape = (len(task.prompts), *part.shape[1:])
-            found.setdefault(name, torch.full(shape, torch.nan))[which] = part.float().cpu()
+            found.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float32))[which] = (
+                part.float().cpu()
+            )
     right = (found["clean"] > 0).float()
     low, high = bootstrap_interval(right)
     return RoleGrid(

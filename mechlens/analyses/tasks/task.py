@@ -131,7 +131,7 @@ class Task:
         """
         check_between("confidence", confidence, 0, 1)
         names = ("answer", "wrong", "corrupted_answer", "corrupted_wrong", "rank", "right")
-        found = {name: torch.full((len(self.prompts),), torch.nan) for name in names}
+        found = {name: torch.full((len(self.prompts),), torch.nan, dtype=torch.float32) for name in names}
         for group in self.groups:
             which = list(group.index)
             for before, tokens in (("", group.tokens), ("corrupted_", group.corrupted)):

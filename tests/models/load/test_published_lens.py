@@ -191,7 +191,7 @@ def test_a_lens_of_another_name_is_warned_of(raw_model, published, tmp_path) -> 
 def test_what_is_not_there_is_said(raw_model, published, tmp_path, monkeypatch) -> None:
     folder = write(tmp_path / "lens", published.translators.state_dict())
     (folder / "params.pt").unlink()
-    with pytest.raises(ModelLoadError, match=r"and params\.pt: params\.pt is not there"):
+    with pytest.raises(ModelLoadError, match=r"and params\.pt: params\.pt is missing"):
         load_tuned_lens(folder, model=raw_model)
     with pytest.raises(ModelLoadError, match=r"config\.json is not there"):
         load_tuned_lens(tmp_path / "absent", model=raw_model)
