@@ -193,7 +193,7 @@ def test_what_is_not_there_is_said(raw_model, published, tmp_path, monkeypatch) 
     (folder / "params.pt").unlink()
     with pytest.raises(ModelLoadError, match=r"and params\.pt: params\.pt is missing"):
         load_tuned_lens(folder, model=raw_model)
-    with pytest.raises(ModelLoadError, match=r"config\.json is not there"):
+    with pytest.raises(ModelLoadError, match=r"config\.json is missing"):
         load_tuned_lens(tmp_path / "absent", model=raw_model)
     with pytest.raises(ModelLoadError, match="is a file, but a published lens is a folder"):
         load_tuned_lens(folder / "config.json", model=raw_model)
@@ -202,7 +202,7 @@ def test_what_is_not_there_is_said(raw_model, published, tmp_path, monkeypatch) 
     with pytest.raises(ModelLoadError, match=r"config\.json is not JSON"):
         load_tuned_lens(folder, model=raw_model)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelLoadError, match=r"'gpt2-none' is no folder .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelLoadError, match=r"'gpt2-none' is not a folder .*HF_HUB_OFFLINE is set"):
         load_tuned_lens("gpt2-none", model=raw_model)
     with pytest.raises(ModelLoadError, match="neither a folder nor the name of a published lens"):
         load_tuned_lens("no such thing", model=raw_model)
