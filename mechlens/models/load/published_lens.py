@@ -113,7 +113,10 @@ def _fetch(name: str) -> Path:
         return _both(hf_hub_download, local_files_only=True, **where)
     except LocalEntryNotFoundError:
         pass
-    lost = f"the tuned lens {name!r} is not a folder and not in the local Hugging Face cache, and the hub cannot be"
+    lost = (
+        f"the tuned lens {name!r} is neither a folder nor in the local Hugging Face cache, and the hub "
+        "cannot be"
+    )
     if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ModelLoadError(f"{lost} asked (HF_HUB_OFFLINE is set): give a folder, or train_tuned_lens")
     try:

@@ -202,7 +202,7 @@ def test_what_is_not_there_is_said(raw_model, published, tmp_path, monkeypatch) 
     with pytest.raises(ModelLoadError, match=r"config\.json is not JSON"):
         load_tuned_lens(folder, model=raw_model)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelLoadError, match=r"'gpt2-none' is not a folder .*HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelLoadError, match=r"'gpt2-none' is neither a folder nor .*HF_HUB_OFFLINE is set"):
         load_tuned_lens("gpt2-none", model=raw_model)
     with pytest.raises(ModelLoadError, match="neither a folder nor the name of a published lens"):
         load_tuned_lens("no such thing", model=raw_model)
