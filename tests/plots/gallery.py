@@ -154,6 +154,9 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
             scale=0.5,
             normalized_positions=True,
         ),
+        "roles": examples.role_grid(
+            model=info, layers=tuple(range(n_layers)), values=normal(2, n_layers, 2).pow(3), note="a note"
+        ),
         "patch_layer": grid("layer", n_prompts=3),
         "patch_heads": grid("layer", "head", n_prompts=3),
         "patch_positions": grid("layer", "pos"),
@@ -250,6 +253,7 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
         "composition": mechlens.plot_composition_scores(made["composition"]),
         "head_graph": mechlens.plot_head_graph(made["composition"]),
         "positional": mechlens.plot_positional_attention(made["positional"]),
+        "roles": mechlens.plot_role_grid(made["roles"]),
         "patch_layer": mechlens.plot_patch_grid(made["patch_layer"]),
         "patch_heads": mechlens.plot_patch_grid(grids),
         "patch_recovered": mechlens.plot_patch_grid(grids, value="recovered"),
