@@ -212,7 +212,7 @@ def features(model: Any, name: str) -> tuple[Study, list[Published]]:
 
 
 def logit_lens(model: Any, name: str) -> tuple[Study, list[Published]]:
-    """The logit-lens claims, which is not compared with the card."""
+    """The logit-lens claims, which are not compared with the card."""
     return study_logit_lens(model, seed=SEED), []
 
 

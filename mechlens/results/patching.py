@@ -32,6 +32,21 @@ def cell_label(layer: int | None, head: int | None, position: int | None) -> str
     return place if position is None else f"{place} at {position}"
 
 
+def standard_error(changes: Float[Tensor, "prompt *cell"]) -> Float[Tensor, "*cell"]:
+    """Of the mean over prompts; nan for a single one."""
+    if len(changes) < 2:
+        return torch.full_like(changes[0], math.nan)
+    return changes.std(0) / math.sqrt(len(changes))
+
+
+def share_of_way(
+    effect: Float[Tensor, "*cell"], start: Float[Tensor, " prompt"], end: Float[Tensor, " prompt"]
+) -> Float[Tensor, "*cell"]:
+    """Mean effects over the mean difference of two runs; nan where that difference is 0 or nan."""
+    share = effect / (end - start).mean()
+    return share.masked_fill(~share.isfinite(), torch.nan)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Grid(Result):
     """The arguments of a grid of patches, and what follows from its values."""
@@ -145,10 +160,7 @@ class _Grid(Result):
     @property
     def standard_error(self) -> Float[Tensor, "*grid"]:
         """Of `effect`, over prompts; nan for a single one."""
-        changes = self._changes()
-        if len(changes) < 2:
-            return torch.full_like(changes[0], math.nan)
-        return changes.std(0) / math.sqrt(len(changes))
+        return standard_error(self._changes())
 
     @property
     def mean(self) -> Float[Tensor, "*grid"]:
@@ -162,10 +174,7 @@ class _Grid(Result):
         The mean effect divided by the mean difference of the two runs. Patching into the corrupted run, 1 is
         the clean run's metric. nan without a corrupted run, or where both runs have the same metric.
         """
-        start = self.base
-        end = self.corrupted if start is self.clean else self.clean
-        share = self.effect / (end - start).mean()
-        return share.masked_fill(~share.isfinite(), torch.nan)
+        return share_of_way(self.effect, self.base, self.corrupted if self.into == "clean" else self.clean)
 
     @property
     def base(self) -> Float[Tensor, " prompt"]:

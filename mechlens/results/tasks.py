@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
+from mechlens.results.patching import share_of_way, standard_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 def inability(task: str, accuracy: tuple[float, float, float], chance: float) -> str:
     """That a model does not do a task, with its accuracy and interval; empty where it does."""
     mean, low, high = accuracy
+    if low != low:
+        return f"a single prompt does not show whether the model does the task {task}"
     if low > chance:
         return ""
     return (
@@ -152,7 +155,12 @@ class RoleGrid(Result):
     @property
     def changes(self) -> Float[Tensor, "prompt layer role"]:
         """The logit difference of each patched run less that of the same run without a patch."""
-        return self.values - (self.clean if self.into == "clean" else self.corrupted)[:, None, None]
+        return self.values - self.base[:, None, None]
+
+    @property
+    def base(self) -> Float[Tensor, " prompt"]:
+        """The logit difference of the run that is patched, without the patch."""
+        return self.clean if self.into == "clean" else self.corrupted
 
     @property
     def effect(self) -> Float[Tensor, "layer role"]:
@@ -162,13 +170,12 @@ class RoleGrid(Result):
     @property
     def standard_error(self) -> Float[Tensor, "layer role"]:
         """Of `effect`, over prompts; nan for a single one."""
-        return self.changes.std(0) / len(self.prompts) ** 0.5
+        return standard_error(self.changes)
 
     @property
     def recovered(self) -> Float[Tensor, "layer role"]:
-        """`effect` as a share of the difference between the two runs."""
-        way = self.clean.mean() - self.corrupted.mean()
-        return self.effect / (-way if self.into == "clean" else way)
+        """`effect` as a share of the difference between the two runs; nan where there is none."""
+        return share_of_way(self.effect, self.base, self.corrupted if self.into == "clean" else self.clean)
 
     def summary(self, top: int = 10) -> pd.DataFrame:
         """The cells with the largest effects, either way."""

@@ -28,11 +28,15 @@ def task_section(result: TaskPerformance, *, top: int = 10, title: str = "Task",
         top: prompts to list.
     """
     mean, low, high = result.estimates["accuracy"]
-    said = (
-        f"Task {result.task}, {count(len(result.clean), 'prompt')}. The model "
-        f"{'does' if result.able else 'does not do'} it: a right answer is likelier than every wrong one in "
-        f"{mean:.0%} of the prompts ({low:.0%} to {high:.0%}); chance is {result.chance:.0%}."
-    )
+    said = f"Task {result.task}, {count(len(result.clean), 'prompt')}. "
+    if low == low:
+        said += (
+            f"The model {'does' if result.able else 'does not do'} it: a right answer is likelier than "
+            f"every wrong one in {mean:.0%} of the prompts ({low:.0%} to {high:.0%}); chance is "
+            f"{result.chance:.0%}."
+        )
+    else:
+        said += f"{result.note[0].upper()}{result.note[1:]}."
     about = BUILT_IN.get(result.task)
     if about is not None and result.counterfactual in about.counterfactuals:
         said += (

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -147,7 +148,17 @@ def _rows(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             return [dict(row) for row in csv.DictReader(file)]
-        return [json.loads(line) for line in file if line.strip()]
+        return [_object(line, number) for number, line in enumerate(file, 1) if line.strip()]
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"line {number} must be an object with {', '.join(FIELDS)}, got {found!r:.80}")
+    return found
 
 
 def _prompt(row: Mapping[str, Any], number: int) -> TaskPrompt:
@@ -168,12 +179,12 @@ def _several(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _end_of(text: str, word: str, number: int) -> int:
-    word, _, which = word.partition("#")
+    word, which = match.groups() if (match := re.fullmatch(r"(.+)#([1-9]\d*)", word)) else (word, "1")
     end = 0
-    for _ in range(int(which or 1)):
+    for _ in range(int(which)):
         start = text.find(word, end)
         if start < 0:
-            raise ValueError(f"row {number}: {word!r} is not {which or 1} times in {text!r}")
+            raise ValueError(f"row {number}: {word!r} is not {which} times in {text!r}")
         end = start + len(word)
     return end
 

@@ -9,9 +9,11 @@ import torch
 
 from mechlens.analyses.tasks import Task, load_task
 from mechlens.results import load
+from mechlens.show.section import section
 from mechlens.text.task_library import BUILT_IN
 from mechlens.text.task_prompts import TaskPrompt
 from mechlens.text.tokens import target_id
+from tests.close import assert_close
 from tests.shared import needs_smollm2
 
 ROWS = [
@@ -112,12 +114,12 @@ def test_prompts_of_one_length_run_together_and_roles_are_the_last_token_of_thei
     task = Task.from_file(ROWS, bundled)
     assert sorted(at for group in task.groups for at in group.index) == [0, 1, 2]
     for group in task.groups:
-        for at, row, position in zip(group.index, group.tokens, group.roles["N"].tolist(), strict=True):
-            before = bundled.to_string(row[1 : position + 1])
-            word = ROWS[at]["role_N"]
-            assert before.endswith(word)
+        for at, row in zip(group.index, group.tokens, strict=True):
+            roles = task.encoded[at].roles
+            before = bundled.to_string(row[1 : roles["N"] + 1])
+            assert before.endswith(ROWS[at]["role_N"])
             assert ROWS[at]["clean"].startswith(before)
-        assert group.roles["END"].tolist() == [group.tokens.shape[1] - 1] * len(group.index)
+            assert roles["END"] == len(row) - 1
 
 
 def test_a_task_comes_from_csv_and_jsonl(bundled, tmp_path):
@@ -168,6 +170,41 @@ def test_what_is_no_task_is_refused(bundled, monkeypatch):
         load_task("docstring", bundled)
 
 
+def test_a_single_prompt_shows_neither_ability_nor_spread(bundled):
+    task = Task.from_file(ROWS[1:2], bundled, name="mine")
+    found, grid = task.performance(), task.grid("resid_pre", layers=[0])
+    assert not found.able
+    assert found.note == grid.note == "a single prompt does not show whether the model does the task mine"
+    assert bool(grid.standard_error.isnan().all())
+    assert found.note[1:] in section(found).text
+
+
+def test_runs_with_the_same_metric_have_no_way_to_go(bundled):
+    same = [ROWS[1] | {"corrupted": ROWS[1]["clean"]}] * 2
+    assert bool(Task.from_file(same, bundled).grid("resid_pre", layers=[0]).recovered.isnan().all())
+
+
+def test_logits_of_a_few_prompts_are_in_memory_at_once(bundled, monkeypatch):
+    whole = Task.from_file(ROWS, bundled).performance()
+    monkeypatch.setattr("mechlens.analyses.tasks.task._TOGETHER", 1)
+    assert_close(Task.from_file(ROWS, bundled).performance().logit_diff, whole.logit_diff)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "line 2 is not JSON"), ("[1]", r"line 2 must be an object .* got \[1\]")]
+)
+def test_a_line_that_is_no_row_is_named(bundled, tmp_path, line, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{json.dumps(ROWS[0])}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Task.from_file(path, bundled)
+
+
+def test_a_word_may_hold_a_number_sign(bundled):
+    row = ROWS[1] | {"clean": "The C# sea is", "corrupted": "The C# man is", "role_N": "C#"}
+    assert Task.from_file([row], bundled).prompts[0].roles == {"N": len("The C#")}
+
+
 def test_a_task_that_the_model_cannot_do_says_so(bundled):
     texts = TaskPrompt("The sea is", "The old is", (" zz",), (" the",))
     with pytest.raises(ValueError, match="not one"):
@@ -206,15 +243,7 @@ def test_the_real_model_does_every_built_in_task(smollm2, name):
 @needs_smollm2
 def test_roles_of_the_indirect_object_are_its_names(smollm2):
     task = load_task("ioi", smollm2, n=12, counterfactual="other-names")
-    for group in task.groups:
-        for at, row in zip(group.index, group.tokens, strict=True):
-            prompt, place = task.prompts[at], group.index.index(at)
-            at_role = {
-                role: smollm2.to_string(row[positions[place]]) for role, positions in group.roles.items()
-            }
-            assert (at_role["IO"], at_role["S1"], at_role["S2"]) == (
-                *prompt.answers,
-                *prompt.wrong,
-                *prompt.wrong,
-            )
-            assert not {at_role["IO"], at_role["S1"]} & {f" {word}" for word in prompt.corrupted.split()}
+    for prompt, found in zip(task.prompts, task.encoded, strict=True):
+        word = {role: smollm2.to_string(found.clean[0, position]) for role, position in found.roles.items()}
+        assert (word["IO"], word["S1"], word["S2"]) == (*prompt.answers, *prompt.wrong, *prompt.wrong)
+        assert not {word["IO"], word["S1"]} & {f" {each}" for each in prompt.corrupted.split()}

@@ -153,7 +153,7 @@ def test_what_is_long_is_shown_by_its_length() -> None:
 
 def test_results_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        examples.head_scores().jitter = 3  # type: ignore[misc]
+        examples.head_scores().jitter = 3
 
 
 def test_shapes_of_fields_are_checked_here() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from mechlens.text.task_library import made
 from mechlens.text.task_prompts import EncodedPrompt, TaskPrompt, encoded, read_prompts
 from mechlens.text.tokens import token_strings
 
+_TOGETHER = 32
+"""Prompts whose logits are in memory at once."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskGroup:
@@ -34,8 +37,6 @@ class TaskGroup:
     """Their numbers in the task."""
     tokens: Int[Tensor, "prompt pos"]
     corrupted: Int[Tensor, "prompt pos"]
-    roles: dict[str, Int[Tensor, " prompt"]]
-    """Positions, by role; only roles that every prompt of the group has."""
 
 
 class Task:
@@ -56,8 +57,8 @@ class Task:
     Example:
         >>> row = {"clean": "He is", "corrupted": "They is", "answer": " a", "wrong": " the", "role_S": "He"}
         >>> task = mechlens.Task.from_file([row], model)
-        >>> task.groups[0].roles
-        {'S': tensor([1]), 'END': tensor([2])}
+        >>> task.encoded[0].roles
+        {'S': 1, 'END': 2}
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Task:
         source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
         model: LensModel,
         *,
-        name: str = "",
+        name: str | None = None,
         prepend_bos: bool | None = None,
     ) -> Task:
         """Read a task of your own from a .csv or .jsonl file, or from rows with the same names.
@@ -105,8 +106,9 @@ class Task:
             >>> len(mechlens.Task.from_file([row], model).prompts)
             1
         """
-        named = isinstance(source, (str, os.PathLike)) and os.path.basename(source)
-        return cls(model, read_prompts(source), name=name or str(named or "task"), prepend_bos=prepend_bos)
+        if name is None:
+            name = os.path.basename(source) if isinstance(source, (str, os.PathLike)) else "task"
+        return cls(model, read_prompts(source), name=name, prepend_bos=prepend_bos)
 
     def performance(self, *, confidence: float = 0.95) -> TaskPerformance:
         """Measure how well the model does the task, against chance and on the corrupted prompts.
@@ -132,11 +134,10 @@ class Task:
         check_between("confidence", confidence, 0, 1)
         names = ("answer", "wrong", "corrupted_answer", "corrupted_wrong", "rank", "right")
         found = {name: torch.full((len(self.prompts),), torch.nan, dtype=torch.float32) for name in names}
+        check_streamed(self.model, self.groups[-1].tokens)
         for group in self.groups:
-            which = list(group.index)
             for before, tokens in (("", group.tokens), ("corrupted_", group.corrupted)):
-                log_probs = _last_log_probs(self.model, tokens)
-                for at, row in zip(which, log_probs, strict=True):
+                for at, row in zip(group.index, _last_log_probs(self.model, tokens), strict=True):
                     ids = self.encoded[at]
                     right, wrong = (row[list(some)] for some in (ids.answers, ids.wrong))
                     found[f"{before}answer"][at] = right.logsumexp(0)
@@ -233,30 +234,28 @@ def _grouped(prompts: Sequence[EncodedPrompt]) -> tuple[TaskGroup, ...]:
     groups = []
     for _, index in sorted(by_length.items()):
         some = [prompts[at] for at in index]
-        shared = [role for role in some[0].roles if all(role in each.roles for each in some)]
-        groups.append(
-            TaskGroup(
-                tuple(index),
-                torch.cat([each.clean for each in some]),
-                torch.cat([each.corrupted for each in some]),
-                {role: torch.tensor([each.roles[role] for each in some]) for role in shared},
-            )
+        clean, corrupted = (
+            torch.cat([getattr(each, name) for each in some]) for name in ("clean", "corrupted")
         )
+        groups.append(TaskGroup(tuple(index), clean, corrupted))
     return tuple(groups)
 
 
-def _last_log_probs(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt d_vocab"]:
-    """Log-probabilities after the last token, on the CPU."""
-    check_streamed(model, tokens)
+def _last_log_probs(
+    model: LensModel, tokens: Int[Tensor, "prompt pos"]
+) -> Iterator[Float[Tensor, " d_vocab"]]:
+    """Log-probabilities after the last token of each prompt, on the CPU, a few prompts at a time."""
     several = parts(tokens)
     if len(several) > 1:
         check_rows_alike(model, tokens)
     found: list[Tensor] = []
     for rows in several:
         watch(model, rows, {last_hook(model): lambda stream: found.append(stream[:, -1])})
-    with torch.inference_mode():
-        logits = unembedding(model).logits(final_norm(model, torch.cat(found)))
-        return logits.log_softmax(-1).cpu()
+    for some in torch.cat(found).split(_TOGETHER):
+        with torch.inference_mode():
+            logits = unembedding(model).logits(final_norm(model, some))
+            rows = logits.log_softmax(-1).cpu()
+        yield from rows
 
 
 def _performance(task: Task, found: dict[str, Tensor], confidence: float) -> TaskPerformance:
