@@ -23,20 +23,24 @@ class AttentionSpread(Result):
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
     values: Float[Tensor, "layer head measure"]
-    """Means over sequences and positions of `measures`."""
+    """Each of `measures`, averaged over sequences and positions."""
     prepend_bos: bool
 
     columns: ClassVar = (
         Column("label", "head"),
-        Column("entropy", unit="nats", help="Of the attention of one position; 0 is a single token."),
+        Column(
+            "entropy",
+            unit="nats",
+            help="Of one position's attention pattern; 0 if it attends to a single token.",
+        ),
         Column("distance", unit="tokens", digits=1, help="Mean distance to the token attended to."),
         Column("first", "on the first token", help="Attention to the first token, where idle heads rest."),
     )
     measures: ClassVar = ("entropy", "distance", "first")
-    """The names of the axis `measure`."""
+    """The entries of the axis `measure`."""
 
     def of(self, measure: str) -> Float[Tensor, "layer head"]:
-        """One measure of every head."""
+        """One measure for every head."""
         return self.values[..., self.measures.index(measure)]
 
     def to_dataframe(self) -> pd.DataFrame:

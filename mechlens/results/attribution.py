@@ -24,26 +24,26 @@ _LONGEST, _SHOWN = 24, 6
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution(Result):
-    """What each component adds to a token's logit, or to a difference of two, with the norm's scale fixed."""
+    """What each component adds to a logit or a logit difference, with the final norm's scale frozen."""
 
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
     positions: tuple[int, ...]
     """The positions that were read out, in the order of the axis `read`."""
     components: tuple[str, ...]
-    """`embed`, `pos_embed` where the model adds positions to its stream, then of each layer its heads
-    (`L0H0`, ...), the bias of its attention (`L0 bias`) and its MLP (`L0 MLP`, where it has one), last
-    `final bias`: the bias of the last norm through `W_U`, and `b_U`."""
+    """`embed`; `pos_embed` if the model adds position embeddings to its residual stream; then each layer's
+    heads (`L0H0`, ...), attention bias (`L0 bias`) and MLP (`L0 MLP`, if it has one); last `final bias`, the
+    final norm's bias through `W_U` plus `b_U`."""
     contributions: Float[Tensor, "component batch read"]
     """In logits; their sum over components is `logit`, up to rounding."""
     logit: Float[Tensor, "batch read"]
-    """The model's own logit of the target before any soft-cap, minus that of `against_ids` where given."""
+    """The model's own logit of the target, before any soft-cap, minus the logit of `against_ids` if given."""
     target_ids: Int[Tensor, "batch read"]
     """The tokens whose logits are explained; position i predicts the token after it."""
     against_ids: Int[Tensor, "batch read"] | None
-    """The tokens whose logits are subtracted; None where a logit alone is explained."""
+    """The tokens whose logits are subtracted; None if a single logit is explained."""
     strings: dict[str, str]
-    """The text of every token above, by its id as text."""
+    """The text of every token above, keyed by its id as a string."""
     prepend_bos: bool
 
     columns: ClassVar = (
@@ -81,8 +81,8 @@ class LogitAttribution(Result):
         return dict(zip(self.components, added, strict=True))
 
     def largest(self, top: int = 12, *, row: int = 0, position: int = -1) -> dict[str, float]:
-        """The `top` components of layers that add or subtract most, with the embeddings and the final bias
-        however small they are; last the sum of the others, so that all together are the logit."""
+        """The `top` layer components with the largest contributions, of either sign, and the embeddings and
+        the final bias, however small. The last entry is the sum of the rest, so all sum to the logit."""
         values = self.parts(row=row, position=position)
         of_layers = [name for name in values if component_place(name)[0] is not None]
         ranked = sorted(of_layers, key=lambda name: -abs(values[name]))
@@ -92,7 +92,7 @@ class LogitAttribution(Result):
         return found | ({f"{len(rest)} others": sum(values[name] for name in rest)} if rest else {})
 
     def summary(self, top: int = 12) -> pd.DataFrame:
-        """The largest components at the last position; the sum of the others; the logit."""
+        """The largest components at the last position, the sum of the others, and the logit."""
         import pandas as pd
 
         rows = [*self.largest(top).items(), ("sum", float(self.logit[0, -1]))]
@@ -117,8 +117,8 @@ class LogitAttribution(Result):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per component, sequence and position: component, layer and head (absent where it has none),
-        sequence, pos, token, target, against (where there is one), contribution in logits."""
+        """One row per component, sequence and position: component, layer and head (missing if it has none),
+        sequence, pos, token, target, against (if there is one), contribution in logits."""
         import pandas as pd
 
         index = pd.MultiIndex.from_product(
@@ -140,7 +140,7 @@ class LogitAttribution(Result):
 
 
 def component_place(component: str) -> tuple[int | None, int | None]:
-    """(layer, head) of a component of a `LogitAttribution`; None for what it does not belong to."""
+    """(layer, head) of a `LogitAttribution` component, with None for either that it does not have."""
     found = re.fullmatch(r"L(\d+)(?:H(\d+)| bias| MLP)", component)
     if found is None:
         return None, None

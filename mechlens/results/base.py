@@ -1,8 +1,7 @@
 """Results of analyses: frozen dataclasses that can be tabulated, saved and loaded.
 
-A result is one `.safetensors` file: its tensors are the file's tensors, everything else is JSON in
-the file's header. A file is written under a temporary name and moved into place, so an interrupted
-save leaves the old file intact.
+A result is saved as one `.safetensors` file, with everything but its tensors as JSON in the header. A file
+is written under a temporary name and moved into place, so an interrupted save leaves the old file intact.
 """
 
 from __future__ import annotations
@@ -58,12 +57,12 @@ class ModelInfo:
     n_ctx: int
     quantization: str | None = None
     """GGML types of the weights in their GGUF file, such as `Q4_1 (210 tensors), F32 (61)`. Results are
-    those of the rounded weights. None without such a file, or if unknown."""
+    those of the rounded weights. None if there is no such file or the types are unknown."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Result:
-    """Base of all results. Two are equal when every field is, nan counting as equal to nan."""
+    """Base class of all results. Two are equal if all their fields are; nan equals nan."""
 
     model: ModelInfo
 
@@ -78,7 +77,7 @@ class Result:
         """A tidy table with one observation per row.
 
         In all tables, `layer` is an integer (-1 for the row `embed` of a lens), `pos` a position, `token` the
-        text of the token there and `id` its id. Column names have no spaces.
+        text of the token there, and `id` its id. Column names have no spaces.
         """
         raise NotImplementedError
 
@@ -97,13 +96,13 @@ class Result:
         return self.to_dataframe().head(top)
 
     def to_json(self) -> dict[str, Any]:
-        """All names, numbers and arguments, and the rows of the table, for other programs."""
+        """All names, numbers and arguments, and the rows of the table, for use by other programs."""
         plain = {
             field.name: value
             for field in dataclasses.fields(self)
             if field.name != "model"
             and not isinstance(value := getattr(self, field.name), Tensor)
-            # texts by id belong to the ids, which are tensors
+            # token texts mean nothing without their ids, which are tensors
             and not (field.name == "strings" and isinstance(value, Mapping))
             and not (isinstance(value, Mapping) and value and _is_tensor_dict(value))
         }
@@ -134,7 +133,7 @@ class Result:
             The path written.
 
         Raises:
-            ValueError: another ending, or a folder that does not exist.
+            ValueError: the path does not end in `.safetensors`, or its folder does not exist.
         """
         target = Path(path)
         if target.suffix != ".safetensors":
@@ -166,15 +165,15 @@ class Result:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged, no result of mechlens, or one of another type.
+            ValueError: the file is damaged, is not a mechlens result, or is a result of another type.
         """
         result = load(path)
         if not isinstance(result, cls):
-            raise ValueError(f"{path} holds a {type(result).__name__}, not a {cls.__name__}")
+            raise ValueError(f"{path} contains {type(result).__name__}, not {cls.__name__}")
         return result
 
     def __repr__(self) -> str:
-        """The fields in one line, tensors by their shape, what is long by its length."""
+        """The fields on one line: tensors by their shape, long values by their length."""
         parts = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -199,7 +198,7 @@ class Result:
             for field in dataclasses.fields(self)
         )
 
-    __hash__ = None  # type: ignore[assignment]  # results hold tensors, which have no hash by value
+    __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
 
 def load(path: str | os.PathLike[str]) -> Result:
@@ -213,7 +212,7 @@ def load(path: str | os.PathLike[str]) -> Result:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or is not a result of mechlens.
+        ValueError: the file is damaged, or is not a mechlens result.
 
     Example:
         >>> found = mechlens.attention_patterns(model, "Mr. Pickwick met Mr. Winkle.", "L1H2")
@@ -238,9 +237,9 @@ def load(path: str | os.PathLike[str]) -> Result:
             return cls(**_values(cls, fields, tensors))
     except (LookupError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is damaged: its header is not that of a result ({error!r}); save it again"
+            f"{path} is damaged: its header does not describe a result ({error!r}); save it again"
         ) from error
-    raise ValueError(f"{path} holds a {kind}, which this version of mechlens does not know")
+    raise ValueError(f"{path} contains {kind}, which this version of mechlens does not know")
 
 
 def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -264,9 +263,9 @@ def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def row_place(row: str) -> tuple[int, int | None]:
-    """(layer, head) of a row of a lens: `embed` is layer -1; only rows such as `L0H3` have a head.
+    """(layer, head) of a row of a lens: `embed` is layer -1, and only rows such as `L0H3` have a head.
 
-    Rows of interleaved lenses are such as `0 attn` and `0 MLP`.
+    Rows of interleaved lenses look like `0 attn` and `0 MLP`.
     """
     if row == "embed":
         return -1, None
@@ -276,9 +275,9 @@ def row_place(row: str) -> tuple[int, int | None]:
 
 
 def column_name(text: str) -> str:
-    """A text as part of a column's name: unique, and without spaces.
+    """A text as part of a column name: unique, and without spaces.
 
-    A space becomes `·`, as in pictures; that character itself, a backslash, and what does not print become
+    A space becomes `·`, as in figures. A literal `·`, a backslash, and characters that do not print become
     their Python escapes.
     """
     return "".join(
@@ -298,7 +297,7 @@ def plain_number(value: Any) -> Any:
     """A numpy number as a Python number, for JSON.
 
     Raises:
-        TypeError: anything else.
+        TypeError: the value is anything else.
     """
     if isinstance(value, np.generic):
         return value.item()
@@ -310,7 +309,7 @@ def _is_tensor_dict(value: object) -> bool:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples they were saved from."""
+    """The lists of JSON as the tuples that were saved."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints: long work saves its progress to a file and resumes from it after an interruption."""
+"""Checkpoints: long jobs save their progress to a file and resume from it after an interruption."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _HASHES = {"corpus": "another corpus", "weights": "other weights", "settings": "
 
 Item = TypeVar("Item")
 State = tuple[Mapping[str, Tensor], int]
-"""The tensors that hold all progress, and how many steps it took to get there."""
+"""The tensors that make up the progress, and the number of steps done."""
 
 
 class Checkpoint:
-    """The progress of long work: loaded on entering, saved every `SAVE_SECONDS` and on leaving.
+    """The progress of a long job: loaded on entry, saved every `SAVE_SECONDS` and on exit.
 
-    Leaving saves after an exception and after Ctrl-C, too. With the path None nothing is loaded or saved, and
-    only the progress bar is left::
+    Exit saves even after an exception or Ctrl-C. If the path is None, nothing is loaded or saved, and only
+    the progress bar remains::
 
         with Checkpoint(resume, "search", arguments, owner="a search", names=("best",)) as saved:
             best = saved.tensors.get("best", nothing)
@@ -42,9 +42,9 @@ class Checkpoint:
 
     Attributes:
         path: the file, or None.
-        tensors: what the file held; empty where there was none.
-        step: how far that work had come; 0 where there was no file.
-        bar: the progress bar of `loop`, to be moved by hand where items take unequal time.
+        tensors: the tensors in the file; empty if there was none.
+        step: the number of steps done when it was saved; 0 if there was no file.
+        bar: the progress bar of `loop`, which you can update yourself if items take unequal time.
     """
 
     bar: tqdm[Any]
@@ -62,11 +62,11 @@ class Checkpoint:
 
         Args:
             path: a `.safetensors` file, which need not exist yet, or None.
-            kind: what is interrupted, such as `training`; it names the header's entry.
-            arguments: makes the arguments of the work, as JSON knows them or as numpy scalars; `model` holds
-                the facts about the model. Called only where there is a path, as it may hash all weights.
-            owner: the work in words, for errors: `an exhaustive search`.
-            names: the tensors that a checkpoint of this kind holds.
+            kind: the kind of job, such as `training`; it names the entry in the header.
+            arguments: makes the arguments of the job, as JSON values or numpy scalars, with the facts about
+                the model under `model`. Called only if there is a path, because it may hash all weights.
+            owner: the job in words, for errors, such as `an exhaustive search`.
+            names: the tensors in a checkpoint of this kind.
 
         Raises:
             TypeError, ValueError: see `checkpoint_path`.
@@ -80,11 +80,11 @@ class Checkpoint:
         self._state: Callable[[], State] | None = None
 
     def __enter__(self) -> Checkpoint:
-        """Load the file where it exists.
+        """Load the file if it exists.
 
         Raises:
-            ValueError: the file is damaged, is of other work, or was begun with other arguments (the error
-                names what differs).
+            ValueError: the file is damaged, belongs to another kind of job, or was begun with other arguments
+                (the error names them).
         """
         if self.path is not None:
             self._arguments = self._make_arguments()
@@ -112,10 +112,10 @@ class Checkpoint:
         progress: bool | None,
         size: Callable[[Item], int] = lambda _: 1,
     ) -> Iterator[Item]:
-        """Iterate over what is left of the work, with a progress bar that begins at `step`, and save.
+        """Iterate over the remaining work with a progress bar that begins at `step`, and save progress.
 
         Args:
-            work: its items. Progress must be whole whenever an item is done or the work is interrupted.
+            work: the items. The state must be consistent whenever an item is done or the job is interrupted.
             state: gives the tensors and the step to save; without tensors nothing is saved.
             size: how many units of the bar an item is worth.
 
@@ -131,7 +131,7 @@ class Checkpoint:
                 saved = time.monotonic()
 
     def save(self) -> None:
-        """Write the current state, whole or not at all; without a path nothing happens."""
+        """Write the current state, completely or not at all. Without a path, do nothing."""
         if self.path is not None and self._state is not None:
             tensors, step = self._state()
             if tensors:
@@ -141,7 +141,7 @@ class Checkpoint:
 def save_state(
     file: Path, kind: str, tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], *, step: int
 ) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, completely or not at all."""
     header = {f"mechlens_{kind}": json.dumps({"step": step, "arguments": arguments}, default=plain_number)}
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(file) as part:
@@ -176,7 +176,7 @@ def checkpoint_path(path: str | os.PathLike[str] | None) -> Path | None:
 
     Raises:
         TypeError: it is not a path.
-        ValueError: it does not end in `.safetensors`, is a folder, or lies in a folder that does not exist.
+        ValueError: it does not end in `.safetensors`, is a folder, or is in a folder that does not exist.
     """
     if path is None:
         return None
@@ -207,6 +207,6 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
 
 
 def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts about the model, beside the other arguments."""
+    """The arguments, with the facts about the model among them."""
     model = {f"model's {name}": value for name, value in arguments["model"].items()}
     return model | {name: value for name, value in arguments.items() if name != "model"}

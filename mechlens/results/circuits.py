@@ -1,4 +1,4 @@
-"""Results about circuits: products of a model's weights, kept as their two thin factors."""
+"""Results about circuits: products of a model's weights, stored as their two thin factors."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _rotation(rotary: str, relative_position: int | None) -> str:
 class Circuit(Result):
     """A product of weights `A @ B`, stored as its thin factors.
 
-    A row belongs to the first of `axes`, a column to the second. Entry (i, j) of a circuit with the axes
-    `query` and `key` is the score of query i with key j; with `source` and `destination` it is what source i
-    writes to destination j.
+    Rows belong to the first of `axes`, columns to the second. With the axes `query` and `key`, entry (i, j)
+    is the attention score of query i with key j. With `source` and `destination`, it is what source i writes
+    to destination j.
     """
 
     A: Float[Tensor, "row inner"]
@@ -53,13 +53,13 @@ class Circuit(Result):
     name: str
     """Such as `full OV of L5H5`."""
     heads: tuple[tuple[int, int], ...]
-    """(layer, head) of every head whose weights are in the product or the sum, the earliest first."""
+    """(layer, head) of every head whose weights are in the product or the sum, earliest first."""
     embedding: str
-    """How tokens enter: `W_E`, or `effective` (`W_E` plus the first MLP of it); `none` where no axis is of
-    tokens."""
+    """How tokens are embedded: `W_E`, or `effective` (`W_E` plus the first MLP applied to it); `none` if
+    neither axis is over tokens."""
     rotary: str
-    """How the rotation of queries and keys was handled: `none` where there is none; `relative` where they are
-    rotated `relative_position` apart; `unrotated` where only the dimensions that are not rotated are kept."""
+    """How the rotation of queries and keys was handled: `none` (there is none), `relative` (they are rotated
+    `relative_position` apart), or `unrotated` (only the dimensions that are not rotated are kept)."""
     relative_position: int | None
     """How many tokens the key comes before the query, in a rotary model."""
     normalized_positions: bool
@@ -77,8 +77,8 @@ class Circuit(Result):
 
     @property
     def is_zero(self) -> bool:
-        """Whether a factor is all zeros, for example of a pruned head. All entries are then equal, and how
-        often a token matches itself is undefined."""
+        """Whether a factor is all zeros, as for a pruned head. All entries are then equal, and how often a
+        token matches itself is undefined."""
         return not bool(self.A.any() and self.B.any())
 
     @property
@@ -158,9 +158,9 @@ class Circuit(Result):
 
         Args:
             k: 1 asks whether the token's own entry is the largest.
-            over: the axis along which entries are compared, as its name; None is the second axis.
+            over: the axis along which entries are compared, by name; None is the second axis.
             tokens: ids to count; None counts all. Each is compared with the whole vocabulary.
-            weights: one weight per counted token, such as its frequency; None weighs all alike.
+            weights: one weight per counted token, such as its frequency; None weights all alike.
             ties: `for` counts only strictly larger entries; `against` counts equal ones too.
             progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
@@ -185,7 +185,7 @@ class Circuit(Result):
         )
 
     def eigenvalues(self) -> Complex[Tensor, " eigenvalue"]:
-        """The eigenvalues that can differ from 0, the largest in magnitude first.
+        """The eigenvalues that can be nonzero, largest in magnitude first.
 
         Raises:
             ValueError: the circuit is not square or not finite.
@@ -199,7 +199,7 @@ class Circuit(Result):
         return measures.eigenvalues(self)
 
     def copying_score(self) -> float:
-        """How positive the eigenvalues are: `Σ Re λ / Σ |λ|`, in [-1, 1]; nan of a zero circuit.
+        """How positive the eigenvalues are: `Σ Re λ / Σ |λ|`, in [-1, 1]; nan for a zero circuit.
 
         1 means that every token raises itself (OV), or matches itself (QK: a matching score).
 
@@ -219,7 +219,7 @@ class Circuit(Result):
         """The n largest entries, as ids; `largest_pairs` adds the tokens' text.
 
         Returns:
-            One row per entry, the largest first: the id on each axis (such as `query_id`, `key_id`) and
+            One row per entry, largest first: the id on each axis (such as `query_id`, `key_id`) and
             `value`.
 
         Raises:
@@ -241,7 +241,7 @@ class Circuit(Result):
     def corner(
         self, rows: Sequence[int] | None, columns: Sequence[int] | None
     ) -> Float[Tensor, "row column"]:
-        """The entries of some rows with some columns; None takes all.
+        """The entries in the given rows and columns; None takes all.
 
         Raises:
             TypeError: rows or columns that are not integers.
@@ -254,10 +254,8 @@ class Circuit(Result):
         return measures.corner(self, rows, columns)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per singular value, the largest first: index, singular_value, share.
-
-        `share` is of the sum of squares of all entries. `largest` and `corner` read entries.
-        """
+        """One row per singular value, largest first: index, singular_value, share (of the sum of squares of
+        all entries). For single entries, use `largest` or `corner`."""
         import pandas as pd
 
         small = torch.linalg.qr(self.A).R @ torch.linalg.qr(self.B.T).R.T
@@ -270,19 +268,19 @@ class Circuit(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CircuitSummary(Circuit):
-    """A circuit of tokens with what is worth reading first: accuracies, its largest entries, a part of it."""
+    """A circuit between tokens with what to read first: accuracies, largest entries, and a corner."""
 
     ks: tuple[int, ...]
     accuracy: Float[Tensor, "axis k"]
-    """Top-k accuracy over the whole vocabulary for each of `axes` that entries are compared along, and each
-    of `ks`; nan of a zero circuit."""
+    """Top-k accuracy over the whole vocabulary, for each of `axes` (along which entries are compared) and
+    each of `ks`; nan for a zero circuit."""
     pairs: Int[Tensor, "pair side"]
-    """Ids of the largest entries, the largest first; by axis."""
+    """Token ids of the largest entries, largest first, one per axis."""
     values: Float[Tensor, " pair"]
     shown: tuple[int, ...]
-    """Ids of the part that is shown, on both axes."""
+    """Token ids of the corner that is shown, on both axes."""
     strings: dict[str, str]
-    """The text of every token in `pairs` and `shown`, by its id as text."""
+    """The text of every token in `pairs` and `shown`, keyed by its id as a string."""
 
     columns: ClassVar = (Column("value", "entry"),)
 
@@ -297,7 +295,7 @@ class CircuitSummary(Circuit):
         return dict(zip(self.ks, self.accuracy[self.axes.index(axis)].tolist(), strict=True))
 
     def corner_table(self) -> pd.DataFrame:
-        """Entries of the tokens in `shown` with each other, as `circuit_corner` makes."""
+        """The entries between the tokens in `shown`, as `circuit_corner` returns them."""
         import pandas as pd
 
         texts = [self.strings[str(token)] for token in self.shown]
@@ -307,8 +305,8 @@ class CircuitSummary(Circuit):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per pair of tokens, the largest entry first: for each axis its id (such as `query_id`) and
-        text (`query`), and `value`."""
+        """One row per pair of tokens, largest entry first: for each axis the token's id (such as `query_id`)
+        and text (`query`), then `value`."""
         import pandas as pd
 
         table: dict[str, Any] = {}
@@ -317,8 +315,8 @@ class CircuitSummary(Circuit):
         return pd.DataFrame(table | {"value": self.values.tolist()})
 
     def to_json(self) -> dict[str, Any]:
-        """Names, accuracies by the axis that is compared along, the largest pairs as rows, and the part that
-        is shown."""
+        """Names, accuracies by the axis of comparison, the largest pairs as rows, and the corner that is
+        shown."""
         part = self.corner_table()
         return super().to_json() | {
             "shape": list(self.shape),
@@ -342,7 +340,7 @@ class CompositionScores(Result):
     """The later head's input: `q`, `k` or `v`."""
     scores: Float[Tensor, "layer head layer head"]
     """`[earlier layer, head, later layer, head]`, in [0, 1]; nan unless the first layer is before the second,
-    and where a head's weights are all zero."""
+    and if a head's weights are all zero."""
     baseline_mean: float
     """Mean score of heads of the same sizes with random weights."""
     baseline_std: float
@@ -351,8 +349,8 @@ class CompositionScores(Result):
     seed: int
     """Seed of the random weights."""
     rotary: str
-    """How the rotation of queries and keys was handled: `none`, `relative`, or `ignored` where a rotary
-    model's `W_Q @ W_K.T` was taken without its rotation, as TransformerLens does."""
+    """How the rotation of queries and keys was handled: `none`, `relative`, or `ignored` (a rotary model's
+    `W_Q @ W_K.T` was taken without rotation, as TransformerLens does)."""
     relative_position: int | None
 
     columns: ClassVar = (
@@ -360,7 +358,13 @@ class CompositionScores(Result):
         Column("later", help="The head that reads."),
         Column("score", help="Norm of the product of both heads' circuits over the product of their norms."),
         Column("over_baseline", signed=True, help="Score minus the mean of random weights."),
-        Column("z", "standard deviations", digits=1, signed=True, help="The same in those of the baseline."),
+        Column(
+            "z",
+            "standard deviations",
+            digits=1,
+            signed=True,
+            help="The same in standard deviations of the baseline.",
+        ),
     )
 
     @property
@@ -388,7 +392,7 @@ class CompositionScores(Result):
         return table[table["over_baseline"] > 0][[each.name for each in self.columns]]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per pair of an earlier and a later head, the highest score first: earlier, later (such as
+        """One row per pair of an earlier and a later head, highest score first: earlier, later (such as
         `L4H11`), earlier_layer, earlier_head, later_layer, later_head, kind, score, over_baseline, z.
 
         `z` is `over_baseline` in standard deviations of the baseline.
@@ -415,7 +419,7 @@ class CompositionScores(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PositionalAttention(Result):
-    """How a head would attend if only learned positions were in the stream."""
+    """How a head would attend if the residual stream had only learned position embeddings in it."""
 
     head: tuple[int, int]
     pattern: Float[Tensor, "dest src"]
@@ -423,7 +427,7 @@ class PositionalAttention(Result):
     scale: float
     """The model's attention scale."""
     normalized_positions: bool
-    """Whether each position's vector was divided by its own scale, as the norm would do."""
+    """Whether each position's vector was divided by its own scale, as the norm would."""
 
     columns: ClassVar = (Column("dest", "destination"), Column("src", "source"), Column("attention"))
 

@@ -1,4 +1,4 @@
-"""Published claims beside measured numbers: the verdicts, and how they are written for people."""
+"""Published claims next to measured numbers, and the verdicts on them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 REPRODUCED, NOT_REPRODUCED, NOT_JUDGED = "reproduced", "not reproduced", "not judged"
 MOST_NAMED = 4
-"""Claims that did not hold are named in a sentence up to this many; the table has all of them."""
+"""At most this many claims that were not reproduced are named in the sentence; the table has all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One published claim beside the measured number."""
+    """One published claim next to the measured number."""
 
     claim: str
     """What is measured, with its unit, such as `induction score of L5H5`."""
     published: float | str
     measured: float | str
     low: float | None
-    """Lower end of what counts as agreement; None where there is no such end."""
+    """Lower end of what counts as agreement; None if there is none."""
     high: float | None
     verdict: str
     """`reproduced`, `not reproduced`, or `not judged` where too little was measured."""
@@ -51,7 +51,7 @@ class Comparison:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """The texts of `columns`."""
+        """The values of `columns` as text."""
         return self.claim, _value(self.published), _value(self.measured), self.tolerance, self.verdict
 
 
@@ -91,5 +91,5 @@ def _rows(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
 
 
 def _value(value: float | str) -> str:
-    """A whole number is a count, such as that of a layer."""
+    """A value as text; integers, such as layer numbers, have no decimals."""
     return value if isinstance(value, str) else number(value, 0 if isinstance(value, int) else 4)

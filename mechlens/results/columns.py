@@ -1,4 +1,4 @@
-"""What a result's columns are called, and how their values are written: said once, shown everywhere."""
+"""What a result's columns are called, and how their values are written, wherever they are shown."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mechlens.text.display import ABSENT, number
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of a table: its name in code and its words for people."""
+    """One column of a table: its name in code, and its title and format for readers."""
 
     name: str
     """In `to_dataframe()`, `.csv` and JSON."""
     title: str = ""
-    """In tables and on axes; empty is the name with spaces."""
+    """In tables and on axes; if empty, the name with spaces."""
     unit: str = ""
     """Such as `nats`; empty for counts, shares and names."""
     digits: int = 3
-    """Decimals of a number that is not whole."""
+    """Decimals of a number that is not an integer."""
     signed: bool = False
     """Whether positive numbers are written with a plus sign."""
     help: str = ""
@@ -37,7 +37,7 @@ class Column:
         return f"{self.words}, {self.unit}" if self.unit else self.words
 
     def text(self, value: Any) -> str:
-        """A value of this column, for people; a dash where there is none (None or nan)."""
+        """A value of this column as text; a dash if it is missing (None or nan)."""
         # pandas's own missing value is neither true nor false
         if value is None or type(value).__name__ == "NAType" or value != value:
             return ABSENT
@@ -51,5 +51,5 @@ class Column:
 
 
 def column(name: str | Column) -> Column:
-    """A column, also by its words alone."""
+    """A column, given as one or by its name alone."""
     return name if isinstance(name, Column) else Column(name)

@@ -39,7 +39,7 @@ class Share:
 
     @property
     def verdict(self) -> str:
-        """`aligned` if the whole interval lies above chance, otherwise `no more than chance`; empty if
+        """`aligned` if the whole interval is above chance, otherwise `no more than chance`; empty if
         the share is undefined."""
         if not (self.low == self.low and self.chance == self.chance):
             return ""
@@ -47,7 +47,7 @@ class Share:
 
     @property
     def index_verdict(self) -> str:
-        """The verdict on `index_share`, where more than chance would not mean that features are aligned."""
+        """The verdict on `index_share`, for which more than chance does not mean alignment."""
         return MORE if self.low > self.chance else CHANCE
 
     @property
@@ -73,12 +73,12 @@ class Share:
 class FeatureAlignment(Result):
     """How often features with the same number have the same best tokens in two layers, compared with chance.
 
-    A feature that no token activates, such as a neuron at 0 for all of them, has no best token. It is left
-    out of the shares and of chance for each pair of layers where it has none.
+    A feature that no token activates, such as a neuron at 0 for all tokens, has no best token. It is left out
+    of the shares and of chance for every pair of layers in which it has none.
     """
 
     other: ModelInfo
-    """The model of the other search; `model` itself where layers of one search are compared."""
+    """The model of the other search; `model` itself if layers of one search are compared."""
     within: bool
     """Whether layers of the same search are compared."""
     site: str
@@ -86,7 +86,7 @@ class FeatureAlignment(Result):
     layers: tuple[int, ...]
     other_layers: tuple[int, ...]
     features: tuple[int, ...]
-    """Those that both searches have."""
+    """The features in both searches."""
     top_k: int
     """How many of the best tokens the overlap counts."""
     prefix: Int[Tensor, " prefix"]
@@ -95,23 +95,23 @@ class FeatureAlignment(Result):
     """Whether any token activates the feature."""
     other_activated: Bool[Tensor, "other_layer feature"]
     same: Bool[Tensor, "layer other_layer feature"]
-    """Whether the best token is the same; False where one has none."""
+    """Whether the best token is the same; False if either has none."""
     overlap: Float[Tensor, "layer other_layer feature"]
-    """Share of the `top_k` best tokens that are the same, in any order, in [0, 1]; nan where one has none.
-    Tokens that do not activate the feature are not among them, so a list may be shorter than `top_k`."""
+    """Share of the `top_k` best tokens that are the same, in any order, in [0, 1]; nan if either has none.
+    Tokens that do not activate the feature do not count, so a list may be shorter than `top_k`."""
     chance_same: Float[Tensor, "layer other_layer"]
     """How often two features with different numbers have the same best token; nan for one feature."""
     chance_overlap: Float[Tensor, "layer other_layer"]
     """Mean overlap of two features with different numbers; nan for one feature."""
     is_index: Bool[Tensor, "layer feature"]
-    """Whether the best token's id is the feature's number, as an artifact of decoding would have it; False
-    where there is no best token."""
+    """Whether the best token's id is the feature's number, which suggests an artifact of decoding; False if
+    there is no best token."""
     other_is_index: Bool[Tensor, "other_layer feature"]
 
     columns: ClassVar = (
         Column("layer"),
         Column("other_layer", "with layer"),
-        Column("features", help="That some token activates in both layers."),
+        Column("features", help="Number of features that some token activates in both layers."),
         *(
             Column(f"{what}{end}", f"{title}{words}")
             for what, title in _SHARE_COLUMNS
@@ -131,7 +131,7 @@ class FeatureAlignment(Result):
 
     @property
     def one_model(self) -> bool:
-        """Whether both sides are of one model, as far as its description tells."""
+        """Whether both sides are the same model, as far as the metadata tells."""
         return self.within or (self.model.name == self.other.name and self.site != self.other_site)
 
     @property
@@ -140,7 +140,7 @@ class FeatureAlignment(Result):
         here, there = self.model.name, self.other.name
         if self.one_model:
             return here
-        return f"{here} with {there}" if here != there else f"{here} with another of its name"
+        return f"{here} with {there}" if here != there else f"{here} with another {there}"
 
     def to_json(self) -> dict[str, Any]:
         """The arguments, the shares over all pairs of layers with their verdicts, and the pairs as rows."""
@@ -152,14 +152,14 @@ class FeatureAlignment(Result):
 
     @property
     def compared(self) -> Bool[Tensor, "layer other_layer feature"]:
-        """Which features count for two layers: those that some token activates in both."""
+        """Which features count for a pair of layers: those that some token activates in both."""
         return self.activated[:, None] & self.other_activated
 
     def pairs(self) -> list[tuple[int, int]]:
         """The pairs of layers that `share` averages over.
 
-        Within one search each layer with each later one; otherwise each layer with the same layer of the
-        other search or, with no layer in common, all with all.
+        Within one search, each layer is paired with each later one. Otherwise each layer is paired with the
+        same layer of the other search or, if no layer is in both, with all of its layers.
         """
         if self.within:
             return [(one, other) for one in self.layers for other in self.other_layers if one < other]
@@ -167,11 +167,12 @@ class FeatureAlignment(Result):
         return common or [(one, other) for one in self.layers for other in self.other_layers]
 
     def share(self, what: str = "same", pairs: list[tuple[int, int]] | None = None) -> Share:
-        """A share of the features that count, mean over pairs of layers.
+        """A share of the features that count, averaged over pairs of layers.
 
-        The interval is Clopper and Pearson's with one observation per feature; a mean over pairs can only
-        narrow it. Where features are left out, the number of observations is the harmonic mean of how many
-        count. Pairs with fewer than two features, which have no chance, are left out if others have more.
+        The interval is the Clopper-Pearson interval with one observation per feature; averaging over pairs
+        could only narrow it. If features are left out, the number of observations is the harmonic mean of
+        how many count. Pairs with fewer than two features have no chance level and are left out if others
+        have more.
 
         Args:
             what: `same` (the best token) or `overlap` (of the `top_k` best).
@@ -186,7 +187,7 @@ class FeatureAlignment(Result):
         for one, other in pairs:
             if one not in self.layers or other not in self.other_layers:
                 raise ValueError(
-                    f"layers {one} and {other} were not compared: there are {self.layers} and "
+                    f"layers {one} and {other} were not compared: the layers are {self.layers} and "
                     f"{self.other_layers}"
                 )
         values, chance = (
@@ -201,10 +202,10 @@ class FeatureAlignment(Result):
         return _mean_share(values[rows, columns][some], counted[some], by_chance)
 
     def index_share(self, other: bool = False) -> Share:
-        """How often the best token's id is the feature's number, mean over layers.
+        """How often the best token's id is the feature's number, averaged over layers.
 
         Args:
-            other: for the other search.
+            other: take the other search.
 
         Returns:
             The share of features that have a best token; nan for directions, whose numbers mean nothing.
@@ -223,7 +224,7 @@ class FeatureAlignment(Result):
         """One row per pair of layers: layer, other_layer, features (that count), same, same_low, same_high,
         same_chance, overlap, overlap_low, overlap_high, overlap_chance, verdict (on the best token).
 
-        Within one search each layer is paired with each later one, otherwise with every layer of the other.
+        Within one search, each layer is paired with each later one; otherwise, with every layer of the other.
         """
         import pandas as pd
 
@@ -256,9 +257,9 @@ def _mean_share(
         return Share(*[float("nan")] * 4)
     n = counted.sum(-1)
     value = float((torch.where(counted, values.double(), 0.0).sum(-1) / n).mean())
-    # A mean's deviation is at most the mean deviation of its rows, which by Cauchy and Schwarz is at most
-    # that of the mean share with the harmonic mean of the observations. That mean may miss a whole number by
-    # rounding.
+    # A mean's standard deviation is at most the mean of its rows' standard deviations. By Cauchy-Schwarz,
+    # that is at most the standard deviation of the mean share with the harmonic mean of the observations,
+    # which rounding may move off an integer.
     low, high = exact_interval(value, int(statistics.harmonic_mean(n.tolist()) + 1e-6))
     return Share(value, low, high, chance)
 
@@ -276,7 +277,7 @@ def index_shares(results: Iterable[FeatureAlignment]) -> dict[str, Share]:
 
 
 def left_out(results: Iterable[FeatureAlignment]) -> dict[str, list[int]]:
-    """How many features no token activates, per layer, by model (and site); only where there are any."""
+    """How many features no token activates, per layer, by model (and site), if there are any."""
     counts = {
         name: (~(result.other_activated if other else result.activated)).sum(-1).tolist()
         for name, (result, other) in _sides(results).items()
@@ -316,10 +317,10 @@ def contrast_words(results: Sequence[FeatureAlignment], names: Sequence[str]) ->
 
 
 def result_names(results: Sequence[FeatureAlignment], names: Sequence[str] | None) -> list[str]:
-    """What each comparison is called: the names given or the models', with the sites where these differ.
+    """The name of each comparison: the given names or the models', with the sites where these differ.
 
     Raises:
-        ValueError: no result, or another number of names.
+        ValueError: no results, or a different number of names.
     """
     if not results:
         raise ValueError("nothing to show: give at least one result of feature_alignment")
@@ -337,7 +338,7 @@ def result_names(results: Sequence[FeatureAlignment], names: Sequence[str] | Non
 
 
 def _sides(results: Iterable[FeatureAlignment]) -> dict[str, tuple[FeatureAlignment, bool]]:
-    """By model (and site), each once: a result that has these features, and whether as the other search."""
+    """By model (and site), each once: a result with these features, and whether as its other search."""
     results = list(results)
     several = len({site for each in results for site in (each.site, each.other_site)}) > 1
     found: dict[str, tuple[FeatureAlignment, bool]] = {}

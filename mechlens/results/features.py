@@ -1,4 +1,4 @@
-"""Results about features: what input activates a basis dimension of an activation, or a direction."""
+"""Results about features: the inputs that activate a basis dimension of an activation, or a direction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NO_TOKEN = ABSENT
-"""Shown in place of a token where none activates the feature."""
+"""Shown in place of a token if none activates the feature."""
 _NOUNS = {"post": "neuron", "direction": "direction"}
 _PLACES = {"direction": "resid_post", "post": "the MLP"}
 _BEFORE, _AFTER = 32, 20
@@ -38,7 +38,7 @@ def place_words(site: str, layer: int | None = None) -> str:
 
 
 def listed(values: Iterable[int], most: int = 20) -> str:
-    """Numbers as a text; of many the first."""
+    """Numbers as text; only the first `most` of them."""
     every = list(values)
     return ", ".join(map(str, every[:most])) + (", ..." if len(every) > most else "")
 
@@ -65,7 +65,7 @@ class OfFeatures(Result):
         """Tokens as one text in which nothing is invisible.
 
         Args:
-            between: a blank separates tokens that a search put together; blanks of their own are dots.
+            between: a space separates tokens that a search put together; spaces within tokens are dots.
         """
         every = ids.tolist() if isinstance(ids, Tensor) else ids
         return between.join(visible_token(self.strings[str(token)]) for token in every)
@@ -77,7 +77,7 @@ class OfFeatures(Result):
 
 def _place(name: str, given: int, known: Sequence[int]) -> int:
     if given not in known:
-        raise ValueError(f"{name} {given} was not searched: there are {listed(known)}")
+        raise ValueError(f"{name} {given} was not searched: the search covers {listed(known)}")
     return known.index(given)
 
 
@@ -97,15 +97,15 @@ class ExhaustiveSearch(OfFeatures):
     prepend_bos: bool
     """Whether inputs begin with BOS."""
     ids: Int[Tensor, "layer feature k"]
-    """The most activating token first; among equals the smaller id."""
+    """Most activating token first; ties go to the smaller id."""
     activations: Float[Tensor, "layer feature k"]
     lowest_ids: Int[Tensor, "layer feature k"]
-    """The least activating token first."""
+    """Least activating token first."""
     lowest_activations: Float[Tensor, "layer feature k"]
     strings: dict[str, str]
-    """The tokens that occur, by id."""
+    """The text of every token that occurs, keyed by its id as a string."""
     vocabulary: str | None
-    """Hash of the tokenizer's tokens, which tells one tokenizer's ids from another's; None without one."""
+    """Hash of the tokenizer's tokens, to tell tokenizers apart; None without a tokenizer."""
 
     columns: ClassVar = (
         _LAYER,
@@ -125,9 +125,9 @@ class ExhaustiveSearch(OfFeatures):
     def activates(self) -> Bool[Tensor, "layer feature k"]:
         """Which of the highest tokens activate the feature.
 
-        A neuron (`post`) that is at 0 or below for every token has no best one: after most activation
-        functions all tokens tie at 0, and the smallest id comes first. Elsewhere only exactly 0, as of a
-        direction or a block of zeros, counts as not activated.
+        A neuron (`post`) that is at most 0 for every token has no best token: with most activation functions,
+        all tokens tie at 0 and the smallest id comes first. At other sites only exactly 0, as from a
+        direction or block of zeros, counts as not activated.
         """
         return self.activations > 0 if self.site == "post" else self.activations != 0
 
@@ -161,14 +161,14 @@ class ExhaustiveSearch(OfFeatures):
     def summary(
         self, top: int = 10, *, layers: Sequence[int] | None = None, features: Sequence[int] | None = None
     ) -> pd.DataFrame:
-        """The tokens at both ends, visible, one row per feature, layer and rank; at most `top` rows.
+        """The tokens at both ends, whitespace visible, one row per layer, feature and rank; at most `top`.
 
         Args:
-            layers: which; None is all.
-            features: which; None is all.
+            layers: the layers to show; None shows all.
+            features: the features to show; None shows all.
 
         Raises:
-            ValueError: one that was not searched.
+            ValueError: one of them was not searched.
         """
         import pandas as pd
 
@@ -187,7 +187,7 @@ class ExhaustiveSearch(OfFeatures):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GreedySearch(OfFeatures):
-    """Inputs built from left to right, each token the most activating one after those before."""
+    """Inputs built from left to right, each token the most activating one given those before it."""
 
     site: str
     """As in `ExhaustiveSearch`."""
@@ -198,18 +198,18 @@ class GreedySearch(OfFeatures):
     """As in `ExhaustiveSearch`."""
     prepend_bos: bool
     aggregate: str
-    """What inputs are ranked by: the activation at the `last` token, or the `sum` over those found."""
+    """What inputs are ranked by: the activation at the `last` token, or the `sum` over the found tokens."""
     ids: Int[Tensor, "feature beam pos"]
-    """The best input first."""
+    """Best input first."""
     activations: Float[Tensor, "feature beam pos"]
-    """At each token that was found."""
+    """At each found token."""
     strings: dict[str, str]
 
     columns: ClassVar = (
         _LAYER,
         _FEATURE,
         Column("rank"),
-        Column("input", help="A blank separates tokens; blanks of their own are dots."),
+        Column("input", help="Tokens are separated by spaces; spaces within tokens are dots."),
         Column("activations", "activation at each token"),
         Column("score", digits=2),
     )
@@ -244,7 +244,7 @@ class GreedySearch(OfFeatures):
         return pd.DataFrame(rows, columns=["layer", "feature", "rank", "pos", "id", "token", "activation"])
 
     def summary(self, top: int = 10) -> pd.DataFrame:
-        """The inputs, visible, one row per feature and rank; at most `top` rows."""
+        """The inputs, with whitespace visible, one row per feature and rank; at most `top` rows."""
         import pandas as pd
 
         rows = [
@@ -276,23 +276,23 @@ class FeatureExamples(OfFeatures):
     read: int
     """How many windows were read."""
     numbers: Int[Tensor, " window"]
-    """Numbers in the corpus, from 0, of the windows that are kept."""
+    """Indices in the corpus, from 0, of the windows that are kept."""
     tokens: Int[Tensor, "window pos"]
     """The kept windows."""
     windows: Int[Tensor, "layer feature k"]
-    """Rows of `tokens`, the most activating first; -1 where fewer windows were read."""
+    """Rows of `tokens`, most activating first; -1 where fewer windows were read."""
     positions: Int[Tensor, "layer feature k"]
-    """Where in the window the feature is largest; -1 as before."""
+    """Where in the window the feature is largest; -1 as in `windows`."""
     activations: Float[Tensor, "layer feature k pos"]
     """At every position of the window; nan at BOS, and where there is no window."""
     strings: dict[str, str]
-    """The tokens that occur, by id."""
+    """The text of every token that occurs, keyed by its id as a string."""
 
     columns: ClassVar = (
         _LAYER,
         _FEATURE,
         Column("rank"),
-        Column("window", help="A piece of the corpus, counted from 0."),
+        Column("window", help="Index of the window in the corpus, from 0."),
         Column("pos", "position"),
         _ACTIVATION,
         Column("context", help="The text around the «token» with the largest activation."),
@@ -306,7 +306,7 @@ class FeatureExamples(OfFeatures):
 
     @property
     def peaks(self) -> Float[Tensor, "layer feature k"]:
-        """The largest activation in each window; nan where there is none."""
+        """The largest activation in each window; nan if there is no window."""
         return self.activations.gather(-1, self.positions.clamp(min=0)[..., None])[..., 0]
 
     def at(self, layer: int, feature: int) -> tuple[int, int]:
@@ -318,7 +318,7 @@ class FeatureExamples(OfFeatures):
         return _place("layer", layer, self.layers), _place(self.noun, feature, self.features)
 
     def context(self, window: int, pos: int) -> str:
-        """The text of a kept window around a «token»; blanks stay blanks, line breaks become visible."""
+        """The text of a kept window around a «token». Spaces are kept; line breaks are made visible."""
         tokens = [self.strings[str(token)] for token in self.tokens[window].tolist()]
         before, after = _readable("".join(tokens[:pos])), _readable("".join(tokens[pos + 1 :]))
         before = f"…{before[-_BEFORE:]}" if len(before) > _BEFORE else before
@@ -354,5 +354,5 @@ class FeatureExamples(OfFeatures):
 
 
 def _readable(text: str) -> str:
-    """Line breaks and the like made visible; blanks stay blanks."""
+    """A text with line breaks and the like made visible, but not spaces."""
     return " ".join(visible_token(part) if part else "" for part in text.split(" "))

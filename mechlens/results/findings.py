@@ -1,4 +1,4 @@
-"""Results on facts and on the indirect object."""
+"""Results on factual recall and indirect object identification."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Facts(Result):
-    """The rank and probability of the answers to facts, read off each layer with the logit lens."""
+    """The rank and probability of the answers to factual prompts, read off each layer with the logit lens."""
 
     relations: tuple[str, ...]
     """What each fact is about, such as `capital of a country`."""
@@ -30,10 +30,10 @@ class Facts(Result):
     guesses: tuple[str, ...]
     """The model's top-1 prediction."""
     rank: Float[Tensor, "fact row"]
-    """Of the answer after the prompt's last token; the rows are the embedding and the layers. 1 is the most
-    likely token."""
+    """Rank of the answer after the prompt's last token; 1 is the most likely token. The rows are the
+    embedding and the layers."""
     log_prob: Float[Tensor, "fact row"]
-    """Of the answer, nats."""
+    """Log-probability of the answer, nats."""
     other_rank: Float[Tensor, "fact row"]
     other_log_prob: Float[Tensor, "fact row"]
     prepend_bos: bool
@@ -45,7 +45,7 @@ class Facts(Result):
         Column("guess", "top-1 prediction"),
         Column("rank", help="Rank of the answer; 1 is the most likely token."),
         Column("probability", "probability of the answer"),
-        Column("other_rank", "rank of the wrong answer", help="Of another fact of the same relation."),
+        Column("other_rank", "rank of the wrong answer", help="Answer to another fact of the same relation."),
         Column("other_probability", "probability of the wrong answer"),
     )
 
@@ -66,7 +66,7 @@ class Facts(Result):
         """Mean probability of the answer, by row.
 
         Args:
-            null: that of the wrong answers instead.
+            null: use the wrong answers instead.
         """
         return (self.other_log_prob if null else self.log_prob).exp().mean(0)
 
@@ -98,19 +98,19 @@ class Facts(Result):
 class IndirectObject(Result):
     """How clearly a model prefers the indirect object to the subject.
 
-    "When Mary and John went to the store, John gave a drink to" is to be continued with Mary.
+    "When Mary and John went to the store, John gave a drink to" should be continued with Mary.
     """
 
     templates: tuple[str, ...]
     template: Int[Tensor, " prompt"]
-    """Which of them each prompt was made from."""
+    """Index of the template of each prompt."""
     tokens: Int[Tensor, "prompt pos"]
     corrupted: Int[Tensor, "prompt pos"]
     """The same prompts with the other name as the subject, which swaps the right answer."""
     subjects: tuple[str, ...]
-    """The name that each prompt has twice."""
+    """The name that occurs twice in each prompt."""
     objects: tuple[str, ...]
-    """The name that each prompt has once: the right answer."""
+    """The name that occurs once in each prompt: the right answer."""
     roles: dict[str, Int[Tensor, " prompt"]]
     """Position of `IO` (the indirect object), `S1` and `S2` (the subject) and `END` (the last token)."""
     logit_diff: Float[Tensor, " prompt"]
@@ -118,7 +118,7 @@ class IndirectObject(Result):
     null: Float[Tensor, " prompt"]
     """The same difference for two names that do not occur in the prompt."""
     rank: Float[Tensor, " prompt"]
-    """Of the indirect object among all tokens; 1 is the most likely."""
+    """Rank of the indirect object among all tokens; 1 is the most likely."""
     seed: int
 
     columns: ClassVar[tuple[Column, ...]] = (
@@ -132,7 +132,7 @@ class IndirectObject(Result):
 
     @property
     def title(self) -> str:
-        return f"Indirect object in {self.model.name}"
+        return f"Indirect object identification in {self.model.name}"
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per prompt: template, subject, indirect_object, logit_diff, null, rank."""

@@ -1,4 +1,4 @@
-"""The result of a gradient search: optimized embeddings, and the tokens they are decoded to."""
+"""The result of a gradient search: optimized embeddings, and the tokens they decode to."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ DISTANCES = {
 }
 DECODINGS = {"pinv": "pseudo-inverse", "nearest": "nearest embedding"}
 _LONGEST_LIST = 4
-"""Features that words name one by one."""
+"""Up to this many features are named one by one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GradientSearch(OfFeatures):
-    """Embeddings that gradient descent found for an objective, and the tokens they are decoded to."""
+    """Embeddings that gradient descent found for an objective, and the tokens they decode to."""
 
     site: str
     """As in `ExhaustiveSearch`."""
     layer: int
-    """For a continuation the last layer, whose logits it reads."""
+    """For a continuation, the last layer."""
     directions: Float[Tensor, "direction d_model"] | None
     selected: Int[Tensor, "selected 2"]
-    """(pos, feature) of every element that counts; `pos` counts the searched tokens. Empty for a
-    continuation."""
+    """(pos, feature) of every element in the objective, with `pos` counted from the first searched token.
+    Empty for a continuation."""
     prefix: Int[Tensor, " prefix"]
     """As in `ExhaustiveSearch`."""
     prepend_bos: bool
@@ -49,34 +49,34 @@ class GradientSearch(OfFeatures):
     prior: str
     """`none`, `softmax`, `norm` or `nearest`."""
     prior_weight: float | None
-    """Of a penalty."""
+    """Weight of the prior, where it is a penalty."""
     optimizer: str
     learning_rate: float
     isolated: bool
-    """Whether the block was run without those before it."""
+    """Whether the block was run without the blocks before it."""
     seed: int
     objectives: Float[Tensor, "restart step"]
-    """Of the embeddings, before each step and at the end; without the penalty."""
+    """The objective before each step and at the end, without the penalty."""
     activations: Float[Tensor, "restart step"]
     """Mean of the selected activations; nan for a continuation."""
     embeddings: Float[Tensor, "restart pos d_model"]
-    """Those with the lowest sum of objective and penalty."""
+    """The embeddings with the lowest sum of objective and penalty."""
     nearest_cosine: Float[Tensor, "restart pos"]
     """Cosine of each of these with the nearest real embedding."""
     token_cosine: float
     """For comparison: the mean cosine of a real embedding with the nearest other one."""
     decoded_ids: dict[str, Int[Tensor, "restart pos"]]
-    """By decoding, `pinv` and `nearest`: the tokens that these embeddings are decoded to, however good."""
+    """For each decoding (`pinv`, `nearest`): the tokens that these embeddings decode to, good or bad."""
     ids: dict[str, Int[Tensor, "restart pos"]]
-    """By decoding: the best tokens that the embeddings were decoded to during the search."""
+    """For each decoding: the best tokens found during the search."""
     true_objectives: dict[str, Float[Tensor, " restart"]]
     """The objective when these tokens are run."""
     true_activations: dict[str, Float[Tensor, " restart"]]
     """Mean of the selected activations when these tokens are run; nan for a continuation."""
     selected_activations: dict[str, Float[Tensor, "restart selected"]]
-    """By decoding: each of the selected activations when these tokens are run."""
+    """For each decoding: the selected activations when these tokens are run."""
     optimum: float | None
-    """The largest activation of all tokens, where an exhaustive search was given."""
+    """The largest activation over all tokens, if an exhaustive search was given."""
     strings: dict[str, str]
 
     columns: ClassVar = (
@@ -84,7 +84,7 @@ class GradientSearch(OfFeatures):
             "decoding", "decoded by", help="Pseudo-inverse of the embedding matrix, or nearest embedding."
         ),
         Column("restart"),
-        Column("tokens", help="A blank separates tokens; blanks of their own are dots."),
+        Column("tokens", help="Tokens are separated by spaces; spaces within tokens are dots."),
         Column("objective", help="What the search minimized, when the tokens are run."),
         Column("activation", help="Mean of the selected activations when the tokens are run."),
         Column("smallest_activation", help="The smallest of the selected activations."),
@@ -120,7 +120,7 @@ class GradientSearch(OfFeatures):
 
     @property
     def target(self) -> str:
-        """The target as tokens, or as ids where the result does not know their text; empty without one."""
+        """The target as tokens, or as ids if the result lacks their text; empty if there is none."""
         if self.target_ids is None:
             return ""
         ids = self.target_ids.tolist()
@@ -129,10 +129,10 @@ class GradientSearch(OfFeatures):
 
     @property
     def judged_by(self) -> tuple[str, Tensor, dict[str, Tensor]]:
-        """What the search is judged by: its name, values along the steps, and values of the decoded tokens.
+        """What the search is judged by: its name, and its values at each step and for the decoded tokens.
 
-        Activations where they were maximized (the mean, or the smallest), the log-probability of a
-        continuation, or the distance to a target.
+        This is the mean or smallest activation if that was maximized, the log-probability of a continuation,
+        or the distance to a target.
         """
         if self.objective == "continuation":
             true = {way: -values for way, values in self.true_objectives.items()}
@@ -158,7 +158,7 @@ class GradientSearch(OfFeatures):
         return self.ids[way][restart]
 
     def best_objective(self, decoding: str | None = None) -> float:
-        """The objective when the best tokens are run; for a continuation minus its log-probability (nats)."""
+        """The objective when the best tokens are run; minus the log-probability (nats) for a continuation."""
         way, restart = self._best(decoding)
         return float(self.true_objectives[way][restart])
 
@@ -175,14 +175,14 @@ class GradientSearch(OfFeatures):
 
     @property
     def below_optimum(self) -> float | None:
-        """How far the best tokens are below the optimum; None where it is not known.
+        """How far the best tokens are below the optimum; None if that is not known.
 
         The same token in another batch differs by rounding, so this may be slightly negative.
         """
         return None if self.optimum is None else self.optimum - self.best_activation()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per decoding and restart, the best first: decoding, restart, ids, tokens, objective,
+        """One row per decoding and restart, best first: decoding, restart, ids, tokens, objective,
         activation (both when the tokens are run), smallest_activation (of the selected ones), nearest_cosine
         (mean over positions)."""
         import pandas as pd
@@ -207,7 +207,7 @@ class GradientSearch(OfFeatures):
         return table.sort_values("objective", kind="stable", ignore_index=True)
 
     def summary(self, top: int = 10) -> pd.DataFrame:
-        """The best tokens of each decoding, visible, and how many restarts found them."""
+        """The best tokens of each decoding, with whitespace visible, and how many restarts found them."""
         import pandas as pd
 
         table, rows = self.to_dataframe(), []
@@ -224,7 +224,7 @@ class GradientSearch(OfFeatures):
 
     @property
     def verdict(self) -> str:
-        """Whether the search found the optimum, in a sentence; empty where it is not known."""
+        """Whether the search found the optimum, in a sentence; empty if that is not known."""
         if self.optimum is None:
             return ""
         if self.site == "post" and self.optimum <= 0:

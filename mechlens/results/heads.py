@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 CLEAR_SCORE = 0.4
-"""The mean score at which a head counts as one of its kind, where no other threshold is given."""
+"""Default threshold: the mean score from which a head counts as one of a kind."""
 TIMES_NULL = 5.0
-"""How many times its null baseline a clear score is."""
+"""How many times its null baseline a clear score must be."""
 
 
 SCORES = {
@@ -38,8 +38,8 @@ SCORES = {
         ),
         Column(
             "induction_diagonal_score",
-            help="The induction score over the whole diagonal of the pattern, with two entries that are not "
-            "induction: a published variant, for comparison only.",
+            help="The induction score over the whole diagonal of the pattern, including two entries that are "
+            "not induction; a published variant, for comparison only.",
         ),
         Column("previous_token_score", help="Mean attention from each position to the one before it."),
         Column("duplicate_token_score", help="Mean attention from each token to its earlier occurrence."),
@@ -49,8 +49,8 @@ SCORES = {
         ),
         Column(
             "prefix_matching_score",
-            help="Mean attention to the tokens after all earlier copies, with 25 random tokens four times. "
-            "Several earlier copies share the attention, so a perfect head scores about 0.5.",
+            help="Mean attention to the tokens after all earlier copies, on 25 random tokens repeated four "
+            "times. Several earlier copies share the attention, so a perfect head scores about 0.5.",
         ),
         Column(
             "copying_score",
@@ -60,7 +60,7 @@ SCORES = {
         ),
     )
 }
-"""The scores of mechlens, with their definitions."""
+"""The head scores, with their definitions."""
 
 
 def score_range(kind: str) -> tuple[float, float]:
@@ -86,8 +86,8 @@ def parse_head(head: Head) -> tuple[int, int]:
     """(layer, head) of a head written `L5H5`, `5.5` or `(5, 5)`.
 
     Raises:
-        TypeError: neither a text nor a pair of integers.
-        ValueError: another text, or not two numbers.
+        TypeError: the head is neither a text nor a pair of integers.
+        ValueError: the text has another form, or there are not two integers.
     """
     if isinstance(head, str):
         found = re.fullmatch(r"L?(\d+)[H.](\d+)", head.strip(), re.IGNORECASE)
@@ -113,7 +113,7 @@ def check_in_range(layer: int, head: int, n_layers: int, n_heads: int) -> None:
 
 
 def parse_heads(heads: Heads) -> list[tuple[int, int]]:
-    """The same for one head or several."""
+    """`parse_head` for one head or several."""
     one = isinstance(heads, str) or (isinstance(heads, tuple) and all(hasattr(n, "__index__") for n in heads))
     several = cast("Sequence[Head]", [heads] if one else heads)
     return [parse_head(head) for head in several]
@@ -125,7 +125,7 @@ def half_means(
     """Mean over the positions that predict the tokens of the first or the second copy.
 
     Args:
-        values: at position i, of token i + 1; the last position predicts nothing.
+        values: position i has the value of token i + 1; the last position predicts nothing.
         half: `first` or `second`.
     """
     second = int(prepend_bos) + seq_len
@@ -134,16 +134,16 @@ def half_means(
 
 
 def written_range(low: float, high: float) -> str:
-    """An interval as text; empty where there is none (nan: of a single sequence)."""
+    """An interval as text; empty if there is none (nan, for a single sequence)."""
     return "" if low != low else f"{number(low)} to {number(high)}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RepeatedTokenPerformance(Result):
-    """How well a model predicts random tokens the first and the second time."""
+    """How well a model predicts random tokens the first and the second time they occur."""
 
     tokens: Int[Tensor, "seed batch pos"]
-    """What the model read: BOS (if any), the random tokens, and the same again."""
+    """What the model read: BOS (if any), the random tokens, and the same tokens again."""
     log_prob: Float[Tensor, "seed batch pos"]
     """Log-probability (nats) of the correct token *after* each position; nan at the last one."""
     correct: Bool[Tensor, "seed batch pos"]
@@ -152,7 +152,7 @@ class RepeatedTokenPerformance(Result):
     """(mean, low, high) of `first_half_log_prob`, `second_half_log_prob` in nats and of
     `first_half_accuracy`, `second_half_accuracy` in [0, 1]."""
     single_draws: dict[str, tuple[float, float]]
-    """For each estimate the interval that contains 99% of single sequences."""
+    """For each estimate, the interval that contains 99% of single sequences."""
     seq_len: int
     """Random tokens in one copy."""
     seeds: tuple[int, ...]
@@ -211,7 +211,7 @@ class HeadScores(Result):
     scores: dict[str, Float[Tensor, "seed batch layer head"]]
     """By kind of score. Scores of patterns lie in [0, 1], `copying_score` in [-1, 1]."""
     nulls: dict[str, Float[Tensor, "seed batch layer head"]]
-    """The null baseline of each score, see `score_heads`; a score may have none."""
+    """The null baseline of each score that has one; see `score_heads`."""
     intervals: dict[str, Float[Tensor, "bound layer head"]]
     """Lower and upper bound of each mean score, by bootstrap over sequences."""
     tokens: dict[str, Int[Tensor, "seed batch pos"]]
@@ -239,11 +239,11 @@ class HeadScores(Result):
         return tuple(self.scores)
 
     def mean(self, kind: str) -> Float[Tensor, "layer head"]:
-        """Mean score over all sequences that have one; nan where none has."""
+        """Mean score over all sequences that have one; nan if none has."""
         return self._of(self.scores, kind).nanmean((0, 1))
 
     def null(self, kind: str) -> Float[Tensor, "layer head"]:
-        """Mean null over all sequences that have one; nan where none has."""
+        """Mean null over all sequences that have one; nan if none has."""
         if not self.nulls:
             raise ValueError("this result has no null baselines")
         return self._of(self.nulls, kind).nanmean((0, 1))
@@ -254,7 +254,7 @@ class HeadScores(Result):
         return values[kind]
 
     def ranked(self, kind: str) -> Iterator[tuple[tuple[int, int], float]]:
-        """Every ((layer, head), mean score), the highest first; heads with no score are left out."""
+        """Every ((layer, head), mean score), highest first; heads without a score are left out."""
         mean = self.mean(kind)
         n_heads = mean.shape[1]
         flat = mean.flatten()
@@ -264,11 +264,11 @@ class HeadScores(Result):
 
     @property
     def n_sequences(self) -> int:
-        """Most sequences that a score is the mean of."""
+        """The largest number of sequences that a score is averaged over."""
         return max(values.shape[0] * values.shape[1] for values in self.scores.values())
 
     def summary(self, top: int | Mapping[str, int] = 5) -> pd.DataFrame:
-        """The `top` heads of each score (or as many as `top` says of it), with interval and null."""
+        """The `top` heads of each score (`top` may give a number for each), with interval and null."""
         import pandas as pd
 
         rows: list[tuple[str, str, float, str, float]] = []
@@ -286,15 +286,15 @@ class HeadScores(Result):
     def clear_heads(
         self, kind: str, threshold: float = CLEAR_SCORE, times_null: float = TIMES_NULL
     ) -> list[tuple[tuple[int, int], float]]:
-        """((layer, head), mean score) of the heads that are clearly of a kind, the highest first.
+        """((layer, head), mean score) of the heads that are clearly of a kind, highest first.
 
         Args:
             threshold: the least mean score.
-            times_null: the least multiple of the head's null baseline; 0 ignores the null, which scores on a
-                prompt do not have.
+            times_null: the least multiple of the head's null baseline; 0 ignores the null, for example for
+                scores on a prompt, which have none.
 
         Raises:
-            ValueError: the result has no such kind, or no null of it.
+            ValueError: the result has no such kind, or no null for it.
         """
         above = [(head, score) for head, score in self.ranked(kind) if score >= threshold]
         if times_null == 0:
@@ -337,7 +337,7 @@ class AttentionPatterns(Result):
 
     @property
     def shown_tokens(self) -> list[str]:
-        """The tokens with nothing invisible in them; a role comes before the first token of its turn."""
+        """The tokens with whitespace visible; the first token of a turn is preceded by its role."""
         begins = turns(self.token_strings)
         return [
             (f"{begins[at]}: " if at in begins else "") + visible_token(token, longest=16)
@@ -345,7 +345,7 @@ class AttentionPatterns(Result):
         ]
 
     def summary(self, top: int = 64) -> pd.DataFrame:
-        """For each of the last `top` tokens and each head the token attended to most."""
+        """For each of the last `top` tokens and each head, the token attended to most."""
         import pandas as pd
 
         tokens = self.shown_tokens

@@ -1,4 +1,4 @@
-"""The result of a search for induction circuits: behavior, weights and cause, pair by pair."""
+"""The result of a search for induction circuits: behavioral, weight and causal evidence, pair by pair."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 LEAST_Z = 3.0
-"""Standard deviations above the baseline from which a K-composition score supports a pair. In a trained model
-many scores reach it, so this alone selects little."""
+"""A K-composition score supports a pair if it is at least this many standard deviations above the baseline.
+Many scores in a trained model are, so this alone selects little."""
 UPPER_SHARE = 0.25
-"""Share of the earlier heads, those that compose most, to which the previous-token head must belong; one head
-always does."""
+"""The previous-token head must be in this top share of the earlier heads by K-composition; the highest always
+is."""
 LEAST_LOSS = 0.1
 """Share of the induction score that must be lost through the keys alone to support a pair."""
 VERDICTS = ("circuit", "in part", "no circuit")
-"""From the best."""
+"""Best first."""
 VERDICT_RULE = (
     "A pair is a circuit if three tests hold. Behavior: both heads' scores reach the threshold and twice "
     f"their null. Weights: the K-composition is at least {LEAST_Z:g} standard deviations above chance, and "
@@ -56,7 +56,7 @@ EVIDENCE = (
 )
 """Each is a field of `InductionCircuits`, one number per pair."""
 COUNTED = ("k_top1_keys", "k_top1_queries", "ov_top1")
-"""The evidence that is a share of the vocabulary's tokens, and may be estimated from a sample of them."""
+"""The evidence that is a share of the vocabulary, which may be estimated from a sample."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -66,19 +66,19 @@ class InductionCircuits(Result):
     pairs: tuple[tuple[int, int, int, int], ...]
     """(layer, head) of the previous-token head, (layer, head) of the induction head."""
     induction_score: Float[Tensor, " pair"]
-    """Behavior on repeated tokens, of the induction head."""
+    """Of the induction head, on repeated tokens."""
     induction_null: Float[Tensor, " pair"]
     previous_token_score: Float[Tensor, " pair"]
-    """The same of the previous-token head."""
+    """Of the previous-token head, on repeated tokens."""
     previous_token_null: Float[Tensor, " pair"]
     k_score: Float[Tensor, " pair"]
-    """K-composition of the two heads' weights; nan, as are `k_z` and `k_rank`, where a head's are zero."""
+    """K-composition of the two heads' weights; nan, like `k_z` and `k_rank`, if a head's are zero."""
     k_z: Float[Tensor, " pair"]
-    """`k_score` above the baseline, in its standard deviations."""
+    """`k_score` minus the baseline's mean, in the baseline's standard deviations."""
     k_rank: Float[Tensor, " pair"]
     """Rank of `k_score` among all earlier heads; 1 is the highest."""
     n_earlier: Float[Tensor, " pair"]
-    """The number of these heads."""
+    """The number of earlier heads."""
     k_top1_keys: Float[Tensor, " pair"]
     """Share of tokens whose entry with itself in the K-composition circuit is the largest for its query."""
     k_top1_queries: Float[Tensor, " pair"]
@@ -92,37 +92,37 @@ class InductionCircuits(Result):
     score_removed: Float[Tensor, " pair"]
     """Induction score with the previous-token head ablated."""
     loss_path: Float[Tensor, " pair"]
-    """Loss on the second copy minus `clean_loss` with it ablated in the keys only, nats."""
+    """Loss on the second copy with it ablated in the keys only, minus `clean_loss`, nats."""
     loss_path_error: Float[Tensor, " pair"]
     """Standard error over sequences."""
     loss_removed: Float[Tensor, " pair"]
-    """Loss on the second copy minus `clean_loss` with it ablated, nats."""
+    """Loss on the second copy with it ablated, minus `clean_loss`, nats."""
     loss_removed_error: Float[Tensor, " pair"]
     verdicts: tuple[str, ...]
     """For each pair, one of `VERDICTS` by `VERDICT_RULE`."""
     reasons: tuple[str, ...]
-    """For each verdict, in words."""
+    """The reasons for each verdict, in words."""
     clean_loss: float
     """On the second copy's tokens, nats."""
     chance: float
-    """Of a top-1 accuracy: one in the vocabulary."""
+    """Chance level of a top-1 accuracy: one over the size of the vocabulary."""
     n_tokens: int
-    """Tokens that top-1 accuracies are counted over; a random sample where not the whole vocabulary."""
+    """Tokens that top-1 accuracies are counted over; a random sample if it is not the whole vocabulary."""
     intervals: dict[str, Float[Tensor, "bound pair"]]
-    """By name in `COUNTED`: Clopper and Pearson's interval for the whole vocabulary; the accuracy itself
-    twice where all tokens are counted."""
+    """By name in `COUNTED`: the Clopper-Pearson interval for the whole vocabulary. Both bounds are the
+    accuracy itself if all tokens are counted."""
     confidence: float
     """Coverage of `intervals`."""
     tokens: Int[Tensor, "sequence pos"]
-    """What the model read: BOS, random tokens and the same again."""
+    """What the model read: BOS, random tokens, and the same tokens again."""
     seq_len: int
     seed: int
     how: str
     """What replaces an ablated head's output: `mean`, `zero` or `resample`."""
     prepend_bos: bool
     relative_position: int | None
-    """In a rotary model, how far before its query K-composition's key is: where a perfect induction head
-    finds it on these tokens."""
+    """In a rotary model, how far the key of the K-composition is before its query: the distance at which a
+    perfect induction head attends on these tokens."""
     note: str
     """Why no pair was found; empty where there are pairs."""
 
@@ -177,7 +177,7 @@ class InductionCircuits(Result):
         table = pd.DataFrame(rows, columns=["previous", "induction", *places])
         table["verdict"] = list(self.verdicts)
         for name in (each.name for each in EVIDENCE):
-            # pandas's own whole numbers, because a rank can be absent
+            # pandas's nullable integers, because a rank can be missing
             whole = name in ("k_rank", "n_earlier")
             table[name] = pd.Series(getattr(self, name).tolist(), dtype="Int64" if whole else "float64")
             if name in self.intervals:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class InputProbe(Result):
     """Linear maps from each layer's residual stream back to the token at the position.
 
-    Dictionaries are keyed by basis: `embedding` (the coordinates of `W_E` themselves), `pca`, `nmf`. What a
-    map recovers has axes `[map, row]`, what the map is like the axis `fit`.
+    Dictionaries are keyed by basis: `embedding` (the coordinates of `W_E` themselves), `pca`, `nmf`. Measures
+    of what a map recovers have axes `[map, row]`; properties of the map itself have the axis `fit`.
 
-    Nulls are the same number for random maps `U diag(s) V.T`, with the map's singular values s and with U and
-    V uniform among orthogonal matrices: mean, and the ends of the central 95%.
+    Nulls are the same measure for random maps `U diag(s) V.T`, with the map's singular values s and uniformly
+    random orthogonal U and V: the mean, and the ends of the central 95%.
     """
 
     rows: tuple[str, ...]
@@ -46,11 +46,11 @@ class InputProbe(Result):
     """`stream @ weights[basis][fit] + biases[basis][fit]` estimates the coefficients of the token."""
     biases: dict[str, Float[Tensor, "fit _"]]
     similarity: dict[str, Float[Tensor, " fit"]]
-    """Cosine (Frobenius) of the map read as logits, `M @ C.T`, with `W_E.T`, in [-1, 1]. C are the
-    coefficients of all tokens; both are centered over the vocabulary, which adds a constant to all logits."""
+    """Cosine (Frobenius) of the map read as logits, `M @ C.T`, with `W_E.T`, in [-1, 1]. C has the
+    coefficients of all tokens. Both are centered over the vocabulary, which only shifts all logits alike."""
     similarity_null: dict[str, Float[Tensor, "fit 3"]]
     unembedding_similarity: dict[str, Float[Tensor, " fit"]]
-    """The cosine with `W_U` (with the final norm's scale in it); nan if it has another vocabulary."""
+    """The cosine with `W_U` (with the final norm's scale folded in); nan if it has another vocabulary."""
     unembedding_similarity_null: dict[str, Float[Tensor, "fit 3"]]
     directions: dict[str, Float[Tensor, "_ d_model"]]
     """Each element as a unit vector of the embedding space; 0 for an element that no token uses."""
@@ -60,13 +60,13 @@ class InputProbe(Result):
     explained: dict[str, float]
     """Share of `W_E` that a basis explains: of its variance, or for `nmf` of its squared norm."""
     weight: dict[str, Float[Tensor, "fit _"]]
-    """Where in the stream the map to the embedding reads. Of a unit direction g, an element, it is
-    `var(x . g) |g M|^2`, as a share of all elements."""
+    """How much the map to the embedding reads from each element of the stream x: `var(x . g) |g M|^2` for the
+    element's unit direction g, as a share of the sum over elements."""
     weight_correlation: dict[str, Float[Tensor, " fit"]]
     """Spearman's rank correlation of weight and importance, in [-1, 1]: negative if the map relies on
     directions that matter little in the embedding. nan if either does not vary."""
     weight_correlation_null: dict[str, Float[Tensor, "fit 3"]]
-    """With the same stream."""
+    """For the same residual stream."""
     nmf_converged: bool | None
     """Whether the factorization met its tolerance; None without the basis `nmf`."""
     train_tokens: int
@@ -93,7 +93,7 @@ class InputProbe(Result):
             "weight_correlation",
             "weight against importance",
             signed=True,
-            help="Rank correlation of where the map reads the stream and what matters in the embedding.",
+            help="Rank correlation of how much the map reads each direction and its share of the embedding.",
         ),
     )
 
@@ -104,13 +104,13 @@ class InputProbe(Result):
         return own[[each.name for each in self.columns]][::-1].head(top)
 
     def fit_of(self, name: str, row: str) -> int:
-        """Index on the axis `fit` of the map of a row: the row's own, or the `shared` one."""
+        """Index of a row's map on the axis `fit`: the row's own map, or the `shared` one."""
         return self.fits.index("shared" if name == "shared" else row)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per basis, kind of map and row, with its layer (-1 for `embed`): accuracy with its interval
-        and chance, r2, and of the row's map both similarities and the correlation of weight and importance,
-        each with its null."""
+        and chance, r2, and, for the row's map, both similarities and the correlation of weight and
+        importance, each with its null."""
         import pandas as pd
 
         records: list[dict[str, Any]] = []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STATISTICS = ("entropy", "kl_final", "kl_input", "log_prob", "rank")
-"""What `logit_lens` computes of each row besides its most likely tokens."""
+"""What `logit_lens` computes for each row besides its most likely tokens."""
 OWN_TOKENS = {
     "final": "the model's final guess",
     "input": "the input token",
@@ -38,12 +38,12 @@ class LogitLensResult(Result):
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
     mask: Bool[Tensor, "batch pos"]
-    """False where a position is padding; all statistics are nan there, and `top_ids` have no meaning."""
+    """False where a position is padding; all statistics are nan there, and `top_ids` are meaningless."""
     positions: tuple[int, ...]
     """The positions that were read out, in the order of the axis `read`."""
     context_length: Int[Tensor, "batch read"]
-    """Tokens that the model saw up to and including each position. A row longer than the context is read in
-    windows that begin half a context before the first token read in them. 0 for padding."""
+    """Tokens that the model saw up to and including each position; 0 for padding. A row longer than the
+    context is run in windows that begin half a context before the first token read out of them."""
     rows: tuple[str, ...]
     """`embed`, then the layers by number, or heads such as `L0H3`."""
     read: str
@@ -54,36 +54,34 @@ class LogitLensResult(Result):
     statistics: tuple[str, ...]
     """Which of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank` were computed; the others are nan."""
     top_ids: Int[Tensor, "row batch read k"]
-    """The most likely next tokens, most likely first."""
+    """Next tokens, most likely first."""
     top_probabilities: Float[Tensor, "row batch read k"]
     entropy: Float[Tensor, "row batch read"]
     """Nats."""
     kl_final: Float[Tensor, "row batch read"]
     """KL(the model's own distribution || this row), nats."""
     kl_input: Float[Tensor, "row batch read"]
-    """KL(the row `embed` || this row), nats; nan where the unembedding is not tied to the embedding, because
-    then the row `embed` says nothing about the input token."""
+    """KL(the row `embed` || this row), nats; nan if the unembedding is not tied to the embedding, because the
+    row `embed` then says nothing about the input token."""
     final_ids: Int[Tensor, "batch read"]
     """The model's own most likely token."""
     log_prob: dict[str, Float[Tensor, "row batch read"]]
-    """Log-probability in nats of the tokens `final` (those above), `input` (the token at the position
+    """Log-probability in nats of the tokens `final` (`final_ids`), `input` (the token at the position
     itself), `next` (the token that follows; nan at the last position) and each target by its name."""
     rank: dict[str, Float[Tensor, "row batch read"]]
-    """Rank of the same tokens: 1 is the most likely, ties count strictly larger logits. nan as above."""
+    """Rank of the same tokens: 1 plus the number of strictly larger logits. nan as above."""
     target_ids: dict[str, Int[Tensor, "batch read"]]
-    """The targets by the name that they have in `log_prob` and `rank`."""
+    """The targets by their names in `log_prob` and `rank`."""
     strings: dict[str, str]
-    """The text of every token above, by its id as text."""
+    """The text of every token above, keyed by its id as a string."""
     prepend_bos: bool
 
     columns: ClassVar = (
         Column("token", "token read"),
         Column("guess", "top guess", help="The row's most likely next token."),
         Column("probability", "probability of the top guess"),
-        Column("entropy", unit="nats", help="How undecided the row is: 0 where one token is certain."),
-        Column(
-            "kl_final", "KL(final || layer)", "nats", help="0 where the row predicts what the model does."
-        ),
+        Column("entropy", unit="nats", help="How uncertain the row is: 0 if one token is certain."),
+        Column("kl_final", "KL(final || layer)", "nats", help="0 if the row predicts what the model does."),
         Column("kl_input", "KL(input || layer)", "nats", help="Distance from the distribution of row embed."),
     )
 
@@ -118,7 +116,7 @@ class LogitLensResult(Result):
         return super().column(name)
 
     def token_of(self, name: str, kind: str) -> str | None:
-        """The token of a column such as `rank_next` or `rank_·Paris`; a space may be written as one."""
+        """The token of a column such as `rank_next` or `rank_·Paris` (also as `rank_ Paris`)."""
         given = name.removeprefix(f"{kind}_")
         if given == name:
             return None
@@ -126,9 +124,9 @@ class LogitLensResult(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per row of the lens, sequence and position: row, layer (-1 for `embed`), head (where heads
-        were read; absent for `embed`), sequence, pos, token (read there), guess (the most likely next token),
-        probability (of the guess), entropy, kl_final, kl_input, and `rank_` and `log_prob_` of `final`,
-        `input`, `next` and each target. Padding is left out.
+        were read; missing for `embed`), sequence, pos, token (read there), guess (the most likely next
+        token), probability (of the guess), entropy, kl_final, kl_input, and `rank_` and `log_prob_` of
+        `final`, `input`, `next` and each target. Padding is left out.
 
         A target's columns have its name, with `·` for each space: `rank_·Paris`. A literal `·`, a backslash
         and whatever does not print become their Python escapes, so that no two targets share a column.
@@ -165,7 +163,7 @@ class LogitLensResult(Result):
         return table
 
     def summary(self, top: int = 10) -> pd.DataFrame:
-        """The last `top` rows of the lens at the last position of the first sequence, the last row first."""
+        """The last `top` rows of the lens at the last position of the first sequence, last row first."""
         table = self.to_dataframe()
         last = table[(table["sequence"] == 0) & (table["pos"] == self.shown_positions(0)[-1])]
         names = ("row", "guess", "probability", "entropy", "kl_final")
@@ -173,7 +171,7 @@ class LogitLensResult(Result):
         return last[[name for name in (*names, *ranks) if name in last]][::-1].head(top)
 
     def to_json(self) -> dict[str, Any]:
-        """All that is plain, and the table's rows, each with its `guesses`: the most likely tokens."""
+        """Everything but tensors, and the table's rows, each with its `guesses`: the most likely tokens."""
         found = super().to_json()
         column = {position: at for at, position in enumerate(self.positions)}
         for row in found["rows"]:
@@ -197,7 +195,7 @@ class LogitLensResult(Result):
         return [self.strings[str(i)] for i in ids.flatten().tolist()]
 
     def shown_columns(self, row: int, positions: Any = None) -> list[int]:
-        """Where positions of a sequence are on the axis `read`.
+        """Indices of a sequence's positions on the axis `read`.
 
         Args:
             row: which sequence of the batch.
@@ -241,7 +239,7 @@ def interleaved(attn: LogitLensResult, mlp: LogitLensResult) -> LogitLensResult:
 
     Args:
         attn: a lens that read `attn_out`, or `resid_mid`.
-        mlp: the same of `mlp_out`, or of `resid_post`.
+        mlp: a lens that read `mlp_out`, or `resid_post`.
 
     Returns:
         A lens with rows `embed`, `0 attn`, `0 MLP`, `1 attn`, ..., which `plot_logit_lens` draws.
@@ -303,16 +301,16 @@ class VectorLens(Result):
     decoder: str
     """`final_norm`, `norm_only`, `none`, or the name of a function."""
     top_ids: Int[Tensor, "vector k"]
-    """The most likely next tokens, most likely first."""
+    """Next tokens, most likely first."""
     top_probabilities: Float[Tensor, "vector k"]
     entropy: Float[Tensor, " vector"]
     """Nats."""
     log_prob: dict[str, Float[Tensor, " vector"]]
     """Log-probability of the targets in nats, by id as text or by name."""
     rank: dict[str, Float[Tensor, " vector"]]
-    """Rank of the targets: 1 is the most likely, ties count strictly larger logits."""
+    """Rank of the targets: 1 plus the number of strictly larger logits."""
     strings: dict[str, str]
-    """The text of every token above, by its id as text."""
+    """The text of every token above, keyed by its id as a string."""
 
     columns: ClassVar = (
         Column("vector"),

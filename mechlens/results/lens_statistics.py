@@ -1,4 +1,4 @@
-"""The statistics of a lens as figures and tables show them: their names, words and scales."""
+"""The statistics of a lens as figures and tables show them: names, titles and scales."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class LensStatistic:
     values: Tensor
     """`[row, batch, read]`; nan where it is undefined."""
     is_rank: bool
-    """Whether it belongs on a logarithmic axis that begins at 1."""
+    """Whether it belongs on a log axis that begins at 1."""
     is_probability: bool
 
     def written(self, value: float) -> str:
-        """A value for people."""
+        """A value as text."""
         if value != value:
             return "undefined"
         return f"{value:,.0f}" if self.is_rank else f"{value:.3f}"
 
     def scaled(self, values: Tensor) -> Tensor:
-        """Values as they are colored: ranks by their logarithm."""
+        """Values on the color scale, which is logarithmic for ranks."""
         return values.double().log10() if self.is_rank else values.double()
 
     def bound(self, values: Tensor, high: float | None) -> float:
@@ -53,7 +53,7 @@ class LensStatistic:
         return max(float(seen.max()) if len(seen) else 0.0, 10.0 if self.is_rank else 1e-6)
 
     def shares(self, values: Tensor, high: float) -> Tensor:
-        """How far along the color scale values are; more than 1 for those beyond `high`."""
+        """How far along the color scale the values are; above 1 beyond `high`."""
         return self.scaled(values) / (math.log10(high) if self.is_rank else high)
 
 
@@ -93,7 +93,7 @@ def lens_statistic(result: LogitLensResult, stat: str) -> LensStatistic:
 
 
 def statistic_needed(stat: str) -> str | None:
-    """The entry of `statistics` that `logit_lens` must compute for this one; None where none is needed."""
+    """The entry of `statistics` that `logit_lens` must compute for this one; None if none is needed."""
     if stat == "probability":
         return None
     kind = stat.partition("_")[0]
@@ -101,7 +101,7 @@ def statistic_needed(stat: str) -> str | None:
 
 
 def check_statistic(stat: str, targets: Iterable[str]) -> None:
-    """Check the name of a statistic; no lens is needed.
+    """Check the name of a statistic, without a lens.
 
     Raises:
         ArgumentError: there is no such statistic of a lens with these targets.
@@ -120,7 +120,7 @@ def check_statistics(stats: str | Sequence[str]) -> tuple[str, ...]:
     """One or several names.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: no name was given.
     """
     names = (stats,) if isinstance(stats, str) else tuple(stats)
     if not names:
@@ -132,7 +132,7 @@ def check_high(high: float, *, lowest: float = 0) -> None:
     """Check the value of the darkest color.
 
     Raises:
-        ArgumentError: it is not a finite number above the value of the lightest.
+        ArgumentError: it is not a finite number above the value of the lightest color.
     """
     if not lowest < high < math.inf:
         raise ArgumentError("high", f"a finite number above {lowest}", high)

@@ -21,7 +21,7 @@ class LogitVariance(Result):
     """How the lens's logits vary over layers, for tokens binned by their final rank at the same position.
 
     Logits are taken before a soft-cap and centered over the vocabulary, so that processed and raw weights
-    agree. Everything is a mean over the tokens of a bin.
+    agree. Unless noted, values are means over the tokens of a bin.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -33,11 +33,11 @@ class LogitVariance(Result):
     bins: tuple[tuple[int, int], ...]
     """First and last final rank of each bin; rank 1 is the most likely token."""
     probability: Float[Tensor, "bin batch read"]
-    """Final probability of the tokens of a bin together."""
+    """Total final probability of the tokens of a bin."""
     variance: Float[Tensor, "bin batch read"]
     """Variance of a token's logit over the layers, without `embed`, in logits²."""
     null_variance: Float[Tensor, "null bin"]
-    """Mean over positions of the same with tokens assigned to bins at random, for each draw."""
+    """The same with tokens assigned to bins at random, averaged over positions, for each draw."""
     elsewhere_variance: Float[Tensor, "bin batch read"]
     """The same with tokens binned by their final rank at another position, drawn at random: the effect of
     tokens that are improbable in any context. nan if a single position was read."""
@@ -67,12 +67,12 @@ class LogitVariance(Result):
     def estimates(self) -> dict[str, float]:
         """The conjecture in numbers, as means over all positions.
 
-        `variance_ratio`: variance of the least probable bin over that of the most probable one, and the same
-        of the nulls (`null_ratio`, with the lowest and highest draw) and of bins from another position
-        (`elsewhere_ratio`). Of the least probable bin alone: `peak_excess`, the largest excess over layers,
-        and `peak_row`, the layer that has it; `left_before_last`, the share of it that is left one layer
-        before the last; `spread_bulge`, the largest spread over layers as a multiple of the final one.
-        nan if there is a single layer or bin.
+        `variance_ratio` is the variance of the least probable bin over the variance of the most probable one.
+        `null_ratio` (with its lowest and highest draw) and `elsewhere_ratio` are the same for the nulls and
+        for bins from another position. For the least probable bin alone, `peak_excess` is the largest excess
+        over layers, `peak_row` its layer, `left_before_last` the share of it left one layer before the last,
+        and `spread_bulge` the largest spread over layers as a multiple of the final spread. nan if there is a
+        single layer or bin.
         """
         nulls = (self.null_variance[:, -1] / self.null_variance[:, 0]).double()
         excess = self.excess[1:, -1].double().mean((1, 2))
@@ -97,9 +97,8 @@ class LogitVariance(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per row of the lens, bin, sequence and position: row, layer (-1 for `embed`), bin,
-        first_rank, last_rank, sequence, pos, mean_logit, spread, excess; and what belongs to the bin and is
-        the same for all rows: probability, variance, elsewhere_variance, null_variance (mean of all draws,
-        over all positions)."""
+        first_rank, last_rank, sequence, pos, mean_logit, spread, excess; and, the same for all rows of a bin,
+        probability, variance, elsewhere_variance, null_variance (mean over draws and positions)."""
         import pandas as pd
 
         n_rows, n_bins, batch, read = self.mean_logit.shape

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-EFFECT = "Metric of the patched run minus that of the same run without the patch, a mean over prompts."
-RECOVERED = "Share of the way from the run that was patched to the other one: 0 is nothing, 1 all of it."
+EFFECT = "Metric of the patched run minus that of the same run without the patch, averaged over prompts."
+RECOVERED = "Share of the way from the run that was patched to the other run: 0 is none of it, 1 all of it."
 
 
 def cell_label(layer: int | None, head: int | None, position: int | None) -> str:
@@ -33,7 +33,7 @@ def cell_label(layer: int | None, head: int | None, position: int | None) -> str
 
 
 def standard_error(changes: Float[Tensor, "prompt *cell"]) -> Float[Tensor, "*cell"]:
-    """Of the mean over prompts; nan for a single one."""
+    """Of the mean over prompts; nan for a single prompt."""
     if len(changes) < 2:
         return torch.full_like(changes[0], math.nan)
     return changes.std(0) / math.sqrt(len(changes))
@@ -42,7 +42,7 @@ def standard_error(changes: Float[Tensor, "prompt *cell"]) -> Float[Tensor, "*ce
 def share_of_way(
     effect: Float[Tensor, "*cell"], start: Float[Tensor, " prompt"], end: Float[Tensor, " prompt"]
 ) -> Float[Tensor, "*cell"]:
-    """Mean effects over the mean difference of two runs; nan where that difference is 0 or nan."""
+    """Mean effects divided by the mean difference of two runs; nan if that difference is 0 or nan."""
     share = effect / (end - start).mean()
     return share.masked_fill(~share.isfinite(), torch.nan)
 
@@ -59,9 +59,9 @@ class _Grid(Result):
     """Where the values come from, in words."""
     given: dict[str, Int[Tensor, "some any"]]
     """The other token ids that were given: the `corrupted` prompts, the `reference` of `Mean` and
-    `Resampled`; `target` and `against` at the positions of `at`."""
+    `Resampled`, and `target` and `against` at the positions in `at`."""
     weight: float
-    """How much of the values is mixed in: 1 replaces the run's own, 0 leaves it."""
+    """How much of the values is mixed in: 1 replaces the run's own values, 0 leaves them."""
     into: str
     """Which run is patched: `clean` (noising) or `corrupted` (denoising)."""
     axes: tuple[str, ...]
@@ -73,27 +73,27 @@ class _Grid(Result):
     positions: tuple[int, ...]
     """The positions that are patched; empty where all are patched together."""
     metric: str
-    """Such as `loss`: a mean over the positions of `at`."""
+    """Such as `loss`, averaged over the positions in `at`."""
     unit: str
     """Of the metric: `nats`, `logits`, or empty for a function."""
     about: str
-    """The token or tokens that `log_prob` or `logit_diff` is about, where they are the same everywhere; else
-    empty."""
+    """The token or tokens that `log_prob` or `logit_diff` is about, if they are the same everywhere;
+    otherwise empty."""
     at: tuple[int, ...]
     """The positions whose predictions of the next token the metric reads."""
     clean: Float[Tensor, " prompt"]
     """The metric of the clean run, without any patch."""
     corrupted: Float[Tensor, " prompt"]
-    """The metric of the corrupted run; nan where there is none."""
+    """The metric of the corrupted run; nan if there is none."""
     strings: tuple[str, ...]
     """The tokens of the first prompt as text."""
     seed: int | None
-    """Of values that were drawn; None where none were."""
+    """Seed of the values that were drawn; None if none were."""
     prepend_bos: bool
 
     @property
-    def columns(self) -> tuple[Column, ...]:  # type: ignore[override]  # the unit is that of the metric
-        """The columns of `summary()`; those of which there is nothing to say are left out."""
+    def columns(self) -> tuple[Column, ...]:  # type: ignore[override]  # the unit is the metric's
+        """The columns of `summary()`, without those that would be empty."""
         one = len(self.tokens) == 1
         found = [
             Column("cell", "patched"),
@@ -116,7 +116,7 @@ class _Grid(Result):
 
     @property
     def about_metric(self) -> str:
-        """The metric and, where it is about one token or two, which."""
+        """The metric, with the token or tokens that it is about."""
         return f"{self.metric} of {self.about}" if self.about else self.metric
 
     @property
@@ -154,12 +154,12 @@ class _Grid(Result):
 
     @property
     def effect(self) -> Float[Tensor, "*grid"]:
-        """Metric of the patched run less that of the same run without a patch, a mean over prompts."""
+        """Metric of the patched run minus that of the same run without a patch, averaged over prompts."""
         return self._changes().mean(0)
 
     @property
     def standard_error(self) -> Float[Tensor, "*grid"]:
-        """Of `effect`, over prompts; nan for a single one."""
+        """Of `effect`, over prompts; nan for a single prompt."""
         return standard_error(self._changes())
 
     @property
@@ -169,10 +169,10 @@ class _Grid(Result):
 
     @property
     def recovered(self) -> Float[Tensor, "*grid"]:
-        """The share of the way from the run that was patched to the other one: 0 is nothing, 1 all of it.
+        """The share of the way from the run that was patched to the other run: 0 is none of it, 1 all of it.
 
-        The mean effect divided by the mean difference of the two runs. Patching into the corrupted run, 1 is
-        the clean run's metric. nan without a corrupted run, or where both runs have the same metric.
+        This is the mean effect divided by the mean difference of the two runs; patching into the corrupted
+        run, 1 restores the clean run's metric. nan without a corrupted run, or if both have the same metric.
         """
         return share_of_way(self.effect, self.base, self.corrupted if self.into == "clean" else self.clean)
 
@@ -182,7 +182,7 @@ class _Grid(Result):
         return self.clean if self.into == "clean" else self.corrupted
 
     def labels(self, axis: str) -> tuple[int, ...]:
-        """The layers, the numbers of the heads, or the positions along an axis of the grid."""
+        """The layers, head numbers or positions along an axis of the grid."""
         if axis == "head":
             return tuple(sorted({head for _, head in self.heads}))
         return self.layers if axis == "layer" else self.positions
@@ -191,8 +191,7 @@ class _Grid(Result):
         raise NotImplementedError  # each result has its own
 
     def _table(self) -> pd.DataFrame:
-        """One row per cell that was run: the axes, label (`L5H5`, for heads), mean, effect, standard_error,
-        recovered."""
+        """The table that `to_dataframe` returns."""
         import pandas as pd
 
         cells = list(itertools.product(*(self.labels(axis) for axis in self.axes)))
@@ -214,7 +213,7 @@ class PatchGridResult(_Grid):
     values: Float[Tensor, "prompt *grid"]
     """The metric of each patched run."""
     note: str
-    """How the runs were made, where that was not the fast way; else empty."""
+    """How the runs were made, if not the fast way; otherwise empty."""
 
     def _changes(self) -> Float[Tensor, "prompt *grid"]:
         return self.values - self.base.reshape(-1, *[1] * (self.values.ndim - 1))
@@ -229,15 +228,15 @@ class PatchGridResult(_Grid):
 class AttributionPatchResult(_Grid):
     """A first-order estimate of the effect of each cell of a grid.
 
-    The exact effect is that of `Patching.grid`. The estimate is poor for a patch that is large for the
-    model's curvature, and for whatever saturates (an attention pattern, a norm).
+    `Patching.grid` gives the exact effect. The estimate is poor for patches that are large relative to the
+    model's curvature, and where something saturates (attention patterns, norms).
     """
 
     estimate: Float[Tensor, "prompt *grid"]
-    """Of the effect; proportional to `weight`."""
+    """The estimated effect; proportional to `weight`."""
     correlation: float | None
-    """Pearson's, between the mean estimate and the exact effect over the cells; nan where one of them does
-    not vary; None where no exact grid was given."""
+    """Pearson correlation of the mean estimate with the exact effect, over cells; nan if either does not
+    vary, None if no exact grid was given."""
 
     def _changes(self) -> Float[Tensor, "prompt *grid"]:
         return self.estimate
@@ -245,7 +244,7 @@ class AttributionPatchResult(_Grid):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the axes, label (`L5H5`, for heads), mean, effect, standard_error, recovered.
 
-        All of them are estimates; `standard_error` is over prompts, whatever the approximation's error.
+        All values are estimates. `standard_error` is over prompts and does not cover the approximation error.
         """
         return self._table()
 

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 def inability(task: str, accuracy: tuple[float, float, float], chance: float) -> str:
-    """That a model does not do a task, with its accuracy and interval; empty where it does."""
+    """That a model cannot do a task, with its accuracy and interval; empty if it can."""
     mean, low, high = accuracy
     if low != low:
-        return f"a single prompt does not show whether the model does the task {task}"
+        return f"a single prompt does not show whether the model can do the task {task}"
     if low > chance:
         return ""
     return (
-        f"the model does not do the task {task}: accuracy {mean:.2f} ({low:.2f} to {high:.2f}), "
+        f"the model cannot do the task {task}: accuracy {mean:.2f} ({low:.2f} to {high:.2f}), "
         f"chance {chance:.2f}"
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TaskPerformance(Result):
-    """The answers of a model to the prompts of a task and to their counterfactuals."""
+    """A model's answers to the prompts of a task and to their counterfactuals."""
 
     task: str
     """Its name."""
@@ -44,20 +44,20 @@ class TaskPerformance(Result):
     """The right next tokens, with commas between them."""
     wrong: tuple[str, ...]
     answer_log_prob: Float[Tensor, " prompt"]
-    """Log of the probability of all right answers together, in nats."""
+    """Log of the total probability of the right answers, in nats."""
     wrong_log_prob: Float[Tensor, " prompt"]
     corrupted_answer_log_prob: Float[Tensor, " prompt"]
     """The same after the corrupted prompt."""
     corrupted_wrong_log_prob: Float[Tensor, " prompt"]
     rank: Float[Tensor, " prompt"]
-    """Of the likeliest right answer among all tokens; 1 is the most likely."""
+    """Rank of the likeliest right answer among all tokens; 1 is the most likely."""
     right: Bool[Tensor, " prompt"]
     """Whether the likeliest of all right and wrong answers is a right one."""
     estimates: dict[str, tuple[float, float, float]]
     """Mean over prompts, with the bootstrap interval: `accuracy` (of `right`), `top1` (a right answer is the
     top-1 prediction), `logit_diff` (nats), `probability_diff` and `corrupted_logit_diff`."""
     chance: float
-    """Accuracy of a guess among right and wrong answers."""
+    """Accuracy of a random guess among the right and wrong answers."""
     confidence: float
     seed: int | None
 
@@ -75,7 +75,7 @@ class TaskPerformance(Result):
 
     @property
     def logit_diff(self) -> Float[Tensor, " prompt"]:
-        """Log of the ratio of both probabilities: the difference of the logits where each is one token."""
+        """Log of the ratio of the two probabilities: the logit difference if each is one token."""
         return self.answer_log_prob - self.wrong_log_prob
 
     @property
@@ -90,7 +90,7 @@ class TaskPerformance(Result):
 
     @property
     def note(self) -> str:
-        """What later results say of a task that the model cannot do; empty where it can."""
+        """The warning that later results repeat if the model cannot do the task; otherwise empty."""
         return inability(self.task, self.estimates["accuracy"], self.chance)
 
     def summary(self, top: int = 10) -> pd.DataFrame:
@@ -117,7 +117,7 @@ class TaskPerformance(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RoleGrid(Result):
-    """Patches of one layer at the position of one role, for the prompts of a task."""
+    """Patches of each layer at the position of each role, for the prompts of a task."""
 
     task: str
     counterfactual: str
@@ -125,7 +125,7 @@ class RoleGrid(Result):
     """The clean prompts as text."""
     site: str
     source: str
-    """What was put there, in words."""
+    """Where the values come from, in words."""
     into: str
     """The run that was patched: `clean` or `corrupted`."""
     layers: tuple[int, ...]
@@ -138,7 +138,7 @@ class RoleGrid(Result):
     """The same on the corrupted prompts."""
     seed: int | None
     note: str
-    """That the model does not do the task; empty where it does."""
+    """That the model cannot do the task; empty if it can."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("layer"),
@@ -154,7 +154,7 @@ class RoleGrid(Result):
 
     @property
     def changes(self) -> Float[Tensor, "prompt layer role"]:
-        """The logit difference of each patched run less that of the same run without a patch."""
+        """The logit difference of each patched run minus that of the same run without a patch."""
         return self.values - self.base[:, None, None]
 
     @property
@@ -169,12 +169,12 @@ class RoleGrid(Result):
 
     @property
     def standard_error(self) -> Float[Tensor, "layer role"]:
-        """Of `effect`, over prompts; nan for a single one."""
+        """Of `effect`, over prompts; nan for a single prompt."""
         return standard_error(self.changes)
 
     @property
     def recovered(self) -> Float[Tensor, "layer role"]:
-        """`effect` as a share of the difference between the two runs; nan where there is none."""
+        """`effect` as a share of the difference between the two runs; nan if there is none."""
         return share_of_way(self.effect, self.base, self.corrupted if self.into == "clean" else self.clean)
 
     def summary(self, top: int = 10) -> pd.DataFrame:

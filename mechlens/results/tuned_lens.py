@@ -15,7 +15,7 @@ from mechlens.results.columns import Column
 if TYPE_CHECKING:
     import pandas as pd
 
-# What lenses of the same weights agree in; engines and dtypes may change.
+# Fields in which lenses of the same weights agree; engine and dtype may differ.
 _OF_THE_WEIGHTS = ("name", "revision", "architecture", "processing", "n_layers", "d_model", "d_vocab")
 
 _WEIGHTS = {
@@ -27,7 +27,7 @@ _WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TunedLens(Result):
-    """Affine maps after which each row of the lens predicts what the model does.
+    """Affine maps that make each row of the lens predict what the model does.
 
     A lens belongs to the weights it was trained on, processed or not.
     """
@@ -43,7 +43,7 @@ class TunedLens(Result):
     kl_tuned: Float[Tensor, " every"]
     """The same with the translators."""
     source: str
-    """`trained`, or the published checkpoint that it was read from, of which nothing below is known."""
+    """`trained`, or the published checkpoint it was read from, in which case nothing below is known."""
     steps: int | None
     batch_tokens: int | None
     """Tokens in each step's batch."""
@@ -52,7 +52,7 @@ class TunedLens(Result):
     train_tokens: int | None
     """Distinct tokens that were trained on."""
     held_out_tokens: int | None
-    """Other tokens, which the KLs are a mean over."""
+    """Other tokens, over which the KLs are averaged."""
     learning_rate: float | None
     """Learning rate of the first step; it falls linearly to zero."""
     seed: int | None
@@ -67,7 +67,6 @@ class TunedLens(Result):
 
     @property
     def title(self) -> str:
-        """What this is, in a few words."""
         return f"Tuned lens of {self.model.name}"
 
     @property
@@ -81,11 +80,11 @@ class TunedLens(Result):
         """Translate the residual vectors of a row.
 
         Args:
-            row: one of `rows`, or the last layer, whose vectors come back as they are.
+            row: one of `rows`, or the last layer, whose vectors are returned unchanged.
             vectors: `resid_post` of a layer, or block 0's `resid_pre` for `embed`.
 
         Returns:
-            In the dtype of `vectors`; the arithmetic is done in float32 at least.
+            Vectors in the dtype of `vectors`; the arithmetic is done in at least float32.
 
         Raises:
             ValueError: there is no such row.
@@ -112,8 +111,7 @@ class TunedLens(Result):
         """Check that this lens belongs to a model's weights.
 
         Raises:
-            ValueError: it was trained on another model, revision or size, or on weights with other
-                processing.
+            ValueError: it was trained on another model, revision or size, or with other processing.
         """
         other = [
             f"{name} {getattr(self.model, name)!r}, not {getattr(info, name)!r}"
@@ -126,7 +124,7 @@ class TunedLens(Result):
         said = f"it belongs to {', '.join(other)}"
         if other[0].startswith("processing") and len(other) == 1:
             trained, given = _WEIGHTS[self.model.processing], _WEIGHTS[info.processing]
-            said = f"it was trained on {trained}, but this has {given}"
+            said = f"it was trained on {trained}, but this model has {given}"
             if self.model.processing is not None:
                 advice = f"load the model with processing={self.model.processing}"
         raise ValueError(f"this tuned lens does not fit the model: {said}; {advice}")
@@ -146,5 +144,5 @@ class TunedLens(Result):
         )
 
     def summary(self, top: int | None = None) -> pd.DataFrame:
-        """The rows, the last layer first; each matters."""
+        """All rows, last layer first."""
         return self.to_dataframe()[["row", "kl_plain", "kl_tuned"]][::-1].head(top or len(self.rows) + 1)

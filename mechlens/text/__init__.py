@@ -1,1 +1,1 @@
-"""Token sequences: prompts, batches, corpora; knows no model."""
+"""Token sequences: prompts, batches and corpora."""

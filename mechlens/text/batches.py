@@ -34,7 +34,7 @@ class Batch:
 def prompt_batch(
     model: Any, prompt: Prompt, *, attention_mask: Tensor | None = None, prepend_bos: bool | None = None
 ) -> Batch:
-    """Make a batch of a text, several texts (padded on the right) or token ids, on the CPU.
+    """Make a batch from a text, several texts (padded on the right) or token ids, on the CPU.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
@@ -43,12 +43,12 @@ def prompt_batch(
         prepend_bos: for texts, whether to prepend BOS; None does so if the tokenizer has one.
 
     Returns:
-        Tokens and mask `[batch, pos]`; `logit_lens` takes them as its prompt.
+        Tokens and mask `[batch, pos]`, which `logit_lens` accepts as its prompt.
 
     Raises:
         TypeError: the prompt is neither text nor token ids.
-        ValueError: no text or an empty one, ids that are not integers, a mask for texts, or a mask that has
-            another shape than the tokens, padding between tokens, or a row of padding only.
+        ValueError: no text or an empty one, ids that are not integers, a mask for texts, or a mask that
+            differs from the tokens in shape, has padding between tokens, or has a row of padding only.
 
     Example:
         >>> batch = mechlens.prompt_batch(model, ["The captain", "The"], prepend_bos=False)
@@ -96,14 +96,14 @@ def _check_mask(mask: Bool[Tensor, "rows cols"], tokens: Int[Tensor, "batch pos"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pieces:
-    """The windows that a model is run on, and where they contain each token of a batch."""
+    """The windows that a model is run on, and where each token of a batch is in them."""
 
     tokens: Int[Tensor, "piece width"]
     """Padded on the right."""
     piece: Int[Tensor, "batch pos"]
-    """The piece in which a position is read."""
+    """The piece in which each position is read."""
     offset: Int[Tensor, "batch pos"]
-    """Its position in that piece, which sees `offset + 1` tokens. Both are 0 for padding."""
+    """Its index in that piece, where it sees `offset + 1` tokens. Both are 0 for padding."""
     lengths: Int[Tensor, " piece"]
     """Length of each piece without padding."""
 
@@ -111,9 +111,9 @@ class Pieces:
 def cut(batch: Batch, n_ctx: int, *, bos: int | None) -> Pieces:
     """Cut a batch into pieces that fit a context.
 
-    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens. Except for the first,
-    each begins half a context before the first token that is read in it. If the row begins with BOS, every
-    window does.
+    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens, each of which, except for
+    the first, begins half a context before the first token read in it. If the row begins with BOS, so does
+    every window.
 
     Args:
         bos: the tokenizer's own BOS, or None.

@@ -47,11 +47,11 @@ def read_texts(corpus: Corpus) -> Iterator[str]:
     Args:
         corpus: a path (`str` or `Path`) or an iterable. A path is a `.txt` file (one document), a `.jsonl` or
             `.jsonl.gz` file (one document per line, in the field `text`), or a folder of such files, which
-            are read in the order of their names. An iterable has texts, mappings with a `text` (such as a
-            Hugging Face dataset) or `Path`s. Give a single text as `[text]`.
+            are read in order of their names. An iterable yields texts, mappings with a `text` (such as a
+            Hugging Face dataset) or `Path`s. Pass a single text as `[text]`.
 
     Returns:
-        An iterator over the texts that are not blank. It reads no further than you iterate.
+        A lazy iterator over the texts that are not blank.
 
     Raises:
         FileNotFoundError: a `Path` that does not exist.
@@ -77,8 +77,8 @@ def token_windows(
     """Cut a corpus into windows of tokens, each of which begins with BOS.
 
     Documents are joined into one stream, with the tokenizer's EOS (or else its BOS) between them. Windows are
-    cut from the stream without overlap, so one may hold the end of a document and the beginning of the next.
-    Only one window and one piece of text are in memory at a time.
+    cut from the stream without overlap, so one may contain the end of a document and the beginning of the
+    next. Only one window and one piece of text are in memory at a time.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
@@ -87,8 +87,8 @@ def token_windows(
             as they are, without a BOS added.
         length: tokens in a window, with BOS. None means 128 (or the context, if it is shorter), and for token
             ids the length of the rows.
-        prepend_bos: whether windows begin with BOS; None means if the tokenizer has one.
-        limit: maximum number of windows; None reads the whole corpus.
+        prepend_bos: whether windows begin with BOS; None means they do if the tokenizer has one.
+        limit: the maximum number of windows; None reads the whole corpus.
         drop_last: leave out an incomplete window at the end.
 
     Returns:
@@ -192,7 +192,7 @@ def _windows(
 
 
 def _begin(rest: list[int], bos: int | None, start: int) -> int:
-    """Where the text of the next window begins: the BOS of a text that has one is not repeated."""
+    """Where the text of the next window begins: a text's own BOS is not repeated."""
     while bos is not None and start < len(rest) and rest[start] == bos:
         start += 1
     return start
@@ -226,7 +226,7 @@ def _opened(corpus: Corpus) -> Iterator[tuple[str, Any]]:
     All paths are checked before anything is read.
     """
     if isinstance(corpus, str) and not os.path.exists(corpus):
-        raise ValueError(f"the corpus {corpus[:80]!r} is not a file or folder; give a text in a list: [text]")
+        raise ValueError(f"the corpus {corpus[:80]!r} is not a file or folder; pass a text in a list: [text]")
     if isinstance(corpus, (str, os.PathLike)):
         return iter([(str(file), file) for file in _files(Path(corpus))])
     if isinstance(corpus, (Mapping, bytes)) or not isinstance(corpus, Iterable):
@@ -234,7 +234,7 @@ def _opened(corpus: Corpus) -> Iterator[tuple[str, Any]]:
         keys = f" with {', '.join(map(str, list(corpus)[:5]))}" if isinstance(corpus, Mapping) else ""
         raise ValueError(
             f"a corpus is a path or an iterable of texts, got a {kind}{keys}"
-            + (": give one of its entries" if keys else "")
+            + (": pass one of its entries" if keys else "")
         )
     if isinstance(corpus, (list, tuple)):
         for entry in corpus:
@@ -272,7 +272,7 @@ def _pieces(corpus: Corpus, entries: Iterator[tuple[str, Any]]) -> Iterator[str 
             blank = True
             held: list[str] = []
             for piece in pieces:
-                # blank pieces are held back until the document has text, because blank documents are skipped
+                # blank pieces wait until the document has text, because blank documents are skipped
                 blank = blank and not piece.strip()
                 held.append(piece)
                 if not blank:

@@ -35,15 +35,15 @@ class RandomTokens:
 
 @dataclasses.dataclass(frozen=True)
 class RepeatedTokens:
-    """Random tokens that are repeated once, for experiments on induction: what to draw, for any model.
+    """What to draw for experiments on induction: random tokens, repeated once.
 
     Args:
         seq_len: random tokens in one copy, S; the model reads `[BOS, S tokens, the same S]`.
         batch: sequences per seed.
         seeds: each seed draws its own sequences.
-        jitter: insert 0 to `jitter` other random tokens between the copies, a number drawn for each sequence,
-            so that a head that attends at a fixed distance gains nothing.
-        prepend_bos: None prepends BOS where the tokenizer has one.
+        jitter: insert 0 to `jitter` other random tokens between the copies, the number drawn for each
+            sequence, so that attending at a fixed distance gains a head nothing.
+        prepend_bos: None prepends BOS if the tokenizer has one.
 
     Raises:
         TypeError: a size that is not a whole number.
@@ -100,7 +100,7 @@ def repeated_tokens(
 ) -> RandomTokens:
     """Draw sequences `[BOS, S random tokens, the same S tokens, ...]`.
 
-    Tokens are drawn uniformly with replacement, special tokens excluded. BOS replaces none of them.
+    Tokens are drawn uniformly with replacement, without special tokens. BOS replaces none of them.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
@@ -109,16 +109,16 @@ def repeated_tokens(
         copies: number of copies; 1 repeats nothing.
         seed: seed of the `torch.Generator`; the same seed gives the same tokens.
         prepend_bos: whether to prepend BOS; None does so if the tokenizer has one.
-        jitter: vary the distance of the two copies: insert 0 to `jitter` other random tokens between them, a
-            number drawn for each sequence. The rest of `jitter` follows the second copy, so that all
-            sequences have the same length.
+        jitter: vary the distance between the two copies: insert 0 to `jitter` other random tokens between
+            them, the number drawn for each sequence. The rest of `jitter` follows the second copy, so that
+            all sequences have the same length.
 
     Returns:
         Token ids on the CPU, with the position at which each copy begins.
 
     Raises:
         TypeError: a size that is not a whole number.
-        ValueError: a size below 1, jitter with more or less than 2 copies, `prepend_bos=True` with a
+        ValueError: a size below 1, jitter with other than 2 copies, `prepend_bos=True` with a
             tokenizer that has no BOS, or more tokens than the context holds.
 
     Example:
@@ -181,7 +181,7 @@ def bos_to_prepend(model: Any, prepend_bos: bool | None) -> int | None:
     """The id of BOS if sequences begin with it, else None.
 
     Args:
-        prepend_bos: None uses BOS if the tokenizer has one, and warns if it has none.
+        prepend_bos: None uses BOS if the tokenizer has one, and warns otherwise.
 
     Raises:
         ValueError: `prepend_bos=True`, but the tokenizer has no BOS.
@@ -253,8 +253,8 @@ def chat_tokens(
 ) -> Int[Tensor, "1 pos"]:
     """Tokenize a conversation with the model's chat template into one row of ids.
 
-    The ids are those of the tokenizer's own `apply_chat_template`; BOS is added only where the template has
-    it. Every analysis takes them as its prompt, and figures mark where each turn begins.
+    The ids are those of the tokenizer's own `apply_chat_template`; BOS is added only if the template
+    has it. Every analysis takes them as its prompt, and figures mark where each turn begins.
 
     Args:
         model: anything with TransformerLens's `cfg` and `tokenizer`.
@@ -267,7 +267,7 @@ def chat_tokens(
         Token ids `[1, pos]` on the CPU.
 
     Raises:
-        TypeError: `messages` are not messages.
+        TypeError: `messages` is neither a list of messages nor a text.
         ValueError: no tokenizer or chat template, messages that the template refuses, or more tokens than the
             context holds.
 
@@ -316,7 +316,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-    """The token ids of a prompt of one sequence or several, as a copy on the CPU.
+    """The token ids of a prompt (one sequence or several), as a copy on the CPU.
 
     Raises:
         TypeError: the prompt is neither text nor ids.
@@ -344,7 +344,7 @@ def check_equally_long(model: Any, rows: Sequence[Tensor]) -> None:
     """Check that texts have the same number of tokens.
 
     Raises:
-        ValueError: they have not. The message shows the tokens.
+        ValueError: they do not; the message shows the tokens.
     """
     for row in rows:
         if row.shape != rows[0].shape:
@@ -359,7 +359,7 @@ def as_texts(prompt: Any) -> list[str] | None:
     """The texts of a prompt; None for one of ids.
 
     Raises:
-        TypeError: a mixture of texts and something else, or messages.
+        TypeError: the prompt mixes texts with something else, or is a list of messages.
         ValueError: an empty list.
     """
     if isinstance(prompt, str):
@@ -376,8 +376,8 @@ def as_texts(prompt: Any) -> list[str] | None:
     for entry in entries:
         if not isinstance(entry, str):
             raise TypeError(
-                f"a list of prompts must have texts only, got a {type(entry).__name__}: pass token ids as a "
-                "tensor"
+                f"a list of prompts must contain only texts, got a {type(entry).__name__}: pass token ids as "
+                "a tensor"
             )
     return entries
 
@@ -418,7 +418,7 @@ def as_ids(prompt: Any) -> tuple[Int[Tensor, "*batch pos"], Tensor | None]:
 
 
 def warn_of_padding(model: Any, tokens: Int[Tensor, "batch pos"]) -> None:
-    """Warn of ids that look like padding but have no mask: they are read like all others."""
+    """Warn of ids that look like padding but have no mask, and so are read like all others."""
     pad = getattr(model.tokenizer, "pad_token_id", None)
     if pad is None or tokens.ndim != 2 or not tokens.numel():
         return

@@ -1,4 +1,4 @@
-"""The built-in tasks: what their prompts are, for the tokenizer at hand."""
+"""The built-in tasks, whose prompts are made for the tokenizer at hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPANS = (
     *("war", "siege", "dynasty", "journey", "voyage", "expedition", "campaign", "reign", "project"),
     *("conflict", "contract", "marriage", "alliance", "strike", "famine", "tour"),
 )
-"""What lasts for years."""
+"""Things that last for years."""
 NUMBERED = {
     "man": "men",
     "woman": "women",
@@ -79,7 +79,7 @@ class BuiltIn:
 
     make: Maker
     counterfactuals: Mapping[str, str]
-    """By name, the usual one first: how the corrupted text differs."""
+    """How the corrupted text differs, by name; the default comes first."""
     reference: str
 
 
@@ -88,7 +88,7 @@ def _ioi(model: Any, n: int, generator: torch.Generator, counterfactual: str) ->
     prompts = []
     for at in range(n):
         a, b, *others = drawn(generator, names, 5)
-        # the templates take turns, and so does whether the subject comes first
+        # templates alternate, and so does which of the two names comes first
         subject, given = ("a", "b") if (at // len(IOI_TEMPLATES)) % 2 == 0 else ("b", "a")
         template, own = IOI_TEMPLATES[at % len(IOI_TEMPLATES)], {"a": a, "b": b}
         roles = {"S1": subject, "IO": given, "S2": "s"}
@@ -105,7 +105,7 @@ def _ioi(model: Any, n: int, generator: torch.Generator, counterfactual: str) ->
 def _greater_than(model: Any, n: int, generator: torch.Generator, counterfactual: str) -> list[TaskPrompt]:
     by_digit = _years_by_digit(model)
     nouns = one_token(model, [f" {noun}" for noun in SPANS], 2, "nouns")
-    # where the answer is the tens digit, both sides need one
+    # if the answer is the tens digit, there must be a larger and a smaller one
     years = [
         (century, year) for century in range(11, 18) for year in (range(10, 90) if by_digit else range(2, 99))
     ]
@@ -161,11 +161,11 @@ def _agreement(model: Any, n: int, generator: torch.Generator, counterfactual: s
     nouns = [pair for one, many in NUMBERED.items() if usable >= set(pair := (f" {one}", f" {many}"))]
     if len(nouns) < 2:
         raise ValueError(
-            "agreement needs two nouns whose singular and plural are one token, but there are not"
+            "agreement needs two nouns whose singular and plural are one token each, but has fewer"
         )
     verbs = [pair for pair in VERBS if len(one_token(model, pair, 0, "verbs")) == 2]
     if not verbs:
-        raise ValueError("agreement needs a verb whose singular and plural are one token, but there is none")
+        raise ValueError("agreement needs a verb whose singular and plural are one token each, but has none")
     prompts = []
     for at in range(n):
         subject, other = drawn(generator, nouns, 2)
@@ -185,7 +185,7 @@ def _capitals(model: Any, n: int, generator: torch.Generator, counterfactual: st
     if len(known) < 2:
         raise ValueError(
             "capitals needs at least 2 countries that, like their capitals, are one token of this model, "
-            f"but there are {len(known)} of {len(CAPITALS)}"
+            f"but only {len(known)} of {len(CAPITALS)} are"
         )
     prompts = []
     for _ in range(n):
@@ -233,7 +233,7 @@ def _docstring(model: Any, n: int, generator: torch.Generator, counterfactual: s
         }
         roles = {"A_def": "a", "B_def": "b", "C_def": "c", "A_doc": "p", "B_doc": "q"}
         clean, ends = filled(template, values, roles)
-        # other arguments in the definition, so that what is described no longer says which comes next
+        # other arguments in the definition, so that the described ones no longer tell which comes next
         corrupted, _ = filled(template, values | dict(zip("abcd", others, strict=True)), {})
         prompts.append(TaskPrompt(clean, corrupted, (c,), (a, b, d), ends))
     return prompts
@@ -243,8 +243,8 @@ BUILT_IN: dict[str, BuiltIn] = {
     "ioi": BuiltIn(
         _ioi,
         {
-            "swap-subject": "the indirect object is named again, not the subject, which swaps the answer",
-            "other-names": "three other names, so that no name comes again",
+            "swap-subject": "the indirect object is repeated instead of the subject, which swaps the answer",
+            "other-names": "three other names, so that no name is repeated",
         },
         "Wang et al. 2022, arXiv:2211.00593",
     ),
@@ -277,7 +277,7 @@ def made(
     """The prompts of a built-in task, and which counterfactual they have.
 
     Raises:
-        ArgumentError: another name or counterfactual.
+        ArgumentError: there is no such task or counterfactual.
         ValueError: too few words are one token of this model.
     """
     if name not in BUILT_IN:

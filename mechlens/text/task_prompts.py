@@ -1,4 +1,4 @@
-"""Prompts of a task: a clean text, its counterfactual, right and wrong answers, and roles of positions."""
+"""Prompts of a task: a clean text, its counterfactual, right and wrong answers, roles of positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ END = "END"
 """The role of the last position, whose prediction is the model's answer."""
 FIELDS = ("clean", "corrupted", "answer", "wrong")
 ROLE = "role_"
-"""How the column of a role begins in a file: `role_S2`."""
+"""Prefix of a role's column in a file, as in `role_S2`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class TaskPrompt:
 
     Args:
         clean: the text that the answer continues.
-        corrupted: its counterfactual, of as many tokens, which should be answered otherwise.
+        corrupted: its counterfactual, which has as many tokens and another right answer.
         answers: right next tokens, each with its space.
         wrong: wrong next tokens.
-        roles: where the word of each role ends in `clean`, in characters. `END` is there without asking.
+        roles: for each role, the character of `clean` at which its word ends. `END` is added by itself.
 
     Example:
         >>> prompt = mechlens.TaskPrompt("The keys are", "The key are", (" here",), (" there",), {"noun": 8})
@@ -53,7 +53,7 @@ class TaskPrompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """The same as tokens of one model."""
+    """A `TaskPrompt` as tokens of one model."""
 
     clean: Int[Tensor, "1 pos"]
     corrupted: Int[Tensor, "1 pos"]
@@ -67,8 +67,8 @@ def encoded(model: Any, prompt: TaskPrompt, *, prepend_bos: bool | None = None) 
     """The tokens of a prompt, checked.
 
     Raises:
-        ValueError: clean and corrupted differ in length (both numbers are named), there is no answer or no
-            wrong answer, one is not a single token, or a token is right and wrong.
+        ValueError: clean and corrupted differ in length (the message has both), there is no right or no wrong
+            answer, one is not a single token, or a token is both right and wrong.
     """
     clean, corrupted = (
         text_tokens(model, text, prepend_bos=prepend_bos) for text in (prompt.clean, prompt.corrupted)
@@ -84,7 +84,7 @@ def encoded(model: Any, prompt: TaskPrompt, *, prepend_bos: bool | None = None) 
     if not answers or not wrong:
         raise ValueError(f"each prompt needs a right and a wrong answer, but {prompt.clean!r} lacks one")
     if set(answers) & set(wrong):
-        raise ValueError(f"{prompt.clean!r} has an answer that is right and wrong")
+        raise ValueError(f"{prompt.clean!r} has an answer that is both right and wrong")
     return EncodedPrompt(clean, corrupted, answers, wrong, _positions(model, prompt, clean.shape[1]))
 
 
@@ -92,7 +92,7 @@ def _positions(model: Any, prompt: TaskPrompt, n_pos: int) -> dict[str, int]:
     found = {}
     if prompt.roles:
         if not getattr(model.tokenizer, "is_fast", False):
-            raise ValueError("roles need a fast tokenizer, which says where each token is in the text")
+            raise ValueError("roles need a fast tokenizer, which knows where each token is in the text")
         offsets = model.tokenizer(
             prompt.clean, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )["offset_mapping"]
@@ -101,7 +101,7 @@ def _positions(model: Any, prompt: TaskPrompt, n_pos: int) -> dict[str, int]:
             inside = [at for at, (start, stop) in enumerate(offsets) if start < end <= stop]
             if not inside:
                 raise ValueError(
-                    f"the role {role!r} ends at character {end} of {prompt.clean!r}, where no token is"
+                    f"the role {role!r} ends at character {end} of {prompt.clean!r}, where there is no token"
                 )
             found[role] = before + inside[-1]
     return found | {END: n_pos - 1}
@@ -113,7 +113,7 @@ def filled(template: str, values: Mapping[str, str], roles: Mapping[str, str]) -
     Args:
         template: such as `"When{a} and{b} went,{a} said"`.
         values: the text of each field.
-        roles: the field's name for each role; a further occurrence is written `a#2`.
+        roles: the field's name for each role; its second occurrence is written `a#2`.
     """
     text, ends, seen = "", {}, dict.fromkeys(values, 0)
     for before, field, _, _ in string.Formatter().parse(template):
@@ -126,14 +126,14 @@ def filled(template: str, values: Mapping[str, str], roles: Mapping[str, str]) -
 
 
 def read_prompts(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[TaskPrompt]:
-    """Prompts from a .csv or .jsonl file, or from rows with the same names.
+    """Prompts from a .csv or .jsonl file, or from mappings with the same fields.
 
     Columns: `clean`, `corrupted`, `answer`, `wrong`; in JSON an answer may be a list. A role is a column such
-    as `role_S2` with the word as it is in `clean`; `word#2` is its second occurrence.
+    as `role_S2` that has the word as it is in `clean`; `word#2` is its second occurrence.
 
     Raises:
-        ArgumentError: another ending.
-        ValueError: no rows, a column or a role's word that is not there; the message has the row's number.
+        ArgumentError: the file has another ending.
+        ValueError: there are no rows, or a column or a role's word is missing; the message has the row.
     """
     rows = _rows(source) if isinstance(source, (str, os.PathLike)) else [dict(row) for row in source]
     if not rows:
@@ -184,7 +184,7 @@ def _end_of(text: str, word: str, number: int) -> int:
     for _ in range(int(which)):
         start = text.find(word, end)
         if start < 0:
-            raise ValueError(f"row {number}: {word!r} is not {which} times in {text!r}")
+            raise ValueError(f"row {number}: there is no occurrence {which} of {word!r} in {text!r}")
         end = start + len(word)
     return end
 
@@ -193,7 +193,7 @@ def one_token(model: Any, words: Iterable[str], least: int, what: str) -> list[s
     """The words that are one token of this model.
 
     Raises:
-        ValueError: fewer than `least`; the message has the number.
+        ValueError: there are fewer than `least`; the message has the number.
     """
     every = list(words)
     found = [word for word in every if _is_one_token(model, word)]
@@ -214,5 +214,5 @@ def _is_one_token(model: Any, word: str) -> bool:
 
 
 def drawn(generator: torch.Generator, some: Sequence[Any], n: int) -> list[Any]:
-    """Some different entries, in random order."""
+    """`n` different entries, in random order."""
     return [some[at] for at in torch.randperm(len(some), generator=generator)[:n].tolist()]

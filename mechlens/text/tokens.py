@@ -1,4 +1,4 @@
-"""The ids of a tokenizer: which of them are special, and the label of each."""
+"""The ids of a tokenizer: which are special, and the label of each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def own_bos_token_id(tokenizer: Any) -> int | None:
     if tokenizer is None or tokenizer.bos_token is None:
         return None
     if tokenizer.bos_token == tokenizer.eos_token:
-        # the settings in its files still tell, or else the default of its class
+        # its saved settings still tell, or else the default of its class
         default = inspect.signature(type(tokenizer).__init__).parameters.get("bos_token")
         first = tokenizer.init_kwargs.get("bos_token", default.default if default else None)
         if first is None:
@@ -51,7 +51,7 @@ def drawable_tokens(tokenizer: Any, d_vocab: int) -> Int[Tensor, " drawable"]:
     """The ids that may be drawn at random: no special tokens, and none past the tokenizer's length.
 
     Args:
-        tokenizer: a Hugging Face tokenizer, or None for a model without one, which may draw all ids.
+        tokenizer: a Hugging Face tokenizer, or None for a model without one, for which all ids may be drawn.
         d_vocab: the model's vocabulary, which may be padded beyond the tokenizer's.
 
     Returns:
@@ -90,7 +90,7 @@ class Labels:
 
 
 def labels_of(tokenizer: Any) -> Labels:
-    """The labels of a tokenizer's tokens: their text, with the space that a token begins with.
+    """The labels of a tokenizer's tokens: their text, with any leading space.
 
     Bytes that are only part of a character are written as `\\xfc`. If two tokens have the same text, the id
     is appended to the second.
@@ -112,7 +112,7 @@ def _labels(tokenizer: Any) -> Labels:
     if any(_SPACE in piece for piece in plain):
         texts = [None if piece is None else piece.replace(_SPACE, " ") for piece in pieces]
     elif all(set(piece) <= _BYTES.keys() for piece in plain):
-        # lone bytes look like letters there
+        # lone bytes look like letters in these vocabularies
         texts = [
             None if piece is None or token in added else _of_bytes(piece)
             for token, piece in enumerate(pieces)
@@ -139,7 +139,7 @@ def _of_bytes(piece: str) -> str:
 def token_strings(model: Any, tokens: Int[Tensor, " pos"]) -> tuple[str, ...]:
     """The label of each token, which `target_id` accepts.
 
-    Without a tokenizer it is the id. The label of an id past the tokenizer's length is `[id]`.
+    Without a tokenizer, the label is the id. The label of an id past the tokenizer's length is `[id]`.
     """
     if model.tokenizer is None:
         return tuple(str(token) for token in tokens.tolist())
@@ -210,8 +210,8 @@ def check_text(text: str, what: str) -> None:
     """Check that a text is valid Unicode.
 
     Raises:
-        TypeError: not a string.
-        ValueError: a lone surrogate, such as Python puts in place of bytes that are not UTF-8.
+        TypeError: it is not a string.
+        ValueError: it has a lone surrogate, such as Python substitutes for bytes that are not UTF-8.
     """
     if not isinstance(text, str):
         raise TypeError(f"the {what} must be a string, got {text!r}")

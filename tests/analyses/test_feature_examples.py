@@ -204,7 +204,7 @@ def test_bad_input(tiny_directories, windows, tmp_path):
     with pytest.raises(ValueError, match=r"processing=False"):
         feature_examples(load_model(tiny_directories / "gpt2"), None, windows)
     result = feature_examples(model, Features([0], [1]), windows)
-    with pytest.raises(ValueError, match="feature 2 was not searched: there are 1"):
+    with pytest.raises(ValueError, match="feature 2 was not searched: the search covers 1"):
         result.at(0, 2)
     assert result.at(0, 1) == (0, 0)
 

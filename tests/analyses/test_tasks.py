@@ -143,8 +143,8 @@ def test_a_task_comes_from_csv_and_jsonl(bundled, tmp_path):
         ({"answer": "two words"}, "the target 'two words' is .* tokens, not one"),
         ({"answer": " a"}, "an answer that is right and wrong"),
         ({"wrong": ""}, "row 1 has no wrong"),
-        ({"role_N": "ship"}, "row 1: 'ship' is not 1 times in 'The sea is'"),
-        ({"role_N": "sea#2"}, "row 1: 'sea' is not 2 times"),
+        ({"role_N": "ship"}, "row 1: there is no occurrence 1 of 'ship' in 'The sea is'"),
+        ({"role_N": "sea#2"}, "row 1: there is no occurrence 2 of 'sea'"),
     ],
 )
 def test_a_wrong_row_is_refused_before_anything_runs(bundled, change, message):
@@ -174,7 +174,7 @@ def test_a_single_prompt_shows_neither_ability_nor_spread(bundled):
     task = Task.from_file(ROWS[1:2], bundled, name="mine")
     found, grid = task.performance(), task.grid("resid_pre", layers=[0])
     assert not found.able
-    assert found.note == grid.note == "a single prompt does not show whether the model does the task mine"
+    assert found.note == grid.note == "a single prompt does not show whether the model can do the task mine"
     assert bool(grid.standard_error.isnan().all())
     assert found.note[1:] in section(found).text
 
@@ -212,7 +212,7 @@ def test_a_task_that_the_model_cannot_do_says_so(bundled):
     hard = [TaskPrompt("The sea is", "The old is", ("z",), (" the",))] * 4
     found = Task(bundled, hard, name="hard").performance()
     assert not found.able
-    assert found.note.startswith("the model does not do the task hard: accuracy 0.00")
+    assert found.note.startswith("the model cannot do the task hard: accuracy 0.00")
 
 
 def test_performance_comes_back_from_its_file(bundled, tmp_path):

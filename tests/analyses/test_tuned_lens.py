@@ -382,7 +382,10 @@ def test_a_lens_of_other_weights_does_not_fit(tiny_bos_model, tiny_directories) 
     lens = trained(tiny_bos_model)
     lens.check_fits(describe(load_model(tiny_directories / "gpt2", dtype="bfloat16")))
     raw = describe(load_model(tiny_directories / "gpt2", processing=False))
-    states = r"processed weights \(processing=True\), but this has unprocessed weights \(processing=False\)"
+    states = (
+        r"processed weights \(processing=True\), but this model has unprocessed weights "
+        r"\(processing=False\)"
+    )
     with pytest.raises(ValueError, match=f"trained on {states}; load the model with processing=True"):
         lens.check_fits(raw)
     other = describe(load_model(tiny_directories / "gpt_neox"))

@@ -407,7 +407,7 @@ def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
         assert cell["kl_final"] == pytest.approx(own["kl_final"], rel=1e-5, abs=1e-6)
     code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
     assert code == 2
-    assert "it was trained on processed weights (processing=True), but this has unprocessed" in err
+    assert "it was trained on processed weights (processing=True), but this model has unprocessed" in err
     raw = dataclasses.replace(identity, model=dataclasses.replace(model, processing=False))
     saved = raw.save(tmp_path / "raw.safetensors")
     code, out, _ = run(capsys, "lens", TEXT, "--tuned-lens", saved, "--json")

@@ -135,9 +135,9 @@ def test_titles_say_what_was_searched():
 
 
 def test_layers_and_features_that_were_not_searched_are_refused():
-    with pytest.raises(ValueError, match=r"layer 1 was not searched: there are 0, 2, 3$"):
+    with pytest.raises(ValueError, match=r"layer 1 was not searched: the search covers 0, 2, 3$"):
         plot_feature_tokens(exhaustive(), layers=[0, 1])
-    with pytest.raises(ValueError, match=r"feature 2 was not searched: there are 4, 1$"):
+    with pytest.raises(ValueError, match=r"feature 2 was not searched: the search covers 4, 1$"):
         plot_feature_tokens(exhaustive(), features=[2])
     with pytest.raises(ValueError, match="no layer is chosen"):
         plot_feature_tokens(exhaustive(), layers=[])

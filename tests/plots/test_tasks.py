@@ -19,8 +19,8 @@ def test_cells_are_shares_of_the_way_or_changes():
         "<b>layer 0, &lt;END&gt;</b><br>change 3.000 logits<br>standard error 1.000"
     )
     assert "Share of the way to the clean run" in figure.layout.title.text
-    changes = plot_role_grid(role_grid(note="the model does not do the task"), value="effect")
+    changes = plot_role_grid(role_grid(note="the model cannot do the task"), value="effect")
     assert changes.data[0].z.tolist() == [[1.0, 3.0], [0.0, -1.0]]
-    assert "the model does not do the task" in changes.layout.title.text
+    assert "the model cannot do the task" in changes.layout.title.text
     with pytest.raises(ValueError, match="value must be one of effect, recovered, got 'mean'"):
         plot_role_grid(role_grid(), value="mean")

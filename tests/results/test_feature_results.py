@@ -33,7 +33,7 @@ def test_the_summary_shows_visible_tokens_and_where_none_activates():
     # a neuron at or below 0 for every token has no best one; the lowest is there all the same
     assert neurons.summary(1, layers=[3], features=[1])["highest"].tolist() == [NO_TOKEN]
     assert neurons.column("feature").heading == neurons.noun == "neuron"
-    with pytest.raises(ValueError, match="layer 1 was not searched: there are 0, 2, 3"):
+    with pytest.raises(ValueError, match="layer 1 was not searched: the search covers 0, 2, 3"):
         exhaustive().summary(layers=[1])
 
 

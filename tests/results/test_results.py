@@ -281,7 +281,7 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 def test_another_type_of_result_is_refused(tmp_path: Path) -> None:
     path = examples.attention().save(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="holds a AttentionPatterns, not a HeadScores"):
+    with pytest.raises(ValueError, match="contains AttentionPatterns, not HeadScores"):
         HeadScores.load(path)
     assert Result.load(path) == examples.attention()
 
@@ -302,7 +302,7 @@ def test_a_newer_format_or_an_unknown_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="which this version of mechlens does not know"):
         load(newer)
     unknown = _with_header(path, lambda header: header.update(format=FORMAT, type="CircuitScores"))
-    with pytest.raises(ValueError, match="holds a CircuitScores, which this version"):
+    with pytest.raises(ValueError, match="contains CircuitScores, which this version"):
         load(unknown)
 
 

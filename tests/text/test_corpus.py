@@ -91,11 +91,11 @@ def test_errors_of_a_corpus_say_what_is_needed(tmp_path: Path, folder: Path):
         read_texts(tmp_path / "absent.txt")
     with pytest.raises(FileNotFoundError, match="absent"):
         read_texts(["a text", tmp_path / "absent.txt"])
-    with pytest.raises(ValueError, match=r"'The cat sat\.' is not a file or folder; give a text in a list"):
+    with pytest.raises(ValueError, match=r"'The cat sat\.' is not a file or folder; pass a text in a list"):
         read_texts("The cat sat.")
     with pytest.raises(ValueError, match=r"is the name of a file.*pass it as a Path"):
         list(read_texts([str(folder / "a.txt")]))
-    with pytest.raises(ValueError, match="got a dict with train, test: give one of its entries"):
+    with pytest.raises(ValueError, match="got a dict with train, test: pass one of its entries"):
         read_texts({"train": ["x"], "test": ["y"]})
     with pytest.raises(ValueError, match="entry 1 is a int, not a text"):
         list(read_texts(["x", 3]))
