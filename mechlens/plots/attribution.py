@@ -17,16 +17,16 @@ from mechlens.text.display import number
 def plot_attribution(
     result: LogitAttribution, *, row: int = 0, position: int = -1, largest: int = 12
 ) -> go.Figure:
-    """Draw what each component adds to the logit at one position: by layer and head, and the largest as bars.
+    """Draw what each component adds to the logit at one position: a heatmap, and bars for the largest.
 
-    Blue raises the logit, orange lowers it. In the heatmap layer 0 is at the bottom, and the attention bias
-    and the MLP have columns beside the heads. The bars include the embeddings and the final bias, and sum to
-    the logit.
+    Blue raises the logit, orange lowers it. The heatmap is by layer and head, with layer 0 at the bottom and
+    columns for the attention bias and the MLP beside the heads. The bars include the embeddings and the final
+    bias, and sum to the logit.
 
     Args:
         row: which sequence of the batch; negative counts from the end.
         position: which of the positions that were read; negative counts from the end.
-        largest: how many components of layers get a bar.
+        largest: how many layer components get a bar.
 
     Returns:
         A plotly figure.
@@ -133,6 +133,6 @@ def _bars(bars: Mapping[str, float]) -> go.Bar:
 
 
 def _written(value: float, digits: int) -> str:
-    """A number with one digit more where it would round to nothing, and without a sign if it still does."""
+    """A number with one more digit if it would round to 0, and without a sign if it still does."""
     digits += abs(value) < 0.5 * 10**-digits
     return number(value if abs(value) >= 0.5 * 10**-digits else 0.0, digits)

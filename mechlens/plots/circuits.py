@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DECADES = 4
-"""Powers of ten below the largest eigenvalue; smaller ones are drawn as if they were not."""
+"""Powers of ten below the largest eigenvalue; smaller ones are drawn at the center."""
 _LABEL = 14
 _WRITTEN = 12
-"""Rows and columns up to which each cell of a corner holds its number."""
+"""With up to this many rows and columns, each cell of a corner shows its number."""
 
 
 def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> go.Figure:
-    """Draw a part of a circuit with its tokens along both sides.
+    """Draw a corner of a circuit with its tokens along both sides.
 
-    Colors are centered at 0; with at most 12 rows and columns the entries are written into their cells.
+    Colors are centered at 0. With at most 12 rows and columns, the entries are written into their cells.
 
     Args:
-        table: entries, as `circuit_corner` returns.
+        table: entries, as returned by `circuit_corner`.
         circuit: the circuit, for the title.
 
     Returns:
         A plotly figure.
 
     Raises:
-        ValueError: the table is empty, or has other axes than the circuit.
+        ValueError: the table is empty, or its axes differ from the circuit's.
 
     Example:
         >>> circuit = mechlens.full_OV(model, "L3H5")
@@ -66,8 +66,8 @@ def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> 
     axes = str(table.index.name), str(table.columns.name)
     if circuit is not None and axes != circuit.axes:
         raise ValueError(
-            f"the table's axes are {' and '.join(axes)}, but those of the {circuit.name} are "
-            f"{' and '.join(circuit.axes)}: give a table of circuit_corner"
+            f"the table's axes are {' and '.join(axes)}, but the axes of the {circuit.name} are "
+            f"{' and '.join(circuit.axes)}: pass a table from circuit_corner"
         )
     values = table.to_numpy(dtype="float64")
     texts = [[figure_text(visible_token(str(label))) for label in side] for side in (table.index, table)]
@@ -119,7 +119,7 @@ def plot_circuit_corner(table: pd.DataFrame, circuit: Circuit | None = None) -> 
 
 
 def plot_eigenvalues(circuit: Circuit | Complex[Tensor, " eigenvalue"]) -> go.Figure:
-    """Draw a circuit's eigenvalues in the complex plane, with the logarithm of their magnitude as radius.
+    """Draw a circuit's eigenvalues in the complex plane, with their log magnitude as the radius.
 
     Eigenvalues on the right belong to directions that the circuit maps to themselves (copying, matching),
     those on the left to directions that it reverses. Eigenvalues more than four powers of ten below the
@@ -206,12 +206,12 @@ def plot_eigenvalues(circuit: Circuit | Complex[Tensor, " eigenvalue"]) -> go.Fi
 
 
 def plot_positional_attention(result: PositionalAttention) -> go.Figure:
-    """Draw how a head would attend by positions alone.
+    """Draw how a head would attend based on positions alone.
 
-    Each row is a position that attends, from the top; positions that it cannot see are gray.
+    Each row is an attending position, from the top; positions that it cannot see are gray.
 
     Args:
-        result: of `positional_attention`.
+        result: from `positional_attention`.
 
     Returns:
         A plotly figure.

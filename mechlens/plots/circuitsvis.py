@@ -1,8 +1,8 @@
 """Interactive views from circuitsvis, shown without a network.
 
 The display of circuitsvis itself makes a network request on every call, and gives each view its own copy of
-the JavaScript. Here a view is the name and the properties of a component. In Jupyter it includes the
-JavaScript of the installed package; on a page many views share one copy.
+the JavaScript. Here a view is just the name and properties of a component. In Jupyter it includes the
+JavaScript of the installed package; views on one page can share a copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 
-# In circuitsvis a head is chosen by mouse only. This allows the same by keyboard.
+# In circuitsvis, heads can be chosen by mouse only. This adds the keyboard.
 SHOW_VIEW = """\
 function showView(id, component, props) {
   const place = document.getElementById(id);
@@ -58,12 +58,12 @@ def circuitsvis_bundle() -> str:
     """The JavaScript of the installed circuitsvis, for an inline script; it defines `CircuitsVis`."""
     source = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
     code, _, _ = source.rpartition("//# sourceMappingURL=")
-    # The only closing tag is inside a string, where the escape means the same.
+    # The only closing tag is inside a string, where the escape has the same meaning.
     return (code or source).replace("</script", r"<\/script").strip()
 
 
 def script_json(value: object) -> str:
-    """JSON for the inside of a script element: no `<` can end the element or open a comment.
+    """JSON for use in a script element: no `<` can end the element or open a comment.
 
     Raises:
         ValueError: a number is nan or infinite, which JSON does not have.
@@ -73,7 +73,7 @@ def script_json(value: object) -> str:
 
 
 def html_head(title: str) -> str:
-    """The start of a page, up to its title. The page may run its own code, and fetches nothing."""
+    """The start of a page, up to its title. The page may run its own code but fetch nothing."""
     return f"""\
 <!doctype html>
 <html lang="en">
@@ -88,13 +88,13 @@ def html_head(title: str) -> str:
 class View:
     """A circuitsvis component with its properties, which Jupyter displays.
 
-    `write_html` saves it as a page, as for plotly's figures.
+    `write_html` saves it as a page, as for plotly figures.
     """
 
     component: str
     """Such as `AttentionHeads`."""
     props: Mapping[str, Any] = dataclasses.field(repr=False)
-    """By the names in the component's documentation; JSON. Left out of the repr, which notebooks store."""
+    """JSON values, named as in the component's documentation. Left out of the repr, which notebooks store."""
 
     def _repr_html_(self) -> str:
         # Several notebooks can share a page, and one view can be shown twice on it.

@@ -32,28 +32,28 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _DEEP = 8
-"""Layers from which on those without an edge may share a line of the graph."""
+"""In models with more layers than this, layers without an edge may share a line of the graph."""
 FAINTEST = 0.3
 """Start of the color scale for edges: lighter colors are lost on white."""
 _CLEAR = 0.45
-"""How far an edge stays from heads that it passes, where it can: their names have half this width."""
+"""How far an edge stays from the heads that it passes, if possible, so as to clear their names."""
 
 
 def plot_composition_scores(result: CompositionScores) -> go.Figure:
     """Draw how much each later head (across) could read of what each earlier head (up) writes.
 
-    Colors are scores minus the baseline's mean, blue above it; a pair that is not of an earlier and a later
-    layer is gray. Lines separate layers. Hover for both heads, their score, and its distance from the mean in
-    standard deviations of the baseline.
+    Colors show scores minus the baseline's mean, with blue above it. Pairs that are not from an earlier and a
+    later layer are gray. Lines separate layers. Hover for both heads, their score, and its distance from the
+    mean in standard deviations of the baseline.
 
     Args:
-        result: of `composition_scores`.
+        result: from `composition_scores`.
 
     Returns:
         A plotly figure.
 
     Raises:
-        ValueError: the model has one layer, and so no such pairs.
+        ValueError: the model has only one layer, and so no such pairs.
 
     Example:
         >>> found = mechlens.composition_scores(model, "k")
@@ -79,11 +79,11 @@ def plot_composition_scores(result: CompositionScores) -> go.Figure:
         name=f"{result.kind}_composition",
         x=later,
         y=earlier,
-        # numbers in the place of texts: of 1,000 heads there are half a million pairs
+        # numbers in place of texts: 1,000 heads have half a million pairs
         customdata=torch.stack([scores, over / result.baseline_std], -1).float().numpy(),
         hovertemplate=(
             "<b>%{y} → %{x}</b><br>score %{customdata[0]:.3f}<br>over baseline %{z:+.3f}"
-            "<br>that is %{customdata[1]:+.1f} of its standard deviations<extra></extra>"
+            "<br>%{customdata[1]:+.1f} of its standard deviations<extra></extra>"
         ),
     )
     cells.colorbar.update(tickformat=".2~g")
@@ -99,8 +99,8 @@ def plot_composition_scores(result: CompositionScores) -> go.Figure:
     title = titles(
         result.title,
         result.model.name,
-        f"minus the baseline's mean, {number(result.baseline_mean)}; it spreads by "
-        f"{number(result.baseline_std)}",
+        f"minus the baseline's mean, {number(result.baseline_mean)} (standard deviation "
+        f"{number(result.baseline_std)})",
         f"highest scores: {best}" if best else "no score is above the baseline",
         *filter(None, [result.rotation]),
     )
@@ -125,8 +125,8 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     without dots. Hover over an edge for its score, over a head for the heads that it reads and that read it.
 
     Args:
-        result: of `composition_scores`.
-        top: how many edges; those that are not above the baseline are left out.
+        result: from `composition_scores`.
+        top: how many edges; pairs that are not above the baseline are left out.
 
     Returns:
         A plotly figure.
@@ -178,7 +178,8 @@ def plot_head_graph(result: CompositionScores, *, top: int = 20) -> go.Figure:
     title = titles(
         f"{result.title}: the {len(pairs)} strongest",
         result.model.name,
-        f"over the baseline, {number(result.baseline_mean)}; it spreads by {number(result.baseline_std)}",
+        f"over the baseline, {number(result.baseline_mean)} (standard deviation "
+        f"{number(result.baseline_std)})",
         *filter(None, [result.rotation]),
     )
     margin = top_margin(title)
@@ -211,7 +212,7 @@ def _draw_edges(
     way: Callable[[dict[Any, Any]], tuple[list[float], list[float]]],
     n_lines: int,
 ) -> None:
-    """Add the edges, and points on them that the cursor finds."""
+    """Add the edges, with points on them for hovering."""
     points: dict[str, list[Any]] = {"x": [], "y": [], "over": [], "text": []}
     # the strongest is drawn last, over the others
     for pair in reversed(pairs):
@@ -220,7 +221,7 @@ def _draw_edges(
         text = (
             f"<b>{pair['earlier']} → {pair['later']}</b><br>score {number(pair['score'])}"
             f"<br>over baseline +{number(pair['over_baseline'])}"
-            f"<br>that is +{number(pair['z'], 1)} of its standard deviations"
+            f"<br>+{number(pair['z'], 1)} of its standard deviations"
         )
         red, green, blue = sequential(FAINTEST + (1 - FAINTEST) * share)
         figure.add_trace(
@@ -233,7 +234,7 @@ def _draw_edges(
                 hoverinfo="skip",
             )
         )
-        # a line is found under the cursor at its points alone; those near a head belong to the head
+        # hovering finds a line only at its points; those near a head belong to the head
         for place in range(3, len(x) - 3):
             points["x"].append(x[place])
             points["y"].append(y[place])
@@ -283,7 +284,7 @@ def _strongest(result: CompositionScores, top: int) -> pd.DataFrame:
 
 
 def _heads_axis(names: list[str], n_heads: int) -> dict[str, object]:
-    """Each head's name where there is room, else each layer's in the middle of its heads."""
+    """Each head's name if there is room, otherwise each layer's in the middle of its heads."""
     shown, texts = names, names
     if len(names) > 36:
         shown = names[n_heads // 2 :: n_heads]
@@ -298,7 +299,7 @@ def _ends(pair: dict[Any, Any]) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _layer_lines(n_layers: int, linked: set[int]) -> list[tuple[list[int], float]]:
-    """What stands on the axis of layers, from below, and where: a layer, or a run of them without an edge."""
+    """The ticks of the layer axis from the bottom, and their places: a layer, or a run without an edge."""
     lines: list[list[int]] = []
     for layer in range(n_layers):
         if n_layers > _DEEP and layer not in linked and lines and linked.isdisjoint(lines[-1]):
@@ -318,8 +319,8 @@ def _edge(
     n_heads: int,
     points: int = 25,
 ) -> tuple[list[float], list[float]]:
-    """A line that leaves and arrives upright, past other layers in a bow that keeps clear of their heads, and
-    within the figure where it can."""
+    """A line that leaves and arrives vertically, and bows to stay clear of the heads it passes and inside the
+    figure, if possible."""
     (first, x0), (last, x1) = _ends(pair)
     y0, y1 = places[first], places[last]
     t = torch.linspace(0, 1, points, dtype=torch.double)
@@ -328,7 +329,7 @@ def _edge(
         return x0 + (x1 - x0) * (3 - 2 * t) * t.square() + bow * (torch.pi * t).sin()
 
     def clearance(bow: float) -> float:
-        """Distance to the nearest head at which the line would seem to end, up to what is enough."""
+        """Distance to the nearest head at which the line would seem to end, capped at what is enough."""
         line = across(t, bow)
         if float(line.min()) < -0.6 or float(line.max()) > n_heads - 0.4:
             return -1.0
@@ -338,13 +339,13 @@ def _edge(
 
     bow = 0.0
     if any(first < layer < last for layer, _ in linked):
-        # of bows that are wide enough the first, which is the smallest
+        # the first bow that is wide enough, which is the smallest
         bow = max((sign * size / 4 for size in range(7) for sign in (1, -1)), key=clearance)
     return across(t, bow).tolist(), (y0 + (y1 - y0) * t).tolist()
 
 
 def _edge_colors() -> list[str]:
-    """The part of the sequential scale that edges have."""
+    """The part of the sequential scale that edges use."""
     steps = 2 * len(SEQUENTIAL)
     shades = [sequential(FAINTEST + (1 - FAINTEST) * step / steps) for step in range(steps + 1)]
     return [f"rgb({red}, {green}, {blue})" for red, green, blue in shades]

@@ -15,10 +15,10 @@ def plot_facts(result: Facts) -> go.Figure:
     """Draw the share of facts whose answer is the top-1 prediction or in the top 10, by layer.
 
     Args:
-        result: of `read_facts`.
+        result: from `read_facts`.
 
     Returns:
-        A figure with the lines `top-1`, `top 10`, `mean probability` and, dotted, those of wrong answers.
+        A figure with the lines `top-1`, `top 10`, `mean probability` and, dotted, two for wrong answers.
 
     Example:
         >>> facts = [("verb", "The captain of the", " ship"), ("verb", "He went to the", " door")]

@@ -23,7 +23,7 @@ _WRITTEN = 12
 _LETTERS = 36
 """Characters in a line above or below one heatmap."""
 _SIDES = {1: 460, 2: 340, 3: 230}
-"""The longest side of a heatmap, in pixels, by how many are in a row, so that the row fits a page."""
+"""The longest side of a heatmap in pixels, by the number in a row, so that the row fits a page."""
 _LINE = 17
 """Height of a line of text, in pixels."""
 
@@ -35,17 +35,17 @@ def plot_feature_alignment(
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. Colors span [0, 1]
     in all heatmaps; layers go upwards and to the right. A layer with itself, within one search, is gray.
-    Above each heatmap is the mean over pairs of layers, each with each later one or with the same layer of
-    the other search, with its 95% interval, chance and verdict. Hover for these numbers of a cell.
+    Above each heatmap is the mean over `FeatureAlignment.pairs()`, with its 95% interval, chance and verdict.
+    Hover over a cell for the same numbers.
 
     Args:
-        results: for example of a trained model and of random weights.
-        names: what they are called; None takes the models' names.
+        results: for example, from a trained model and from random weights.
+        names: a name for each; None takes the models' names.
         what: `same`, the share of features with the same best token, or `overlap`, the share of the best
             tokens that are the same.
 
     Raises:
-        ValueError: no result, another number of names, or an unknown share.
+        ValueError: no results, a different number of names, or an unknown share.
 
     Example:
         >>> search = mechlens.search_exhaustive(raw, mechlens.Features(indices=range(32)), top_k=2)
@@ -58,7 +58,7 @@ def plot_feature_alignment(
         raise ArgumentError("what", f"one of {', '.join(SHARES)}", what)
     widest = max(max(result.same.shape[:2]) for result in results)
     wanted = max(230, (34 if widest <= _WRITTEN else 18) * widest)
-    # three in a row where numbers fit into the cells, and rows of about equal length
+    # three in a row if numbers fit into the cells, and rows of about equal length
     most = 3 if wanted <= _SIDES[3] + 8 else 2
     n_rows = math.ceil(len(results) / most)
     n_columns = math.ceil(len(results) / n_rows)
@@ -150,7 +150,7 @@ def _lines(share: Share) -> list[str]:
 
 
 def _of_other(result: FeatureAlignment) -> str:
-    """Whose the other layers are, if it is another model."""
+    """The model of the other layers, if it is a different one."""
     here, there = result.model.name, result.other.name
     if result.one_model:
         return ""
@@ -158,7 +158,7 @@ def _of_other(result: FeatureAlignment) -> str:
 
 
 def _means(result: FeatureAlignment, what: str) -> np.ndarray:
-    """Mean over the features that count, by layer and other layer; nan where there are none, and for a layer
+    """Mean over the features that count, by layer and other layer; nan if there are none, and for a layer
     with itself within one search."""
     values, counted = (result.same if what == "same" else result.overlap), result.compared
     means = values.double().where(counted, torch.nan).nanmean(-1).cpu().numpy()

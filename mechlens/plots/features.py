@@ -20,7 +20,7 @@ COLUMNS = 8
 """Features that are drawn by default."""
 _LABEL = 14
 _HOVERED = 10
-# A letter or a sign after these characters would begin markup or an entity; this invisible one does not.
+# After `<` or `&`, most characters would begin markup or an entity; this invisible one does not.
 _APART = "\N{WORD JOINER}"
 
 
@@ -38,7 +38,7 @@ def drawn_places(
         ("layer", result.noun), chosen, (result.layers, result.features), strict=True
     ):
         if not wanted:
-            raise ValueError(f"no {name} is chosen: there are {listed(known)}")
+            raise ValueError(f"no {name} is chosen: the search covers {listed(known)}")
     for layer, feature in [(chosen[0][0], each) for each in chosen[1]] + [
         (each, chosen[1][0]) for each in chosen[0]
     ]:
@@ -56,24 +56,24 @@ def plot_feature_tokens(
     """Draw the maximally activating token of each feature, by layer (upwards) and feature.
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. Colors show in how
-    many of the drawn layers the feature has this same token: a dark column is aligned. Hover for the next
+    many of the drawn layers the feature has the same token: a dark column is aligned. Hover for the next
     best tokens and their activations. A dash means that no token activates the feature
     (`ExhaustiveSearch.activates`).
 
     Args:
-        result: of `search_exhaustive`.
-        layers: layer numbers to draw; None is all that were searched.
-        features: features to draw; None is the first 8.
+        result: from `search_exhaustive`.
+        layers: layer numbers to draw; None draws all that were searched.
+        features: features to draw; None draws the first 8.
         end: `highest`, or `lowest` for the minimally activating tokens.
 
     Raises:
-        ValueError: a layer or feature that was not searched, none at all, or another end.
+        ValueError: a layer or feature that was not searched, no layer or feature, or an unknown end.
 
     Example:
         >>> found = mechlens.search_exhaustive(raw, mechlens.Features(indices=range(8)), top_k=3)
         >>> figure = mechlens.plot_feature_tokens(found, layers=[0, 1])
 
-    References: Badger, "Language Model Features", tables of "Complete Search Features"; there layer 0 is at
+    References: Badger, "Language Model Features", tables of "Complete Search Features", with layer 0 at
         the top.
     """
     check_type("result", result, ExhaustiveSearch)
@@ -88,7 +88,7 @@ def plot_feature_tokens(
     activates = torch.ones_like(ids, dtype=torch.bool)
     if highest:
         activates = result.activates.cpu()[rows][:, columns]
-    # a feature that no token activates shares none
+    # a feature that no token activates has no token to share
     best, some = ids[..., 0], activates[..., 0]
     shared = ((best[None] == best[:, None]) & some[None]).sum(1).clamp(min=1)
     shared[~some] = 1
@@ -172,7 +172,7 @@ def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> 
     view offline; `.write_html("examples.html")` saves it as a page.
 
     Args:
-        result: of `feature_examples`.
+        result: from `feature_examples`.
         layer: a layer that was searched.
         feature: a feature that was searched.
 
@@ -196,8 +196,8 @@ def plot_feature_examples(result: FeatureExamples, layer: int, feature: int) -> 
         [float(f"{value:.4g}") for value in result.activations[i, j, rank].double().nan_to_num(0).tolist()]
         for rank in kept
     ]
-    # The component shades blue up to the largest and red down to the smallest of all numbers, however near 0
-    # that is. Two more numbers after each window's last token, which are not drawn, make both scales equal.
+    # The component scales blue to the largest and red to the smallest of all numbers, however near 0 that is.
+    # Two extra numbers after each window's last token, which are not drawn, make both scales equal.
     largest = max(abs(value) for window in activations for value in window) or 1.0
     activations = [[*window, largest, -largest] for window in activations]
     return View(
@@ -223,8 +223,8 @@ def _best_tokens(ids: list[int], activations: list[float], strings: dict[str, st
 
 
 def _no_markup(token: str) -> str:
-    """A token that stays text in circuitsvis, which puts tokens into the page as markup.
+    """A token that remains text in circuitsvis, which puts tokens into the page as markup.
 
-    Entities would be right in the text, but hover texts show them as they are.
+    Entities would work in the text, but hover texts show them literally.
     """
     return token.replace("<", f"<{_APART}").replace("&", f"&{_APART}")

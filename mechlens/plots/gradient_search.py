@@ -20,11 +20,11 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
 
     Each faint line is a restart; the strong one found the best tokens. Marks to the right of the last step
     are the decoded tokens of each restart, when run as tokens. The dashed line is the optimum of an
-    exhaustive search, where it is known. Embeddings that are not those of a token may exceed it.
+    exhaustive search, if it is known. Embeddings that belong to no token may exceed it.
 
     Args:
-        result: of `search_gradient`. A continuation is drawn as its log-probability, a target as the distance
-            to it, anything else as activations.
+        result: from `search_gradient`. A continuation is drawn as its log-probability, a target as the
+            distance to it, anything else as activations.
 
     Returns:
         A figure with the traces `restarts`, `restart of the best tokens`, one for each decoding, and
@@ -89,7 +89,7 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
             )
         )
     end = steps[-1] + (len(true) + 1) * apart
-    # the last step is labeled, and none so near that their numbers would touch
+    # the last step is labeled, but none so near that the labels would touch
     every = max(1, round(n_steps / 8))
     is_activation = what.startswith("activation")
     if result.optimum is not None and is_activation:
@@ -136,7 +136,7 @@ def plot_gradient_search(result: GradientSearch) -> go.Figure:
 
 
 def cut(text: str, longest: int = 60) -> str:
-    """A text that is visible already, shortened."""
+    """A text whose whitespace is already visible, shortened."""
     return text if len(text) <= longest else text[:longest] + "…"
 
 
@@ -146,6 +146,6 @@ def _found(result: GradientSearch, way: str, reached: Tensor) -> list[str]:
     return [
         f"<b>{figure_text(cut(result.text(ids, ' ')))}</b><br>restart {restart}, {way}"
         f"<br>{number(float(reached[restart]))}"
-        f"<br>cosine of its embedding to the nearest real one {number(cosines[restart])}"
+        f"<br>cosine of its embedding with the nearest real one {number(cosines[restart])}"
         for restart, ids in enumerate(result.ids[way].tolist())
     ]

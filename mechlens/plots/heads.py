@@ -152,9 +152,9 @@ def plot_head_scores(result: HeadScores, kind: str, *, labeled: int | None = Non
 
     Args:
         kind: a score of the result, such as `"induction_score"`.
-        labeled: write the score into the cells of this many heads, the strongest first. None labels all
-            heads of a model with at most 48, and 5 heads of a larger one. Layers of more than 16 heads have
-            no room for labels.
+        labeled: write the score into the cells of this many heads, strongest first. None labels all heads
+            of a model with at most 48, and 5 heads of a larger one. Layers of more than 16 heads have no
+            room for labels.
 
     Returns:
         A heatmap `[layer, head]`.
@@ -202,7 +202,7 @@ def plot_head_scores(result: HeadScores, kind: str, *, labeled: int | None = Non
 def plot_scores_against_nulls(result: HeadScores, kind: str, *, top: int = 10) -> go.Figure:
     """Draw the scores of the strongest heads with their intervals and null baselines.
 
-    A score is evidence only if it is well above its null, the same measure without its cause. The strongest
+    A score is evidence only if it is well above its null: the same measure without its cause. The strongest
     head is at the top.
 
     Args:
@@ -321,7 +321,7 @@ def plot_attention(patterns: AttentionPatterns) -> View:
 
 
 def plot_attention_heatmap(patterns: AttentionPatterns, index: int | None = None) -> go.Figure:
-    """Draw attention patterns as heatmaps: rows are attending positions (dest), columns attended ones (src).
+    """Draw attention patterns as heatmaps: rows are attending (dest), columns attended (src) positions.
 
     Positions that a row cannot attend to are gray. Hover for both tokens and their positions. Dotted lines
     separate the turns of a conversation, and the first token of each is preceded by its role.

@@ -1,4 +1,4 @@
-"""The figure of recovering the input token: how well, and with what kind of map."""
+"""The figure of the input probe: how well the input token is recovered, and with what kind of map."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _PANELS = (
 )
 _COMPARED = {"weight_correlation": (1, 2), "similarity": (2, 1), "unembedding_similarity": (2, 2)}
 _APART = 0.18
-"""Distance of the markers of two bases, so that none hides another."""
+"""Distance between the markers of two bases, so that none hides another."""
 
 
 def plot_input_probe(result: InputProbe) -> go.Figure:
-    """Draw by row how many tokens are recovered, and what each map is like beside random maps.
+    """Draw how many tokens are recovered at each row, and how each map compares with random maps.
 
-    Color and shape of a marker show the basis. In the panel of accuracy, filled markers on solid lines are
-    the maps of single rows, open ones on dashed lines the shared map; the dotted line is the most frequent
-    token. In the other panels the shared map comes last, and a gray bar is the central 95% of random maps
-    with the same singular values.
+    The color and shape of a marker show the basis. In the accuracy panel, filled markers on solid lines are
+    the maps of single rows, and open markers on dashed lines the shared map; the dotted line always guesses
+    the most frequent token. In the other panels, the shared map comes last, and gray bars are the central 95%
+    of random maps with the same singular values.
 
     Args:
-        result: of `probe_input`.
+        result: from `probe_input`.
 
     Returns:
         A plotly figure of four panels; traces have names such as `accuracy pca shared`.

@@ -35,12 +35,12 @@ def plot_lens_lines(
 ) -> go.Figure:
     """Draw statistics by layer: a line for each position, a panel for each statistic.
 
-    Ranks have a logarithmic axis. Each line has a marker of its own.
+    Ranks are on a log axis. Each line has its own marker.
 
     Args:
-        result: a lens of `logit_lens`, or two lenses `interleaved`.
+        result: a lens from `logit_lens`, or two lenses `interleaved`.
         stats: one or several of `probability`, `entropy`, `kl_final`, `kl_input`, and the rank or probability
-            of a token: `rank_final`, `rank_input`, `rank_next`, and of each target `rank_ Paris` and
+            of a token: `rank_final`, `rank_input`, `rank_next`, and for each target `rank_ Paris` and
             `probability_ Paris`.
         row: sequence of the batch.
         positions: at most 12 of the positions that were read; None draws the last 6.
@@ -114,7 +114,7 @@ def _lay_out(
     n_rows = len(result.rows)
     title = " and ".join(each.title.removesuffix(", nats") for each in shown)
     if len(shown) > 2:
-        # they would not fit, and each is at its own axis
+        # the titles would not fit, and each is on its own axis
         title = "logit lens"
     step = math.ceil(n_rows / 28)
     # the row embed, then layer 0 or the first whose label has room

@@ -29,7 +29,7 @@ from mechlens.text.color import is_dark, sequential
 from mechlens.text.display import number, turns, visible_token
 
 _LETTERS = (10, 8, 6)
-"""Letters of a token before an ellipsis; the most that fit are drawn."""
+"""Letters of a token before an ellipsis; the largest number that fits is used."""
 _BESIDE = 168
 """Width of the layer labels and the color bar, in pixels."""
 
@@ -45,21 +45,21 @@ def plot_logit_lens(
     """Draw the top guess of each layer at each position, colored by a statistic.
 
     Layer 0 is at the bottom. The tokens read are below the cells, with the role where a turn of a
-    conversation begins; the tokens that follow are above, starred where the model's own guess is right. A
-    guess that follows is bold. Hover over a cell for the most likely tokens and the statistic. Padding is
-    left out.
+    conversation begins. The tokens that follow are above, starred where the model's own guess is right. A
+    guess is bold if it is the token that follows. Hover over a cell for the most likely tokens and the
+    statistic. Padding is left out.
 
     Args:
-        result: a lens of `logit_lens`, or two lenses `interleaved`.
+        result: a lens from `logit_lens`, or two lenses `interleaved`.
         stat: `probability` (of each cell's own guess), `entropy`, `kl_final`, `kl_input`, or the rank or
-            probability of a token: `rank_final` (the model's final guess), `rank_input`, `rank_next`, and of
-            each target `rank_ Paris` and `probability_ Paris`. Ranks are colored on a logarithmic scale,
-            undefined values are gray.
+            probability of a token: `rank_final` (the model's final guess), `rank_input`, `rank_next`, and for
+            each target `rank_ Paris` and `probability_ Paris`. Ranks are colored on a log scale; undefined
+            values are gray.
         row: sequence of the batch.
-        positions: which of the positions that were read; None draws the last that fit into 1,100 pixels, and
-            says so where there are more.
-        high: value with the darkest color, in the statistic's unit; None is the largest, for probabilities 1.
-            The original article has 100 for ranks of the final guess and 1000 for those of the input.
+        positions: which of the positions that were read. None draws the last ones that fit into 1,100 pixels;
+            the title says so if there are more.
+        high: the value with the darkest color, in the statistic's unit; None is the largest value, or 1 for
+            probabilities. nostalgebraist uses 100 for ranks of the final guess and 1000 for the input's.
 
     Returns:
         A plotly figure.
@@ -113,7 +113,7 @@ class _Cells:
     """What is written into the cells, and how large."""
 
     columns: list[int]
-    """Those drawn, on the axis `read`."""
+    """The indices of those drawn on the axis `read`."""
     n_read: int
     """How many could be drawn."""
     guesses: list[list[str]]
@@ -127,7 +127,7 @@ class _Cells:
 
     @classmethod
     def of(cls, result: LogitLensResult, row: int, positions: Sequence[int] | None) -> _Cells:
-        """As many letters of each token as fit, and with `positions` None as many of the last columns."""
+        """As many letters of each token as fit, and, if `positions` is None, as many of the last columns."""
         columns = result.shown_columns(row, positions)
         n_read, n_rows = len(columns), len(result.rows)
         for longest in _LETTERS:
@@ -142,7 +142,7 @@ class _Cells:
             columns = columns[-int((WIDTH - _BESIDE) / width) :]
             guesses, below, above = _texts(result, row, columns, longest)
         height = 34 if n_rows <= 16 else max(14, min(24, (HEIGHT - 220) // n_rows))
-        # in rows of a hundred heads letters are as small as can be read
+        # with a hundred rows of heads, letters are as small as can be read
         return cls(columns, n_read, guesses, below, above, width, height, min(size, round(0.65 * height)))
 
 
@@ -205,12 +205,12 @@ def _lay_out(
 def _with_turns(
     figure: go.Figure, result: LogitLensResult, row: int, columns: Sequence[int], labels: Sequence[str]
 ) -> list[str]:
-    """The labels with the role below them where a turn of a conversation begins, which gets a line."""
+    """The labels, with the role below and a line where a turn of a conversation begins."""
     begins, named = turns(result.texts(result.tokens[row])), list(labels)
     for at, column in enumerate(columns):
         place = result.positions[column]
         before = [start for start in begins if start <= place]
-        # the first column says whose turn it is in, wherever that began
+        # the first column names the role of its turn, wherever the turn began
         if before and (at == 0 or before[-1] == place):
             named[at] += f"<br><b>{begins[before[-1]]}</b>"
             if at:
@@ -234,7 +234,7 @@ def _texts(
         right = follows.get(place) == int(result.final_ids[row, column])
         shown = visible_token(read[place + 1], longest=longest) if place in follows else ""
         if right and len(shown) > longest:
-            # the star takes the room of a letter
+            # the star takes up the room of a letter
             shown = visible_token(read[place + 1], longest=longest - 1)
         above.append(shown + "*" * right)
     return guesses, below, above
@@ -243,7 +243,7 @@ def _texts(
 def _marked(
     result: LogitLensResult, row: int, cells: _Cells, shares: Sequence[Sequence[float]]
 ) -> list[list[str]]:
-    """Each guess, bold where it is what follows, and light where its color is dark."""
+    """Each guess, bold if it is the token that follows, and light on a dark color."""
     follows = result.following(row)
     wanted = [follows.get(result.positions[column]) for column in cells.columns]
     ids = result.top_ids[:, row, cells.columns, 0].tolist()
@@ -286,7 +286,7 @@ def _hovers(
 
 
 def _color_bar(stat: LensStatistic, top: float, n_rows: int, *, cut: bool) -> dict[str, Any]:
-    """Ticks of the color bar; where values are cut, the last says so."""
+    """Ticks of the color bar; if values are cut, the last tick says so."""
     bar: dict[str, Any] = {
         "title": {"text": figure_text(stat.title), "side": "right", "font": {"size": 12}},
         "y": 1,

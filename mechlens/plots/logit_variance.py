@@ -13,7 +13,7 @@ from mechlens.text.display import count, number
 # blue to orange without the pale middle, which is hard to see on white; symbols differ as well
 _COLORS = ["#08306b", "#2270b2", "#5aa2cf", "#dd8a3c", "#a85204", "#5c2c00"]
 _APART = 0.16
-"""Of the markers from the middle of a bar, so that the diamond does not cover the line."""
+"""Distance of the markers from the middle of a bar, so that the diamond does not cover the line."""
 _PANELS = ("mean logit", "spread within the bin", "distance to the final logit", "variance over layers")
 _SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down", "x", "star"]
 
@@ -26,7 +26,7 @@ def plot_logit_variance(result: LogitVariance) -> go.Figure:
     to the right (diamond) the mean with tokens ranked at another position.
 
     Args:
-        result: of `logit_variance`.
+        result: from `logit_variance`.
 
     Returns:
         A plotly figure of four panels, in logits and logits².
@@ -70,7 +70,7 @@ def _lines(result: LogitVariance, name: str) -> list[go.Scatter]:
                 line={"color": color, "width": 2},
                 marker={"symbol": symbol, "size": 7},
                 hovertemplate=(
-                    f"rank {label} (finally {probability[index]:.1%} together)<br>row %{{x}}: %{{y:.3f}}"
+                    f"rank {label} (final probability {probability[index]:.1%} together)<br>row %{{x}}: %{{y:.3f}}"
                     "<extra></extra>"
                 ),
             )
@@ -79,7 +79,7 @@ def _lines(result: LogitVariance, name: str) -> list[go.Scatter]:
 
 
 def _bars(result: LogitVariance) -> list[go.Bar | go.Scatter]:
-    """The variance of each bin, beside the random bins and the ranks at another position."""
+    """The variance of each bin, next to random bins and bins by rank at another position."""
     labels, places = list(result.labels), list(range(len(result.labels)))
     nulls = result.null_variance.double()
     null, low, high = (values.tolist() for values in (nulls.mean(0), nulls.amin(0), nulls.amax(0)))

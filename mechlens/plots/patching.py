@@ -39,9 +39,9 @@ _HEADS = 40
 """Rows of a grid by layer, head and position."""
 _LABEL = 12
 _WRITTEN = 60
-"""Cells up to which each holds its number."""
+"""With up to this many cells, each shows its number."""
 _NAMED = 5
-"""Of a larger grid, as many of the largest effects have their numbers."""
+"""In a larger grid, this many of the largest effects show their numbers."""
 _ROOM = 34
 """Width of a cell that a number fits into, in pixels."""
 
@@ -54,24 +54,23 @@ def plot_patch_grid(
     Layer 0 is at the bottom. A grid by layer, head and position has a row for each head: the 40 with the
     largest effects, or those of one `head` or `position`. Effects are colored around 0: blue where the patch
     raises the metric, orange where it lowers it (which is worse for a loss, better for a logit difference).
-    Cells that were not run are gray. A grid of at most 60 cells holds its numbers; a larger one has those of
-    its 5 largest effects where they fit (by position, one layer of each position). Hovering shows the numbers
-    with their standard error.
-    With several prompts, the axis has positions in place of tokens.
+    Cells that were not run are gray. A grid of at most 60 cells shows its numbers. A larger one shows those
+    of its 5 largest effects if they fit (by position, one layer of each position). Hover for the numbers with
+    their standard error. With several prompts, the axis has positions in place of tokens.
 
     Args:
-        result: of a `Patching` method or an ablation. The figure of `attribution` says that it is an
+        result: from a `Patching` method or an ablation. The figure of `attribution` says that it is an
             estimate.
         value: `effect`, the change in the metric; `mean`, the metric itself; `recovered`, the share of the
             way to the other run.
-        head: of a grid by layer, head and position, draw only this head of each layer.
-        position: or only this position.
+        head: draw only this head of each layer, for a grid by layer, head and position.
+        position: draw only this position, for such a grid.
 
     Returns:
         A plotly figure.
 
     Raises:
-        ValueError: another `value`, a head or position that was not patched, a single cell, or a result
+        ValueError: an unknown `value`, a head or position that was not patched, a single cell, or a result
             without `recovered`.
 
     Example:
@@ -101,7 +100,7 @@ def plot_head_effects(result: Patches, *, top: int = 15, position: int | None = 
     """Draw the heads with the largest effects, either way, as bars with their standard errors.
 
     Args:
-        top: heads, at least 1.
+        top: number of heads, at least 1.
         position: the position to draw, for a grid by layer, head and position.
 
     Returns:
@@ -166,7 +165,7 @@ _ERROR_BAR = {"type": "data", "color": INK, "thickness": 1.5, "width": 5}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _View:
-    """What is drawn of a result: one or two of its axes, or every head of every layer by position."""
+    """The part of a result that is drawn: one or two axes, or every head of every layer by position."""
 
     result: Patches
     value: str
@@ -174,7 +173,7 @@ class _View:
     position: int | None
     axes: tuple[str, ...]
     index: tuple[int | slice, ...]
-    """Takes the axes that are drawn out of the grid."""
+    """Selects the axes that are drawn from the grid."""
 
     @classmethod
     def of(cls, result: Patches, value: str, head: int | None, position: int | None) -> _View:
@@ -187,7 +186,7 @@ class _View:
             known = result.labels(axis)
             if wanted not in known:
                 patched = ", ".join(map(str, known))
-                raise ValueError(f"{name} {wanted} was not patched; patched were {patched}")
+                raise ValueError(f"{name} {wanted} was not patched: the patches cover {patched}")
             index[result.axes.index(axis)] = known.index(wanted)
         axes = tuple(axis for axis, at in zip(result.axes, index, strict=True) if isinstance(at, slice))
         if not axes:
@@ -196,7 +195,7 @@ class _View:
 
     @property
     def labels(self) -> list[tuple[Any, ...]]:
-        """The rows, which are heads as (layer, head) where three axes are drawn, and the columns."""
+        """The rows, which are heads as (layer, head) if three axes are drawn, and the columns."""
         labels = [self.result.labels(axis) for axis in self.axes]
         if len(labels) < 3:
             return labels
@@ -205,7 +204,7 @@ class _View:
 
     @functools.cached_property
     def strongest(self) -> list[int]:
-        """The heads that are drawn where three axes are, in the order of layers."""
+        """The heads to draw if three axes are drawn, in order of layers."""
         largest = self.result.effect.flatten(0, 1).abs().nan_to_num(0).amax(-1)
         return sorted(largest.argsort(descending=True, stable=True)[:_HEADS].tolist())
 
@@ -231,7 +230,7 @@ class _View:
 
 
 def _cells(view: _View) -> tuple[go.Figure, str]:
-    """A heatmap of two axes, and its largest effects in words. Its height is that below the title."""
+    """A heatmap of two axes, with a height that excludes the title, and its largest effects in words."""
     values, across = view.values(view.value), _across(view)
     rows, columns = view.labels
     largest = _largest(view)
@@ -248,7 +247,7 @@ def _cells(view: _View) -> tuple[go.Figure, str]:
         height=(110 if view.axes[-1] == "pos" else 60)
         + len(rows) * (52 if len(rows) <= 4 else 30 if len(rows) <= 12 else 16),
         yaxis={"title": {"text": "head" if by_head else view.axes[0]}, **ticks, **NO_TICKS},
-        # between the cells that have a value
+        # shows through cells without a value
         plot_bgcolor=ABSENT if bool(values.isnan().any()) else "white",
     )
     named = []
@@ -267,7 +266,7 @@ def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
     known = values[~values.isnan()]
     high = float(known.abs().max()) if known.numel() else 0.0
     high = max(high, 1.0 if value == "recovered" else 1e-6)
-    # what cannot be negative, such as a loss, needs no other half
+    # values that cannot be negative, such as losses, need only one half of the scale
     low = 0.0 if value == "mean" and bool((known >= 0).all()) else -high
     drawn = heatmap(values.numpy(), low=low, high=high, hovers=hovers, name=value, xgap=1, ygap=1)
     drawn.colorbar.update(tickformat=".3~g")
@@ -275,8 +274,8 @@ def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:
 
 
 def _largest(view: _View) -> list[tuple[int, int]]:
-    """Where the largest effects are that are drawn, the largest first; of a position, whose layers are much
-    alike, only the largest."""
+    """The cells of the largest drawn effects, largest first. Of each position, only the largest, because its
+    layers are much alike."""
     effect = view.values("effect").abs().nan_to_num(0)
     layers, columns = effect.nonzero().T.tolist()
     if view.axes[1] == "pos":
@@ -287,7 +286,7 @@ def _largest(view: _View) -> list[tuple[int, int]]:
 
 
 def _texts(values: Tensor, only: list[tuple[int, int]] | None) -> list[list[str]]:
-    """The numbers of all cells, or of some, as they are written in them."""
+    """The numbers of all cells, or of some, as text."""
     return [
         [
             number(value, 2) if value == value and (only is None or (row, column) in only) else ""
@@ -356,7 +355,7 @@ def _ticks(labels: list[str], most: int) -> dict[str, object]:
 
 
 def _hovers(view: _View) -> list[list[str]]:
-    """What hovering shows, by the first axis and the second; one column where there is no second."""
+    """The hover texts by the first and second axis; one column if there is no second."""
     result = view.result
     rows = view.labels[0]
     columns: list[tuple[int, ...]] = [(label,) for label in view.labels[1]] if len(view.axes) > 1 else [()]
@@ -388,7 +387,7 @@ def _axis_title(view: _View) -> str:
     result = view.result
     if view.value == "recovered":
         return _share(result)
-    words = result.metric if view.value == "mean" else f"change of {result.metric}"
+    words = result.metric if view.value == "mean" else f"change in {result.metric}"
     words = f"estimated {words}" if isinstance(result, AttributionPatchResult) else words
     return f"{words} ({result.unit})" if result.unit else words
 
@@ -396,7 +395,7 @@ def _axis_title(view: _View) -> str:
 def _title(view: _View, more: str = "") -> str:
     result = view.result
     what = {
-        "effect": f"Change of {result.metric}",
+        "effect": f"Change in {result.metric}",
         "mean": result.metric.capitalize() if result.metric == "loss" else result.metric,
         "recovered": _share(result).capitalize(),
     }[view.value]

@@ -15,7 +15,7 @@ from mechlens.results.heads import head_label
 from mechlens.text.color import SEQUENTIAL
 
 # Okabe and Ito's colors, which people with any common color blindness can distinguish. Figures never rely
-# on hue alone: shape, dash or position says the same, so they survive a black-and-white printer.
+# on hue alone: shape, dash or position shows the same, so they survive a black-and-white printer.
 BLUE = "#0072B2"
 VERMILION = "#D55E00"
 GREEN = "#009E73"
@@ -25,14 +25,14 @@ MUTED = "#5b6770"
 GRID = "#e4e7eb"
 ABSENT = "#c9ced4"
 
-# Like the sequential scale it darkens with the magnitude. The negative end stays lighter than the positive
+# Like the sequential scale, it darkens with the magnitude. The negative end stays lighter than the positive
 # one, so the sign can be seen in grayscale.
 DIVERGING = ["#a85204", "#dd8a3c", "#f8cf9f", "#f7f7f7", "#9fc8e3", "#2270b2", "#08306b"]
 
 WIDTH = 1100
-"""The largest default width of a figure, that of a page, in pixels."""
+"""The largest default width of a figure in pixels: the width of a page."""
 HEIGHT = 1400
-"""The largest default height of a figure of 30 layers."""
+"""The largest default height of a figure of 30 layers, in pixels."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -88,10 +88,10 @@ def figure_text(text: str) -> str:
 
 
 def heatmap(values: Any, *, low: float, high: float, hovers: list[list[str]], **options: Any) -> go.Heatmap:
-    """A heatmap from `low` to `high`, with colors that diverge around 0 where `low` is negative.
+    """A heatmap from `low` to `high`, with colors that diverge around 0 if `low` is negative.
 
     Args:
-        hovers: the hover text of each cell, with texts escaped; cells without a value show none.
+        hovers: the escaped hover text of each cell; cells without a value show none.
         options: further properties of the trace.
     """
     ticks = {"tickvals": [low, 0, high]} if low < 0 else {"dtick": (high - low) / 4}
@@ -116,10 +116,10 @@ def head_heatmap(
     high: float,
     **options: Any,
 ) -> go.Figure:
-    """A heatmap of one value of each head, with layer 0 at the bottom; heads without a value are gray.
+    """A heatmap of one value per head, with layer 0 at the bottom; heads without a value are gray.
 
     Args:
-        hover: the hover text of (layer, head), which follows the head's name.
+        hover: the hover text of (layer, head), shown after the head's name.
         options: further properties of the trace.
     """
     n_layers, n_heads = values.shape
@@ -141,7 +141,7 @@ def head_heatmap(
 
 
 def _step(count: int) -> int:
-    """The distance of axis labels that keeps them apart on a phone."""
+    """The step between axis labels that keeps them apart on a phone."""
     return 1 if count <= 16 else 2 if count <= 32 else 4
 
 

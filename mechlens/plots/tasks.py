@@ -26,7 +26,7 @@ def plot_role_grid(result: RoleGrid, *, value: str = "recovered") -> go.Figure:
 
     Raises:
         TypeError: `result` is not a `RoleGrid`.
-        ArgumentError: another `value`.
+        ArgumentError: `value` is unknown.
 
     Example:
         >>> found = mechlens.load_task("agreement", model, n=4).grid("resid_pre")
@@ -48,7 +48,7 @@ def plot_role_grid(result: RoleGrid, *, value: str = "recovered") -> go.Figure:
         ]
         for row, layer in enumerate(result.layers)
     ]
-    # no minus before what rounds to 0
+    # no minus sign before a number that rounds to 0
     texts = [[number(round(each, 2) + 0.0, 2) for each in row] for row in values.tolist()]
     drawn = heatmap(values.numpy(), low=-high, high=high, hovers=hovers, name=value, xgap=1, ygap=1)
     drawn.update(text=texts, texttemplate="%{text}", y=[*result.layers], x=[*map(figure_text, result.roles)])

@@ -19,7 +19,7 @@ def plot_tuned_lens(lens: TunedLens) -> go.Figure:
     axis.
 
     Args:
-        lens: of `train_tuned_lens`.
+        lens: from `train_tuned_lens`.
 
     Returns:
         A plotly figure of KL(final || row) in nats, with traces `plain` and `tuned`.
@@ -65,7 +65,7 @@ def plot_tuned_lens(lens: TunedLens) -> go.Figure:
         title_text=titles(
             "Tuned lens: held-out KL(final || row)",
             lens.model.name,
-            f"nats, the mean of {lens.held_out_tokens:,} tokens; {lens.steps} steps",
+            f"nats, mean over {lens.held_out_tokens:,} tokens; {lens.steps} steps",
         ),
         width=max(560, min(WIDTH, 160 + 44 * len(rows))),
         height=410,

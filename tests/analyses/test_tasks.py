@@ -141,7 +141,7 @@ def test_a_task_comes_from_csv_and_jsonl(bundled, tmp_path):
     [
         ({"corrupted": "The old man is"}, "same number of tokens, got 4 and 5"),
         ({"answer": "two words"}, "the target 'two words' is .* tokens, not one"),
-        ({"answer": " a"}, "an answer that is right and wrong"),
+        ({"answer": " a"}, "an answer that is both right and wrong"),
         ({"wrong": ""}, "row 1 has no wrong"),
         ({"role_N": "ship"}, "row 1: there is no occurrence 1 of 'ship' in 'The sea is'"),
         ({"role_N": "sea#2"}, "row 1: there is no occurrence 2 of 'sea'"),

@@ -66,7 +66,7 @@ def test_titles_say_what_was_measured_and_how_the_rotation_was_handled():
     result = dataclasses.replace(composition(), rotary="ignored")
     title = plot_composition_scores(result).layout.title.text
     assert "K-composition of heads" in title
-    assert "the baseline's mean, 0.250; it spreads by 0.100" in title
+    assert "the baseline's mean, 0.250 (standard deviation 0.100)" in title
     assert "highest scores: L1H1 → L2H1 0.43, L0H1 → L2H1 0.42, L1H0 → L2H1 0.41" in title
     assert "queries and keys without their rotation" in title
     assert "without their rotation" in plot_head_graph(result).layout.title.text
@@ -155,7 +155,7 @@ def test_edges_and_heads_say_their_scores_under_the_cursor():
     (points,) = [trace for trace in figure.data if trace.name == "scores"]
     text = next(each for each in points.hovertext if "L1H1 → L2H1" in each)
     assert text == (
-        "<b>L1H1 → L2H1</b><br>score 0.430<br>over baseline +0.180<br>that is +1.8 of its standard deviations"
+        "<b>L1H1 → L2H1</b><br>score 0.430<br>over baseline +0.180<br>+1.8 of its standard deviations"
     )
     assert max(points.marker.color) == points.marker.cmax == pytest.approx(0.18)
     (heads,) = [trace for trace in figure.data if trace.name == "heads"]
@@ -221,7 +221,7 @@ def test_a_corner_has_tokens_on_the_axes_of_its_circuit():
 
 def test_a_corner_of_another_circuit_or_of_nothing_is_refused():
     of_values = circuit(axes=("source", "destination"), name="full OV of L0H1")
-    with pytest.raises(ValueError, match="axes are query and key, but those of the full OV of L0H1"):
+    with pytest.raises(ValueError, match="axes are query and key, but the axes of the full OV of L0H1"):
         plot_circuit_corner(corner(), of_values)
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_circuit_corner(corner().iloc[:0])

@@ -343,7 +343,7 @@ def test_true_activations_are_to_the_right_of_the_last_step():
     assert 2 < pinv.x[0] < nearest.x[0] <= figure.layout.xaxis.range[1]
     assert nearest.hovertext[1] == (
         f"<b>·a {figure_text(MARKUP)}</b><br>restart 1, nearest<br>1.500"
-        "<br>cosine of its embedding to the nearest real one 0.625"
+        "<br>cosine of its embedding with the nearest real one 0.625"
     )
     sizes = [*pinv.marker.size, *nearest.marker.size]
     assert max(sizes) == nearest.marker.size[1]

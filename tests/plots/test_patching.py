@@ -32,7 +32,7 @@ def test_effects_are_drawn_around_zero_with_tokens_below():
         "<br>patched 2.000, without the patch 1.000"
     )
     title = figure.layout.title.text
-    assert "Change of loss (nats), mlp_out patched" in title
+    assert "Change in loss (nats), mlp_out patched" in title
     assert "2 positions earlier" in title
 
 
@@ -141,7 +141,7 @@ def test_a_cell_without_a_value_is_gray_not_zero():
     [
         (("layer", "pos"), {"value": "loss"}, "value must be one of effect, mean, recovered"),
         (("layer", "pos"), {"head": 1}, "by layer and pos: leave out head"),
-        (("layer", "pos"), {"position": 9}, "position 9 was not patched; patched were 1, 2, 3"),
+        (("layer", "pos"), {"position": 9}, "position 9 was not patched: the patches cover 1, 2, 3"),
     ],
 )
 def test_what_is_not_there_is_refused(axes, options, message):
