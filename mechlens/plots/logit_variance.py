@@ -70,8 +70,8 @@ def _lines(result: LogitVariance, name: str) -> list[go.Scatter]:
                 line={"color": color, "width": 2},
                 marker={"symbol": symbol, "size": 7},
                 hovertemplate=(
-                    f"rank {label} (final probability {probability[index]:.1%} together)<br>row %{{x}}: %{{y:.3f}}"
-                    "<extra></extra>"
+                    f"rank {label} (final probability {probability[index]:.1%} together)<br>"
+                    "row %{x}: %{y:.3f}<extra></extra>"
                 ),
             )
         )
