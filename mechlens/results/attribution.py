@@ -29,7 +29,7 @@ class LogitAttribution(Result):
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
     positions: tuple[int, ...]
-    """The positions that were read out, in the order of the axis `read`."""
+    """The positions that were read out, in order along the axis `read`."""
     components: tuple[str, ...]
     """`embed`; `pos_embed` if the model adds position embeddings to its residual stream; then each layer's
     heads (`L0H0`, ...), attention bias (`L0 bias`) and MLP (`L0 MLP`, if it has one); last `final bias`, the

@@ -47,7 +47,7 @@ class ModelInfo:
     engine_version: str
     """TransformerLens's version."""
     processing: bool | None
-    """Whether LayerNorm was folded and weights were centered; None where it cannot be told."""
+    """Whether LayerNorm was folded and weights were centered; None if unknown."""
     dtype: str
     """Of the weights, such as `float32`."""
     n_layers: int

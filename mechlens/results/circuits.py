@@ -29,7 +29,7 @@ _ROTARY = {
 
 
 def _rotation(rotary: str, relative_position: int | None) -> str:
-    """How the rotation of queries and keys was handled, for a title; empty where there is none."""
+    """How the rotation of queries and keys was handled, for a title; empty if there is none."""
     if rotary == "relative":
         return f"each key {relative_position} before its query"
     return _ROTARY.get(rotary, "")
@@ -87,7 +87,7 @@ class Circuit(Result):
 
     @property
     def rotation(self) -> str:
-        """How the rotation of queries and keys was handled, in words; empty where there is none."""
+        """How the rotation of queries and keys was handled, in words; empty if there is none."""
         return _rotation(self.rotary, self.relative_position)
 
     @property
@@ -373,7 +373,7 @@ class CompositionScores(Result):
 
     @property
     def rotation(self) -> str:
-        """How the rotation of queries and keys was handled, in words; empty where there is none."""
+        """How the rotation of queries and keys was handled, in words; empty if there is none."""
         return _rotation(self.rotary, self.relative_position)
 
     @property

@@ -56,7 +56,7 @@ class Comparison:
 
 
 def verdict_of(holds: bool | None) -> str:
-    """The verdict on a claim that holds, does not hold, or (None) cannot be judged."""
+    """The verdict on a claim that is true, false, or (None) cannot be judged."""
     return NOT_JUDGED if holds is None else REPRODUCED if holds else NOT_REPRODUCED
 
 

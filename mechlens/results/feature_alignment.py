@@ -205,7 +205,7 @@ class FeatureAlignment(Result):
         """How often the best token's id is the feature's number, averaged over layers.
 
         Args:
-            other: take the other search.
+            other: whether to use the other search.
 
         Returns:
             The share of features that have a best token; nan for directions, whose numbers mean nothing.
@@ -286,7 +286,7 @@ def left_out(results: Iterable[FeatureAlignment]) -> dict[str, list[int]]:
 
 
 def left_out_words(results: Sequence[FeatureAlignment]) -> str:
-    """The same as a sentence; empty where none are left out."""
+    """`left_out` as a sentence; empty if none are left out."""
     sides, counts = _sides(results), []
     for name, layers in left_out(results).items():
         fewest, most = min(layers), max(layers)

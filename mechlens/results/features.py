@@ -93,7 +93,7 @@ class ExhaustiveSearch(OfFeatures):
     directions: Float[Tensor, "direction d_model"] | None
     """The vectors whose dot product with `resid_post` is the feature."""
     prefix: Int[Tensor, " prefix"]
-    """Tokens before the searched one, including BOS; empty where there are none."""
+    """Tokens before the searched one, including BOS; empty if there are none."""
     prepend_bos: bool
     """Whether inputs begin with BOS."""
     ids: Int[Tensor, "layer feature k"]

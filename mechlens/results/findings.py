@@ -106,7 +106,7 @@ class IndirectObject(Result):
     """Index of the template of each prompt."""
     tokens: Int[Tensor, "prompt pos"]
     corrupted: Int[Tensor, "prompt pos"]
-    """The same prompts with the other name as the subject, which swaps the right answer."""
+    """The same prompts with the other name as the subject, so that the other answer is right."""
     subjects: tuple[str, ...]
     """The name that occurs twice in each prompt."""
     objects: tuple[str, ...]

@@ -289,8 +289,8 @@ class HeadScores(Result):
         """((layer, head), mean score) of the heads that are clearly of a kind, highest first.
 
         Args:
-            threshold: the least mean score.
-            times_null: the least multiple of the head's null baseline; 0 ignores the null, for example for
+            threshold: the minimum mean score.
+            times_null: the minimum multiple of the head's null baseline; 0 ignores the null, for example for
                 scores on a prompt, which have none.
 
         Raises:

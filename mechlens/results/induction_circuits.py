@@ -124,7 +124,7 @@ class InductionCircuits(Result):
     """In a rotary model, how far the key of the K-composition is before its query: the distance at which a
     perfect induction head attends on these tokens."""
     note: str
-    """Why no pair was found; empty where there are pairs."""
+    """Why no pair was found; empty if there are pairs."""
 
     columns: ClassVar = (
         Column("previous", help="The previous-token head."),
@@ -144,8 +144,8 @@ class InductionCircuits(Result):
 
     @property
     def strongest(self) -> int | None:
-        """The pair with the best verdict and, among these, the largest loss of induction score; None without
-        pairs."""
+        """The pair with the best verdict and, among these, the largest loss of induction score; None if there
+        are none."""
         lost = self.induction_score - self.score_path
         order = [(VERDICTS.index(verdict), -float(lost[at])) for at, verdict in enumerate(self.verdicts)]
         return order.index(min(order)) if order else None

@@ -63,7 +63,7 @@ class InputProbe(Result):
     """How much the map to the embedding reads from each element of the stream x: `var(x . g) |g M|^2` for the
     element's unit direction g, as a share of the sum over elements."""
     weight_correlation: dict[str, Float[Tensor, " fit"]]
-    """Spearman's rank correlation of weight and importance, in [-1, 1]: negative if the map relies on
+    """Spearman rank correlation of weight and importance, in [-1, 1]: negative if the map relies on
     directions that matter little in the embedding. nan if either does not vary."""
     weight_correlation_null: dict[str, Float[Tensor, "fit 3"]]
     """For the same residual stream."""

@@ -40,7 +40,7 @@ class LogitLensResult(Result):
     mask: Bool[Tensor, "batch pos"]
     """False where a position is padding; all statistics are nan there, and `top_ids` are meaningless."""
     positions: tuple[int, ...]
-    """The positions that were read out, in the order of the axis `read`."""
+    """The positions that were read out, in order along the axis `read`."""
     context_length: Int[Tensor, "batch read"]
     """Tokens that the model saw up to and including each position; 0 for padding. A row longer than the
     context is run in windows that begin half a context before the first token read out of them."""

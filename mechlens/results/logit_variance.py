@@ -27,7 +27,7 @@ class LogitVariance(Result):
     tokens: Int[Tensor, "batch pos"]
     """What the model read."""
     positions: tuple[int, ...]
-    """The positions that were read out, in the order of the axis `read`."""
+    """The positions that were read out, in order along the axis `read`."""
     rows: tuple[str, ...]
     """`embed`, then the layers by number; the last is the model's own final logits."""
     bins: tuple[tuple[int, int], ...]

@@ -50,9 +50,9 @@ class TaskPerformance(Result):
     """The same after the corrupted prompt."""
     corrupted_wrong_log_prob: Float[Tensor, " prompt"]
     rank: Float[Tensor, " prompt"]
-    """Rank of the likeliest right answer among all tokens; 1 is the most likely."""
+    """Rank of the most likely right answer among all tokens; 1 is the most likely."""
     right: Bool[Tensor, " prompt"]
-    """Whether the likeliest of all right and wrong answers is a right one."""
+    """Whether the most likely of all right and wrong answers is a right one."""
     estimates: dict[str, tuple[float, float, float]]
     """Mean over prompts, with the bootstrap interval: `accuracy` (of `right`), `top1` (a right answer is the
     top-1 prediction), `logit_diff` (nats), `probability_diff` and `corrupted_logit_diff`."""
@@ -66,7 +66,7 @@ class TaskPerformance(Result):
         Column("answer"),
         Column("logit_diff", "logit difference", signed=True, help="Log of P(right) / P(wrong)."),
         Column("corrupted_logit_diff", "corrupted", signed=True, help="The same after the corrupted prompt."),
-        Column("rank", digits=0, help="Rank of the likeliest right answer; 1 is the most likely token."),
+        Column("rank", digits=0, help="Rank of the most likely right answer; 1 is the most likely token."),
     )
 
     @property

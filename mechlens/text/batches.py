@@ -111,8 +111,8 @@ class Pieces:
 def cut(batch: Batch, n_ctx: int, *, bos: int | None) -> Pieces:
     """Cut a batch into pieces that fit a context.
 
-    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens, each of which, except for
-    the first, begins half a context before the first token read in it. If the row begins with BOS, so does
+    A row that fits is one piece. A longer one is read in windows of `n_ctx` tokens, each of which except
+    the first begins half a context before the first token read in it. If the row begins with BOS, so does
     every window.
 
     Args:

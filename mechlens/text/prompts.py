@@ -119,7 +119,7 @@ def repeated_tokens(
     Raises:
         TypeError: a size that is not a whole number.
         ValueError: a size below 1, jitter with other than 2 copies, `prepend_bos=True` with a
-            tokenizer that has no BOS, or more tokens than the context holds.
+            tokenizer that has no BOS, or more tokens than fit the context.
 
     Example:
         >>> drawn = mechlens.repeated_tokens(model, seq_len=3, batch=2)
@@ -209,7 +209,7 @@ def text_tokens(model: Any, text: str, *, prepend_bos: bool | None = None) -> In
         Token ids `[1, pos]` on the CPU.
 
     Raises:
-        ValueError: no tokenizer, an empty text, or more tokens than the context holds.
+        ValueError: no tokenizer, an empty text, or more tokens than fit the context.
 
     Example:
         >>> mechlens.text_tokens(model, "The captain", prepend_bos=False)
@@ -268,8 +268,8 @@ def chat_tokens(
 
     Raises:
         TypeError: `messages` is neither a list of messages nor a text.
-        ValueError: no tokenizer or chat template, messages that the template refuses, or more tokens than the
-            context holds.
+        ValueError: no tokenizer or chat template, messages that the template refuses, or more tokens than
+            fit the context.
 
     Example:
         >>> # mechlens-books has no chat template, so it borrows one
@@ -320,7 +320,7 @@ def prompt_tokens(model: Any, prompt: Prompt, *, prepend_bos: bool | None = None
 
     Raises:
         TypeError: the prompt is neither text nor ids.
-        ValueError: no tokenizer, an empty text, more tokens than the context holds, sequences of different
+        ValueError: no tokenizer, an empty text, more tokens than fit the context, sequences of different
             lengths or with padding, or ids that are not integers.
     """
     check_model(model)
