@@ -1,1 +1,1 @@
-"""What there is to show of each result, rendered in a terminal, on a page or in a notebook."""
+"""What to show of each result, and how a terminal, a page and a notebook render it."""

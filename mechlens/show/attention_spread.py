@@ -11,7 +11,8 @@ from mechlens.text.display import count
 def spread_section(result: AttentionSpread, *, top: int = 10, title: str = "Attention spread") -> Section:
     """The most focused heads as a table, and a heatmap of each measure."""
     n, n_pos = result.tokens.shape
-    table = Table.of(result.summary(top), result.columns, "The most focused heads, without those at rest")
+    caption = "The most focused heads that do not rest on the first token"
+    table = Table.of(result.summary(top), result.columns, caption)
     figures = [_figure(result, measure) for measure in result.measures]
     return Section(title, f"{count(n, 'sequence')} of {count(n_pos, 'token')}.", [table, *figures])
 

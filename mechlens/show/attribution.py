@@ -9,9 +9,9 @@ from mechlens.show.section import Figure, Section, Table, joined
 _TERMS = {
     "Direct attribution": (
         "A logit is linear in what each component writes into the residual stream once the scale of the last "
-        "norm is held fixed. What a component does through later ones counts as theirs."
+        "norm is held fixed. What a component does through later components counts toward those."
     ),
-    "Logit": "Score of a token before the softmax; a difference of two is a log ratio of probabilities.",
+    "Logit": "A token's score before the softmax. The difference of two is the log of a probability ratio.",
 }
 
 

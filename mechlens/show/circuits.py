@@ -1,4 +1,4 @@
-"""Sections on circuits, composition, and attention by positions."""
+"""Sections on circuits, composition, and attention by position."""
 
 from __future__ import annotations
 
@@ -13,42 +13,41 @@ from mechlens.text.display import number, visible_token
 _EIGENVALUES = "Sum of the eigenvalues over the sum of their magnitudes, from -1 to 1: 1 where every token "
 _QK = {
     "QK circuit": (
-        "How much a head at a query token prefers to attend to a key token, for all pairs of tokens: a "
+        "How much a query token prefers to attend to a key token in a head, for all pairs of tokens: a "
         "product of weights, before the attention scale and without biases."
     ),
     "Matching score": f"{_EIGENVALUES}matches itself.",
 }
 _OV = {
     "OV circuit": (
-        "What a head that attends to a source token adds to the logit of each destination, a possible next "
-        "token: a product of weights, without biases and without the norms' division."
+        "What a head adds to the logit of each possible next token (destination) when it attends to a source "
+        "token: a product of weights, without biases and without normalization."
     ),
     "Copying score": f"{_EIGENVALUES}raises itself.",
 }
 _TOP_K = {
     "Top-k accuracy": (
-        "How often a token's entry with itself is among the k largest, along one axis for each token of the "
-        "other."
+        "How often a token's entry with itself is among the k largest of its row, or of its column."
     )
 }
 _COMPOSITION = {
     "Composition": (
-        "How much of what a later head reads could come from what an earlier head writes, by weights alone: "
+        "How much of a later head's input could come from an earlier head's output, judging by the weights: "
         "the norm of the product of both heads' circuits over the product of their norms, from 0 to 1. Q, K "
         "and V are the later head's query, key and value."
     ),
-    "Baseline": "The same score of heads of these sizes with random weights.",
+    "Baseline": "The same score for heads of these sizes with random weights.",
 }
 _LONGEST = 16
-"""Characters of a token in a table."""
+"""Maximum characters of a token in a table."""
 
 
 def circuit_section(result: Circuit, *, title: str = "", text: str = "") -> Section:
-    """Eigenvalues of a square circuit; a `CircuitSummary`'s part, accuracies and largest entries."""
+    """The eigenvalues of a square circuit, and what a `CircuitSummary` has: a part, accuracies, entries."""
     square = result.shape[0] == result.shape[1]
     said = [f"{result.shape[0]:,} x {result.shape[1]:,}, {' by '.join(result.axes)}."]
     if result.embedding == "effective":
-        said.append("Tokens enter by the effective embedding.")
+        said.append("The embedding is the effective one.")
     if result.rotation:
         said.append(f"Rotation: {result.rotation}.")
     parts: list[Figure | Table] = []
@@ -62,7 +61,7 @@ def circuit_section(result: Circuit, *, title: str = "", text: str = "") -> Sect
             Figure(
                 partial(_eigenvalues, result),
                 "The eigenvalues in the complex plane; the radius is the logarithm of their magnitude. Those "
-                f"to the right {'match' if result.score_name == 'matching score' else 'copy'}.",
+                f"on the right mean {'matching' if result.score_name == 'matching score' else 'copying'}.",
                 f"Eigenvalues of the {result.name}: {result.score_name} {written}.",
                 wide=False,
             )
@@ -109,7 +108,7 @@ def _accuracies(result: CircuitSummary) -> Table:
         (f"{axis} for each {fixed}", *result.accuracy_of(axis).values())
         for axis, fixed in ((other, one), (one, other))
     ]
-    # a share of a large vocabulary would be 0.0000
+    # as a decimal it would round to 0.0000
     chance = ("by chance", *(f"{k} in {result.shape[1]:,}" for k in result.ks))
     columns = [Column("axis", "the token itself is among the largest")]
     columns += [Column(f"top {k}", digits=4) for k in result.ks]
@@ -131,7 +130,7 @@ def composition_section(
     """All pairs of heads as a heatmap, and the strongest as a graph and a table.
 
     Args:
-        top: how many pairs are drawn as edges and listed; those that are not above the baseline are left out.
+        top: number of pairs to draw as edges and to list; pairs not above the baseline are left out.
 
     Raises:
         ArgumentError: `top` is below 1.
@@ -151,7 +150,7 @@ def composition_section(
         (
             Figure(
                 lambda: mechlens.plot_composition_scores(result),
-                "Score of each pair minus the baseline: blue is above random weights, gray is not a pair of "
+                "Score of each pair minus the baseline: blue is above random weights; gray pairs are not in "
                 "an earlier and a later layer. Hover for the heads.",
                 f"{result.title}, all pairs. {highest}",
                 keeps_width=True,
@@ -177,7 +176,7 @@ def positional_section(result: PositionalAttention, *, title: str = "", text: st
         (
             Figure(
                 lambda: mechlens.plot_positional_attention(result),
-                "Each row is a position that attends, from the top; gray positions are in its future.",
+                "Each row is a query position; gray positions are in its future.",
                 result.title,
                 wide=False,
             ),

@@ -14,13 +14,13 @@ from mechlens.text.display import count
 
 _TERMS = {
     "Aligned features": (
-        "Features with the same number have the same best token in two layers more often than chance."
+        "Features with the same number have the same best token in two layers more often than by chance."
     ),
     "Chance": "How often two features with different numbers have the same best tokens in these layers.",
     "Interval": "95% confidence interval of the share (Clopper and Pearson), with features as the sample.",
     "Token of the same number": (
-        "The best token's id is the feature's number, as an artifact of decoding would have it; chance is "
-        "one in the vocabulary."
+        "The best token's id is the feature's number, as an artifact of decoding would make it. Chance is "
+        "one over the size of the vocabulary."
     ),
 }
 _COLUMNS = ("share (95% interval)", "chance", "verdict")
@@ -36,11 +36,11 @@ def feature_alignment_section(
     """How often features have the same best tokens in two layers, compared with chance, with heatmaps.
 
     Args:
-        results: for example of a trained model and of random weights.
+        results: for example, of a trained model and of random weights.
         names: what they are called; None takes the models' names.
 
     Raises:
-        ValueError: no result, or another number of names.
+        ValueError: no results, or a different number of names.
     """
     results = list(results)
     called = result_names(results, names)
@@ -69,7 +69,7 @@ def feature_alignment_section(
             Table(
                 ("compared", *_COLUMNS),
                 [(name, *_cells(each.share("overlap"))) for name, each in several],
-                f"The {tops} best tokens that are the same, mean over pairs of layers",
+                f"Overlap of the {tops} best tokens, mean over pairs of layers",
             ),
             Figure(
                 drawn("plot_feature_alignment", *(each for _, each in several), names=kept, what="overlap"),
@@ -115,7 +115,7 @@ def _cells(share: Share) -> tuple[str | None, str | None, str | None]:
 
 
 def _compared(pairs: Sequence[tuple[str, FeatureAlignment]]) -> str:
-    """What is compared, in a sentence; with the names where it differs."""
+    """What is compared, for each name where it differs."""
     groups: dict[str, list[str]] = {}
     for name, result in pairs:
         other = f" with those of {place_words(result.other_site)}" if result.other_site != result.site else ""
@@ -137,7 +137,7 @@ def _pairs(result: FeatureAlignment) -> str:
 
 
 def _one_layer(results: Sequence[FeatureAlignment]) -> str:
-    """Why layers of one model are not compared, where there is just one."""
+    """Why layers are not compared with each other if there is only one."""
     if any(each.within for each in results) or len(results[0].layers) > 1:
         return ""
     return "Layers are not compared with each other, because only one was searched."

@@ -14,7 +14,7 @@ Search = TypeVar("Search", GreedySearch, GradientSearch)
 DRAWN = 8
 """Features that a section shows by default."""
 SHOWN = 16
-"""Features, each in each layer, whose examples are shown by default."""
+"""Pairs of a layer and a feature whose examples are shown by default."""
 NAMED = 8
 """Cells of a figure that its description names."""
 _FEATURES = {
@@ -27,8 +27,8 @@ _EXHAUSTIVE = {
 }
 _GREEDY = {
     "Greedy search": (
-        "The input is built from left to right. Each token is the one of the vocabulary that activates the "
-        "feature most after those before it. Other inputs may activate it more."
+        "The input is built from left to right. Each token is the one that activates the feature most after "
+        "those before it. Other inputs may activate the feature more."
     )
 }
 _WINDOW = {"Window": "A piece of the corpus. All have the same length and are counted from 0."}
@@ -47,14 +47,14 @@ def exhaustive_search_section(
     title: str = "Maximally activating tokens",
     text: str = "",
 ) -> Section:
-    """The best tokens by layer and feature as a figure, those at both ends as a table.
+    """The best tokens by layer and feature as a figure, the best and the worst as a table.
 
     Args:
-        layers: which; None is all.
-        features: which; None is the first 8.
+        layers: those to show; None is all.
+        features: those to show; None is the first 8.
 
     Raises:
-        ValueError: one that was not searched.
+        ValueError: a layer or feature that was not searched.
     """
     noun, place = result.noun, place_words(result.site)
     features = result.features[:DRAWN] if features is None else features
@@ -110,10 +110,10 @@ def greedy_search_section(
     """The inputs of each search, and the activations at their tokens.
 
     Args:
-        results: of several layers, or different in other ways.
+        results: searches that differ in layer or otherwise.
 
     Raises:
-        ValueError: no result.
+        ValueError: no results.
     """
     first = some(results, "search_greedy")
     varying = differing(
@@ -135,7 +135,7 @@ def greedy_search_section(
     ]
     lengths = " or ".join(dict.fromkeys(str(each.ids.shape[-1]) for each in results))
     said = (
-        f"Inputs of {lengths} tokens (a blank separates two), "
+        f"Inputs of {lengths} tokens, separated by spaces, "
         f"{' or '.join(dict.fromkeys(each.begins for each in results))}. Each token is the one of "
         f"{first.model.d_vocab:,} that activates the {first.noun} of {place_words(first.site)} most after "
         "those before it. Inputs are ranked by the "
@@ -164,13 +164,13 @@ def feature_examples_section(
     title: str = "Maximally activating examples",
     text: str = "",
 ) -> Section:
-    """The windows of a corpus with the largest activation, shaded, and where it is largest as a table.
+    """The windows of a corpus with the largest activations, shaded, and a table of the largest ones.
 
     Args:
-        places: (layer, feature) of each; None is the first 16.
+        places: (layer, feature) pairs to show; None is the first 16.
 
     Raises:
-        ValueError: no place, or one that was not searched.
+        ValueError: no pairs, or one that was not searched.
     """
     every = [
         (layer, feature)
@@ -189,7 +189,7 @@ def feature_examples_section(
     figures = [
         Figure(
             drawn("plot_feature_examples", result, layer, feature),
-            f"{noun.capitalize()} {feature} of {place_words(result.site, layer)}: windows with the largest "
+            f"{noun.capitalize()} {feature} of {place_words(result.site, layer)}: windows, largest "
             "activation first. Each token is shaded by its activation, blue above 0 and red below, on one "
             "scale. Hover for numbers.",
         )
@@ -218,10 +218,10 @@ def feature_examples_section(
 
 
 def some(results: Sequence[Search], maker: str) -> Search:
-    """The first of some results.
+    """The first result.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     if not results:
         raise ValueError(f"nothing to show: give at least one result of {maker}")
@@ -231,7 +231,7 @@ def some(results: Sequence[Search], maker: str) -> Search:
 def differing(
     results: Sequence[Search], about: Mapping[str, Callable[[Search], str | int]]
 ) -> dict[str, list[str | int]]:
-    """Of what could be said about each result only what differs."""
+    """The properties in which the results differ, each with its values."""
     every = {name: [read(each) for each in results] for name, read in about.items()}
     return {name: values for name, values in every.items() if len(set(values)) > 1}
 

@@ -19,7 +19,7 @@ def facts_section(
     """The figure, and every fact after the last layer as a table.
 
     Args:
-        without_bos: the same facts read without BOS, for a further column.
+        without_bos: the same facts read without BOS, for an extra column.
     """
     columns = [
         result.column(name) for name in ("relation", "prompt", "answer", "guess", "rank", "probability")
@@ -42,8 +42,8 @@ def facts_section(
         (
             Figure(
                 drawn("plot_facts", result),
-                "Share of facts whose answer is the top-1 prediction or in the top 10, and its mean "
-                "probability, after each layer; dotted, the same for wrong answers.",
+                "Share of facts whose answer is the top-1 prediction or in the top 10, and the mean "
+                "probability of the answers, after each layer. Dotted: the same for wrong answers.",
                 said,
             ),
             Table.of(table, columns, "Each fact, after the last layer", folded=True, where="page"),
@@ -61,7 +61,7 @@ def indirect_object_section(
         f"The right continuation of {example!r} is {result.objects[0].strip()}. Over "
         f"{count(len(result.tokens), 'prompt')} the logit of the indirect object exceeds that of the subject "
         f"by {number(float(result.logit_diff.mean()))}, and the indirect object is the more likely of the "
-        f"two in {right:.0%}. For two names that do not occur in the prompt the difference is "
+        f"two in {right:.0%} of them. For two names that do not occur in the prompt, the difference is "
         f"{number(float(result.null.mean()))}."
     )
     table = Table.of(result.to_dataframe(), result.columns, "Each prompt", folded=True, where="page")

@@ -16,18 +16,18 @@ _TERMS = {
         "which are then run."
     ),
     "Activation": (
-        "When the tokens are run: the mean over all selected elements. Embeddings that are not those of a "
-        "token may exceed it."
+        "The mean over all selected elements when the tokens are run. Embeddings that belong to no token may "
+        "exceed it."
     ),
     "Optimum": "The largest activation of all single tokens, from an exhaustive search.",
     "Objective": (
-        "What the search minimized, when the tokens are run: the distance to the target, or minus the "
+        "What the search minimized, when the tokens are run: the distance to the target, or the negative "
         "log-probability of the continuation in nats."
     ),
-    "Nearest cosine": "Cosine of the embedding with the nearest real one, mean over positions.",
+    "Nearest cosine": "Cosine similarity of the embedding to the nearest real one, mean over positions.",
     "Prior": (
-        "Keeps the embeddings close to real ones. Softmax: they are mixtures of real ones. Norm and nearest: "
-        "a penalty for an unusual norm, or for the distance to the nearest real one."
+        "Keeps the embeddings close to real ones. Softmax: they are mixtures of real ones. Norm: a penalty "
+        "for an unusual norm. Nearest: a penalty for the distance to the nearest real one."
     ),
 }
 
@@ -38,10 +38,10 @@ def gradient_search_section(
     """What each search found and how far it is from the optimum; the steps of the first as a figure.
 
     Args:
-        results: of several features, or different in other ways.
+        results: searches that differ in feature or otherwise.
 
     Raises:
-        ValueError: no result.
+        ValueError: no results.
     """
     first = some(results, "search_gradient")
     varying = differing(
@@ -62,7 +62,7 @@ def gradient_search_section(
     if all(each.objective == "continuation" for each in results):
         left_out.add("activation")
     if all(each.objective in ACTIVATING for each in results):
-        # it says the same as the activation
+        # it equals the activation
         left_out.add("objective")
     if not any(len(each.selected) > 1 and each.objective in ACTIVATING for each in results):
         left_out.add("smallest_activation")
@@ -80,9 +80,9 @@ def gradient_search_section(
         f"{first.title}, {first.begins}: {count(len(first.embeddings), 'restart')} of "
         f"{count(first.embeddings.shape[1], 'token')}, {count(steps, 'step')} of {first.optimizer}"
         + (f", prior {first.prior}{weight}" if first.prior != "none" else "")
-        + f". {first.verdict if len(results) == 1 else ''} The cosine of the embeddings with the nearest "
-        f"real one is {number(float(first.nearest_cosine.mean()))} on average; of a real embedding with the "
-        f"nearest other one it is {number(first.token_cosine)}."
+        + f". {first.verdict if len(results) == 1 else ''} The mean cosine similarity of the embeddings "
+        f"to the nearest real one is {number(float(first.nearest_cosine.mean()))}; between a real embedding "
+        f"and its nearest neighbor it is {number(first.token_cosine)}."
     )
     return Section(
         title,
@@ -95,10 +95,10 @@ def gradient_search_section(
             ),
             Figure(
                 drawn("plot_gradient_search", first),
-                "Each line is a restart; the strong one found the best tokens. Marks to the right are the "
+                "Each line is a restart; the bold one found the best tokens. Marks on the right are the "
                 "decoded tokens, when run."
                 + (" Dashed: the largest activation of all tokens." if first.optimum is not None else ""),
-                f"Values along the steps of the gradient search for {first.searched}. Best tokens: {best}.",
+                f"Values at each step of the gradient search for {first.searched}. Best tokens: {best}.",
             ),
         ],
         feature_terms(first.noun) | _TERMS,

@@ -12,9 +12,9 @@ from mechlens.show.section import Figure, Section, Table, joined
 from mechlens.text.display import count, number
 
 _NULL = (
-    "The same score on unrelated tokens; for scores of positions (previous and first token), if each "
-    "position spread its attention at random over what it can see; for copying, with another token in place "
-    "of the one attended to. A score means something only if it is well above its null."
+    "The same score on unrelated tokens. For scores of positions (previous and first token): the score if "
+    "each position spread its attention at random over what it can see. For copying: the score with another "
+    "token in place of the attended one. A score means something only if it is well above its null."
 )
 _TERMS = {
     "Nat": "Unit of log-probability with the natural logarithm: a probability of 1/2 is -0.69 nats.",
@@ -60,13 +60,13 @@ def scores_section(
     """Every score of every head, and the strongest heads with their nulls.
 
     Args:
-        top: heads of each score to list; one number, or one for each score.
+        top: number of heads to list for each score; one number, or one per score.
     """
     jitter = f", up to {result.jitter} random tokens between the copies" if result.jitter else ""
     source = (
         "A prompt"
         if result.seq_len is None
-        else f"Repeated random tokens ({result.seq_len} in one copy{jitter})"
+        else f"Repeated random tokens ({result.seq_len} per copy{jitter})"
     )
     said = (
         f"{source}, {count(result.n_sequences, 'sequence')}{'' if result.prepend_bos else ', no BOS'}. L3H1 "
@@ -119,8 +119,8 @@ def attention_section(
         (
             Figure(
                 lambda: mechlens.plot_attention(result),
-                f"Attention of {', '.join(result.labels)}, from 0 (white) to 1 (dark): each row is a token "
-                "that attends, each column a token attended to. Choose a head, then hover for numbers.",
+                f"Attention of {', '.join(result.labels)}, from 0 (white) to 1 (dark): each row is a query "
+                "token, each column a key token. Choose a head, then hover for numbers.",
             ),
             Table.of(
                 table,

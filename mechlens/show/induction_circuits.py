@@ -8,7 +8,7 @@ from mechlens.show.section import Section, Table
 from mechlens.text.display import count, number
 
 _TABLES = {
-    "Behavior and weights: the induction score, and what the weights of both heads say": (
+    "Behavior and weights: the induction score, and the evidence from the weights of both heads": (
         *("previous", "induction", "induction_score", "k_score", "k_z", "k_rank", "k_top1_keys"),
         *("k_top1_queries", "ov_copying"),
     ),
@@ -16,7 +16,7 @@ _TABLES = {
         *("previous", "induction", "verdict", "score_path", "score_removed", "loss_path", "loss_removed"),
     ),
 }
-"""Columns by caption; so few that no table is wider than the page."""
+"""Columns by caption, few enough for each table to fit the page."""
 _REPLACED = {
     "mean": "its mean over other such sequences",
     "zero": "zeros",
@@ -25,18 +25,18 @@ _REPLACED = {
 _TERMS = {
     "Previous-token head": "A head that attends to the previous token.",
     "Induction head": (
-        "A head that attends to the token after an earlier copy of the current one, and so predicts it."
+        "A head that attends to the token after an earlier copy of the current one, and predicts it."
     ),
     "K-composition": (
-        "How much of what the later head compares its queries with could come from the earlier head, by "
-        "weights alone; above chance in standard deviations of random weights."
+        "How much of the later head's keys could come from the earlier head, judging by the weights. Above "
+        "chance: in standard deviations of random weights."
     ),
     "Top-1 accuracy": (
         "How often a token matches itself best in the circuit of the two heads, over the whole vocabulary: "
         "among all keys for each query, and among all queries for each key."
     ),
     "OV copying": (
-        "Whether the induction head raises the token that it attends to: the sum of its OV circuit's "
+        "Whether the induction head raises the logit of the token it attends to: the sum of its OV circuit's "
         "eigenvalues over the sum of their magnitudes, from -1 to 1."
     ),
     "Keys, head": "The previous-token head is ablated only in the induction head's keys, or everywhere.",
@@ -59,11 +59,11 @@ def induction_circuits_section(
         for (previous, induction), why in zip(result.labels, result.reasons, strict=True)
     ]
     sequences = count(len(result.tokens), "sequence")
-    said = [f"Measured on {sequences} of {result.seq_len} random tokens that occur twice."]
+    said = [f"Measured on {sequences} of {result.seq_len} random tokens, each repeated once."]
     if result.pairs:
         said += [
             f"An ablated head's output is replaced by {_REPLACED[result.how]}.",
-            f"Without ablation the loss on the second copy is {number(result.clean_loss)} nats.",
+            f"Without ablation, the loss on the second copy is {number(result.clean_loss)} nats.",
             f"By chance one token in {1 / result.chance:,.0f} matches itself.",
             result.counted,
         ]

@@ -7,20 +7,20 @@ from mechlens.results import InputProbe
 from mechlens.show.section import Figure, Section, Table, joined
 
 _TERMS = {
-    "Input probe": "A linear map from the residual stream to the embedding of the token at the position.",
+    "Input probe": "A linear map from the residual stream to the embedding of the token at that position.",
     "Random maps": "Maps with the same singular values and random singular vectors: what any map would give.",
-    "Importance": "Share of a direction in the variance of the embedding matrix.",
+    "Importance": "A direction's share of the variance of the embedding matrix.",
 }
 
 
 def input_probe_section(
     result: InputProbe, *, title: str = "The input, recovered from the residual stream", text: str = ""
 ) -> Section:
-    """Accuracy of the maps by row, and what the maps are like."""
+    """Accuracy and properties of the maps, by row."""
     own = result.accuracy["embedding"][0]
     said = (
         f"Share of held-out tokens recovered: {float(own[0]):.3f} at the embedding, {float(own[-1]):.3f} "
-        f"after the last layer; {result.chance:.3f} by always naming the most frequent token."
+        f"after the last layer; {result.chance:.3f} by always guessing the most frequent token."
     )
     figure = Figure(
         lambda: mechlens.plot_input_probe(result),

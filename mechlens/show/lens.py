@@ -13,26 +13,26 @@ from mechlens.show.section import Cell, Figure, Section, Table, drawn, joined
 from mechlens.text.display import visible_token
 
 MAX_POSITIONS = 64
-"""The most positions that are shown by default: the last ones."""
+"""Maximum number of positions shown by default, counted from the end."""
 STRETCH = 12
-"""Positions side by side in a figure: as many as a page's column holds. More make several figures."""
+"""Positions per figure: as many as fit on a page. More positions make more figures."""
 _LONGEST = 8
-"""Letters of a token in a terminal."""
+"""Maximum characters of a token in a terminal."""
 
 _TERMS = {
     "Logit lens": (
-        "What a layer's vectors predict as the next token if the layer is read as the model's last: through "
-        "the last norm and the unembedding."
+        "What each layer would predict as the next token if it were the last: its output goes through the "
+        "final norm and the unembedding."
     ),
     "Row embed": "The token and its position as they enter the first block, before any layer.",
     "Nat": "Unit of information with the natural logarithm: 0.69 nats are one bit.",
     "Rank": "Place of a token among all tokens of the vocabulary; 1 is the most likely.",
     "KL(final || layer)": (
-        "Kullback-Leibler divergence of a layer's distribution from the model's own: 0 where they are equal."
+        "Kullback-Leibler divergence of the model's own distribution from a layer's: 0 where they are equal."
     ),
     "KL(input || layer)": (
-        "Kullback-Leibler divergence of a layer's distribution from that of the row embed, which is close to "
-        "the input token; only where the unembedding is tied to the embedding."
+        "Kullback-Leibler divergence of the row embed's distribution, which is close to the input token, "
+        "from a layer's; only where the unembedding is tied to the embedding."
     ),
     "Entropy": "How undecided a layer's distribution is: 0 where one token is certain.",
     "Probability of the top guess": "Probability that a layer gives to the token in its own cell.",
@@ -58,15 +58,14 @@ def lens_section(
 ) -> Section:
     """Top guesses by layer and position, colored by each statistic, and statistics by layer as lines.
 
-    A terminal shows the first statistic. Pages draw more than 12 positions in several figures of one scale.
+    A terminal shows the first statistic. Pages split more than 12 positions into figures with one scale.
 
     Args:
         stats: one or several of those that `plot_logit_lens` takes.
         row: sequence of the batch.
-        positions: which of the positions that were read; None shows the last 64, and says so where there are
-            more.
+        positions: those to show, among those read; None shows the last 64, and says so if there are more.
         high: value with the darkest color, for a single statistic.
-        lines: statistics drawn by layer at the last of the positions; empty for none.
+        lines: statistics drawn by layer at the last positions; empty for none.
         text: what to look for.
 
     Raises:
@@ -118,7 +117,7 @@ def _shown(result: LogitLensResult, row: int, positions: Sequence[int] | None) -
 def _scaled(
     result: LogitLensResult, stat: str, row: int, positions: Sequence[int], high: float | None
 ) -> tuple[LensStatistic, list[int], float]:
-    """The statistic, where the positions are on its axis, and the value of the darkest color."""
+    """The statistic, the columns of the positions, and the value with the darkest color."""
     statistic = lens_statistic(result, stat)
     columns = result.shown_columns(row, positions)
     return statistic, columns, statistic.bound(statistic.values[:, row, columns], high)
@@ -127,7 +126,7 @@ def _scaled(
 def _grid(
     result: LogitLensResult, stat: str, row: int, positions: Sequence[int], high: float | None
 ) -> Table:
-    """Top guesses on colored ground, as a terminal shows them."""
+    """Top guesses on a colored background, for a terminal."""
     statistic, columns, bound = _scaled(result, stat, row, positions, high)
     read, follows = _read(result, row, range(result.tokens.shape[1]), _LONGEST), result.following(row)
     shares = statistic.shares(statistic.values[:, row, columns], bound).tolist()
@@ -183,7 +182,7 @@ def _heatmaps(
     """One statistic, in figures of at most `STRETCH` positions with the same colors."""
     statistic, _, bound = _scaled(result, stat, row, positions, high)
     count = math.ceil(len(positions) / STRETCH)
-    # of about the same length, because a last one of two tokens would look lost
+    # of about equal length, because a last one of two tokens would look lost
     length = math.ceil(len(positions) / count)
     parts = []
     for at in range(count):

@@ -22,8 +22,8 @@ def logit_variance_section(
     low, high = number(found["null_ratio_low"], 2), number(found["null_ratio_high"], 2)
     said = (
         "Variance of the least probable bin over that of the most probable: "
-        f"{number(found['variance_ratio'], 2)}; in random bins {low} to {high}, ranked at another position "
-        f"{number(found['elsewhere_ratio'], 2)}."
+        f"{number(found['variance_ratio'], 2)}; in random bins {low} to {high}; with ranks from another "
+        f"position {number(found['elsewhere_ratio'], 2)}."
     )
     figure = Figure(
         lambda: mechlens.plot_logit_variance(result),

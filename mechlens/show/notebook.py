@@ -1,4 +1,4 @@
-"""Sections in Jupyter: text and tables as HTML, figures as they show themselves."""
+"""Sections in Jupyter: text and tables as HTML, and figures."""
 
 from __future__ import annotations
 

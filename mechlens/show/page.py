@@ -35,23 +35,22 @@ def write_report(
 ) -> Path:
     """Write results to one HTML page that opens anywhere without a network.
 
-    The same arguments give the same bytes. Scripts and data are inside, and a policy in the page forbids
-    every request. The JavaScript of plotly (5 MB) and circuitsvis (1 MB) is included once, and only if it is
-    needed.
+    The same arguments give the same bytes. Scripts and data are embedded, and a content security policy
+    forbids every request. The JavaScript of plotly (5 MB) and circuitsvis (1 MB) is included only if needed.
 
     Args:
         path: the file, ending in `.html`; its folder must exist.
         shown: results or sections, in the order of the page.
-        title: empty takes that of the first section.
-        model: the facts at the top; None takes those of the first result.
-        comparisons: claims with their verdicts, for the table at the top; None leaves the chapter out.
+        title: empty takes the first section's.
+        model: the model described at the top; None takes the first result's.
+        comparisons: claims with their verdicts, for the table at the top; None leaves the table out.
         command: the command line that makes the same page.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: nothing to show, another ending, or no such folder.
+        ValueError: nothing to show, a path without `.html`, or a folder that does not exist.
 
     Example:
         >>> found = mechlens.direct_logit_attribution(model, "The captain of the")
@@ -120,7 +119,7 @@ def render_report(
 {_facts(model) if model else ""}
 <nav aria-label="Contents"><ol>{links}</ol></nav>
 </header>
-<noscript><p class="statement">The figures need JavaScript; texts and tables do not.</p></noscript>
+<noscript><p class="statement">The figures need JavaScript; the text and the tables do not.</p></noscript>
 <main id="main" tabindex="-1">
 {main}
 </main>
@@ -156,7 +155,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
     statement = f'<p class="statement{" missed" if missed else ""}">{statement}</p>'
     rows = "".join(map(_comparison, comparisons))
     head = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in _COLUMNS)
-    # The roles are said again because the style takes them away where it stacks the cells.
+    # The roles are explicit because the CSS that stacks the cells removes the implicit ones.
     return (
         f'{statement}\n<table class="comparisons" role="table" aria-label="Published and measured">'
         f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
@@ -199,13 +198,13 @@ def _part(part: Table | Figure, used: list[tuple[Figure, Any]]) -> str:
         style += f";max-width:{layout.width}px"
     plot = f'<div id="{place}" class="plot" role="img" aria-label="{label}" style="{style}"></div>'
     if part.keeps_width:
-        # without a mouse it is scrolled by keyboard
+        # focusable, so that the keyboard can scroll it
         plot = f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{plot}</div>'
     return f"<figure{' class=wide' if part.wide else ''}>{plot}{caption}</figure>"
 
 
 def table_html(table: Table) -> str:
-    """A table as HTML; texts in it are escaped."""
+    """A table as HTML, with its text escaped."""
     css = [' class="number"' if table.is_number(at) else "" for at in range(len(table.columns))]
     head = "".join(
         f'<th scope="col"{c}>{escape(name)}</th>' for name, c in zip(table.headings, css, strict=True)
@@ -245,7 +244,7 @@ def _scripts(used: Sequence[tuple[Figure, Any]]) -> str:
         if isinstance(drawn, View):
             value = {"component": drawn.component, "props": drawn.props}
         else:
-            # The engine is named because another one, where installed, gives other bytes.
+            # The engine is named because another one, if installed, would give other bytes.
             value = json.loads(plotly.io.to_json(drawn, validate=False, engine="json"))
             value["layout"].pop("width", None)
             # A finger that scrolls the page must not zoom the figures that it crosses.

@@ -1,4 +1,4 @@
-"""How a report looks and what it does: its style, its scripts."""
+"""The style sheet and the scripts of a report."""
 
 from __future__ import annotations
 

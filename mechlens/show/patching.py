@@ -24,10 +24,10 @@ def patching_section(
     title: str = "Patched runs",
     text: str = "",
 ) -> Section:
-    """The whole grid as a picture, the heads with the largest effects as bars, and the largest as a table.
+    """The whole grid as a heatmap, the heads with the largest effects as bars, and a table of effects.
 
     Args:
-        top: heads and cells that are drawn and listed.
+        top: number of heads to draw and of cells to list.
         title: the heading.
         text: a paragraph before the others.
 

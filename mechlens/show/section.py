@@ -1,4 +1,4 @@
-"""What there is to show of a result: text, tables and figures, whatever renders them."""
+"""Sections: the text, tables and figures of a result, independent of what renders them."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A table's cell on a colored ground."""
+    """A table cell with a colored background."""
 
     text: str
     shade: float = float("nan")
-    """Share of the sequential color scale, from 0 (light) to 1 (dark); nan leaves the ground as it is."""
+    """Share of the sequential color scale, from 0 (light) to 1 (dark); nan for no color."""
     strong: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of a section. Each column writes its own values; numbers stand at the right."""
+    """A table in a section. Each column formats its own values; numbers are right-aligned."""
 
     columns: Sequence[Column | str]
     rows: Sequence[Sequence[Any]]
-    """Values by column: numbers, texts, `Cell`s, or None where there is no value."""
+    """Values by column: numbers, strings, `Cell`s, or None where there is no value."""
     caption: str
     folded: bool = False
     """Whether a page hides it until the reader opens it."""
     where: Literal["everywhere", "terminal", "page"] = "everywhere"
     """Which renderer shows it; a notebook shows what a page does."""
     dense: bool = False
-    """Whether a terminal draws it without lines, and a wide one in several stretches."""
+    """Whether a terminal draws it without lines, and in several blocks if it is wide."""
     shades: str = ""
-    """What the ground of its `Cell`s means, with its range."""
+    """What the background of its `Cell`s means, with its range."""
 
     @classmethod
     def of(cls, frame: pd.DataFrame, columns: Sequence[Column], caption: str, **options: Any) -> Table:
@@ -73,7 +73,7 @@ class Figure:
     """A picture of a section: a plotly figure or a circuitsvis view."""
 
     draw: Callable[[], Any] | Any
-    """The drawn figure, or what draws it. A terminal never calls this, so it never loads plotly."""
+    """The figure, or a function that draws it. A terminal never calls it, and so never loads plotly."""
     caption: str
     """How to read the figure, and its unit."""
     description: str = ""
@@ -90,7 +90,7 @@ class Figure:
 
 
 def drawn(name: str, *given: Any, **options: Any) -> Callable[[], Any]:
-    """What draws a `Figure` by a public function of mechlens, which loads plotly no earlier."""
+    """A function that draws a `Figure` with a public function of mechlens, and loads plotly only then."""
     return lambda: getattr(mechlens, name)(*given, **options)
 
 
@@ -101,14 +101,14 @@ def joined(*texts: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What there is to show of a result, under its own heading; Jupyter shows it as it is."""
+    """What to show of a result, under a heading of its own; Jupyter displays it."""
 
     title: str
     text: str = ""
     """Plain text; an empty line starts a paragraph."""
     parts: Sequence[Table | Figure] = ()
     terms: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Definitions of the section's words; a page collects them in one list."""
+    """Definitions of the section's terms; a page collects them in one list."""
 
     def tables(self, where: str) -> list[Table]:
         """The tables that one renderer shows."""
@@ -123,15 +123,15 @@ class Section:
 
 
 def section(result: Result, **options: Any) -> Section:
-    """What there is to show of a result.
+    """Make the section that shows a result.
 
     Args:
         result: any result of mechlens.
-        options: those of its kind, such as `top`, how many rows are worth reading; `title` and `text` replace
-            the heading and add a paragraph before the others.
+        options: options of this kind of section, such as `top`, the number of rows to list. `title` replaces
+            the heading; `text` adds a paragraph before the others.
 
     Raises:
-        TypeError: nothing is shown of such results, or there is no such option.
+        TypeError: there is no section for this type of result, or no such option.
 
     Example:
         >>> found = mechlens.direct_logit_attribution(model, "The captain of the")

@@ -8,16 +8,16 @@ from mechlens.text.display import count, number
 from mechlens.text.task_library import BUILT_IN
 
 _TERMS = {
-    "Logit difference": "Log of the probability of the right answers over that of the wrong ones, in nats; "
-    "the difference of their logits where each is one token.",
-    "Chance": "Accuracy of a guess among right and wrong answers.",
+    "Logit difference": "Log of the probability of the right answers over that of the wrong ones, in nats: "
+    "the difference of their logits if each is one token.",
+    "Chance": "Accuracy of a random guess among right and wrong answers.",
 }
 _ROWS = {
-    "accuracy": "a right answer likelier than every wrong one",
+    "accuracy": "a right answer is likelier than every wrong one",
     "top1": "a right answer is the top-1 prediction",
     "logit_diff": "logit difference, nats",
     "probability_diff": "probability of right answers minus that of wrong ones",
-    "corrupted_logit_diff": "logit difference, nats, corrupted prompts",
+    "corrupted_logit_diff": "logit difference on corrupted prompts, nats",
 }
 
 
@@ -25,7 +25,7 @@ def task_section(result: TaskPerformance, *, top: int = 10, title: str = "Task",
     """Whether the model does the task, and the first prompts.
 
     Args:
-        top: prompts to list.
+        top: number of prompts to list.
     """
     mean, low, high = result.estimates["accuracy"]
     said = f"Task {result.task}, {count(len(result.clean), 'prompt')}. "
@@ -60,13 +60,13 @@ def role_grid_section(
     """The grid as a figure, and the largest effects as a table.
 
     Args:
-        top: cells to list.
+        top: number of cells to list.
     """
     said = (
         f"Task {result.task}, {count(len(result.prompts), 'prompt')}. Without a patch the logit difference "
         f"is {number(float(result.clean.mean()))} in the clean run and "
-        f"{number(float(result.corrupted.mean()))} in the corrupted run. {result.site} is patched with: "
-        f"{result.source}; into the {result.into} run."
+        f"{number(float(result.corrupted.mean()))} in the corrupted run. {result.site} is patched into "
+        f"the {result.into} run, with: {result.source}."
     )
     figure = Figure(
         drawn("plot_role_grid", result),

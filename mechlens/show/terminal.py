@@ -1,4 +1,4 @@
-"""Sections in a terminal: titles, sentences and tables; and results as JSON for other programs."""
+"""Sections in a terminal, and results as JSON for other programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_section(section: Section, *, of: str = "") -> None:
-    """Print a section's title, its text, and those of its tables that a terminal shows.
+    """Print a section's title, its text, and the tables that a terminal shows.
 
     Args:
         of: the model's name, for the title.
@@ -36,7 +36,7 @@ def print_section(section: Section, *, of: str = "") -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table under its caption; without a terminal it is as wide as it needs."""
+    """Print a table under its caption; outside a terminal, as wide as it needs to be."""
     from rich.console import Console
     from rich.table import Table as Drawn
     from rich.text import Text
@@ -57,8 +57,7 @@ def print_table(table: Table) -> None:
 
 
 def _print_dense(table: Table) -> None:
-    """Print a table without lines, in stretches of columns as wide as the terminal; each repeats the
-    first."""
+    """Print a table without lines, in blocks as wide as the terminal that each repeat the first column."""
     from rich.cells import cell_len, set_cell_size
     from rich.console import Console
     from rich.text import Text
@@ -105,7 +104,7 @@ def print_comparisons(comparisons: Sequence[Comparison]) -> None:
 
 
 def shaded_style(cell: Cell) -> str:
-    """The style of a cell: its ground, a text color that can be read on it, and bold type."""
+    """The style of a cell: its background, a readable text color, and bold type."""
     from mechlens.text.color import is_dark, sequential
 
     ground = ""
@@ -135,7 +134,7 @@ def _finite(value: Any) -> Any:
 
 
 def plain(value: Any) -> str:
-    """A value of a model's summary, for people."""
+    """A value of a model summary, as text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else str(value)

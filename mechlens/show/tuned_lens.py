@@ -10,7 +10,9 @@ _TERMS = {
     "Tuned lens": (
         "A logit lens with an affine map for each row, trained so that the row predicts what the model does."
     ),
-    "KL(final || row)": "Kullback-Leibler divergence from the model's own distribution: 0 if they are equal.",
+    "KL(final || row)": (
+        "Kullback-Leibler divergence of the model's own distribution from the row's: 0 if they are equal."
+    ),
     "Nat": "Unit of information with the natural logarithm: 0.69 nats are one bit.",
 }
 
