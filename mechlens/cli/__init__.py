@@ -1,7 +1,7 @@
 """The `mechlens` command.
 
-Importing it imports almost nothing, so it can handle Ctrl-C from the start. `commands` imports the command
-that is called, which imports what it needs.
+Importing this module imports almost nothing, so Ctrl-C is handled from the start. `commands` imports only
+the command that is called, and that imports what it needs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ STOPPED = 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0 for success; 1 if the result could not be saved where it should be, or not be printed
-    completely; 2 for invalid input, with one line on standard error; 130 after Ctrl-C.
+    Exit codes: 0 for success; 1 if the result could not be saved where asked, or not printed completely;
+    2 for invalid input, with one line on standard error; 130 after Ctrl-C.
     """
     try:
         with _on_ctrl_c(_end_at_once):

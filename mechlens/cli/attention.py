@@ -15,12 +15,12 @@ from mechlens.cli.run import Run, command
 def attention(
     run: Run,
     text: TextArgument,
-    head: Annotated[list[str], typer.Option("--head", help="Head such as L3H5; repeatable.")],
+    head: Annotated[list[str], typer.Option("--head", help="Head, such as L3H5; repeatable.")],
     chat: ChatOption = False,
     bos: BosOption = None,
 ) -> None:
-    """Show what heads attend to: for each token and head the token attended to most. The page shows the whole
-    patterns."""
+    """Show what heads attend to: for each head and token, the most attended token. An .html page shows the
+    full patterns."""
     from mechlens.results import parse_heads
 
     parse_heads(head)  # before the model is loaded, which takes seconds

@@ -23,14 +23,14 @@ def attribution(
         str | None, typer.Option("--against", "-a", help="Token whose logit is subtracted.")
     ] = None,
     position: Annotated[
-        int, typer.Option("--position", "-p", help="Position of the prediction; negative: from the end.")
+        int, typer.Option("--position", "-p", help="Position to explain; negative counts from the end.")
     ] = -1,
     top: Annotated[int, typer.Option(min=1, help="Number of components to list.")] = 12,
     chat: ChatOption = False,
     bos: BosOption = None,
 ) -> None:
     """Direct logit attribution: what the embeddings, each head and each MLP add to the logit of a token, or
-    to the difference of two tokens. Lists the largest contributions; with the rest they sum to the logit."""
+    to the logit difference of two tokens. Lists the largest contributions; all of them sum to the logit."""
     model = run.load()
     from mechlens.analyses.attribution import direct_logit_attribution
 

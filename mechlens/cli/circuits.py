@@ -1,4 +1,4 @@
-"""`mechlens circuit` and `mechlens composition`: weights on the command line."""
+"""`mechlens circuit` and `mechlens composition`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ KINDS = ("ov", "qk", *COMPOSED)
 EMBEDDINGS = ("W_E", "effective")
 
 RelativeOption = Annotated[
-    int | None,
-    typer.Option(min=0, help="For a rotary model: how many tokens the key comes before the query."),
+    int | None, typer.Option(min=0, help="For a rotary model: number of tokens from the key to the query.")
 ]
 
 
@@ -33,17 +32,17 @@ def circuit(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="ov (of several heads: their sum) or qk of one head; k, q or v of two: the later head's "
-            "key, query or value as the earlier head writes it. [default: k for two heads, else ov]"
+            help="ov (of several heads: their sum) or qk of one head; k, q or v of two heads: the later "
+            "head's key, query or value, as written by the earlier head. [default: k for two heads, else ov]"
         ),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Text whose tokens to show. [default: the tokens of the largest entries]"),
+        typer.Option(help="Text whose tokens are shown. [default: the tokens of the largest entries]"),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of largest entries to list.")] = 10,
     embedding: Annotated[
-        str, typer.Option(help="Embedding of the tokens: W_E, or effective (W_E plus the first MLP of it).")
+        str, typer.Option(help="Embedding of the tokens: W_E, or effective (W_E plus the first MLP).")
     ] = "W_E",
     relative_position: RelativeOption = None,
     rotary: Annotated[
@@ -55,7 +54,7 @@ def circuit(
     ] = None,
 ) -> None:
     """Multiply the weights of heads into a circuit over the whole vocabulary. Prints how often a token
-    matches or copies itself, the pairs of tokens with the largest entries, and a part of the circuit. A .csv
+    matches or copies itself, the pairs of tokens with the largest entries, and part of the circuit. A .csv
     file has the largest entries, a .safetensors file the whole circuit."""
     kind = kind or ("k" if len(heads) == 2 else "ov")
     _check(heads, kind, embedding, relative_position, rotary)
@@ -78,9 +77,9 @@ def composition(
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the baseline's random weights.")] = 0,
     draws: Annotated[int, typer.Option(min=2, help="Pairs of random heads in the baseline.")] = 100,
 ) -> None:
-    """Score how much of what each head reads could come from each earlier head, by weights alone. Lists the
-    pairs furthest above random weights. For a rotary model, queries and keys are taken without their rotation
-    unless --relative-position is given."""
+    """Score how much of each head's input could come from each earlier head, judging by weights alone. Lists the
+    pairs furthest above random weights. For a rotary model, queries and keys are not rotated unless
+    --relative-position is given."""
     options.check_known("--kind", kind, COMPOSED)
     if kind == "v":
         _check_queries_and_keys(kind, relative_position, None)
@@ -124,7 +123,7 @@ def _check_queries_and_keys(kind: str, relative_position: int | None, rotary: st
 
 
 def _rotary(model: LensModel, relative_position: int | None, rotary: str | None) -> str | None:
-    """What is taken where nothing is given: the dimensions that a rotary model does not rotate."""
+    """The given value; by default, the dimensions that a rotary model does not rotate."""
     from mechlens.models.weights.rotary import is_rotary
 
     return rotary or ("unrotated" if relative_position is None and is_rotary(model) else None)

@@ -1,6 +1,6 @@
-"""The list of commands, and how one of them is run.
+"""The commands, and how one of them is run.
 
-Only the command that is called is imported and built, because all of them take longer than starting Python.
+Only the command that is called is imported and built: building all of them takes longer than starting Python.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Command:
     """Where a command is implemented, and its entry in the list of commands."""
 
     place: str
-    """Module and name of a function, or of a `typer.Typer` that has commands of its own."""
+    """Module and name of a function, or of a `typer.Typer` with subcommands."""
     short_help: str
     example: str
     """What follows `mechlens`."""
@@ -98,7 +98,7 @@ COMMANDS = {
 
 
 def build(called: str | None) -> Any:
-    """The command line, on which only the called command can be run."""
+    """The command line; only the called command can be run."""
     app = typer.Typer(name="mechlens", add_completion=False, rich_markup_mode=None, add_help_option=False)
     app.callback()(_common)
     for name, command in COMMANDS.items():
@@ -128,7 +128,7 @@ def every() -> Iterator[tuple[str, ...]]:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; see `main`."""
-    # output may contain any character, also lone surrogates, and not every encoding has them
+    # output may contain any character, even lone surrogates, which not every encoding has
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

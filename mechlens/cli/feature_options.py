@@ -1,4 +1,4 @@
-"""What the commands of `mechlens features` share: options, and arguments made of them."""
+"""Options that the commands of `mechlens features` share, and the arguments made from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OBJECTIVES = ("constant", "mean", "min", "l1", "cosine", "continuation")
 PRIORS = ("softmax", "norm", "nearest")
 OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 MOST_PLACES = 64
-"""Features that are shown, at most; a page refuses more."""
+"""Maximum number of features shown; a page with more is refused."""
 RENAMED = {
     "top_k": "--top",
     "n_tokens": "--tokens",
@@ -84,13 +84,13 @@ def check_page(run: Run, places: int) -> None:
 
 
 def check_other(model: LensModel, other: LensModel, wanted: Features) -> None:
-    """Refuse a model that cannot be compared before either is searched, which takes long for a large one."""
+    """Refuse a model that cannot be compared, before the searches, which are slow for large models."""
     from mechlens.arguments import chosen
     from mechlens.text.tokens import vocabulary_hash
 
     if vocabulary_hash(model.tokenizer) != vocabulary_hash(other.tokenizer):
         raise ValueError(
-            "--against has another tokenizer, so its ids are other tokens: compare models with the same"
+            "--against has another tokenizer, so its ids mean other tokens: compare models with the same one"
         )
     chosen("layer of --against", wanted.layers, other.cfg.n_layers)
     chosen("feature of --against", wanted.indices, wanted.width(other))

@@ -55,7 +55,7 @@ def exhaustive(
     resume: ResumeOption = None,
 ) -> None:
     """Run every token of the vocabulary, and find the maximally and minimally activating tokens of each
-    feature, a basis dimension of an activation, in one pass. Default: every layer, features 0 to 7."""
+    feature (a basis dimension of an activation) in one pass. Default: every layer, features 0 to 7."""
     wanted = shared.features_of(layer, feature, site)
     shared.check_page(run, len(shared.numbers("--feature", feature) or []))
     model = run.load(processing=False)
@@ -85,7 +85,7 @@ def greedy(
     feature: FeaturesOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to find.")] = 4,
     aggregate: Annotated[
-        str, typer.Option(help="Rank inputs by the activation at the last token, or by the sum over all.")
+        str, typer.Option(help="Rank inputs by the activation at the last token (last) or over all (sum).")
     ] = "last",
     beam: Annotated[int, typer.Option(min=1, help="Inputs to keep at each step.")] = 1,
     site: SiteOption = "resid_post",
@@ -93,9 +93,8 @@ def greedy(
     bos: BeginOption = False,
     resume: ResumeOption = None,
 ) -> None:
-    """Build inputs from left to right. Each token is the one of the whole vocabulary that activates the
-    feature, a basis dimension of an activation, most after those before it. Default: the last layer, features
-    0 to 3."""
+    """Build inputs from left to right. Each token is the one that activates the feature (a basis dimension of
+    an activation) most after the tokens before it. Default: the last layer, features 0 to 3."""
     options.check_known("--aggregate", aggregate, ("last", "sum"))
     layers = shared.numbers("--layer", layer) or [-1]
     wanted = shared.features_of(None, feature, site)
@@ -147,13 +146,13 @@ def gradient(
             "--feature",
             "--features",
             "-f",
-            help="A feature, or a range such as 0:4; several are searched together. [default: 0, with a "
-            "target all]",
+            help="A feature, or a range such as 0:4; several are searched together. [default: 0; all "
+            "with --target]",
         ),
     ] = None,
     site: SiteOption = "resid_post",
     position: Annotated[
-        int | None, typer.Option(help="The searched token to read, from 0. [default: every one]")
+        int | None, typer.Option(help="The searched token to read, from 0. [default: all]")
     ] = None,
     isolated: Annotated[
         bool, typer.Option("--isolated", help="Run the layer's block alone, without those before it.")
@@ -169,14 +168,14 @@ def gradient(
     constant: Annotated[
         float | None,
         typer.Option(
-            help="The activation to approach, with the objective constant. [default: 1000, or ten times the "
-            "largest of the starts]"
+            help="The activation to approach with --objective constant. [default: 1000, or ten times the "
+            "largest initial activation]"
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Target text: of as many tokens as --tokens, or the continuation.")
+        str | None, typer.Option(help="Target text: as many tokens as --tokens, or the continuation.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are searched together.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to search together.")] = 1,
     prefix: PrefixOption = None,
     bos: BeginOption = False,
     prior: Annotated[
@@ -187,9 +186,9 @@ def gradient(
     ] = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "Adam",
     learning_rate: Annotated[
-        float, typer.Option(help="In units of the root mean square of an embedding's elements.")
+        float, typer.Option(help="Relative to the root mean square of an embedding's elements.")
     ] = 0.1,
-    steps: Annotated[int, typer.Option(min=1, help="Largest number of steps.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Maximum number of steps.")] = 40,
     patience: Annotated[
         int, typer.Option(min=1, help="Stop when no restart has improved for this many steps.")
     ] = 10,
@@ -197,8 +196,8 @@ def gradient(
     seed: StartSeed = 0,
     resume: ResumeOption = None,
 ) -> None:
-    """Optimize embeddings by gradient descent until they activate a feature, a basis dimension of an
-    activation, and decode them to tokens in two ways. For one token and one feature, an exhaustive search
+    """Optimize embeddings by gradient descent until they activate a feature (a basis dimension of an
+    activation), and decode them to tokens in two ways. For one token and one feature, an exhaustive search
     finds the optimum for comparison."""
     # before torch is imported, which takes seconds
     for option, given, known in (
@@ -247,7 +246,7 @@ def gradient(
     model = run.load(processing=False)
     begin = shared.prefix_of(prefix, bos)
     with run.saving():
-        # a constant of the user's own may be below the optimum
+        # a constant given by the user may be below the optimum
         largest = objective == "mean" or (objective == "constant" and constant is None)
         if largest and len(wanted or []) == tokens == 1 and not isolated:
             best = search_exhaustive(model, read, prefix=begin, progress=run.progress)
@@ -282,7 +281,7 @@ def alignment(
     site: SiteOption = "resid_post",
     prefix: PrefixOption = None,
     bos: BeginOption = False,
-    top: Annotated[int, typer.Option(min=1, help="Best tokens that the overlap counts.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of best tokens that the overlap compares.")] = 5,
     random: Annotated[
         bool,
         typer.Option(
@@ -291,15 +290,15 @@ def alignment(
     ] = True,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the random weights.")] = 0,
 ) -> None:
-    """Measure how often features with the same number, basis dimensions of an activation, have the same best
-    token: in two layers, in the model and in random weights, in two models. Each share comes with chance.
-    Default: all layers and features."""
+    """Measure how often features (basis dimensions of an activation) with the same number have the same best
+    token: in two layers, in the model and in random weights, or in two models. Each share is compared with
+    chance. Default: all layers and features."""
     alone = not random and against is None
     layers = shared.numbers("--layer", layer)
     if not alone:
         run.check_single("add --no-random and leave out --against")
     elif layers is not None and len(layers) == 1:
-        raise ValueError("one layer has nothing to be compared with: give several, --random or --against")
+        raise ValueError("one layer cannot be compared with itself: give several, --random or --against")
     wanted = shared.features_of(layer, feature, site)
     own = run.load(processing=False)
     others = {} if against is None else {against: run.load(other=against, processing=False)}
@@ -309,7 +308,7 @@ def alignment(
 
     several = len(chosen("layer", wanted.layers, own.cfg.n_layers)) > 1
     if alone and not several:
-        raise ValueError("this model has one layer, which has nothing to be compared with: add --against")
+        raise ValueError("this model has one layer, which cannot be compared with itself: add --against")
     for each in others.values():
         shared.check_other(own, each, wanted)
 
@@ -355,19 +354,17 @@ def examples(
     site: SiteOption = "resid_post",
     top: Annotated[int, typer.Option(min=1, help="Windows to keep for each feature.")] = 5,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a window. [default: 128, or the model's context]")
+        int | None, typer.Option(min=1, help="Tokens per window. [default: 128, or the model's context]")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of windows to read. [default: all]")
+        int | None, typer.Option(min=1, help="Maximum number of windows to read. [default: all]")
     ] = None,
     bos: BosOption = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**31, help="Seed of the text that the model writes itself.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the text sampled from the model.")] = 0,
     resume: ResumeOption = None,
 ) -> None:
-    """Find the windows of text where each feature, a basis dimension of an activation, is largest, and mark
-    the token. Default: text that the model writes itself, the last layer, features 0 to 3."""
+    """Find the windows of text where each feature (a basis dimension of an activation) is largest, and mark
+    the token. Default: text sampled from the model, the last layer, features 0 to 3."""
     wanted = shared.features_of(layer or ["-1:"], feature, site)
     options.check_corpus(files)
     n_layers = len(shared.numbers("--layer", layer) or [-1])

@@ -15,20 +15,18 @@ from mechlens.cli.run import PAGE, TABLE, WHOLE, Run, command
 def heads(
     run: Run,
     kind: Annotated[
-        list[str] | None, typer.Option("--kind", "-k", help="Score such as induction_score; repeatable.")
+        list[str] | None, typer.Option("--kind", "-k", help="Score, such as induction_score; repeatable.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="Score on this text instead of random tokens.")] = None,
     threshold: Annotated[
         float | None,
         typer.Option(min=-1, max=1, help="List heads with at least this score. [default: the highest ones]"),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of heads of each score to list.")] = 5,
-    seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Random tokens in one copy. [default: 50]")
-    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of heads to list for each score.")] = 5,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Random tokens per copy. [default: 50]")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences per seed. [default: 30]")] = None,
     jitter: Annotated[
-        int | None, typer.Option(min=0, help="Most random tokens between the copies. [default: 0]")
+        int | None, typer.Option(min=0, help="Maximum of random tokens between the copies. [default: 0]")
     ] = None,
     seed: SeedOption = 0,
     n_seeds: SeedsOption = 5,

@@ -1,4 +1,4 @@
-"""`mechlens induction-circuits`: pairs of heads with the evidence for them, on the command line."""
+"""`mechlens induction-circuits`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def induction_circuits(
         typer.Option("--pair", help="Pair to test: previous,induction, such as 4.11,5.5; repeatable."),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Lowest score that each head of a pair may have.")
+        float, typer.Option(min=0, max=1, help="Minimum score of each head of a pair.")
     ] = 0.4,
     per_head: Annotated[
         int, typer.Option(min=1, help="Previous-token heads to try for each induction head.")
@@ -29,9 +29,9 @@ def induction_circuits(
     ] = "mean",
     all_tokens: Annotated[
         bool,
-        typer.Option("--all-tokens", help="Count top-1 accuracies over the whole vocabulary, not a sample."),
+        typer.Option("--all-tokens", help="Measure top-1 accuracies on the whole vocabulary, not a sample."),
     ] = False,
-    seq_len: Annotated[int, typer.Option(min=2, help="Random tokens in one copy.")] = 50,
+    seq_len: Annotated[int, typer.Option(min=2, help="Random tokens per copy.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of random tokens.")] = 8,
     seed: Annotated[
         int, typer.Option(min=0, max=2**31, help="Seed of the random tokens and of the vocabulary's sample.")
@@ -39,7 +39,7 @@ def induction_circuits(
     bos: BosOption = None,
 ) -> None:
     """Find the previous-token heads that feed induction heads. Prints the evidence for each pair: where both
-    heads attend, what their weights say, and what is lost when the first is ablated in the second's keys."""
+    heads attend, how their weights compose, and the effect of ablating the first in the second's keys."""
     options.check_known("--how", how, options.ABLATIONS)
     pairs = [_pair(each) for each in pair or []]
     model = run.load()

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 DECODERS = ("final_norm", "norm_only", "none")
 _UNFOLDED = DECODERS[1:]
-"""Decoders that need the weights as they were trained."""
+"""Decoders that need the weights as trained."""
 
 
 _StatOption = Annotated[
     str,
     typer.Option(
-        help="Color: probability (of the top guess), entropy, kl_final, kl_input (tied models only), "
-        "rank_final, rank_input, rank_next, or rank_ and probability_ with a --target."
+        help="Statistic to color by: probability (of the top guess), entropy, kl_final, kl_input (tied "
+        "models only), rank_final, rank_input, rank_next, or rank_ and probability_ with a --target."
     ),
 ]
 _HighOption = Annotated[
@@ -32,7 +32,7 @@ _ReadOption = Annotated[
     list[str] | None,
     typer.Option(
         help="Activation to read: resid_pre, resid_mid, resid_post, attn_out, mlp_out, result (all heads), a "
-        "head such as L3H5 (repeatable), or an output with its stream, such as resid_pre+attn_out. "
+        "head such as L3H5 (repeatable), or a sum such as resid_pre+attn_out. "
         "[default: resid_post]"
     ),
 ]
@@ -66,7 +66,7 @@ _TargetOption = Annotated[
     typer.Option("--target", "-t", help='Token to report the rank of, such as " Paris"; repeatable.'),
 ]
 _TopKOption = Annotated[
-    int, typer.Option(min=1, help="Most likely tokens to keep in the figure, in --json and in .safetensors.")
+    int, typer.Option(min=1, help="Number of top tokens to keep in the figure, --json and .safetensors.")
 ]
 
 
@@ -91,7 +91,7 @@ def lens(
     chat: ChatOption = False,
     bos: BosOption = None,
     checkpoint: Annotated[
-        int | None, typer.Option(help="Training step of the model, where it has published ones.")
+        int | None, typer.Option(help="Training step, for a model with published checkpoints.")
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False,
 ) -> None:

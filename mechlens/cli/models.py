@@ -1,4 +1,4 @@
-"""`mechlens models`: what loads by name, and what is verified of it, on the command line."""
+"""`mechlens models`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from mechlens.cli.run import PROSE, Run, command
 def models(
     run: Run,
     name: Annotated[str | None, typer.Argument(help="The model to show: a name, or a path.")] = None,
-    like: Annotated[str, typer.Option(help="Only names that contain this.")] = "",
+    like: Annotated[str, typer.Option(help="List only names that contain this.")] = "",
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Compare with Hugging Face's predictions and show which analyses support the model: NAME, "
-            "or tiny random models of all architectures and the installed real ones.",
+            help="Compare predictions with Hugging Face's, and show which analyses support the model. "
+            "Without NAME: tiny random models of all architectures, and the installed real models.",
         ),
     ] = False,
     clear_cache: Annotated[
-        bool, typer.Option("--clear-cache", help="Delete the weights that were kept from GGUF files.")
+        bool, typer.Option("--clear-cache", help="Delete the cached weights of GGUF files.")
     ] = False,
     seed: Annotated[
         int, typer.Option(min=0, max=2**31, help="Seed of the random weights and tokens of --verify.")
     ] = 0,
 ) -> None:
-    """List the models that load by name. With a name or path, show the model's sizes, its positions, and
-    whether its unembedding is tied to its embedding in the raw weights. With --verify, compare models with
-    Hugging Face's: the largest difference in log-probability, in nats, within and beyond a sliding window or
-    original context, and the analyses that support them. --out and --device are for --verify."""
+    """List the models that load by name. With a name or path, show the model's sizes, its kind of
+    position embedding, and whether its unembedding is tied to its embedding in the raw weights. With
+    --verify, compare models with Hugging Face's: the largest difference in log-probability, in nats, within
+    and beyond a sliding window or original context, and which analyses support them. --out and --device need
+    --verify."""
     given = run.given
     _check(given)
     if verify:
@@ -49,7 +50,7 @@ def models(
     if clear_cache:
         found: Any = {"folder": str(gguf.cache_folder()), "bytes": gguf.cached_size()}
         gguf.clear_cache()
-        lines = [f"deleted {_megabytes(found['bytes'])} of {found['folder']}"]
+        lines = [f"deleted {_megabytes(found['bytes'])} from {found['folder']}"]
     elif name is not None:
         summary = asdict(model_summary(name, revision=given["revision"]))
         width = max(map(len, summary))

@@ -31,7 +31,7 @@ def _show_help(context: Any, wanted: bool) -> bool:
 HelpOption = Annotated[
     bool, typer.Option("--help", callback=_show_help, is_eager=True, help="Show this message and exit.")
 ]
-"""For groups of commands. Typer's own has no default, which makes typer import pydantic (0.15 s)."""
+"""For groups of commands. Typer's own help option makes typer import pydantic (0.15 s)."""
 ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Model name (`mechlens models` lists them), directory or GGUF file."),
@@ -110,7 +110,7 @@ def load(
 
 @contextlib.contextmanager
 def _loading(name: str, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Print at once which model is loading, and on the same line its device, known when torch is imported."""
+    """Print at once which model is loading, and its device on the same line once torch is imported."""
 
     def say(text: str) -> None:
         if shown:
@@ -196,7 +196,7 @@ def check_chat(chat: bool, bos: bool | None) -> None:
 
 
 def prompt(model: LensModel, text: str, chat: bool) -> Any:
-    """The prompt made of a text: the text itself, or the token ids of a chat."""
+    """The prompt for a text: the text itself, or the token ids of a chat."""
     if not chat:
         return text
     from mechlens.text.prompts import chat_tokens

@@ -1,4 +1,4 @@
-"""After the work: save the result, print it, and say what was saved."""
+"""Save a result, print it, and report what was saved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def deliver(
     """Save a result, and print it as the user asked.
 
     The result is saved first, because the reader of a pipe may leave early, and printed in any case. If it
-    cannot be saved where it should be, it is saved in the system's folder for temporary files.
+    cannot be saved where asked, it is saved in the system's temporary folder.
 
     Args:
         given: the command's arguments, among them `out`, `quiet`, `as_json` and optionally `as_csv`.
@@ -73,7 +73,7 @@ def deliver(
 
 
 def _save_elsewhere(save: Callable[[Path], Sequence[Path]], out: Path) -> Path | None:
-    """Save the result in the folder for temporary files: its path, or None if that fails, too."""
+    """Save the result in a temporary folder; return its path, or None if that fails, too."""
     folder = None
     try:
         folder = Path(tempfile.mkdtemp(prefix="mechlens-"))

@@ -1,4 +1,4 @@
-"""`mechlens patch` and `mechlens ablate`: patched runs on the command line."""
+"""`mechlens patch` and `mechlens ablate`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SOURCES = ("first-half", "zero", "mean", "resample")
 METRICS = ("loss", "log_prob", "kl", "logit_diff")
 BY = {"position": ("layer", "pos"), "head": ("layer", "head"), "layer": ("layer",)}
 
-LengthOption = Annotated[int | None, typer.Option(min=2, help="Random tokens in one copy. [default: 50]")]
+LengthOption = Annotated[int | None, typer.Option(min=2, help="Random tokens per copy. [default: 50]")]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Sequences of random tokens. [default: 4]")]
 SeedOption = Annotated[
-    int, typer.Option(min=0, max=2**31, help="Seed of the random tokens; mean and resample use the next one.")
+    int, typer.Option(min=0, max=2**31, help="Seed of the random tokens; mean and resample use the next.")
 ]
 TopOption = Annotated[int, typer.Option(min=1, help="Number of the largest effects to list.")]
 
@@ -36,7 +36,7 @@ ablate = typer.Typer(rich_markup_mode=None, add_help_option=False)
 
 @ablate.callback()
 def ablate_help(wants_help: HelpOption = False) -> None:
-    """Ablate heads, or replace MLP outputs in the second copy by those of the first, and measure the loss."""
+    """Ablate heads, or replace MLP outputs in the second copy with the first copy's, and measure the loss."""
 
 
 @command("patch")
@@ -47,29 +47,29 @@ def patch(
         str | None,
         typer.Option(
             "--from",
-            help="Values to patch in. On random tokens: first-half (the same token's, one copy "
-            "before), mean or resample (other random tokens) or zero. On a text: zero; with --corrupted the "
-            "other run. zero is minus infinity for attn_scores. [default: first-half; zero with --text; the "
-            "other run with --corrupted]",
+            help="Values to patch in. On random tokens: first-half (those at the same token of the first "
+            "copy), mean or resample (other random tokens) or zero. On a text: zero, or with --corrupted the "
+            "other run. For attn_scores, zero means minus infinity. [default: first-half; zero with --text; "
+            "the other run with --corrupted]",
         ),
     ] = None,
-    by: Annotated[str, typer.Option(help="One run per layer and position, head or layer.")] = "position",
+    by: Annotated[str, typer.Option(help="One run per position of each layer, head or layer.")] = "position",
     text: Annotated[str | None, typer.Option(help="Text to read instead of random tokens.")] = None,
     corrupted: Annotated[
-        str | None, typer.Option(help="Corrupted text, of as many tokens as --text.")
+        str | None, typer.Option(help="Corrupted text, with as many tokens as --text.")
     ] = None,
     into: Annotated[
         str | None,
         typer.Option(
-            help="Run that is patched: corrupted (denoising) or clean (noising). [default: corrupted with "
+            help="Run to patch: corrupted (denoising) or clean (noising). [default: corrupted with "
             "--corrupted, unless --from is given]"
         ),
     ] = None,
     metric: Annotated[
         str,
         typer.Option(
-            help="loss, log_prob, kl (clean || patched) or logit_diff (--target minus --against): on random "
-            "tokens over the second copy, on a text loss and kl over all of it, the others at its end."
+            help="loss, log_prob, kl (clean || patched) or logit_diff (--target minus --against). On random "
+            "tokens: over the second copy. On a text: loss and kl over all of it, the others at its end."
         ),
     ] = "loss",
     target: Annotated[str | None, typer.Option(help="Token for log_prob and logit_diff on --text.")] = None,
@@ -139,7 +139,7 @@ def patch(
 def ablate_heads(
     run: Run,
     how: Annotated[
-        str, typer.Option(help="Values in place of a head's output: mean or resample (other tokens) or zero.")
+        str, typer.Option(help="What replaces a head's output: mean or resample (other tokens) or zero.")
     ] = "mean",
     top: TopOption = 10,
     seq_len: LengthOption = None,
@@ -148,7 +148,7 @@ def ablate_heads(
     bos: BosOption = None,
 ) -> None:
     """Ablate each attention head on repeated random tokens and measure the loss on the second copy. The heads
-    that continue the copy have the largest effect."""
+    that predict the repetition have the largest effects."""
     options.check_known("--how", how, options.ABLATIONS)
     model = run.load()
     from mechlens.analyses.patching import ablate_heads as analysis
@@ -166,8 +166,8 @@ def ablate_mlps(
     seed: SeedOption = 0,
     bos: BosOption = None,
 ) -> None:
-    """Replace each MLP's output at each position of the second copy by that of the first, one at a time, and
-    measure the loss on the second copy."""
+    """Replace each MLP's output at each position of the second copy with its output in the first copy, one at
+    a time, and measure the loss on the second copy."""
     model = run.load()
     from mechlens.analyses.patching import ablate_mlps as analysis
 
@@ -183,7 +183,7 @@ ablate.command(
 ablate.command(
     "mlps",
     epilog="Example: mechlens ablate mlps --seq-len 20 --out mlps.html",
-    short_help="Put the first copy's MLP outputs into the second.",
+    short_help="Replace MLP outputs in the second copy with the first copy's.",
 )(ablate_mlps)
 
 
@@ -208,7 +208,7 @@ def _metric(name: str, target: str | None, against: str | None) -> Metric:
 
 
 def _check(given: dict[str, Any]) -> None:
-    """What only options can have wrong; the rest is refused by the arguments that they become."""
+    """Check what only options can get wrong; the analyses check the rest."""
     source, on_text = given["source"], given["text"] is not None
     for option, value, known in (
         ("--from", source or "zero", SOURCES),

@@ -1,4 +1,4 @@
-"""`mechlens reproduce`: published claims, and those on a model's card, on the command line."""
+"""`mechlens reproduce`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def reproduce(
         list[str] | None,
         typer.Argument(
             metavar="[STUDY]...",
-            help=f"{', '.join(STUDIES)}. [default: heads, and the studies that the model's card has figures "
-            "of]",
+            help=f"{', '.join(STUDIES)}. [default: heads, and the studies for which the model's card lists "
+            "figures]",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results, tables and report.html.")] = Path(
@@ -41,8 +41,8 @@ def reproduce(
 ) -> None:
     """Run studies of published findings on a model: induction heads, the logit lens, patching of MLPs,
     circuits, facts, the indirect object, features. Prints measured numbers beside published ones, and writes
-    results (.safetensors), tables (.csv) and report.html. --seq-len, --batch, --seed, --n-seeds and --bos are
-    those of the study heads."""
+    results (.safetensors), tables (.csv) and report.html. --seq-len, --batch, --seed, --n-seeds and --bos
+    apply to the study heads."""
     for each in names or ():
         options.check_known("STUDY", each, list(STUDIES))
     options.check_folder(out)

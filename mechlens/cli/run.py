@@ -1,4 +1,4 @@
-"""How every command runs: shared options, checks before the work, and what is done with the result.
+"""What all commands share: options, checks before the work, and what is done with the result.
 
 A command is a function whose first argument is a `Run`. `@command` adds the shared options to its signature,
 which typer reads, and turns errors about arguments into errors about options.
@@ -50,18 +50,18 @@ class Run:
 
     @property
     def progress(self) -> bool:
-        """Whether bars are shown."""
+        """Whether progress bars are shown."""
         return options.progress(self.given["quiet"])
 
     def option(self, argument: str) -> str:
-        """The option of an argument of Python's: `--top` for `top_k`."""
+        """The option for a Python argument: `--top` for `top_k`."""
         if argument in self.renamed:
             return self.renamed[argument]
         return options.option_name(self.function, argument)
 
     @property
     def line(self) -> str:
-        """The command line that does the same."""
+        """The command line that repeats this call."""
         return options.command(self.name, self.function, self.given)
 
     def load(
@@ -78,11 +78,11 @@ class Run:
         )
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
-        """Around the work: after Ctrl-C, the user is told where progress is saved."""
+        """A context for the work: after Ctrl-C, the user is told where progress is saved."""
         return options.saving_progress(self.given.get("resume"))
 
     def check_single(self, hint: str) -> None:
-        """Refuse a file that holds one result, and a checkpoint, where there are several results."""
+        """Refuse a .safetensors file and a checkpoint, which hold one result, if there are several."""
         out = self.given["out"]
         if out is not None and out.suffix == WHOLE:
             raise ValueError(f"a {WHOLE} file holds one result, but there are several: {hint}")
@@ -100,10 +100,10 @@ class Run:
         """Save the results, and print them as the user asked.
 
         Args:
-            names: of several results, as `compared` in JSON and in a table.
+            names: names of several results, listed as `compared` in JSON and in tables.
             sections: what a terminal and a page show; None is the results' own, made with `about`.
-            title: of the page; empty is that of the first section.
-            about: options of the results' sections.
+            title: title of the page; empty takes the first section's.
+            about: options for the results' sections.
         """
 
         def made() -> Sequence[Section]:
@@ -154,7 +154,7 @@ class Run:
 
 
 def _quiet(wanted: bool) -> AbstractContextManager[None]:
-    """Without progress bars, if that is wanted."""
+    """A context without progress bars, if `wanted`."""
     if not wanted:
         return nullcontext()
     from mechlens.progress import no_bars
@@ -169,13 +169,13 @@ def command(
     without: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function `(run, its own options)`.
+    """Make a command from a function `(run, its own options)`.
 
     Args:
         name: as typed after `mechlens`, such as `ablate heads`.
-        endings: of the files that `--out` may name; none where it names no file.
+        endings: those of the files that `--out` accepts; empty if it takes no file.
         without: shared options that the command does not have, or declares itself.
-        renamed: options by the names that their arguments have in Python, where they differ.
+        renamed: options by Python argument, where the names differ.
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:

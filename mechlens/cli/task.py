@@ -12,7 +12,7 @@ from mechlens.cli.options import BosOption
 from mechlens.cli.run import Run, command
 
 TASKS = ("ioi", "greater-than", "agreement", "capitals", "gender", "docstring")
-"""Repeated here, so that another name is refused before torch is imported."""
+"""Repeated here, so that an unknown name is refused before torch is imported."""
 
 
 @command("task")

@@ -15,22 +15,22 @@ from mechlens.cli.run import WHOLE, Run, command
 @command("train-lens", endings=(WHOLE,))
 def train_lens(
     run: Run,
-    out: Annotated[Path, typer.Option(help="The .safetensors file of the lens, for lens --tuned-lens.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write, for lens --tuned-lens.")],
     files: CorpusArgument = None,
     held_out_file: Annotated[
         list[str] | None, typer.Option(help="Text to measure on, instead of a part of FILES; repeatable.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")] = 250,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the batch of a step.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 250,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per step.")] = 1024,
     length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in a window. [default: 128, or the context if it is shorter]"),
+        typer.Option(min=1, help="Tokens per window. [default: 128, or the context if it is shorter]"),
     ] = None,
     held_out: Annotated[
         int | None, typer.Option(min=1, help="Windows to measure on. [default: a tenth, at most 64]")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Learning rate of the first step. [default: 0.5 / d_model]")
+        float | None, typer.Option(help="Initial learning rate. [default: 0.5 / d_model]")
     ] = None,
     resume: ResumeOption = None,
     raw: Annotated[
@@ -38,13 +38,13 @@ def train_lens(
         typer.Option("--raw", help="Use the weights as trained, without folding LayerNorm or centering."),
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**31, help="Seed of the batches, and of text that the model writes.")
+        int, typer.Option(min=0, max=2**31, help="Seed of the batches, and of text sampled from the model.")
     ] = 0,
     bos: BosOption = None,
 ) -> None:
-    """Train a tuned lens: an affine map for each layer, after which the layer predicts what the model does.
+    """Train a tuned lens: an affine map for each layer, so that the layer predicts what the model does.
     Prints how long it will take, then how far each row is from the model with and without its map. Without
-    FILES it trains on text that the model writes."""
+    FILES, it trains on text sampled from the model."""
     options.check_resume(resume, out)
     options.check_corpus(files)
     options.check_corpus(held_out_file)

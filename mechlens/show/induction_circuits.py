@@ -28,7 +28,7 @@ _TERMS = {
         "A head that attends to the token after an earlier copy of the current one, and predicts it."
     ),
     "K-composition": (
-        "How much of the later head's keys could come from the earlier head, judging by the weights. Above "
+        "How much of the later head's keys could come from the earlier head, judging by weights alone. Above "
         "chance: in standard deviations of random weights."
     ),
     "Top-1 accuracy": (

@@ -104,7 +104,7 @@ BEFORE_LOADING = [
     (["gradient", "--learning-rate", "1e38"], "--learning-rate must be above 0 and at most 1e+06, got 1e+38"),
     (["gradient", "--restarts", "0"], "Invalid value for '--restarts'"),
     (["alignment", "--out", "x.safetensors"], "there are several: add --no-random and leave out --against"),
-    (["alignment", "--no-random", "--layer", "3"], "one layer has nothing to be compared with"),
+    (["alignment", "--no-random", "--layer", "3"], "one layer cannot be compared with itself"),
     (["examples", "nowhere.txt"], "corpus nowhere.txt does not exist"),
     (["examples", "/", "-f", "0:65", "--out", "x.html"], "at most 64 features, got 65"),
 ]

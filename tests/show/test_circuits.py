@@ -30,7 +30,7 @@ def test_a_summary_shows_its_part_its_eigenvalues_and_its_tables():
     assert largest.rows == [("·<b>$x$", "⏎", 1.5)]
     assert section.title == "K-composition of L0H1 with L1H2"
     assert section.text == (
-        "What to look for.\n\n3 x 3, query by key. Tokens enter by the effective embedding. Rotation: each "
+        "What to look for.\n\n3 x 3, query by key. The embedding is the effective one. Rotation: each "
         "key 2 before its query. Matching score 0.333."
     )
     assert set(section.terms) == {"QK circuit", "Matching score", "Top-k accuracy"}
@@ -50,7 +50,7 @@ def test_a_circuit_alone_shows_its_eigenvalues_if_it_is_square():
     of_values = circuit(axes=("source", "destination"), name="full OV of L0H1")
     section = circuit_section(of_values, title="Copying")
     (eigenvalues,) = section.parts
-    assert eigenvalues.caption.endswith("Those to the right copy.")
+    assert eigenvalues.caption.endswith("Those on the right mean copying.")
     assert eigenvalues.description == "Eigenvalues of the full OV of L0H1: copying score 0.333."
     assert section.title == "Copying"
     assert set(section.terms) == {"OV circuit", "Copying score"}
