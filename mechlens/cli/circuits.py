@@ -77,8 +77,8 @@ def composition(
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the baseline's random weights.")] = 0,
     draws: Annotated[int, typer.Option(min=2, help="Pairs of random heads in the baseline.")] = 100,
 ) -> None:
-    """Score how much of each head's input could come from each earlier head, judging by weights alone. Lists the
-    pairs furthest above random weights. For a rotary model, queries and keys are not rotated unless
+    """Score how much of each head's input could come from each earlier head, judging by weights alone. Lists
+    the pairs furthest above random weights. For a rotary model, queries and keys are not rotated unless
     --relative-position is given."""
     options.check_known("--kind", kind, COMPOSED)
     if kind == "v":

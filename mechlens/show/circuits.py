@@ -32,9 +32,9 @@ _TOP_K = {
 }
 _COMPOSITION = {
     "Composition": (
-        "How much of a later head's input could come from an earlier head's output, judging by weights alone: "
-        "the norm of the product of both heads' circuits over the product of their norms, from 0 to 1. Q, K "
-        "and V are the later head's query, key and value."
+        "How much of a later head's input could come from an earlier head's output, judging by weights "
+        "alone: the norm of the product of both heads' circuits over the product of their norms, from 0 to "
+        "1. Q, K and V are the later head's query, key and value."
     ),
     "Baseline": "The same score for heads of these sizes with random weights.",
 }

@@ -3,7 +3,7 @@
 STUDIES = {
     "heads": "induction heads on repeated random tokens",
     "logit-lens": 'the claims of "interpreting GPT: the logit lens"',
-    "mlp-patching": "MLP outputs of the second copy replaced by those of the first",
+    "mlp-patching": "MLP outputs of the second copy replaced with those of the first",
     "composition": "the K-composition circuit of two heads",
     "facts": "at which layer the answers to 48 facts can be read",
     "induction-circuits": "pairs of a previous-token head and an induction head",

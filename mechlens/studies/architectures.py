@@ -1,7 +1,7 @@
 """Which models load, how close their predictions are to Hugging Face's, and which analyses support them.
 
-Everything is measured: each model is loaded as users load it and compared with the original, and each
-analysis is called. An error of an analysis is a verdict, and its message is the reason.
+Each model is loaded as users load it and compared with the original, and each analysis is called. If an
+analysis raises an error, that is its verdict, and the message is the reason.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from mechlens.show.section import Section, Table
 from mechlens.studies.supported_analyses import Analysis, supported_analyses
 
 TOLERANCE = 1e-4
-"""Nats of a log-probability. Rounding in float32 gives about 1e-5; a sliding window or a rotation that the
-engine ignores gives 0.1 and more."""
+"""Largest difference in log-probability that rounding may cause, in nats. Float32 gives about 1e-5; a sliding
+window or a rotation that the engine ignores gives 0.1 and more."""
 _LENGTH, _BEYOND = 48, 64
-"""Tokens of a model without limits within its context, and at most how many beyond the last limit."""
+"""Maximum tokens of the text within all limits, and maximum tokens beyond the last limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """What was measured of one model."""
+    """What was measured on one model."""
 
     name: str
     engine: str | None
@@ -58,14 +58,14 @@ class Verified:
     version: str
     """Of TransformerLens."""
     limits: dict[str, int]
-    """As `mechlens.models.load.tiny_architectures.limits`."""
+    """As returned by `mechlens.models.load.tiny_architectures.limits`."""
     lengths: tuple[int, ...]
     """Tokens in the comparisons: within all limits and, where there are limits, beyond them."""
     differences: tuple[float | None, ...]
     """By length: the largest difference in log-probability from Hugging Face's float32 model, in nats, over
-    positions and tokens, of processed and unprocessed weights. None where the engine's context is shorter."""
+    positions, tokens, and processed and unprocessed weights. None where the engine's context is shorter."""
     refused: dict[str, str]
-    """Reasons, by what does not load: an engine, or the `unprocessed` weights on the engine that has the
+    """Reasons, by what does not load: an engine, or the `unprocessed` weights on the engine that loads the
     model."""
     qk: Analysis
     """`QK` compared with the original's attention: `yes`, `at a distance` or `no`."""
@@ -78,7 +78,8 @@ class Verified:
         Column("model"),
         Column("engine", help="The engine that `load_model` takes."),
         Column(
-            "limit", help="What changes beyond a text length: a sliding window or a kind of rope scaling."
+            "limit",
+            help="A sliding window or a kind of rope scaling, and the text length beyond which it acts.",
         ),
         Column("within", unit="nats", help="Largest difference in log-probability from Hugging Face."),
         Column("beyond", unit="nats", help="The same for texts longer than the limits."),
@@ -190,11 +191,10 @@ def verify_model(
     Raises:
         ModelLoadError: the model does not exist, or its files are damaged. A model that no engine supports is
             a result, not an error.
-        ValueError: a model in TransformerLens's own format, of which Hugging Face has no version.
+        ValueError: a model in TransformerLens's own format, which has no Hugging Face original.
 
-    Cost: memory for the original and the model, and a run of both on texts beyond the longest window or
-        original
-    context, with eager attention.
+    Cost: memory for the original and the model, and a run of both, with eager attention, on texts beyond the
+    longest window or original context.
     """
     given: dict[str, Any] = {"revision": revision, "device": parse_device(device), "cache": cache}
     with converted(locate(name_or_path, revision=revision), cache=cache) as place:
@@ -213,13 +213,12 @@ def verify_model(
     with torch.no_grad():
         expected = [original(tokens[:, :length]).logits[0].log_softmax(-1) for length in lengths]
     backend, analyses, differences, refused = "auto", None, [], {}
-    # as `load_model`, which takes the first engine that supports the model; then the other state on that
-    # engine
+    # like `load_model`, take the first engine that supports the model; then load the other state on it
     for state in ("processed", "unprocessed") if both else ("processed",):
         for tried in choose_backends(backend):
             try:
                 with warnings.catch_warnings():
-                    # about slower patching sweeps
+                    # warnings about slower patching sweeps
                     warnings.simplefilter("ignore", UserWarning)
                     model = load_model(name_or_path, backend=tried, processing=state == "processed", **given)
             except ModelLoadError as error:
@@ -266,7 +265,7 @@ def architectures_section(found: Sequence[Verified]) -> Section:
 
 
 def architectures_json(found: Sequence[Verified]) -> dict[str, Any]:
-    """The versions and all that was measured, for other programs."""
+    """The versions and all measurements, for other programs."""
     versions = {name.replace("-", "_"): version(name) for name in LIBRARIES}
     return {**versions, "models": [dataclasses.asdict(each) | {"right": each.right} for each in found]}
 
@@ -307,7 +306,7 @@ def _original(directory: Path, config: dict[str, Any]) -> Any:
 
 
 def _lengths(begins: Mapping[str, int], n_ctx: int) -> tuple[int, ...]:
-    """One length within the first limit, and one beyond the last, up to the context or past a context that is
+    """One length within the first limit and one beyond the last: at most the context, unless the context is
     itself a limit.
 
     Neither equals a limit: after a longer text, transformers reads a text of exactly that length with the

@@ -20,12 +20,12 @@ from mechlens.studies.published import Published
 from mechlens.text.prompts import RepeatedTokens
 
 DRAWN = 0.1
-"""How far the induction scores of two draws of 8 sequences may differ: those of smollm2-135m differ by
-0.04."""
+"""How far the induction scores of two draws of 8 sequences may differ: they differ by 0.04 on
+smollm2-135m."""
 FOLDING = 0.005
-"""How far a top-1 accuracy over the whole vocabulary may differ: rounding, and how weights are folded."""
+"""How far a top-1 accuracy over the vocabulary may differ, by rounding and by how weights are folded."""
 GPT2_PAIR = ("4.11", "5.5")
-"""The heads of GPT-2 small whose circuit the article builds."""
+"""The heads of GPT-2 small whose circuit "How one can Interpret GPT2-Small" builds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +93,11 @@ class InductionCircuitsStudy(Study):
 def study_composition(
     model: LensModel, *, figures: Sequence[Published] = (), seed: int = 0, progress: bool | None = None
 ) -> CompositionStudy:
-    """Build the article's composition circuit, 4.11 and 5.5 of GPT-2 small, over the whole vocabulary.
+    """Build the K-composition circuit of "How one can Interpret GPT2-Small", 4.11 and 5.5.
 
     Args:
-        figures: the article's, where the model is GPT-2 small; in other models the pairs are searched for,
-            and their accuracies are counted over a sample of the vocabulary.
+        figures: the published ones, if the model is GPT-2 small. In other models pairs are searched for, and
+            their accuracies are measured on a sample of the vocabulary.
 
     Cost: as `find_induction_circuits`.
     """
@@ -117,7 +117,7 @@ def study_induction_circuits(
     """Collect the evidence for pairs of heads.
 
     Args:
-        pairs: (previous-token head, induction head); None takes those that the figures name, or searches.
+        pairs: (previous-token head, induction head); None takes those named in `figures`, or searches.
 
     Cost: as `find_induction_circuits`.
     """

@@ -1,4 +1,4 @@
-"""Claims, and how they are held against what a study measures."""
+"""Claims, and how they are compared with what a study measures."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Measured:
     """What it is, with its unit, for quantities that a model card lists."""
     tolerance: float = 0.0
     """How far rounding on another processor or engine may move a number without `samples`. Whole numbers,
-    such as that of a layer, have whole tolerances."""
+    such as the number of a layer, have whole tolerances."""
     samples: Tensor | None = None
-    """Independent draws that the number is the mean of."""
+    """Independent draws whose mean is the number."""
     among: Tensor | None = None
-    """The values that the number is the mean of, where they were chosen and not drawn."""
+    """Values whose mean is the number, if they were chosen, not drawn."""
     verdict: str = ""
-    """The verdict, where the measurement decides it; empty leaves it to the claim."""
+    """The verdict, if the measurement decides it; empty leaves it to the claim."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -56,9 +56,9 @@ class Claim(Generic[S]):
     is compared with the measured one:
 
     - names and whole numbers must be equal, or differ by no more than `Measured.tolerance`;
-    - a mean over n draws is reproduced if it differs from our mean over m draws by no more than 99% of such
-      differences do: it must lie in the interval that holds 99% of the means over 1 / (1/n + 1/m) draws,
-      resampled from ours. With fewer than `MIN_DRAWS` draws nothing is judged.
+    - a mean over n draws may differ from our mean over m draws by no more than 99% of such differences do:
+      it must lie in the interval that contains 99% of the means over 1 / (1/n + 1/m) draws, resampled from
+      ours. With fewer than `MIN_DRAWS` draws, nothing is judged.
     """
 
     text: str
@@ -69,7 +69,7 @@ class Claim(Generic[S]):
     at_least: float | None = None
     at_most: float | None = None
     draws: int = 1
-    """How many sequences or other draws the published value is the mean of."""
+    """Number of sequences or other draws whose mean is the published value."""
 
     @property
     def statement(self) -> str:
@@ -80,7 +80,7 @@ class Claim(Generic[S]):
         )
 
     def compare(self, study: S) -> Comparison:
-        """Hold the claim against a study."""
+        """Compare the claim with what a study measured."""
         found = self.measure(study)
         measured = found if isinstance(found, Measured) else Measured(found)
         value, shown = measured.value, measured.value
@@ -110,7 +110,7 @@ class Claim(Generic[S]):
 
 
 def _means(samples: Tensor, size: int) -> tuple[float, float]:
-    """The interval that holds 99% of the means over `size` of the samples."""
+    """The interval that contains 99% of the means over `size` of the samples."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(samples), (20000, size), generator=generator)
     means = samples.double()[drawn].mean(1)
@@ -120,13 +120,13 @@ def _means(samples: Tensor, size: int) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Base of all studies. The further fields hold what was measured."""
+    """Base of all studies. Subclasses add fields with what was measured."""
 
     comparisons: tuple[Comparison, ...]
 
     @property
     def results(self) -> dict[str, Result]:
-        """Every result by the name of its file: that of the field, and the key in a mapping."""
+        """Every result by file name: the field's name and, in a mapping, the key."""
         found: dict[str, Result] = {}
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
@@ -147,11 +147,11 @@ class Study:
         raise NotImplementedError
 
     def holding(self: S, claims: Iterable[Claim[S]]) -> S:
-        """The same study with the comparisons of some claims."""
+        """The same study with comparisons for some claims."""
         return dataclasses.replace(self, comparisons=tuple(each.compare(self) for each in claims))
 
     def holding_card(self: S, figures: Iterable[Published]) -> S:
-        """The same study with the comparisons of the quantities that a model card lists."""
+        """The same study with comparisons for the quantities that a model card lists."""
         measured = self.quantities()
         absent = Measured("not measured")
 

@@ -24,7 +24,7 @@ from mechlens.text.task_library import CAPITALS
 from mechlens.text.tokens import target_id
 
 Fact = tuple[str, str, str]
-"""Relation, prompt and answer, which begins with its space."""
+"""Relation, prompt and answer; the answer begins with a space."""
 
 _LANDMARKS = {
     "The Eiffel Tower": "Paris",
@@ -94,7 +94,7 @@ def read_facts(model: LensModel, facts: Sequence[Fact] = FACTS, *, prepend_bos: 
     """Read the answer to each fact off every layer with the logit lens.
 
     Args:
-        facts: (relation, prompt, answer). The answer is one token, with the space before it. Each relation
+        facts: (relation, prompt, answer). The answer is one token, with its leading space. Each relation
             needs two different answers, because the answer to another fact is the null baseline.
         prepend_bos: None prepends BOS where the tokenizer has one.
 
@@ -229,7 +229,7 @@ class FactsStudy(Study):
                 ),
                 f"Paris first{name}": Measured(
                     _first(facts.rank[eiffel] == 1),
-                    f"first layer from which Paris is the top-1 prediction there{words}",
+                    f"first layer from which Paris is the top-1 prediction after {EIFFEL!r}{words}",
                 ),
             }
         return measured
@@ -247,7 +247,7 @@ def study_facts(model: LensModel) -> FactsStudy:
 
 
 def _first(holds: Tensor) -> int | str:
-    """The first layer from which something holds in all later ones, too; -1 is the embedding."""
+    """The first layer from which a condition holds up to the last one; -1 is the embedding."""
     if not holds[-1]:
         return "none"
     after_last_failure = int((~holds).nonzero().max()) + 1 if bool((~holds).any()) else 0

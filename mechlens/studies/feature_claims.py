@@ -17,7 +17,7 @@ from mechlens.studies.published import FEATURES_POST, PublishedTokens
 NEAR = 0.95
 """Share of the exhaustive optimum that a gradient search should reach."""
 HALF = 0.5
-"""Most features are at least half of them."""
+"""Share of the features that counts as most of them."""
 
 
 def tokens_claim(table: PublishedTokens) -> Claim[FeatureSearchStudy]:
@@ -83,8 +83,8 @@ def _beyond_chance(study: FeatureSearchStudy, *, name: str, wanted: bool) -> Mea
 
 
 def _learned(study: FeatureSearchStudy) -> Measured:
-    """Whether the layers of the trained model agree more than those of random weights, with intervals
-    apart."""
+    """Whether the layers of the trained model agree more than those with random weights, with disjoint
+    intervals."""
     trained, random = (study.alignments[name].share() for name in ("trained", "random"))
     if not (trained.verdict and random.verdict):
         return Measured("a single layer has nothing to agree with", verdict=verdict_of(None))
@@ -123,7 +123,7 @@ def _is_number(study: FeatureSearchStudy) -> Measured:
 
 
 def _gradient_differs(study: FeatureSearchStudy) -> Measured:
-    """From one start, decoded at its end, as in Badger; and with the default settings, run as tokens."""
+    """Whether both searches differ: from one start, as in Badger; and with the default settings."""
     table = study.to_features()
     value, words = _counted((table.descent_token != table.best_token).tolist())
     shares = table.share_of_optimum.tolist()
@@ -151,8 +151,8 @@ def _last_is_sum(study: FeatureSearchStudy) -> Measured:
 
 
 def _later_agree_less(study: FeatureSearchStudy) -> Measured:
-    """In how many pairs of layers the first tokens of greedy inputs agree, and the later ones. Judged where
-    the intervals, with one observation per feature, are apart."""
+    """How often two layers agree on the first token of a greedy input, and on later ones. Judged if the
+    intervals, with one observation per feature, are disjoint."""
     inputs = torch.stack([each.ids[:, 0] for each in study.greedy])
     pairs = [(i, j) for i in range(len(inputs)) for j in range(i)]
     if not pairs or inputs.shape[-1] < 2:

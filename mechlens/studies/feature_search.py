@@ -1,11 +1,11 @@
 """The study `feature-search`: the searches of "Language Model Features", with controls.
 
-A feature is here a basis dimension of the residual stream. Badger looks at four features by eye. The study
+A feature here is a basis dimension of the residual stream. Badger looks at four features by eye. The study
 counts over many, and compares the trained model with chance, with random weights, and with random blocks on
 the trained embeddings, to separate what training, the residual stream and the embedding contribute.
 
 References: Badger, "Language Model Features". Tokens are compared with its tables on GPT-2 small and medium,
-without spaces, which are lost in print.
+ignoring spaces, which are lost in print.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 FOUR = (0, 1, 2, 3)
 """The features that Badger shows."""
 REPEATED = 5
-"""Tokens of the inputs at which every position is maximized, as in Badger."""
+"""Tokens of an input that is maximized at every position, as in Badger."""
 OTHERS = 256
 """Random tokens that the last token of a greedy input is compared with."""
 DRAWN = 4
@@ -61,12 +61,12 @@ BETWEEN = {
     "trained_embeddings": "trained and random blocks on its embeddings",
     "trained_other": "the model and the one of another size",
 }
-"""Alignments of two models; the last only where another model was given."""
+"""Alignments of two models; the last only if another model was given."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSearchStudy(Study):
-    """The searches on one model and on its controls, and how they agree."""
+    """The searches on one model and on its controls, and how well they agree."""
 
     complete: Mapping[str, ExhaustiveSearch]
     """Of the `trained` model, with `random` weights, and with random blocks on the trained `embeddings`."""
@@ -76,18 +76,18 @@ class FeatureSearchStudy(Study):
     """Of some layers, features 0 to 3."""
     summed: tuple[bool, ...]
     """For each of these inputs, whether its last token is the best by its own activation as well as by the
-    sum over all positions, in whole runs."""
+    sum over all positions, in full forward passes."""
     gradient: tuple[GradientSearch, ...]
-    """One token for each of some features of the first layer, with the default settings."""
+    """One-token inputs for some features of the first layer, with the default settings."""
     descents: Mapping[str, tuple[GradientSearch, ...]]
     """The same from a single random start, as in Badger, on each of the three models. Models with random
     weights start elsewhere, because a shared start could make them agree."""
     repeated: tuple[GradientSearch, ...]
     """Several tokens from a single random start; the feature is summed over all positions."""
     alone: tuple[GradientSearch, ...]
-    """One token for each of some features of the last layer's block, without the earlier blocks."""
+    """One-token inputs for some features of the last layer's block, without the earlier blocks."""
     softmax: Mapping[int, tuple[GradientSearch, ...]]
-    """With Badger's prior, by layer, where it is published for the model."""
+    """With Badger's prior, by layer, if Badger used it on the model."""
 
     @property
     def results(self) -> dict[str, Result]:
@@ -156,9 +156,9 @@ def study_feature_search(
 
     Args:
         raw: a model with unprocessed weights.
-        n_features: number of features that are searched by gradients, from feature 0 on.
+        n_features: number of features to search by gradients, from feature 0 on.
         n_tokens: tokens of greedy searches.
-        top_k: maximally activating tokens that are kept, for the overlap.
+        top_k: maximally activating tokens to keep, for the overlap.
         against: a model of another size with the same tokenizer and unprocessed weights; the layers and
             features that both have are compared.
         seed: of random weights and starts.
@@ -174,7 +174,7 @@ def study_feature_search(
         raise ArgumentError("n_tokens", f"at most {raw.cfg.n_ctx}, the model's context", n_tokens)
     if against is not None and vocabulary_hash(raw.tokenizer) != vocabulary_hash(against.tokenizer):
         raise ValueError(
-            "against must be a model with the same tokenizer: the ids of this one are other tokens"
+            "against must be a model with the same tokenizer: the ids of this one mean other tokens"
         )
     last = raw.cfg.n_layers - 1
     four = [feature for feature in FOUR if feature < raw.cfg.d_model]
@@ -260,7 +260,7 @@ def tables_of(search: ExhaustiveSearch) -> list[PublishedTokens]:
 
 def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]:
     """For each feature's input, whether its last token is the best there by its own activation and by the
-    sum, in whole runs of it and of other tokens, as in Badger's two loops."""
+    sum, in full forward passes of it and of other tokens, as in Badger's two loops."""
     draw = generator_of(seed)
     others = torch.randperm(model.cfg.d_vocab, generator=draw)[:OTHERS]
     agree = []
@@ -277,8 +277,8 @@ def _sums_agree(model: LensModel, search: GreedySearch, seed: int) -> list[bool]
 
 
 def some_layers(search: ExhaustiveSearch) -> list[int]:
-    """All layers of a shallow model; of a deeper one the first, those at a third and two thirds, and the
-    last, as in Badger."""
+    """All layers of a shallow model; for a deeper one the first, those at one and two thirds, and the last,
+    as in Badger."""
     n = len(search.layers)
     if n <= 4:
         return list(search.layers)

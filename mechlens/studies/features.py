@@ -1,6 +1,6 @@
 """The study `features`: whether layers share the maximally activating tokens of their residual dimensions.
 
-A feature is here a basis dimension of the residual stream.
+A feature here is a basis dimension of the residual stream.
 
 References: Badger, "Language Model Features".
 """
@@ -21,7 +21,7 @@ from mechlens.show.section import Section
 from mechlens.studies.claims import Measured, Study
 
 N_LAYERS, N_FEATURES = 8, 576
-"""At most so many layers and features are compared."""
+"""Maximum numbers of layers and features to compare."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FeaturesStudy(Study):
 
 
 def study_features(raw: LensModel, *, progress: bool | None = None) -> FeaturesStudy:
-    """Search some features of evenly spaced layers, in the trained model and with random weights.
+    """Search some features in evenly spaced layers, in the trained model and with random weights.
 
     Args:
         raw: a model with unprocessed weights.

@@ -1,4 +1,4 @@
-"""The study `heads`: how well a model continues repeated random tokens, and which heads do that.
+"""The study `heads`: how well a model continues repeated random tokens, and which heads do it.
 
 References: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895.
 """
@@ -30,7 +30,7 @@ from mechlens.studies.published import Published
 from mechlens.text.prompts import RepeatedTokens
 
 INDUCTION_THRESHOLD, PREVIOUS_THRESHOLD = 0.80, 0.90
-"""Scores of the two heads of a clear induction circuit."""
+"""Minimum scores of the two heads of a clear induction circuit."""
 PUBLISHED_SEQ_LEN = 50
 DRAWS = RepeatedTokens(seq_len=PUBLISHED_SEQ_LEN, batch=30, seeds=(0, 1, 2))
 
@@ -72,8 +72,8 @@ class HeadsStudy(Study):
         return (
             f"The model predicts {first:.1%} of random tokens when it first reads them, and {second:.1%} "
             f"when they are repeated.\n\nInduction heads: {named['induction_score'] or 'none'}. "
-            f"Previous-token heads: {named['previous_token_score'] or 'none'}. Listed are up to five heads "
-            f"of each kind that score at least {CLEAR_SCORE} and at least {TIMES_NULL:g} times their null "
+            f"Previous-token heads: {named['previous_token_score'] or 'none'}. Up to five heads of each "
+            f"kind are listed; each scores at least {CLEAR_SCORE} and at least {TIMES_NULL:g} times its null "
             "baseline."
         )
 
@@ -88,7 +88,7 @@ def study_heads(
     """Measure repeated-token performance and all head scores, and compare them with published figures.
 
     Args:
-        figures: the published figures; they apply to 50 random tokens after BOS only.
+        figures: the published figures; they apply only to 50 random tokens after BOS.
 
     Cost: about four forward passes per seed.
     """
@@ -149,7 +149,7 @@ def _words(name: str) -> str:
 
 
 def _missing(study: HeadsStudy, kind: str) -> Measured | None:
-    """What to say of a kind that was not scored."""
+    """The measurement for a kind that was not scored; None for one that was."""
     if kind in study.head_scores.kinds:
         return None
     return Measured("does not fit the model's context", verdict=NOT_JUDGED)
@@ -177,7 +177,7 @@ def _score(study: HeadsStudy, *, kind: str, head: tuple[int, int]) -> Measured:
 
 
 def _mean(study: HeadsStudy, *, name: str) -> Measured:
-    """An estimate, with the values of the single sequences."""
+    """An estimate, with its values for single sequences."""
     half, measure = name.split("_half_")
     found = study.repeated_tokens
     values = found.log_prob if measure == "log_prob" else found.correct.float()

@@ -24,7 +24,7 @@ from mechlens.text.task_prompts import one_token
 from mechlens.text.tokens import target_id
 
 NAMES = tuple(sorted((*WOMEN, *MEN)))
-"""24 first names, each with the space before it."""
+"""24 first names, each with its leading space."""
 N_PATCHED = 20
 """Prompts that are patched. With fewer, the spread of their mean is unknown."""
 
@@ -41,10 +41,10 @@ def indirect_object(
     """Ask a model for the indirect object: "When Mary and John went to the store, John gave a drink to".
 
     Args:
-        n_prompts: number of prompts. The templates take turns, and so does whether the subject comes first.
-        templates: texts with `{a}` and `{b}` for the two names and `{s}` for the name that comes again. All
-            must have the same number of tokens.
-        names: with the space before them. Names that are not one token of this model are left out.
+        n_prompts: number of prompts. Templates alternate, and so does the order of subject and object.
+        templates: texts with `{a}` and `{b}` for the two names and `{s}` for the repeated name. All must
+            have the same number of tokens.
+        names: first names with their leading space. Names that are not one token of this model are left out.
         seed: of the draw of names.
         prepend_bos: None prepends BOS where the tokenizer has one.
 
@@ -127,7 +127,7 @@ class IndirectObjectStudy(Study):
 
     indirect_object: IndirectObject
     indirect_object_heads: PatchGridResult
-    """By head: `z` at all positions."""
+    """By layer and head: `z` at all positions."""
     indirect_object_positions: PatchGridResult
     """By layer and position: `resid_pre`."""
 
@@ -147,7 +147,7 @@ class IndirectObjectStudy(Study):
                 "the same difference for two names that do not occur in the prompt",
                 samples=task.null,
             ),
-            # Where all prompts are right, resampling them says nothing: three in sixty may differ.
+            # If all prompts are right, resampling them shows no spread: three in sixty may differ.
             "right": Measured(
                 float(right.mean()),
                 "share of prompts in which the indirect object is more likely than the subject",
@@ -161,7 +161,7 @@ class IndirectObjectStudy(Study):
             ),
             "strongest head": Measured(
                 head_label(*divmod(int(mean.argmax()), mean.shape[1])),
-                "head that recovers most of the logit difference",
+                "head that recovers the largest share of the logit difference",
             ),
         }
         for layer, head in product(*map(range, mean.shape)):
@@ -207,8 +207,8 @@ def study_indirect_object(
     """Do the task, then patch each head, and each layer and position.
 
     Args:
-        n_patched: the prompts in which each head is patched; in those of the first template, whose roles have
-            the same positions, each layer and position too.
+        n_patched: number of prompts in which to patch each head. Each layer and position is patched in those
+            of the first template, whose roles have the same positions.
         seed: of the prompts.
 
     Cost: for each patched prompt one resumed run per head.
@@ -229,7 +229,7 @@ def study_indirect_object(
 
 
 def share_recovered(grid: PatchGridResult) -> torch.Tensor:
-    """Each prompt's change as a share of the mean difference of the clean and the corrupted run: `[prompt,
-    *grid]`."""
+    """Each prompt's change as a share of the mean difference between the clean and the corrupted run:
+    `[prompt, *grid]`."""
     start = grid.corrupted.reshape(-1, *[1] * (grid.values.ndim - 1))
     return (grid.values - start) / (grid.clean - grid.corrupted).mean()

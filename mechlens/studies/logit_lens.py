@@ -1,7 +1,7 @@
 """The study `logit-lens`: what "interpreting GPT: the logit lens" saw in GPT-2, measured on any model.
 
-The texts are our own. A layer's *depth* is the share of the model that has run after it: (layer + 1) /
-n_layers, 1 for the last layer.
+The texts are our own. A layer's *depth* is (layer + 1) / n_layers, the share of layers that have run: 1 for
+the last layer.
 
 References: nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
@@ -53,7 +53,7 @@ LOOPS = (
 )
 ROUNDS = 6
 TOP = 10
-"""A token has *entered* at the first layer where it is among the ten most likely ones."""
+"""A token *enters* at the first layer where it is among the ten most likely ones."""
 SETTLED_ROUNDS = 2
 """Rounds of a repetition before the model can have noticed it."""
 RARE_SHARE = 0.8
@@ -63,7 +63,7 @@ rare."""
 
 @dataclasses.dataclass(frozen=True)
 class LensStudy(Study):
-    """The article's kinds of text, read with the logit lens."""
+    """The kinds of text of "interpreting GPT: the logit lens", read with the logit lens."""
 
     prose: LogitLensResult
     attention: LogitLensResult
@@ -72,11 +72,11 @@ class LensStudy(Study):
     """`mlp_out` alone, on the same."""
     eiffel: LogitLensResult
     copying: LogitLensResult
-    """A rare token that comes twice in the same words; one sequence per token."""
+    """A rare token that occurs twice in the same words; one sequence per token."""
     repetition: LogitLensResult
     """Sentences that are repeated several times."""
     variance: LogitVariance
-    """How much logits vary over layers, on the first piece of prose, as a comment on the article asks."""
+    """How much logits vary over layers, on the first piece of prose: a question from the comments."""
 
     def sections(self) -> list[Section]:
         return lens_sections(self)
@@ -85,11 +85,11 @@ class LensStudy(Study):
 def study_logit_lens(
     model: LensModel, *, n_rare: int = 24, seed: int = 0, prepend_bos: bool | None = None
 ) -> LensStudy:
-    """Read the article's kinds of text with the logit lens.
+    """Read the kinds of text of "interpreting GPT: the logit lens" with the logit lens.
 
     Args:
-        n_rare: number of rare tokens that are copied, drawn among plain words with high ids. The first is the
-            post's ` plasma`, where that is one token.
+        n_rare: number of rare tokens to copy, drawn among plain words with high ids. The first is ` plasma`,
+            nostalgebraist's example, if it is one token.
         seed: of the draw.
         prepend_bos: None prepends BOS where the tokenizer has one.
 
@@ -120,7 +120,7 @@ def study_logit_lens(
 
 
 def rare_words(model: LensModel, count: int, *, seed: int) -> list[str]:
-    """Plain words of one token with high ids, each with the space before it.
+    """Plain words of one token with high ids, each with its leading space.
 
     Raises:
         ValueError: fewer than `count` such words.
@@ -144,7 +144,7 @@ def rare_words(model: LensModel, count: int, *, seed: int) -> list[str]:
     wanted = count - len(first)
     if len(words) < wanted:
         raise ArgumentError(
-            "n_rare", f"at most {len(words)}, the rare words of one token of this model", count
+            "n_rare", f"at most {len(words)}, the number of rare one-token words of this model", count
         )
     order = torch.randperm(len(words), generator=generator_of(seed)).tolist()
     return [*first, *(words[i] for i in order[:wanted])]
@@ -167,13 +167,13 @@ def depth_of_entry(rank: Float[Tensor, "row *where"], *, top: int = TOP) -> Floa
 
 
 def _mean(samples: Tensor) -> Measured:
-    """Of the samples that are not nan; nan of fewer than two."""
+    """The mean of the samples that are not nan; nan for fewer than two."""
     known = samples[~samples.isnan()]
     return _NOTHING if len(known) < 2 else Measured(float(known.mean()), among=known)
 
 
 def _read(result: LogitLensResult) -> Tensor:
-    """`[batch, read]`: neither padding nor BOS, which is there to be attended to."""
+    """`[batch, read]`: whether a position is neither padding nor BOS."""
     real = result.mask[:, list(result.positions)].clone()
     if result.prepend_bos:
         real[:, [at for at, position in enumerate(result.positions) if position == 0]] = False
@@ -213,7 +213,7 @@ def _rare_copy_enters(study: LensStudy) -> Measured:
     before = copying.mask.sum(1) - 2
     depth = depth_of_entry(copying.rank["next"][:, torch.arange(len(before)), before])
     copied = float((~depth.isnan()).float().mean())
-    # a model that does not copy says nothing about where copies enter
+    # a model that does not copy shows nothing about where copies enter
     return dataclasses.replace(_mean(depth), verdict=NOT_JUDGED if copied < 0.5 else "")
 
 
@@ -302,4 +302,4 @@ CLAIMS: tuple[Claim[LensStudy], ...] = (
         _rare_inputs_kept,
     ),
 )
-"""What nostalgebraist saw in GPT-2, in his words, with the thresholds that we chose."""
+"""What nostalgebraist saw in GPT-2, as quoted, with thresholds that we chose."""

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 STRETCH = 12
 """Tokens that a figure shows."""
 RANK_BOUND, INPUT_RANK_BOUND, INPUT_KL_BOUND = 100, 1000, 30
-"""Where the color scales end, as in the article: ranks of the prediction and of the input, and KL(input ||
-layer)."""
+"""Where the color scales end, as in nostalgebraist's figures: ranks of the prediction and of the input, and
+KL(input || layer)."""
 _TOP = "The top-1 prediction of each layer at each position of an abstract"
 
 
 def lens_sections(study: LensStudy) -> list[Section]:
-    """The article's figures, and how much logits vary over layers."""
+    """Nostalgebraist's figures, and how much logits vary over layers."""
     variance = Figure(
         drawn("plot_logit_variance", study.variance),
         "How much logits vary over layers, by the final probability of the tokens.",
@@ -48,7 +48,7 @@ def lens_sections(study: LensStudy) -> list[Section]:
         ),
         Section(
             "Attention and MLPs",
-            "What each sublayer adds, read alone.",
+            "What each sublayer's output predicts on its own.",
             [
                 _lens(
                     both,
@@ -63,7 +63,8 @@ def lens_sections(study: LensStudy) -> list[Section]:
         ),
         Section(
             "Logit variance",
-            "A question from the article's comments: do unlikely tokens' directions serve other purposes?",
+            "A question from the comments on nostalgebraist's post: do the directions of unlikely tokens "
+            "serve other purposes?",
             [variance],
         ),
     ]
@@ -152,5 +153,5 @@ def _lines(result: LogitLensResult, stats: Sequence[str], positions: list[int], 
 
 
 def _stretch(last: int) -> list[int]:
-    """The positions that end with `last`."""
+    """Consecutive positions, ending with `last`."""
     return list(range(max(0, last + 1 - STRETCH), last + 1))

@@ -1,12 +1,12 @@
 """The study `mlp-patching`: whether a model needs its MLPs, and which heads it needs, to continue a
 repetition.
 
-The article replaces MLP outputs "in the second half" by those of the first, and finds no large change of the
-loss except at the first token. Its loop starts one position early: position `seq_len`, counted with BOS, is
-the last token of the first copy, and it receives the MLP output at BOS. The study runs both variants: the
-loop as written, and with the copies aligned.
+"How one can Interpret GPT2-Small" replaces MLP outputs "in the second half" with those of the first, and
+finds no large change in the loss except at the first token. Its loop starts one position early: position
+`seq_len`, counted with BOS, is the last token of the first copy, and it receives the MLP output at BOS. The
+study runs both variants: the loop as written, and with the copies aligned.
 
-References: "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
+References: "How one can Interpret GPT2-Small", section "How do MLP layers attribute?".
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 
 @dataclasses.dataclass(frozen=True)
 class MlpStudy(Study):
-    """The article's MLP experiment, and the ablation of each head beside the head's scores."""
+    """The MLP experiment, and the effect of ablating each head beside the head's scores."""
 
     mlps_aligned: PatchGridResult
-    """MLP outputs of the second copy, replaced by those at the same token of the first."""
+    """MLP outputs of the second copy, replaced with those at the same token of the first."""
     mlps_as_written: PatchGridResult
-    """The article's loop, which starts at the last token of the first copy."""
+    """The published loop, which starts at the last token of the first copy."""
     ablated_heads: PatchGridResult
     ablated_head_scores: HeadScores
     """Of the same heads, on the same sequences."""
@@ -57,7 +57,7 @@ class MlpStudy(Study):
         return [
             section(
                 self.mlps_as_written,
-                title="MLP outputs from the first copy, as the article's loop is written",
+                title="MLP outputs from the first copy, with the published loop",
                 text="The loop starts at position seq_len. Counted with BOS, that is the last token of the "
                 "first copy, and it receives the MLP output at BOS.",
             ),
@@ -120,14 +120,14 @@ def study_mlp_patching(
 
 
 def first_and_others(grid: PatchGridResult) -> tuple[float, float]:
-    """The largest |effect| of any layer at the first of the positions, and at any other one."""
+    """The largest |effect| of any layer at the first of the positions, and at the others."""
     size = grid.effect.abs()
     others = size[:, 1:]
     return float(size[:, 0].max()), float(others.max()) if others.numel() else math.nan
 
 
 def _others_in_loss(study: MlpStudy) -> float:
-    """nan for a model without loss on the second copy."""
+    """nan if the clean loss on the second copy is 0."""
     clean = float(study.mlps_aligned.clean.mean())
     return first_and_others(study.mlps_aligned)[1] / clean if clean > 0 else math.nan
 
@@ -161,5 +161,5 @@ CLAIMS: tuple[Claim[MlpStudy], ...] = (
         at_least=2.0,
     ),
 )
-"""What the article saw in GPT-2 small. We call a change large above a tenth of the clean loss, and say that a
-position stands out if its change is at least twice the largest of the others."""
+"""What "How one can Interpret GPT2-Small" saw. We call a change large above a tenth of the clean loss, and
+say that a position stands out if its change is at least twice the largest elsewhere."""

@@ -1,7 +1,7 @@
 """Published numbers: those of papers and posts, and those of model cards.
 
-None of them is a result of mechlens on the reader's machine. A model card (`card.json` beside the bundled
-model's weights, `cards/`) holds the same kind of entry.
+None is measured on the reader's machine. A model card (`card.json` beside the bundled model's weights, or in
+`cards/`) has entries of the same kind.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Published:
     kind: str | None = None
     threshold: float | None = None
     sequences: int = 1
-    """How many sequences or other draws the value is the mean of."""
+    """Number of sequences or other draws whose mean is the value."""
     interval: tuple[float, float] | None = None
     """The 95% interval of the mean over those draws."""
     study: str = "heads"
@@ -68,7 +68,7 @@ REPEATED_TOKENS_GPT2 = (
 COMPOSITION_GPT2 = tuple(
     Published(what, 0.2283, ARTICLE, study="composition") for what in ("k_top1_keys", "k_top1_queries")
 )
-"""The K-composition circuit of 4.11 and 5.5 of GPT-2 small over its vocabulary. The article gives one number
+"""The K-composition circuit of 4.11 and 5.5 of GPT-2 small over its vocabulary. The source gives one number
 and does not say over which axis the maximum is taken, so both are compared with it."""
 
 

@@ -1,4 +1,4 @@
-"""Run studies by name, and hold what they measure against what was published."""
+"""Run studies by name, and compare what they measure with what was published."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ON_RAW_WEIGHTS = ("features", "feature-search")
-"""The studies of the model's own basis."""
+"""The studies of the model's own basis, which processing would change."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Reproduction:
         """Write every result (`.safetensors`) with its table (`.csv`), `comparison.csv`, and `report.html`.
 
         Args:
-            folder: made where it is missing; files of an earlier run are replaced.
-            command: the command line that makes the same report, for the report.
+            folder: made if it is missing; files of an earlier run are replaced.
+            command: the command line that makes the same report, shown in it.
 
         Returns:
             The paths written, the report last.
@@ -98,7 +98,7 @@ class Reproduction:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # first, so that a section that cannot be drawn leaves no half of the files
+        # first, so that a section that cannot be drawn leaves no partial output
         page = write_report(
             folder / "report.html",
             *self.sections(),
@@ -130,11 +130,11 @@ def reproduce(
     """Run studies on a model, and compare what they measure with what was published or is on its model card.
 
     Args:
-        model: any model; the claims about GPT-2 in words are measured on all of them.
+        model: any model; qualitative claims about GPT-2 are measured on every model.
         names: `heads`, `logit-lens`, `mlp-patching`, `composition`, `facts`, `induction-circuits`,
             `indirect-object`, `features` and `feature-search`, in any order. Without names: `heads`, and the
-            studies that figures are published of for this model.
-        heads: the sequences of the study `heads`. Its published figures are on 50 tokens after BOS.
+            studies for which figures of this model are published.
+        heads: the sequences of the study `heads`. Its published figures are for 50 tokens after BOS.
         raw: loads the same model with unprocessed weights, which `features` and `feature-search` need, such
             as `lambda: mechlens.load_model(name, processing=False)`. None takes `model` if its weights are
             unprocessed.
@@ -143,11 +143,10 @@ def reproduce(
         progress: show bars; None shows them in a terminal and in Jupyter.
 
     Returns:
-        The studies with their results, the comparisons, and what there is to show and save of them.
+        The studies with their results and comparisons, ready to show and save.
 
     Raises:
-        ValueError: an unknown study, a model that cannot have one of them, or unprocessed weights are
-            missing.
+        ValueError: an unknown study, a model that does not fit one of them, or no unprocessed weights.
 
     Example:
         >>> found = mechlens.reproduce(model, "logit-lens")

@@ -1,4 +1,4 @@
-"""Which analyses support a model: each is called, and its result is compared with Hugging Face's model."""
+"""Which analyses support a model: each is called, and its result compared with Hugging Face's model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mechlens.models.weights.rotary import is_rotary
 from mechlens.results import Circuit
 
 _SHARE = 1e-3
-"""How far an analysis may be from Hugging Face's own numbers, as a share of their size."""
+"""How far an analysis may be from Hugging Face's numbers, as a share of their magnitude."""
 _LONGEST = 256
-"""Tokens of the longest texts whose attention patterns are all kept."""
+"""Maximum tokens of a text whose attention patterns are all kept."""
 _TARGET, _AGAINST = 7, 11
 """Any two tokens."""
 
@@ -48,8 +48,8 @@ def supported_analyses(
 
     Args:
         original: the model as transformers loads it.
-        begins: the model's limits, as `tiny_architectures.limits`.
-        lengths: of the texts that are compared.
+        begins: the model's limits, from `tiny_architectures.limits`.
+        lengths: token counts of the texts to compare.
     """
     return (
         _qk(model, original, begins, lengths),
@@ -92,7 +92,7 @@ def _skips_earlier_layers(runs: PatchedRuns) -> bool:
 
 
 def _attribution(model: LensModel, original: Any, tokens: Int[Tensor, "1 pos"]) -> Analysis:
-    """Whether the parts sum to the original's logit, or without a soft-cap to a difference of two logits,
+    """Whether the parts sum to the original's logit; without a soft-cap, to a difference of two logits,
     because a processed model shifts all logits alike."""
     cap = getattr(original.config, "final_logit_softcapping", None)
     try:
@@ -113,7 +113,7 @@ def _attribution(model: LensModel, original: Any, tokens: Int[Tensor, "1 pos"]) 
 
 
 def _qk(model: LensModel, original: Any, begins: Mapping[str, int], lengths: tuple[int, ...]) -> Analysis:
-    """Whether the circuit gives the scores of the original's attention.
+    """Whether the circuit gives the original's attention scores.
 
     Compared for the last head of the first layer, whose input is known, and for tokens one position apart.
     Patterns give differences of scores. A difference of such differences, between two keys and between two
@@ -165,7 +165,7 @@ def _misfit(model: LensModel, circuit: Circuit, original: Any, length: int) -> f
 
 @contextlib.contextmanager
 def _uncapped(original: Any) -> Iterator[None]:
-    """Without soft-caps of attention scores, which circuits do not model."""
+    """A context without soft-caps on attention scores, which circuits do not model."""
     name = "attn_logit_softcapping"
     capped = [(each, getattr(each, name)) for each in original.modules() if getattr(each, name, None)]
     try:

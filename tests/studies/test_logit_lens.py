@@ -145,7 +145,7 @@ def test_rare_words_are_single_late_tokens(bundled):
     assert words == rare_words(bundled, 8, seed=1) != rare_words(bundled, 8, seed=2)
     for options, message in (
         ({"count": 0}, "n_rare must be at least 1"),
-        ({"count": 5000}, "n_rare must be at most .* rare words of one token of this model, got 5000"),
+        ({"count": 5000}, "n_rare must be at most .* rare one-token words of this model, got 5000"),
     ):
         with pytest.raises(ValueError, match=message):
             rare_words(bundled, **options, seed=0)
