@@ -36,8 +36,8 @@ def models(
     """List the models that load by name. With a name or path, show the model's sizes, its kind of
     position embedding, and whether its unembedding is tied to its embedding in the raw weights. With
     --verify, compare models with Hugging Face's: the largest difference in log-probability, in nats, within
-    and beyond a sliding window or original context, and which analyses support them. --out and --device need
-    --verify."""
+    and beyond a sliding window or original context, and which analyses support them. --out and --device apply
+    to --verify."""
     given = run.given
     _check(given)
     if verify:

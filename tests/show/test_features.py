@@ -186,7 +186,7 @@ def test_layers_of_two_models_are_contrasted_by_their_intervals():
 
 def test_directions_have_no_numbers_and_one_feature_has_no_chance():
     made = section(alignment(site="direction", other_site="direction"))
-    assert [table.caption[:8] for table in tables(made)] == ["Features", "The 2 be", "Features"]
+    assert [table.caption[:8] for table in tables(made)] == ["Features", "Overlap ", "Features"]
     each = ("same", "overlap", "is_index", "other_is_index", "activated", "other_activated")
     alone = {name: getattr(alignment(), name)[..., :1] for name in each}
     nothing = {name: torch.full((2, 2), torch.nan) for name in ("chance_same", "chance_overlap")}

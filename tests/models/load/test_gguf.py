@@ -335,7 +335,7 @@ def test_the_command_line_caches_weights_and_deletes_them(capsys, tmp_path):
     assert "smollm2-135m  (package, 93 MB, Apache-2.0" in out
     assert f"{gguf.cache_folder()} holds {size} of weights read from GGUF files" in out
     code, out, _ = run(capsys, "models", "--clear-cache")
-    assert (code, out) == (0, f"deleted {size} of {gguf.cache_folder()}\n")
+    assert (code, out) == (0, f"deleted {size} from {gguf.cache_folder()}\n")
     assert gguf.cached_size() == 0
     _, out, _ = run(capsys, "models", tmp_path / "tiny.gguf", "--json")
     assert json.loads(out)["quantization"] == "Q8_0 (16 tensors), F32 (5)"
