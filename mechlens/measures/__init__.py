@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: every measure, with no model in sight."""
+"""Every measure, from tensors to tensors; no model is needed."""

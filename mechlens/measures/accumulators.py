@@ -1,4 +1,4 @@
-"""Running results over batches that are not kept."""
+"""Results accumulated over batches that are then discarded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TopRows:
-    """The k largest values of each column so far, and the numbers of their rows."""
+    """The k largest values of each column so far, and their row numbers."""
 
     values: Float[Tensor, "k column"]
     """Largest first; minus infinity if there were fewer than k rows."""
@@ -25,7 +25,7 @@ class TopRows:
         )
 
     def changed_by(self, largest: Float[Tensor, " column"]) -> Int[Tensor, " some"]:
-        """The columns that change when rows with these largest values are joined."""
+        """The columns that change when rows with these column maxima are joined."""
         return (largest > self.values[-1]).nonzero()[:, 0]
 
     def joined(
@@ -34,14 +34,14 @@ class TopRows:
         numbers: Int[Tensor, " row"],
         columns: Int[Tensor, " some"] | None = None,
     ) -> TopRows:
-        """The k largest values of these and more rows.
+        """The k largest values of these and further rows.
 
-        Of equal values the earlier one ranks higher; nan is never kept.
+        Among equal values the earliest ranks highest. nan is never kept.
 
         Args:
-            columns: the columns of the values, as from `changed_by`; None if they are all columns.
+            columns: the columns that `values` belong to, as from `changed_by`; None means all columns.
 
-        Cost: one comparison per value, and k more in columns that change, which become fewer and fewer.
+        Cost: one comparison per value, and k more in columns that change, which become rarer with every call.
         """
         if columns is None:
             columns = self.changed_by(values.amax(0))
@@ -52,7 +52,7 @@ class TopRows:
         pool_rows = torch.cat([self.rows[:, columns], numbers[:, None].expand(-1, len(columns))])
         best, best_rows = self.values.clone(), self.rows.clone()
         for rank in range(len(best)):
-            # of equal values, the first
+            # among equal values, `max` takes the first
             top, at = pool.max(0)
             best[rank, columns] = top
             best_rows[rank, columns] = pool_rows.gather(0, at[None])[0]

@@ -1,6 +1,6 @@
-"""Scores of attention patterns: how much of a head's attention lies where a mechanism would put it.
+"""Scores of attention patterns: how much of a head's attention goes where a mechanism would put it.
 
-A mask is a list of (dest, src) entries, and a score is the mean attention on a mask, in [0, 1].
+A mask is a list of (dest, src) entries. A score is the mean attention on a mask, in [0, 1].
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
-    """The entries of an attention pattern that a score reads, for each row of a batch."""
+    """The entries of an attention pattern that a score averages, for each row of a batch."""
 
     dest: Int[Tensor, "batch entry"]
-    """Query position of each entry; a batch of 1 holds for all rows."""
+    """Query position of each entry; a batch of 1 applies to all rows."""
     src: Int[Tensor, "batch entry"]
     """Key position of each entry, at most its `dest`."""
     real: Bool[Tensor, "batch entry"] | None = None
-    """Which entries count, where rows have different numbers of them; None if all do."""
+    """Which entries count, if rows have different numbers of them; None if all do."""
 
     @staticmethod
     def of(where: Bool[Tensor, "*batch dest src"]) -> Mask:
-        """The mask of the true entries, one for all rows or one for each row.
+        """The mask of the true entries, the same for all rows or one per row.
 
         Raises:
             ValueError: an entry above the diagonal, where a causal model cannot attend.
         """
         rows = where if where.ndim == 3 else where[None]
         if rows.triu(1).any():
-            raise ValueError("a mask lies on or below the diagonal: src must not come after dest")
+            raise ValueError("a mask must be on or below the diagonal: src must not come after dest")
         counts = rows.sum((1, 2))
         width = int(counts.max()) if len(counts) else 0
         row, dest, src = rows.nonzero(as_tuple=True)
@@ -58,13 +58,13 @@ def mask_score(pattern: Float[Tensor, "batch head dest src"], mask: Mask) -> Flo
     """Mean attention on a mask, for each row and head.
 
     Args:
-        pattern: attention after softmax; each row of it sums to 1.
+        pattern: attention after softmax; each row sums to 1.
 
     Returns:
         Probability in [0, 1]; nan for a row whose mask is empty.
 
     Raises:
-        ValueError: the mask has entries outside the pattern, or another number of rows.
+        ValueError: the mask has entries outside the pattern, or a different number of rows.
 
     Example:
         >>> from mechlens.measures.attention import mask_score, previous_token_mask
@@ -94,14 +94,14 @@ def mask_score(pattern: Float[Tensor, "batch head dest src"], mask: Mask) -> Flo
 def uniform_attention(mask: Mask) -> float:
     """The score of a head that attends equally to every position it can see.
 
-    This is also the expected score of any head whose attention at each destination is shuffled over the
-    positions it can see, so it is the null baseline of scores that depend on positions alone.
+    This is also the expected score of any head after its attention at each destination is shuffled over the
+    positions it can see. So it is the null baseline for scores that depend on positions alone.
     """
     chance = 1 / (mask.dest + 1).double()
     return float(chance.mean() if mask.real is None else chance[mask.real].mean())
 
 
-# -- the masks of the field's scores ---------------------------------------------------------------
+# -- the masks of the standard scores --------------------------------------------------------------
 
 
 def previous_token_mask(n_pos: int) -> Mask:
@@ -118,7 +118,7 @@ def previous_token_mask(n_pos: int) -> Mask:
 def first_token_mask(n_pos: int) -> Mask:
     """From every position but the first, which can attend nowhere else, to the first.
 
-    Heads that are at rest attend there.
+    Inactive heads attend there.
     """
     if n_pos < 2:
         raise ValueError(f"a first-token score needs at least 2 positions, but there is {n_pos}")
@@ -132,9 +132,9 @@ def copies_mask(starts: Int[Tensor, "batch copy"], seq_len: int, shift: int) -> 
     Args:
         starts: where each copy of the tokens begins.
         seq_len: tokens in one copy.
-        shift: 0 for the duplicate token; 1 for the token after it, where an induction head attends.
+        shift: 0 for the duplicate token; 1 for the token after it, which an induction head attends to.
 
-    Copy c has c earlier copies, and each is an entry of its own. So a head that spends all its attention on
+    Copy c (from 0) has c earlier copies, each with its own entry. So a head that puts all its attention on
     the entries scores 1 with two copies, and 1 / (mean number of earlier copies) with more: 0.5 with four.
 
     References: Olsson et al. 2022, arXiv:2209.11895.
@@ -153,9 +153,9 @@ def copies_mask(starts: Int[Tensor, "batch copy"], seq_len: int, shift: int) -> 
 def diagonal_mask(n_pos: int, offset: int) -> Mask:
     """The whole diagonal src = dest + offset of a pattern, with offset <= 0.
 
-    With offset 1 - S on `[BOS, S tokens, the same S]` it is the induction score of "How one can Interpret
-    GPT2-Small". Its first two entries of S + 2 are not induction, so a perfect induction head scores
-    S / (S + 2) plus what lies on them.
+    With offset 1 - S on `[BOS, S tokens, the same S]` it is the mask of the induction score in "How one can
+    Interpret GPT2-Small". The first two of its S + 2 entries are not induction, so a perfect induction head
+    scores S / (S + 2) plus its attention on those two / (S + 2).
     """
     if not -n_pos < offset <= 0:
         raise ValueError(f"a pattern of {n_pos} positions has diagonals {1 - n_pos} to 0, not {offset}")
@@ -169,7 +169,7 @@ def duplicate_token_mask(tokens: Int[Tensor, "batch pos"]) -> Mask:
 
 
 def induction_mask(tokens: Int[Tensor, "batch pos"]) -> Mask:
-    """From each position to the token after every earlier occurrence of the same token, itself excluded."""
+    """From each position to the token after every earlier occurrence of its token, but never to itself."""
     where = _duplicates(tokens).roll(1, dims=2)
     where[:, :, 0] = False
     return Mask.of(where.tril(-1))
@@ -188,26 +188,26 @@ def copying_score(
     attention: Float[Tensor, "*batch src"],
     own: Int[Tensor, " src"],
 ) -> Float[Tensor, "*batch"]:
-    """How much of what a head raises in the logits is the very token it attends to.
+    """How much of the logit increase from a head goes to the token that it attends to.
 
     For each source, the head's direct contribution to the logits of the sample's tokens is centered
-    by its mean over the vocabulary and passed through ReLU; the source token's share of the sum over
-    the sample's tokens is that source's r. The shares are averaged with the attention that each
-    source receives. Scaling a source's contribution (by attention, or by a final norm) changes none
-    of them.
+    by its mean over the vocabulary and passed through ReLU. The source token's share of the sum over
+    the sample's tokens is that source's r. The shares are averaged, weighted by the attention that each
+    source receives. Scaling a source's contribution (by attention, or by a final norm) does not change
+    its share.
 
     Args:
-        contribution: of each source to the logits of the sample's tokens, `v @ W_O @ W_U`.
-        mean_contribution: its mean over the whole vocabulary.
+        contribution: each source's contribution to the logits of the sample's tokens, `v @ W_O @ W_U`.
+        mean_contribution: the mean of that contribution over the whole vocabulary.
         attention: total attention that each source receives.
         own: for each source, the index of its own token along `token`.
 
     Returns:
-        2 r - 1, in [-1, 1]: 1 raises only the attended token, -1 never raises it. nan where the head
+        2 r - 1, in [-1, 1]: at 1 the head raises only the attended token, at -1 never. nan where the head
         raises no token of the sample from any source that it attends to.
 
-    References: Olsson et al. 2022, arXiv:2209.11895. They publish no formula for sources that share the
-    attention: the average by attention is our reading.
+    References: Olsson et al. 2022, arXiv:2209.11895. They give no formula for attention to several sources;
+    the attention-weighted average is our interpretation.
     """
     raised = (contribution - mean_contribution[..., None]).relu()
     total = raised.sum(-1)

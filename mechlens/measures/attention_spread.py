@@ -1,4 +1,4 @@
-"""How widely attention is spread: its entropy, its distance, and its share on the first token."""
+"""How widely attention is spread: its entropy, its distance, and the share on the first token."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def attention_spread(pattern: Float[Tensor, "*batch dest src"]) -> Float[Tensor, "*batch measure"]:
-    """Entropy, distance and first-token share of attention, each a mean over positions but the first.
+    """Entropy, distance and first-token share of attention, averaged over all positions but the first.
 
-    The first position can attend only to itself, so it says nothing about a head.
+    The first position can attend only to itself, so it tells nothing about a head.
 
     Args:
         pattern: attention after softmax; each row sums to 1.
 
     Returns:
-        Entropy in nats, from 0 to log(src); mean distance between the attending and the attended token, in
-        tokens; attention to the first token, in [0, 1].
+        Entropy in nats, from 0 to log(src); mean distance from query to key, in tokens; attention to the
+        first token, in [0, 1].
 
     Raises:
         ValueError: fewer than two positions.

@@ -1,4 +1,4 @@
-"""Bases of an embedding matrix: its coordinates, principal axes, and a non-negative factorization."""
+"""Bases of an embedding matrix: its coordinates, principal axes, and a non-negative matrix factorization."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from mechlens.measures.linear_maps import centered_product
 
 NMF_TOKENS = 8192
-"""The tokens, most frequent first, that a non-negative factorization is fitted to."""
+"""Number of tokens, the most frequent ones, that a non-negative matrix factorization is fitted to."""
 NMF_ITERATIONS = 600
 
 
 @dataclasses.dataclass
 class Basis:
-    """Coordinates of the embedding's rows: a target that a map can be fitted to."""
+    """Coordinates of the embedding's rows: a target for fitted maps."""
 
     name: str
     coefficients: Float[Tensor, "d_vocab element"]
-    """Of every token, in float32, centered over the vocabulary, which does not change the nearest token."""
+    """Of every token, in float32, centered over the vocabulary (which does not change the nearest token)."""
     mean: Float[Tensor, " element"]
     directions: Float[Tensor, "element d_model"]
     importance: Float[Tensor, " element"]
@@ -38,23 +38,21 @@ def make_bases(
 ) -> tuple[list[Basis], bool | None]:
     """The coordinates of `W_E` themselves, then other bases of it.
 
-    - `pca`: the eigenvectors of the covariance of `W_E`, the largest first.
-    - `nmf`: `[max(W_E, 0), max(-W_E, 0)] = C H` with C and H not negative and each row of H of norm 1; an
-    element
-      is the direction of `H[:, :d_model] - H[:, d_model:]`. It is fitted to the tokens with the largest
-      counts.
+    - `pca`: the eigenvectors of the covariance of `W_E`, by descending eigenvalue.
+    - `nmf`: `[max(W_E, 0), max(-W_E, 0)] ≈ C H` with non-negative C and H, where each row of H has norm 1.
+      An element is the direction of a row of `H[:, :d_model] - H[:, d_model:]`. H is fitted to the tokens
+      with the largest counts.
 
     Args:
-        sizes: elements of each basis.
+        sizes: number of elements of each basis.
         counts: how often each token occurs.
-        seed: of the factorization.
+        seed: seed of the factorization.
 
     Returns:
         The bases, and whether `nmf` converged (None without it).
 
-    References: non-negative factorization: Lee and Seung 1999; of a matrix with signs, by its two halves: Kim
-        and
-    Tidor 2003.
+    References: Lee and Seung 1999, for non-negative matrix factorization; Kim and Tidor 2003, for splitting a
+    matrix into its positive and negative parts.
     """
     covariance = centered_product(W_E, W_E)
     variance = covariance.diagonal()
@@ -93,10 +91,10 @@ def _factorize(
 
     halves = torch.cat([W_E.clamp(min=0), (-W_E).clamp(min=0)], 1).cpu().numpy()
     often = counts.argsort(descending=True, stable=True)[:NMF_TOKENS].numpy()
-    # a tenth of the tolerance costs twice the time and explains a thousandth more
+    # a tenth of this tolerance would take twice the time and explain 0.001 more
     method = NMF(k, init="nndsvda", random_state=seed, max_iter=NMF_ITERATIONS, tol=1e-3)
     with warnings.catch_warnings():
-        # the result says so instead
+        # reported in the result instead
         warnings.simplefilter("ignore", ConvergenceWarning)
         method.fit(halves[often])
         converged = method.n_iter_ < NMF_ITERATIONS
@@ -109,6 +107,6 @@ def _factorize(
 
 
 def by_basis(made: Sequence[Basis], joined: Tensor) -> dict[str, Tensor]:
-    """A tensor whose last axis has the elements of all bases side by side, split by basis."""
+    """Split by basis a tensor whose last axis has the elements of all bases side by side."""
     sizes = [basis.coefficients.shape[1] for basis in made]
     return dict(zip((basis.name for basis in made), joined.split(sizes, dim=-1), strict=True))

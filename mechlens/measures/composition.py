@@ -1,4 +1,4 @@
-"""Composition of two heads: how much of what one writes the other reads."""
+"""Composition of two heads: how much of one head's output the other reads."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def composition_scores(
     source_layers: Int[Tensor, " source"] | None = None,
     destination_layers: Int[Tensor, " destination"] | None = None,
 ) -> Float[Tensor, "source destination"]:
-    """How much of what one head writes another reads: `‖M1 M2‖ / (‖M1‖ ‖M2‖)`, with Frobenius norms.
+    """How much of one head's output another reads: `‖M1 M2‖ / (‖M1‖ ‖M2‖)`, with Frobenius norms.
 
     Args:
         A1, B1: thin factors of the sources' matrices `M1 = A1 @ B1`, for example `W_V` and `W_O`.
         A2, B2: thin factors of the destinations' `M2 = A2 @ B2`: `W_Q` and `W_K.mT` (Q-composition), `W_K`
             and `W_Q.mT` (K-composition), `W_V` and `W_O` (V-composition).
-        source_layers, destination_layers: the layer of each matrix; both or neither. With them, only pairs
-            with the source in an earlier layer than the destination are computed.
+        source_layers, destination_layers: the layer of each matrix; give both or neither. With them, only
+            pairs whose source is in an earlier layer than the destination are computed.
 
     Returns:
-        In [0, 1]; about `d_model ** -0.5` for random matrices (`random_composition`). nan where a matrix is
-        zero, and for pairs that are not computed.
+        In [0, 1]; about `d_model ** -0.5` for random matrices (see `random_composition`). nan where a matrix
+        is zero, and for pairs that are not computed.
 
     Raises:
-        ValueError: layers of one side only.
+        ValueError: layers are given for one side only.
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", in row-vector form
     and without subtracting the baseline.
@@ -42,8 +42,8 @@ def composition_scores(
     `[d_model, destination * inner2]`, in tiles.
     """
     if (source_layers is None) != (destination_layers is None):
-        raise ValueError("give the layers of both sources and destinations, or of neither")
-    # the orthonormal columns of A1 = QR do not change the norm, nor do those of B2's transpose
+        raise ValueError("give the layers of both sources and destinations, or neither")
+    # Q in A1 = QR does not change the norm, nor does that of B2's transpose
     left = _of_norm_1(_triangle(wide(A1)) @ wide(B1))
     right = _of_norm_1(_triangle(wide(B2).mT) @ wide(A2).mT)
     scores = left.new_full((len(left), len(right)), torch.nan)
@@ -81,8 +81,7 @@ def random_composition(d_model: int, d_head: int, *, n: int = 100, seed: int = 0
         n: independent pairs to draw, at least 2.
 
     Returns:
-        Mean and standard deviation over pairs with Gaussian factors. The mean square of the score is
-        `1 / d_model`.
+        Mean and standard deviation over pairs with Gaussian factors. The mean squared score is `1 / d_model`.
 
     Raises:
         ValueError: sizes below 1, or fewer than 2 pairs.

@@ -14,17 +14,17 @@ from mechlens.measures.unembedding import Unembedding
 def kl(
     log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """KL(p || q) in nats, from log-probabilities; a gradient may be taken of it.
+    """KL(p || q) in nats, from log probabilities; differentiable.
 
-    A token that p excludes adds nothing, however likely q makes it. Rounding alone would make the divergence
-    of a distribution from itself negative, so it is clamped at 0.
+    A token with probability 0 under p adds nothing, whatever its probability under q. The result is clamped
+    at 0, because rounding can make the divergence of a distribution from itself negative.
     """
     terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
     return terms.sum(-1).clamp(min=0)
 
 
 def reference_of(unembedding: Unembedding, normed: Float[Tensor, "pos d_model"]) -> Reference:
-    """The distributions of some vectors after the last norm, to take KL divergences and gradients to."""
+    """The next-token distributions of vectors after the last norm, as references for KL divergences."""
     if unembedding.soft_cap is not None:
         return _Capped(unembedding, unembedding.logits(normed).log_softmax(-1))
     return _Linear(unembedding, normed, *unembedding.expected_column(normed))
@@ -32,7 +32,7 @@ def reference_of(unembedding: Unembedding, normed: Float[Tensor, "pos d_model"])
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Linear:
-    """Distributions as far as KL and its gradient depend on them: no logits are kept."""
+    """Reference distributions reduced to what KL and its gradient need; no logits are kept."""
 
     unembedding: Unembedding
     normed: Float[Tensor, "pos d_model"]
@@ -43,10 +43,10 @@ class _Linear:
     def kl_and_gradient(
         self, normed: Float[Tensor, "pos d_model"]
     ) -> tuple[Float[Tensor, " pos"], Float[Tensor, "pos d_model"]]:
-        """KL(reference || normed) in nats, and its gradient by the vectors after the last norm.
+        """KL(reference || normed) in nats, and its gradient with respect to `normed`.
 
-        KL is the mean under the reference of the difference of the logits, in which `b_U` cancels, less the
-        difference of the logs of their totals. So its gradient is the difference of the two mean columns.
+        KL is the mean difference of the logits under the reference, where `b_U` cancels, minus the difference
+        of their log-sum-exps. So its gradient is the difference of the two mean columns.
         """
         column, log_total = self.unembedding.expected_column(normed)
         linear = torch.linalg.vecdot(self.normed - normed, self.column)
@@ -55,7 +55,7 @@ class _Linear:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Capped:
-    """The same with a soft-cap: all logits are held, and each has its own slope."""
+    """The same with a soft-cap: all log probabilities are kept, and each logit has its own slope."""
 
     unembedding: Unembedding
     log_probs: Float[Tensor, "pos d_vocab"]

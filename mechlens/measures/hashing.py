@@ -8,6 +8,6 @@ from torch import Tensor
 
 
 def content_hash(values: Tensor) -> str:
-    """12 hexadecimal digits that depend on shape and numbers."""
+    """12 hexadecimal digits that depend on shape and values."""
     whole = values.detach().cpu().contiguous()
     return hashlib.sha256(str(tuple(whole.shape)).encode() + whole.numpy().tobytes()).hexdigest()[:12]

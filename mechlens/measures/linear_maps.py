@@ -1,4 +1,4 @@
-"""Linear maps: least-squares fits, and their cosine with another matrix beside that of random maps."""
+"""Linear maps: least-squares fits, and their cosine with another matrix, with random maps as a null."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mechlens.measures.unembedding import Unembedding
 
 @dataclasses.dataclass
 class Fit:
-    """A linear map `x @ M + b`, and the covariance of the inputs that it was fitted to, in float64."""
+    """A linear map `x @ M + b`, and the covariance of the inputs it was fitted to, in float64."""
 
     M: Float[Tensor, "d_model target"]
     b: Float[Tensor, " target"]
@@ -21,7 +21,7 @@ class Fit:
 
 
 class Moments:
-    """Sums over samples from which a least-squares fit follows, in float64."""
+    """The sums over samples that determine a least-squares fit, in float64."""
 
     def __init__(self, d_model: int, targets: int, place: torch.device) -> None:
         self.n = 0
@@ -46,13 +46,13 @@ class Moments:
         """The least-squares map with intercept.
 
         Args:
-            ridge: added to the diagonal of the covariance, in units of its mean variance; with 0 the solution
-                of least norm is taken.
+            ridge: added to the diagonal of the covariance, in units of the mean variance; 0 gives the
+                minimum-norm solution.
         """
         x, y = self.x / self.n, self.y / self.n
         covariance = self.xx / self.n - x.outer(x)
         values, Q = torch.linalg.eigh(covariance)
-        # without directions in which only float32's rounding varies: a centered stream has one
+        # leave out directions with nothing but float32 rounding: a centered stream has one
         real = values > len(values) * torch.finfo(torch.float32).eps ** 2 * values[-1]
         inverse = (1 / (values + ridge * values.mean())).where(real, 0)
         M = Q @ (inverse[:, None] * (Q.T @ (self.xy / self.n - x.outer(y))))
@@ -71,14 +71,14 @@ def centered_product(a: Float[Tensor, "n i"], b: Float[Tensor, "n j"]) -> Float[
 def nearest(
     guesses: Float[Tensor, "n element"], C: Float[Tensor, "d_vocab element"], ids: Int[Tensor, " n"]
 ) -> Bool[Tensor, " n"]:
-    """Whether no row of C is nearer to a guess than the row of its token."""
+    """Whether no row of C is closer to a guess than its own token's row."""
     # |c|^2 / 2 - g . c is half the squared distance, up to a constant
     return Unembedding(C.T, -C.pow(2).sum(1) / 2).log_prob(guesses, ids)[1]
 
 
 class Cosine:
-    """The cosine of `M C.T` with `A.T`, both `[d_model, d_vocab]`, without making either; columns of C and A
-    are centered."""
+    """The cosine of `M C.T` with `A.T`, both `[d_model, d_vocab]` and never built. C's and A's columns are
+    centered first."""
 
     def __init__(self, C: Float[Tensor, "d_vocab element"], A: Float[Tensor, "d_vocab d_model"]) -> None:
         self.cross, self.gram = centered_product(A, C), centered_product(C, C)
@@ -95,13 +95,13 @@ class Cosine:
         singular: Float[Tensor, "fit element"],
         V: Float[Tensor, "element element"],
     ) -> Float[Tensor, " fit"]:
-        """The same for `M = U diag(singular) V.T`, without a product for each fit."""
+        """The same for `M = U diag(singular) V.T`, without one matrix product per fit."""
         both = singular @ (U[:, : len(V)] * (self.cross @ V)).sum(0)
         return both / ((singular.pow(2) @ (V * (self.gram @ V)).sum(0)).sqrt() * self.norm)
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
-    """A uniform draw of the orthogonal matrices.
+    """An orthogonal matrix, drawn uniformly.
 
     References: Mezzadri 2007, arXiv:math-ph/0609050, for the signs.
     """
@@ -110,6 +110,6 @@ def random_orthogonal(n: int, generator: torch.Generator) -> Float[Tensor, "n n"
 
 
 def mean_and_range(draws: Float[Tensor, "draw measure fit"]) -> Float[Tensor, "measure fit 3"]:
-    """The mean, and the ends of the central 95%."""
+    """The mean over draws, and the ends of the central 95% interval."""
     ends = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device), dim=0)
     return torch.stack([draws.mean(0), *ends], -1)

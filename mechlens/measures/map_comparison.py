@@ -1,4 +1,4 @@
-"""What fitted maps from the residual stream to the embedding are like, beside random maps."""
+"""Compare fitted maps from the residual stream to the embedding with random maps."""
 
 from __future__ import annotations
 
@@ -24,27 +24,25 @@ def compare_maps(
     draws: int,
     seed: int,
 ) -> dict[str, dict[str, Tensor]]:
-    """Compare fitted maps with the embedding and the unembedding, beside random maps.
+    """Compare fitted maps with the embedding and the unembedding, with random maps as nulls.
 
-    Read as logits a map is `M C.T`, `[d_model, d_vocab]`, with C the centered coefficients of all tokens.
+    As a map to logits, a fit is `M C.T`, `[d_model, d_vocab]`; C has the centered coefficients of all tokens.
 
-    - `similarity`: its cosine (Frobenius) with the centered `W_E.T`; `unembedding_similarity`: with `W_U`;
-    nan if
-      that has another vocabulary.
-    - `weight`: where the map to the embedding reads the stream. Of a unit direction g, an element of the
-    basis, it
-      is `var(x . g) |g M|^2`, as a share of all elements. `weight_correlation`: its rank correlation with the
-      importance of g in `W_E`.
-    - Nulls: the same of random maps `U diag(s) V.T` with M's singular values s, and U and V uniform among the
-      orthogonal matrices: mean, and the ends of the central 95%.
+    - `similarity`: the cosine (Frobenius) of that matrix with the centered `W_E.T`;
+      `unembedding_similarity`: with `W_U`, nan if its vocabulary differs.
+    - `weight`: where the map to the embedding reads the stream. For a unit direction g, an element of the
+      basis, it is `var(x . g) |g M|^2`, as a share of the sum over elements. `weight_correlation`: the rank
+      correlation of `weight` with the importance of g in `W_E`.
+    - Nulls: the same for random maps `U diag(s) V.T` with M's singular values s and uniformly drawn
+      orthogonal U and V: the mean, and the ends of the central 95% interval.
 
     Args:
-        W_U: the unembedding, with the final norm's scale.
+        W_U: the unembedding, with the final norm's scale folded in.
         fits: maps to the coefficients of all bases side by side.
-        draws: random maps of each null.
+        draws: number of random maps for each null.
 
     Returns:
-        By measure and basis, as float64 tensors over the fits.
+        By measure and basis, float64 tensors over the fits.
     """
     generator = generator_of(seed)
     maps = by_basis(made, torch.stack([fit.M for fit in fits.values()]))
@@ -66,7 +64,7 @@ def compare_maps(
 
 
 class _InBasis:
-    """The measures of all maps in one basis, and of random maps with the same singular values."""
+    """The measures of all maps in one basis, and those of random maps with the same singular values."""
 
     def __init__(
         self,

@@ -16,9 +16,9 @@ _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory for a tensor ran out, on any device.
+    """Whether an error means that memory ran out, on any device.
 
-    PyTorch has an error type for GPUs; on the CPU it raises a `RuntimeError` that says so.
+    PyTorch has an error type for GPUs; on the CPU it raises a `RuntimeError`, told apart by its message.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where glibc would keep it."""
+    """Return freed memory to the system; glibc would keep it."""
     if sys.platform == "linux":
         trim = _trim()
         if trim is not None:
@@ -35,15 +35,15 @@ def give_back() -> None:
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
-    # musl does not have it
+    # not in musl
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def in_parts(work: Callable[[Tensor], T], rows: Tensor, size: int) -> Iterator[tuple[Tensor, T]]:
-    """Call `work` on some rows at a time, and on half as many from where memory runs out.
+    """Call `work` on some rows at a time, halving their number whenever memory runs out.
 
     Args:
-        work: called again with fewer rows if memory runs out.
+        work: called again on fewer rows if memory runs out.
         size: rows at a time, at least 1.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Statistics of next-token distributions that are never held as a whole."""
+"""Statistics of next-token distributions, computed without holding all logits."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ STATISTICS = ("entropy", "kl", "log_prob", "rank")
 """The statistics besides the most likely tokens."""
 CPU_BUDGET, GPU_BUDGET = 64 * 2**20, 2**30
 GROUP = 64
-"""Tokens in a group; the largest logit of a group tells whether it can hold one of the most likely tokens."""
+"""Tokens in a group; its largest logit tells whether the group can contain one of the most likely tokens."""
 
 Decode = Callable[[int, Float[Tensor, "1 pos d_model"]], Float[Tensor, "1 pos d_model"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Readout:
-    """Statistics of rows of residual vectors; None if they were not requested."""
+    """Statistics of rows of residual vectors; those not requested are None."""
 
     top_ids: Int[Tensor, "row pos k"]
-    """The most likely tokens, in order."""
+    """The most likely tokens, in descending order."""
     top_probabilities: Float[Tensor, "row pos k"]
     entropy: Float[Tensor, "row pos"] | None
     """Nats."""
     kl: Float[Tensor, "row pos reference"] | None
     """KL(reference row || row) in nats."""
     log_prob: Float[Tensor, "row pos target"] | None
-    """Log-probability of the targets in nats. With references, the first target is the first reference's top
+    """Log probability of the targets in nats. With references, the first target is the first reference's top
     token."""
     rank: Int[Tensor, "row pos target"] | None
-    """Rank of the targets; 1 is the most likely, and ties count strictly larger logits."""
+    """Rank of the targets: 1 plus the number of strictly larger logits."""
 
 
 def read_out(
@@ -60,19 +60,19 @@ def read_out(
 
     Args:
         vectors: one row per layer (or per item to compare), with the same positions in each.
-        targets: tokens to take the rank and log-probability of, at each position.
-        references: rows that all rows are compared with; the top token of the first one becomes the first
-            target.
+        targets: the tokens at each position whose rank and log probability are computed.
+        references: rows that all rows are compared with. The top token of the first reference becomes the
+            first target.
         top_k: number of most likely tokens to keep, at least 1.
         statistics: the `STATISTICS` to compute.
-        decode: `(row, vectors [1, pos, d_model]) -> vectors` before the unembedding, such as a norm. It is
-            called once for each row and block of positions.
-        memory_budget: bytes for logits and temporaries; None takes 64 MiB, on a GPU 1 GiB. It is halved when
-            memory runs out, and exceeded if one position does not fit.
-        advance: called with the number of positions that are done.
+        decode: `(row, vectors [1, pos, d_model]) -> vectors`, applied before the unembedding, such as a
+            norm. It is called once for each row and block of positions.
+        memory_budget: bytes for logits and temporaries; None means 64 MiB, or 1 GiB on a GPU. It is halved
+            when memory runs out, and exceeded if one position does not fit.
+        advance: called after each block with its number of positions.
 
     Returns:
-        Statistics in float32. A token with a logit of -inf has probability 0 (log-probability -inf) and adds
+        Statistics in float32. A token with a logit of -inf has probability 0 (log probability -inf) and adds
         nothing.
 
     Raises:
@@ -80,7 +80,8 @@ def read_out(
 
     References: nostalgebraist 2020, "interpreting GPT: the logit lens".
     Cost: one product with `W_U`, in tiles, and up to thirteen passes over each tile while it is in the cache.
-    Memory for the references' logits at some positions and for two tiles, however many rows there are.
+    Memory for the references' logits at one block of positions and for two tiles, regardless of the number of
+    rows.
     """
     _, n_pos, _ = vectors.shape
     d_vocab = unembedding.d_vocab
@@ -128,9 +129,9 @@ def kl_from(
     reference: Float[Tensor, "pos d_model"],
     vectors: Float[Tensor, "row pos d_model"],
 ) -> Float[Tensor, "row pos"]:
-    """KL(reference || vector) in nats at each position of each row; a gradient may be taken of it.
+    """KL(reference || vector) in nats at each position of each row; differentiable.
 
-    Cost: one product with `W_U`, in tiles; all logits at once with a gradient.
+    Cost: one product with `W_U`, in tiles; with a gradient, all logits at once.
     """
     if torch.is_grad_enabled() and vectors.requires_grad:
         own = unembedding.logits(reference).log_softmax(-1)
@@ -150,7 +151,7 @@ def kl_from(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Work:
-    """The vectors, and what to compute of them."""
+    """The vectors, and what to compute from them."""
 
     vectors: Float[Tensor, "row pos d_model"]
     unembedding: Unembedding
@@ -161,7 +162,7 @@ class _Work:
     decode: Decode | None
 
     def positions(self, budget: int) -> int:
-        """Positions in a block; the references' logits are held for as many."""
+        """Positions in a block, for which the references' logits are held at once."""
         if not self.references:
             return TILE_ROWS
         one = len(self.references) * self.unembedding.d_vocab * self.unembedding.dtype.itemsize
@@ -182,7 +183,7 @@ class _Work:
             held = _References.of(self.unembedding, self.decoded(self.references, where))
             wanted = torch.cat([held.probabilities[0].argmax(-1, keepdim=True), wanted], dim=1)
             own = held.probabilities.gather(2, wanted.expand(len(self.references), -1, -1))
-            # there is no product here, so tiles may be wide
+            # no product is computed here, so tiles may be wide
             width = self._width(len(own) * n_pos, tile_bytes, self.unembedding.d_vocab)
             reduced = self._reduced(held.tiles(width), wanted, own, held)
             found |= zip(self.references, _rows(reduced), strict=True)
@@ -193,7 +194,7 @@ class _Work:
             # equal parts, because a product of few vectors is slow
             rows = others[part * len(others) // n_parts : (part + 1) * len(others) // n_parts]
             decoded = self.decoded(rows, where)
-            # before all other logits, so that ranks can be counted tile by tile
+            # the targets' logits first, so that ranks can be counted tile by tile
             some = self.unembedding.of_each(decoded.flatten(0, 1), unique).view(len(rows), n_pos, -1)
             own = some.gather(2, place.expand(len(rows), -1, -1))
             width = self._width(len(rows) * n_pos, tile_bytes, self.unembedding.width)
@@ -213,7 +214,7 @@ class _Work:
         own: Float[Tensor, "some here target"],
         references: _References | None,
     ) -> Readout:
-        """All statistics of some rows; their tiles are overwritten."""
+        """All statistics of some rows. Overwrites the tiles."""
         lowest = torch.finfo(own.dtype).min / 2
         if self.unembedding.excludes:
             # finite, because 0 * -inf is nan
@@ -238,7 +239,7 @@ class _Work:
             targets.add(tile, tokens, scratch)
             fading = running.sum
             terms, growth = running.add(tile, largest=largest, out=scratch)
-            # in the first tile -inf grows to a finite number, and there is nothing to rescale
+            # the first tile grows from -inf, with nothing to rescale
             growth = growth.nan_to_num(posinf=0.0) if tokens.start == 0 else growth
             if "entropy" in self.statistics or "kl" in self.statistics:
                 weighted = (weighted - fading * growth) * (-growth).exp() + terms.mul_(tile).sum(1)
@@ -286,15 +287,14 @@ def _rows(found: Readout) -> Iterable[Readout]:
 
 @dataclasses.dataclass(eq=False)
 class _References:
-    """The rows that all rows are compared with, at some positions."""
+    """The reference rows at some positions."""
 
     probabilities: Float[Tensor, "reference here d_vocab"]
     """Logits, until `tiles` has turned them into probabilities."""
     largest: Float[Tensor, "reference here 1"]
-    """The largest logit."""
     sum: Float[Tensor, "reference here 1"]
-    """The sum of exponentials of logits less the largest. Both are in the logits' dtype, because a wider one
-    would widen all results."""
+    """The sum of exp(logit - largest). In the logits' dtype, as `largest` is: a wider one would widen all
+    results."""
     entropy: Float[Tensor, "reference here"] | None = None
 
     @classmethod
@@ -312,7 +312,7 @@ class _References:
         return cls(logits.view(*shape, -1), largest.view(*shape, 1), total.view(*shape, 1))
 
     def tiles(self, width: int) -> Iterable[tuple[slice, Float[Tensor, "row some"]]]:
-        """The logits, tile by tile; those that were given out become probabilities."""
+        """Yield copies of the logits, tile by tile, and turn each yielded tile into probabilities."""
         room = None
         for start in range(0, self.probabilities.shape[2], width):
             some = self.probabilities[:, :, start : start + width]
@@ -332,15 +332,15 @@ class _Top:
     def add(self, tile: Float[Tensor, "row some"], start: int) -> Float[Tensor, " row"]:
         """Add a tile, and return the largest logit of each of its rows.
 
-        Only rows with a new top-k logit are searched, and in them only the k groups of tokens with the
-        largest logits, which must hold the k largest.
+        Only rows with a new top-k logit are searched, and there only the k groups of tokens with the largest
+        maxima, which must contain the k largest logits.
         """
         n_rows, width = tile.shape
         k = self.values.shape[1]
         groups = tile.view(n_rows, -1, GROUP if width % GROUP == 0 else width)
         most = groups.amax(2)
         largest = most.amax(1)
-        # written so that nan, which compares false, is kept and shows
+        # nan compares false: this form keeps it, so that it shows
         rows = (~(largest <= self.values[:, -1])).nonzero()[:, 0]
         if len(rows):
             chosen = most[rows].topk(min(k, most.shape[1])).indices

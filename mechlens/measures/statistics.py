@@ -1,4 +1,4 @@
-"""Intervals and rank correlation."""
+"""Confidence intervals and rank correlation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def bootstrap_interval(
     Args:
         samples: one row per independent observation; nan values are left out of the mean.
         confidence: coverage of the interval, in (0, 1).
-        resamples: number of resamples.
-        seed: seed of the generator that draws them.
+        resamples: number of bootstrap resamples.
+        seed: seed of the generator that draws the resamples.
 
     Returns:
         Lower and upper bound, in the samples' unit; nan if there is only one sample.
@@ -41,7 +41,7 @@ def bootstrap_interval(
         return unknown, unknown.clone()
     generator = generator_of(seed)
     drawn = torch.randint(n, (resamples, n), generator=generator)
-    # how often each resample draws each sample: the means of all values are then one matrix product
+    # with counts of how often each sample is drawn, all means are one matrix product
     counts = torch.zeros(resamples, n, dtype=torch.double)
     counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
     flat = samples.detach().cpu().double().reshape(n, -1)
@@ -54,7 +54,7 @@ def bootstrap_interval(
 
 
 def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> tuple[float, float]:
-    """The interval that holds the central `share` of the samples, with equal shares left out at either end.
+    """The interval that contains the central `share` of the samples, with equal shares outside at each end.
 
     Raises:
         ValueError: no samples, or a share outside (0, 1).
@@ -69,15 +69,15 @@ def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> 
 
 
 def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval of a share.
+    """Clopper and Pearson's exact confidence interval for a proportion.
 
-    It also covers means of values in [0, 1] that are not a whole number of hits: its ends are then those of
-    the next smaller and the next larger number.
+    `share * n` need not be a whole number, as for a mean of values in [0, 1]: the lower end is then that of
+    the next smaller whole number, and the upper end that of the next larger one.
 
     Args:
         share: in [0, 1]; nan gives nan.
         n: number of independent observations.
-        confidence: coverage of the interval, in (0, 1), with at most half of the rest missed at either end.
+        confidence: coverage of the interval, in (0, 1), with at most half of the rest missed at each end.
 
     Raises:
         ValueError: a share outside [0, 1], no observation, or a confidence outside (0, 1).
@@ -93,7 +93,7 @@ def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[f
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if share != share:
         return math.nan, math.nan
-    # imported here, because it takes a while
+    # slow to import
     from scipy.special import betaincinv
 
     tail = (1 - confidence) / 2
@@ -107,10 +107,10 @@ def exact_interval(share: float, n: int, *, confidence: float = 0.95) -> tuple[f
 def rank_correlation(
     a: Float[Tensor, "*batch value"], b: Float[Tensor, "*batch value"]
 ) -> Float[Tensor, "*batch"]:
-    """Spearman's rank correlation along the last axis; equal values share the mean of their ranks.
+    """Spearman's rank correlation along the last axis; ties get their mean rank.
 
     Returns:
-        In [-1, 1]; nan where all values of a side are equal.
+        In [-1, 1]; nan where all values of `a` or of `b` are equal.
 
     References: Spearman 1904, "The proof and measurement of association between two things".
     """
@@ -119,7 +119,7 @@ def rank_correlation(
 
 
 def _centered_ranks(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch value"]:
-    """Twice the ranks, less their mean, in float64."""
+    """Twice the ranks, minus the mean, in float64."""
     values = values.contiguous()
     ordered = values.sort(-1).values
     below, up_to = (torch.searchsorted(ordered, values, right=right).double() for right in (False, True))

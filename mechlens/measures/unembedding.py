@@ -1,7 +1,7 @@
 """The one path from vectors after the last norm to logits.
 
-Logits are computed in tiles of many vectors by some tokens. In this shape the product with `W_U` is fastest,
-and a tile stays in the processor's cache while it is reduced.
+Logits are computed in tiles of many vectors by some tokens. This shape makes the product with `W_U` fastest
+and keeps a tile in the processor's cache while it is reduced.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 TILE_ROWS = 1024
 """Vectors in one product with `W_U`."""
 TILE_COLUMNS = 1024
-"""Tokens of a tile on a CPU. Wider tiles halve the speed if there are few vectors."""
+"""Tokens in a tile on a CPU. With few vectors, wider tiles halve the speed."""
 GPU_TILE_COLUMNS = 16384
-"""The same on a GPU, which only larger products fill."""
+"""Tokens in a tile on a GPU, which needs larger products to be fully used."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unembedding:
-    """The map from vectors after the last norm to logits, in float32 or wider, because rounded logits tie."""
+    """The map from vectors after the last norm to logits, in float32 or wider to avoid ties from rounding."""
 
     W_U: Float[Tensor, "d_model d_vocab"]
     """In any dtype; a narrow one is widened one tile at a time."""
@@ -44,12 +44,12 @@ class Unembedding:
 
     @cached_property
     def _bias(self) -> Float[Tensor, " d_vocab"] | None:
-        """None if it is zero, which saves a pass over the logits."""
+        """None if all zeros, which saves a pass over the logits."""
         return self.b_U.to(self.dtype) if bool(self.b_U.any()) else None
 
     @cached_property
     def excludes(self) -> bool:
-        """Whether a bias of minus infinity excludes some token."""
+        """Whether a bias of -inf excludes some token."""
         return bool(self.b_U.isneginf().any())
 
     @property
@@ -60,9 +60,9 @@ class Unembedding:
     def tiles(
         self, vectors: Float[Tensor, "row d_model"], width: int | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "row some"]]]:
-        """The logits of some tokens at a time, and which tokens they belong to.
+        """Yield the logits of some tokens at a time, with the slice of those tokens.
 
-        A tile may be written to, and the next one overwrites it. Call it without gradients.
+        A tile may be modified, and the next one overwrites it. Not for use with gradients.
         """
         wide, rows = vectors.to(self.dtype), len(vectors)
         width = self.width if width is None else width
@@ -82,7 +82,7 @@ class Unembedding:
         return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
 
     def logits(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        """All logits of some vectors; a gradient may be taken of them. Keep the number of vectors small."""
+        """All logits of some vectors; differentiable. Keep the number of vectors small."""
         if torch.is_grad_enabled() and vectors.requires_grad:
             logits = torch.addmm(self.b_U.to(self.dtype), vectors.to(self.dtype), self.W_U.to(self.dtype))
             return self.capped(logits)
@@ -98,11 +98,11 @@ class Unembedding:
         return logits if self.soft_cap is None else self.soft_cap * (logits / self.soft_cap).tanh()
 
     def cap_slope(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The derivative of the soft-cap where it gives these logits: `1 - (logit / c)^2`."""
+        """The derivative of the soft-cap where its output is `logits`: `1 - (logit / c)^2`."""
         return torch.ones_like(logits) if self.soft_cap is None else 1 - (logits / self.soft_cap) ** 2
 
     def of(self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """The logit of one token per vector, without computing the others; a gradient may be taken of it."""
+        """The logit of one token per vector, without computing the others; differentiable."""
         columns = self.W_U.index_select(1, tokens).T.to(self.dtype)
         logits = torch.linalg.vecdot(vectors.to(self.dtype), columns) + self.b_U[tokens].to(self.dtype)
         return self.capped(logits)
@@ -113,8 +113,8 @@ class Unembedding:
     ) -> Float[Tensor, "row token"]:
         """The logits of some tokens for every vector.
 
-        By the same kind of product as `tiles`, so that tokens with equal weights get equal logits wherever
-        the processor rounds all columns alike.
+        Computed by the same kind of product as in `tiles`, so that tokens with equal weights get equal logits
+        if the processor rounds all columns alike.
         """
         columns = self.W_U.index_select(1, tokens).to(self.dtype)
         logits = torch.addmm(self.b_U[tokens].to(self.dtype), vectors.to(self.dtype), columns)
@@ -123,13 +123,13 @@ class Unembedding:
     def log_prob(
         self, vectors: Float[Tensor, "row d_model"], tokens: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, " row"], Bool[Tensor, " row"]]:
-        """Log-probability of one token per vector, and whether it is the most likely one.
+        """Log probability of one token per vector, and whether it is the most likely one.
 
         Returns:
-            Log-probability in nats, in float32, with a gradient if the vectors have one; and whether no logit
+            Log probability in nats, in float32, with a gradient if the vectors have one; and whether no logit
             is strictly larger (rank 1).
 
-        Cost: one product with `W_U`. One tile of logits exists at a time; all of them with a gradient.
+        Cost: one product with `W_U`. One tile of logits exists at a time; with a gradient, all logits do.
         """
         if torch.is_grad_enabled() and vectors.requires_grad:
             logits = self.logits(vectors)
@@ -154,12 +154,12 @@ class Unembedding:
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"]]:
         """The mean column of `W_U` under each vector's distribution, and the log-sum-exp of its logits.
 
-        The mean column is the gradient of the log-sum-exp by the vector, and all that a cross-entropy needs
-        of a distribution. The sum over tokens of p(token) times another vector's logit is a product of two
-        vectors of d_model, plus a product with `b_U` that is the same for all vectors.
+        The mean column is the gradient of the log-sum-exp with respect to the vector. It is also all that a
+        cross-entropy needs to know of a distribution p: the mean under p of another vector's logit is that
+        vector's dot product with the mean column, plus a mean of `b_U` that is the same for all vectors.
 
         Args:
-            n_tiles: read this many tiles of the vocabulary only; None reads all of it.
+            n_tiles: read only this many tiles of the vocabulary; None reads all of them.
 
         Returns:
             The mean in the logits' dtype, the log-sum-exp in float64.
@@ -184,7 +184,7 @@ class Unembedding:
 
     @torch.no_grad()
     def most_likely(self, vectors: Float[Tensor, "row d_model"]) -> Int[Tensor, " row"]:
-        """The token with the largest logit; of equal ones, the first.
+        """The token with the largest logit; the first one if several tie.
 
         Cost: one product with `W_U`.
         """
@@ -201,21 +201,21 @@ class Unembedding:
 
 
 class LogSumExp:
-    """The log-sum-exp of terms that come in tiles."""
+    """The log-sum-exp of terms that arrive in tiles."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self.largest = like.new_full((rows,), -torch.inf)
         """The largest term of each row so far."""
         self.sum = like.new_zeros(rows, dtype=torch.double)
-        """The sum of the exponentials, each divided by that of the largest term."""
+        """The sum of exp(term - largest)."""
 
     def add(
         self, tile: Float[Tensor, "row some"], *, largest: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Float[Tensor, "row some"], Float[Tensor, " row"]]:
-        """Add a tile. The largest term so far is subtracted from it in place.
+        """Add a tile, subtracting the largest term so far from it in place.
 
         Args:
-            largest: the largest term of each row of the tile, if it is known.
+            largest: the largest term of each row of the tile, if known.
             out: memory for the exponentials; None overwrites the tile.
 
         Returns:

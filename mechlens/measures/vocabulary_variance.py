@@ -1,4 +1,4 @@
-"""How the logits of finally probable and improbable tokens vary over layers, some positions at a time."""
+"""How logits vary over layers, for tokens binned by their final rank; computed some positions at a time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 from mechlens.measures.unembedding import Unembedding
 
 CHUNK_BYTES = 16 * 2**20
-"""Memory for the logits of all rows at some positions, which are sorted together."""
+"""Memory for the logits of all rows at the positions that are processed together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VocabularyVariance:
-    """Means over the tokens of each bin, in logits less their mean over the vocabulary."""
+    """Means over the tokens of each bin. Logits are centered over the vocabulary."""
 
     variance: Float[Tensor, "bin pos"]
-    """Variance of a token's logit over rows."""
+    """Variance over rows of a token's logit."""
     null_variance: Float[Tensor, "null bin pos"]
     """The same with tokens assigned to bins at random."""
     elsewhere_variance: Float[Tensor, "bin pos"]
-    """The same with each token in its bin of another position; nan without another position."""
+    """The same with tokens binned by their rank at another position; nan without `elsewhere`."""
     mean: Float[Tensor, "row bin pos"]
     """Mean of the logits."""
     spread: Float[Tensor, "row bin pos"]
-    """Standard deviation of the logits over the tokens of the bin."""
+    """Standard deviation of the logits over the bin's tokens."""
     excess: Float[Tensor, "row bin pos"]
     """Mean distance |logit - logit in the last row|."""
     probability: Float[Tensor, "bin pos"]
-    """Total probability of a bin's tokens in the last row, with the soft-cap if there is one."""
+    """Total probability of a bin's tokens in the last row, including any soft-cap."""
 
 
 def vocabulary_variance(
@@ -48,15 +48,15 @@ def vocabulary_variance(
 ) -> VocabularyVariance:
     """Measure how logits vary over rows, for tokens binned by their rank in the last row.
 
-    Logits are before the soft-cap, minus their mean over the vocabulary at the same row and position. The
-    variance is that of a population (divided by the number of rows).
+    Logits are taken before the soft-cap, minus their mean over the vocabulary at the same row and position.
+    The variance is the population variance (divided by the number of rows).
 
     Args:
         vectors: one row per layer, with the same positions in each; the last row is the model's final one.
         bins: first and last rank of each bin, in order and without gaps, from 1 to `d_vocab`. Tokens with
             equal logits are ranked in the order of their ids.
-        over: the rows that the variance is over.
-        elsewhere: for each position another one, whose ranks bin the tokens a second time.
+        over: the rows over which the variance is taken.
+        elsewhere: for each position, another position whose ranks define a second binning.
         nulls: number of random assignments to bins. Each assigns different tokens at every position.
         generator: draws the nulls, on the CPU.
         decode: applied to vectors `[..., d_model]` before the unembedding, such as a norm.
@@ -65,7 +65,7 @@ def vocabulary_variance(
         ValueError: bins that are not in order or have gaps.
 
     Cost: one product with `W_U` per row (one more with `elsewhere`), and a sort of the last row. Memory for
-    about three chunks of logits; a chunk holds all rows of some positions.
+    about three chunks of logits; a chunk contains all rows at some positions.
     """
     n_rows, n_pos, _ = vectors.shape
     d_vocab, device = unembedding.d_vocab, vectors.device
@@ -122,5 +122,5 @@ def vocabulary_variance(
 
 
 def _order(logits: Float[Tensor, "pos d_vocab"]) -> Int[Tensor, "pos d_vocab"]:
-    """Tokens in the order of their logits, the most likely first."""
+    """Tokens by descending logit."""
     return torch.sort(logits, dim=-1, descending=True, stable=True).indices

@@ -1,6 +1,6 @@
-"""Measures of matrices that are stored as a product of two thin ones, `A [row, inner] @ B [inner, column]`.
+"""Measures of matrices stored as a product of two thin ones, `A [row, inner] @ B [inner, column]`.
 
-The product is never built: GPT-2's over its vocabulary would take 10 GB. It is computed in tiles that are
+The product is never built as a whole: over GPT-2's vocabulary it would take 10 GB. It is computed in tiles
 small enough to stay in the processor's cache while they are reduced.
 """
 
@@ -19,17 +19,17 @@ from mechlens.progress import progress_bar
 
 TILE_ROWS = 1024
 TILE_COLUMNS = 1024
-"""A tile takes 4 MiB in float32, a shape at which product and reduction are fast. A multiple of `TILE_ROWS`,
-so that the diagonal of a block of rows lies in one tile."""
+"""A tile takes 4 MiB in float32, a size at which product and reduction are fast. A multiple of `TILE_ROWS`,
+so that the diagonal of a block of rows is in one tile."""
 AXES = ("query", "key")
-"""The names of rows and columns of a circuit that does not name its axes."""
+"""Names of the rows and columns of a circuit that does not name its axes."""
 
 
 @runtime_checkable
 class Factored(Protocol):
     """A matrix as a product `A @ B`: a `Circuit` or TransformerLens's `FactoredMatrix`.
 
-    Its `axes`, if it has any, name its rows and columns; `AXES` do otherwise.
+    Its `axes` name its rows and columns; without them, `AXES` do.
     """
 
     @property
@@ -48,10 +48,10 @@ class Entries(NamedTuple):
 
 
 class Singular(NamedTuple):
-    """The largest singular values of a circuit, which is about `U @ S.diag() @ V.T`, and their vectors."""
+    """The largest singular values and their vectors: the circuit is approximately `U @ S.diag() @ V.T`."""
 
     U: Float[Tensor, "row n"]
-    """Orthonormal columns; the entry of each column that is largest in magnitude is positive."""
+    """Orthonormal columns; the largest entry in magnitude of each is positive."""
     S: Float[Tensor, " n"]
     """Descending."""
     V: Float[Tensor, "column n"]
@@ -69,11 +69,12 @@ def diagonal_ranks(
     """Rank each token's entry with itself, `(i, i)`, among its entries with all tokens.
 
     Args:
-        over: the axis along which the other entries lie, by its name. The second axis (`key`; the default,
-            None) ranks entry `(i, i)` within row `i`: for each query, among all keys. The first axis
-            (`query`) ranks it within column `i`: for each key, among all queries.
+        over: the name of the axis along which to rank. The second axis (`key`; the default, None) ranks entry
+            `(i, i)` within row `i`: for each query, among all keys. The first axis (`query`) ranks it within
+            column `i`: for each key, among all queries.
         tokens: ids to rank, compared with the whole vocabulary; None ranks all tokens.
-        ties: `for` the diagonal counts strictly larger entries only; `against` it counts equal ones too.
+        ties: how ties count: `for` the diagonal (only strictly larger entries rank above it) or `against` it
+            (equal ones do, too).
         progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
@@ -99,7 +100,7 @@ def diagonal_ranks(
     place = None
     if tokens is not None:
         ids, place = _ids("token", tokens, len(rows)).to(rows.device).unique(return_inverse=True)
-        # the columns of `tokens` come first, so that a block's diagonal lies in one tile here as well
+        # the columns of `tokens` come first, so that a block's diagonal is in one tile here, too
         others = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         others[ids] = False
         rows, columns = rows[ids], columns[:, torch.cat([ids, others.nonzero()[:, 0]])]
@@ -109,12 +110,12 @@ def diagonal_ranks(
     for block in progress_bar(blocks, desc="ranks", unit="tile", progress=progress):
         some = rows[block]
         tiles = _slices(columns.shape[1], TILE_COLUMNS)
-        # the tile with the diagonal comes first and is multiplied once: a second product might round its
+        # the tile with the diagonal comes first and is computed only once: a second product might round its
         # entries differently and change their ranks
         home = tiles.pop(block.start // TILE_COLUMNS)
         own, rank = None, torch.full_like(ranks[block], 1 if ties == "for" else 0)
         for tile in (home, *tiles):
-            # a narrow product might round differently, too: the last tile repeats columns of the one before
+            # a narrow product might also round differently, so the last tile overlaps the one before
             start = max(0, min(tile.start, columns.shape[1] - TILE_COLUMNS))
             entries = product(some, columns[:, start : tile.stop], room)
             if own is None:
@@ -140,12 +141,12 @@ def top_k_accuracy(
 
     Args:
         k: 1 asks whether no entry is larger.
-        over: the axis along which the other entries lie, by its name; None takes the second one (`key`): for
-            each query, among all keys.
+        over: the name of the axis along which to rank; None takes the second one (`key`): for each query,
+            among all keys.
         tokens: ids to count, compared with the whole vocabulary; None counts all tokens.
-        weights: one weight per counted token, such as its frequency; they need not sum to 1. None weighs all
-            tokens alike.
-        ties: `for` the diagonal counts strictly larger entries only; `against` it counts equal ones too.
+        weights: one weight per counted token, such as its frequency; they need not sum to 1. None weights all
+            tokens equally.
+        ties: `for` or `against` the diagonal, as in `diagonal_ranks`.
         progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
@@ -177,25 +178,25 @@ def top_k_accuracy(
     if asked == 0:
         raise ValueError("an accuracy needs at least 1 token, but there is none")
     shares = torch.ones(asked, dtype=torch.float32) if weights is None else torch.as_tensor(weights)
-    # in float64 on the processor: a GPU may have none
+    # on the CPU, because not every GPU has float64
     shares = shares.detach().cpu().double()
     if shares.shape != (asked,):
         raise ValueError(
             f"weights must be one for each of {asked} tokens, but have shape {tuple(shares.shape)}"
         )
     if not (shares.isfinite().all() and (shares >= 0).all() and shares.sum() > 0):
-        raise ValueError("weights must be finite and not negative, and one of them larger than 0")
+        raise ValueError("weights must be finite and not negative, and at least one must be above 0")
     hits = diagonal_ranks(circuit, over, tokens=tokens, ties=ties, progress=progress).cpu() <= k
     return float(shares[hits].sum() / shares.sum())
 
 
 def largest_entries(circuit: Factored, n: int, *, progress: bool | None = None) -> Entries:
-    """The n largest of all entries, in descending order; equal ones by row, then by column.
+    """The n largest of all entries, in descending order; ties by row, then by column.
 
     Raises:
         ValueError: n out of range, or a circuit that is not finite.
 
-    Cost: the whole product, one pass over each tile of it, and a few over rows that may hold one of the n.
+    Cost: the whole product, one pass over each tile of it, and a few over rows that may contain one of the n.
     """
     A, B = _factors(circuit)
     n_columns = B.shape[1]
@@ -250,7 +251,7 @@ def corner(
         TypeError: rows or columns that are not integers.
         ValueError: one of them is out of range.
 
-    Cost: memory for all entries, which is the caller's to keep small.
+    Cost: memory for all requested entries; keep them few.
     """
     A, B = _factors(circuit)
     if rows is not None:
@@ -261,10 +262,10 @@ def corner(
 
 
 def singular(circuit: Factored, n: int) -> Singular:
-    """The n largest singular values of a circuit, with their vectors.
+    """The n largest singular values of a circuit, and their vectors.
 
     Raises:
-        ValueError: n below 1 or above the smallest of rows, columns and inner dimension, or a circuit that is
+        ValueError: n below 1 or above the smallest dimension (rows, columns, inner), or a circuit that is
             not finite.
 
     Cost: QR decompositions of the thin factors and the SVD of an `[inner, inner]` matrix.
@@ -277,13 +278,13 @@ def singular(circuit: Factored, n: int) -> Singular:
     right, right_R = torch.linalg.qr(B.mT)
     U, S, Vh = torch.linalg.svd(left_R @ right_R.mT)
     U, V = left @ U[:, :n], right @ Vh[:n].mT
-    # the two vectors of a pair are defined up to a common sign
+    # a pair of singular vectors is defined up to a common sign
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     return Singular(U * sign, S[:n], V * sign)
 
 
 def eigenvalues(circuit: Factored) -> Complex[Tensor, " eigenvalue"]:
-    """The eigenvalues of a circuit that can differ from 0, the largest in magnitude first.
+    """The eigenvalues of a circuit that can differ from 0, in descending magnitude.
 
     Returns:
         As many as the inner dimension or the vocabulary, whichever is smaller.
@@ -296,16 +297,16 @@ def eigenvalues(circuit: Factored) -> Complex[Tensor, " eigenvalue"]:
     """
     A, B = _square(circuit, None)
     small = B @ A if A.shape[1] <= len(A) else A @ B
-    # on the CPU, because not every build can solve this on a GPU
+    # on the CPU, because not every build of PyTorch has this on a GPU
     found = torch.linalg.eigvals(small.cpu())
     return found[found.abs().argsort(descending=True, stable=True)].to(A.device)
 
 
 def eigenvalue_copying_score(circuit: Factored) -> float:
-    """How positive a circuit's eigenvalues are, so that a token raises itself: `Σ Re λ / Σ |λ|`.
+    """How positive a circuit's eigenvalues are (a copying circuit's are positive): `Σ Re λ / Σ |λ|`.
 
     Returns:
-        In [-1, 1]: 1 if all are real and positive. nan if all are zero, up to rounding.
+        In [-1, 1]: 1 if all are real and positive. nan if all are zero up to rounding.
 
     Raises:
         ValueError: a circuit that is not square or not finite.
@@ -316,7 +317,7 @@ def eigenvalue_copying_score(circuit: Factored) -> float:
         True
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", whose `Σ λ / Σ |λ|`
-    is the same, because complex eigenvalues come in pairs.
+    is the same, because complex eigenvalues come in conjugate pairs.
     Cost: the eigenvalues of an `[inner, inner]` matrix.
     """
     A, B = _factors(circuit)
@@ -356,12 +357,12 @@ def _square(
 
 
 def wide(weights: Tensor) -> Tensor:
-    """In float32 or wider, because rounded entries tie."""
+    """In float32 or wider, to avoid ties from rounding."""
     return weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
 
 
 def _ids(what: str, given: Tensor | Sequence[int], count: int) -> Int[Tensor, " id"]:
-    """Indices from 0, checked; one may occur several times."""
+    """Checked indices from 0; duplicates are allowed."""
     ids = torch.as_tensor(given)
     if ids.ndim != 1:
         raise ValueError(f"{what}s must be a list of ids, but have shape {tuple(ids.shape)}")
