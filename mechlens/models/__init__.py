@@ -1,1 +1,1 @@
-"""Loading and running models: the only place that knows TransformerLens and its versions."""
+"""Loading and running models: the only package that depends on TransformerLens and its versions."""

@@ -21,9 +21,10 @@ _RECORD = "_mechlens_provenance"
 
 @runtime_checkable
 class LensModel(Protocol):
-    """The members that HookedTransformer and TransformerBridge share and that behave alike on both.
+    """The members that HookedTransformer and TransformerBridge share and that behave the same on both.
 
-    A bridge must be in compatibility mode, as `load_model` returns it; otherwise its hooks have other names.
+    A bridge must be in compatibility mode, as `load_model` returns it; otherwise its hooks have different
+    names.
     With grouped-query attention, `W_K` and `W_V` have one entry per query head on HookedTransformer and one
     per key/value head on a bridge. Biases, `start_at_layer`, `stop_at_layer` and `past_kv_cache` are left out
     because the engines differ; `mechlens.models.run.forward` provides what analyses need of them.
@@ -32,10 +33,10 @@ class LensModel(Protocol):
     cfg: Any
     """Sizes: `n_layers n_heads d_model d_head d_mlp d_vocab n_ctx`; also `device`, `dtype`."""
     tokenizer: Any
-    """The Hugging Face tokenizer, or None. In a model that mechlens did not load, the engine may have made up
-    its `bos_token_id`: use `mechlens.text.tokens.own_bos_token_id(model.tokenizer)`."""
+    """The Hugging Face tokenizer, or None. If mechlens did not load the model, `bos_token_id` may have been
+    made up by the engine: use `mechlens.text.tokens.own_bos_token_id(model.tokenizer)`."""
     if TYPE_CHECKING:
-        # Not at run time: Python 3.12's protocol check, which beartype runs in the tests, does not find a
+        # Not at run time: Python 3.12's protocol check, which beartype runs in the tests, does not see a
         # module's children.
         blocks: Any
         """One module per layer."""
@@ -77,10 +78,10 @@ class LensModel(Protocol):
         """Logits `[batch, pos, d_vocab]`."""
 
     def to_tokens(self, text: str | list[str], *, prepend_bos: bool) -> torch.Tensor:
-        """Tokenize text: ids `[batch, pos]`."""
+        """Token ids `[batch, pos]`."""
 
     def run_with_hooks(self, tokens: torch.Tensor, *, fwd_hooks: Hooks, **options: Any) -> Any:
-        """One forward pass; a hook `(value, hook) -> value | None` reads or replaces an activation."""
+        """One forward pass. A hook `(value, hook) -> value | None` reads or replaces an activation."""
 
     def run_with_cache(
         self, tokens: torch.Tensor, *, names_filter: Callable[[str], bool], **options: Any
@@ -88,7 +89,7 @@ class LensModel(Protocol):
         """One forward pass: `(logits, cache)` with the activations whose names pass the filter."""
 
     def hooks(self, *, fwd_hooks: Hooks, **options: Any) -> AbstractContextManager[Any]:
-        """Add hooks until the `with` block ends, also when it raises."""
+        """Add hooks until the `with` block ends, even if it raises."""
 
     def modules(self) -> Iterable[Any]:
         """All modules, the model itself included."""
@@ -99,7 +100,7 @@ class LensModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What only the loader knows about a model. It is kept on the model for `describe`."""
+    """What only the loader knows about a model, stored on the model for `describe`."""
 
     name: str
     revision: str | None
@@ -124,7 +125,7 @@ def engine_of(model: object) -> Engine:
     """The TransformerLens engine that a model runs on.
 
     Raises:
-        TypeError: it is neither a HookedTransformer nor a TransformerBridge.
+        TypeError: the model is neither a HookedTransformer nor a TransformerBridge.
     """
     for cls in type(model).__mro__:
         if cls.__module__.split(".")[0] == "transformer_lens":
@@ -136,19 +137,19 @@ def engine_of(model: object) -> Engine:
 
 
 def describe(model: Any) -> ModelInfo:
-    """The facts about a model that each result carries.
+    """The facts about a model that every result records.
 
     Works for models from `load_model` and for any other HookedTransformer or TransformerBridge.
 
     Raises:
-        TypeError: the model is neither.
+        TypeError: the model is neither of these.
     """
     from importlib.metadata import version
 
     engine = engine_of(model)
     cfg, known = model.cfg, provenance_of(model)
     return ModelInfo(
-        # a bridge made from a directory is named after the whole path
+        # a bridge made from a directory has the whole path as its name
         name=known.name if known else str(cfg.model_name).rstrip("/").rsplit("/", 1)[-1],
         revision=known.revision if known else None,
         architecture=known.architecture if known else _architecture(cfg),
@@ -172,7 +173,7 @@ def _architecture(cfg: Any) -> str:
 
 
 def _is_processed(model: Any) -> bool | None:
-    """Whether norms are folded and the unembedding is centered; None if only one of them is."""
+    """Whether norms are folded and the unembedding is centered; None if only one is true."""
     import torch
 
     W_U = model.W_U.detach().float()

@@ -343,7 +343,7 @@ def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="one for each of 2 tokens, but have shape \\(3,\\)"):
         top_k_accuracy(square, 1, tokens=[0, 1], weights=[1.0, 1.0, 1.0])
     for wrong in ([1.0, -1.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]):
-        with pytest.raises(ValueError, match="finite and not negative, and one of them larger than 0"):
+        with pytest.raises(ValueError, match="finite and not negative, and at least one must be above 0"):
             top_k_accuracy(square, 1, tokens=[0, 1], weights=wrong)
     for value in (math.nan, math.inf):
         damaged = Thin(square.A.clone(), square.B)

@@ -1,1 +1,1 @@
-"""From a name or a directory to a model on one of TransformerLens's engines."""
+"""Load a model by name or from files, on one of TransformerLens's engines."""

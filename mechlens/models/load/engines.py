@@ -1,7 +1,7 @@
 """Convert a Hugging Face model to one of TransformerLens's two engines.
 
-Nothing depends on the model's name. TransformerLens's own loaders look it up on the network, and guess the
-architecture from words in a path.
+Nothing here depends on the model's name. TransformerLens's own loaders look the name up on the network, and
+guess the architecture from words in a path.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def choose_backends(backend: str) -> tuple[Backend, ...]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress what TransformerLens prints and logs, and the warnings that do not concern the user."""
+    """Suppress what TransformerLens prints and logs, and warnings that do not concern the user."""
 
     def not_the_engine(record: logging.LogRecord) -> bool:
         return "transformer_lens" not in record.pathname
@@ -91,13 +91,13 @@ def sound_processing(
     Args:
         processing: False selects none.
         architecture: Hugging Face's name, if it has one.
-        soft_cap: of the logits; None or a value up to 0 means there is none.
+        soft_cap: the logits' soft-cap; None or a value up to 0 means there is none.
         positions: TransformerLens's name for the kind of position embedding.
     """
     from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-    # Norms after a block, and shortformer positions, which are added after a norm, depend on the mean and
-    # scale that centering and folding change.
+    # Norms after a block depend on the mean and scale that centering and folding change. So do shortformer
+    # positions, which are added after a norm.
     movable = processing and architecture not in POST_NORM_ARCHITECTURES and positions != "shortformer"
     # tanh(x - c) is not tanh(x) - c
     capped = soft_cap is not None and soft_cap > 0
@@ -115,7 +115,7 @@ def hooked_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
     The Hugging Face model loses its weights.
 
     Raises:
-        ModelLoadError: HookedTransformer does not support this architecture, or a setting of it.
+        ModelLoadError: HookedTransformer does not support this architecture, or one of its settings.
     """
     with quiet():
         from transformer_lens import HookedTransformer
@@ -153,10 +153,10 @@ def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing
     """Process weights and assign them to a HookedTransformer that has none yet.
 
     Args:
-        state: the weights; emptied along the way.
+        state: the weights; emptied in the process.
     """
     given: dict[str, torch.Tensor] = {}
-    # the engine would call it once per tensor, each time over all modules
+    # the engine would call it once per tensor, each time walking over all modules
     model.load_state_dict = lambda some, strict: given.update(some)
     try:
         with processing_by_blocks():
@@ -172,8 +172,8 @@ def load_processed(model: Any, state: dict[str, torch.Tensor], sound: Processing
 
 
 def _in_forward_order(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.Tensor:
-    """A weight with the memory layout that HookedTransformer's forward pass needs; with another one, every
-    forward pass would copy it."""
+    """A weight in the memory layout that HookedTransformer's forward pass needs; in any other, every forward
+    pass would copy it."""
     kind = name.rsplit(".", 1)[-1]
     axes: tuple[int, ...] = tuple(range(tensor.ndim))
     if kind.lstrip("_") in ("W_Q", "W_K", "W_V") and tensor.ndim == 3:
@@ -189,7 +189,7 @@ def _in_forward_order(name: str, tensor: torch.Tensor, *, gated: bool) -> torch.
 def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, Any]:
     """HookedTransformer's settings for a Hugging Face configuration.
 
-    TransformerLens takes some settings from the model's name, or ignores them; here they are read from the
+    TransformerLens takes some settings from the model's name and ignores others. Here all are read from the
     configuration.
     """
     architecture = hf_config.architectures[0]
@@ -207,7 +207,7 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
                 "more architectures"
             ) from None
     settings.setdefault("default_prepend_bos", True)
-    # for some architectures TransformerLens has a fixed context length
+    # TransformerLens hard-codes the context length of some architectures
     settings["n_ctx"] = min(
         settings["n_ctx"], getattr(hf_config, "max_position_embeddings", None) or settings["n_ctx"]
     )
@@ -221,7 +221,7 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if "rope_theta" in rope:
         settings["rotary_base"] = rope["rope_theta"]
-    # Checked here, because it may change nothing within the 16 tokens that predictions are compared on.
+    # checked here, because it may have no effect within the 16 tokens that predictions are compared on
     has = {"default"} | {_SCALINGS[name] for name in _SCALINGS if settings.get(name)}
     for each in rope_parameters(hf_config):
         if (kind := each.get("rope_type", "default")) not in has:
@@ -240,11 +240,11 @@ def _hooked_settings(hf_config: Any, neutral: Path, loading: Any) -> dict[str, A
 
 
 _SCALINGS = {"use_NTK_by_parts_rope": "llama3", "use_yarn_rope": "yarn"}
-"""HookedTransformer's settings, and Hugging Face's names for the same."""
+"""HookedTransformer's settings, with Hugging Face's names for them."""
 
 
 def rope_parameters(hf_config: Any) -> list[dict[str, Any]]:
-    """The settings of rotary positions, one for all layers or one per type of layer; empty without them."""
+    """The settings of rotary positions: one for all layers, or one per layer type; empty without them."""
     rope = getattr(hf_config, "rope_parameters", None) or {}
     return [rope] if "rope_type" in rope else [each for each in rope.values() if isinstance(each, dict)]
 
@@ -272,7 +272,7 @@ def _gemma2_settings(hf_config: Any) -> dict[str, Any]:
 
 
 def _phi_settings(hf_config: Any) -> dict[str, Any]:
-    """TransformerLens reads a setting by a name that transformers 5 does not have."""
+    """TransformerLens reads a setting by a name that transformers 5 has dropped."""
     d_head = hf_config.hidden_size // hf_config.num_attention_heads
     rotary_dim = int(hf_config.rope_parameters.get("partial_rotary_factor", 1.0) * d_head)
     return _rotary_settings(hf_config, d_head, rotary_dim) | {
@@ -336,8 +336,8 @@ def bridge_from_hf(hf: HuggingFaceModel, *, processing: bool, dtype: torch.dtype
 
 @contextlib.contextmanager
 def _hook_points_are_leaves() -> Iterator[None]:
-    """Keep a new bridge from searching hook points for more hook points. Three in four modules are hook
-    points, and the search reads every attribute of each."""
+    """Keep a new bridge from searching inside hook points for more of them. Three quarters of all modules are
+    hook points, and the search reads every attribute of each."""
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -350,14 +350,14 @@ def _hook_points_are_leaves() -> Iterator[None]:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str | None]:
-    """A tokenizer's BOS, EOS and padding tokens before an engine fills in missing ones."""
+    """A tokenizer's BOS, EOS and padding tokens, before an engine fills in missing ones."""
     return {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
 
 
 def keep_special_tokens(model: Any, own: dict[str, str | None]) -> None:
-    """Remove the BOS and EOS that an engine made up.
+    """Remove BOS and EOS tokens that an engine made up.
 
-    Padding with a real EOS stays, because the engines need it to tokenize several texts.
+    A real EOS stays as padding, because the engines need it to tokenize several texts.
     """
     if own["eos_token"] is None:
         model.tokenizer.eos_token = None

@@ -1,7 +1,7 @@
-"""Read GGUF files: llama.cpp's format of (mostly quantized) weights and their tokenizer.
+"""Read GGUF files: llama.cpp's format for (mostly quantized) weights and their tokenizer.
 
-The file's header is checked first. Then transformers reads it with the `gguf` package, and the model is kept
-in the user's cache as a directory in Hugging Face's format.
+The file's header is checked first. Then transformers reads the file with the `gguf` package, and the model is
+stored in the user's cache as a directory in Hugging Face's format.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mechlens.models.load.gguf_header import Header, read_header
 
 _NOTE = "mechlens.json"
 _FORMAT = 1
-"""Of the cache's entries; a new number replaces them all."""
+"""Version of the cache entries; a new number invalidates all of them."""
 
 
 def find(path: Path) -> Path | None:
     """The GGUF file at a path: the path itself, or the only one in a directory without a `config.json`.
 
     Raises:
-        ModelLoadError: the directory has several, or the file cannot be opened.
+        ModelLoadError: the directory has several GGUF files, or the file cannot be opened.
     """
     if path.is_file():
         try:
@@ -61,7 +61,7 @@ _SAME_AS = {
     "vocab_size": "vocab_size",
     "rope.freq_base": "rope_theta",
 }
-"""Settings that transformers' reader may ignore, and the setting of the configuration they must equal."""
+"""Settings that transformers' reader may ignore, each with the configuration setting that it must equal."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "expert_count": (0,),
@@ -71,9 +71,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.attn_factor": (1.0,),
     "logit_scale": (1.0,),
 }
-"""Values of other settings that have no effect."""
+"""Values of further settings that have no effect."""
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
-"""Number of blocks of the one size of Gemma whose attention scale is not 1 / sqrt(head_dim)."""
+"""Number of blocks in the one size of Gemma whose attention scale is not 1 / sqrt(head_dim)."""
 _IGNORED = ("tensor_data_layout", "rope.scaling.original_context_length")
 
 
@@ -96,15 +96,15 @@ def check_understood(header: Header, config: Any, path: Path) -> None:
         if own is None or isinstance(value, str) or not math.isclose(own, value, rel_tol=1e-6):
             lost.append(f"{key} = {value}")
     if header.architecture in _LARGEST_GEMMA:
-        # files do not store it: llama.cpp goes by the model's size, transformers always takes 256
+        # not stored in the file: llama.cpp infers it from the model's size, transformers always takes 256
         largest = config.num_hidden_layers == _LARGEST_GEMMA[header.architecture]
         width = config.hidden_size // config.num_attention_heads if largest else config.head_dim
         if config.query_pre_attn_scalar != width:
             lost.append(f"an attention scale of 1 / sqrt({width})")
     if lost:
         raise ModelLoadError(
-            f"{path} has settings that transformers' GGUF reader ignores ({', '.join(lost)}), so the model "
-            "would predict something else: load the model in Hugging Face's format instead"
+            f"{path} has settings that transformers' GGUF reader ignores ({', '.join(lost)}), so the model's "
+            "predictions would be wrong: load the model in Hugging Face's format instead"
         )
 
 
@@ -119,7 +119,7 @@ def convert(path: Path, into: Path) -> None:
     """Write a GGUF file's model as a directory in Hugging Face's format, with weights in float32.
 
     Raises:
-        ModelLoadError: transformers cannot read the file, or reads it as another model.
+        ModelLoadError: transformers cannot read the file, or ignores a setting that changes the model.
     """
     header = read_header(path)
     if not header.settings.get("tokenizer.ggml.tokens"):
@@ -143,7 +143,7 @@ def convert(path: Path, into: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
         local.check_complete(report["missing_keys"], f"the weights in {path}", type(model).__name__)
         check_understood(header, model.config, path)
-        # a tied unembedding is in the state dict, but is not a parameter
+        # a tied unembedding is in the state dict, but is not a separate parameter
         own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         state = {name: each for name, each in model.state_dict().items() if name in own}
         save_file(state, into / "model.safetensors", metadata={"format": "pt"})
@@ -157,8 +157,8 @@ def convert(path: Path, into: Path) -> None:
 
 @contextlib.contextmanager
 def cached_gguf_lookups() -> Iterator[None]:
-    """Cache the `gguf` package's lookups until the block ends. transformers reads a file's header three times
-    and builds the table of tensor names for each module, which takes half of the time."""
+    """Cache the `gguf` package's lookups until the block ends. Otherwise half of the loading time goes into
+    reading the header three times and building the table of tensor names for every module."""
     import gguf
 
     own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
@@ -172,20 +172,20 @@ def cached_gguf_lookups() -> Iterator[None]:
 
 
 def quantization_of(directory: Path) -> str | None:
-    """How a directory's weights were quantized; None if they are not from a GGUF file."""
+    """How a directory's weights were quantized; None if they do not come from a GGUF file."""
     note = directory / _NOTE
     return json.loads(note.read_text(encoding="utf-8"))["quantization"] if note.is_file() else None
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: in `$MECHLENS_CACHE`, or `mechlens` in the user's cache folder."""
+    """Where converted weights are: `$MECHLENS_CACHE`, or `mechlens` in the user's cache folder."""
     own = os.environ.get("MECHLENS_CACHE")
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(own) if own else Path(caches) / "mechlens").expanduser() / "gguf"
 
 
 def cached_size() -> int:
-    """Size of the cache in bytes."""
+    """Size of the cache, in bytes."""
     return sum(each.stat().st_size for each in cache_folder().rglob("*") if each.is_file())
 
 
@@ -200,12 +200,12 @@ def converted(path: Path, *, cache: bool) -> Iterator[Path]:
     """A directory in Hugging Face's format with a GGUF file's model.
 
     Args:
-        cache: use the user's cache; otherwise the directory is deleted when the `with` block ends.
+        cache: store the directory in the user's cache; otherwise delete it when the `with` block ends.
 
     Raises:
         ModelLoadError: the file cannot be read.
 
-    Cost: reads the file; for a new entry, twice the memory of the float32 weights, and their size on disk.
+    Cost: reads the file. A conversion needs twice the memory of the float32 weights, and their size on disk.
     """
     if not cache:
         with tempfile.TemporaryDirectory(prefix="mechlens-gguf-") as made:
@@ -237,7 +237,7 @@ def _fill_cache(path: Path, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(kept.with_suffix(".lock")):
             if kept.is_dir():
-                return  # another process was first
+                return  # another process was faster
             making = kept.with_suffix(".part")
             # left by a process that was killed
             shutil.rmtree(making, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Published tuned lenses, in the layout of AlignmentResearch/tuned-lens."""
+"""Published tuned lenses, in the format of AlignmentResearch/tuned-lens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mechlens.models.protocol import LensModel, describe
 from mechlens.results import ModelInfo, TunedLens
 
 PUBLISHED = "AlignmentResearch/tuned-lens"
-"""The space on the hub that has the lenses, each in a folder `lens/<model's name>`."""
+"""The space on the hub that has the lenses, each in a folder `lens/<model name>`."""
 FILES = ("config.json", "params.pt")
-# What old checkpoints hold besides the translators: the model's own last norm and unembedding.
+# What old checkpoints contain besides the translators: the model's own last norm and unembedding.
 _OF_THE_MODEL = re.compile(r"(unembed(ding)?|layer_norm|final_norm)\..*")
 _TRANSLATOR = re.compile(r"(?:layer_translators\.)?(\d+)\.(weight|bias)")
 
@@ -29,23 +29,23 @@ _TRANSLATOR = re.compile(r"(?:layer_translators\.)?(\d+)\.(weight|bias)")
 def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> TunedLens:
     """Read a tuned lens that was trained with AlignmentResearch/tuned-lens.
 
-    Translator i is applied to the residual stream before block i, so 0 belongs to the row `embed` and l + 1
-    to layer l. Older checkpoints, with an `input_translator` and unused copies of the model's last norm and
-    unembedding, can be read as well.
+    Translator i is applied to the residual stream before block i. So translator 0 becomes the row `embed`,
+    and translator l + 1 the row of layer l. Older checkpoints, with an `input_translator` and unused copies
+    of the model's last norm and unembedding, can be read, too.
 
     Args:
         source: a folder with `config.json` and `params.pt`, or the name of a lens in the space
             `AlignmentResearch/tuned-lens`, such as `gpt2`, from the local cache or else from the hub.
-        model: the model it was trained for, with unprocessed weights. Another size is an error, another name
-            a warning.
+        model: the model the lens was trained for, with unprocessed weights. A different size is an error, a
+            different name a warning.
 
     Returns:
-        The lens in float32; what the checkpoint does not say (held-out KL, training) is nan or None.
+        The lens in float32. What the checkpoint does not record (held-out KL, training) is nan or None.
 
     Raises:
-        ModelLoadError: the model has processed weights or other sizes; there is no such lens; or its files
-            are damaged, hold more than tensors (the pickle is read with `weights_only`), or are of another
-            kind.
+        ModelLoadError: the model has processed weights or different sizes; there is no such lens; or its
+            files are damaged, contain more than tensors (the pickle is read with `weights_only`), or are not
+            those of a linear tuned lens.
 
     Example:
         >>> raw = mechlens.load_model(processing=False)
@@ -59,8 +59,8 @@ def load_tuned_lens(source: str | os.PathLike[str], *, model: LensModel) -> Tune
     info = describe(model)
     if info.processing is not False:
         raise ModelLoadError(
-            "published tuned lenses belong to unprocessed weights, but this model's are "
-            f"{'processed' if info.processing else 'in a state that cannot be told'}: load it with "
+            "published tuned lenses are for unprocessed weights, but this model's are "
+            f"{'processed' if info.processing else 'in an unknown state'}: load it with "
             "load_model(..., processing=False)"
         )
     folder = _folder(source)
@@ -128,7 +128,7 @@ def _fetch(name: str) -> Path:
             raise ModelLoadError(
                 f"{PUBLISHED} has no lens {name!r}: see https://huggingface.co/spaces/{PUBLISHED}/tree/main/lens"
             ) from error
-        # No connection shows as errors of whichever client library the hub's package uses today.
+        # without a connection, the hub's package raises errors of various client libraries
         why = local.first_line(error)
         raise ModelLoadError(f"{lost} reached ({why}): give a folder, or train_tuned_lens") from error
 
@@ -145,16 +145,14 @@ def _config(file: Path, info: ModelInfo) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelLoadError(f"{file} is not JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ModelLoadError(f"{file} holds no configuration of a lens, but a {type(config).__name__}")
+        raise ModelLoadError(f"{file} must be the configuration of a lens; got a {type(config).__name__}")
     kind = config.get("lens_type", "linear_tuned_lens")
     if kind != "linear_tuned_lens":
-        raise ModelLoadError(f"{file} is of a {kind}, but only a linear_tuned_lens can be read")
+        raise ModelLoadError(f"{file} describes a {kind}, but only a linear_tuned_lens can be read")
     if config.get("extra_layers"):
-        raise ModelLoadError(f"the lens of {file} runs {config['extra_layers']} extra layers: not supported")
+        raise ModelLoadError(f"the lens in {file} has {config['extra_layers']} extra layers: not supported")
     if config.get("reuse_unembedding") is False:
-        raise ModelLoadError(
-            f"the lens of {file} has an unembedding of its own for each layer: not supported"
-        )
+        raise ModelLoadError(f"the lens in {file} has a separate unembedding for each layer: not supported")
     n_layers = config.get("num_hidden_layers", config.get("num_layers", info.n_layers))
     sizes = {
         "d_model": (config.get("d_model", info.d_model), info.d_model),
@@ -162,12 +160,12 @@ def _config(file: Path, info: ModelInfo) -> dict[str, Any]:
     }
     for what, (theirs, ours) in sizes.items():
         if theirs != ours:
-            raise ModelLoadError(f"the lens of {file} has {what} {theirs}, but the model has {ours}")
+            raise ModelLoadError(f"the lens in {file} has {what} {theirs}, but the model has {ours}")
     name = str(config.get("base_model_name_or_path") or info.name)
     if name.rstrip("/").rsplit("/", 1)[-1].lower() != info.name.rsplit("/", 1)[-1].lower():
         warnings.warn(
-            f"the lens of {file} was trained for {name}, but the model is {info.name}: its sizes agree, its "
-            "weights may not",
+            f"the lens in {file} was trained for {name}, but the model is {info.name}: their sizes agree, "
+            "their weights may not",
             stacklevel=3,
         )
     return config
@@ -177,11 +175,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return local.read_pickle(file)
     except TypeError as error:
-        raise ModelLoadError(f"{file} holds no tensors by name") from error
+        raise ModelLoadError(f"{file} does not contain named tensors") from error
 
 
 def _translators(file: Path, info: ModelInfo, *, has_bias: bool) -> dict[str, tuple[Tensor, Tensor]]:
-    """(weight, bias) by row of the lens, for `x + x @ weight + bias`."""
+    """(weight, bias) by row of the lens, which computes `x + x @ weight + bias`."""
     found: dict[str, dict[int, Tensor]] = {"weight": {}, "bias": {}}
     entry: dict[str, Tensor] = {}
     for old_key, tensor in _read(file).items():
@@ -197,16 +195,16 @@ def _translators(file: Path, info: ModelInfo, *, has_bias: bool) -> dict[str, tu
         if match:
             found[match[2]][int(match[1])] = tensor
         else:
-            raise ModelLoadError(f"{file} has {old_key!r} in it, which a linear tuned lens has not")
+            raise ModelLoadError(f"{file} contains {old_key!r}, which is not part of a linear tuned lens")
     count = len(found["weight"])
     if sorted(found["weight"]) != list(range(count)):
-        raise ModelLoadError(f"{file} has translators {sorted(found['weight'])}: some are missing")
-    # before the input's translator was one of the list, the list began with what layer 0 puts out
+        raise ModelLoadError(f"{file} has only the translators {sorted(found['weight'])}: some are missing")
+    # in older checkpoints the input's translator is not in the list, which begins with layer 0's output
     shift = 1 if entry or count == info.n_layers - 1 else 0
     if count + shift != info.n_layers or not (count or entry):
         raise ModelLoadError(
-            f"{file} has {count + bool(entry)} translators, but a model of {info.n_layers} layers has "
-            f"{info.n_layers}: one before each block"
+            f"{file} has {count + bool(entry)} translators, but a model with {info.n_layers} layers needs "
+            f"{info.n_layers}, one before each block"
         )
     for name in found:
         found[name] = {index + shift: tensor for index, tensor in found[name].items()}
@@ -218,13 +216,13 @@ def _translators(file: Path, info: ModelInfo, *, has_bias: bool) -> dict[str, tu
         bias = found["bias"].get(index)
         if bias is None:
             if has_bias:
-                raise ModelLoadError(f"{file} has no bias of translator {index}")
+                raise ModelLoadError(f"{file} has no bias for translator {index}")
             bias = torch.zeros(info.d_model, dtype=torch.float32)
         if weight.shape != (info.d_model, info.d_model) or bias.shape != (info.d_model,):
             raise ModelLoadError(
-                f"translator {index} of {file} is {tuple(weight.shape)} with a bias {tuple(bias.shape)}, but "
-                f"the model's d_model is {info.d_model}"
+                f"translator {index} in {file} has shape {tuple(weight.shape)} and a bias of shape "
+                f"{tuple(bias.shape)}, but the model's d_model is {info.d_model}"
             )
-        # a linear layer multiplies from the other side
+        # torch.nn.Linear stores the transposed matrix
         rows["embed" if index == 0 else str(index - 1)] = (weight.float().T.contiguous(), bias.float())
     return rows

@@ -1,6 +1,6 @@
 """Load models in TransformerLens's own format: weights with a HookedTransformerConfig in JSON.
 
-It is used for models that transformers has no class for, such as attention-only models.
+The format is for models that transformers has no class for, such as attention-only models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def load(
     processing: bool,
     dtype: torch.dtype,
 ) -> tuple[Any, Provenance, Reference]:
-    """Load a directory in TransformerLens's own format. It need not have a tokenizer.
+    """Load a directory in TransformerLens's own format, with or without a tokenizer.
 
     Raises:
         ModelLoadError: the weights are missing, damaged or do not fit the configuration, or the engine does
@@ -76,7 +76,7 @@ _ENGINES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 def _tokenizer_directory(directory: Path, config: dict[str, Any]) -> Path | None:
     if local.has_tokenizer(directory):
         return directory
-    # only a model from the hub may download more from the hub
+    # only a model from the hub may trigger another download
     if config.get("tokenizer_name") and next(directory.glob(hub.LEGACY_WEIGHTS), None) is not None:
         return hub.fetch_tokenizer(config["tokenizer_name"])
     return None
@@ -84,11 +84,11 @@ def _tokenizer_directory(directory: Path, config: dict[str, Any]) -> Path | None
 
 def settings_of(config: dict[str, Any], name: str, dtype: torch.dtype) -> dict[str, Any]:
     """A HookedTransformerConfig's settings, without those that must not come from a file."""
-    # a seed would be set for the whole program; a tokenizer's name would be looked up on the hub
+    # a seed would be set for the whole program, and a tokenizer's name looked up on the hub
     drop = ("seed", "tokenizer_name", "n_params", "device", "dtype")
     settings = {key: value for key, value in config.items() if key not in drop}
     if "normalization" in config or "shortformer_pos" in config:
-        # an older spelling, mixed with training settings
+        # an older naming, mixed with training settings
         sizes = ("d_model", "n_layers", "d_mlp", "d_head", "n_heads", "n_ctx", "d_vocab")
         settings = {key: config[key] for key in (*sizes, "act_fn", "attn_only") if key in config}
         settings["normalization_type"] = config.get("normalization", config.get("normalization_type"))
@@ -96,7 +96,7 @@ def settings_of(config: dict[str, Any], name: str, dtype: torch.dtype) -> dict[s
         if config.get("shortformer_pos"):
             settings["positional_embedding_type"] = "shortformer"
     if settings.get("attn_only"):
-        # some name an activation anyway, and the engine would look for its norm
+        # some files name an activation anyway, and the engine would look for its norm
         settings["act_fn"] = None
     return settings | {"model_name": name, "init_weights": False, "device": "cpu", "dtype": dtype}
 
@@ -120,7 +120,7 @@ def read_weights(directory: Path, config: dict[str, Any]) -> dict[str, torch.Ten
         )
     if config.get("architecture", "neel") != "neel" or "_old" in pickled.name:
         raise ModelLoadError(
-            f"{pickled.name} is in a format that TransformerLens has abandoned: load it with TransformerLens "
+            f"{pickled.name} is in an old format of TransformerLens: load it with TransformerLens "
             "and pass the model to mechlens"
         )
     return local.read_pickle(pickled)
@@ -132,14 +132,15 @@ def _check_names(directory: Path, given: Collection[str], settings: dict[str, An
     missing = sorted(expected - set(given))
     if missing:
         raise ModelLoadError(
-            f"the weights in {directory} lack {len(missing)} tensors of the model in config.json, such as "
+            f"the weights in {directory} lack {len(missing)} tensors that config.json requires, such as "
             f"{missing[0]}"
         )
     left = {name for name in set(given) - expected if name.rsplit(".", 1)[-1] not in BUFFERS}
     left -= {"unembed.b_U"}
     if left:
         raise ModelLoadError(
-            f"the weights in {directory} have {len(left)} tensors more than config.json, such as {min(left)}"
+            f"the weights in {directory} have {len(left)} tensors beyond those of config.json, such as "
+            f"{min(left)}"
         )
 
 

@@ -1,7 +1,6 @@
-"""Whether a converted model predicts what the original does, as far as arithmetic lets it.
+"""Whether a converted model predicts what the original does, up to rounding.
 
-The original is run twice, in its own dtype and in a wider one, which says how much rounding there is to
-expect.
+The original is run twice, in its own dtype and in a wider one, which shows how much rounding to expect.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from mechlens.models.load import engines
 from mechlens.models.run.forward import seen_whole
 
 FACTOR = 16.0
-"""How many times its own rounding a converted model may be from the original: its weights are rounded anew
-where norms are folded into them, and its sums are in another order. The distance is a KL, a square of what is
-rounded."""
+"""How many times the original's own rounding the KL of a converted model may be. Folding norms rounds the
+weights again, and sums run in another order. KL is quadratic in the rounding error."""
 FLOOR = 1e-9
-"""KL in nats that is never held against a model: 5e-5 nats of each log-probability. Rounding in float32 gives
-about 1e-13; a wrong rotation or a lost bias gives far more."""
+"""KL in nats that is always tolerated: 5e-5 nats in each log probability. Rounding in float32 gives about
+1e-13; a wrong rotation or a lost bias gives far more."""
 _UNMEASURED = {torch.bfloat16: 1e-3, torch.float16: 1e-4}
-"""Rounding where a model cannot be run in a wider dtype."""
+"""Assumed rounding (KL in nats) of a model that cannot be run in a wider dtype."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,16 +34,16 @@ class Reference:
 
     tokens: Int[Tensor, "1 pos"]
     log_probs: Float[Tensor, "1 pos d_vocab"]
-    """In float64, made in a wider dtype than the weights'."""
+    """In float64, computed in a wider dtype than that of the weights."""
     rounding: float
-    """KL in nats between these and what the model makes of the tokens in its own dtype."""
+    """KL in nats from these to the model's predictions in its own dtype."""
 
     @property
     def limit(self) -> float:
         return max(FLOOR, FACTOR * self.rounding)
 
     def distance(self, model: Any) -> float:
-        """KL in nats between this and what a model predicts, on its device and in its dtype."""
+        """KL in nats from this to what a model predicts, on its device and in its dtype."""
         given = self.tokens.to(model.cfg.device)
         with torch.no_grad(), engines.quiet():
             return self._kl(model(given, return_type="logits", **seen_whole(model, given)))
@@ -56,16 +54,16 @@ class Reference:
 
     @classmethod
     def of(cls, tokens: Int[Tensor, "1 pos"], wide: Tensor, own: Tensor) -> Reference:
-        """From logits that were made in a wider dtype, and in the weights' own."""
+        """From logits computed in a wider dtype, and in that of the weights."""
         exact = cls(tokens, wide.double().log_softmax(-1), 0.0)
         return dataclasses.replace(exact, rounding=exact._kl(own))
 
     @classmethod
     @torch.no_grad()
     def of_hf(cls, hf_model: Any) -> Reference:
-        """What a Hugging Face model predicts on 16 ids from all over its vocabulary.
+        """What a Hugging Face model predicts on 16 ids spread over its vocabulary.
 
-        Cost: two forward passes; in one, one module's weights at a time are widened.
+        Cost: two forward passes. In one, weights are widened one module at a time.
         """
         n_ctx = getattr(hf_model.config, "max_position_embeddings", None) or 16
         ids = torch.linspace(0, hf_model.config.vocab_size - 1, min(16, n_ctx), dtype=torch.double)
@@ -76,16 +74,15 @@ class Reference:
             with widened(hf_model, wide):
                 return cls.of(tokens, hf_model(tokens).logits, own)
         except RuntimeError:
-            # code of the model's own that mixes dtypes
+            # the model's own code mixes dtypes
             return dataclasses.replace(cls.of(tokens, own, own), rounding=_UNMEASURED.get(dtype, 0.0))
 
 
 @contextlib.contextmanager
 def widened(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Let each module compute with its weights in a wider dtype, one module's at a time.
+    """Let modules compute with their weights in a wider dtype, one module at a time.
 
-    They are widened into the same memory again and again: to be given new pages takes longer than to fill
-    them.
+    The same memory is reused for all modules, because allocating new pages takes longer than filling them.
     """
     modules = [module for module in model.modules() if list(module.parameters(recurse=False))]
     sizes = {id(module): sum(each.numel() for each in module.parameters(recurse=False)) for module in modules}
@@ -101,7 +98,7 @@ def widened(model: Any, dtype: torch.dtype) -> Iterator[None]:
         for each in own:
             wide = room[start : start + each.numel()]
             start += each.numel()
-            # one with weights of its own and modules inside that have some, too
+            # nothing left if a module with weights contains others with weights
             fits = wide.numel() == each.numel()
             each.data = wide.view(each.shape).copy_(each.data) if fits else each.data.to(dtype)
 
@@ -125,30 +122,30 @@ def widened(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 def check_converted(model: Any, reference: Reference, *, advice: str) -> None:
-    """See that a converted model predicts what the original did, on the CPU.
+    """Check that a converted model predicts what the original did, on the CPU.
 
     Raises:
-        ModelLoadError: it does not; the engine misunderstands a setting of this model.
+        ModelLoadError: it does not, because the engine does not support one of this model's settings.
     """
     kl = reference.distance(model)
     if not kl <= reference.limit:
         raise ModelLoadError(
-            f"TransformerLens's version of this model predicts something else than the original (KL {kl:.2g} "
+            f"TransformerLens's version of this model does not predict what the original does (KL {kl:.2g} "
             f"nats, where rounding allows {reference.limit:.2g}): the engine does not support one of its "
             f"settings, so every result would be wrong{advice}"
         )
 
 
 def check_on_device(model: Any, reference: Reference, device: torch.device) -> None:
-    """See that a model predicts on a device what it does on the CPU.
+    """Check that a model predicts the same on a device as on the CPU.
 
     Raises:
-        ModelLoadError: it does not; the device, or PyTorch's code for it, computes something else.
+        ModelLoadError: it does not, because the device, or PyTorch's code for it, computes wrong results.
     """
     kl = reference.distance(model)
     if not kl <= reference.limit:
         raise ModelLoadError(
-            f"on {device} this model predicts something else than on the CPU (KL {kl:.2g} nats, where "
-            f"rounding allows {reference.limit:.2g}), as is known of some versions of PyTorch on MPS: every "
-            "result would be wrong; use device='cpu'"
+            f"on {device} this model does not predict what it does on the CPU (KL {kl:.2g} nats, where "
+            f"rounding allows {reference.limit:.2g}), a known problem of some versions of PyTorch on MPS: "
+            "every result would be wrong, so use device='cpu'"
         )

@@ -1,1 +1,1 @@
-"""Forward passes: hooks, clean and patched runs, scans over next tokens, gradients, sampling."""
+"""Forward passes: hooks, clean and patched runs, next-token scans, gradients, sampling."""

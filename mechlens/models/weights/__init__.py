@@ -1,1 +1,1 @@
-"""Weights in one form on both engines: access, folding, rotary embeddings, randomization."""
+"""Weights in the same form on both engines: access, folding, rotary embeddings, randomization."""
