@@ -1,4 +1,4 @@
-"""Read the header of a GGUF file, and check it against the size of the file before any weight is read."""
+"""Read the header of a GGUF file and check it against the file's size, before any weight is read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_STRINGS = 2**22
-"""In a list; the largest known vocabulary has a sixteenth of that."""
+"""In a list; 16 times the largest known vocabulary."""
 _MAX_AXES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file's header says, checked against the size of the file."""
+    """The content of a file's header."""
 
     settings: dict[str, Any]
     """Numbers and strings by key; for a list, its length."""
     tensors: dict[str, tuple[int, ...]]
-    """Shapes, with the fastest axis first."""
+    """Shapes, fastest-varying axis first."""
     types: dict[str, int]
     """Number of tensors of each GGML type, the most frequent type first."""
 
@@ -38,7 +38,7 @@ class Header:
 
     @property
     def quantization(self) -> str:
-        """As in results: `Q4_1 (210 tensors), F32 (61)`."""
+        """The types as results show them: `Q4_1 (210 tensors), F32 (61)`."""
         (first, n), *rest = self.types.items()
         return ", ".join([f"{first} ({n} tensors)", *(f"{name} ({n})" for name, n in rest)])
 
@@ -59,8 +59,8 @@ def read_header(path: Path) -> Header:
                 raise ModelLoadError(f"{path} is a big-endian GGUF file: convert it to a little-endian one")
             known = " and ".join(map(str, _VERSIONS))
             raise ModelLoadError(
-                f"{path} has GGUF version {number}, and mechlens reads versions {known}: convert the model "
-                "again with a llama.cpp that writes one of these, or install a newer mechlens"
+                f"{path} has GGUF version {number}, but mechlens reads versions {known}: convert the model "
+                "again with a version of llama.cpp that writes one of these, or install a newer mechlens"
             )
         n_tensors, n_settings = reader.unpack("QQ")
         settings = _settings(reader, n_settings)
@@ -72,16 +72,16 @@ def read_header(path: Path) -> Header:
             )
         tensors, types = _tensors(reader, n_tensors, settings)
     header = Header(settings, tensors, types)
-    # checked before a model with this many blocks is made
+    # checked before a model with so many blocks is allocated
     said = settings.get(f"{header.architecture}.block_count")
     there = len({found[1] for name in tensors if (found := re.match(r"blk\.(\d+)\.", name))})
     if said != there:
-        raise reader.damaged(f"says that the model has {said} blocks, but has tensors for {there}")
+        raise reader.damaged(f"declares {said} blocks, but has tensors for {there}")
     return header
 
 
 def _settings(reader: _Reader, count: int) -> dict[str, Any]:
-    # at least the length of the key, the type of the value, and a byte
+    # at least the key's length, the value's type, and one byte
     reader.check_room(count, 8 + 4 + 1, "settings")
     settings: dict[str, Any] = {}
     for _ in range(count):
@@ -95,8 +95,8 @@ def _settings(reader: _Reader, count: int) -> dict[str, Any]:
 def _tensors(
     reader: _Reader, count: int, settings: dict[str, Any]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """The shapes of the tensors, and how many there are of each type."""
-    # at least the length of the name, the number of axes, one axis, the type and the offset
+    """The shapes of the tensors, and the number of tensors of each type."""
+    # at least the name's length, the number of axes, one axis, the type and the offset
     reader.check_room(count, 8 + 4 + 8 + 4 + 8, "tensors")
     tensors: dict[str, tuple[int, ...]] = {}
     types: Counter[str] = Counter()
@@ -107,7 +107,7 @@ def _tensors(
             raise reader.damaged(f"has the tensor {name!r} twice")
         (n_axes,) = reader.unpack("I")
         if not 1 <= n_axes <= _MAX_AXES:
-            raise reader.damaged(f"says that the tensor {name!r} has {n_axes} axes")
+            raise reader.damaged(f"declares {n_axes} axes for the tensor {name!r}")
         shape = reader.unpack(f"{n_axes}Q")
         kind, offset = reader.unpack("IQ")
         kind_name, size = _size(shape, kind, name, reader)
@@ -121,7 +121,7 @@ def _tensors(
 
 
 def _size(shape: tuple[int, ...], kind: int, name: str, reader: _Reader) -> tuple[str, int]:
-    """The name of a GGML type, and the bytes of a tensor of that type."""
+    """The name of a tensor's GGML type, and its size in bytes."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
@@ -130,11 +130,11 @@ def _size(shape: tuple[int, ...], kind: int, name: str, reader: _Reader) -> tupl
     except (ValueError, KeyError):
         raise ModelLoadError(
             f"{reader.path} has the tensor {name!r} in the unknown type {kind}: quantize the model "
-            "in another way, or install a newer gguf"
+            "differently, or install a newer gguf"
         ) from None
     if shape[0] % block:
         raise reader.damaged(
-            f"says that the tensor {name!r} has rows of {shape[0]} in blocks of {block} ({known.name})"
+            f"declares rows of {shape[0]} in blocks of {block} ({known.name}) for the tensor {name!r}"
         )
     return known.name, math.prod(shape) // block * n_bytes
 
@@ -158,7 +158,7 @@ def _check_places(reader: _Reader, settings: dict[str, Any], places: list[tuple[
 
 
 class _Reader:
-    """Reads a header, and never past the end of the file, whatever lengths the header gives."""
+    """Reads a header, never past the end of the file, whatever lengths the header declares."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path, self.size, self.at = file, path, os.fstat(file.fileno()).st_size, 0
@@ -168,7 +168,7 @@ class _Reader:
 
     def check_room(self, count: int, least: int, what: str) -> None:
         if count * least > self.size - self.at:
-            raise self.damaged(f"says that {count} {what} follow, more than fit into its {self.size} bytes")
+            raise self.damaged(f"declares {count} {what}, more than fit into its {self.size} bytes")
 
     def take(self, count: int) -> bytes:
         self.check_room(count, 1, "bytes")

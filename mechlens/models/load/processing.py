@@ -1,7 +1,7 @@
 """TransformerLens's weight processing, one block at a time.
 
-TransformerLens copies all of a model's weights several times. Here at most one block exists twice, because
-each tensor is released as soon as its processed version exists.
+TransformerLens copies all of a model's weights several times. Here at most one block exists twice: each
+tensor is released as soon as its processed version exists.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ State = dict[str, Tensor]
 
 @contextlib.contextmanager
 def processing_by_blocks() -> Iterator[None]:
-    """Make both of TransformerLens's engines process weights one block at a time until the `with` block ends.
-    Processed tensors are removed from the state dict that was passed in."""
+    """Make both of TransformerLens's engines process weights block by block until the `with` block ends.
+    Processed tensors are removed from the state dict passed in."""
     from transformer_lens.weight_processing import ProcessWeights
 
     names = ("process_weights", "distribute_weights_to_components")
@@ -40,7 +40,7 @@ def processing_by_blocks() -> Iterator[None]:
             for part in parts(state_dict):
                 done |= part
             return done
-        # a bridge assigns the weights to its modules next, which releases the old ones
+        # a bridge next assigns the weights to its modules, which releases the old ones
         waiting.append(parts)
         return state_dict
 
@@ -63,7 +63,7 @@ def processing_by_blocks() -> Iterator[None]:
 def _processed(
     process: Callable[..., State], state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]
 ) -> Iterator[State]:
-    """The processed weights of each block, then those outside of blocks."""
+    """The processed weights of each block, then those outside the blocks."""
     from transformer_lens.weight_processing import ProcessWeights
 
     blocks: dict[int, list[str]] = {}
@@ -72,18 +72,18 @@ def _processed(
         if found:
             blocks.setdefault(int(found[1]), []).append(name)
         elif re.search(r"\.\d+\.", name):
-            # an adapter with other names for blocks
+            # an adapter with other block names
             yield process(state, cfg, adapter=adapter, **wanted)
             return
     embeddings = [ProcessWeights._get_param_key(name, adapter) for name in ("embed.W_E", "pos_embed.W_pos")]
     for layer, names in sorted(blocks.items()):
-        # as the only block of a model; processing expects an embedding
+        # as a model with one block; processing expects embeddings
         block = {_renumbered(name, 0): state.pop(name) for name in names}
         block |= {name: torch.zeros(1, cfg.d_model, dtype=torch.float32) for name in embeddings}
         dtypes = {name: tensor.dtype for name, tensor in block.items() if name not in embeddings}
         # biases that folding creates get the dtype of the other weights
         own = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
-        # looking for a value bias, which may come from a norm, copies all weights of the block
+        # folding value biases copies all weights of the block, so it is skipped if no bias is nonzero
         biased = any(re.search(r"\b_?b(_|$)|\bbias\b", name) and each.any() for name, each in block.items())
         here = wanted | {"center_unembed": False, "fold_value_biases": wanted["fold_value_biases"] and biased}
         done = process(block, _of_blocks(cfg, 1), adapter=adapter, **here)
@@ -100,8 +100,8 @@ def _processed(
 
 
 def _ends(state: State, cfg: Any, adapter: Any, wanted: dict[str, bool]) -> State:
-    """Process the embeddings, final norm and unembedding as `ProcessWeights.process_weights` does, with fewer
-    copies, because these are the largest tensors."""
+    """Process the embeddings, final norm and unembedding as `ProcessWeights.process_weights` does, but with
+    fewer copies, because these are the largest tensors."""
     from transformer_lens.weight_processing import ProcessWeights
 
     dtypes = {name: tensor.dtype for name, tensor in state.items()}

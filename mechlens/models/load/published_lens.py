@@ -120,7 +120,7 @@ def _fetch(name: str) -> Path:
     if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ModelLoadError(f"{lost} asked (HF_HUB_OFFLINE is set): give a folder, or train_tuned_lens")
     try:
-        # One request with a short limit comes first, because a download retries for a long time.
+        # one request with a short timeout first, because downloads retry for a long time
         HfApi().space_info(PUBLISHED, timeout=hub.PROBE_SECONDS)
         return _both(hf_hub_download, **where)
     except Exception as error:

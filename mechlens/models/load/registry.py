@@ -15,20 +15,20 @@ from mechlens.models.load.loading import ModelFiles, converted, locate
 
 @dataclasses.dataclass(frozen=True)
 class KnownModel:
-    """A model that `load_model` takes by name."""
+    """A model that `load_model` accepts by name."""
 
     name: str
     source: str
     """`bundled`, `package` (a Python package), `cache` (on this machine) or `hub`."""
     aliases: tuple[str, ...]
-    """Other names for it."""
+    """Other names."""
     about: str = ""
     """For a package: size, license, and how to install it if it is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSummary:
-    """A model's architecture and sizes, in TransformerLens's terms; None is what it does not have."""
+    """A model's architecture and sizes, in TransformerLens's terms; None where it has no such thing."""
 
     name: str
     architecture: str
@@ -41,7 +41,7 @@ class ModelSummary:
     d_vocab: int
     n_ctx: int
     n_params: int
-    """Number of parameters; a tied unembedding counts once."""
+    """Number of parameters; tied embeddings count once."""
     dtype: str
     """Dtype of the weights on disk, such as `float16`."""
     positions: str
@@ -129,7 +129,7 @@ def _first(names: Any, endings: tuple[str, ...]) -> str | None:
 
 
 def _is_buffer(name: str) -> bool:
-    """Older files contain causal masks and rotation tables as well as weights."""
+    """Whether a tensor is a causal mask or rotation table, which older files contain beside the weights."""
     return name.endswith((".attn.bias", ".attn.masked_bias", ".attention.bias", ".rotary_emb.inv_freq"))
 
 
@@ -151,7 +151,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def _tensors(directory: Path) -> dict[str, _Tensor]:
-    """All tensors in a directory's weight files, read from headers where the format has them."""
+    """All tensors in a directory's weight files; safetensors files are read only up to their header."""
     from safetensors import safe_open
 
     found = {}

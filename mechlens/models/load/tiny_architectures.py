@@ -1,8 +1,8 @@
-"""Architectures as tiny random models, made on the spot, and where each begins to read a text otherwise.
+"""Tiny random models of many architectures, and the lengths at which windows and scalings take effect.
 
-Weights are drawn wide enough that every part of a model moves its output: with the libraries' own narrow
-initialization a wrong rotation or a lost bias would hide in the rounding. Windows and original contexts are
-longer than what `load_model` compares, and shorter than the context, as in real models.
+Weights are drawn large enough for every part of a model to affect its output: with the libraries' own small
+initialization, a wrong rotation or a lost bias would hide in the rounding. Windows and original contexts are
+longer than what `load_model` compares and shorter than the context, as in real models.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from mechlens.models.load.engines import rope_parameters
 VOCAB = 64
 CONTEXT = 64
 LIMIT = 24
-"""Of a sliding window, or of the context before its positions were scaled."""
+"""Length of a sliding window, or of the original context before positions were scaled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A kind of model, with the settings of a tiny one."""
+    """An architecture, with the settings of a tiny model."""
 
     name: str
     config_class: str
-    """Hugging Face's."""
+    """In transformers."""
     settings: Mapping[str, Any]
 
     def config(self, **changes: Any) -> Any:
-        """Hugging Face's configuration of the tiny model."""
+        """The Hugging Face configuration of the tiny model."""
         import transformers
 
-        # what is in them would be the configuration's own
+        # the configuration may change nested settings in place
         settings = copy.deepcopy(dict(self.settings)) | changes
         return getattr(transformers, self.config_class)(**settings)
 
@@ -63,7 +63,7 @@ _FACTOR = CONTEXT / LIMIT
 _LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
 _WINDOW = {"sliding_window": LIMIT}
 _BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
-# Scores and logits that the caps bend; a scale that is not sqrt(head_dim).
+# soft-caps low enough to bend scores and logits; a scale that is not sqrt(head_dim)
 _GEMMA = _GROUPED | {"tie_word_embeddings": True, "head_dim": 16, "query_pre_attn_scalar": 12}
 _CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 
@@ -77,7 +77,7 @@ ARCHITECTURES = (
         | {"attention_types": [[["global", "local"], 1]], "window_size": LIMIT},
     ),
     Architecture("GPT-J", "GPTJConfig", _GPT2 | {"rotary_dim": 4, "tie_word_embeddings": False}),
-    # two frequencies, since the base does not show in one alone
+    # two frequencies, since with only one the base has no effect
     Architecture("GPT-NeoX", "GPTNeoXConfig", _HEADS | _rope(partial_rotary_factor=0.5)),
     Architecture(
         "GPT-NeoX (linear)",
@@ -93,7 +93,7 @@ ARCHITECTURES = (
     ),
     Architecture("Llama", "LlamaConfig", _GROUPED | _rope()),
     Architecture("Llama (linear)", "LlamaConfig", _GROUPED | _rope("linear", factor=_FACTOR)),
-    # scales what lies beyond its context, which is as long as it was
+    # scales only beyond its context, which is the original one
     Architecture(
         "Llama (dynamic)",
         "LlamaConfig",
@@ -172,8 +172,8 @@ def architecture(name: str) -> Architecture:
 
 
 def limits(hf_config: Any) -> dict[str, int]:
-    """How many tokens a model reads before a sliding window, or a scaling of its rotary positions, begins to
-    matter, by the name of what begins. Empty where nothing does within the context."""
+    """How many tokens a model reads before a sliding window (`window`) or a scaling of its rotary positions
+    (by type) takes effect. Empty if none does within the context."""
     n_ctx, found = getattr(hf_config, "max_position_embeddings", None) or 2**62, {}
     window, layers = getattr(hf_config, "sliding_window", None), getattr(hf_config, "layer_types", None)
     if layers is not None and "sliding_attention" not in layers:
@@ -185,7 +185,7 @@ def limits(hf_config: Any) -> dict[str, int]:
     for rope in rope_parameters(hf_config):
         kind = rope.get("rope_type", "default")
         if kind != "default":
-            # where none is told, the longer context is a multiple of it
+            # if not given, the original context follows from the factor
             original = rope.get("original_max_position_embeddings") or getattr(
                 hf_config, "original_max_position_embeddings", None
             )
@@ -194,10 +194,10 @@ def limits(hf_config: Any) -> dict[str, int]:
 
 
 def random_model(config: Any, *, seed: int = 0) -> Any:
-    """A random Hugging Face model of a configuration in float32, in evaluation mode.
+    """A Hugging Face model with random weights in float32, in evaluation mode.
 
     Args:
-        seed: of the weights; the caller's random state is left alone.
+        seed: seed of the weights; the caller's random state is left alone.
     """
     from transformers import AutoModelForCausalLM
 
@@ -221,7 +221,7 @@ def write_model(directory: Path, model: Any) -> None:
 
 
 def write_tokenizer(directory: Path, *, bos: bool = True, bos_is_eos: bool = True) -> None:
-    """A byte-level tokenizer of `VOCAB - 4` tokens, one per character: models pad their vocabularies."""
+    """Write a byte-level tokenizer with one token per character, `VOCAB - 4` in all: models pad theirs."""
     import string
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -232,7 +232,7 @@ def write_tokenizer(directory: Path, *, bos: bool = True, bos_is_eos: bool = Tru
     if bos:
         names["bos_token"] = eos if bos_is_eos else "<s>"
     special = list(dict.fromkeys(names.values()))
-    # The byte-level alphabet writes a space as `Ġ` (a letter of its own).
+    # byte-level BPE writes a space as `Ġ`
     letters = ["Ġ", *string.ascii_letters, *string.digits]
     words = (special + letters)[: VOCAB - 4]
     tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))

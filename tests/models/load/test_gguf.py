@@ -249,7 +249,7 @@ LIST_KEY = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
         (header(n_tensors=2, rest=tensor("a", (8,)) + tensor("b", (8,)) + bytes(99)), "offset that is taken"),
         (header(n_tensors=2, rest=tensor("a", (8,)) + tensor("a", (8,), 32)), "the tensor 'a' twice"),
         (header(n_tensors=0), "has no tensors"),
-        (header(version=4), "GGUF version 4, and mechlens reads versions 2 and 3"),
+        (header(version=4), "GGUF version 4, but mechlens reads versions 2 and 3"),
         (header(version=3 << 24), "big-endian"),
         (b"GGML" + bytes(40), "does not start like a GGUF file"),
     ],

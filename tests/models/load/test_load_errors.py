@@ -75,7 +75,7 @@ class TestNames:
         assert "cannot be reached" in message
         assert ("HF_HUB_OFFLINE is set" in message) == offline
         assert "the bundled 'mechlens-books' or a directory" in message
-        assert ("similar ones are EleutherAI/pythia-70m" in message) == name.endswith("71m")
+        assert ("similar names: EleutherAI/pythia-70m" in message) == name.endswith("71m")
 
     def test_wrong_revisions_and_checkpoints_are_refused(self, directory, empty_cache, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -260,7 +260,7 @@ class TestArchitectures:
         ("kind", "changes", "told"),
         [
             # only the comparison of predictions notices this one
-            ("llama", {"attention_bias": True}, "predicts something else than the original"),
+            ("llama", {"attention_bias": True}, "does not predict what the original does"),
             (
                 "llama",
                 {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},

@@ -135,9 +135,9 @@ def test_a_pickle_with_code_in_it_is_not_run(raw_model, published, tmp_path) -> 
     [
         ({"d_model": 64}, "has d_model 64, but the model has 32"),
         ({"num_hidden_layers": 3}, "has layers 3, but the model has 2"),
-        ({"lens_type": "mlp"}, "is of a mlp, but only a linear_tuned_lens"),
-        ({"extra_layers": 1}, "runs 1 extra layers"),
-        ({"reuse_unembedding": False}, "an unembedding of its own"),
+        ({"lens_type": "mlp"}, "describes a mlp, but only a linear_tuned_lens"),
+        ({"extra_layers": 1}, "has 1 extra layers"),
+        ({"reuse_unembedding": False}, "a separate unembedding for each layer"),
     ],
 )
 def test_a_lens_of_another_kind_is_refused(raw_model, published, tmp_path, changes, message) -> None:
@@ -157,17 +157,17 @@ def weights(*sizes: int) -> dict:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (weights(32, 32, 32), "has 3 translators, but a model of 2 layers has 2"),
+        (weights(32, 32, 32), "has 3 translators, but a model with 2 layers needs 2"),
         ({}, "has 0 translators"),
         (
             {"0.weight": torch.zeros(32, 32), "2.weight": torch.zeros(32, 32)},
             r"translators \[0, 2\]: some are",
         ),
-        (weights(32, 16), r"translator 1 of .* is \(16, 16\) with a bias \(16,\), but the"),
-        ({"0.weight": SQUARE, "1.weight": SQUARE}, "has no bias of translator 0"),
-        (weights(32, 32) | {"0.0.weight": torch.zeros(1)}, r"has '0\.0\.weight' in it, which a linear"),
-        (weights(32, 32) | {"0.weight": 3}, r"has '0\.weight' in it|holds no tensors by name"),
-        (torch.zeros(2), "holds no tensors by name"),
+        (weights(32, 16), r"translator 1 in .* has shape \(16, 16\) and a bias of shape \(16,\), but the"),
+        ({"0.weight": SQUARE, "1.weight": SQUARE}, "has no bias for translator 0"),
+        (weights(32, 32) | {"0.0.weight": torch.zeros(1)}, r"contains '0\.0\.weight', which is not part"),
+        (weights(32, 32) | {"0.weight": 3}, r"contains '0\.weight'|does not contain named tensors"),
+        (torch.zeros(2), "does not contain named tensors"),
     ],
 )
 def test_other_tensors_are_refused(raw_model, tmp_path, state, message) -> None:
