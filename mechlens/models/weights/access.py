@@ -1,4 +1,4 @@
-"""Weights as analyses want them: one shape on both engines."""
+"""Weights in the form that analyses need: the same shapes on both engines."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from mechlens.models.run.user_hooks import alone, without_user_hooks
 
 
 def per_query_head(values: Float[Tensor, "*batch kv d"], n_heads: int) -> Float[Tensor, "*batch head d"]:
-    """Keys or values once per query head: grouped-query models share one among several."""
+    """Keys or values once per query head; grouped-query models share them among several."""
     shared = n_heads // values.shape[-2]
     return values if shared == 1 else repeat(values, "... kv d -> ... (kv shared) d", shared=shared)
 
 
 def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
-    """What every source adds to a layer's values, whatever its token is; zeros where nothing does.
+    """The part of a layer's values that does not depend on the source; zeros if there is none.
 
-    It is `b_V` and the bias of the norm before it seen through `W_V`: processing folds the one into the
-    other and both into `b_O`, so that only the values less this are the same in both states.
+    It is `b_V` plus the preceding norm's bias times `W_V`. Processing folds the norm's bias into `b_V`, and
+    `b_V` into `b_O`, so only the values minus this part are the same with and without processing.
     """
     block = model.blocks[layer]
     W_V = model.W_V[layer].detach().float()
     _, norm_bias = norm_affine(getattr(block, "ln1", None), W_V.shape[1], model)
     bias = einsum(norm_bias, W_V, "d_model, kv d_model d_head -> kv d_head")
-    # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
+    # without a bias, a bridge has no such attribute and HookedTransformer has zeros
     b_V = getattr(block.attn, "b_V", None)
     if b_V is not None:
         bias = bias + b_V.detach().float().reshape(bias.shape)
@@ -41,23 +41,23 @@ def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
 
 
 def final_norm_scale(model: LensModel) -> Float[Tensor, " d_model"]:
-    """The learned scale of the last norm; ones where it is folded into `W_U` or there is no norm."""
+    """The learned scale of the last norm; ones if it is folded into `W_U` or there is no norm."""
     return final_affine(model)[0]
 
 
 def final_affine(model: LensModel) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-    """The learned scale and bias of the last norm; ones and zeros where they are folded or there is none."""
+    """The learned scale and bias of the last norm; ones and zeros if they are folded or there is no norm."""
     return norm_affine(getattr(model, "ln_final", None), model.W_U.shape[0], model)
 
 
 def output_weights(model: LensModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """A layer's `W_O` in float32; `model.W_O` would copy those of all layers."""
+    """A layer's `W_O` in float32 (`model.W_O` would copy all layers)."""
     return model.blocks[layer].attn.W_O.detach().float()
 
 
 def output_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
-    """A layer's `b_O` in float32, zeros where it has none."""
-    # a bridge of a bias-free model has no such attribute, HookedTransformer has zeros
+    """A layer's `b_O` in float32; zeros if it has none."""
+    # without a bias, a bridge has no such attribute and HookedTransformer has zeros
     bias = getattr(model.blocks[layer].attn, "b_O", None)
     d_model = model.W_U.shape[0]
     return (
@@ -70,7 +70,7 @@ def output_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
 def attention_out_affine(
     model: LensModel, layer: int
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]] | None:
-    """The learned scale and bias of the norm between a layer's attention and the stream; None for no norm."""
+    """The learned scale and bias of the norm between attention and the stream; None if there is none."""
     norm = getattr(model.blocks[layer], "ln1_post", None)
     return None if norm is None else norm_affine(norm, model.W_U.shape[0], model)
 
@@ -78,10 +78,10 @@ def attention_out_affine(
 def head_outputs(
     model: LensModel, layer: int, z: Float[Tensor, "row head d_head"], heads: Sequence[int]
 ) -> Float[Tensor, "row some d_model"]:
-    """What some heads of a layer add to the stream, `z @ W_O`, in float32 and without any bias.
+    """What some heads of a layer add to the stream, `z @ W_O`, in float32 and without biases.
 
-    Where another norm stands between attention and the stream (Gemma-2), that norm divides each head's
-    output by the scale of their sum, and weighs it as it does the sum.
+    If there is a norm between attention and the stream (Gemma-2), each head's output is divided by the scale
+    of the layer's attention output and multiplied by the norm's learned scale.
     """
     z, W_O, some = z.float(), output_weights(model, layer), list(heads)
     written = einsum(z[:, some], W_O[some], "row head d_head, head d_head d_model -> row head d_model")
@@ -97,11 +97,12 @@ def head_outputs(
 def check_heads_add_up(
     model: LensModel, layer: int, z: Float[Tensor, "row head d_head"], attn_out: Float[Tensor, "row d_model"]
 ) -> None:
-    """Refuse a model whose heads' outputs, as `head_outputs` has them, are not what its attention adds to the
-    stream: Granite multiplies it by a constant, and a hook may do anything.
+    """Check that a layer's head outputs (see `head_outputs`) sum to what attention adds to the stream.
+
+    In Granite they do not: it multiplies their sum by a constant. A hook may do anything.
 
     Raises:
-        ValueError: such a model.
+        ValueError: they do not.
     """
     bias, norm = output_bias(model, layer), attention_out_affine(model, layer)
     total = z.float().flatten(1) @ output_weights(model, layer).flatten(0, 1) + bias
@@ -111,14 +112,14 @@ def check_heads_add_up(
     if not alike(total.to(attn_out.dtype), attn_out):
         factor = float((total * attn_out).sum() / attn_out.float().square().sum())
         raise ValueError(
-            f"what the heads of layer {layer} write (z @ W_O) is not what its attention adds to the residual "
-            f"stream (it is {factor:.3g} times as long): this model scales it, or a hook changes it, so a "
-            "head cannot be read alone; attn_out can"
+            f"the heads of layer {layer} (z @ W_O) do not sum to what its attention adds to the residual "
+            f"stream (that is {factor:.3g} times as long): this model scales the sum, or a hook changes it, "
+            "so heads cannot be read separately; use attn_out"
         )
 
 
 def norm_scale(model: LensModel, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
-    """What the model's norms divide vectors by, in float32; ones where the model has no norms."""
+    """What the model's norms divide vectors by, in float32; ones if the model has no norms."""
     kind = model.cfg.normalization_type
     wide = vectors.float()
     if kind is None:
@@ -131,10 +132,10 @@ def norm_scale(model: LensModel, vectors: Float[Tensor, "*batch d_model"]) -> Fl
 def before_norm(
     model: LensModel, directions: Float[Tensor, "*batch d_model"], scale: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
-    """Directions in which a norm's output is read, as directions of its input.
+    """Turn directions that read a norm's output into directions that read its input.
 
-    The norm's learned scale, and LayerNorm's subtraction of the mean, are in them; its division by the
-    vector's own scale (`norm_scale`) and its bias are not.
+    Includes the norm's learned scale and LayerNorm's subtraction of the mean; excludes the division by the
+    vector's scale (`norm_scale`) and the bias.
     """
     moved = directions * scale
     if (model.cfg.normalization_type or "").startswith("LN"):
@@ -145,9 +146,9 @@ def before_norm(
 def norm_affine(
     norm: Callable[[Tensor], Tensor] | None, d_model: int, model: LensModel
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-    """Learned scale and bias of a norm, read off what it does to a vector and its negative.
+    """Learned scale and bias of a norm, measured on a vector and its negative.
 
-    The engines name, offset (Gemma) and fold the parameters differently; what a norm does they agree on.
+    The engines name, offset (Gemma) and fold the parameters differently, but their norms do the same.
     """
     like = model.W_U
     where: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
@@ -160,16 +161,16 @@ def norm_affine(
     probe = probe.to(like.dtype)
     with alone(model), without_user_hooks(norm), torch.inference_mode():
         up, down = (norm(x[None, None])[0, 0].float() for x in (probe, -probe))
-    # of a vector with a mean square of 1, to which the norm adds its eps
+    # the probe has a mean square of 1, to which the norm adds its eps
     return (up - down) / (2 * probe.float()) * (1 + model.cfg.eps) ** 0.5, (up + down) / 2
 
 
 def direct_unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:
-    """What a direction of the residual stream adds to the logits, up to the final norm's scale.
+    """What a direction in the stream adds to the logits, up to the division by the last norm's scale.
 
-    The last norm's learned scale, and LayerNorm's subtraction of the mean, are in it; its division
-    by the vector's own scale, its bias and a soft-cap are not. The same on processed and unprocessed
-    weights up to a constant over the vocabulary, which processing takes out.
+    Includes the last norm's learned scale and LayerNorm's subtraction of the mean; excludes the norm's bias
+    and a soft-cap. The same for processed and unprocessed weights, up to a constant over the vocabulary,
+    which processing removes.
 
     Cost: one copy of `W_U`, in float32.
     """
@@ -180,7 +181,7 @@ def direct_unembedding(model: LensModel) -> Float[Tensor, "d_model d_vocab"]:
 
 
 def is_tied(model: LensModel) -> bool | None:
-    """Whether the raw unembedding is the embedding; None where it cannot be told (folded weights of a model
+    """Whether the unprocessed unembedding equals the embedding; None if unknown (processed weights of a model
     that mechlens did not load)."""
     known = provenance_of(model)
     if known is not None:
@@ -201,9 +202,9 @@ def all_parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
 
 
 def weights_hash(model: LensModel) -> str:
-    """What tells a model's weights from any others.
+    """A hash of all of a model's weights.
 
-    Cost: reads all of them, about a second for a gigabyte.
+    Cost: about a second per gigabyte.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path, _, name, parameter in all_parameters(model):
@@ -213,7 +214,7 @@ def weights_hash(model: LensModel) -> str:
     return digest.hexdigest()
 
 
-# what a configuration says besides what the model computes
+# parts of the names of settings that do not affect what the model computes
 _NO_MATTER = (
     *("path", "_name", "architectures", "version", "device", "dtype", "attn_implementation", "_token_id"),
     *("tokenizer", "prepend_bos", "padding_side", "init", "seed", "checkpoint", "n_params", "trust_remote"),
@@ -224,16 +225,15 @@ _NO_MATTER = (
 
 
 def settings_hash(model: LensModel) -> str:
-    """What tells the settings that a model computes with (activation function, rotary base, eps, window) from
-    any others: the engine's, and on a bridge those of the model that it wraps.
-    """
+    """A hash of the settings that affect what a model computes (activation function, rotary base, eps,
+    window): the engine's and, on a bridge, those of the wrapped model."""
     wrapped = getattr(vars(model).get("original_model"), "config", None)
     given = [vars(model.cfg), *([] if wrapped is None else [wrapped.to_dict()])]
     return hashlib.blake2b(json.dumps(_plain(given), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; None for what is no setting but an object."""
+    """Settings as JSON values; None for other objects."""
     if isinstance(value, dict):
         named = ((str(name), _plain(each)) for name, each in value.items())
         return {name: each for name, each in named if not any(part in name for part in _NO_MATTER)}

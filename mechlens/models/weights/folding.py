@@ -1,7 +1,7 @@
-"""Weights with norms folded in and the residual stream's mean removed, whatever state the model is in.
+"""Weights with norms folded in and the stream's mean removed, whether or not the model is processed.
 
-A norm's learned scale is measured from what the norm does (ones where it is already folded), and centering
-twice equals centering once. So `processing=True`, `processing=False` and a partly processed model agree.
+A norm's learned scale is measured from what the norm does (ones if already folded), and centering twice is
+the same as once. So processed, unprocessed and partly processed models give the same weights.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mechlens.models.run.user_hooks import without_user_hooks
 from mechlens.models.weights.access import attention_out_affine, final_norm_scale, norm_affine, output_weights
 
 TOKENS_AT_ONCE = 1024
-"""Tokens in one run of the first block: few enough for the MLP's activations to stay in the cache."""
+"""Tokens in one run of the first block; few enough for the MLP's activations to stay in the cache."""
 EMBEDDED_AT_ONCE = 8192
-"""Tokens in one run of the embedding alone, where most of the time is the engine's overhead."""
-# Their ln1 comes after attention, so attention does not read it.
+"""Tokens in one run of only the embedding, where most of the time is the engine's overhead."""
+# their ln1 comes after attention
 _NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
@@ -32,10 +32,10 @@ _NORM_AFTER = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 class FoldedHeads:
     """A layer's attention weights, once per query head, in float32 and without biases.
 
-    The rows of `W_Q`, `W_K` and `W_V` include the learned scale of the norm before attention and, for
-    LayerNorm, have mean 0 over d_model, since that norm subtracts the mean. `W_O` has mean 0 over d_model
-    where only LayerNorm reads the stream. It includes the learned scale of a norm between attention and the
-    stream (Gemma-2); the engines' own `W_O` does not.
+    `W_Q`, `W_K` and `W_V` include the learned scale of the norm before attention. For LayerNorm they have
+    mean 0 over d_model, since that norm subtracts the mean. `W_O` has mean 0 over d_model if only LayerNorms
+    read the stream. It includes the learned scale of a norm between attention and the stream (Gemma-2), which
+    the engines' own `W_O` does not.
     """
 
     W_Q: Float[Tensor, "head d_model d_head"]
@@ -48,7 +48,7 @@ def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
     """A layer's attention weights with its norms folded in.
 
     Raises:
-        ValueError: an architecture whose norms are elsewhere.
+        ValueError: an architecture whose norms come after attention.
 
     Cost: a copy of the layer's attention weights.
     """
@@ -87,13 +87,13 @@ def normalizes_queries(model: LensModel, layer: int) -> bool:
 
 
 def to_logits(model: LensModel, written: Float[Tensor, "inner d_model"]) -> Float[Tensor, "inner d_vocab"]:
-    """What directions of the stream add to the logits, up to the division by the last norm's scale.
+    """What directions in the stream add to the logits, up to the division by the last norm's scale.
 
     Includes the last norm's learned scale, LayerNorm's subtraction of the mean, and `W_U`; excludes the last
     norm's bias and `b_U`. The mean over the vocabulary is subtracted unless the logits have a soft-cap, as in
     processing.
 
-    Cost: one product with `W_U`; a narrower one than float32 is copied.
+    Cost: one product with `W_U`, and a copy of it if its dtype is narrower than float32.
     """
     if is_blind_to_mean(model):
         written = written - written.mean(-1, keepdim=True)
@@ -106,18 +106,18 @@ def from_tokens(
 ) -> Float[Tensor, "d_vocab inner"]:
     """What weights read from each token of the vocabulary: `W_E @ reading`.
 
-    Each token's row is the vector that enters the first block without any position, computed by the engine,
-    so it includes a scaling of the embedding (Gemma-2). Rows are not centered, so `reading` must be where the
-    model's norms are LayerNorm.
+    Each token's row is the vector that enters the first block, without its position. The engine computes it,
+    so it includes any scaling of the embedding (Gemma-2). Rows are not centered, so `reading` must be if the
+    model's norms are LayerNorms.
 
     Args:
-        effective: add the first block's MLP of that vector, with its norm, biases and activation but without
-            attention: the effective embedding.
+        effective: use the effective embedding: add the first block's MLP output for that vector, with the
+            MLP's norm, biases and activation function, but without attention.
 
     Raises:
         ValueError: the effective embedding of a model without MLPs.
 
-    Cost: one product; effective, one run of the vocabulary through the first block's MLP.
+    Cost: one product; with `effective`, also one run of the vocabulary through the first block's MLP.
     """
     with without_user_hooks(model):
         return torch.cat([rows.float() @ reading for rows in _embeddings(model, effective)])
@@ -137,8 +137,8 @@ def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "so
     if effective:
         if getattr(model.blocks[0], "mlp", None) is None:
             raise ValueError(
-                "the effective embedding is W_E plus the first MLP of it, and this model has no MLP: use "
-                "embedding='W_E'"
+                "the effective embedding is W_E plus the first MLP's output for it, but this model has no "
+                "MLP: use embedding='W_E'"
             )
         hooks.append(("blocks.0.hook_attn_out", none))
         names.append("blocks.0.hook_mlp_out")
@@ -151,12 +151,12 @@ def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "so
 
 
 def has_learned_positions(model: LensModel) -> bool:
-    """Whether a learned vector per position is added to the embedding."""
+    """Whether a learned vector for each position is added to the embedding."""
     return getattr(model.cfg, "positional_embedding_type", None) == "standard"
 
 
 def position_vectors(model: LensModel) -> Float[Tensor, "pos d_model"]:
-    """The learned vector of every position of the context, in float32.
+    """The learned vector of every position in the context, in float32.
 
     Raises:
         ValueError: the model has no learned positions.

@@ -1,4 +1,4 @@
-"""A copy of a model with random weights, as before training."""
+"""A copy of a model with random weights, as if untrained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mechlens.models.weights.access import all_parameters
 
 _EMBEDDINGS = ("embed", "pos_embed")
 _WRITERS = {"W_O", "W_out", "o", "c_proj"}
-"""Names of GPT-2's matrices that write to the stream, in the engines and Hugging Face."""
+"""Names of GPT-2's matrices that write to the stream, in the engines and in transformers."""
 
 
 def random_like(
@@ -24,23 +24,23 @@ def random_like(
 ) -> LensModel:
     """Copy a model with random weights, initialized as Hugging Face initializes GPT-2, NeoX and Llama models.
 
-    Matrices are drawn from a normal distribution with mean 0, biases are 0, norms have scale 1 and bias 0.
+    Matrices are drawn from a normal distribution with mean 0; biases are 0; norms have scale 1 and bias 0.
     GPT-2's matrices that write to the stream are divided by the square root of twice the number of layers. A
     tied unembedding stays tied.
 
     Args:
-        model: of either engine; it is not changed.
-        seed: seed of the `torch.Generator`. The engines order weights differently, so the same seed gives
-            different weights on each.
-        keep_embeddings: keep the embeddings of tokens and positions, and a tied unembedding.
+        model: a model on either engine; it is not changed.
+        seed: seed of the `torch.Generator`. The same seed gives different weights on the two engines, which
+            order weights differently.
+        keep_embeddings: keep the token and position embeddings, and a tied unembedding.
         std: standard deviation of the weights; the default is Hugging Face's.
 
     Returns:
-        A new model with the same tokenizer, in evaluation mode, on the same device, with raw weights.
+        A new model with the same tokenizer, in evaluation mode, on the same device, with unprocessed weights.
 
     Raises:
-        TypeError: the model is of neither engine, or a seed or `std` is not a number.
-        ValueError: `std` is not above 0, torch does not take the seed, or embeddings to keep are processed.
+        TypeError: the model is not from either engine, or `seed` or `std` is not a number.
+        ValueError: `std` is not above 0, torch does not accept the seed, or embeddings to keep are processed.
 
     Example:
         >>> mechlens.random_like(model, seed=0).W_E.shape
@@ -57,15 +57,15 @@ def random_like(
         raise ValueError(f"std must be a finite number above 0, got {std}")
     if keep_embeddings and info.processing is not False:
         raise ValueError(
-            f"the embeddings of {info.name} are or may be processed, and random blocks are not: load it with "
+            f"the embeddings of {info.name} are or may be processed, but random blocks are not: load it with "
             "load_model(..., processing=False)"
         )
-    # processing unties the two on one of the engines
+    # on one of the engines, processing unties them
     tied = source.tied if source else torch.equal(model.W_U, model.W_E.T)
-    # an activation with its graph, which a bridge keeps of a run with gradients, is not copied as it is
+    # a bridge keeps an activation from a run with gradients; with its graph it could not be copied
     kept = {id(value): value.detach() for _, _, value in kept_graphs(model)}
     other: Any = copy.deepcopy(model, kept)
-    # HookedTransformer keeps Gemma's embedding multiplied by what others multiply it by on the way
+    # HookedTransformer stores Gemma's embedding already scaled; other code scales it in the forward pass
     wide = math.sqrt(info.d_model) if info.architecture.startswith("Gemma") else 1.0
     wide = wide if info.engine == "HookedTransformer" else 1.0
     smaller = math.sqrt(2 * info.n_layers) if info.architecture == "GPT2LMHeadModel" else 1.0
@@ -75,7 +75,7 @@ def random_like(
             if keep_embeddings and (place[0] in _EMBEDDINGS or (tied and place[0] == "unembed")):
                 continue
             if "Norm" in type(owner).__name__:
-                # a Gemma norm multiplies by one more than its weight
+                # a Gemma norm multiplies by 1 + weight
                 begin = 0.0 if type(owner).__name__.startswith("Gemma") else 1.0
                 parameter.fill_(begin if name in ("w", "weight") else 0.0)
             elif name.lstrip("_").startswith(("b_", "bias")):

@@ -1,4 +1,4 @@
-"""How attention scores depend on position: the engine's own rotation and scale."""
+"""How attention scores depend on positions: the engine's own rotation and scale."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3}
 _TOLERANCE_REDUCED = 0.1
 """Largest relative error of measured scores: soft-caps bend them a little, and narrow dtypes round them."""
 _BETTER = 4.0
-"""How many times closer to the model's scores one pairing of dimensions must be than all others."""
+"""How many times closer to the model's scores the best pairing of dimensions must be than any other."""
 _PAIRINGS = ("halves", "adjacent", "adjacent, tables by halves")
 _FARTHEST = 4
-"""Largest distance at which pairings are compared: a slow rotation hardly moves at 1."""
+"""Largest distance at which pairings are compared; at 1, slow rotations hardly move anything."""
 _SCORE = 0.5
-"""Size of the scores that pairings are compared by: far above bfloat16's rounding, far below soft-caps."""
+"""Size of the scores used to compare pairings: far above bfloat16's rounding, far below soft-caps."""
 
 
 def is_rotary(model: LensModel) -> bool:
@@ -38,16 +38,15 @@ def is_rotary(model: LensModel) -> bool:
 def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_head d_head"]:
     """The rotation `R` with `score = q @ R @ k` for a key `distance` positions before the query.
 
-    `q` and `k` are row vectors before the rotation; the score lacks the attention scale. The engine's own
-    rotation is used, so R has its base, its scaling, its pairing of dimensions and the dimensions that it
-    leaves alone.
+    `q` and `k` are row vectors before the rotation; the score excludes the attention scale. R comes from the
+    engine's own rotation, with its base, scaling, pairing of dimensions, and unrotated dimensions.
 
     Args:
-        distance: from 0 to the context's length minus 1.
+        distance: from 0 to the context length minus 1.
 
     Raises:
         TypeError: the distance is not an integer.
-        ValueError: the context does not hold the distance, or the rotation cannot be determined.
+        ValueError: the distance is out of range, or the rotation cannot be determined.
 
     Cost: on a bridge, one run of `distance + 1` tokens and two short ones up to the layer.
     """
@@ -55,7 +54,7 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
     n_ctx = model.cfg.n_ctx
     if not 0 <= distance < n_ctx:
         raise ArgumentError(
-            "relative_position", f"between 0 and {n_ctx - 1}, the context's length minus 1", distance
+            "relative_position", f"between 0 and {n_ctx - 1}, the context length minus 1", distance
         )
     with torch.inference_mode(), without_user_hooks(model):
         if engine_of(model) == "HookedTransformer":
@@ -66,7 +65,7 @@ def rotation(model: LensModel, layer: int, distance: int) -> Float[Tensor, "d_he
 
 
 def unrotated(model: LensModel, layer: int) -> tuple[int, ...]:
-    """The dimensions of a head that are not rotated; empty where all are."""
+    """The dimensions of a head that are not rotated; empty if all are."""
     R = rotation(model, layer, 1)
     identity = torch.eye(len(R), dtype=R.dtype, device=R.device)
     # the slowest rotation's cosine rounds to 1, but its sine does not round to 0
@@ -75,7 +74,7 @@ def unrotated(model: LensModel, layer: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadRotation:
-    """What positions do to the query and key weights of a layer."""
+    """What positions do to a layer's query and key weights."""
 
     kind: str
     """`none`, `ignored`, `relative` or `unrotated`, as in a `Circuit`."""
@@ -100,15 +99,15 @@ def head_rotation(
     Args:
         relative_position: how many tokens the key comes before the query.
         rotary: `unrotated` keeps only the dimensions that are not rotated.
-        may_ignore: leave the rotation out where neither is given.
+        may_ignore: leave the rotation out if neither is given.
 
     Raises:
-        ValueError: the model normalizes queries and keys; a rotary model without exactly one of the two
-            arguments, or another model with one; no dimension is left.
+        ValueError: the model normalizes queries and keys; a rotary model gets both arguments or neither; a
+            model that is not rotary gets one; or no dimension is left.
     """
     if normalizes_queries(model, layer):
         raise ValueError(
-            "this model normalizes queries and keys before it compares them, so its QK circuits are not "
+            "this model normalizes queries and keys before it computes scores, so its QK circuits are not "
             "products of weights"
         )
     if rotary not in (None, "unrotated"):
@@ -116,7 +115,7 @@ def head_rotation(
     if not is_rotary(model):
         if relative_position is not None or rotary is not None:
             raise ValueError(
-                "relative_position and rotary are for rotary models, and this model's positions are "
+                "relative_position and rotary are for rotary models, but this model's positions are "
                 f"{model.cfg.positional_embedding_type!r}: leave them out"
             )
         return NO_ROTATION
@@ -135,8 +134,8 @@ def head_rotation(
     kept = list(unrotated(model, layer))
     if not kept:
         raise ValueError(
-            f"this model rotates all {model.cfg.d_head} dimensions of its heads: say how many tokens the key "
-            "comes before the query (relative_position, on the command line --relative-position)"
+            f"this model rotates all {model.cfg.d_head} dimensions of its heads: give relative_position (how "
+            "many tokens the key comes before the query; on the command line --relative-position)"
         )
     return HeadRotation("unrotated", None, lambda W_Q, W_K: (W_Q[..., kept], W_K[..., kept]))
 
@@ -145,7 +144,7 @@ def attention_scale(model: LensModel, layer: int) -> float:
     """The factor by which a model without rotation multiplies the product of a query and a key.
 
     Raises:
-        ValueError: the model's attention is not a softmax of such products.
+        ValueError: the model's attention is not a softmax of such scaled products.
 
     Cost: one run of two sequences of two tokens up to the layer.
     """
@@ -167,15 +166,15 @@ def attention_scale(model: LensModel, layer: int) -> float:
 
 def _hooked(model: Any, layer: int) -> Callable[[int], Tensor]:
     attention = model.blocks[layer].attn
-    # the basis, as the heads of one position
+    # the basis vectors, as the heads at one position
     basis = torch.eye(model.cfg.d_head, dtype=model.W_U.dtype, device=model.W_U.device)[None, None]
     return lambda position: attention.apply_rotary(basis, position)[0, 0].float()
 
 
 def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tensor]:
-    """Rotations from the tables that the bridge gives to its attention.
+    """Rotations from the cos and sin tables that the bridge passes to its attention.
 
-    The tables do not say how dimensions are paired: the pairing is the one that gives the model's own scores.
+    The tables do not tell how dimensions are paired, so the pairing is chosen that gives the model's scores.
     """
     tables: dict[str, Tensor] = {}
     names = {f"blocks.{layer}.attn.hook_{name}": name for name in ("cos", "sin")}
@@ -189,17 +188,17 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
         tokens = torch.zeros(1, max(distance, farthest) + 1, dtype=torch.long)
         watch(model, tokens, {hook: keep(name) for hook, name in names.items()})
     except ValueError as error:
-        raise ValueError(f"{unknown} ({error}): the circuit without rotation would be wrong") from error
+        raise ValueError(f"{unknown} ({error}): a circuit without rotation would be wrong") from error
 
     def rotations_of(pairing: str) -> Callable[[int], Tensor]:
         return lambda at: _matrix(tables["cos"][at], tables["sin"][at], model.cfg.d_head, pairing)
 
-    # by pairing, the rotations for keys 1, 2, ... before their query
+    # by pairing, the rotations for keys 1, 2, ... positions before the query
     rotations: dict[str, Tensor] = {}
     for pairing in _PAIRINGS:
         rotate = rotations_of(pairing)
         R = torch.stack([rotate(at) @ rotate(0).T for at in range(1, farthest + 1)])
-        # with two dimensions all pairings agree up to rounding; different ones differ by whole sines
+        # with two dimensions, all pairings agree up to rounding; otherwise they differ by whole sines
         if not any(torch.allclose(R, other, atol=1e-4) for other in rotations.values()):
             rotations[pairing] = R
     q, k = _probes(list(rotations.values()))
@@ -219,7 +218,7 @@ def _bridge(model: LensModel, layer: int, distance: int) -> Callable[[int], Tens
 def _probes(
     rotations: list[Float[Tensor, "distance d_head d_head"]],
 ) -> tuple[Float[Tensor, "probe d_head"], Float[Tensor, "probe d_head"]]:
-    """Queries and keys of norm 1 that separate the rotations, and some that cover all dimensions."""
+    """Queries and keys of norm 1: some that separate the rotations, and some that cover all dimensions."""
     first = rotations[0]
     draw = torch.Generator().manual_seed(0)
     anywhere = torch.randn(8, first.shape[-1], generator=draw, dtype=torch.float32).to(first)
@@ -243,7 +242,7 @@ def _scores(
     k: Float[Tensor, "probe d_head"],
     farthest: int,
 ) -> Float[Tensor, "probe distance"]:
-    """The model's scores of each query with each key at distance 1, 2, ..., up to a factor."""
+    """The model's score of each query with its key at distance 1, 2, ..., up to a factor."""
     zero = torch.zeros_like(q)
     # scale both so that the score at the query's own position has the intended size
     length = (model.cfg.d_head**0.5 * _SCORE) ** 0.5
@@ -283,11 +282,11 @@ def _preferences(
     same: Float[Tensor, "probe d_head"],
     farthest: int = 1,
 ) -> Float[Tensor, "probe distance"]:
-    """Score of each query with a key 1, 2, ... `farthest` positions before it, minus that with another key at
-    its own position, in the model's first head.
+    """Score of each query with a key 1, 2, ... `farthest` positions before it, minus its score with another
+    key at its own position, in the first head.
 
-    Measured from the pattern, because a bridge that leaves attention to the model it wraps (OPT) has no
-    scores.
+    Measured from the pattern, because a bridge that leaves attention to the wrapped model (OPT) has no hook
+    for scores.
     """
 
     def instead(values: Float[Tensor, "probe pos d_head"]) -> Callable[..., Tensor]:
