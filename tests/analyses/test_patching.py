@@ -413,7 +413,7 @@ def test_what_a_bridge_does_not_look_at_is_refused(tiny_directories):
         found = Patching(model, tokens_for()).grid("pattern", values="zero")
         assert found.effect.abs().max() > 1e-4
         return
-    with pytest.raises(ValueError, match="ignores a patch of pattern: patch z or v"):
+    with pytest.raises(ValueError, match="ignores patches of pattern: patch z or v"):
         Patching(model, tokens_for()).grid("pattern", values="zero")
 
 

@@ -1,4 +1,4 @@
-"""FLOP of a model's blocks and FLOP per second of this machine, to estimate how long work takes."""
+"""FLOP of a model's blocks and FLOP per second of this machine, for estimates of run time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.run.properties import key_value_heads
 
 POSITIONS = 1024
-"""Rows of the matrix product that measures the machine."""
+"""Rows of the matrix product used to measure the machine."""
 
 
 def block_flop(model: LensModel, length: int) -> int:
     """FLOP of one block for one token that attends to `length` tokens.
 
-    An addition or a multiplication is one FLOP. Matrix products (2 FLOP per weight) and attention are
-    counted; exponentials and norms are not.
+    Additions and multiplications count one FLOP each. Matrix products (2 FLOP per weight) and attention are
+    included; exponentials and norms are not.
     """
     cfg = model.cfg
     d_mlp = 0 if getattr(cfg, "attn_only", False) else cfg.d_mlp

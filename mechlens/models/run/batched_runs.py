@@ -1,4 +1,4 @@
-"""Patched runs of several prompts together, going on from their clean run, and what is read of them."""
+"""Batched patched runs of several prompts, resumed from their clean run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mechlens.models.run.sites import SITES, last_hook
 from mechlens.models.run.user_hooks import user_hooks
 
 Hooks = Sequence[tuple[str, Callable[[Tensor, Any], Tensor]]]
-"""By hook name, what is put there."""
+"""(hook name, function that returns the patched activation)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchedRuns:
-    """Runs of some prompts that differ from the clean one from some layer on."""
+    """Runs of some prompts that differ from their clean run from some layer on."""
 
     clean: CleanRun
     resumed: bool
-    """Whether runs begin at the layer that is patched, on the clean stream; else each is a whole run."""
+    """Whether runs begin at the patched layer, from the clean stream; otherwise they are whole runs."""
     parts: Sequence[slice]
-    """The prompts that run together."""
+    """Which prompts run together."""
 
     @classmethod
     def of(
@@ -44,15 +44,15 @@ class BatchedRuns:
     ) -> BatchedRuns:
         """Run the prompts clean.
 
-        Runs begin in the middle of the model where blocks can be called one by one and, tried on the first of
-        these prompts, that changes nothing. A hook of the user's may act on rows or on layers: where there is
-        one, each prompt runs alone and whole.
+        Runs begin in the middle of the model if blocks can be called one by one and a test on the first
+        prompt shows no difference. If the user has hooks, which may act on rows or layers, each prompt runs
+        alone and whole.
 
         Args:
-            layers: those that will be patched.
-            keep: names of the hooks whose activations `clean` is to have.
+            layers: the layers that will be patched.
+            keep: names of the hooks whose activations `clean` keeps.
 
-        Cost: one forward pass of the prompts, and one of the first prompt from the first of the layers on.
+        Cost: one forward pass of the prompts, and one of the first prompt from the first of `layers` on.
         """
         hooked, n_pos = bool(user_hooks(model)), tokens.shape[1]
         at_once = 1 if hooked else max(1, int(TOKEN_BUDGET / row_charge(model, n_pos, n_pos)))
@@ -70,11 +70,12 @@ class BatchedRuns:
     def read(
         self, layer: int, hooks: Callable[[slice], Hooks], wanted: Mapping[str, Callable[[Tensor], Tensor]]
     ) -> dict[str, Float[Tensor, "prompt *rest"]]:
-        """Activations of runs that are patched in `layer`, and maybe in later ones.
+        """Activations of runs that are patched in `layer`, and maybe in later layers.
 
         Args:
-            hooks: the patches of some prompts, which are rows of the activations.
-            wanted: by hook name, what is kept of an activation; runs end when all of them have been made.
+            hooks: makes the patches for some prompts, which are the rows of the activations.
+            wanted: by hook name, a function that returns what to keep of an activation. A run stops after the
+                last of them.
         """
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
@@ -100,7 +101,7 @@ def _resumes(
     end: str,
     expected: Float[Tensor, "1 pos d_model"],
 ) -> bool:
-    """Whether a run that begins at a layer comes to what the whole run has at a later place."""
+    """Whether a run that begins at a layer gets the same activation at a later hook as the whole run."""
     found: list[Tensor] = []
     try:
         watch_from(model, layer, stream, {end: found.append})

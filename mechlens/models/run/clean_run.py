@@ -1,4 +1,4 @@
-"""Runs without a patch: what was kept of them is all that patches, values and metrics need."""
+"""Clean runs, with the activations that patches, values and metrics need."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mechlens.models.run.sites import SITES, by_position, last_hook
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CleanRun:
-    """One forward pass of some prompts, and the activations that were kept of it."""
+    """One forward pass of some prompts, and the activations kept from it."""
 
     model: LensModel
     tokens: Int[Tensor, "prompt pos"]
     kept: Mapping[str, Float[Tensor, "prompt *rest"]]
     """By hook name."""
     past: Sequence[tuple[Tensor, Tensor]] = ()
-    """By layer, the keys and values as the engine caches them; empty where they were not kept."""
+    """By layer, the keys and values as the engine caches them; empty if they were not kept."""
 
     @classmethod
     def of(
@@ -39,9 +39,9 @@ class CleanRun:
         """Run the prompts.
 
         Args:
-            keep: names of the hooks whose activations are kept, beside the last residual stream.
-            parts: the prompts that run together.
-            with_past: keep the keys and values, too.
+            keep: names of the hooks whose activations are kept, besides the final residual stream.
+            parts: which prompts run together.
+            with_past: also keep the keys and values.
 
         Cost: one forward pass.
         """
@@ -58,7 +58,7 @@ class CleanRun:
 
     @property
     def final(self) -> Float[Tensor, "prompt pos d_model"]:
-        """The residual stream that the logits are made from."""
+        """The final residual stream."""
         return self.kept[last_hook(self.model)]
 
     def at(self, site: str, layer: int) -> Float[Tensor, "prompt pos *rest"]:
@@ -66,7 +66,7 @@ class CleanRun:
         return by_position(self.kept[SITES[site].format(layer)], site)
 
     def prompt(self, index: int) -> CleanRun:
-        """The run of one of the prompts."""
+        """The clean run of one of the prompts."""
         one = slice(index, index + 1)
         kept = {name: each[one] for name, each in self.kept.items()}
         return dataclasses.replace(self, tokens=self.tokens[one], kept=kept, past=())
@@ -77,7 +77,7 @@ def _serve_with_past(
 ) -> list[tuple[Tensor, Tensor]]:
     if engine_of(model) == "HookedTransformer":
         entries = _empty_cache(model, len(tokens))
-        # with a mask, because HookedTransformer would make one with the tokenizer, which a model may not have
+        # with a mask, because HookedTransformer would make one with the tokenizer, and there may be none
         serve(model, tokens, readers, past_kv_cache=entries, attention_mask=torch.ones_like(tokens))
         return [(entry.past_keys, entry.past_values) for entry in entries.entries]
     cache = bridge_cache()
@@ -98,7 +98,7 @@ def _empty_cache(model: LensModel, n_prompts: int) -> Any:
 
 
 def cache_entry(keys: Tensor, values: Tensor) -> Any:
-    """Keys and values of a prefix, for a block of HookedTransformer."""
+    """Keys and values of a prefix, for a HookedTransformer block."""
     from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
     return TransformerLensKeyValueCacheEntry(keys, values, frozen=True)

@@ -1,4 +1,4 @@
-"""Forward passes that hand out single activations as they are computed and keep nothing else."""
+"""Forward passes that pass on single activations as they are computed and keep nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_POSITIONS = 16384
 class StopForward(Exception):
     """Raised by a hook to stop the forward pass once all activations have been read.
 
-    It saves the later layers and, on a bridge, all logits.
+    This skips the later layers and, on a bridge, all logits.
     """
 
 
@@ -36,8 +36,8 @@ def run(model: LensModel, given: Tensor, **options: Any) -> None:
 def seen_whole(model: LensModel, given: Tensor) -> dict[str, Tensor]:
     """The options that keep an engine from masking tokens.
 
-    With a tokenizer that pads on the left, HookedTransformer takes leading ids that equal the padding token
-    for padding. Only the caller knows what is padding.
+    With a tokenizer that pads on the left, HookedTransformer would treat leading padding ids as padding, but
+    only the caller knows what is padding.
     """
     if (
         given.is_floating_point()
@@ -51,14 +51,14 @@ def seen_whole(model: LensModel, given: Tensor) -> dict[str, Tensor]:
 def watch(
     model: LensModel, tokens: Int[Tensor, "batch pos"], readers: Mapping[str, Callable[[Tensor], None]]
 ) -> None:
-    """Run the model once and hand each named activation to its reader as soon as it is computed.
+    """Run the model once and pass each named activation to its reader as soon as it is computed.
 
     An activation is freed when its reader returns, unless the reader keeps it. The forward pass stops after
-    the last reader, so later layers and the unembedding cost nothing. All hooks are removed, also when a
-    reader raises.
+    the last reader, so later layers and the unembedding cost nothing. All hooks are removed, even if a reader
+    raises.
 
     Args:
-        readers: by hook name, such as `blocks.0.attn.hook_pattern`. Readers must not modify what they get.
+        readers: by hook name, such as `blocks.0.attn.hook_pattern`. Readers must not modify activations.
 
     Raises:
         ValueError: a hook that this model does not have or never calls, or token ids out of range.
@@ -70,7 +70,7 @@ def watch(
 
 
 def runs_blocks_alone(model: LensModel) -> bool:
-    """Whether `watch_from` runs only the blocks from a layer on; a bridge runs the earlier ones, too."""
+    """Whether `watch_from` runs only the blocks from a layer on; a bridge also runs the earlier ones."""
     return engine_of(model) == "HookedTransformer"
 
 
@@ -86,11 +86,11 @@ def watch_from(
         readers: by hook name; none in the blocks before `layer`.
 
     Raises:
-        ValueError: a model whose blocks read more than the residual stream, a model with the user's own
-            hooks, which would act twice, or a hook that it does not have.
+        ValueError: a model whose blocks read more than the residual stream, a model with user hooks (which
+            would act twice), or a hook that the model does not have.
 
-    Cost: the blocks from `layer` up to the deepest activation that is read; on a bridge the earlier blocks
-    run, too, and their results are discarded.
+    Cost: the blocks from `layer` up to the deepest activation that is read. A bridge also runs the earlier
+    blocks and discards their results.
     """
     if getattr(model.cfg, "positional_embedding_type", None) == "shortformer":
         raise ValueError(
@@ -113,10 +113,10 @@ def watch_from(
 def serve(
     model: LensModel, given: Tensor, readers: Mapping[str, Callable[[Tensor], None]], **options: Any
 ) -> None:
-    """`watch`, for any input and options that the engine takes."""
+    """`watch`, for any input and options that the engine accepts."""
     waiting = set(readers)
 
-    # the engine may name the hook point by an alias, so each hook carries the requested name
+    # the engine may use an alias for the hook point, so each hook keeps the requested name
     def hand_out(activation: Tensor, hook: Any, name: str) -> None:
         readers[name](activation)
         waiting.discard(name)
@@ -135,9 +135,9 @@ def serve(
 def running(
     model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]], *, gradients: bool = False
 ) -> Iterator[None]:
-    """Add hooks for the duration of the block, without dropout and, by default, without gradients.
+    """Add hooks until the block ends, without dropout and, by default, without gradients.
 
-    No other thread can run the model through this package meanwhile, and the user's own runs in other threads
+    Meanwhile no other thread can run the model through this package, and the user's own runs in other threads
     do not call the hooks.
     """
     owner = threading.get_ident()
@@ -161,7 +161,7 @@ def running(
 
 @contextlib.contextmanager
 def _hooked(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-    """`model.hooks`, which on TransformerLens 3.9's bridge would collect all hook points for each hook."""
+    """`model.hooks`, but that collects all hook points for each hook on TransformerLens 3.9's bridge."""
     points = model.hook_dict if hooks else {}
     unknown = sorted({name for name, _ in hooks} - set(points))
     if unknown:
@@ -180,7 +180,7 @@ def _hooked(model: LensModel, hooks: Sequence[tuple[str, Callable[..., Any]]]) -
 
 @contextlib.contextmanager
 def _without_graphs(model: LensModel) -> Iterator[None]:
-    """Afterwards, detach what modules keep: a bridge's attention keeps its last pattern with its graph."""
+    """Afterwards, detach what modules keep; a bridge's attention keeps its last pattern with its graph."""
     try:
         yield
     finally:
@@ -189,7 +189,7 @@ def _without_graphs(model: LensModel) -> Iterator[None]:
 
 
 def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """(attributes of a module, name, activation) of every activation that a module keeps with its graph."""
+    """(attributes of a module, name, activation) for every activation that a module keeps with its graph."""
     return [
         (vars(module), name, value)
         for module in every_module(model)
@@ -200,7 +200,7 @@ def kept_graphs(model: Any) -> list[tuple[dict[str, Any], str, Tensor]]:
 
 @contextlib.contextmanager
 def _evaluating(model: LensModel) -> Iterator[None]:
-    """Switch dropout off, which would make results random, and restore the modes afterwards."""
+    """Switch off dropout, which would make results random, and restore the modes afterwards."""
     training = [module for module in every_module(model) if module.training]
     for module in training:
         module.training = False
@@ -215,7 +215,7 @@ def check_tokens(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     """Check that the model can be run on tokens.
 
     Raises:
-        ValueError: no tokens, ids out of range, or more tokens than the context holds.
+        ValueError: no tokens, ids out of range, or more tokens than fit into the context.
     """
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens must be [batch, pos] with at least one token, got {tuple(tokens.shape)}")
@@ -237,14 +237,14 @@ def read_patterns(
     layers: Iterable[int] | None = None,
     cache: Any = None,
 ) -> None:
-    """Hand the attention patterns of all or some layers to `reader(layer, pattern)`; see `watch`.
+    """Pass the attention patterns of all or some layers to `reader(layer, pattern)`; see `watch`.
 
     Args:
-        cache: an `ActivationCache` of these tokens, or any mapping from hook names to activations; with it
-            the model is not run.
+        cache: an `ActivationCache` of these tokens, or any mapping from hook names to activations. The model
+            is then not run.
 
     Raises:
-        ValueError: token ids out of range, or a cache of other tokens.
+        ValueError: token ids out of range, or a cache from other tokens.
     """
     wanted = pattern_readers(model, reader, layers)
     if cache is None:
@@ -252,13 +252,13 @@ def read_patterns(
         return
     for name, read in wanted.items():
         pattern = cache[name]
-        if pattern.ndim == 3:  # of `remove_batch_dim=True`
+        if pattern.ndim == 3:  # from `remove_batch_dim=True`
             pattern = pattern[None]
         n_pos = tokens.shape[1]
         if pattern.shape != (len(tokens), model.cfg.n_heads, n_pos, n_pos):
             raise ValueError(
                 f"the cache has patterns {tuple(pattern.shape)}, but the tokens are {tuple(tokens.shape)}: "
-                "make both from the same token ids (a text gets a BOS unless prepend_bos=False)"
+                "make both from the same token ids (text gets a BOS unless prepend_bos=False)"
             )
         read(pattern)
 
@@ -268,7 +268,7 @@ def pattern_readers(
     reader: Callable[[int, Float[Tensor, "batch head dest src"]], None],
     layers: Iterable[int] | None = None,
 ) -> dict[str, Callable[[Tensor], None]]:
-    """Readers for `watch` that hand the patterns of all or some layers to `reader(layer, pattern)`."""
+    """Readers for `watch` that pass the patterns of all or some layers to `reader(layer, pattern)`."""
     return {
         f"blocks.{layer}.attn.hook_pattern": partial(reader, layer)
         for layer in (range(model.cfg.n_layers) if layers is None else layers)
@@ -276,5 +276,5 @@ def pattern_readers(
 
 
 def parts(tokens: Int[Tensor, "batch pos"]) -> tuple[Int[Tensor, "part pos"], ...]:
-    """Split a batch into parts that each fit into one forward pass."""
+    """Split a batch into parts that fit into one forward pass each."""
     return tokens.split(max(1, MAX_POSITIONS // max(1, tokens.shape[1])))

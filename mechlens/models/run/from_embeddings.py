@@ -1,4 +1,4 @@
-"""Runs from given token embeddings, so that these can be optimized by gradients."""
+"""Runs from given token embeddings, so that embeddings can be optimized by gradient descent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_embeddings(model: LensModel) -> Float[Tensor, "d_vocab d_model"]:
         return kept.pop()[:, 0]
 
     parts = in_parts(some, torch.arange(model.cfg.d_vocab)[:, None], 1024)
-    # a copy, because tensors made in inference mode take no gradients
+    # a copy, because tensors made in inference mode cannot have gradients
     return torch.cat([made for _, made in parts]).clone()
 
 
@@ -40,22 +40,20 @@ def run_embedded(
     *,
     alone: int | None = None,
 ) -> Float[Tensor, "row pos ..."]:
-    """An activation of runs in which the embeddings of some tokens are replaced, with its graph.
+    """An activation, with its graph, of runs in which some token embeddings are replaced.
 
     Args:
-        tokens: one sequence for all rows, or one for each.
+        tokens: one sequence for all rows, or one per row.
         embedded: the embeddings to use from position `start` on.
         name: the hook point of the activation, where the run stops.
         alone: a layer that reads the first block's input, as if there were no blocks before it.
 
     Raises:
-        ValueError: the user's own hooks would act differently than on tokens, or the model never calls
-            `name`.
+        ValueError: the user's hooks would act differently than on tokens, or the model never calls `name`.
 
-    Cost: one forward pass up to `name`; on a bridge, `alone` also runs the earlier blocks and discards their
+    Cost: one forward pass up to `name`. On a bridge, `alone` also runs the earlier blocks and discards their
     results.
     """
-
     hooks = user_hooks(model)
     overwritten = [name for name in hooks if name.split(".")[0] in ("embed", EMBED)]
     if overwritten or (alone is not None and hooks):

@@ -1,4 +1,4 @@
-"""Gradients of a metric of the last residual with respect to earlier activations."""
+"""Gradients of a metric with respect to activations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gradients(
 
     Returns:
         The metric and, by hook point, the activations `[1, pos, ...]` and their gradients, which are zero
-        where the metric does not depend on them. Gradients of weights are neither computed nor changed.
+        where the metric does not depend on them. Weight gradients are neither computed nor changed.
 
     Raises:
         ValueError: the metric is not differentiable.

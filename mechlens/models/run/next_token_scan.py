@@ -1,4 +1,4 @@
-"""A scan of the vocabulary: every token run alone, or as the next token after one prefix."""
+"""A scan of the vocabulary: every token is run alone, or as the next token after one prefix."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mechlens.models.run.user_hooks import alone, user_hooks
 from mechlens.models.weights.access import output_bias, output_weights, per_query_head
 
 MOST_ROWS = 1024
-"""Rows in one run: few enough for the MLP's activations to stay in the processor's cache."""
+"""Rows in one run; few enough for the MLP's activations to stay in the processor's cache."""
 
 Readers = Mapping[str, Callable[[Float[Tensor, "row width"]], None]]
-"""By hook name, what reads the activations at the candidates' position."""
+"""By hook name, the functions that read the activations at the candidates' position."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,12 +36,13 @@ class Candidates:
     model: LensModel
     prefix: Int[Tensor, " prefix"]
     serve: Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]
-    """Runs candidates and hands out activations whose last position is the candidate's."""
+    """Runs candidates and passes activations, whose last position is the candidate's, to readers."""
     rows: int
     """The default number of candidates that run together."""
 
     def watch(self, ids: Int[Tensor, " row"], readers: Readers) -> None:
-        """Run each id after the prefix and hand out the activations at its position; see `forward.watch`.
+        """Run each id after the prefix and pass the activations at its position to readers; see
+        `forward.watch`.
 
         Cost: the blocks up to the deepest activation that is read, for one token per id.
         """
@@ -58,16 +59,16 @@ class Candidates:
         begin: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[Int[Tensor, " row"]]:
-        """Run every token of the vocabulary, many at a time; half as many from where memory runs out.
+        """Run every token in the vocabulary, many at a time; their number is halved if memory runs out.
 
         Args:
-            readers: makes the readers for some ids. It is called again if these ids have to be run again, so
-                what readers record counts only when the ids are yielded.
+            readers: makes the readers for some ids. It is called again if these ids have to be rerun, so use
+                what readers record only after the ids are yielded.
             begin: the first id.
-            batch_size: ids that run together; None takes `rows`.
+            batch_size: ids that run together; None means `rows`.
 
         Yields:
-            The ids that are done.
+            The finished ids.
         """
         every = torch.arange(begin, self.model.cfg.d_vocab)
         rows = self.rows if batch_size is None else batch_size
@@ -78,10 +79,10 @@ class Candidates:
 def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence[str]) -> Candidates:
     """Prepare runs of tokens after a prefix that do not recompute what all candidates share.
 
-    After a prefix, each token is run against the prefix's cached keys and values. A token without a prefix
-    attends to itself whatever its query and key are, so attention is one linear map, the sum over heads of
-    `W_V @ W_O`. Either shortcut is compared with whole runs of a few tokens. If they differ, or the user has
-    hooks on the model, whole runs are used.
+    After a prefix, each token attends to the prefix's cached keys and values. Without a prefix, a token can
+    attend only to itself, so attention is one linear map, the sum over heads of `W_V @ W_O`. Either shortcut
+    is compared with whole runs of a few tokens. If they differ, or the user has hooks on the model, whole
+    runs are used.
 
     Args:
         prefix: token ids, possibly none.
@@ -89,9 +90,9 @@ def candidates(model: LensModel, prefix: Int[Tensor, " prefix"], names: Sequence
 
     Raises:
         ValueError: ids out of range, no room for another token in the context, an unknown hook point, or a
-            hook of the user's that treats the rows of a batch differently.
+            user hook that treats the rows of a batch differently.
 
-    Cost: one run of the prefix, and of a few tokens after it.
+    Cost: one run of the prefix, and runs of a few tokens after it.
     """
     n_prefix, n_ctx = len(prefix), model.cfg.n_ctx
     if n_prefix >= n_ctx:
@@ -134,9 +135,9 @@ def _all(of: Candidates, ids: Int[Tensor, " row"], names: Sequence[str]) -> list
 
 
 def _same(found: Float[Tensor, "row width"], expected: Float[Tensor, "row width"]) -> bool:
-    # other shapes sum in another order
+    # other shapes sum in a different order
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
-    # by column, since a few columns are much larger than all others in trained models
+    # by column, since in trained models a few columns are much larger than all others
     scale = expected.float().abs().amax(0)
     off = (found.float() - expected.float()).abs().amax(0)
     return bool((off <= tolerance * (scale + 0.01 * scale.max())).all())
@@ -152,7 +153,7 @@ def _whole(
     ids: Int[Tensor, "row 1"],
     readers: Mapping[str, Callable[[Tensor], None]],
 ) -> None:
-    """Run prefix and candidate from the first block on, which works for any model."""
+    """Run prefix and candidate together, which works for any model."""
     watch(model, _after(prefix, ids), readers)
 
 
@@ -162,11 +163,11 @@ def _whole(
 def _cached(
     model: LensModel, prefix: Int[Tensor, " prefix"]
 ) -> Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]:
-    """One new token per candidate, against the keys and values of the prefix."""
+    """Run only the candidates, which attend to the prefix's cached keys and values."""
     past = CleanRun.of(model, prefix[None], with_past=True).past
 
     def on_hooked(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
-        # run with the prefix, so that candidates get their learned positions
+        # embedded with the prefix, so that candidates get their learned positions
         embedded: list[Tensor] = []
         watch(model, _after(prefix, ids), {"blocks.0.hook_resid_pre": embedded.append})
         some = (len(ids), -1, -1, -1)
@@ -188,8 +189,8 @@ def _cached(
 def _alone(
     model: LensModel,
 ) -> Callable[[Int[Tensor, "row 1"], Mapping[str, Callable[[Tensor], None]]], None]:
-    """Run tokens without a prefix, and so without queries and keys."""
-    # computed when a layer is reached, and once
+    """Run tokens without a prefix, which needs no queries and keys."""
+    # computed once, when a layer is reached
     map_of = functools.cache(functools.partial(_attention_of_one, model))
 
     def watch_alone(ids: Tensor, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
@@ -220,7 +221,7 @@ def _attention_of_one(
 
 @contextlib.contextmanager
 def _linear_attention(model: LensModel, map_of: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Replace each attention by its matrix and bias; norms, MLPs and hooks stay the engine's."""
+    """Replace each attention layer by its matrix and bias; norms, MLPs and hooks stay the engine's."""
 
     def on_hooked(layer: int, attention: Any, value_input: Tensor, **others: Any) -> Tensor:
         matrix, bias = map_of(layer)
@@ -236,7 +237,7 @@ def _linear_attention(model: LensModel, map_of: Callable[[int], tuple[Tensor, Te
     with contextlib.ExitStack() as stack:
         stack.enter_context(alone(model))
         for layer, block in enumerate(model.blocks):
-            # in its own dict, since a bridge passes attributes on to the module that it wraps
+            # in its own dict, since a bridge passes attributes on to the wrapped module
             own = vars(block.attn)
             stack.callback(_put_back, own, own.get("forward"))
             own["forward"] = functools.partial(forward, layer, block.attn)

@@ -1,8 +1,8 @@
-"""Many patched runs of one prompt, at the cost of what the patches can change.
+"""Many patched runs of one prompt, recomputing only what the patches can change.
 
 A patch at layer l and position p cannot change an earlier layer or an earlier position. So each patched run
-is a *row* that begins at its own layer with the activations of the clean run, and covers only the positions
-from p on, against the clean keys and values of the positions before. Rows of many patches run together.
+is a *row* that begins at its own layer with the activations of the clean run. It covers only the positions
+from p on, which attend to the clean keys and values of earlier positions. Rows of many patches run together.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mechlens.models.run.user_hooks import user_hooks
 
 _AFTER_THE_BLOCK = ("mlp_out", "resid_post")
 TOKEN_BUDGET = 8192
-"""Positions that run through a block together; `row_charge` says how many a row counts as."""
+"""Positions that run through a block together; `row_charge` gives how many a row counts for."""
 SATURATED_POSITIONS = 768
-"""Positions with which a block runs at its full speed. Fewer run together with those of the next position."""
+"""Positions at which a block runs at full speed. Smaller groups also take patches at later positions."""
 
 Write = Callable[[Tensor, Int[Tensor, " row"], int, int], Tensor]
 """`(activation, which, start, layer) -> patched`: the activation of some rows at a layer, `[row, pos, ...]`
-(scores and patterns `[row, head, dest, src]`); which of the patches each row is; and the position that the
-axis `pos` (`dest`) begins with. The activation may be written to."""
+(scores and patterns `[row, head, dest, src]`); the index of each row's patch; and the position at which the
+axis `pos` (`dest`) begins. The activation may be modified in place."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patches:
-    """Patches, each of which gets a run of its own."""
+    """Patches, each with a run of its own."""
 
     site: str
     """One of `SITES`."""
@@ -49,7 +49,7 @@ class Patches:
     """The first position that a patch can change."""
     write: Write
     later: Collection[int] = ()
-    """Later layers in which every patch writes again."""
+    """Later layers at which every patch writes again."""
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -57,28 +57,28 @@ class Patches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Some patched runs that are done."""
+    """Some finished patched runs."""
 
     which: Int[Tensor, " row"]
-    """Which of the patches they are."""
+    """The indices of their patches."""
     start: int
-    """Before this position they are as the clean run."""
+    """Before this position they equal the clean run."""
     final: Float[Tensor, "row suffix d_model"]
-    """The residual stream that the logits are made from, from `start` on."""
+    """The final residual stream, from position `start` on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Start:
-    """What rows begin with, of one prompt up to the last position that is read."""
+    """The clean activations that rows begin with, up to the last position that is read."""
 
     tokens: Int[Tensor, "1 pos"]
     resid_pre: Sequence[Float[Tensor, "1 pos d_model"]]
-    """By layer, and last the stream that the logits are made from."""
+    """By layer, followed by the final stream."""
     base: Sequence[Float[Tensor, "1 pos d_model"]]
-    """By layer: what `mlp_out` is added to. Empty where that is not patched."""
+    """By layer: what `mlp_out` is added to. Empty if `mlp_out` is not patched."""
     mlp_out: Sequence[Float[Tensor, "1 pos d_model"]]
     past: Sequence[tuple[Tensor, Tensor]]
-    """By layer: keys and values as the engine caches them, of the whole prompt."""
+    """By layer: the whole prompt's keys and values, as the engine caches them."""
 
     @classmethod
     def of(cls, clean: CleanRun, site: str, end: int) -> _Start:
@@ -92,7 +92,7 @@ class _Start:
             base = (
                 all_of("resid_mid")
                 if _is_sequential(clean.model)
-                # parallel blocks add both to what came in, in this order
+                # parallel blocks add both outputs to their input, in this order
                 else [a + b for a, b in zip(all_of("resid_pre"), all_of("attn_out"), strict=True)]
             )
         return cls(
@@ -117,13 +117,13 @@ def _is_sequential(model: LensModel) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchedRuns:
-    """The clean run of one prompt, and patched runs that go on from it."""
+    """The clean run of one prompt, and patched runs that resume from it."""
 
     clean: CleanRun
     end: int
     """One past the last position that is read."""
     start: _Start | None
-    """None where patched runs are whole ones."""
+    """None if patched runs are whole runs."""
     why: str = ""
     """Why a run of this model on this prompt cannot be resumed."""
     together: bool = True
@@ -139,18 +139,18 @@ class PatchedRuns:
         keep: Collection[str] = (),
         last_read: int | None = None,
     ) -> PatchedRuns:
-        """Run the prompt clean, and try whether a run can be resumed from it.
+        """Run the prompt clean, and test whether runs can be resumed from it.
 
-        A run is resumed in the middle of the prompt and of the model, and stopped after what is read. It must
-        then be that part of the whole run. This is tried on these very tokens: kinds of attention, and what
-        an engine makes of padding, are too many to list. With hooks of the user's it is not tried: they may
-        act at one layer, site or position only.
+        The test resumes a run in the middle of the prompt, in the first and the last layer, and compares it
+        with the same part of the whole run. It uses these very tokens, because kinds of attention and of
+        padding are too many to list. If the user has hooks, nothing is resumed: hooks may act at only one
+        layer, site or position.
 
         Args:
             keep: names of the hooks whose activations the clean run keeps.
             last_read: the last position that is read; None reads all.
 
-        Cost: one forward pass and the half of one; with hooks of the user's three.
+        Cost: one and a half forward passes; three if the user has hooks.
         """
         hooks, n_pos = user_hooks(model), tokens.shape[1]
         end = n_pos if last_read is None else last_read + 1
@@ -181,26 +181,26 @@ class PatchedRuns:
         """Run every patch on its own, many at a time.
 
         Args:
-            token_budget: positions that run together, a row counting `row_charge`; None takes `TOKEN_BUDGET`.
-                It is halved when memory runs out.
+            token_budget: positions that run together, with `row_charge` for each row; None means
+                `TOKEN_BUDGET`. It is halved when memory runs out.
 
         Yields:
-            Every patch once, in no fixed order. One after the last position that is read changes nothing and
-            has an empty `final`.
+            Every patch once, in no fixed order. A patch after the last position that is read changes nothing
+            and has an empty `final`.
 
-        Cost: on HookedTransformer each row runs through the blocks from its own layer on. On a bridge it runs
-        through all of them, because a bridge's blocks cannot be called one by one.
+        Cost: on HookedTransformer, each row runs through the blocks from its own layer on; on a bridge,
+        through all blocks, because a bridge's blocks cannot be called one by one.
         """
         budget = TOKEN_BUDGET if token_budget is None else token_budget
         model, start, end = self.clean.model, self.start, self.end
         if start is None:
-            # without a cache nothing says that a shorter run is the beginning of the whole one
+            # without a cache, a shorter run need not equal the beginning of the whole one
             end = self.clean.tokens.shape[1]
         tokens = self.clean.tokens[:, :end]
         late = (patches.first >= end).nonzero()[:, 0]
         if len(late):
             yield Part(late, end, model.W_U.new_empty(len(late), 0, model.cfg.d_model))
-        # one at a time where rows of a batch are not all treated alike
+        # one at a time if the rows of a batch are not treated alike
         budget = budget if self.together else 0
         waiting = list(_groups(model, patches, end, budget, whole=start is None))[::-1]
         while waiting:
@@ -218,7 +218,7 @@ _UNLIKE = "this model cannot be resumed in the middle of such a prompt"
 
 
 def _why_not_resumed(model: LensModel, start: _Start) -> str:
-    """Empty where rows that change nothing, resumed in the first and the last layer, are the clean run."""
+    """Empty if rows without changes, resumed in the first and the last layer, reproduce the clean run."""
     begin = start.tokens.shape[1] // 2
     nothing = Patches(
         "resid_pre",
@@ -229,18 +229,19 @@ def _why_not_resumed(model: LensModel, start: _Start) -> str:
     found = _rows(model, start.tokens, start, nothing, torch.arange(2), begin)
     if not alike(found, start.resid_pre[-1][:, begin:].expand(2, -1, -1)):
         return _UNLIKE
-    # the rest of a block is added to what is patched into mlp_out
+    # a patch of mlp_out is added to the rest of the block
     for base, mlp_out, after in zip(start.base, start.mlp_out, start.resid_pre[1:], strict=False):
         if not alike(base + mlp_out, after):
-            return "its blocks do not add mlp_out to the stream as it is"
+            return "its blocks do not add mlp_out to the stream unchanged"
     return ""
 
 
 def row_charge(model: LensModel, length: int, end: int) -> float:
-    """What a row from position `end - length` on takes of the token budget.
+    """How much of the token budget a row from position `end - length` on takes.
 
-    Its own positions, and the memory of the keys, values and scores over all positions up to `end` in terms
-    of what a block holds for one position. A bridge copies the keys and values of all layers at once.
+    This is its own positions, plus the memory of the keys, values and scores over all positions up to `end`,
+    in units of what a block holds for one position. A bridge copies the keys and values of all layers at
+    once.
     """
     cfg = model.cfg
     one = position_floats(model)
@@ -251,16 +252,16 @@ def row_charge(model: LensModel, length: int, end: int) -> float:
 
 
 def position_floats(model: LensModel) -> int:
-    """About how many numbers a block holds for one position while it runs."""
+    """The approximate number of values a block holds for one position while it runs."""
     widest = getattr(model.cfg, "d_mlp", None) or model.cfg.d_model
-    # the widest activation goes through a function that makes copies
+    # the activation function copies the widest activation
     return 4 * int(widest)
 
 
 def _groups(
     model: LensModel, patches: Patches, end: int, budget: int, *, whole: bool
 ) -> Iterator[tuple[int, Int[Tensor, " row"]]]:
-    """Patches that run together, with the position at which their rows begin."""
+    """Yield groups of patches that run together, with the position at which their rows begin."""
     early = (patches.first < end).nonzero()[:, 0].tolist()
     order = sorted(early, key=lambda i: (int(patches.first[i]), int(patches.layer[i])))
     group: list[int] = []
@@ -268,7 +269,7 @@ def _groups(
     for index in order:
         first = 0 if whole else int(patches.first[index])
         length = end - start
-        # a group is closed when it is large enough at a change of position, or full
+        # close a group when it is full, or large enough and the position changes
         if group and (
             (first != start and len(group) * length >= SATURATED_POSITIONS)
             or (len(group) + 1) * row_charge(model, length, end) > budget
@@ -283,15 +284,15 @@ def _groups(
 
 
 def patterns_count(model: LensModel) -> bool:
-    """Whether what a hook makes of scores and patterns reaches the rest of the model.
+    """Whether changes that a hook makes to scores and patterns reach the rest of the model.
 
-    A bridge of GPT-Neo shows them, and continues with its own.
+    A bridge of GPT-Neo shows them to hooks, but continues with its own.
     """
     return engine_of(model) == "HookedTransformer" or describe(model).architecture != "GPTNeoForCausalLM"
 
 
 def check_site(model: LensModel, site: str) -> None:
-    """Refuse a site that this model does not have or whose patch would not count."""
+    """Raise an error for a site that this model does not have, or where a patch would have no effect."""
     if not isinstance(site, str) or site not in SITES:
         raise ArgumentError("site", f"one of {', '.join(SITES)}", site)
     if site == "mlp_out" and getattr(model.cfg, "attn_only", False):
@@ -300,14 +301,14 @@ def check_site(model: LensModel, site: str) -> None:
         raise ValueError(f"this model has no {site}: its attention and MLP read the same stream")
     if site in ATTENTION and not patterns_count(model):
         raise ValueError(
-            f"a TransformerBridge of GPT-Neo ignores a patch of {site}: patch z or v, or use "
+            f"a TransformerBridge of GPT-Neo ignores patches of {site}: patch z or v, or use "
             f"HookedTransformer"
         )
     if site == "resid_mid" and engine_of(model) == "TransformerBridge" and user_hooks(model):
         raise ValueError(
-            "a TransformerBridge has no hook for the resid_mid that bypasses the MLP, so the patch is added "
-            f"after the block, where your hook at {user_hooks(model)[0]} might see it: remove the hook, or "
-            "patch attn_out"
+            "a TransformerBridge has no hook for the part of resid_mid that bypasses the MLP, so the patch "
+            f"is added after the block, where your hook at {user_hooks(model)[0]} might see it: remove the "
+            "hook, or patch attn_out"
         )
 
 
@@ -322,7 +323,7 @@ def _rows(
     which: Int[Tensor, " row"],
     begin: int,
 ) -> Float[Tensor, "row suffix d_model"]:
-    """The final streams of some patches' rows, from position `begin` on."""
+    """The final streams of the rows of some patches, from position `begin` on."""
     if start is None:
         return _whole_rows(model, tokens, patches, which, 0, {})[:, begin:]
     if engine_of(model) == "HookedTransformer":
@@ -337,14 +338,14 @@ def _rows(
 def _growing_rows(
     model: LensModel, start: _Start, patches: Patches, which: Int[Tensor, " row"], begin: int
 ) -> Float[Tensor, "row suffix d_model"]:
-    """One pass through the blocks with a batch that grows: each row joins in the layer of its patch."""
+    """One pass through the blocks with a growing batch: each row joins at the layer of its patch."""
     site, layers, after = patches.site, patches.layer[which], patches.site in _AFTER_THE_BLOCK
     x = start.resid_pre[0].new_empty(0, start.tokens.shape[1] - begin, model.cfg.d_model)
-    # by row of x, its place in `which`
+    # for each row of x, its place in `which`
     order = torch.empty(0, dtype=torch.long)
 
     def patched(activation: Tensor, hook: Any, layer: int, old: int) -> Tensor:
-        """With the patches of all rows but the first `old`, which have theirs in another layer."""
+        """Patch all rows but the first `old`, which were patched in an earlier layer."""
         written = patches.write(activation[old:].clone(), which[order[old:]], begin, layer)
         return torch.cat([activation[:old], written.to(activation.dtype)]) if old else written
 
@@ -372,7 +373,7 @@ def _growing_rows(
             if site == "mlp_out":
                 fresh = start.base[layer][:, begin:] + fresh
             x, order = torch.cat([x, fresh]), torch.cat([order, places])
-    # back in the order of `which`
+    # back into the order of `which`
     final = torch.empty_like(x)
     final[order.to(x.device)] = x
     return final
@@ -386,11 +387,11 @@ def _whole_rows(
     begin: int,
     options: Mapping[str, Any],
 ) -> Float[Tensor, "row suffix d_model"]:
-    """All rows through all layers: what a bridge can do after a cache, and any model from position 0."""
+    """Run all rows through all layers: after a cache on a bridge, or from position 0 on any model."""
     layers = patches.layer[which]
     kept: list[Tensor] = []
     hooks: list[tuple[str, Callable[..., Any]]] = []
-    # a bridge's hook there is the MLP's input alone: the stream that passes the MLP has no hook of its own
+    # a bridge's hook there is only the MLP's input: the stream that bypasses the MLP has no hook
     past_the_mlp = patches.site == "resid_mid" and engine_of(model) == "TransformerBridge"
 
     def patch(activation: Tensor, hook: Any, layer: int, places: Tensor, changes: list[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Properties of a model that shortcuts rely on, measured where a shortcut is taken.
+"""Properties of a model that shortcuts rely on, measured wherever a shortcut is taken.
 
-Kinds of attention, rotary tables, the user's hooks and engines' treatment of padding are too many to list. So
-each property is measured on the model itself, with the tokens, lengths and layers of the computation.
+Kinds of attention, rotary tables, user hooks and ways to treat padding are too many to list. So each property
+is measured on the model itself, with the tokens, lengths and layers of the computation.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mechlens.models.run.user_hooks import probe, user_hooks
 
 
 def key_value_heads(model: LensModel) -> int:
-    """The number of heads of the activations `k` and `v`.
+    """The number of heads in the activations `k` and `v`.
 
-    It is smaller than that of `q` with grouped-query attention, unless the model repeats them for each query
+    With grouped-query attention there are fewer than in `q`, unless the model repeats them for each query
     head (`set_ungroup_grouped_query_attention`).
     """
     cfg = model.cfg
@@ -28,12 +28,12 @@ def key_value_heads(model: LensModel) -> int:
 
 
 def key_value_head(model: LensModel, head: int) -> int:
-    """The head of `k` and `v` that a query head attends with."""
+    """The head of `k` and `v` that a query head uses."""
     return head // (model.cfg.n_heads // key_value_heads(model))
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results agree up to rounding: computations of other shapes sum in another order."""
+    """Whether two results agree up to rounding; computations with other shapes sum in a different order."""
     if found.shape != expected.shape:
         return False
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
@@ -42,17 +42,17 @@ def alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def last_residual(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-    """The last `resid_post`, which the logits are made from."""
+    """The last `resid_post`, from which the logits are computed."""
     kept: list[Tensor] = []
     watch(model, tokens, {last_hook(model): kept.append})
     return kept.pop()
 
 
 def reads_alike_in(model: LensModel, tokens: Int[Tensor, " pos"], width: int) -> bool:
-    """Whether a sequence has the same residual stream alone and at the beginning of `width` tokens.
+    """Whether a sequence has the same residual stream alone as at the beginning of `width` tokens.
 
-    It does not if rotary positions depend on the sequence's length (longrope, dynamic NTK); with the user's
-    own hooks it is not assumed.
+    It does not if rotary positions depend on the sequence length (longrope, dynamic NTK). If the user has
+    hooks, the answer is no without a test.
 
     Cost: two forward passes.
     """
@@ -68,9 +68,9 @@ def reads_alike_in(model: LensModel, tokens: Int[Tensor, " pos"], width: int) ->
 def rows_run_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> bool:
     """Whether each row of a batch gets the same residual stream as when it runs alone.
 
-    Only the user's own hooks can make a difference, by acting on one row.
+    Only user hooks can make a difference, by acting on one row.
 
-    Cost: none without such hooks; two forward passes with them.
+    Cost: none without user hooks; two forward passes with them.
     """
     if not user_hooks(model):
         return True
@@ -82,9 +82,9 @@ def check_rows_alike(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None
     """Check that unrelated runs can share a batch.
 
     Raises:
-        ValueError: a hook of the user's treats the rows of a batch differently.
+        ValueError: a user hook treats the rows of a batch differently.
 
-    Cost: none without such hooks; two forward passes with them.
+    Cost: as `rows_run_alike`.
     """
     if not rows_run_alike(model, tokens):
         raise ValueError(

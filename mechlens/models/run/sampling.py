@@ -24,7 +24,7 @@ from mechlens.text.prompts import bos_to_prepend
 from mechlens.text.tokens import drawable_tokens
 
 CACHE_BYTES = 2 * 2**30
-"""Memory for the keys and values of all sequences; if they need more, prefixes are run again."""
+"""Memory for the keys and values of all sequences; if they need more, prefixes are recomputed."""
 
 Read = Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch d_model"]]
 """The last `resid_post` at the last token, given all tokens so far."""
@@ -46,26 +46,25 @@ def sample_tokens(
         batch: number of sequences.
         seq_len: tokens in each sequence, including the first.
         seed: seed of the `torch.Generator`; the same seed gives the same tokens.
-        temperature: 1 samples from the model's distribution; a lower one prefers likely tokens.
-        prepend_bos: None begins with BOS if the tokenizer has one. Without BOS, the first token is drawn
-            uniformly.
+        temperature: 1 samples from the model's distribution; lower temperatures favor likely tokens.
+        prepend_bos: begin with BOS; None does so if the tokenizer has one. Without BOS, the first token is
+            drawn uniformly.
         progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Token ids on the CPU. Except for BOS there are no special tokens among them, so sequences never end
-        early.
+        Token ids on the CPU. Special tokens other than BOS are never drawn, so sequences do not end early.
 
     Raises:
-        ValueError: a size below 1, more tokens than the context holds, a temperature that is not above 0,
-            `prepend_bos=True` with a tokenizer that has no BOS, or a model whose logits are not its last norm
-            through `W_U`, `b_U` and a soft-cap.
+        ValueError: a size below 1, more tokens than fit into the context, a temperature that is not above 0,
+            `prepend_bos=True` with a tokenizer that has no BOS, or a model whose logits are not its last
+            norm's output through `W_U`, `b_U` and a soft-cap.
 
     Example:
         >>> mechlens.sample_tokens(model, batch=2, seq_len=5, progress=False).shape
         torch.Size([2, 5])
 
-    Cost: one forward pass for each token, with cached keys and values, and one product with `W_U`. A model
-    with hooks of yours, or whose positions depend on the sequence's length, runs all earlier tokens again.
+    Cost: for each token, one forward pass with cached keys and values, and one product with `W_U`. If the
+    model has hooks of yours, or its positions depend on the sequence length, all earlier tokens are rerun.
     """
     check_model(model)
     check_counts(batch=batch, seq_len=seq_len)
@@ -93,7 +92,7 @@ def sample_tokens(
 
 
 def _reader(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Read:
-    """A reader with cached keys and values, if it agrees with whole runs on a few tokens."""
+    """A reader with cached keys and values, if it agrees with whole runs on a few tokens; else whole runs."""
     whole = partial(_whole, model)
     cfg, (batch, length) = model.cfg, tokens.shape
     size = 2 * cfg.n_layers * key_value_heads(model) * cfg.d_head * batch * length * model.W_E.dtype.itemsize
@@ -114,7 +113,7 @@ def _whole(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, 
 
 
 class _Cached:
-    """Runs only the new tokens at each call."""
+    """Runs only the new tokens in each call."""
 
     def __init__(self, model: LensModel, batch: int) -> None:
         self.model, self.read = model, 0

@@ -1,4 +1,4 @@
-"""Where a model can be patched: the sites by name, and the hooks they are."""
+"""Where a model can be patched: the names of the sites, and their hooks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PER_HEAD = ("q", "k", "v", "z", *ATTENTION)
 
 
 def last_hook(model: LensModel) -> str:
-    """The hook of the residual stream that the logits are made from."""
+    """The hook of the final residual stream, from which the logits are computed."""
     return SITES["resid_post"].format(model.cfg.n_layers - 1)
 
 

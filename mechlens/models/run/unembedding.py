@@ -16,7 +16,7 @@ from mechlens.models.run.sites import last_hook
 from mechlens.models.run.user_hooks import hooks_on_logits, probe
 
 Readers = Mapping[str, Callable[[Tensor], None]]
-"""By hook name, as for `watch`."""
+"""By hook name, as in `watch`."""
 
 
 def next_token_log_probs(
@@ -25,17 +25,17 @@ def next_token_log_probs(
     """How well each position predicts the next token.
 
     Args:
-        beside: makes further readers for the rows of each forward pass.
+        beside: makes additional readers for the rows of each forward pass.
 
     Returns:
-        Log-probability in nats of the next token, nan at the last position; and whether no other token is
+        Log probability of the next token in nats, nan at the last position; and whether no other token is
         more likely, False at the last position. Both on the CPU.
 
     Raises:
-        ValueError: a batch that has to be split, with a hook of the user's that treats its rows differently.
+        ValueError: the batch has to be split, but a user hook treats its rows differently.
 
-    Cost: one forward pass, and one of at most 8 tokens that checks whether the logits are the last norm's
-    output through `W_U`. If so, logits exist for a few positions at a time; if not, they are the model's own,
+    Cost: one forward pass, and one of at most 8 tokens to check whether the logits are the last norm's output
+    through `W_U`. If so, logits exist for a few positions at a time. If not, the model's own logits are used,
     row by row.
     """
     streamed = not _why_not_streamed(model, tokens)
@@ -61,7 +61,7 @@ def next_token_log_probs(
 def _streamed(
     model: LensModel, rows: Int[Tensor, "batch pos"], readers: Readers | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`[batch, pos - 1]`: log-probability of each next token, and whether it is the most likely one."""
+    """`[batch, pos - 1]`: log probability of each next token, and whether it is the most likely one."""
     kept: list[Tensor] = []
     watch(model, rows, {**(readers or {}), last_hook(model): kept.append})
     with torch.inference_mode():
@@ -69,7 +69,7 @@ def _streamed(
 
 
 def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-    """The same from the model's own logits, one row at a time."""
+    """The same from the model's own logits, row by row."""
     log_probs, corrects = [], []
     for row in rows.to(model.cfg.device).split(1):
         with running(model, []):
@@ -83,18 +83,18 @@ def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Te
 def check_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     """Check that a model's logits are its last norm's output through `W_U`, `b_U` and a soft-cap.
 
-    Granite's are not, for example: it divides them by a constant. A hook of the user's may do anything.
+    In Granite, for example, they are not: it divides them by a constant. A user hook may do anything.
 
     Raises:
-        ValueError: they are not; the message says what was found.
+        ValueError: they are not; the message says why.
 
     Cost: two forward passes of at most 8 tokens.
     """
     why = _why_not_streamed(model, tokens)
     if why:
         raise ValueError(
-            f"this model's logits are not its last norm through W_U, b_U and a soft-cap ({why}), so reading "
-            "the residual stream through these would not show what it predicts"
+            f"this model's logits are not its last norm's output through W_U, b_U and a soft-cap ({why}), so "
+            "reading the residual stream through these would not show what it predicts"
         )
 
 
@@ -112,21 +112,21 @@ def _why_not_streamed(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> str
     streamed, whole = _streamed(model, some)[0], _whole(model, some)[0]
     # a narrow dtype rounds the model's own logits; ours are in float32
     tolerance = 1e-3 if model.W_U.dtype in (torch.float32, torch.float64) else 0.5
-    # damaged weights make both nan, which does not show that they are read differently
+    # damaged weights make both nan, which is no disagreement
     off = (streamed - whole).abs().masked_fill(streamed.isnan() & whole.isnan(), 0.0).max()
-    return "" if off <= tolerance else f"the next token's log-probability is {float(off):.2g} nats off"
+    return "" if off <= tolerance else f"the next token's log probability is {float(off):.2g} nats off"
 
 
 def final_norm(
     model: LensModel, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
-    """The model's last norm with its learned scale and bias; the residual itself if it has no norm."""
+    """The model's last norm, with its learned scale and bias; the residual itself if there is no norm."""
     norm = getattr(model, "ln_final", None)
     return residual if norm is None or model.cfg.normalization_type is None else norm(residual)
 
 
 def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-    """The model's last norm without its learned scale and bias; the residual itself if it has no norm."""
+    """The model's last norm, without its learned scale and bias; the residual itself if there is no norm."""
     kind = model.cfg.normalization_type
     if kind is None:
         return residual
@@ -139,10 +139,10 @@ def bare_norm(model: LensModel, residual: Float[Tensor, "*batch d_model"]) -> Fl
 def token_log_probs(
     model: LensModel, residual: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Log-probability in nats of one token at each position, and whether it is the most likely one.
+    """Log probability in nats of one token at each position, and whether it is the most likely one.
 
     Args:
-        residual: the last `resid_post`; a gradient may be taken by it.
+        residual: the last `resid_post`; the log probability is differentiable with respect to it.
         tokens: one for each position, on any device.
     """
     vectors = final_norm(model, residual)
@@ -157,6 +157,6 @@ def unembedding(model: LensModel) -> Unembedding:
 
 
 def soft_cap(model: LensModel) -> float | None:
-    """The bound c of `c * tanh(logit / c)`, if the model has one."""
+    """The bound c in `c * tanh(logit / c)`, or None."""
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap if cap is not None and cap > 0 else None

@@ -23,7 +23,7 @@ _GUARD = threading.Lock()
 def alone(model: Any) -> Iterator[None]:
     """Keep other threads from running the model until the block ends.
 
-    Hooks belong to the model, so one thread would see another's. The same thread may enter again.
+    Hooks belong to the model, so one thread would see another's. The lock is reentrant.
     """
     with _GUARD:
         lock = _LOCKS.setdefault(model, threading.RLock())
@@ -32,8 +32,8 @@ def alone(model: Any) -> Iterator[None]:
 
 
 def probe(model: Any, tokens: Any) -> Any:
-    """The part of a prompt to test a model's properties on: the first 8 positions of the first row, or the
-    whole row if the user has hooks, which may act at later positions."""
+    """The part of a prompt on which to test a model's properties: the first 8 positions of the first row, or
+    the whole row if the user has hooks, which may act at later positions."""
     return tokens[:1] if user_hooks(model) else tokens[:1, :8]
 
 
@@ -41,7 +41,7 @@ def user_hooks(model: Any) -> tuple[str, ...]:
     """The names of the modules with the user's own forward hooks.
 
     With such hooks no shortcut is taken: a hook may act only at the last position or on one row of the batch,
-    or act twice if a run resumes after it.
+    or might act twice in a resumed run.
     """
     return tuple(dict.fromkeys(name or "the model" for name, *_ in _found(model)))
 
@@ -64,7 +64,7 @@ def hooks_on_logits(model: Any) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def without_user_hooks(model: Any) -> Iterator[None]:
-    """Remove the user's hooks until the block ends, for runs that only measure the model's weights."""
+    """Remove the user's hooks until the block ends, for runs that measure only the model's weights."""
     with alone(model):
         taken = [
             (table, dict(table)) for table in {id(table): table for _, _, table, _ in _found(model)}.values()
@@ -75,15 +75,15 @@ def without_user_hooks(model: Any) -> Iterator[None]:
             yield
         finally:
             for table, before in taken:
-                # in their order, followed by hooks added meanwhile
+                # in their original order, followed by hooks added meanwhile
                 added = {key: hook for key, hook in table.items() if key not in before}
                 table.clear()
                 table.update(before | added)
 
 
 def every_module(model: Any) -> list[nn.Module]:
-    """The modules of the model and of the one that it wraps, each once. Every run calls this, and `modules()`
-    is slower, with one generator per level."""
+    """The modules of the model and of the one it wraps, each once. Every run calls this; `modules()` would be
+    slower, with one generator per level."""
     waiting, found = _roots(model), {}
     while waiting:
         module = waiting.pop()
