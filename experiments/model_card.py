@@ -90,9 +90,9 @@ def card(summary: ModelSummary, training: dict[str, Any], found: HeadsStudy, tex
     return f"""# {BUNDLED}
 
 A small English language model with induction heads, for learning and for tests. It ships with mechlens and
-needs no network. `experiments/model_card.py` measured the scores on this page, and the training script the losses.
+needs no network. The scores on this page were measured by `experiments/model_card.py`, the losses by the training script.
 
-| what | value |
+| property | value |
 |---|---|
 | architecture | {summary.architecture}: rotary positions on {summary.rotary_dim} of {summary.d_head} dimensions of each head, parallel blocks, untied embeddings |
 | parameters | {summary.n_params:,}, in {summary.dtype} |
@@ -103,8 +103,8 @@ needs no network. `experiments/model_card.py` measured the scores on this page, 
 
 {training["train_tokens"]:,} tokens of English books first published in or before 1900, all in the public domain;
 two whole books ({training["validation_tokens"]:,} tokens: *The Time Machine*, *Alice's Adventures in Wonderland*) were held out. The model also
-saw *stories*: sequences of chunks, each cut from one sequence of random tokens (in one story of five, of text) at a
-random place, so repeats occur at irregular distances.
+saw *stories*: sequences of chunks, all cut at random places from a single sequence of random tokens (of text, in one
+story out of five), so repeats occur at irregular distances.
 
 ## Recipe
 
@@ -121,7 +121,7 @@ with {recipe["warmup"]} steps of warm-up and a linear decay over the last {recip
 
 ## Repeated random tokens
 
-BOS, {found.repeated_tokens.seq_len} random tokens, and the same tokens again; {found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log-probabilities in nats.
+BOS, {found.repeated_tokens.seq_len} random tokens, and the same tokens again; {found.repeated_tokens.tokens.shape[0] * found.repeated_tokens.tokens.shape[1]} sequences (seeds {SEEDS[0]} to {SEEDS[-1]}). Log probabilities in nats.
 
 | | mean | {found.repeated_tokens.confidence:.0%} interval |
 |---|---|---|
@@ -129,23 +129,23 @@ BOS, {found.repeated_tokens.seq_len} random tokens, and the same tokens again; {
 
 ## Heads
 
-The three highest of each kind; `null` is the null baseline: the same score with its cause removed.
+The three highest heads for each score; `null` is the null baseline: the same score with its cause removed.
 
 | score | head | mean | {heads.confidence:.0%} interval | null |
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-## How it writes
+## Samples
 
-Sampled at temperature {TEMPERATURE}, seed 0, not selected:
+Sampled at temperature {TEMPERATURE}, seed 0, not cherry-picked:
 
 {quoted}
 
 ## Limits
 
-It knows the English of old novels and how to copy. It does not answer questions, and what it states as fact is noise. The books
-reflect the views of their time. The stories were made to train induction heads, so their strength says nothing about how easily
-they form in models trained on text only.
+It knows the English of old novels and how to copy. It does not answer questions, and its statements of fact are noise. The books
+reflect the views of their time. The stories were made to train induction heads, so the strength of these heads tells nothing about
+how easily they form in models trained only on text.
 
 ## License
 

@@ -64,7 +64,7 @@ def sample_tokens(
         torch.Size([2, 5])
 
     Cost: for each token, one forward pass with cached keys and values, and one product with `W_U`. If the
-    model has hooks of yours, or its positions depend on the sequence length, all earlier tokens are rerun.
+    model has user hooks, or its positions depend on the sequence length, all earlier tokens are rerun.
     """
     check_model(model)
     check_counts(batch=batch, seq_len=seq_len)
