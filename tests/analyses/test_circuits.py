@@ -632,7 +632,7 @@ def test_a_rotation_is_not_passed_over(gpt2, llama, make):
         make(llama)
     with pytest.raises(ValueError, match="both were given"):
         make(llama, relative_position=1, rotary="unrotated")
-    with pytest.raises(ValueError, match="rotates all 8 dimensions of its heads: say"):
+    with pytest.raises(ValueError, match="rotates all 8 dimensions of its heads: give"):
         make(llama, rotary="unrotated")
     for wrong in (-1, 32):
         with pytest.raises(ValueError, match=f"between 0 and 31, .*, got {wrong}"):
