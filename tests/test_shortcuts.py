@@ -508,7 +508,7 @@ def test_heads_that_a_model_scales_are_not_read_as_if_it_did_not(tmp_path):
         tmp_path / "granite", hf.GraniteConfig(**GRANITE, residual_multiplier=0.22, logits_scaling=1.0)
     )
     model = load_model(tmp_path / "granite", backend="bridge", processing=False)
-    with pytest.raises(ValueError, match=r"heads of layer 1 write .*it is 4\.55 times as long"):
+    with pytest.raises(ValueError, match=r"heads of layer 1 .*their sum is 4\.55 times as long"):
         mechlens.logit_lens(model, tokens_for(), "result", layers=[1])
     # what attention adds as a whole is read as it is
     lens = mechlens.logit_lens(model, tokens_for(), "resid_pre+attn_out", layers=[1])

@@ -113,7 +113,7 @@ def check_heads_add_up(
         factor = float((total * attn_out).sum() / attn_out.float().square().sum())
         raise ValueError(
             f"the heads of layer {layer} (z @ W_O) do not sum to what its attention adds to the residual "
-            f"stream (that is {factor:.3g} times as long): this model scales the sum, or a hook changes it, "
+            f"stream (their sum is {factor:.3g} times as long): this model scales it, or a hook changes it, "
             "so heads cannot be read separately; use attn_out"
         )
 

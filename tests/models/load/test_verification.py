@@ -71,7 +71,7 @@ def test_a_device_that_computes_wrongly_is_caught(tiny_directories, kind, dtype)
     own = predictions(tiny_directories / kind, getattr(torch, dtype), tokens)
     reference = Reference.of(tokens, exact, own)
     check_on_device(model, reference, torch.device("cpu"))
-    told = r"on cpu this model predicts .* use device='cpu'"
+    told = r"on cpu this model does not predict .* use device='cpu'"
     with BrokenProducts(), pytest.raises(ModelLoadError, match=told):
         check_on_device(model, reference, torch.device("cpu"))
 
