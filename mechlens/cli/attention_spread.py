@@ -19,8 +19,7 @@ def attention_spread(
     chat: ChatOption = False,
     bos: BosOption = None,
 ) -> None:
-    """Measure how widely each head spreads its attention: entropy, distance, and the share on the first
-    token."""
+    """Measure how widely each head spreads its attention: entropy, distance, share on the first token."""
     model = run.load()
     from mechlens.analyses.attention_spread import attention_spread as analysis
 

@@ -28,11 +28,7 @@ class AttentionSpread(Result):
 
     columns: ClassVar = (
         Column("label", "head"),
-        Column(
-            "entropy",
-            unit="nats",
-            help="Of one position's attention pattern; 0 if it attends to a single token.",
-        ),
+        Column("entropy", unit="nats", help="Of one position's attention; 0 if it attends to one token."),
         Column("distance", unit="tokens", digits=1, help="Mean distance to the token attended to."),
         Column("first", "on the first token", help="Attention to the first token, where idle heads rest."),
     )
