@@ -35,22 +35,58 @@ def bootstrap_interval(
         raise ValueError("a bootstrap interval needs at least 1 sample, but there is none")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
-    n = len(samples)
-    if n == 1:
+    if len(samples) == 1:
         unknown = torch.full_like(samples[0], torch.nan)
         return unknown, unknown.clone()
-    generator = generator_of(seed)
-    drawn = torch.randint(n, (resamples, n), generator=generator)
-    # with counts of how often each sample is drawn, all means are one matrix product
-    counts = torch.zeros(resamples, n, dtype=torch.double)
-    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
-    flat = samples.detach().cpu().double().reshape(n, -1)
+    counts = _draws(len(samples), resamples, seed)
+    flat = samples.detach().cpu().double().reshape(len(samples), -1)
     known = ~flat.isnan()
     means = (counts @ flat.nan_to_num(0)) / (counts @ known.double())
-    tail = (1 - confidence) / 2
-    low, high = means.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.double), dim=0)
+    low, high = _percentiles(means, confidence)
     shape = samples.shape[1:]
     return low.reshape(shape).to(samples.dtype), high.reshape(shape).to(samples.dtype)
+
+
+def _draws(n: int, resamples: int, seed: int) -> Float[Tensor, "resample sample"]:
+    """How often each resample draws each sample: the means of all values are then one matrix product."""
+    drawn = torch.randint(n, (resamples, n), generator=generator_of(seed))
+    counts = torch.zeros(resamples, n, dtype=torch.double)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+
+
+def _percentiles(found: Float[Tensor, "resample value"], confidence: float) -> Float[Tensor, "2 value"]:
+    tail = (1 - confidence) / 2
+    return found.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.double), dim=0)
+
+
+def ratio_of_means(
+    part: Float[Tensor, " sample"],
+    whole: Float[Tensor, " sample"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """The ratio of two means over the same samples, with its percentile bootstrap interval.
+
+    Args:
+        part, whole: one value each per independent observation; resamples draw both together.
+        confidence: coverage of the interval, in (0, 1).
+
+    Returns:
+        Ratio, lower and upper bound; the ratio is nan where the mean of `whole` is 0, the bounds also for a
+        single sample.
+
+    References: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    both = torch.stack([part, whole], 1).detach().cpu().double()
+    top, bottom = both.mean(0).tolist()
+    ratio = top / bottom if bottom else math.nan
+    if len(both) == 1 or ratio != ratio:
+        return ratio, math.nan, math.nan
+    means = _draws(len(both), resamples, seed) @ both
+    low, high = _percentiles(means[:, :1] / means[:, 1:], confidence)
+    return ratio, float(low), float(high)
 
 
 def central_interval(samples: Float[Tensor, " sample"], share: float = 0.99) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
 from mechlens.results.patching import AttributionPatchResult, PatchGridResult
+from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
 from mechlens.results.tasks import RoleGrid, TaskPerformance
 from mechlens.results.tuned_lens import TunedLens
 
@@ -37,9 +38,12 @@ __all__ = [
     "AttentionSpread",
     "AttributionPatchResult",
     "Circuit",
+    "CircuitCurve",
     "CircuitSummary",
     "Comparison",
+    "ComponentSet",
     "CompositionScores",
+    "EdgeEffects",
     "ExhaustiveSearch",
     "Facts",
     "FeatureAlignment",
@@ -60,6 +64,7 @@ __all__ = [
     "Result",
     "RoleGrid",
     "Share",
+    "TaskCircuit",
     "TaskPerformance",
     "TunedLens",
     "VectorLens",

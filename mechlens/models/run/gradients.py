@@ -16,19 +16,22 @@ from mechlens.models.run.forward import StopForward, run, running
 
 def gradients(
     model: LensModel,
-    tokens: Int[Tensor, "1 pos"],
+    tokens: Int[Tensor, "prompt pos"],
     names: Sequence[str],
-    number: Callable[[Float[Tensor, "1 pos d_model"]], Float[Tensor, ""]],
+    number: Callable[[Float[Tensor, "prompt pos d_model"]], Float[Tensor, ""]],
+    *,
+    begin: Float[Tensor, "prompt pos d_model"] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Run the model forward and backward once.
 
     Args:
         names: hook points, such as `blocks.0.hook_mlp_out`.
-        number: computes the metric from the last `resid_post`.
+        number: computes the metric from the last `resid_post`; of several prompts, the sum of theirs.
+        begin: the stream that the first block reads; None is that of the tokens.
 
     Returns:
-        The metric and, by hook point, the activations `[1, pos, ...]` and their gradients, which are zero
-        where the metric does not depend on them. Weight gradients are neither computed nor changed.
+        The metric and, by hook point, the activations `[prompt, pos, ...]` and their gradients, which are
+        zero where the metric does not depend on them. Weight gradients are neither computed nor changed.
 
     Raises:
         ValueError: the metric is not differentiable.
@@ -40,7 +43,9 @@ def gradients(
     # each hook returns the tensor it keeps, so that the rest of the run is computed from it
     def keep(activation: Tensor, hook: Any, name: str) -> Tensor:
         # start the graph at the stream: embeddings need no gradient, and weights may be frozen
-        kept[name] = activation.detach().requires_grad_() if name == first else activation
+        if name == first:
+            activation = (activation if begin is None else begin.to(activation)).detach().requires_grad_()
+        kept[name] = activation
         if name == last:
             raise StopForward
         return kept[name]

@@ -1,0 +1,161 @@
+"""First-order effects of replacing every edge of a model, from backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechlens.models.protocol import LensModel
+from mechlens.models.run.edge_runs import BYTES, READS, Reader, Written
+from mechlens.models.run.gradients import gradients
+from mechlens.models.run.graph import Graph
+from mechlens.models.run.sites import SITES, last_hook
+from mechlens.models.weights.access import before_norm, norm_scale, output_weights
+
+Metric = Callable[..., Float[Tensor, " prompt"]]
+"""`(the stream that the last logits are made from, prompts=which of them) -> metric`."""
+
+
+def edge_effects(
+    model: LensModel, tokens: Int[Tensor, "prompt pos"], there: Written, metric: Metric, *, steps: int = 1
+) -> Float[Tensor, "prompt sender receiver"]:
+    """Estimate for each edge how the metric changes when that edge alone carries what is written `there`.
+
+    The estimate is the change of what the sender writes times the gradient by the receiver's input; nan for
+    pairs that are no edges. Per component it is the sum over the edges that leave it.
+
+    Args:
+        steps: 1 takes the gradient in the run of the tokens. More average the gradients of runs whose
+            embeddings lie between the tokens' own and those `there`, at the midpoints of equal steps.
+
+    Cost: one forward pass and `steps` forward and backward passes, and 2 d_model for each edge and position.
+    """
+    graph = Graph.of(model)
+    width = tokens.shape[1] * model.cfg.d_model * 4
+    # what is written, and the graph of the backward pass
+    at_once = max(1, BYTES // (width * (len(graph.senders) + 24 * model.cfg.n_layers)))
+    readers = [Reader.of(model, layer) for layer in range(model.cfg.n_layers)]
+    found = []
+    for start in range(0, len(tokens), at_once):
+        rows = slice(start, start + at_once)
+        number = partial(metric, prompts=rows)
+        found.append(_effects(model, graph, tokens[rows], there.rows(rows), number, steps, readers))
+    return torch.cat(found)
+
+
+def _effects(
+    model: LensModel,
+    graph: Graph,
+    tokens: Int[Tensor, "prompt pos"],
+    there: Written,
+    metric: Callable[[Tensor], Tensor],
+    steps: int,
+    readers: list[Reader],
+) -> Float[Tensor, "prompt sender receiver"]:
+    sites = ["resid_pre", *READS, "z", "attn_out", *(["mlp_out"] if graph.mlps else [])]
+    names = [SITES[site].format(layer) for site in sites for layer in range(graph.n_layers)]
+    names.append(last_hook(model))
+    own: Written | None = None
+    total: Tensor | None = None
+    for step in range(steps):
+        begin = None
+        if steps > 1:
+            own = own or Written.of(model, tokens)
+            share = (step + 0.5) / steps
+            begin = (1 - share) * own.embed.float() + share * there.embed.float()
+        _, kept, by = gradients(model, tokens, names, lambda final: metric(final[:, -1]).sum(), begin=begin)
+        if own is None:
+            own = Written(
+                kept[SITES["resid_pre"].format(0)],
+                [kept[SITES["z"].format(layer)] for layer in range(graph.n_layers)],
+                [kept[SITES["mlp_out"].format(layer)] for layer in range(graph.n_layers)]
+                if graph.mlps
+                else [],
+            )
+        changes = _changes(model, graph, own, there)
+        with torch.no_grad():
+            each = _contracted(model, graph, readers, changes, kept, by)
+        total = each if total is None else total + each
+    assert total is not None
+    return (total / steps).masked_fill(~graph.possible, torch.nan).cpu()
+
+
+def _changes(
+    model: LensModel, graph: Graph, own: Written, there: Written
+) -> Float[Tensor, "prompt sender pos_d"]:
+    """What each component writes there, less what it writes here."""
+    with torch.no_grad():
+        rows = [(there.embed.float() - own.embed.float())[:, None]]
+        for layer in range(graph.n_layers):
+            change = there.z[layer].float() - own.z[layer].float()
+            W_O = output_weights(model, layer)
+            rows.append(einsum(change, W_O, "b pos head e, head e d -> b head pos d"))
+            if graph.mlps:
+                rows.append((there.mlp_out[layer].float() - own.mlp_out[layer].float())[:, None])
+        return rearrange(torch.cat(rows, 1), "b sender pos d -> b sender (pos d)")
+
+
+def _contracted(
+    model: LensModel,
+    graph: Graph,
+    readers: list[Reader],
+    changes: Float[Tensor, "prompt sender pos_d"],
+    kept: dict[str, Tensor],
+    by: dict[str, Tensor],
+) -> Float[Tensor, "prompt sender receiver"]:
+    """Changes times gradients by inputs, a layer's inputs at a time."""
+    found = changes.new_zeros(len(changes), len(graph.senders), len(graph.receivers))
+
+    def put(gradient: Tensor, receivers: slice, senders: int) -> None:
+        flat = rearrange(gradient, "b receiver pos d -> b (pos d) receiver")
+        found[:, :senders, receivers] = changes[:, :senders] @ flat
+
+    after = by[last_hook(model)].float()
+    put(after[:, None], slice(len(graph.receivers) - 1, None), len(graph.senders))
+    for layer in reversed(range(graph.n_layers)):
+        inputs, own = graph.receivers_of(layer), graph.senders_of(layer)
+        grads = _head_gradients(model, readers[layer], kept, by, layer)
+        put(grads, slice(inputs.start, inputs.start + grads.shape[1]), own.start)
+        before = by[SITES["resid_pre"].format(layer)].float()
+        if graph.mlps:
+            if graph.sequential:
+                through = (
+                    by[SITES["attn_out"].format(layer)].float() - by[SITES["mlp_out"].format(layer)].float()
+                )
+            else:
+                through = before - after - grads.sum(1)
+            senders = own.start + graph.n_heads if graph.sequential else own.start
+            put(through[:, None], slice(inputs.stop - 1, inputs.stop), senders)
+        after = before
+    return found
+
+
+def _head_gradients(
+    model: LensModel, reader: Reader, kept: dict[str, Tensor], by: dict[str, Tensor], layer: int
+) -> Float[Tensor, "prompt receiver pos d_model"]:
+    """By the inputs of a layer's queries, keys and values: back through the weights and the norm."""
+    by_normed = torch.cat(
+        [
+            einsum(
+                by[SITES[read].format(layer)].float(),
+                reader.W[read],
+                "b pos head e, head d e -> b head pos d",
+            )
+            for read in READS
+        ],
+        1,
+    )
+    if model.cfg.normalization_type is None:
+        return by_normed
+    x = kept[SITES["resid_pre"].format(layer)].float()
+    if model.cfg.normalization_type.startswith("LN"):
+        x = x - x.mean(-1, keepdim=True)
+    scale = norm_scale(model, x)[:, None, :, None]
+    unit = x[:, None] / scale
+    moved = before_norm(model, by_normed, reader.scale)
+    return (moved - unit * (unit * moved).mean(-1, keepdim=True)) / scale

@@ -1,0 +1,381 @@
+"""Which components and edges carry a task, and how much of it a set of them does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechlens.measures.statistics import rank_correlation, ratio_of_means
+from mechlens.results.base import Result
+from mechlens.results.columns import Column
+from mechlens.text.display import count, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FAITHFULNESS = (
+    "(M(circuit) - M(nothing)) / (M(model) - M(nothing)), where M is the mean metric over prompts: 0 is no "
+    "better than nothing, 1 is the whole model"
+)
+UNITS = {"logit_diff": "nats", "probability_diff": ""}
+METRIC_WORDS = {"logit_diff": "logit difference", "probability_diff": "probability difference"}
+SOURCES = {
+    "resample": "its value on the corrupted prompt",
+    "mean": "its mean over the corrupted prompts",
+    "zero": "zero",
+}
+"""What a component or an edge carries when it is not kept."""
+
+
+def set_size(components: tuple[str, ...]) -> str:
+    """The number of components, or of edges if they are edges."""
+    return count(len(components), "edge" if any("->" in each for each in components) else "component")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _OfTask(Result):
+    """What results about a task's circuits share."""
+
+    task: str
+    counterfactual: str
+    """How the corrupted prompts differ."""
+    prompts: tuple[str, ...]
+    """The clean prompts as text."""
+    by: str
+    """What replaces the rest: `resample`, `mean` or `zero`."""
+    metric: str
+    """`logit_diff` (nats) or `probability_diff`."""
+    full: Float[Tensor, " prompt"]
+    """The metric of the whole model."""
+    empty: Float[Tensor, " prompt"]
+    """The metric with everything replaced."""
+    seed: int
+    """Of what is drawn here: random sets, or edges of which the exact effect is measured."""
+    note: str
+    """That the model does not do the task; empty where it does."""
+
+    def described(self) -> str:
+        """The task, the metric and what replaces the rest, in a few sentences."""
+        full, empty = (number(float(each.mean())) for each in (self.full, self.empty))
+        return (
+            f"Task {self.task}, {count(len(self.prompts), 'prompt')}. The mean {METRIC_WORDS[self.metric]} "
+            f"is {full} in the whole model and {empty} with everything replaced. What is replaced carries "
+            f"{SOURCES[self.by]}."
+        )
+
+    def share(self, values: Float[Tensor, " prompt"]) -> tuple[float, float, float]:
+        """Faithfulness of runs with this metric, and its 95% bootstrap interval over prompts."""
+        return ratio_of_means(values - self.empty, self.full - self.empty)
+
+    def shares(self, values: Float[Tensor, "*set prompt"]) -> Float[Tensor, "*set"]:
+        """The same without intervals, for several sets."""
+        return (values - self.empty).mean(-1) / (self.full - self.empty).mean()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ComponentSet(_OfTask):
+    """Runs in which a set of components or edges is kept, or knocked out."""
+
+    components: tuple[str, ...]
+    """The set: heads, MLPs or edges."""
+    kept: bool
+    """Whether everything else was replaced (`Task.keep`), or the set itself (`Task.knock_out`)."""
+    values: Float[Tensor, " prompt"]
+    """The metric of these runs."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("prompt"),
+        Column("value", "metric", signed=True),
+        Column("full", "whole model", signed=True),
+        Column("empty", "everything replaced", signed=True),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"{self.size} {'kept' if self.kept else 'knocked out'}, task {self.task} in {self.model.name}"
+
+    @property
+    def size(self) -> str:
+        """The number of components or edges."""
+        return set_size(self.components)
+
+    @property
+    def faithfulness(self) -> tuple[float, float, float]:
+        """The share of the task that is left, with its 95% interval."""
+        return self.share(self.values)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per prompt: prompt, value, full, empty."""
+        import pandas as pd
+
+        values = {"value": self.values, "full": self.full, "empty": self.empty}
+        return pd.DataFrame({"prompt": self.prompts} | {k: v.numpy() for k, v in values.items()})
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TaskCircuit(_OfTask):
+    """How much of a task a circuit does: faithfulness, completeness and minimality, beside random sets."""
+
+    components: tuple[str, ...]
+    """The circuit: heads and MLPs, or edges."""
+    n_possible: int
+    """How many components or edges the model has."""
+    kept: Float[Tensor, " prompt"]
+    """The metric of the circuit alone."""
+    rest: Float[Tensor, " prompt"]
+    """The metric of the model without the circuit."""
+    without: Float[Tensor, "member prompt"]
+    """The metric of the circuit less each of its members; empty where that was not asked for."""
+    random_kept: Float[Tensor, "draw prompt"]
+    """`kept` of random sets of the same size in the same layers."""
+    random_rest: Float[Tensor, "draw prompt"]
+    """`rest` of the same random sets."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("component"),
+        Column("adds", signed=True, help="Faithfulness of the circuit less that without this member."),
+        Column("low", "at least", signed=True, help="95% bootstrap interval over prompts."),
+        Column("high", "at most", signed=True),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Circuit of {self.size}, task {self.task} in {self.model.name}"
+
+    @property
+    def size(self) -> str:
+        """The number of components or edges."""
+        return set_size(self.components)
+
+    @property
+    def faithfulness(self) -> tuple[float, float, float]:
+        """The share of the task that the circuit alone does, with its 95% interval over prompts."""
+        return self.share(self.kept)
+
+    @property
+    def left(self) -> tuple[float, float, float]:
+        """The share that the rest of the model still does: near 0 for a complete circuit."""
+        return self.share(self.rest)
+
+    @property
+    def random_faithfulness(self) -> Float[Tensor, " draw"]:
+        return self.shares(self.random_kept)
+
+    @property
+    def random_left(self) -> Float[Tensor, " draw"]:
+        return self.shares(self.random_rest)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per member: component, adds, low, high; nan if members were not measured."""
+        import pandas as pd
+
+        rows = []
+        for at, name in enumerate(self.components):
+            adds = (torch.nan,) * 3
+            if len(self.without):
+                adds = ratio_of_means(self.kept - self.without[at], self.full - self.empty)
+            rows.append((name, *adds))
+        return pd.DataFrame(rows, columns=["component", "adds", "low", "high"])
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The members that add most."""
+        return self.to_dataframe().sort_values("adds", ascending=False, kind="stable").head(top)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class EdgeEffects(_OfTask):
+    """The estimated effect of replacing each edge alone, with the exact effect of some."""
+
+    steps: int
+    """Gradients that were averaged: 1 is edge attribution patching, more are integrated gradients."""
+    senders: tuple[str, ...]
+    """`embed`, heads and MLPs."""
+    receivers: tuple[str, ...]
+    """The inputs: `L5H5.k`, `L5.mlp`, `logits`."""
+    effect: Float[Tensor, "sender receiver"]
+    """Metric with the edge replaced less that of the whole model, a mean over prompts: negative where the
+    edge helps. nan for pairs that are no edges."""
+    standard_error: Float[Tensor, "sender receiver"]
+    """Of `effect`, over prompts."""
+    node_standard_error: Float[Tensor, " sender"]
+    """Of `nodes`, over prompts."""
+    exact_edges: tuple[str, ...]
+    """The edges that were replaced in runs of their own: half of them those with the largest estimates, half
+    drawn from all others."""
+    exact: Float[Tensor, " edge"]
+    """Their exact effects."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("edge"),
+        Column(
+            "effect",
+            signed=True,
+            help="Estimated metric with this edge replaced in the clean run, less that of the clean run: "
+            "negative where the edge helps.",
+        ),
+        Column("standard_error", "", help="Of the effect, over prompts."),
+        Column("exact", signed=True, help="The same from a run with this edge replaced."),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Edges of the task {self.task} in {self.model.name}"
+
+    @property
+    def method(self) -> str:
+        """The method in words."""
+        if self.steps == 1:
+            return "edge attribution patching"
+        return f"edge attribution patching with integrated gradients ({self.steps} steps)"
+
+    @property
+    def n_edges(self) -> int:
+        return int((~self.effect.isnan()).sum())
+
+    @property
+    def nodes(self) -> Float[Tensor, " sender"]:
+        """The estimated effect of replacing a whole component: the sum over the edges that leave it."""
+        return self.effect.nansum(1)
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's correlation of estimated and exact effects over `exact_edges`; nan without them."""
+        if len(self.exact_edges) < 2:
+            return float("nan")
+        return float(rank_correlation(self._estimates(self.exact_edges), self.exact))
+
+    def top(self, k: int, *, absolute: bool = False) -> tuple[str, ...]:
+        """The `k` most important edges, the most important first.
+
+        Args:
+            k: how many; at most `n_edges`.
+            absolute: rank by the size of the effect. False ranks edges that help first and edges that hurt
+                last.
+        """
+        flat = self.effect.flatten()
+        score = (flat.abs() if absolute else -flat).nan_to_num(-torch.inf)
+        order = score.sort(descending=True, stable=True).indices[: min(k, self.n_edges)].tolist()
+        width = len(self.receivers)
+        return tuple(f"{self.senders[at // width]}->{self.receivers[at % width]}" for at in order)
+
+    def top_nodes(self, k: int, *, absolute: bool = False) -> tuple[str, ...]:
+        """The `k` most important heads and MLPs, the most important first; as `top`."""
+        nodes = self.nodes[1:]
+        order = (nodes.abs() if absolute else -nodes).sort(descending=True, stable=True).indices[:k].tolist()
+        return tuple(self.senders[1 + at] for at in order)
+
+    def _estimates(self, edges: tuple[str, ...]) -> Float[Tensor, " edge"]:
+        places = [edge.split("->") for edge in edges]
+        return torch.stack([self.effect[self.senders.index(u), self.receivers.index(r)] for u, r in places])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per edge: edge, sender, receiver, effect, standard_error, exact."""
+        import pandas as pd
+
+        places = (~self.effect.isnan()).nonzero().tolist()
+        exact = dict(zip(self.exact_edges, self.exact.tolist(), strict=True))
+        names = [(self.senders[u], self.receivers[r]) for u, r in places]
+        edges = [f"{u}->{r}" for u, r in names]
+        there = ~self.effect.isnan()
+        return pd.DataFrame(
+            {
+                "edge": edges,
+                "sender": [u for u, _ in names],
+                "receiver": [r for _, r in names],
+                "effect": self.effect[there].numpy(),
+                "standard_error": self.standard_error[there].numpy(),
+                "exact": [exact.get(edge, float("nan")) for edge in edges],
+            }
+        )
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """The edges with the largest effects, either way."""
+        table = self.to_dataframe().sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
+        names = [each.name for each in self.columns if each.name != "exact" or len(self.exact_edges)]
+        return table[names]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class CircuitCurve(_OfTask):
+    """Faithfulness of the most important components or edges, by how many are kept."""
+
+    ranking: str
+    """What ranks them, in words."""
+    of_edges: bool
+    """Edges, or heads and MLPs."""
+    sizes: tuple[int, ...]
+    """How many are kept at each point."""
+    n_possible: int
+    """How many there are."""
+    values: Float[Tensor, "size prompt"]
+    """The metric at each point."""
+    random: Float[Tensor, "draw size prompt"]
+    """The same for random rankings."""
+
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("kept", digits=0),
+        Column("share", digits=4, help="Of all edges or components."),
+        Column("faithfulness", help=f"{FAITHFULNESS}."),
+        Column("low", "at least", help="95% bootstrap interval over prompts."),
+        Column("high", "at most"),
+        Column("random", "random sets", help="Mean faithfulness of random sets of the same size."),
+    )
+
+    @property
+    def title(self) -> str:
+        return f"Faithfulness by size, task {self.task} in {self.model.name}"
+
+    @property
+    def at(self) -> tuple[float, ...]:
+        """The shares of all edges or components."""
+        return tuple(size / self.n_possible for size in self.sizes)
+
+    @property
+    def faithfulness(self) -> Float[Tensor, " size"]:
+        return self.shares(self.values)
+
+    @property
+    def random_faithfulness(self) -> Float[Tensor, "draw size"]:
+        return self.shares(self.random)
+
+    def areas(self, faithfulness: Float[Tensor, " size"]) -> tuple[float, float]:
+        """CPR, the area under a curve, and CMD, the area between it and 1, over the shares that were kept.
+
+        References: Mueller et al. 2025, "MIB: A Mechanistic Interpretability Benchmark", arXiv:2504.13151.
+        """
+        x = torch.tensor(self.at, dtype=torch.double)
+        y = faithfulness.double()
+        return float(torch.trapezoid(y, x)), float(torch.trapezoid((1 - y).abs(), x))
+
+    @property
+    def cpr(self) -> float:
+        return self.areas(self.faithfulness)[0]
+
+    @property
+    def cmd(self) -> float:
+        return self.areas(self.faithfulness)[1]
+
+    def smallest(self, faithfulness: float) -> int | None:
+        """The fewest edges or components of the curve that are this faithful; None if none are."""
+        enough = [
+            size for size, f in zip(self.sizes, self.faithfulness.tolist(), strict=True) if f >= faithfulness
+        ]
+        return min(enough, default=None)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per size: kept, share, faithfulness, low, high, random."""
+        import pandas as pd
+
+        rows = []
+        for at, size in enumerate(self.sizes):
+            random = self.random_faithfulness[:, at].mean() if len(self.random) else torch.nan
+            rows.append((size, self.at[at], *self.share(self.values[at]), float(random)))
+        return pd.DataFrame(rows, columns=[each.name for each in self.columns])
+
+    def summary(self, top: int = 10) -> pd.DataFrame:
+        """All points."""
+        return self.to_dataframe()
