@@ -186,7 +186,7 @@ def test_runs_with_the_same_metric_have_no_way_to_go(bundled):
 
 def test_logits_of_a_few_prompts_are_in_memory_at_once(bundled, monkeypatch):
     whole = Task.from_file(ROWS, bundled).performance()
-    monkeypatch.setattr("mechlens.analyses.tasks.task._TOGETHER", 1)
+    monkeypatch.setattr("mechlens.analyses.tasks.performance.TOGETHER", 1)
     assert_close(Task.from_file(ROWS, bundled).performance().logit_diff, whole.logit_diff)
 
 

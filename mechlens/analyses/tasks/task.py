@@ -5,28 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from mechlens.analyses.tasks.edges import SHARES, estimate_edges, faithfulness_curve
 from mechlens.analyses.tasks.patching import patch_roles
-from mechlens.arguments import check_between, check_counts, check_model, generator_of
-from mechlens.measures.statistics import bootstrap_interval
-from mechlens.models.protocol import LensModel, describe
-from mechlens.models.run.forward import parts, watch
-from mechlens.models.run.properties import check_rows_alike
-from mechlens.models.run.sites import last_hook
-from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
+from mechlens.analyses.tasks.performance import measure_performance
+from mechlens.analyses.tasks.sets import measure_circuit, run_set
+from mechlens.arguments import check_counts, check_model, generator_of
+from mechlens.models.protocol import LensModel
+from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
 from mechlens.results.tasks import RoleGrid, TaskPerformance
 from mechlens.text.task_library import made
 from mechlens.text.task_prompts import EncodedPrompt, TaskPrompt, encoded, read_prompts
-from mechlens.text.tokens import token_strings
-
-_TOGETHER = 32
-"""Prompts whose logits are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +70,7 @@ class Task:
         if not prompts:
             raise ValueError("a task needs at least one prompt")
         self.model, self.prompts, self.name = model, tuple(prompts), name
-        self.counterfactual, self.seed = counterfactual, seed
+        self.counterfactual, self.seed, self.prepend_bos = counterfactual, seed, prepend_bos
         self.encoded = tuple(encoded(model, each, prepend_bos=prepend_bos) for each in self.prompts)
         self.groups = _grouped(self.encoded)
 
@@ -110,6 +105,32 @@ class Task:
             name = os.path.basename(source) if isinstance(source, (str, os.PathLike)) else "task"
         return cls(model, read_prompts(source), name=name, prepend_bos=prepend_bos)
 
+    def halves(self) -> tuple[Task, Task]:
+        """The prompts with even and with odd numbers, as two tasks: what one finds, the other can test.
+
+        Raises:
+            ValueError: there is a single prompt.
+
+        Example:
+            >>> first, second = mechlens.load_task("agreement", model, n=7).halves()
+            >>> len(first.prompts), len(second.prompts)
+            (4, 3)
+        """
+        if len(self.prompts) < 2:
+            raise ValueError("a task of a single prompt has no halves: make more")
+        first, second = (
+            Task(
+                self.model,
+                self.prompts[start::2],
+                name=self.name,
+                counterfactual=self.counterfactual,
+                seed=self.seed,
+                prepend_bos=self.prepend_bos,
+            )
+            for start in (0, 1)
+        )
+        return first, second
+
     def performance(self, *, confidence: float = 0.95) -> TaskPerformance:
         """Measure how well the model does the task, against chance and on the corrupted prompts.
 
@@ -131,21 +152,7 @@ class Task:
 
         Cost: two forward passes of each prompt.
         """
-        check_between("confidence", confidence, 0, 1)
-        names = ("answer", "wrong", "corrupted_answer", "corrupted_wrong", "rank", "right")
-        found = {name: torch.full((len(self.prompts),), torch.nan, dtype=torch.float32) for name in names}
-        check_streamed(self.model, self.groups[-1].tokens)
-        for group in self.groups:
-            for before, tokens in (("", group.tokens), ("corrupted_", group.corrupted)):
-                for at, row in zip(group.index, _last_log_probs(self.model, tokens), strict=True):
-                    ids = self.encoded[at]
-                    right, wrong = (row[list(some)] for some in (ids.answers, ids.wrong))
-                    found[f"{before}answer"][at] = right.logsumexp(0)
-                    found[f"{before}wrong"][at] = wrong.logsumexp(0)
-                    if not before:
-                        found["rank"][at] = 1 + int((row > right.max()).sum())
-                        found["right"][at] = float(right.max() > wrong.max())
-        return _performance(self, found, confidence)
+        return measure_performance(self, confidence)
 
     def grid(
         self,
@@ -183,6 +190,188 @@ class Task:
         """
         return patch_roles(
             self, site, into=into, values=values, layers=layers, roles=roles, progress=progress
+        )
+
+    def keep(self, components: Any, *, by: str = "resample", metric: str = "logit_diff") -> ComponentSet:
+        """Run the task with only some heads, MLPs, layers or edges, and everything else replaced.
+
+        Args:
+            components: heads (`L9H6`), MLPs (`L5.mlp`) and layers (`L5`); or edges (`L4H11->L5H5.k`,
+                `embed->L0H1.q`, `L9H9->logits`). With heads and MLPs, the embedding is always kept.
+            by: what the rest carries: its value on the corrupted prompt (`resample`), its mean over the
+                corrupted prompts at the same role and distance from it (`mean`), or `zero`.
+            metric: `logit_diff`, nats, or `probability_diff`.
+
+        Returns:
+            The metric for each prompt, beside that of the whole model and of nothing; `.faithfulness`.
+
+        Raises:
+            ValueError: a component that the model does not have, an edge that runs backwards, edges beside
+                heads, or a model whose inputs are not sums of what components write (for edges).
+
+        Example:
+            >>> task = mechlens.load_task("agreement", model, n=4)
+            >>> found = task.keep(["L0", "L1", "L2", "L3"])
+            >>> torch.allclose(found.values, found.full)
+            True
+
+        Cost: one forward pass of each corrupted prompt and three of each clean one.
+        """
+        return run_set(self, components, by, metric, kept=True)
+
+    def knock_out(self, components: Any, *, by: str = "resample", metric: str = "logit_diff") -> ComponentSet:
+        """Run the task without some heads, MLPs, layers or edges; as `keep`, the other way round.
+
+        Args:
+            components: heads, MLPs and layers, or edges, as for `keep`.
+            by: what the set carries: `resample`, `mean` or `zero`.
+            metric: `logit_diff`, nats, or `probability_diff`.
+
+        Returns:
+            The metric for each prompt, beside that of the whole model and of nothing.
+
+        Raises:
+            ValueError: as `keep`.
+
+        Example:
+            >>> found = mechlens.load_task("agreement", model, n=4).knock_out(["L1H0", "L2.mlp"], by="mean")
+            >>> found.components
+            ('L1H0', 'L2.mlp')
+
+        Cost: one forward pass of each corrupted prompt and three of each clean one.
+        """
+        return run_set(self, components, by, metric, kept=False)
+
+    def circuit(
+        self,
+        components: Any,
+        *,
+        by: str = "resample",
+        metric: str = "logit_diff",
+        members: bool = True,
+        n_random: int = 20,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> TaskCircuit:
+        """Measure how faithful, complete and minimal a circuit is, beside random sets of its size.
+
+        Args:
+            components: heads, MLPs and layers, or edges, as for `keep`.
+            by: what the rest carries: `resample`, `mean` or `zero`.
+            metric: `logit_diff`, nats, or `probability_diff`.
+            members: measure what each member adds; turn it off for many edges.
+            n_random: sets of as many components in each layer (or edges into it), drawn at random.
+            seed: of the random sets.
+            progress: show a bar; None shows one in a terminal and in Jupyter.
+
+        Returns:
+            `.faithfulness`, the share of the task that the circuit alone does; `.left`, the share that the
+            rest of the model still does; what each member adds; and both shares of the random sets.
+
+        Raises:
+            ValueError: as `keep`.
+
+        Example:
+            >>> task = mechlens.load_task("agreement", model, n=4)
+            >>> found = task.circuit(["L2", "L3"], n_random=2)
+            >>> len(found.components), found.random_faithfulness.shape
+            (14, torch.Size([2]))
+
+        References: Wang et al. 2022, arXiv:2211.00593; Mueller et al. 2025, arXiv:2504.13151.
+        Cost: a forward pass of each prompt for the whole, nothing, the circuit, the rest, each member, and
+        two for each random set.
+        """
+        return measure_circuit(
+            self, components, by, metric, members=members, n_random=n_random, seed=seed, progress=progress
+        )
+
+    def edges(
+        self,
+        *,
+        by: str = "resample",
+        metric: str = "logit_diff",
+        steps: int = 1,
+        exact: int | None = 0,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> EdgeEffects:
+        """Estimate what replacing each edge alone does to the metric, by edge attribution patching.
+
+        Args:
+            by: what a replaced edge carries: `resample`, `mean` or `zero`.
+            metric: `logit_diff`, nats, or `probability_diff`.
+            steps: 1 takes gradients in the clean run. More average them over as many inputs between the clean
+                and the replaced embeddings (integrated gradients), at midpoints.
+            exact: edges of which the exact effect is measured as well, each in a run of its own: half of them
+                those with the largest estimates, half drawn from the others. None is all edges.
+            seed: of the draw.
+            progress: show a bar; None shows one in a terminal and in Jupyter.
+
+        Returns:
+            `.effect` `[sender, receiver]`, the metric with the edge replaced less that of the clean run:
+            negative where the edge helps. `.top(k)` names the most important edges, `.nodes` sums over the
+            edges that leave a component, `.correlation` compares with the exact effects.
+
+        Raises:
+            ValueError: a model whose inputs are not sums of what components write.
+
+        Example:
+            >>> found = mechlens.load_task("agreement", model, n=4).edges(exact=10)
+            >>> found.n_edges, len(found.exact)
+            (903, 10)
+
+        References: Syed et al. 2023, arXiv:2310.10348; Hanna et al. 2024, arXiv:2403.17806.
+        Cost: two forward passes and `steps` forward and backward passes of each prompt, and one for each
+        exact edge.
+        """
+        return estimate_edges(self, by, metric, steps=steps, exact=exact, seed=seed, progress=progress)
+
+    def curve(
+        self,
+        effects: EdgeEffects,
+        *,
+        shares: Sequence[float] = SHARES,
+        of_edges: bool = True,
+        absolute: bool = False,
+        n_random: int = 3,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> CircuitCurve:
+        """Measure the faithfulness of the most important edges or components, for several sizes.
+
+        Args:
+            effects: what ranks them: the result of `edges`, of this task or of other prompts.
+            shares: of all edges or components, between 0 and 1; at least one is kept.
+            of_edges: keep edges. False keeps heads and MLPs, ranked by the sum over their edges.
+            absolute: rank by the size of the effect; False puts what hurts last.
+            n_random: random rankings, as a null.
+            seed: of the random rankings.
+            progress: show a bar; None shows one in a terminal and in Jupyter.
+
+        Returns:
+            `.faithfulness` by size, its areas `.cpr` and `.cmd`, and the same for random rankings.
+
+        Raises:
+            ValueError: effects of another model, or a share out of range.
+
+        Example:
+            >>> task = mechlens.load_task("agreement", model, n=4)
+            >>> found = task.curve(task.edges(), shares=(0.1, 1), n_random=1)
+            >>> found.sizes, round(float(found.faithfulness[-1]), 3)
+            ((90, 903), 1.0)
+
+        References: Mueller et al. 2025, "MIB: A Mechanistic Interpretability Benchmark", arXiv:2504.13151.
+        Cost: a forward pass of each prompt for every size and ranking.
+        """
+        return faithfulness_curve(
+            self,
+            effects,
+            shares=shares,
+            of_edges=of_edges,
+            absolute=absolute,
+            n_random=n_random,
+            seed=seed,
+            progress=progress,
         )
 
 
@@ -239,59 +428,3 @@ def _grouped(prompts: Sequence[EncodedPrompt]) -> tuple[TaskGroup, ...]:
         )
         groups.append(TaskGroup(tuple(index), clean, corrupted))
     return tuple(groups)
-
-
-def _last_log_probs(
-    model: LensModel, tokens: Int[Tensor, "prompt pos"]
-) -> Iterator[Float[Tensor, " d_vocab"]]:
-    """Log-probabilities after the last token of each prompt, on the CPU, a few prompts at a time."""
-    several = parts(tokens)
-    if len(several) > 1:
-        check_rows_alike(model, tokens)
-    found: list[Tensor] = []
-    for rows in several:
-        watch(model, rows, {last_hook(model): lambda stream: found.append(stream[:, -1])})
-    for some in torch.cat(found).split(_TOGETHER):
-        with torch.inference_mode():
-            logits = unembedding(model).logits(final_norm(model, some))
-            rows = logits.log_softmax(-1).cpu()
-        yield from rows
-
-
-def _performance(task: Task, found: dict[str, Tensor], confidence: float) -> TaskPerformance:
-    difference = found["answer"] - found["wrong"]
-    samples = {
-        "accuracy": found["right"],
-        "top1": (found["rank"] == 1).float(),
-        "logit_diff": difference,
-        "probability_diff": found["answer"].exp() - found["wrong"].exp(),
-        "corrupted_logit_diff": found["corrupted_answer"] - found["corrupted_wrong"],
-    }
-    estimates = {}
-    for name, values in samples.items():
-        low, high = bootstrap_interval(values, confidence=confidence)
-        estimates[name] = (float(values.mean()), float(low), float(high))
-    shares = [len(each.answers) / (len(each.answers) + len(each.wrong)) for each in task.encoded]
-    return TaskPerformance(
-        model=describe(task.model),
-        task=task.name,
-        counterfactual=task.counterfactual,
-        clean=tuple(prompt.clean for prompt in task.prompts),
-        corrupted=tuple(prompt.corrupted for prompt in task.prompts),
-        answers=tuple(_texts(task, each.answers) for each in task.encoded),
-        wrong=tuple(_texts(task, each.wrong) for each in task.encoded),
-        answer_log_prob=found["answer"],
-        wrong_log_prob=found["wrong"],
-        corrupted_answer_log_prob=found["corrupted_answer"],
-        corrupted_wrong_log_prob=found["corrupted_wrong"],
-        rank=found["rank"],
-        right=found["right"].bool(),
-        estimates=estimates,
-        chance=sum(shares) / len(shares),
-        confidence=confidence,
-        seed=task.seed,
-    )
-
-
-def _texts(task: Task, ids: Sequence[int]) -> str:
-    return ", ".join(token_strings(task.model, torch.tensor(ids)))
