@@ -86,14 +86,19 @@ from mechlens.plots.logit_lens import plot_logit_lens as plot_logit_lens
 from mechlens.plots.logit_variance import plot_logit_variance as plot_logit_variance
 from mechlens.plots.patching import plot_head_effects as plot_head_effects
 from mechlens.plots.patching import plot_patch_grid as plot_patch_grid
+from mechlens.plots.task_circuits import plot_circuit_curve as plot_circuit_curve
+from mechlens.plots.task_circuits import plot_edge_graph as plot_edge_graph
 from mechlens.plots.tasks import plot_role_grid as plot_role_grid
 from mechlens.plots.tuned_lens import plot_tuned_lens as plot_tuned_lens
 from mechlens.results import AttentionPatterns as AttentionPatterns
 from mechlens.results import AttentionSpread as AttentionSpread
 from mechlens.results import AttributionPatchResult as AttributionPatchResult
 from mechlens.results import Circuit as Circuit
+from mechlens.results import CircuitCurve as CircuitCurve
 from mechlens.results import CircuitSummary as CircuitSummary
+from mechlens.results import ComponentSet as ComponentSet
 from mechlens.results import CompositionScores as CompositionScores
+from mechlens.results import EdgeEffects as EdgeEffects
 from mechlens.results import ExhaustiveSearch as ExhaustiveSearch
 from mechlens.results import Facts as Facts
 from mechlens.results import FeatureAlignment as FeatureAlignment
@@ -113,6 +118,7 @@ from mechlens.results import PositionalAttention as PositionalAttention
 from mechlens.results import RepeatedTokenPerformance as RepeatedTokenPerformance
 from mechlens.results import Result as Result
 from mechlens.results import RoleGrid as RoleGrid
+from mechlens.results import TaskCircuit as TaskCircuit
 from mechlens.results import TaskPerformance as TaskPerformance
 from mechlens.results import TunedLens as TunedLens
 from mechlens.results import VectorLens as VectorLens

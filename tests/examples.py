@@ -13,8 +13,11 @@ from mechlens.results import (
     AttentionSpread,
     AttributionPatchResult,
     Circuit,
+    CircuitCurve,
     CircuitSummary,
+    ComponentSet,
     CompositionScores,
+    EdgeEffects,
     ExhaustiveSearch,
     Facts,
     FeatureAlignment,
@@ -33,6 +36,7 @@ from mechlens.results import (
     PositionalAttention,
     RepeatedTokenPerformance,
     RoleGrid,
+    TaskCircuit,
     TaskPerformance,
     TunedLens,
     VectorLens,
@@ -616,6 +620,79 @@ def role_grid(**changes) -> RoleGrid:
     return dataclasses.replace(plain, **changes)
 
 
+def _of_task(n_prompts: int) -> dict[str, object]:
+    return {
+        "model": model(n_layers=1, n_heads=2),
+        "task": "ioi",
+        "counterfactual": "swap-subject",
+        "prompts": tuple("abcd"[:n_prompts]),
+        "by": "resample",
+        "metric": "logit_diff",
+        "full": torch.full((n_prompts,), 4.0),
+        "empty": torch.full((n_prompts,), -4.0),
+        "seed": 0,
+        "note": "",
+    }
+
+
+def component_set(**changes) -> ComponentSet:
+    """Half of the way from -4 to 4 is left."""
+    plain = ComponentSet(**_of_task(2), components=("L0H1",), kept=True, values=torch.tensor([-1.0, 1.0]))
+    return dataclasses.replace(plain, **changes)
+
+
+def task_circuit(**changes) -> TaskCircuit:
+    """Two heads of three components, 3/4 faithful; without L0H0 1/4, without L0H1 1/2."""
+    plain = TaskCircuit(
+        **_of_task(2),
+        components=("L0H0", "L0H1"),
+        n_possible=3,
+        kept=torch.tensor([2.0, 2.0]),
+        rest=torch.tensor([-4.0, -2.0]),
+        without=torch.tensor([[-2.0, -2.0], [0.0, 0.0]]),
+        random_kept=torch.tensor([[-4.0, -4.0], [0.0, 0.0]]),
+        random_rest=torch.tensor([[4.0, 4.0], [0.0, 0.0]]),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def edge_effects(**changes) -> EdgeEffects:
+    """One layer of two heads without an MLP; the embedding's edge to the key of L0H1 helps most."""
+    nan = torch.nan
+    plain = EdgeEffects(
+        **_of_task(2),
+        steps=1,
+        senders=("embed", "L0H0", "L0H1"),
+        receivers=("L0H0.q", "L0H1.q", "L0H0.k", "L0H1.k", "L0H0.v", "L0H1.v", "logits"),
+        effect=torch.tensor(
+            [
+                [0.0, 0.1, -0.2, -5.0, 0.3, -0.4, 0.5],
+                [nan, nan, nan, nan, nan, nan, 3.0],
+                [nan, nan, nan, nan, nan, nan, -4.0],
+            ]
+        ),
+        standard_error=torch.full((3, 7), 0.25),
+        node_standard_error=torch.full((3,), 0.5),
+        exact_edges=("embed->L0H1.k", "L0H0->logits", "L0H1->logits"),
+        exact=torch.tensor([-6.0, 2.0, -1.0]),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def circuit_curve(**changes) -> CircuitCurve:
+    """1, 2 and 4 of 4 edges: 0, 1/2 and all of the task; random sets 0, 0 and all."""
+    plain = CircuitCurve(
+        **_of_task(2),
+        ranking="edge attribution patching",
+        of_edges=True,
+        sizes=(1, 2, 4),
+        n_possible=4,
+        values=torch.tensor([[-4.0, -4.0], [-2.0, 2.0], [4.0, 4.0]]),
+        random=torch.tensor([[[-4.0, -4.0], [-4.0, -4.0], [4.0, 4.0]]]),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
 # -- features --------------------------------------------------------------------------------------
 
 MARKUP = "</script><b>&lt;$x$"
@@ -824,6 +901,7 @@ RESULTS = {
         *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
         *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
+        *("circuit_curve", "component_set", "edge_effects", "task_circuit"),
         *("variance", "vector_lens"),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )

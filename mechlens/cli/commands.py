@@ -91,6 +91,11 @@ COMMANDS = {
         "features:features", "Find what activates a feature.", "features exhaustive --layer 0:4 --feature 0:8"
     ),
     "task": Command("task:task", "Measure how well the model does a task.", "task ioi --model smollm2-135m"),
+    "task-circuit": Command(
+        "task:task_circuit",
+        "Find the edges that carry a task.",
+        "task-circuit ioi --model smollm2-135m --out ioi.html",
+    ),
     "models": Command(
         "models:models", "List known models, describe one, or verify models.", "models mechlens-books"
     ),

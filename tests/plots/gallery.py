@@ -10,8 +10,10 @@ import plotly.graph_objects as go
 import torch
 
 import mechlens
+from mechlens.models.run.graph import Graph
 from mechlens.results import (
     CompositionScores,
+    EdgeEffects,
     ExhaustiveSearch,
     FeatureAlignment,
     InputProbe,
@@ -26,6 +28,22 @@ from tests import examples
 
 WORDS = ("<|im_start|>", "The", "·E", "iffel", " Tower", " is", " in", " the", " city", " of")
 """What a model of the gallery reads: long tokens and short ones, as real texts have them."""
+
+
+def edges(info, n_layers: int, n_heads: int, draw: torch.Generator) -> EdgeEffects:
+    """A model's edges, a few of which have large effects."""
+    graph = Graph(n_layers, n_heads, n_heads, True, True)
+    effect = torch.randn(graph.possible.shape, generator=draw).pow(7).masked_fill(~graph.possible, math.nan)
+    return examples.edge_effects(
+        model=info,
+        senders=graph.senders,
+        receivers=graph.receivers,
+        effect=effect,
+        standard_error=effect.abs() / 8,
+        node_standard_error=torch.ones(len(graph.senders)),
+        exact_edges=(),
+        exact=torch.empty(0),
+    )
 
 
 def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
@@ -154,6 +172,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
             scale=0.5,
             normalized_positions=True,
         ),
+        "edges": edges(info, n_layers, n_heads, draw),
         "roles": examples.role_grid(
             model=info, layers=tuple(range(n_layers)), values=normal(2, n_layers, 2).pow(3), note="a note"
         ),
@@ -254,6 +273,8 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
         "head_graph": mechlens.plot_head_graph(made["composition"]),
         "positional": mechlens.plot_positional_attention(made["positional"]),
         "roles": mechlens.plot_role_grid(made["roles"]),
+        "circuit curve": mechlens.plot_circuit_curve(examples.circuit_curve()),
+        "edge graph": mechlens.plot_edge_graph(made["edges"]),
         "patch_layer": mechlens.plot_patch_grid(made["patch_layer"]),
         "patch_heads": mechlens.plot_patch_grid(grids),
         "patch_recovered": mechlens.plot_patch_grid(grids, value="recovered"),

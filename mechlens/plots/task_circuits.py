@@ -1,0 +1,212 @@
+"""The figures of a task's circuits: faithfulness by size, and the graph of the strongest edges."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from mechlens.arguments import check_counts, check_type
+from mechlens.plots.style import (
+    BLUE,
+    HEIGHT,
+    INK,
+    MUTED,
+    NO_TICKS,
+    TEMPLATE,
+    VERMILION,
+    WIDTH,
+    titles,
+    top_margin,
+)
+from mechlens.results import CircuitCurve, EdgeEffects
+from mechlens.results.task_circuits import SOURCES
+from mechlens.text.display import count, number
+
+
+def plot_circuit_curve(result: CircuitCurve) -> go.Figure:
+    """Draw faithfulness against the share of edges or components that are kept, with a logarithmic axis.
+
+    The solid line is the ranking, with 95% intervals over prompts; dotted lines are random rankings; the thin
+    line at 1 is the whole model.
+
+    Args:
+        result: from `Task.curve`.
+
+    Returns:
+        A plotly figure.
+
+    Raises:
+        TypeError: `result` is not a `CircuitCurve`.
+
+    Example:
+        >>> task = mechlens.load_task("agreement", model, n=4)
+        >>> found = task.curve(task.edges(), shares=(0.01, 0.1, 1), n_random=1)
+        >>> len(mechlens.plot_circuit_curve(found).data)
+        2
+    """
+    check_type("result", result, CircuitCurve)
+    table = result.to_dataframe()
+    unit = "edges" if result.of_edges else "heads and MLPs"
+    figure = go.Figure()
+    for at, draw in enumerate(result.random_faithfulness.tolist()):
+        figure.add_trace(
+            go.Scatter(
+                x=result.at,
+                y=draw,
+                name="random sets",
+                legendgroup="random",
+                showlegend=at == 0,
+                mode="lines",
+                line={"color": MUTED, "dash": "dot", "width": 1.5},
+                text=[f"random: faithfulness {number(value)}" for value in draw],
+                hoverinfo="text",
+            )
+        )
+    hovers = [
+        f"<b>{row['kept']:,} {unit}, {row['share']:.2%}</b><br>faithfulness {number(row['faithfulness'])}"
+        f"<br>95% interval {number(row['low'])} to {number(row['high'])}"
+        for row in table.to_dict("records")
+    ]
+    figure.add_trace(
+        go.Scatter(
+            x=result.at,
+            y=table["faithfulness"],
+            name="ranked",
+            mode="lines+markers",
+            line={"color": BLUE, "width": 2},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": table["high"] - table["faithfulness"],
+                "arrayminus": table["faithfulness"] - table["low"],
+                "color": BLUE,
+                "thickness": 1,
+            },
+            text=hovers,
+            hoverinfo="text",
+        )
+    )
+    figure.add_hline(1, line={"color": INK, "width": 1})
+    title = titles(
+        result.title,
+        f"ranked by {result.ranking}",
+        f"CPR {number(result.cpr)}, CMD {number(result.cmd)}; {count(len(result.prompts), 'prompt')}",
+        *([result.note] if result.note else []),
+    )
+    return figure.update_layout(
+        template=TEMPLATE,
+        title_text=title,
+        width=720,
+        height=380 + top_margin(title),
+        margin={"t": top_margin(title)},
+        xaxis={"title": {"text": f"share of {unit} kept"}, "type": "log", "dtick": 1, "tickformat": ".1~%"},
+        yaxis={"title": {"text": "faithfulness"}},
+    )
+
+
+def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True) -> go.Figure:
+    """Draw the most important edges of a task as a graph, from the embedding at the bottom to the logits.
+
+    An edge is as wide as its effect is large. Blue edges help: replacing one lowers the metric. Orange,
+    dashed edges hurt. Hover over the middle of an edge for its effect.
+
+    Args:
+        result: from `Task.edges`.
+        top: how many edges.
+        absolute: draw those with the largest effects either way; False draws those that help most.
+
+    Returns:
+        A plotly figure.
+
+    Raises:
+        TypeError: `result` is not an `EdgeEffects`.
+        ArgumentError: `top` is below 1.
+
+    Example:
+        >>> found = mechlens.load_task("agreement", model, n=4).edges()
+        >>> mechlens.plot_edge_graph(found, top=5).layout.yaxis.title.text
+        'layer'
+    """
+    check_type("result", result, EdgeEffects)
+    check_counts(top=top)
+    table = result.to_dataframe().set_index("edge")
+    edges = table.loc[list(result.top(top, absolute=absolute))].reset_index().to_dict("records")
+    n_layers, n_heads = result.model.n_layers, result.model.n_heads
+    ends = {name for row in edges for name in (row["sender"], _component(row["receiver"]))}
+    places = {name: _place(name, n_layers, n_heads) for name in ends}
+    largest = max(abs(row["effect"]) for row in edges) or 1.0
+    figure = go.Figure()
+    for row in edges:
+        (x0, y0), (x1, y1) = places[row["sender"]], places[_component(row["receiver"])]
+        size, helps = abs(row["effect"]) / largest, row["effect"] < 0
+        figure.add_trace(
+            go.Scatter(
+                x=[x0, (x0 + x1) / 2, x1],
+                y=[y0, (y0 + y1) / 2, y1],
+                mode="lines",
+                line={
+                    "width": 0.8 + 7 * size,
+                    "color": BLUE if helps else VERMILION,
+                    "dash": "solid" if helps else "dash",
+                },
+                opacity=0.35 + 0.5 * size,
+                text=[
+                    f"<b>{row['edge'].replace('->', ' → ')}</b>"
+                    f"<br>effect {number(row['effect'], signed=True)}"
+                    f"<br>standard error {number(row['standard_error'])}"
+                ]
+                * 3,
+                hoverinfo="text",
+                showlegend=False,
+            )
+        )
+    for name, (x, y) in places.items():
+        figure.add_annotation(
+            x=x,
+            y=y,
+            text=name,
+            showarrow=False,
+            font={"size": 11, "color": INK},
+            bgcolor="white",
+            bordercolor=MUTED,
+            borderpad=2,
+        )
+    low, high = min(y for _, y in places.values()), max(y for _, y in places.values())
+    title = titles(
+        f"{result.title}: the {len(edges)} {'largest effects' if absolute else 'that help most'}",
+        f"{result.method}; a replaced edge carries {SOURCES[result.by]}",
+        "blue: replacing the edge lowers the metric; orange, dashed: raises it",
+        *([result.note] if result.note else []),
+    )
+    return figure.update_layout(
+        template=TEMPLATE,
+        title_text=title,
+        width=min(WIDTH, 260 + 70 * (n_heads + 1)),
+        height=min(HEIGHT, 120 + top_margin(title) + 46 * max(6, round(high - low))),
+        margin={"t": top_margin(title)},
+        xaxis={
+            "title": {"text": "head"},
+            "range": [-0.7, n_heads + 0.7],
+            "tickvals": [*range(n_heads + 1)],
+            "ticktext": [*map(str, range(n_heads)), "MLP"],
+            **NO_TICKS,
+        },
+        yaxis={
+            "title": {"text": "layer"},
+            "range": [low - 0.6, high + 0.6],
+            "tickvals": [*range(0, n_layers, 1 if n_layers <= 12 else 5)],
+            **NO_TICKS,
+        },
+    )
+
+
+def _component(receiver: str) -> str:
+    """The component whose input it is."""
+    return receiver if receiver.endswith(".mlp") else receiver.partition(".")[0]
+
+
+def _place(name: str, n_layers: int, n_heads: int) -> tuple[float, float]:
+    """Where a component is drawn: a layer's MLP to the right of its heads, and a little above them."""
+    if name in ("embed", "logits"):
+        return n_heads / 2, -1.0 if name == "embed" else float(n_layers)
+    layer, _, rest = name[1:].partition("." if name.endswith(".mlp") else "H")
+    return (float(n_heads), int(layer) + 0.35) if rest == "mlp" else (float(rest), float(layer))
