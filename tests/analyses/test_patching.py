@@ -26,6 +26,7 @@ from mechlens.analyses.patching import (
 )
 from mechlens.models.load.loading import load_model
 from mechlens.models.protocol import engine_of
+from mechlens.models.run import patched_runs
 from mechlens.models.run.sites import SITES
 from mechlens.results import PatchGridResult
 from mechlens.text.prompts import RepeatedTokens
@@ -101,6 +102,42 @@ def test_heads_one_by_one_and_position_by_position(patch_model, site):
                 reference.run(patch_model, tokens, name.format(layer), every), tokens[0], read
             )
             assert float(whole.mean[layer, head]) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("site", ["z", "k", "pattern", "mlp_out"])
+@pytest.mark.parametrize("into", ["clean", "corrupted"])
+def test_runs_begin_at_the_first_token_that_differs(patch_model, site, into, monkeypatch):
+    """Before it both runs are the same, and what is patched is the run's own value."""
+    if not has(patch_model, site):
+        pytest.skip(f"no {site} here")
+    clean, shared = tokens_for(), 6
+    corrupted = torch.cat([clean[:, :shared], tokens_for(1)[:, shared:]], 1)
+    assert bool(clean[0, shared] != corrupted[0, shared])
+    experiment = Patching(patch_model, clean, corrupted)
+    with monkeypatch.context() as patch:
+        begun = []
+        groups = patched_runs._groups
+
+        def noted(*given, **options):
+            for start, which in groups(*given, **options):
+                begun.append(start)
+                yield start, which
+
+        patch.setattr(patched_runs, "_groups", noted)
+        found = experiment.grid(site, into=into, over=("layer",))
+    assert set(begun) == {shared}
+    own, other = (clean, corrupted) if into == "clean" else (corrupted, clean)
+    _, cache = reference.cache_of(patch_model, other)
+    for layer in range(2):
+        name = SITES[site].format(layer)
+
+        def patch(activation, there=cache[name][0]):
+            activation[:] = there
+
+        expected = reference.loss(reference.run(patch_model, own, name, patch), clean[0], range(LENGTH - 1))
+        assert float(found.mean[layer]) == pytest.approx(expected, abs=2e-5)
+    same = Patching(patch_model, clean, clean).grid(site, into=into, over=("layer",))
+    assert same.effect.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("site", ["pattern", "attn_scores"])

@@ -72,7 +72,7 @@ def _parts(spec: GridSpec, done: _Progress, notes: list[str]) -> Iterator[int]:
             notes.append(f"patches were whole runs: {runs.why}")
         if values_of is None:
             values_of = spec.source.values(experiment.model, spec.site, spec.cells.layers)
-        patches = spec.patches(values_of(own, other, index), left)
+        patches = spec.patches(values_of(own, other, index), left, own, other)
         for part in runs.run(patches, token_budget=experiment.token_budget):
             found = readout.of_rows(part.final, part.start, own.final)
             done.note(index, left[part.which], found.cpu())

@@ -19,6 +19,7 @@ from mechlens.arguments import check_counts, chosen, names_of
 from mechlens.errors import ArgumentError
 from mechlens.measures.hashing import content_hash
 from mechlens.models.protocol import LensModel, describe
+from mechlens.models.run.clean_run import CleanRun
 from mechlens.models.run.forward import check_tokens
 from mechlens.models.run.patched_runs import Patches, check_site
 from mechlens.models.run.properties import key_value_heads
@@ -162,9 +163,15 @@ class GridSpec:
         """The hooks that values are read from in the run that is patched, or in the other one."""
         return () if own == self.source.reads_other else self.source.keep(self.site, self.cells.layers)
 
-    def patches(self, values: Values, left: Int[Tensor, " patch"]) -> Patches:
+    def patches(
+        self, values: Values, left: Int[Tensor, " patch"], own: CleanRun, other: CleanRun
+    ) -> Patches:
         """One patch for each cell that is left to do, by its number."""
-        return self.cells.patches(self.site, values, self.weight, left)
+        same = 0
+        if self.source.reads_other:
+            # up to the first token that differs, both runs have the same activations
+            same = int((own.tokens != other.tokens)[0].int().cummax(0).values.eq(0).sum())
+        return self.cells.patches(self.site, values, self.weight, left, same)
 
     def fields(self) -> dict[str, Any]:
         """What every result says about the grid."""
@@ -283,11 +290,17 @@ class Cells:
             return slice(None)
         return [each for at, each in self.heads if at == layer]
 
-    def patches(self, site: str, values: Values, weight: float, left: Int[Tensor, " patch"]) -> Patches:
-        """One patch for each cell that is left to do, by its number."""
+    def patches(
+        self, site: str, values: Values, weight: float, left: Int[Tensor, " patch"], same: int
+    ) -> Patches:
+        """One patch for each cell that is left to do, by its number.
+
+        Args:
+            same: positions at the beginning whose values are the run's own.
+        """
         every = list(itertools.product(*self._by_axis))
         cells = [every[index] for index in left.tolist()]
-        first = 0 if "pos" in self.axes or self.positions is None else min(self.positions)
+        first = same if self.positions is None else min(self.positions)
 
         def place(layer: int, head: int, position: int, start: int) -> tuple[Any, ...]:
             """The positions and heads of a cell, as an index of activations from `start` on."""
