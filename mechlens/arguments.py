@@ -1,4 +1,4 @@
-"""Check and convert arguments. Every error names the argument, what it must be and what was passed."""
+"""Check and convert arguments. Every error names the argument, what it must be, and what was passed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_reals(**given: Any) -> None:
 
 
 def check_between(name: str, value: Any, low: float, high: float) -> None:
-    """Check that a number lies in a range, both ends included."""
+    """Check that a number is in a range, ends included."""
     check_reals(**{name: value})
     if not low <= value <= high:
         raise ArgumentError(name, f"between {low:g} and {high:g}", value)
@@ -76,8 +76,8 @@ def seeds_of(seeds: Any) -> tuple[int, ...]:
     """Distinct seeds as a tuple of plain ints.
 
     Raises:
-        TypeError: not a list of integers, such as a single number.
-        ArgumentError: there are none, one is negative, or one occurs twice.
+        TypeError: not a list of integers (a single number is not a list).
+        ArgumentError: the list is empty, a seed is negative, or a seed is repeated.
     """
     if isinstance(seeds, (str, bytes)) or not isinstance(seeds, (Iterable, Tensor)):
         raise TypeError(f"seeds must be a list of integers such as range(5) or [0], got {seeds!r}")
@@ -93,11 +93,11 @@ def names_of(what: str, given: Any, known: Sequence[str], *, may_be_empty: bool 
     """One or more of the known names, as a tuple; a single string counts as one name.
 
     Args:
-        what: what the names are called in errors, in the singular, such as `score`.
+        what: what errors call a name, in the singular, such as `score`.
 
     Raises:
         TypeError: neither a string nor a list.
-        ValueError: there are none, or one is unknown; the error suggests the closest known name.
+        ValueError: no names, or an unknown one; the error suggests the closest known name.
     """
     names = (given,) if isinstance(given, str) else given
     if not isinstance(names, Iterable):
@@ -124,8 +124,7 @@ def chosen(what: str, given: Sequence[SupportsIndex] | SupportsIndex | None, cou
 
     Raises:
         TypeError: not an integer, a list of integers or a mask.
-        ValueError: nothing is selected, an index is out of range or occurs twice, or a mask has another
-            length.
+        ValueError: nothing is selected, an index is out of range or repeated, or a mask has the wrong length.
     """
     if given is None:
         return tuple(range(count))
@@ -133,7 +132,7 @@ def chosen(what: str, given: Sequence[SupportsIndex] | SupportsIndex | None, cou
     if mask is not None:
         given = [index for index, wanted in enumerate(mask) if wanted]
     try:
-        # convert numpy integers and tensors too, because results save these values
+        # plain ints, because results save these values
         if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
             given = (given,)  # type: ignore[assignment]
         indices = tuple(whole_number(what, index) for index in given)  # type: ignore[union-attr]
@@ -170,7 +169,7 @@ def _as_mask(what: str, given: Any, count: int) -> list[bool] | None:
 
 
 def check_type(name: str, value: Any, *types: type) -> None:
-    """Check an argument's type, such as that a figure gets the result it draws."""
+    """Check an argument's type."""
     if not isinstance(value, types):
         wanted = " or ".join(_one(each) for each in types)
         plain = value is None or isinstance(value, (str, int, float))
@@ -178,13 +177,13 @@ def check_type(name: str, value: Any, *types: type) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Check that a model was passed, and not, for example, its name."""
+    """Check that a model was passed, not its name, for example."""
     if not (hasattr(model, "cfg") and hasattr(model, "tokenizer")):
         raise not_a_model(model)
 
 
 def not_a_model(given: Any) -> TypeError:
-    """The error for an argument that should be a TransformerLens model."""
+    """The error for an argument that should be a model."""
     kind = f"{type(given).__module__}.{type(given).__qualname__}".removeprefix("builtins.")
     return TypeError(
         f"model must be a HookedTransformer or a TransformerBridge, got {kind}: "

@@ -1,4 +1,4 @@
-"""The errors that callers may want to catch. Importing it imports nothing heavy."""
+"""The errors that callers may want to catch. Importing this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ArgumentError(ValueError):
 
     Args:
         name: the argument's name, such as `top_k`.
-        needs: what it must be, such as `at least 1`.
+        needs: what the argument must be, such as `at least 1`.
         got: the value that was passed.
-        hint: what to do, or why.
+        hint: what to do, or why the value is invalid.
 
     Example:
         >>> raise mechlens.ArgumentError("top_k", "at least 1", 0)
@@ -36,7 +36,7 @@ class ArgumentError(ValueError):
 
 
 class ModelLoadError(ValueError):
-    """A model cannot be loaded. The message says why and what to do.
+    """A model cannot be loaded. The message explains why and what to do.
 
     Example:
         >>> try:

@@ -1,6 +1,6 @@
 """Write files atomically: completely or not at all.
 
-Importing it imports nothing heavy, so a command can check its output file at once.
+Importing this module imports nothing heavy, so a command can check its output file at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary file in the folder of `target`, and rename it to `target` if the block succeeds.
+    """Yield a temporary file in the same folder, and rename it to `target` if the block succeeds.
 
     At every moment, `target` is either the old file or the complete new one.
 
@@ -42,7 +42,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def check_writable(target: Path) -> None:
-    """Check that a file can be written, before the work whose result it will hold.
+    """Check that a file can be written before doing the work whose result goes into it.
 
     Raises:
         OSError: it cannot be written; the error names `target`.
@@ -56,7 +56,7 @@ def check_writable(target: Path) -> None:
 
 
 def _file_beside(target: Path) -> Path:
-    """A new file in the folder of `target`, with a name that is not too long."""
+    """A new file in the same folder as `target`, with a name that is not too long."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=".part")
     os.close(handle)
     return Path(name)
@@ -67,7 +67,7 @@ def _is_about(error: OSError, part: Path | None) -> bool:
 
 
 def _named(error: OSError | SafetensorError, target: Path) -> OSError:
-    """The same error about `target`. Safetensors gives the system's error number only in its message."""
+    """The same error, about `target`. Safetensors gives the system's error number only in its message."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])

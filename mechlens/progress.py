@@ -1,4 +1,4 @@
-"""Progress bars: shown in terminals and notebooks, not where output is redirected."""
+"""Progress bars: shown in terminals and notebooks, hidden when output is redirected."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 
 _hidden = ContextVar("hidden", default=False)
 DELAY = 1.0
-"""Seconds before a bar appears that was not explicitly asked for."""
+"""Seconds before a bar appears, unless it was explicitly asked for."""
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Show no bar inside, except where one is asked for by name."""
+    """Show no bars in this context, except those explicitly asked for."""
     token = _hidden.set(True)
     try:
         yield
@@ -31,8 +31,8 @@ def progress_bar(
     """A progress bar over an iterable, or one to update by hand.
 
     Args:
-        progress: whether to show it. None shows it in terminals and Jupyter for work that takes longer than a
-            second, and removes it at the end.
+        progress: whether to show the bar. None shows it in terminals and Jupyter if the work takes longer
+            than a second, and removes it at the end.
     """
     if progress is None:
         options |= {"delay": DELAY, "leave": False}
@@ -45,21 +45,21 @@ def announce(text: str, *, seconds: float, progress: bool | None) -> None:
 
     Args:
         seconds: how long the work will take; with `progress=None`, short work is not announced.
-        progress: as for `progress_bar`.
+        progress: as in `progress_bar`.
     """
     if progress or (progress is None and seconds > DELAY and _is_watched()):
         tqdm.write(text, file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """A time in words: in seconds below a minute, else in minutes."""
+    """A time in words: in seconds if under a minute, otherwise in minutes."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.{0 if seconds >= 600 else 1}f} minutes"
 
 
 def _is_watched() -> bool:
-    """Whether this is Jupyter or standard error is a terminal, and bars are not hidden."""
+    """Whether bars are not hidden, and this is Jupyter or standard error is a terminal."""
     if _hidden.get():
         return False
     python = sys.modules.get("IPython")

@@ -1,1 +1,1 @@
-"""Model and tokens in, a result out: one file per question."""
+"""One file per question: takes a model and tokens, returns a result."""

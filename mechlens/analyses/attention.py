@@ -23,15 +23,15 @@ def attention_patterns(
     Args:
         prompt: a text, or the token ids of one sequence.
         heads: one head or several, each as `"L5H5"`, `"5.5"` or `(5, 5)`.
-        cache: an `ActivationCache` of this sequence. With it, the model is not run.
-        prepend_bos: for a text, whether to prepend BOS; None does so if the tokenizer has one.
+        cache: an `ActivationCache` of this sequence. If given, the model is not run.
+        prepend_bos: whether to prepend BOS to a text; None prepends it if the tokenizer has one.
 
     Returns:
         Attention after softmax, `[head, dest, src]`, in [0, 1]; each row sums to 1.
 
     Raises:
-        ValueError: no heads, a head that the model does not have, more than one sequence, or a cache of
-            another length.
+        ValueError: no heads, a head that the model does not have, more than one sequence, or a cache of the
+            wrong length.
 
     Example:
         >>> found = mechlens.attention_patterns(model, "Mr. Pickwick met Mr. Winkle.", ["L0H3", (1, 2)])

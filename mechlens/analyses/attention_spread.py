@@ -14,18 +14,18 @@ from mechlens.text.tokens import all_bos
 
 
 def attention_spread(model: LensModel, prompt: Prompt, *, prepend_bos: bool | None = None) -> AttentionSpread:
-    """Measure how widely each head spreads its attention: entropy, distance, and rest on the first token.
+    """Measure how widely each head spreads its attention.
 
     Args:
-        prompt: text, or token ids, one sequence or several of one length.
-        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        prompt: text, or token ids of one or several sequences of the same length.
+        prepend_bos: whether to prepend BOS to a text; None prepends it if the tokenizer has one.
 
     Returns:
         Mean entropy (nats), distance (tokens) and first-token attention of every head.
 
     Raises:
         TypeError: not a model.
-        ValueError: fewer than two tokens, or more than the context holds.
+        ValueError: fewer than two tokens, or more than fit in the context.
 
     Example:
         >>> found = mechlens.attention_spread(model, "Mr. Pickwick met Mr. Winkle.")
@@ -33,7 +33,7 @@ def attention_spread(model: LensModel, prompt: Prompt, *, prepend_bos: bool | No
         torch.Size([4, 6, 3])
 
     References: Clark et al. 2019, "What Does BERT Look At?", arXiv:1906.04341 (entropy of attention heads).
-    Cost: one forward pass up to the last layer's pattern.
+    Cost: one forward pass up to the last layer's attention pattern.
     """
     info = describe(model)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)

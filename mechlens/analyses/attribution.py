@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each component adds to the logit of a token."""
+"""Direct logit attribution: what each component adds directly to the logit of a token."""
 
 from __future__ import annotations
 
@@ -41,41 +41,41 @@ def direct_logit_attribution(
 ) -> LogitAttribution:
     """Split the logit of a token, or a difference of two logits, into what each component adds directly.
 
-    Each component adds a vector to the residual stream, and the logit is linear in that vector if the scale
-    of the last norm is held at its value in this run; so is the scale of a norm between a head and the stream
-    (Gemma-2). What a component does through later components counts as theirs.
+    Each component adds a vector to the residual stream. The logit is linear in that vector if the scale of
+    the final norm is frozen at its value in this run, and likewise the scale of any norm between a head and
+    the stream (Gemma-2). A component's effect through later components is credited to those components.
 
-    Processing moves value biases from the heads into `L0 bias` and the like, and the last norm's bias into
-    `b_U`. It also subtracts from every logit its mean over the vocabulary, so only differences of logits
-    agree between processed and raw weights.
+    Weight processing moves value biases from the heads into `L0 bias` and so on, and the final norm's bias
+    into `b_U`. It also centers the logits over the vocabulary, so only logit differences agree between
+    processed and raw weights.
 
     Args:
-        prompt: texts or token ids `[batch, pos]`, all rows of one length; ids are used as they are.
+        prompt: texts or token ids `[batch, pos]`, all rows of the same length; ids are used as they are.
         targets: the token to explain at every position, as a text of one token or an id; or one id per
             position of the prompt, such as `tokens.roll(-1, -1)` for the next tokens (the last position has
-            none). None is the model's own most likely token at each position.
+            none). None takes the model's most likely token at each position.
         against: the token whose logit is subtracted, in the same forms; None subtracts nothing.
         positions: positions to read, negative ones from the end; None reads all.
-        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
+        prepend_bos: whether to prepend BOS to texts; None prepends it if the tokenizer has one.
 
     Returns:
-        Contributions `[component, batch, read]` in logits, whose sum is the model's logit before a soft-cap.
+        Contributions `[component, batch, read]` in logits. They sum to the model's logit before any soft-cap.
 
     Raises:
         ValueError: a target is not one token or not one id per position, a position is out of range, or the
-            prompt is longer than the context; the model's logits are more than its last norm, `W_U`, `b_U`
-            and a soft-cap, or it adds something else to its stream, so that contributions would not sum to
-            the logit.
+            prompt is longer than the context; or the contributions would not sum to the logit, because the
+            logits involve more than the final norm, `W_U`, `b_U` and a soft-cap, or because the model adds
+            something else to its stream.
 
     Example:
         >>> found = mechlens.direct_logit_attribution(model, "The captain of the", " ship", positions=[-1])
         >>> torch.allclose(found.contributions.sum(0), found.logit, atol=1e-3)
         True
 
-    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and TransformerLens's
-    `ActivationCache.logit_attrs`, which takes the learned scale of a norm only from processed weights.
-    Cost: one forward pass, another where `targets` is None, and for each head's output one product with its
-    `W_O`. No `[head, pos, d_model]` tensor exists.
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". TransformerLens's
+    `ActivationCache.logit_attrs` includes a norm's learned scale only if the weights are processed.
+    Cost: one forward pass, another if `targets` is None, and for each head one product with its `W_O`. No
+    `[head, pos, d_model]` tensor is created.
     """
     info = describe(model)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
@@ -120,7 +120,7 @@ def _ids(
     if ids.shape != tokens.shape:
         raise ValueError(
             f"{name} needs one id for every position of the prompt, {tuple(tokens.shape)}, got "
-            f"{tuple(target.shape)}: give one token as a text or an int, or choose positions with `positions`"
+            f"{tuple(target.shape)}: give one token as a text or an int, or select positions with `positions`"
         )
     for extreme in (ids.min(), ids.max()):
         target_id(model, int(extreme))
@@ -157,7 +157,7 @@ def _final_name(model: LensModel) -> str:
 def _top(
     model: LensModel, tokens: Int[Tensor, "batch pos"], read: Sequence[int]
 ) -> Int[Tensor, "batch read"]:
-    """The model's own most likely tokens."""
+    """The model's most likely tokens."""
     kept: list[Tensor] = []
     watch(model, tokens, {_final_name(model): lambda resid: kept.append(resid[:, list(read)])})
     with torch.inference_mode():
@@ -173,7 +173,7 @@ def _attribute(
     against: Int[Tensor, "batch read"] | None,
     n_components: int,
 ) -> tuple[Float[Tensor, "component batch read"], Float[Tensor, "batch read"]]:
-    """What each component adds, in the order of `_components`, and the logits that they sum to."""
+    """What each component adds, in the order of `_components`, and the logits these sum to."""
     pairs = torch.stack([targets, targets if against is None else against], dim=-1).flatten(0, 1)
     # one direction for each distinct pair of tokens, often a single one
     unique, which = pairs.to(model.W_U.device).unique(dim=0, return_inverse=True)
@@ -201,7 +201,7 @@ def _attribute(
         values, norm = z[:, where].float(), attention_out_affine(model, layer)
         W_O, b_O = output_weights(model, layer), output_bias(model, layer)
         seen = directions if norm is None else before_norm(model, directions, norm[0])
-        # by head and coordinate of z, one for each pair of tokens
+        # for each pair of tokens, by head and coordinate of z
         through = einsum(seen, W_O, "pair d_model, head d d_model -> pair head d")
         heads = einsum(values, through[which], "batch read head d, batch read head d -> head batch read")
         bias = (seen @ b_O)[which]
@@ -236,7 +236,7 @@ def _attribute(
         normed = final_norm(model, final.to(model.W_U.dtype)).float()
         logit = torch.linalg.vecdot(normed, columns[which]) + biases[which]
     _check_sum(model, contributions, logit, directions.norm(dim=-1)[which])
-    # what leaves inference mode can be computed with
+    # clones made outside inference mode are ordinary tensors
     return contributions.cpu().clone(), logit.cpu().clone()
 
 
@@ -246,12 +246,12 @@ def _check_sum(
     logit: Float[Tensor, "batch read"],
     size: Float[Tensor, "batch read"],
 ) -> None:
-    """Refuse contributions that do not sum to the logit, up to rounding in the model's own dtype."""
+    """Raise if contributions do not sum to the logit, up to rounding in the model's dtype."""
     off = (contributions.sum(0) - logit).abs()
-    # each sum is rounded relative to its largest terms; 16, because several hundred are added
+    # rounding is relative to the largest terms; 16, because several hundred are summed
     allowed = 16 * torch.finfo(model.W_U.dtype).eps * (contributions.abs().sum(0) + size)
     worst = (off - allowed).argmax()
-    # a logit that is nan has parts that are nan
+    # the parts of a nan logit are nan
     if not bool(((off <= allowed) | logit.isnan()).all()):
         raise ValueError(
             "this model adds something to its residual stream besides embeddings, heads, their biases and "

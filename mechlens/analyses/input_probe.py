@@ -1,5 +1,4 @@
-"""Reading the input back: linear maps from the residual stream to the embedding of the token at the
-position."""
+"""Recovering the input: linear maps from the residual stream to the embedding of the current token."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from mechlens.text.tokens import all_bos, own_bos_token_id
 
 BASES = ("pca", "nmf")
 ELEMENTS = 64
-"""Elements of a basis by default, where the model is wide enough."""
+"""Elements of a basis by default, if the model is wide enough."""
 
 
 def probe_input(
@@ -43,38 +42,38 @@ def probe_input(
     null_draws: int = 100,
     seed: int = 0,
 ) -> InputProbe:
-    """Fit linear maps from each layer's residual stream back to the embedding of the token at the position.
+    """Fit linear maps from each layer's residual stream back to the embedding of the current token.
 
-    A map `x @ M + b` is the least-squares fit of the token's row of `W_E` to the stream x at its position.
-    There is a map for each row, and a shared one, fitted to the streams of all rows together. A token is
-    recovered if its embedding is nearest to `x @ M + b`. Positions that hold BOS are left out.
+    A map `x @ M + b` is the least-squares prediction of the token's row of `W_E` from the stream `x` at its
+    position. There is one map per row (the embedding and each layer), and a shared one, fitted to all rows
+    together. A token is recovered if its embedding is the nearest to `x @ M + b`. BOS positions are left out.
 
-    The result compares each map, read as logits, with `W_E` and `W_U`, and where in the stream it reads with
-    what matters in `W_E`; see `InputProbe` for the definitions. Each number comes with that of random maps
-    with the same singular values.
+    The result compares each map, read as logits, with `W_E` and `W_U`. It also compares the directions of
+    the stream that the map reads with those that matter in `W_E`; see `InputProbe` for the definitions. Each
+    number is given alongside its value for random maps with the same singular values.
 
     Args:
         corpus: a path, or several as `Path`s, to `.txt`, `.jsonl` or `.jsonl.gz` files or folders of them; an
             iterable of texts (a single text in a list); token ids `[window, pos]`; or the windows of
-            `token_windows`, which chooses their length and BOS. The first windows train, those after them are
-            held out.
+            `token_windows`, which sets their length and BOS. The first windows are for training, the next
+            ones are held out.
         per_layer: whether to fit a map for each row as well as the shared one.
-        bases: bases of `W_E` in which to recover the token besides its coordinates: `pca`, `nmf`, both or
-            none. A mapping such as `{"pca": 16}` says how many elements each has; else 64, or `d_model` if it
-            is less.
-        train_tokens: positions to fit to, rounded up to whole windows.
-        held_out_tokens: positions to measure on, likewise.
+        bases: bases of `W_E` in which to recover the token, besides the standard one: `pca`, `nmf`, both or
+            none. A mapping such as `{"pca": 16}` sets the number of elements of each; the default is 64, or
+            `d_model` if that is less.
+        train_tokens: positions to fit on, rounded up to whole windows.
+        held_out_tokens: positions to evaluate on, likewise.
         ridge: added to the diagonal of the stream's covariance, in units of its mean variance; 0 takes the
-            solution of least norm.
-        null_draws: random maps of each null, at least 2.
-        seed: of the random maps, the factorization and the bootstrap.
+            minimum-norm solution.
+        null_draws: random maps for each null, at least 2.
+        seed: for the random maps, the factorization and the bootstrap.
 
     Returns:
-        Accuracy, R², similarities and weights per row, beside their nulls; and the maps.
+        Accuracy, R², similarities and weights per row, with their nulls, and the maps.
 
     Raises:
-        ArgumentError: an argument is out of range.
-        ValueError: training positions are not more than `d_model`, or the corpus ends too early.
+        ArgumentError: an argument is out of range, or `train_tokens` is not above `d_model + 1`.
+        ValueError: the corpus is too short.
 
     Example:
         >>> text = mechlens.sample_tokens(model, batch=32, seq_len=16)
@@ -83,12 +82,10 @@ def probe_input(
         ('per_layer', 'shared')
 
     References: Hubinger and nostalgebraist, comments on "interpreting GPT: the logit lens", 2020. The
-        definitions
-    of similarity, weight and their nulls are ours.
+    definitions of similarity, weight and their nulls are ours.
     Cost: one forward pass over the corpus; float64 moments of `d_model x (d_model + targets)` per row; one
-        product
-    of the held-out positions with `W_E` per row and map; two QR decompositions per random map; and for `nmf`
-    up to 600 iterations on the 8192 most frequent tokens.
+    product of the held-out positions with `W_E` per row and map; two QR decompositions per random map; and
+    for `nmf` up to 600 iterations on the 8192 most frequent tokens.
     """
     info, W_E = describe(model), model.W_E
     d_vocab, d_model = W_E.shape
@@ -101,7 +98,7 @@ def probe_input(
     n_train, n_held_out = (int(_counted(tokens, bos).sum()) for tokens in (train, held_out))
     if n_train <= d_model + 1:
         needs = f"more than {d_model + 1} (d_model + 1)"
-        raise ArgumentError("train_tokens", needs, n_train, "many times that, for a map that holds elsewhere")
+        raise ArgumentError("train_tokens", needs, n_train, "use many times that for a map that generalizes")
     counts = train[_counted(train, bos)].bincount(minlength=d_vocab)
     # mps has no float64, which the moments need
     place = W_E.device if W_E.device.type != "mps" else torch.device("cpu")
@@ -134,7 +131,7 @@ def probe_input(
 
 
 def _parts_of(made: Sequence[Basis], fits: Mapping[str, Fit]) -> dict[str, dict[str, Tensor]]:
-    """The maps and the bases, by field of the result and basis."""
+    """The maps and the bases, by result field and basis."""
     means = torch.cat([basis.mean for basis in made])
     return {
         "weights": by_basis(made, torch.stack([fit.M for fit in fits.values()])),
@@ -164,7 +161,7 @@ def _sizes(bases: Sequence[str] | Mapping[str, int], most: int) -> dict[str, int
 
 
 def _first(windows: Iterator[Tensor], name: str, count: int, bos: int | None) -> Int[Tensor, "window pos"]:
-    """Windows until they have as many positions as are wanted."""
+    """Enough windows for `count` positions, not counting BOS."""
     check_counts(**{name: count})
     kept: list[Tensor] = []
     have = 0
@@ -191,17 +188,17 @@ def _narrow(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclasses.dataclass
 class _Reading:
-    """The counted positions of some windows."""
+    """The positions of some windows, without BOS."""
 
     window: Int[Tensor, " n"]
-    """Which window each is in."""
+    """Which window each position is in."""
     ids: Int[Tensor, " n"]
     targets: Float[Tensor, "n target"]
-    """Coefficients of each token in all bases, side by side, in float64."""
+    """Each token's coefficients in all bases, concatenated, in float64."""
 
 
 class _Probe:
-    """Reads the residual stream of a model, and fits and tries maps on it."""
+    """Reads a model's residual stream, and fits and evaluates maps on it."""
 
     def __init__(self, model: LensModel, made: Sequence[Basis], bos: int | None, bar: Any) -> None:
         self.model, self.made, self.bos, self.bar = model, made, bos, bar
@@ -214,8 +211,7 @@ class _Probe:
         windows: Int[Tensor, "window pos"],
         reader: Callable[[str, Float[Tensor, "n d_model"], _Reading], None],
     ) -> None:
-        """Hand the stream of every row at the counted positions to `reader(row, stream, reading)`, in
-        float64."""
+        """Call `reader(row, stream, reading)` with every row's stream, without BOS positions, in float64."""
         done = 0
         for tokens in parts(windows):
             counted = _counted(tokens, self.bos)
@@ -235,7 +231,7 @@ class _Probe:
             self.bar.update(len(tokens))
 
     def fit(self, train: Int[Tensor, "window pos"], per_layer: bool, ridge: float) -> dict[str, Fit]:
-        """By name of the fit: the rows, where they have maps of their own, and `shared`."""
+        """The fits by name: each row, if `per_layer`, and `shared`."""
         targets = sum(basis.coefficients.shape[1] for basis in self.made)
         names = [*(self.rows if per_layer else ()), "shared"]
         moments = {name: Moments(self.model.cfg.d_model, targets, self.place) for name in names}
@@ -251,7 +247,7 @@ class _Probe:
     def recover(
         self, held_out: Int[Tensor, "window pos"], fits: Mapping[str, Fit], n_held_out: int, seed: int
     ) -> dict[str, dict[str, Tensor]]:
-        """How well the maps recover held-out tokens: by field of the result and basis."""
+        """How well the maps recover held-out tokens, by result field and basis."""
         index, n_maps = list(self.rows), 1 if len(fits) == 1 else 2
         shape = n_maps, len(index)
         hits = {

@@ -1,4 +1,4 @@
-"""Whether the logits of improbable tokens vary more over layers than those of probable ones."""
+"""Whether the logits of improbable tokens vary more across layers than those of probable tokens."""
 
 from __future__ import annotations
 
@@ -31,45 +31,45 @@ def logit_variance(
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> LogitVariance:
-    """Compare how much the lens's logits vary over layers, for finally improbable and probable tokens.
+    """Compare how much logit-lens logits vary across layers between finally probable and improbable tokens.
 
-    The conjecture: the directions of tokens that a context rules out are used for other purposes in the
-    middle layers, and "smoothly subtracted out at the end". Then their logits vary more over layers than
-    those of probable tokens, and more than the logits of the same tokens at other positions, and the excess
-    vanishes at the end.
+    The conjecture: the directions of tokens that the context rules out are used for other purposes in the
+    middle layers, and "smoothly subtracted out at the end". Then the logits of these tokens vary more across
+    layers than those of probable tokens, and more than those of the same tokens at other positions, and the
+    excess vanishes at the end.
 
-    Logits are those of the lens with the decoder `final_norm`, before a soft-cap and centered over the
-    vocabulary, because a constant in all of them changes no prediction.
+    Logits are those of the lens with the decoder `final_norm`, before any soft-cap. They are centered over
+    the vocabulary, because adding a constant to all of them changes no prediction.
 
     Args:
-        prompt: texts or token ids `[batch, pos]`, all rows of one length; ids are used as they are.
-        bins: the last final rank of each bin, increasing; the last bin extends to the end of the vocabulary.
-            None is 1, 10, 100 and so on, so that the first bin is the model's own guess.
+        prompt: texts or token ids `[batch, pos]`, all rows of the same length; ids are used as they are.
+        bins: tokens are binned by their rank in the final prediction: the last rank of each bin, increasing.
+            A further bin takes the rest of the vocabulary. None is 1, 10, 100 and so on, so the first bin is
+            the model's top token.
         positions: positions to read, negative ones from the end; None reads all. In many models the first
             position is an outlier.
         nulls: number of random assignments of tokens to bins, at least 1.
-        seed: of these, and of the other position by whose ranks tokens are binned for comparison.
-        prepend_bos: for texts: None prepends BOS where the tokenizer has one.
+        seed: for these, and for drawing the other positions whose ranks bin the tokens for comparison.
+        prepend_bos: whether to prepend BOS to texts; None prepends it if the tokenizer has one.
 
     Returns:
-        Variance over layers of each bin in logits², beside random bins and ranks at another position; and
-        mean, spread and distance from the final logit by layer.
+        Variance across layers for each bin, in logits², with that for random bins and for ranks at another
+        position; and mean, spread and distance from the final logit by layer.
 
     Raises:
-        ArgumentError: bins do not increase or lie outside the vocabulary, or `nulls` is below 1.
+        ArgumentError: bins do not increase or are outside the vocabulary, or `nulls` is below 1.
         ValueError: a position is out of range, the prompt is longer than the context, or the model's logits
-            are more than its last norm, `W_U`, `b_U` and a soft-cap.
+            involve more than its final norm, `W_U`, `b_U` and a soft-cap.
 
     Example:
         >>> found = mechlens.logit_variance(model, "The captain of the ship", nulls=2)
         >>> found.labels
         ('1', '2-10', '11-100', '101-1000', '1001-2048')
 
-    References: a comment on nostalgebraist 2020, "interpreting GPT: the logit lens", which leaves open how to
-        test the
-    conjecture; the measure is ours.
-    Cost: one forward pass, one product with `W_U` per row and one more, a sort of the vocabulary and `nulls`
-    passes over it per position; no `[row, pos, d_vocab]` tensor beyond a chunk of positions.
+    References: a comment on nostalgebraist 2020, "interpreting GPT: the logit lens", makes the conjecture but
+    proposes no test; the measure is ours.
+    Cost: one forward pass, one product with `W_U` per row and one more, and, per position, a sort of the
+    vocabulary and `nulls` passes over it. `[row, pos, d_vocab]` tensors cover a chunk of positions at most.
     """
     info = describe(model)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
@@ -126,7 +126,7 @@ def _bins(ends: Sequence[int] | None, d_vocab: int) -> tuple[tuple[int, int], ..
 
 
 def _others(count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
-    """For each of several vectors another one at random: never itself, and each once."""
+    """A random cyclic permutation, so that no vector is its own partner."""
     around = torch.randperm(count, generator=generator)
     others = torch.empty_like(around)
     others[around] = around.roll(1)

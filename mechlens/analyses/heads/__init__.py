@@ -1,1 +1,1 @@
-"""Repeated random tokens: how well a model predicts the second copy, and which attention heads do it."""
+"""Repeated random tokens: how well a model predicts the second copy, and which heads are responsible."""

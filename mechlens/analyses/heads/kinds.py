@@ -1,4 +1,4 @@
-"""The kinds of head scores: what each one masks, and which of them fit a model."""
+"""The kinds of head scores: the mask of each, and which of them fit a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mechlens.text.prompts import RandomTokens
 from mechlens.text.tokens import own_bos_token_id
 
 PREFIX_LENGTH, PREFIX_COPIES = 25, 4
-"""Olsson et al.'s protocol for prefix matching: 25 random tokens, four times."""
+"""Olsson et al.'s protocol for prefix matching: 25 random tokens, repeated four times."""
 SAMPLE_LENGTH = 25
-"""Random tokens of one sample of the copying score."""
+"""Random tokens in a sample for the copying score."""
 
 ON_REPEATED: dict[str, Callable[[RandomTokens], Mask]] = {
     "induction_score": lambda r: measures.copies_mask(r.starts, r.seq_len, 1),
@@ -32,19 +32,19 @@ KINDS = (*(kind for kind in ON_REPEATED if kind not in VARIANTS), "prefix_matchi
 ON_PROMPT = ("induction_score", "previous_token_score", "duplicate_token_score")
 """The default scores on a prompt."""
 PROMPT_KINDS = (*ON_PROMPT, "first_token_score")
-"""The scores that a prompt can have."""
+"""All scores available on a prompt."""
 
 
 def kinds_on_repeated(
     model: LensModel, kinds: Sequence[str] | str | None, *, prepend_bos: bool | None, jitter: int
 ) -> tuple[str, ...]:
-    """The scores to compute on repeated tokens, checked.
+    """Check the scores to compute on repeated tokens.
 
     Args:
         kinds: some of `KINDS` and `VARIANTS`; None is all of `KINDS` that fit.
 
     Raises:
-        ValueError: an unknown kind, or one with a fixed period although the period varies.
+        ValueError: an unknown kind, or one that needs a fixed period although there is jitter.
     """
     if kinds is None:
         return kinds_that_fit(model, KINDS, prepend_bos=prepend_bos, jitter=jitter)
@@ -58,7 +58,7 @@ def kinds_on_repeated(
 def kinds_that_fit(
     model: LensModel, kinds: Sequence[str], *, prepend_bos: bool | None = None, jitter: int = 0
 ) -> tuple[str, ...]:
-    """The kinds that fit the model's context and are defined with this jitter; warns of those too long."""
+    """The kinds that fit the model's context and this jitter; warns about any that is too long."""
     fitting = [kind for kind in kinds if not (jitter and kind in FIXED_PERIOD)]
     bos = prepend_bos is not False and own_bos_token_id(model.tokenizer) is not None
     needed = int(bos) + PREFIX_COPIES * PREFIX_LENGTH

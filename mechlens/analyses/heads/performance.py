@@ -23,21 +23,22 @@ def repeated_token_performance(
     confidence: float = 0.95,
     progress: bool | None = None,
 ) -> RepeatedTokenPerformance:
-    """Measure how well the model predicts random tokens the first and the second time.
+    """Measure how well the model predicts random tokens at their first and at their second occurrence.
 
     Args:
-        on: the sequences `[BOS, S tokens, the same S]` to draw; `jitter` must be 0. Without BOS the first
-            token is not predicted, so the first half has S - 1 predictions.
+        on: the sequences `[BOS, S tokens, the same S]` to draw; `jitter` must be 0. Without BOS nothing
+            predicts the first token, so the first half has S - 1 predictions.
         confidence: coverage of the bootstrap intervals over all sequences, between 0 and 1.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Log-probabilities (nats) and top-1 hits at each position, and their means over both halves with
-        intervals. The first token of the second copy counts to the second half although nothing predicts it,
-        as in "How one can Interpret GPT2-Small": the best possible accuracy is about (S - 1) / S.
+        Log-probabilities (nats) and top-1 hits at each position, and their means over each half with
+        intervals. The first token of the second copy counts in the second half although it cannot be
+        predicted, as in "How one can Interpret GPT2-Small". So the best possible accuracy is about
+        (S - 1) / S.
 
     Raises:
-        ValueError: the sequences do not fit the model's context, or there is a jitter.
+        ValueError: the sequences do not fit in the model's context, or `jitter` is not 0.
 
     Example:
         >>> on = mechlens.RepeatedTokens(20, batch=4, seeds=[0])

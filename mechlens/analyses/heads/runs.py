@@ -1,4 +1,4 @@
-"""Forward passes whose attention patterns are reduced to head scores, layer by layer."""
+"""Forward passes that reduce attention patterns to head scores, layer by layer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mechlens.text.prompts import RandomTokens
 def mask_scores(
     model: LensModel, n_rows: int, masks: Mapping[str, Mask]
 ) -> tuple[dict[str, Float[Tensor, "batch layer head"]], Callable[[slice], Callable[[int, Tensor], None]]]:
-    """Empty scores of every mask and layer, and a function that gives a reader of some rows' patterns, which
-    fills in their scores."""
+    """Empty scores for every mask and layer, and a function that returns a pattern reader for some rows. The
+    reader fills in their scores."""
     shape = (n_rows, model.cfg.n_layers, model.cfg.n_heads)
     found = {kind: torch.full(shape, torch.nan, dtype=torch.float32) for kind in masks}
 
@@ -47,7 +47,7 @@ def mask_scores(
 def score_masks(
     model: LensModel, tokens: Int[Tensor, "batch pos"], masks: Mapping[str, Mask], *, cache: Any = None
 ) -> dict[str, Float[Tensor, "batch layer head"]]:
-    """Every mask's score in every layer, from one forward pass or from a cache."""
+    """Every mask's score for every head, from one forward pass or from a cache."""
     found, reduce = mask_scores(model, len(tokens), masks)
     start = 0
     # a cache holds all rows at once
@@ -60,7 +60,7 @@ def score_masks(
 def copying_scores(
     model: LensModel, random: RandomTokens
 ) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"]]:
-    """The copying score of every head on one batch of samples, and its null."""
+    """Every head's copying score on one batch of samples, and its null."""
     batch, n_heads = random.tokens.shape[0], model.cfg.n_heads
     scores, nulls = (
         torch.full((batch, model.cfg.n_layers, n_heads), torch.nan, dtype=torch.float32) for _ in range(2)
@@ -83,7 +83,7 @@ def copying_scores(
         W_O = output_weights(model, layer)
         norm = attention_out_affine(model, layer)
         if norm is not None:
-            # the scale of the norm after attention changes no score, but its weights do
+            # dividing by the scale of the norm after attention changes no score, but its weights do
             W_O = W_O * norm[0]
         to_sample = einsum(
             v, W_O, columns, "batch source head d, head d m, batch token m -> batch head source token"

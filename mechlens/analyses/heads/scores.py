@@ -1,4 +1,4 @@
-"""Scores of attention heads, on repeated random tokens or on a prompt."""
+"""Attention-head scores on repeated random tokens or on a prompt."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from mechlens.text.prompts import (
 from mechlens.text.tokens import all_bos
 
 OnRepeated = Callable[[RandomTokens, Mapping[str, Mask]], dict[str, Tensor]]
-"""Runs the model on repeated tokens and gives the score of each mask, `[batch, layer, head]`."""
+"""Runs the model on repeated tokens and returns each mask's scores, `[batch, layer, head]`."""
 
 
 def score_heads(
@@ -56,7 +56,7 @@ def score_heads(
     confidence: float = 0.95,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Score every attention head on repeated random tokens, or on a prompt of your own.
+    """Score every attention head on repeated random tokens, or on your own prompt.
 
     Args:
         on: `RepeatedTokens(...)`, a text, or token ids, which are used as they are.
@@ -64,26 +64,27 @@ def score_heads(
             `induction_score` (attention to the token after an earlier occurrence of the current one),
             `previous_token_score`, `duplicate_token_score` (to an earlier occurrence of the same token),
             `first_token_score`. On repeated tokens only: `prefix_matching_score` (25 tokens, 4 times),
-            `copying_score` (25 tokens), `induction_diagonal_score` (the variant of "How one can Interpret
+            `copying_score` (25 tokens), `induction_diagonal_score` (the variant in "How one can Interpret
             GPT2-Small").
         masks: for a prompt: further scores by name, each the mean attention on a mask `[dest, src]` or
             `[batch, dest, src]` of zeros and ones.
-        cache: for a prompt: its `ActivationCache`, or anything with patterns by hook name; nothing runs.
-        prepend_bos: for a text: None prepends BOS where the tokenizer has one.
+        cache: for a prompt: its `ActivationCache`, or any mapping from hook names to patterns. If given, the
+            model is not run.
+        prepend_bos: whether to prepend BOS to a text; None prepends it if the tokenizer has one.
         confidence: coverage of the bootstrap intervals over sequences, between 0 and 1.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        The score of each head on each sequence, in [0, 1] (`copying_score` in [-1, 1]), with intervals of
+        The score of each head on each sequence, in [0, 1] (`copying_score` in [-1, 1]), with intervals for
         the means; nan where a sequence has nothing to score. On repeated tokens each score has a null
-        baseline. For scores that depend on content it is the same mask on as many unrelated random tokens,
-        where a head that attends at a fixed distance scores as high. For previous and first token it is the
-        expected score when each position's attention is shuffled over what it can see. For copying, each
-        source gets the identity of another token of the sample.
+        baseline. For scores that depend on content, it is the same mask on equally many unrelated random
+        tokens, where a head that attends at a fixed distance scores just as high. For the previous-token and
+        first-token scores, it is the expected score when each position's attention is shuffled over the
+        positions it can see. For the copying score, each source is treated as another token of the sample.
 
     Raises:
         ValueError: an unknown kind, a mask of the wrong size, a prompt that the model cannot read, or
-            sequences that do not fit its context.
+            sequences that do not fit in its context.
 
     Example:
         >>> on = mechlens.RepeatedTokens(20, batch=4, seeds=[0])
@@ -93,10 +94,10 @@ def score_heads(
         >>> mechlens.detect_heads(heads, "induction_score", threshold=0.8)
         ['L3H5', 'L3H3', 'L3H4']
 
-    References: Olsson et al. 2022, arXiv:2209.11895. TransformerLens's `detect_head` divides by all attention
-    instead of by the number of entries: our score times entries / positions is its score.
-    Cost: on a prompt one forward pass up to the last layer's pattern. On repeated tokens, per seed, one for
-    each kind of sequence and one for its null. Patterns are reduced layer by layer and dropped.
+    References: Olsson et al. 2022, arXiv:2209.11895. TransformerLens's `detect_head` divides by the total
+    attention, not by the number of mask entries: its score is ours times entries / positions.
+    Cost: on a prompt, one forward pass up to the last layer's pattern. On repeated tokens, per seed, one pass
+    for each kind of sequence and one for its null. Patterns are reduced layer by layer and discarded.
     """
     if isinstance(on, RepeatedTokens):
         for name, given in (("masks", masks), ("cache", cache), ("prepend_bos", prepend_bos)):
@@ -124,7 +125,7 @@ def score_heads(
 def _prompt_masks(
     tokens: Tensor, kinds: Sequence[str] | str | None, masks: Mapping[str, Tensor]
 ) -> dict[str, Mask]:
-    """The masks of the wanted scores on a prompt."""
+    """The masks of the requested scores on a prompt."""
     n_pos = tokens.shape[1]
     known: dict[str, Callable[[], Mask]] = {
         "induction_score": lambda: measures.induction_mask(tokens),
@@ -153,7 +154,7 @@ def performance_and_scores(
     """`repeated_token_performance` and `score_heads` from the same forward passes.
 
     Args:
-        kinds: at least one that is scored on two copies.
+        kinds: at least one of them is scored on the two copies.
     """
     drawn: list[RandomTokens] = []
     predicted: list[tuple[Tensor, Tensor]] = []
@@ -180,10 +181,10 @@ def _on_repeated(
     progress: bool | None,
     run_repeated: OnRepeated | None = None,
 ) -> HeadScores:
-    """`score_heads` on repeated tokens; `run_repeated` may run the two copies in its place."""
+    """`score_heads` on repeated tokens. `run_repeated`, if given, runs the two copies."""
     info, seeds = describe(model), on.seeds
     kinds = kinds_on_repeated(model, kinds, prepend_bos=on.prepend_bos, jitter=on.jitter)
-    # all are drawn before anything runs, so that sizes that do not fit cost nothing
+    # draw everything before running anything, so that sizes that do not fit fail at once
     used = [name for name in FAMILIES if FAMILIES[name] & {*kinds}]
     drawn = {name: [_draw(model, on, name, seed) for seed in seeds] for name in used}
     shape = (len(seeds), on.batch, model.cfg.n_layers, model.cfg.n_heads)
@@ -195,7 +196,7 @@ def _on_repeated(
     n_runs = len(seeds) * (len(drawn) + len(lengths))
     with progress_bar(total=n_runs, desc="head scores", unit="run", progress=progress) as bar:
         for at, seed in enumerate(seeds):
-            # families whose sequences are of one length share a run on unrelated tokens
+            # families with sequences of the same length share a run on unrelated tokens
             unrelated: dict[int, dict[str, Mask]] = {}
             names: dict[int, list[str]] = {}
             for name, each in masked.items():
@@ -217,7 +218,7 @@ def _on_repeated(
                 if length in unrelated:
                     names.setdefault(length, []).append(f"{name}_unrelated")
             for length, masks in unrelated.items():
-                # another seed, or the first tokens would be those of the repeated sequence
+                # another seed, or the sequences would start with the repeated tokens
                 ids = repeated_tokens(
                     model,
                     seq_len=length,
@@ -278,7 +279,7 @@ def _intervals(scores: Mapping[str, Tensor], confidence: float) -> dict[str, Ten
 def detect_heads(
     result: HeadScores, kind: str = "induction_score", threshold: float = CLEAR_SCORE
 ) -> list[str]:
-    """List the heads whose mean score is at least a threshold, the highest first.
+    """List the heads whose mean score reaches a threshold, highest first.
 
     Args:
         kind: one of the result's scores.

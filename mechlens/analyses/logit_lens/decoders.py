@@ -22,24 +22,24 @@ OwnDecoder = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class LastBlocks:
-    """A decoder of the logit lens that first sends each row through the model's last blocks.
+    """A logit-lens decoder that first runs the model's last blocks on each row.
 
-    A block never runs on its own output, so the last row goes through none.
+    A block never runs on its own output, so none runs on the last row.
 
     Args:
         count: how many of the last blocks, from 1 to the model's number of layers.
-        decoder: what follows them: `final_norm`, `norm_only`, `none` or a function, as for `logit_lens`.
+        decoder: what follows them: `final_norm`, `norm_only`, `none` or a function, as in `logit_lens`.
 
     Raises:
-        TypeError: the count is not a whole number.
-        ArgumentError: it is below 1.
+        TypeError: the count is not an integer.
+        ArgumentError: the count is below 1.
 
     Example:
         >>> lens = mechlens.logit_lens(model, "The captain", decoder=mechlens.LastBlocks(1))
         >>> lens.decoder
         'LastBlocks(1)'
 
-    Cost: each row runs through up to `count` more blocks (on a bridge: through all).
+    Cost: up to `count` more blocks for each row (on a TransformerBridge, all blocks).
     """
 
     count: int
@@ -72,7 +72,7 @@ def decoding(model: LensModel, decoder: Decoder, info: ModelInfo) -> Callable[[s
 
     Raises:
         ArgumentError: there is no such decoder.
-        ValueError: it needs weights in another state.
+        ValueError: it needs `processing=False`, or belongs to other weights.
     """
     if isinstance(decoder, LastBlocks):
         if decoder.count > model.cfg.n_layers:
@@ -91,7 +91,7 @@ def decoding(model: LensModel, decoder: Decoder, info: ModelInfo) -> Callable[[s
         return lambda _, vectors: final_norm(model, vectors)
     if info.processing is not False:
         raise ValueError(
-            f"the decoder {decoder!r} leaves out the last norm's learned scale, which is folded into W_U in "
+            f"the decoder {decoder!r} leaves out the final norm's learned scale, which is folded into W_U in "
             "these weights: load the model with processing=False"
         )
     if decoder == "norm_only":
@@ -102,7 +102,7 @@ def decoding(model: LensModel, decoder: Decoder, info: ModelInfo) -> Callable[[s
 def through_last_blocks(
     model: LensModel, residual: Float[Tensor, "piece pos d_model"], next_block: int, count: int
 ) -> Float[Tensor, "piece pos d_model"]:
-    """The residual stream after those of the last `count` blocks that have not run on it yet."""
+    """The residual stream after running those of the last `count` blocks that have not run on it yet."""
     n_layers = model.cfg.n_layers
     first = max(next_block, n_layers - count)
     if first == n_layers:
@@ -113,7 +113,7 @@ def through_last_blocks(
 
 
 def _own(decoder: OwnDecoder, _: str, vectors: Tensor) -> Tensor:
-    """Vectors through a user's function, which gets a copy because some rows are decoded again."""
+    """Decode with a user's function. It gets a copy, because some rows are decoded again."""
     decoded = decoder(vectors.clone())
     if not isinstance(decoded, Tensor) or decoded.shape != vectors.shape:
         came = tuple(decoded.shape) if isinstance(decoded, Tensor) else type(decoded).__name__

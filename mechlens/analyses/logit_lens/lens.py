@@ -44,26 +44,26 @@ def logit_lens(
     """Read each layer's residual stream, or what it adds to the stream, as a next-token distribution.
 
     Args:
-        prompt: a text, several texts, or token ids `[batch, pos]`; ids are used as they are. Texts get a BOS
-            where the tokenizer has one: `prompt_batch(model, texts, prepend_bos=False)` leaves it out. Padded
-            ids come with their mask, as a tokenizer returns them. A row longer than the model's context is
-            read in windows that overlap by half; `context_length` says how much each position saw.
+        prompt: a text, several texts, or token ids `[batch, pos]`; ids are used as they are. BOS is prepended
+            to texts if the tokenizer has one; `prompt_batch(model, texts, prepend_bos=False)` leaves it out.
+            Give padded ids with their mask, as a tokenizer returns them. A row longer than the model's
+            context is read in windows that overlap by half; `context_length` is how much context each
+            position had.
         read: `resid_post`, `resid_pre`, `resid_mid`, `attn_out`, `mlp_out`, or `result`, what each head adds
             to the stream (`z @ W_O`; `b_O` is not attributed to any head). `resid_pre+attn_out`,
-            `resid_mid+mlp_out` and the like read an output together with the stream that it is added to.
-            Heads are labels or tuples, one or several: `L5H5`, `(5, 5)`, `["resid_pre+L1H2",
-            "resid_pre+L3H5"]`.
-        decoder: what comes before `W_U` and `b_U`: `final_norm`, the model's last norm with the statistics of
-            this very vector; `norm_only`, the same without learned scale and bias; `none`; a function of
+            `resid_mid+mlp_out` and so on read an output together with the stream that it is added to. Heads
+            are labels or tuples, one or several: `L5H5`, `(5, 5)`, `["resid_pre+L1H2", "resid_pre+L3H5"]`.
+        decoder: what comes before `W_U` and `b_U`: `final_norm`, the model's final norm with the statistics
+            of the vector itself; `norm_only`, the same without learned scale and bias; `none`; a function of
             vectors `[1, pos, d_model]`; a `TunedLens`; or `LastBlocks(n)`. A soft-cap is always applied.
         layers: layers to read, negative ones from the end; None reads all.
-        positions: positions to read, negative ones from the end, padding included; None reads all.
+        positions: positions to read, negative ones from the end, counting padding; None reads all.
         top_k: number of most likely tokens to keep.
-        targets: tokens whose rank and log-probability are wanted besides those of the final guess, the input
-            and the next token: texts of one token or ids, one or several; one per position is a list within
-            the list, or a tensor like the tokens. A mapping names them.
-        statistics: those to compute of `entropy`, `kl_final`, `kl_input`, `log_prob` and `rank`, in nats and
-            ranks from 1; None is all, an empty list none but the most likely tokens. The others are nan.
+        targets: tokens to give the rank and log-probability of, besides the model's top token, the input
+            token and the next token: one or several, as texts of one token or ids. For one token per
+            position, give a list within the list, or a tensor shaped like the tokens. A mapping names them.
+        statistics: which of `entropy`, `kl_final`, `kl_input`, `log_prob` (nats) and `rank` (from 1) to
+            compute; the others are nan. None is all; an empty list computes only the most likely tokens.
 
     Returns:
         Statistics `[row, batch, read]` in float32 for the row `embed` (block 0's `resid_pre`) and each layer
@@ -73,7 +73,7 @@ def logit_lens(
         ArgumentError: `read`, `decoder` or `top_k` is none of the above.
         ValueError: a layer, head, position, token id or statistic is out of range; a target is not one token;
             the model does not have what is read; the decoder needs `processing=False` or belongs to other
-            weights; or the model's logits are more than its last norm, `W_U`, `b_U` and a soft-cap.
+            weights; or the model's logits involve more than its final norm, `W_U`, `b_U` and a soft-cap.
 
     Example:
         >>> lens = mechlens.logit_lens(model, "The captain of the", targets=" ship")
@@ -83,8 +83,8 @@ def logit_lens(
         torch.Size([5, 1, 6])
 
     References: nostalgebraist 2020, "interpreting GPT: the logit lens", whose decoder is `norm_only`.
-    Cost: one forward pass and one product with `W_U` per row, in tiles; no `[row, pos, d_vocab]` tensor
-    exists.
+    Cost: one forward pass and, per row, one product with `W_U`, in tiles; no `[row, pos, d_vocab]` tensor is
+    created.
     """
     info, reading = describe(model), Reading.of(read)
     reading.check(model)
@@ -135,13 +135,13 @@ def _check_tuned(decoder: Decoder, reading: Reading) -> None:
     if inside or (tuned and reading.name not in ("resid_pre", "resid_post")):
         raise ValueError(
             "a tuned lens translates the stream between two blocks: it decodes resid_pre or resid_post, and "
-            f"does not follow LastBlocks, but read is {reading.name}"
+            f"cannot follow LastBlocks, but read is {reading.name}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Lens:
-    """What decides the numbers of a lens."""
+    """The settings of a lens."""
 
     model: LensModel
     rows: Sequence[Row]
@@ -151,7 +151,7 @@ class _Lens:
     asked: Sequence[str]
     top_k: int
     names: tuple[str, ...]
-    """Of the tokens that have a rank."""
+    """Names of the tokens that get a rank."""
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class _Lens:
 
     @property
     def final(self) -> int:
-        """The row that the model's own logits are read from: the last one, or a further one after it."""
+        """The row that gives the model's own logits: the last one, or an extra one after it."""
         decoder = self.decoder.decoder if isinstance(self.decoder, LastBlocks) else self.decoder
         at_end = self.rows[-1].next_block == self.model.cfg.n_layers
         own = decoder == "final_norm" and self.reading.name == "resid_post" and at_end
@@ -175,7 +175,7 @@ class _Lens:
         return self.decode(self.rows[row].place, vectors)
 
     def read_out(self, parts: Sequence[Part], ids: Int[Tensor, "batch pos token"], n_cells: int) -> Readout:
-        """The statistics of all parts, side by side."""
+        """The statistics of all parts, concatenated."""
         tied = bool(is_tied(self.model))
         references = (self.final, 0) if tied and "kl_input" in self.asked else (self.final,)
         computed = {
@@ -220,7 +220,7 @@ class _Lens:
         def told(name: str, values: Tensor | None) -> Tensor:
             return apart(values if name in self.asked else None, torch.nan)[:n_rows]
 
-        # absent where nothing follows in the row: at its last token, and before padding
+        # no next token at the end of a row or before padding
         followed = torch.nn.functional.pad(mask[:, 1:] & mask[:, :-1], (0, 1))[:, list(columns)]
 
         def by_name(values: Tensor) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ class _Lens:
             }
 
         log_prob = apart(found.log_prob, torch.nan, len(self.names))
-        # a distribution that is nan has no ranks
+        # a nan distribution has no ranks
         nowhere = apart(found.top_probabilities, torch.nan)[..., :1].isnan()
         rank = apart(None if found.rank is None else found.rank.float(), torch.nan, len(self.names))
         rank = rank.masked_fill(nowhere[: len(rank)], torch.nan)

@@ -1,4 +1,4 @@
-"""Which vectors a lens reads: of each layer, or of single heads, alone or added to the stream."""
+"""Which vectors a lens reads: outputs of layers or heads, alone or added to the stream."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mechlens.results.heads import Heads, check_in_range
 Read: TypeAlias = "str | Heads"
 STREAMS = ("resid_pre", "resid_mid", "resid_post")
 OUTPUTS = ("attn_out", "mlp_out", "result")
-"""What a layer adds to the stream; `result` is what each head adds."""
+"""What a layer adds to the stream; for `result`, what each head adds."""
 _NEEDS = (
     f"one of {', '.join((*STREAMS, *OUTPUTS))}, an output added to the stream such as resid_pre+attn_out, or "
     "heads such as L3H5"
@@ -45,17 +45,17 @@ class Row:
 
     @property
     def place(self) -> str:
-        """The row of a lens on `resid_post` at the same place of the stream."""
+        """The row of a `resid_post` lens at the same point in the stream."""
         return "embed" if self.next_block == 0 else str(self.next_block - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What is read of each layer."""
+    """What is read from each layer."""
 
     site: str
     stream: str | None
-    """What it is added to."""
+    """The stream that the site is added to, if any."""
     heads: tuple[tuple[int, int], ...] | None = None
     """For the site `result`; None is all heads."""
 
@@ -68,7 +68,7 @@ class Reading:
         """Parse the argument `read`.
 
         Raises:
-            ArgumentError: it is something else.
+            ArgumentError: `read` is invalid.
         """
         if not isinstance(read, (str, tuple, list)):
             raise ArgumentError("read", _NEEDS, read)
@@ -90,10 +90,10 @@ class Reading:
             raise ArgumentError("read", _NEEDS, read) from error
 
     def rows(self, model: LensModel, layers: Sequence[int] | None) -> list[Row]:
-        """The rows of the lens: `embed`, then the layers or heads in their order.
+        """The rows of the lens: `embed`, then the layers or heads in order.
 
         Raises:
-            ValueError: a layer or head is out of range, or heads are named and layers given.
+            ValueError: a layer or head is out of range, or both heads and layers are given.
         """
         embed, n_layers, n_heads = Row("embed", 0, None, 0), model.cfg.n_layers, model.cfg.n_heads
         if self.heads is not None and layers is not None:
@@ -110,10 +110,10 @@ class Reading:
         return [embed, *(Row(head_label(layer, head), layer, head, layer + 1) for layer, head in heads)]
 
     def check(self, model: LensModel) -> None:
-        """Refuse a stream that the model does not have.
+        """Raise if the model does not have the stream.
 
         Raises:
-            ValueError: `resid_mid` of a model whose attention and MLP both read `resid_pre`.
+            ValueError: `resid_mid` in a model whose attention and MLP both read `resid_pre`.
         """
         if "resid_mid" in (self.site, self.stream) and "blocks.0.hook_resid_mid" not in model.hook_dict:
             raise ValueError(
@@ -125,9 +125,9 @@ class Reading:
 def read_vectors(
     model: LensModel, part: Part, rows: Sequence[Row], reading: Reading, last_blocks: int
 ) -> Float[Tensor, "row here d_model"]:
-    """What each row reads, and last what the model's own logits are read from."""
+    """The vectors of each row, and last those that give the model's own logits."""
     n_pieces, width = part.tokens.shape
-    # blocks attend to every position, so these vectors are needed at all of them
+    # further blocks attend to all positions, so they need the vectors of all
     everywhere = last_blocks > 0
     piece, offset = part.piece, part.offset
     if everywhere:
@@ -149,13 +149,13 @@ def read_vectors(
 def _watched(
     model: LensModel, part: Part, rows: Sequence[Row], reading: Reading, piece: Tensor, offset: Tensor
 ) -> Float[Tensor, "row here d_model"]:
-    """The vectors of one forward pass at some positions of its pieces."""
+    """The vectors of one forward pass at the given positions of its pieces."""
     n_layers = model.cfg.n_layers
     vectors = torch.zeros(
         len(rows) + 1, len(piece), model.cfg.d_model, dtype=model.W_U.dtype, device=model.W_U.device
     )
     unchecked: dict[int, Tensor] = {}
-    """`z` of the layers whose heads are read, until they are seen to add up."""
+    """`z` of the layers whose heads are read, until their outputs are checked to sum to `attn_out`."""
     site = SITES["z" if reading.site == "result" else reading.site]
     readers: dict[str, list[tuple[int, int | None]]] = {"blocks.0.hook_resid_pre": [(0, None)]}
     for index, row in enumerate(rows[1:], start=1):

@@ -1,4 +1,4 @@
-"""Targets: tokens whose rank and log-probability are wanted, in every form that people give them."""
+"""Targets: tokens to give the rank and log-probability of, in all accepted forms."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Targets = str | int | Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def named_targets(targets: Any) -> Iterator[tuple[str, Any]]:
-    """Every target with its name: the given one, its own text, or `target_0` where it differs by position.
+    """Every target with its name: the given one, its own text, or `target_0` and so on if it differs by position.
 
     Raises:
-        ValueError: a name that every lens has.
+        ValueError: a name that every lens already uses.
     """
     if isinstance(targets, Mapping):
         for name in OWN_TOKENS:
@@ -33,7 +33,7 @@ def named_targets(targets: Any) -> Iterator[tuple[str, Any]]:
         targets = [targets]
     given: set[str] = set()
     for index, target in enumerate(targets):
-        # an id and a text may read alike
+        # an id and a text may look the same
         plain = _is_one(target) and str(target) not in {*OWN_TOKENS, *given}
         name = str(target) if plain else f"target_{index}"
         given.add(name)

@@ -25,23 +25,23 @@ def lens_vector(
     top_k: int = 10,
     targets: str | int | Sequence[str | int] | Mapping[str, str | int] = (),
 ) -> VectorLens:
-    """Read any vector of the residual stream's width as a next-token distribution.
+    """Read any vector of width `d_model` as a next-token distribution.
 
     Args:
         vector: one or several, such as a steering vector, a row of `W_out` or a feature's direction.
-        decoder: what comes before `W_U` and `b_U`: `final_norm`, the model's last norm; `norm_only`, the same
-            without learned scale and bias; `none`; or a function of vectors `[1, vector, d_model]`. A
+        decoder: what comes before `W_U` and `b_U`: `final_norm`, the model's final norm; `norm_only`, the
+            same without learned scale and bias; `none`; or a function of vectors `[1, vector, d_model]`. A
             soft-cap is always applied.
         top_k: number of most likely tokens to keep.
-        targets: tokens whose rank and log-probability are wanted, as texts of one token or ids; a mapping
-            names them.
+        targets: tokens to give the rank and log-probability of, as texts of one token or ids; a mapping names
+            them.
 
     Returns:
         The most likely tokens of each vector, its entropy in nats, and the targets' ranks.
 
     Raises:
-        ArgumentError: there is no such decoder, or `top_k` is out of range.
-        ValueError: vectors of another width, a target that is not one token, or a decoder that needs
+        ArgumentError: an unknown decoder, or `top_k` is out of range.
+        ValueError: vectors of the wrong width, a target that is not one token, or a decoder that needs
             `processing=False`.
 
     Example:

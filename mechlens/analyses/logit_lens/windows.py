@@ -1,4 +1,4 @@
-"""The windows that a lens runs: rows of unequal length, and rows longer than the context."""
+"""The windows that a lens runs, for rows of unequal length or longer than the context."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from mechlens.models.run.user_hooks import user_hooks
 from mechlens.text.batches import Batch, Pieces
 
 RESIDUAL_BYTES = 256 * 2**20
-"""Memory for the residual vectors of one part of a long prompt; a single window may need more."""
+"""Memory for the residual vectors of one part; a single window may need more."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Some of the pieces, and the positions that are read in them."""
+    """Some of the pieces, and the positions read in them."""
 
     tokens: Int[Tensor, "piece width"]
     piece: Int[Tensor, " here"]
-    """Row of `tokens`, for each position that is read."""
+    """Row of `tokens`, for each position read."""
     offset: Int[Tensor, " here"]
     batch: Int[Tensor, " here"]
-    """Row of the batch that it belongs to."""
+    """Row of the batch that the position belongs to."""
     pos: Int[Tensor, " here"]
     cell: Int[Tensor, " here"]
-    """Its place in `[batch, read]`, flattened."""
+    """Its index in the flattened `[batch, read]`."""
 
 
 def window_parts(
     model: LensModel, batch: Batch, pieces: Pieces, read: Sequence[int], *, vector_size: int
 ) -> Iterator[Part]:
-    """As many pieces at a time as fit one forward pass and `RESIDUAL_BYTES`.
+    """As many pieces at a time as fit in one forward pass and `RESIDUAL_BYTES`.
 
     Raises:
-        ValueError: only padding is read.
+        ValueError: the positions contain only padding.
     """
     columns = torch.tensor(read)
     row, column = batch.mask[:, columns].nonzero(as_tuple=True)
     if not len(row):
-        raise ValueError("positions has only padding")
+        raise ValueError("positions contains only padding")
     pos = columns[column]
     piece, offset = pieces.piece[row, pos], pieces.offset[row, pos]
     for together, width in _runs(model, pieces, piece, offset):
@@ -67,8 +67,8 @@ def _runs(
 ) -> list[tuple[Int[Tensor, " some"], int]]:
     """The pieces that run together, and their width.
 
-    Shorter pieces are padded, and what follows the last position that is read is left out, where the model
-    reads a token alike whatever follows it.
+    If later tokens do not affect earlier ones in this model, shorter pieces are padded, and tokens after the
+    last position read are left out.
     """
     used, lengths = piece.unique(), pieces.lengths
     deepest = int(offset.max()) + 1

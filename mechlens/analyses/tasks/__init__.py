@@ -1,4 +1,4 @@
-"""Tasks: prompts with counterfactuals, and how well a model does them."""
+"""Tasks: prompts with counterfactuals, and how well a model does on them."""
 
 from mechlens.analyses.tasks.task import Task, load_task
 

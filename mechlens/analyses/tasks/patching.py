@@ -1,4 +1,4 @@
-"""Patch a task's positions by their roles: the second subject wherever it stands."""
+"""Patch a task's positions by role, such as the second subject, wherever it occurs in a prompt."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def patch_roles(
     roles: Sequence[str] | None,
     progress: bool | None,
 ) -> RoleGrid:
-    """`Task.grid`. Prompts with the same length and the same positions run together."""
+    """`Task.grid`. Prompts with the same length and role positions run together."""
     names = _roles(task, roles)
     together: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for at, prompt in enumerate(task.encoded):
         if (len(prompt.answers), len(prompt.wrong)) != (1, 1):
             raise ValueError(
-                "patching a task needs one right and one wrong answer for each prompt, but "
+                "patching a task needs exactly one right and one wrong answer for each prompt, but "
                 f"{task.prompts[at].clean!r} has {len(prompt.answers)} and {len(prompt.wrong)}"
             )
         together[(prompt.clean.shape[1], *(prompt.roles[role] for role in names))].append(at)
@@ -80,7 +80,7 @@ def patch_roles(
 
 
 def _roles(task: Task, roles: Sequence[str] | None) -> tuple[str, ...]:
-    """The roles that are patched, each of which every prompt has."""
+    """The roles to patch; every prompt must have each of them."""
     shared = [role for role in task.encoded[0].roles if all(role in each.roles for each in task.encoded)]
     for role in () if roles is None or isinstance(roles, str) else roles:
         lacking = [at for at, each in enumerate(task.encoded) if role not in each.roles]

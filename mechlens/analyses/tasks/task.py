@@ -1,4 +1,4 @@
-"""A task: prompts that a model answers, and whether it can."""
+"""A task: prompts for a model to answer, and whether it can."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class TaskGroup:
     """Prompts of one length, which can run together."""
 
     index: tuple[int, ...]
-    """Their numbers in the task."""
+    """Their indices in the task."""
     tokens: Int[Tensor, "prompt pos"]
     corrupted: Int[Tensor, "prompt pos"]
 
 
 class Task:
-    """Prompts that a model answers with the next token, each with a counterfactual and roles of positions.
+    """Prompts that a model answers with the next token, each with a counterfactual and named positions.
 
     Args:
-        model: the model whose tokenizer the prompts are made for.
+        model: the model to run; its tokenizer encodes the prompts.
         prompts: clean and corrupted texts, answers, wrong answers and roles.
         name: what results call the task.
         counterfactual: how the corrupted texts differ, in a word or two.
-        seed: that the prompts were drawn with, where they were.
-        prepend_bos: None prepends BOS where the tokenizer has one.
+        seed: the seed that the prompts were drawn with, if any.
+        prepend_bos: whether to prepend BOS; None prepends it if the tokenizer has one.
 
     Raises:
-        ValueError: no prompts; clean and corrupted of different lengths; an answer of two tokens, or one
-            that is right and wrong.
+        ValueError: no prompts; clean and corrupted prompts of different lengths; an answer of several tokens,
+            or one that is both right and wrong.
 
     Example:
         >>> row = {"clean": "He is", "corrupted": "They is", "answer": " a", "wrong": " the", "role_S": "He"}
@@ -83,18 +83,19 @@ class Task:
         name: str | None = None,
         prepend_bos: bool | None = None,
     ) -> Task:
-        """Read a task of your own from a .csv or .jsonl file, or from rows with the same names.
+        """Read your own task from a .csv or .jsonl file, or from a list of rows.
 
         Args:
-            source: with the columns `clean`, `corrupted`, `answer`, `wrong`, and for each role a column such
-                as `role_S2` with its word in `clean` (`word#2` is its second occurrence). In JSON, `answer`
-                and `wrong` may be lists.
-            model: the model whose tokenizer the prompts are made for.
-            name: None takes that of the file.
-            prepend_bos: None prepends BOS where the tokenizer has one.
+            source: has the columns `clean`, `corrupted`, `answer` and `wrong`, and for each role a column
+                such as `role_S2` with its word in `clean` (`word#2` is the word's second occurrence). In
+                JSON, `answer` and `wrong` may be lists.
+            model: the model to run; its tokenizer encodes the prompts.
+            name: None takes the file's name.
+            prepend_bos: whether to prepend BOS; None prepends it if the tokenizer has one.
 
         Raises:
-            ValueError: another ending, no rows, or a row with something missing or wrong; with its number.
+            ValueError: another file type, no rows, or a row in which something is missing or wrong; the error
+                gives its number.
 
         Example:
             >>> row = {"clean": "He is", "corrupted": "They is", "answer": " a", "wrong": " the"}
@@ -132,25 +133,26 @@ class Task:
         return first, second
 
     def performance(self, *, confidence: float = 0.95) -> TaskPerformance:
-        """Measure how well the model does the task, against chance and on the corrupted prompts.
+        """Measure how well the model does on the task, compared with chance and with the corrupted prompts.
 
         Args:
             confidence: coverage of the bootstrap intervals over prompts, between 0 and 1.
 
         Returns:
-            For each prompt the log-probabilities (nats) of the right and the wrong answers, together, on the
-            clean and the corrupted text; their difference is the logit difference where there is one of each.
+            For each prompt the total log-probabilities (nats) of the right and of the wrong answers, on the
+            clean and the corrupted text. With one answer of each kind, their difference is the logit
+            difference.
 
         Raises:
-            ValueError: `confidence` is out of range, or the model's logits are more than its last norm
-                through `W_U`.
+            ValueError: `confidence` is out of range, or the model's logits involve more than its final norm,
+                `W_U`, `b_U` and a soft-cap.
 
         Example:
             >>> found = mechlens.load_task("agreement", model, n=8).performance()
             >>> found.chance, found.able  # "The hand near the men is": the last noun misleads a small model
             (0.5, False)
 
-        Cost: two forward passes of each prompt.
+        Cost: two forward passes per prompt.
         """
         return measure_performance(self, confidence)
 
@@ -168,25 +170,25 @@ class Task:
 
         Args:
             site: `resid_pre`, `attn_out`, `mlp_out`, `z` (all heads) or another site of `Patching.grid`.
-            into: "corrupted" restores that run with the clean run's values (denoising), "clean" breaks it
-                (noising). None is "corrupted", unless `values` is given.
-            values: what is put there; None is the value of the other run. As in `Patching.grid`.
-            layers: the layers that are patched; None is all.
-            roles: the roles that are patched, such as ["S2", "END"]; None is all that every prompt has.
+            into: the run to patch: "corrupted" restores it with the clean run's values (denoising), "clean"
+                breaks it (noising). None is "corrupted", unless `values` is given.
+            values: what to patch in, as in `Patching.grid`; None is the other run's value.
+            layers: the layers to patch; None is all.
+            roles: the roles to patch, such as ["S2", "END"]; None is all roles that every prompt has.
             progress: show a bar; None shows one in a terminal and in Jupyter.
 
         Returns:
-            `.effect` and `.recovered` `[layer, role]`, means over prompts; `plot_role_grid` draws it.
+            `.effect` and `.recovered` `[layer, role]`, means over prompts; `plot_role_grid` draws them.
 
         Raises:
-            ValueError: a role that a prompt lacks, or a prompt with several right or wrong answers.
+            ValueError: a role that some prompt lacks, or a prompt with several right or wrong answers.
 
         Example:
             >>> found = mechlens.load_task("agreement", model, n=4).grid("resid_pre", layers=[0])
             >>> found.roles, found.effect.shape
             (('subject', 'distractor', 'END'), torch.Size([1, 3]))
 
-        Cost: that of `Patching.grid` for each set of prompts with the same length and positions.
+        Cost: that of `Patching.grid` for each set of prompts with the same length and role positions.
         """
         return patch_roles(
             self, site, into=into, values=values, layers=layers, roles=roles, progress=progress
@@ -386,21 +388,22 @@ def load_task(
 ) -> Task:
     """Make the prompts of a built-in task for a model's tokenizer.
 
-    Names, years and words that must be one token are checked to be one; the others are left out.
+    Names, years and words that must be a single token but are not are left out.
 
     Args:
-        name: `ioi` (the indirect object), `greater-than` (a later year), `agreement` (subject and verb across
-            another noun), `capitals`, `gender` (the pronoun of a name) or `docstring` (the next argument).
-        model: the model whose tokenizer the prompts are made for.
+        name: `ioi` (indirect object identification), `greater-than` (a later year), `agreement` (subject-verb
+            agreement across another noun), `capitals`, `gender` (the pronoun for a name) or `docstring` (the
+            next argument).
+        model: the model to run; its tokenizer encodes the prompts.
         n: number of prompts.
-        seed: of the draw.
-        counterfactual: how the corrupted prompts differ; None is the usual way. For `ioi`, `swap-subject`
-            (which swaps the answer) or `other-names`.
-        prepend_bos: None prepends BOS where the tokenizer has one.
+        seed: for drawing the prompts.
+        counterfactual: how the corrupted prompts differ; None is the task's default. For `ioi`,
+            `swap-subject` (which swaps the answer) or `other-names`.
+        prepend_bos: whether to prepend BOS; None prepends it if the tokenizer has one.
 
     Raises:
-        ArgumentError: another name or counterfactual, or `n` is below 1.
-        ValueError: too few words are one token of this model, or it reads years in another way.
+        ArgumentError: an unknown name or counterfactual, or `n` is below 1.
+        ValueError: too few words are single tokens for this model, or it splits years differently.
 
     Example:
         >>> task = mechlens.load_task("agreement", model, n=4)

@@ -1,4 +1,4 @@
-"""Training a tuned lens: an affine map for each row, after which it predicts what the model does."""
+"""Training a tuned lens: an affine map for each row, so that the row predicts what the model does."""
 
 from __future__ import annotations
 

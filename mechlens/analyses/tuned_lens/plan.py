@@ -1,4 +1,4 @@
-"""What training a tuned lens takes: arithmetic, time and memory."""
+"""What training a tuned lens takes: compute, time and memory."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from mechlens.progress import duration
 from mechlens.text.display import count
 
 CHUNK = 256
-"""Vectors that go through `W_U` together: a tile of their logits stays near the processor."""
+"""Vectors multiplied by `W_U` together: a tile of their logits fits in the cache."""
 RESIDUAL_BYTES = 256 * 2**20
-"""Memory for the residual vectors of all rows, of as many windows as are run at once."""
+"""Memory for the residual vectors of all rows of the windows that run together."""
 RATE_FLOP = 30 * 10**9
-"""Of the product that measures the machine: some tenths of a second."""
+"""Size of the product that measures the machine's speed: a few tenths of a second."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What training a tuned lens takes. One addition or multiplication of floats is a FLOP."""
+    """What training a tuned lens takes. A FLOP is one floating-point addition or multiplication."""
 
     step_tokens: int
     step_flop: int
-    """One forward pass over a batch, and for each row its translator and two products with `W_U`: logits,
-    and what comes back from them. The model's own distribution takes as many once."""
+    """For a batch: one forward pass, and for each row its translator and two products with `W_U` (the logits
+    and their gradient). The model's own distribution takes one or two more."""
     held_out_tokens: int
     held_out_flop: int
-    """Of all that is held out: one forward pass, and the logits of each row with and without translator."""
+    """For all held-out tokens: one forward pass, and each row's logits with and without its translator."""
     bytes: int
-    """Of memory beside the model: the translators with Adam's two means and, while a step replaces them,
-    their gradients and successors; residual vectors; a float32 `W_U`."""
+    """Memory besides the model: the translators with Adam's two moments and, during a step, their gradients
+    and new values; residual vectors; a float32 `W_U`."""
 
     def seconds(self, steps: int, rate: float) -> float:
-        """How long so many steps and measuring take, at a rate in FLOP per second."""
+        """How long training and measuring take, at a rate in FLOP per second."""
         return (steps * self.step_flop + self.held_out_flop) / rate
 
     def words(self, steps: int, rate: float, *, fixed: bool) -> tuple[str, float]:
-        """What is going to take how long, and in how many seconds.
+        """How long training will take, in words and in seconds.
 
         Args:
-            fixed: what is held out would be as much for fewer steps, else in proportion to them.
+            fixed: whether the number of held-out tokens is independent of the number of steps; otherwise it
+                is proportional to it.
         """
         seconds = self.seconds(steps, rate)
         step = self.step_flop / rate
@@ -60,14 +61,14 @@ class TrainingPlan:
 
 
 def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out: int) -> TrainingPlan:
-    """Count what training a tuned lens takes; nothing is run.
+    """Count what training a tuned lens takes, without running anything.
 
     Args:
-        batch_tokens: in a step.
+        batch_tokens: tokens in a step.
         length: tokens in a window.
-        held_out: windows.
+        held_out: held-out windows.
 
-    Counted is what `block_flop` counts; exponentials take part in the rate that `train_tuned_lens` measures.
+    Operations are counted as in `block_flop`; exponentials are not, but they lower the measured rate.
     """
     cfg = model.cfg
     forward = cfg.n_layers * block_flop(model, length)
@@ -77,7 +78,7 @@ def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out:
     # with a soft-cap the model's own logits are enough
     own = unembed if unembedding(model).soft_cap is not None else 2 * unembed
     step = forward + own + rows * (2 * translate + 2 * unembed)
-    # each row and the last layer once plain and once translated; the model's own beside them in either
+    # each row and the model's own logits, once plain and once translated
     measure = forward + 2 * (rows + 1) * unembed + rows * translate
     tokens = held_out * length
     translators = 4 * rows * cfg.d_model * (cfg.d_model + 1)
@@ -92,14 +93,14 @@ def training_plan(model: LensModel, *, batch_tokens: int, length: int, held_out:
 
 
 def measured_rate(reader: Unembedding) -> float:
-    """FLOP per second of what training does most: a gradient through a part of the vocabulary."""
+    """FLOP per second of the main cost of training: a gradient through part of the vocabulary."""
     draw = torch.Generator().manual_seed(0)
     vectors = torch.randn(CHUNK, len(reader.W_U), generator=draw, dtype=torch.float32).to(reader.W_U)
     of_tile = 4 * vectors.numel() * reader.width
-    # of more weights than a cache holds, as while it trains
+    # more weights than fit in the cache, as in training
     n_tiles = min(max(1, RATE_FLOP // of_tile), -(-reader.d_vocab // reader.width))
     reader = dataclasses.replace(reader, soft_cap=None)
-    for n in (1, n_tiles):  # the first one also takes memory
+    for n in (1, n_tiles):  # the first one also allocates memory
         start = time.perf_counter()
-        float(reader.expected_column(vectors, n_tiles=n)[0].sum())  # a GPU begins when somebody waits for it
+        float(reader.expected_column(vectors, n_tiles=n)[0].sum())  # float() waits for the GPU
     return n_tiles * of_tile / (time.perf_counter() - start)

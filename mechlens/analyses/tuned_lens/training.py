@@ -31,11 +31,11 @@ class Training:
     """How a tuned lens is trained: with Adam, at a learning rate that falls linearly to zero.
 
     Args:
-        steps: steps of the optimizer.
-        batch_tokens: tokens in the batch of a step, in whole windows.
-        learning_rate: of the first step; None is 0.5 / d_model, which moves each component of a residual of
-            unit scale by at most half.
-        seed: decides which windows make the batch of a step.
+        steps: optimizer steps.
+        batch_tokens: tokens in each batch, in whole windows.
+        learning_rate: at the first step; None is 0.5 / d_model, which moves each component of a residual of
+            unit scale by at most 0.5.
+        seed: for drawing the windows of each batch.
 
     Raises:
         TypeError: a number of another type.
@@ -63,7 +63,7 @@ class Training:
         return 0.5 / d_model if self.learning_rate is None else self.learning_rate
 
 
-@torch.inference_mode(False)  # it takes gradients, whatever mode its caller is in
+@torch.inference_mode(False)  # it needs gradients, even if its caller is in inference mode
 def train_tuned_lens(
     model: LensModel,
     corpus: Corpus | Int[Tensor, "window pos"],
@@ -74,35 +74,35 @@ def train_tuned_lens(
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> TunedLens:
-    """Train one affine translator for each row of the lens but the last, to predict what the model does.
+    """Train an affine translator for each row of the lens but the last, to predict what the model does.
 
-    Each translator minimizes KL(final || tuned), where final is the model's own distribution, and tuned is
-    the model's last norm, `W_U`, `b_U` and soft-cap on `x + x @ weight + bias`. Weight and bias start at
-    zero, which is the plain lens. The model's weights stay as they are.
+    Each translator minimizes KL(final || tuned), where final is the model's own distribution, and tuned
+    applies the model's final norm, `W_U`, `b_U` and soft-cap to `x + x @ weight + bias`. Weight and bias
+    start at zero, which is the plain lens. The model's weights are not changed.
 
     Args:
         corpus: a path, or several as `Path`s, to `.txt`, `.jsonl` or `.jsonl.gz` files or folders of them; an
             iterable of texts (a single text in a list); token ids `[window, pos]`, such as those of
-            `sample_tokens`; or the windows of `token_windows`, which chooses their length and BOS. As many
-            windows are used as the steps need; if there are fewer, they are used again.
+            `sample_tokens`; or the windows of `token_windows`, which sets their length and BOS. Only as many
+            windows are read as the steps need; if there are fewer, they are reused.
         training: steps, batch, learning rate and seed.
-        held_out: number of windows that are not trained on, to measure the KLs: evenly spread over the
-            windows, or the first ones of `held_out_corpus`. None is a tenth of the windows, at least 1 and at
-            most 64.
-        held_out_corpus: text or ids to measure on, instead of a part of `corpus`.
-        resume: a `.safetensors` file to save progress to every half minute, and when training ends or is
-            interrupted. If the file exists, training resumes from it, with the result of an uninterrupted
-            training, to rounding.
-        progress: show a bar with the loss (mean KL of the batch over rows, nats), and print first how long it
-            will take and what ten minutes buy; None shows them in a terminal and in Jupyter.
+        held_out: number of windows to measure the KLs on instead of training: evenly spaced in the corpus, or
+            the first ones of `held_out_corpus`. None is a tenth of the windows, at least 1 and at most 64.
+        held_out_corpus: text or ids to measure on, instead of part of `corpus`.
+        resume: a `.safetensors` file to save progress to, every half minute and when training ends or is
+            interrupted. If the file exists, training resumes from it, and the result is the same as without
+            the interruption, up to rounding.
+        progress: show a bar with the loss (nats, mean over rows and positions of the batch). First print how
+            long training will take and how many steps fit in ten minutes. None does both in a terminal and in
+            Jupyter.
 
     Returns:
-        The lens, with the held-out KL of each row with and without its translator.
+        The lens, with each row's held-out KL with and without its translator.
 
     Raises:
-        ValueError: the corpus has fewer windows than a batch and what is held out; the checkpoint was begun
-            with other arguments, another model or corpus; or the model's logits are more than its last norm,
-            `W_U`, `b_U` and a soft-cap.
+        ValueError: the corpus has too few windows for a batch and the held-out ones; the checkpoint was
+            started with other arguments, another model or corpus; or the model's logits involve more than its
+            final norm, `W_U`, `b_U` and a soft-cap.
 
     Example:
         >>> text = mechlens.sample_tokens(model, batch=8, seq_len=16)
@@ -112,8 +112,8 @@ def train_tuned_lens(
 
     References: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens",
     arXiv:2303.08112, who train with SGD on larger batches.
-    Cost: one forward pass over each batch, and two products with `W_U` for each row. No `[row, pos, d_vocab]`
-    tensor exists.
+    Cost: per batch, one forward pass, and two products with `W_U` for each row. No `[row, pos, d_vocab]`
+    tensor is created.
     """
     info = describe(model)
     check_counts(held_out=held_out)
@@ -167,6 +167,6 @@ def train_tuned_lens(
 
 
 def _announce(plan: TrainingPlan, head: Head, steps: int, *, fixed: bool, progress: bool | None) -> None:
-    """Say how long it will take."""
+    """Print how long it will take."""
     said, seconds = plan.words(steps, measured_rate(head.reader), fixed=fixed)
     announce(f"tuned lens: {said}", seconds=seconds, progress=progress)

@@ -19,14 +19,14 @@ from mechlens.models.run.forward import watch
 from mechlens.models.run.unembedding import final_norm, unembedding
 
 CAPPED_BYTES = 16 * 2**20
-"""Memory for float32 logits with a soft-cap, which are held whole; a few such are held at a time."""
+"""Memory for one float32 tensor of soft-capped logits, which are not tiled; a few are in memory at a time."""
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 def residuals(
     model: LensModel, tokens: Int[Tensor, "batch pos"]
 ) -> Iterator[Float[Tensor, "every some d_model"]]:
-    """The vectors of each row and the last layer, some windows at a time."""
+    """The vectors of each row and of the last layer, a few windows at a time."""
     n_layers = model.cfg.n_layers
     hooks = ["blocks.0.hook_resid_pre", *(f"blocks.{layer}.hook_resid_post" for layer in range(n_layers))]
     at_once = max(1, RESIDUAL_BYTES // (4 * len(hooks) * tokens.shape[1] * model.cfg.d_model))
@@ -38,23 +38,23 @@ def residuals(
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """From a last residual to the model's distribution."""
+    """From the final residual stream to the model's distribution."""
 
     model: LensModel
     reader: Unembedding
 
     @classmethod
     def of(cls, model: LensModel) -> Head:
-        """With weights in the dtype in which they are used again and again."""
+        """Converts `W_U` once to the dtype that products use."""
         reader = unembedding(model)
         return cls(model, dataclasses.replace(reader, W_U=reader.W_U.to(reader.dtype)))
 
     def norm(self, vectors: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_model"]:
-        # as a batch of one sequence and in the model's dtype, like everything the norm gets
+        # as a batch of one sequence in the model's dtype, like all inputs of the norm
         return final_norm(self.model, vectors[None].to(self.model.W_U.dtype))[0]
 
     def chunks(self, vectors: Float[Tensor, "every some d_model"]) -> Iterator[Tensor]:
-        """Some positions at a time, as tensors that a gradient may pass through."""
+        """A few positions at a time, as tensors that gradients can pass through."""
         n_pos, most = vectors.shape[1], CHUNK
         if self.reader.soft_cap is not None:
             most = min(most, max(1, CAPPED_BYTES // (4 * self.reader.d_vocab)))
@@ -63,14 +63,14 @@ class Head:
 
     @torch.no_grad()
     def final(self, vectors: Float[Tensor, "some d_model"]) -> Reference:
-        """The model's own distributions, which all rows are to predict."""
+        """The model's own distributions, the targets of all rows."""
         return reference_of(self.reader, self.norm(vectors).to(self.reader.dtype))
 
     @torch.no_grad()
     def kl(
         self, vectors: Float[Tensor, "every some d_model"], translate: Callable[[int, Tensor], Tensor]
     ) -> Float[Tensor, "every some"]:
-        """KL(final || row) in nats of each row after its translation."""
+        """KL(final || row) in nats for each translated row."""
         found = read_out(
             vectors,
             self.reader,
@@ -86,8 +86,8 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Translators:
-    """The translators and Adam's running means. Each step makes a new object, so an interruption finds a
-    whole one."""
+    """The translators and Adam's running means. Each step makes a new object, so an interruption never leaves
+    a half-updated one."""
 
     weight: Float[Tensor, "row d_model d_model"]
     bias: Float[Tensor, "row d_model"]
@@ -121,7 +121,7 @@ TENSORS = tuple(field.name for field in dataclasses.fields(Translators) if field
 
 
 def translators(model: LensModel, tensors: Mapping[str, Tensor] | None = None, step: int = 0) -> Translators:
-    """From the tensors of a checkpoint, or from zero."""
+    """Translators from the tensors of a checkpoint, or all zero."""
     rows, d_model = model.cfg.n_layers, model.cfg.d_model
     like = model.W_U.detach()
     if tensors:
@@ -135,7 +135,7 @@ def translators(model: LensModel, tensors: Mapping[str, Tensor] | None = None, s
 def gradients(
     model: LensModel, head: Head, batch: Int[Tensor, "batch pos"], state: Translators
 ) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The loss on a batch (mean over rows and positions, nats), and the gradients of each row's mean."""
+    """The loss on a batch (mean over rows and positions, nats), and the gradient of each row's mean loss."""
     weight, bias = torch.zeros_like(state.weight), torch.zeros_like(state.bias)
     loss = 0.0
     for vectors in residuals(model, batch):
@@ -152,9 +152,10 @@ def gradients(
 def _backward(
     head: Head, final: Reference, translated: Float[Tensor, "some d_model"]
 ) -> tuple[float, Float[Tensor, "some d_model"]]:
-    """The sum of KL(final || translated), and its gradient by the translated vectors.
+    """The sum of KL(final || translated), and its gradient with respect to the translated vectors.
 
-    The part through the vocabulary is written out, because autograd would keep several tensors of that width.
+    The gradient through the vocabulary is written out by hand, because autograd would keep several tensors of
+    that width.
     """
     with torch.enable_grad():
         leaf = translated.requires_grad_()
@@ -168,7 +169,7 @@ def _backward(
 def held_out_kl(
     model: LensModel, head: Head, tokens: Int[Tensor, "window pos"], state: Translators
 ) -> tuple[Float[Tensor, " every"], Float[Tensor, " every"]]:
-    """The mean KL of each row and the last layer in nats, plain and tuned."""
+    """The mean KL of each row and of the last layer in nats, plain and tuned."""
     n_rows = model.cfg.n_layers
     plain, tuned = torch.zeros(2, n_rows + 1, dtype=torch.float64)
     for vectors in residuals(model, tokens):

@@ -1,4 +1,4 @@
-"""The windows of text that train a tuned lens, and those that are held out."""
+"""The windows of text that a tuned lens is trained on, and those that are held out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mechlens.models.protocol import LensModel
 from mechlens.text.corpus import Corpus, token_windows
 
 MOST_HELD_OUT = 64
-"""The most windows that are held out by default."""
+"""The maximum number of windows held out by default."""
 
 
 def training_windows(
@@ -62,12 +62,12 @@ def training_windows(
 
 
 def _share(windows: int, part: int) -> int:
-    """The default number of windows that are held out."""
+    """The default number of held-out windows."""
     return max(1, min(MOST_HELD_OUT, windows // part))
 
 
 def batch_windows(step: int, per_step: int, count: int, seed: int) -> Int[Tensor, " chosen"]:
-    """The windows of a step: each once in an order drawn from the seed, then in another order, and so on."""
+    """The windows of a step: all windows once in random order, then again in a new order, and so on."""
     places = range(step * per_step, (step + 1) * per_step)
     orders = {
         epoch: torch.randperm(count, generator=generator_of(seed + epoch))
