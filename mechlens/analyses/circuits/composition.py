@@ -1,4 +1,4 @@
-"""Composition of two heads: circuits through both, and scores of all pairs."""
+"""Composition of two heads: circuits through both, and scores for all pairs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mechlens.results import Circuit, CompositionScores
 from mechlens.results.heads import Head
 
 KINDS = ("k", "q", "v")
-"""The later head's input that the earlier head writes: key, query or value."""
+"""The input of the later head that the earlier head writes: key, query or value."""
 
 
 def k_composition_circuit(
@@ -38,7 +38,7 @@ def k_composition_circuit(
     relative_position: int | None = None,
     rotary: str | None = None,
 ) -> Circuit:
-    """How much the later head at each token prefers to attend where the earlier head moved each token.
+    """How much the later head prefers to attend, from each token, to where the earlier head moved each token.
 
     With a previous-token head and an induction head, this is the induction circuit.
 
@@ -46,15 +46,15 @@ def k_composition_circuit(
         earlier: the head whose output the later one reads as its key, such as `"L1H2"` or `(1, 2)`.
         later: a head of a later layer.
         embedding: `W_E`, or `effective`: `W_E` plus the first layer's MLP applied to it. Used on both sides.
-        relative_position: for a rotary model: how many tokens the later head's key comes before its query.
+        relative_position: for a rotary model: how many positions the later head's key is before its query.
         rotary: for a rotary model: `unrotated` keeps only the dimensions that are not rotated.
 
     Returns:
         `(W_E @ W_Q) @ (W_E @ W_V @ W_O @ W_K).T`, [query token, key token], before the attention scale. The
-        key token is the one that the earlier head attended to, not the one at the key's position.
+        key token is the token that the earlier head attended to, not the token at the key's position.
 
     Raises:
-        TypeError: not one head each.
+        TypeError: `earlier` or `later` is not one head.
         ValueError: a head is out of range, or `earlier` is not in an earlier layer; a rotary model without
             `relative_position` or `rotary`, or another model with one of them; a model that normalizes
             queries and keys; `effective` for a model without MLPs.
@@ -66,7 +66,7 @@ def k_composition_circuit(
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; `K_comp_full_circuit`
     in "How one can Interpret GPT2-Small".
-    Cost: the vocabulary once through the embedding; `effective`, through the first MLP too.
+    Cost: one pass of the vocabulary through the embedding and, with `effective`, the first MLP.
     """
     return _query_key_circuit(model, "k", earlier, later, embedding, relative_position, rotary)
 
@@ -80,21 +80,21 @@ def q_composition_circuit(
     relative_position: int | None = None,
     rotary: str | None = None,
 ) -> Circuit:
-    """How much the later head, where the earlier head moved each token, prefers to attend to each token.
+    """How much the later head prefers to attend, from where the earlier head moved each token, to each token.
 
     Args:
         earlier: the head whose output the later one reads as its query, such as `"L1H2"` or `(1, 2)`.
         later: a head of a later layer.
         embedding: `W_E`, or `effective`: `W_E` plus the first layer's MLP applied to it. Used on both sides.
-        relative_position: for a rotary model: how many tokens the later head's key comes before its query.
+        relative_position: for a rotary model: how many positions the later head's key is before its query.
         rotary: for a rotary model: `unrotated` keeps only the dimensions that are not rotated.
 
     Returns:
         `(W_E @ W_V @ W_O @ W_Q) @ (W_E @ W_K).T`, [query token, key token], before the attention scale. The
-        query token is the one that the earlier head attended to.
+        query token is the token that the earlier head attended to.
 
     Raises:
-        TypeError: not one head each.
+        TypeError: `earlier` or `later` is not one head.
         ValueError: a head is out of range, or `earlier` is not in an earlier layer; a rotary model without
             `relative_position` or `rotary`, or another model with one of them; a model that normalizes
             queries and keys; `effective` for a model without MLPs.
@@ -104,7 +104,7 @@ def q_composition_circuit(
         'Q-composition of L1H2 with L3H5'
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
-    Cost: the vocabulary once through the embedding; `effective`, through the first MLP too.
+    Cost: one pass of the vocabulary through the embedding and, with `effective`, the first MLP.
     """
     return _query_key_circuit(model, "q", earlier, later, embedding, relative_position, rotary)
 
@@ -121,7 +121,7 @@ def v_composition_circuit(model: LensModel, earlier: Head, later: Head, *, embed
         `W_E @ W_V1 @ W_O1 @ W_V2 @ W_O2 @ W_U`, [source token, destination token].
 
     Raises:
-        TypeError: not one head each.
+        TypeError: `earlier` or `later` is not one head.
         ValueError: a head is out of range, or `earlier` is not in an earlier layer; `effective` for a model
             without MLPs.
 
@@ -131,7 +131,7 @@ def v_composition_circuit(model: LensModel, earlier: Head, later: Head, *, embed
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", "Virtual attention
     heads".
-    Cost: the vocabulary once through the embedding; `effective`, through the first MLP too.
+    Cost: one pass of the vocabulary through the embedding and, with `effective`, the first MLP.
     """
     pair = one, other = head_pair(model, earlier, later)
     second = folded_heads(model, other[0])
@@ -151,7 +151,7 @@ def composition_scores(
     draws: int = 100,
     progress: bool | None = None,
 ) -> CompositionScores:
-    """How much of what each head reads could come from each earlier head, beside a random baseline.
+    """How much of what each head reads could come from each earlier head, with a random baseline.
 
     With `OV = W_V @ W_O` of the earlier head and `QK = W_Q @ W_K.T` of the later one, the score is
     `‖M1 @ M2‖ / (‖M1‖ ‖M2‖)` in Frobenius norms: `q` from OV and QK, `k` from OV and QK.T, `v` from OV and
@@ -159,27 +159,27 @@ def composition_scores(
 
     Args:
         kind: `q`, `k` or `v`: the later head's input.
-        relative_position: for a rotary model and `q` or `k`: how many tokens the later head's key comes
+        relative_position: for a rotary model and `q` or `k`: how many positions the later head's key is
             before its query. None leaves the rotation out, as TransformerLens does; the result's `rotary` is
             then `ignored`.
-        seed: seed of the random weights of the baseline.
+        seed: for the random weights of the baseline.
         draws: pairs of random heads in the baseline, at least 2.
         progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Scores of all pairs of an earlier and a later head; nan for all others.
+        Scores for all pairs of an earlier and a later head; nan for all other pairs.
 
     Raises:
-        ValueError: another kind; a relative position where nothing is rotated; fewer than 2 draws; a model
+        ValueError: an unknown kind; a relative position where nothing is rotated; fewer than 2 draws; a model
             that normalizes queries and keys (for `q` and `k`).
 
     Example:
         >>> mechlens.composition_scores(model, "k").summary(1)["earlier"].tolist()
         ['L1H1']
 
-    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", with its baseline.
-    TransformerLens's `all_composition_scores` is 0 where ours is nan, and leaves out the scale of a norm
-    between attention and the stream (Gemma-2).
+    References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", for scores and
+    baseline. TransformerLens's `all_composition_scores` is 0 where ours is nan, and leaves out the scale of a
+    norm between attention and the stream (Gemma-2).
     Cost: float32 copies of all attention weights, and one product `[n_heads_total * d_head, d_model] @
     [d_model, n_heads_total * d_head]`; the baseline costs the same with `draws` heads.
     """
@@ -229,7 +229,7 @@ def _query_key_circuit(
     relative_position: int | None,
     rotary: str | None,
 ) -> Circuit:
-    """The later head's QK circuit, in which the earlier head wrote its keys (`k`) or queries (`q`)."""
+    """The later head's QK circuit, with keys (`k`) or queries (`q`) written by the earlier head."""
     pair = one, other = head_pair(model, earlier, later)
     second = folded_heads(model, other[0])
     rotation = head_rotation(model, other[0], relative_position, rotary)
@@ -247,7 +247,7 @@ def _query_key_circuit(
 def _through(
     model: LensModel, head: tuple[int, int], reading: Float[Tensor, "d_model inner"]
 ) -> Float[Tensor, "d_model inner"]:
-    """What weights read from the source of an earlier head: `W_V @ W_O @ reading`."""
+    """What weights read from an earlier head's source: `W_V @ W_O @ reading`."""
     weights = folded_heads(model, head[0])
     # the thin product first
     return weights.W_V[head[1]] @ (weights.W_O[head[1]] @ reading)

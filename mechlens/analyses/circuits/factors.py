@@ -1,4 +1,4 @@
-"""What all circuits need: checked heads, the way from tokens to a head, and the result."""
+"""What all circuits need: checking heads, reading tokens, and making the result."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from mechlens.results.heads import Head, Heads, check_in_range
 
 EMBEDDINGS = ("W_E", "effective")
 _IDENTITY = ("name", "revision", "n_layers", "n_heads", "d_model", "d_vocab")
-"""What a circuit's model shares with the model it is read with. Processing and engine may differ: they do not
-change a circuit."""
+"""What must agree between a circuit's model and the model it is read with. Processing and engine may differ,
+because they do not change a circuit."""
 QUERY_KEY, SOURCE_DESTINATION = ("query", "key"), ("source", "destination")
 
 
@@ -41,7 +41,7 @@ def check_head(model: LensModel, head: Head) -> tuple[int, int]:
 
 
 def check_heads(model: LensModel, heads: Heads) -> list[tuple[int, int]]:
-    """(layer, head) of one or several different heads, the earliest first."""
+    """(layer, head) of one or several different heads, earliest first."""
     try:
         several: list[Any] = [heads] if isinstance(heads, str) else list(heads)
     except TypeError:
@@ -58,7 +58,7 @@ def check_heads(model: LensModel, heads: Heads) -> list[tuple[int, int]]:
 
 
 def head_pair(model: LensModel, earlier: Head, later: Head) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(layer, head) of two heads, of which the later can read what the earlier writes.
+    """(layer, head) of two heads where the later one can read what the earlier one writes.
 
     Raises:
         TypeError, ValueError: one is not a head of the model, or the first is not in an earlier layer.
@@ -80,7 +80,7 @@ def check_model_of(model: LensModel, circuit: Circuit) -> None:
     others = ", ".join(f"its {name} is {own!r}, here {here!r}" for name, own, here in pairs if own != here)
     if others:
         raise ValueError(
-            f"the {circuit.name} is of another model ({others}): give the model that it was made from"
+            f"the {circuit.name} is from another model ({others}): give the model that it was made from"
         )
 
 
@@ -104,7 +104,7 @@ def read_token_pair(
     keys: Float[Tensor, "d_model inner"],
     embedding: str,
 ) -> tuple[Float[Tensor, "d_vocab inner"], Float[Tensor, "inner d_vocab"]]:
-    """Both factors of a token-by-token QK circuit, from one pass through the embedding."""
+    """Both factors of a token-by-token QK circuit, with one pass through the embedding."""
     both = read_tokens(model, torch.cat([queries, keys], dim=1), embedding)
     A, B = both.split(queries.shape[1], dim=1)
     return A, B.T
@@ -122,7 +122,7 @@ def make_circuit(
     rotation: HeadRotation = NO_ROTATION,
     normalized_positions: bool = False,
 ) -> Circuit:
-    """The result; `embedding` is given exactly where both axes are tokens."""
+    """The result; `embedding` is given if and only if both axes are tokens."""
     space = space if embedding == "none" else "tokens"
     A, B = factors
     return Circuit(

@@ -1,4 +1,4 @@
-"""Induction circuits: which previous-token heads feed which induction heads, and the evidence for it."""
+"""Induction circuits: which previous-token heads feed which induction heads, and the evidence."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from mechlens.text.tokens import own_bos_token_id
 
 INDUCTION, PREVIOUS = "induction_score", "previous_token_score"
 N_TOKENS = 2048
-"""Size of the vocabulary's sample: with 95% confidence, a top-1 accuracy is within 0.022 of the true one."""
+"""Tokens to sample: with 95% confidence, a top-1 accuracy is within 0.022 of that over the vocabulary."""
 CONFIDENCE = 0.95
 TIMES_NULL = 2.0
-"""A head is a candidate if its score is this multiple of its null; the tests of its pairs are stricter."""
+"""A head is a candidate if its score is at least this many times its null; its pairs are tested further."""
 
 Pair = tuple[Head, Head]
 HeadPair = tuple[tuple[int, int], tuple[int, int]]
@@ -62,36 +62,37 @@ def find_induction_circuits(
 ) -> InductionCircuits:
     """Find the previous-token heads that feed induction heads, with the evidence for each pair.
 
-    For each head whose induction score reaches the threshold and twice its null, the previous-token heads of
-    earlier layers (by the same rule) with the highest K-composition are tried. A pair is a `circuit` if three
-    tests hold, `in part` if behavior and one other hold, else `no circuit`. Behavior: both scores pass.
-    Weights: the K-composition is at least 3 standard deviations above chance and in the upper quarter of all
-    earlier heads. Cause: ablating the previous-token head in the induction head's keys costs at least a tenth
-    of the induction score.
+    An induction head is a head whose induction score reaches the threshold and twice its null; previous-token
+    heads are defined likewise. Each induction head is paired with the previous-token heads in earlier layers
+    that have the highest K-composition with it. A pair is a `circuit` if it passes three tests, `in part` if
+    it passes behavior and one other, otherwise `no circuit`. Behavior: both scores pass. Weights: the
+    K-composition is at least 3 standard deviations above chance and in the top quarter of all earlier heads.
+    Cause: ablating the previous-token head in the induction head's keys reduces the induction score by at
+    least a tenth.
 
     Args:
-        on: the sequences, of one seed and without jitter; None is 8 sequences of 50 random tokens, repeated.
-            The seed also draws the tokens that are counted and the random weights of the baseline; ablations
-            use the sequences of the next seed.
-        pairs: pairs to judge whatever they score, such as `[("L1H2", "L3H5")]`; None searches.
-        threshold: least score of both heads, in [0, 1].
+        on: the sequences, with one seed and no jitter; None is 8 sequences of 50 random tokens, repeated. The
+            seed is also used to sample the vocabulary and the random weights of the baseline; ablations take
+            values from sequences with the next seed.
+        pairs: pairs to judge whatever their scores, such as `[("L1H2", "L3H5")]`; None searches.
+        threshold: minimum score of both heads, in [0, 1].
         per_head: previous-token heads to try for each induction head.
         how: what replaces an ablated head's output: `mean`, `zero` or `resample`. `zero` depends on
             `load_model`'s `processing`, which moves `b_V` into `b_O`.
-        n_tokens: how many tokens of the vocabulary top-1 accuracies are counted over; each is compared with
-            the whole vocabulary. None counts all. No verdict depends on it.
+        n_tokens: how many tokens to sample for top-1 accuracies; each is compared with the whole vocabulary.
+            None takes all. No verdict depends on it.
         progress: show progress bars; None shows them in a terminal and in Jupyter.
 
     Returns:
-        The evidence by pair, those of the strongest induction head first; without pairs, `note` says why. In
-        a rotary model K-composition is that of a key `seq_len - 1` positions before its query, where a
-        perfect induction head finds it. With grouped-query attention only the induction head of a pair sees
+        The evidence by pair, strongest induction head first; if no pair is found, `note` explains why. In a
+        rotary model, K-composition is computed for a key `seq_len - 1` positions before its query, where a
+        perfect induction head finds it. With grouped-query attention, only the pair's own induction head sees
         the ablated keys.
 
     Raises:
         TypeError: not a head.
         ValueError: pairs that are empty, repeated, or not from an earlier to a later layer; an option out of
-            range; sequences that do not fit the model's context.
+            range; sequences that do not fit in the model's context.
 
     Example:
         >>> on = mechlens.RepeatedTokens(20, batch=2, seeds=[0])
@@ -100,9 +101,10 @@ def find_induction_circuits(
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022,
     arXiv:2209.11895; "How one can Interpret GPT2-Small". Path ablation: Wang et al. 2022, arXiv:2211.00593.
-    Cost: head scores, K-composition scores, a clean run and a reference run. For each induction head one
-    product `[n_tokens, d_head] @ [d_head, d_vocab]`, for each pair two; for each previous-token head a run
-    from its layer on, for each pair one from the induction head's (whole runs on a bridge).
+    Cost: head scores, K-composition scores, a clean run and a reference run. Products
+    `[n_tokens, d_head] @ [d_head, d_vocab]`: one for each induction head, two for each pair. Further runs:
+    one from each previous-token head's layer on, and one for each pair from the induction head's layer on
+    (full runs on a TransformerBridge).
     """
     on = _sequences(model, on)
     seed = on.seeds[0]
@@ -152,7 +154,7 @@ def find_induction_circuits(
 
 
 def _sequences(model: LensModel, on: RepeatedTokens | None) -> RepeatedTokens:
-    """The sequences with their BOS decided, checked: one seed, no jitter and at least two tokens."""
+    """The sequences, with BOS resolved. Checks for one seed, no jitter and at least two tokens."""
     check_model(model)
     on = RepeatedTokens(batch=8, seeds=[0]) if on is None else on
     check_type("on", on, RepeatedTokens)
@@ -170,7 +172,7 @@ def _sequences(model: LensModel, on: RepeatedTokens | None) -> RepeatedTokens:
 
 
 def _checked(model: LensModel, pairs: Sequence[Pair]) -> list[HeadPair]:
-    """The user's pairs as (layer, head) twice."""
+    """The user's pairs, each as two (layer, head)."""
     given = []
     for pair in pairs:
         if isinstance(pair, (str, Number)) or len(pair) != 2 or any(isinstance(one, Number) for one in pair):
@@ -187,7 +189,7 @@ def _checked(model: LensModel, pairs: Sequence[Pair]) -> list[HeadPair]:
 def _pairs(
     scores: HeadScores, composition: CompositionScores, threshold: float, per_head: int
 ) -> tuple[list[HeadPair], str]:
-    """The pairs to try, or why there is none."""
+    """The pairs to try, or why there are none."""
     induction, previous = (
         [head for head, _ in scores.clear_heads(kind, threshold, TIMES_NULL)]
         for kind in (INDUCTION, PREVIOUS)
@@ -211,7 +213,7 @@ def _pairs(
 
 
 def _most(scores: HeadScores, kind: str, threshold: float, before: int | None = None) -> str:
-    """The head with the highest score, and its null where the score alone would pass."""
+    """The head with the highest score, with its null if the score alone would pass."""
     ranked = (each for each in scores.ranked(kind) if before is None or each[0][0] < before)
     best = next(ranked, None)
     if best is None:
@@ -225,7 +227,7 @@ def _most(scores: HeadScores, kind: str, threshold: float, before: int | None = 
 
 
 def _numbers(judged: Sequence[Mapping[str, float]], n_tokens: int, d_vocab: int) -> dict[str, Any]:
-    """The fields of the result that hold numbers of pairs."""
+    """The result's numeric fields, one number per pair."""
     fields: dict[str, Any] = {
         each.name: torch.tensor([pair[each.name] for pair in judged], dtype=torch.float32)
         for each in EVIDENCE
@@ -259,7 +261,7 @@ def _composes(
     return {
         "k_score": float(k_score),
         "k_z": float((k_score - composition.baseline_mean) / composition.baseline_std),
-        # nan where either head's weights are zero
+        # nan if either head's weights are zero
         "k_rank": math.nan if k_score.isnan() else float((earlier > k_score).sum() + 1),
         "n_earlier": float((~earlier.isnan()).sum()),
         "k_top1_keys": _top_1(circuit, "key", tokens),
@@ -270,7 +272,7 @@ def _composes(
 def _copies(
     model: LensModel, head: tuple[int, int], *, tokens: Int[Tensor, " token"] | None
 ) -> dict[str, float]:
-    """Evidence from the induction head's OV circuit; the same for all its pairs."""
+    """Evidence from the induction head's OV circuit, the same for all its pairs."""
     writes = full_OV(model, head)
     return {"ov_top1": _top_1(writes, "destination", tokens), "ov_copying": writes.copying_score()}
 
@@ -280,14 +282,14 @@ def _top_1(circuit: Circuit, over: str, tokens: Int[Tensor, " token"] | None) ->
 
 
 def _drawn(d_vocab: int, n_tokens: int | None, seed: int) -> Int[Tensor, " token"] | None:
-    """The tokens that accuracies are counted over; None is all."""
+    """The tokens sampled for accuracies; None is all."""
     if n_tokens is None or n_tokens >= d_vocab:
         return None
     return torch.randperm(d_vocab, generator=generator_of(seed))[:n_tokens].sort().values
 
 
 def _intervals(shares: Sequence[float], n: int, d_vocab: int) -> Float[Tensor, "bound pair"]:
-    """Intervals of the shares in the whole vocabulary; a share of all tokens is exact."""
+    """Intervals for the shares of the whole vocabulary; exact if all tokens were counted."""
     bounds = [
         (share, share) if n == d_vocab else exact_interval(share, n, confidence=CONFIDENCE)
         for share in shares
@@ -298,30 +300,30 @@ def _intervals(shares: Sequence[float], n: int, d_vocab: int) -> Float[Tensor, "
 def _zero_weights(
     model: LensModel, pair: HeadPair, evidence: Mapping[str, float], relative: int | None
 ) -> str:
-    """Why a pair cannot compose, where a head's weights are zero; else empty."""
+    """Why a pair cannot compose, if a head's weights are zero; otherwise empty."""
     previous, induction = pair
     # a score is nan for no other reason
     if not math.isnan(evidence["k_score"]):
         return ""
     if OV(model, previous).is_zero:
-        return f"{head_label(*previous)} writes nothing, its weights are zero"
+        return f"{head_label(*previous)} writes nothing, because its weights are zero"
     if QK(model, induction, relative_position=relative).is_zero:
-        return f"{head_label(*induction)} compares nothing, its weights are zero"
+        return f"{head_label(*induction)} compares nothing, because its weights are zero"
     return ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Effects:
-    """Effects of ablating the previous-token heads, in runs that share their clean part."""
+    """Effects of ablating previous-token heads; all runs share the clean run."""
 
     model: LensModel
     random: RandomTokens
     runs: PathRuns
     paths: Mapping[HeadPair, HeadPath]
-    """To the keys of each pair's induction head."""
+    """The path from each pair's previous-token head to its induction head's keys."""
     clean_loss: Float[Tensor, " sequence"]
     removed: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    """Activations of the runs without each previous-token head, shared by all its pairs."""
+    """Activations of the runs with a previous-token head ablated, shared by all its pairs."""
 
     @classmethod
     def of(cls, model: LensModel, pairs: Sequence[HeadPair], on: RepeatedTokens, how: str) -> _Effects:
@@ -340,11 +342,11 @@ class _Effects:
         return dataclasses.replace(found, clean_loss=found._loss(found._read(runs.runs.clean.final)))
 
     def of_pair(self, pair: HeadPair) -> dict[str, float]:
-        """Induction score and loss with the previous-token head ablated in the induction head's keys only,
-        and everywhere."""
+        """Induction score and change in loss, with the previous-token head ablated only in the induction
+        head's keys, and everywhere."""
         previous, (layer, head) = pair
         pattern, last = SITES["pattern"].format(layer), last_hook(self.model)
-        # first, because the run of the path starts from this one
+        # first, because the path run builds on it
         if previous not in self.removed:
             receivers = {to[0] for sender, to in self.paths if sender == previous}
             wanted = {SITES["pattern"].format(to): lambda activation: activation for to in receivers}
@@ -368,7 +370,7 @@ class _Effects:
         }
 
     def _read(self, last: Float[Tensor, "sequence pos d_model"]) -> Float[Tensor, "sequence read d_model"]:
-        """The positions of the second copy that predict a token of it."""
+        """The positions of the second copy that predict one of its tokens."""
         return last[:, int(self.random.starts[0, 1]) : -1]
 
     def _loss(self, read: Float[Tensor, "sequence read d_model"]) -> Float[Tensor, " sequence"]:
@@ -383,7 +385,7 @@ class _Effects:
 
 
 def _standard_error(changes: Float[Tensor, " sequence"]) -> float:
-    """Standard error of the mean; nan of a single value."""
+    """Standard error of the mean; nan for a single value."""
     return float(changes.std() / math.sqrt(len(changes))) if len(changes) > 1 else math.nan
 
 
@@ -393,8 +395,8 @@ def _verdict(
     """A pair's verdict by `VERDICT_RULE`, and the reasons for it.
 
     Args:
-        clean: the loss without any ablation.
-        zero_weights: why the pair cannot compose; empty where it can.
+        clean: the loss without ablation.
+        zero_weights: why the pair cannot compose; empty if it can.
     """
     said = evidence
     behaves = (
@@ -402,7 +404,7 @@ def _verdict(
         and said["induction_score"] >= 2 * said["induction_null"]
         and said["previous_token_score"] >= 2 * said["previous_token_null"]
     )
-    # both are false of nan
+    # both comparisons are false for nan
     composes = said["k_z"] >= LEAST_Z and said["k_rank"] <= max(1, UPPER_SHARE * said["n_earlier"])
     lost = 1 - said["score_path"] / said["induction_score"] if said["induction_score"] > 0 else 0.0
     causes = lost >= LEAST_LOSS

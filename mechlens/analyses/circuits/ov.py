@@ -1,4 +1,4 @@
-"""OV circuits: what a head writes at its destination for what it reads at its source."""
+"""OV circuits: what a head writes at the destination, given what it reads at the source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def OV(model: LensModel, heads: Heads) -> Circuit:
         heads: one head, such as `"L3H5"` or `(3, 5)`, or a list of heads whose circuits are summed.
 
     Returns:
-        `W_V @ W_O`, [source, destination], d_model x d_model; the inner dimension is d_head for each head.
+        `W_V @ W_O`, [source, destination], d_model x d_model; the inner dimension is d_head times the number
+        of heads.
 
     Raises:
         TypeError: not a head.
@@ -48,12 +49,13 @@ def full_OV(model: LensModel, heads: Heads, *, embedding: str = "W_E") -> Circui
 
     Args:
         heads: one head, such as `"L3H5"` or `(3, 5)`, or a list of heads whose circuits are summed: the
-            effective OV circuit of heads that attend alike.
-        embedding: `W_E`, or `effective`: `W_E` plus the first layer's MLP applied to it, without attention
-            and positions.
+            effective OV circuit of heads that attend to the same places.
+        embedding: `W_E`, or `effective`: `W_E` plus the first layer's MLP applied to it, without attention or
+            positions.
 
     Returns:
-        `W_E @ W_V @ W_O @ W_U`, [source token, destination token]. A destination is a possible next token.
+        `W_E @ W_V @ W_O @ W_U`, [source token, destination token]. A destination token is a possible next
+        token.
 
     Raises:
         TypeError: not a head.
@@ -66,7 +68,7 @@ def full_OV(model: LensModel, heads: Heads, *, embedding: str = "W_E") -> Circui
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". Effective embedding:
     Wang et al. 2022, arXiv:2211.00593; ours includes the first MLP's biases.
-    Cost: the vocabulary once through the embedding; `effective`, through the first MLP too.
+    Cost: one pass of the vocabulary through the embedding and, with `effective`, the first MLP.
     """
     read, write, chosen = _values(model, heads)
     factors = read_tokens(model, read, embedding), to_logits(model, write)
@@ -77,7 +79,7 @@ def full_OV(model: LensModel, heads: Heads, *, embedding: str = "W_E") -> Circui
 def _values(
     model: LensModel, heads: Heads
 ) -> tuple[Float[Tensor, "d_model inner"], Float[Tensor, "inner d_model"], list[tuple[int, int]]]:
-    """`W_V` of the heads side by side, their `W_O` stacked, and the heads."""
+    """The heads' `W_V` concatenated, their `W_O` stacked, and the heads."""
     chosen = check_heads(model, heads)
     layers = {layer: folded_heads(model, layer) for layer, _ in chosen}
     read = torch.cat([layers[layer].W_V[index] for layer, index in chosen], dim=1)

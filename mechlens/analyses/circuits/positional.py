@@ -1,4 +1,4 @@
-"""What a head does with learned positions alone."""
+"""A head's attention from learned position embeddings alone."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mechlens.results.heads import Head
 
 
 def positional_QK(model: LensModel, head: Head, *, normalize: bool = False) -> Circuit:
-    """How much a head at each position prefers to attend to each position, by learned positions alone.
+    """How much a head prefers to attend from each position to each other, by position embeddings alone.
 
     Args:
         head: one head, such as `"L0H1"` or `(0, 1)`.
         normalize: divide each position's vector by its own scale, as the norm before attention would if
-            nothing else were in the stream. Learned positions are short compared with the rest of the
-            stream, so without this the scores are far smaller than in the model.
+            nothing else were in the stream. This scale is usually far below 1, so without it the scores are
+            far smaller than in the model.
 
     Returns:
         `W_pos @ W_Q @ W_K.T @ W_pos.T`, [query position, key position], n_ctx x n_ctx, before the attention
-        scale. It is not causal.
+        scale and without a causal mask.
 
     Raises:
         TypeError: not one head.
@@ -39,7 +39,7 @@ def positional_QK(model: LensModel, head: Head, *, normalize: bool = False) -> C
         ValueError: this model has no learned positions (W_pos) but 'rotary': use QK with relative_position
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
-    Cost: one forward pass of the context through the embedding.
+    Cost: all positions of the context once through the embedding.
     """
     layer, index = check_head(model, head)
     vectors = position_vectors(model)
@@ -67,7 +67,8 @@ def positional_attention(
 
     Args:
         head: one head, such as `"L0H1"` or `(0, 1)`.
-        n_positions: use the first of the context's positions; None is 64, or the context if that is less.
+        n_positions: how many positions of the context to use, from the first; None is 64, or the whole
+            context if that is less.
         normalize: divide each position's vector by its own scale, as the norm before attention would.
 
     Returns:
@@ -75,15 +76,15 @@ def positional_attention(
 
     Raises:
         TypeError: not one head.
-        ValueError: the head is out of range, the model has no learned positions, or the context does not hold
-            so many.
+        ValueError: the head is out of range, the model has no learned positions, or `n_positions` is larger
+            than the context.
 
     Example:
         >>> mechlens.positional_attention(model, "L0H1", n_positions=4)
         Traceback (most recent call last):
         ValueError: this model has no learned positions (W_pos) but 'rotary': use QK with relative_position
 
-    Cost: two runs of two tokens up to the layer, and one of the context through the embedding.
+    Cost: two runs of two tokens up to the layer, and all positions of the context once through the embedding.
     """
     check_model(model)
     n_ctx = model.cfg.n_ctx

@@ -1,4 +1,4 @@
-"""QK circuits: how much a head's query at one place matches its key at another."""
+"""QK circuits: how much a head's query at one position matches its key at another."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def QK(
 
     Args:
         head: one head, such as `"L3H5"` or `(3, 5)`: scores of several heads do not add up.
-        relative_position: for a rotary model: how many tokens the key comes before the query; 0 is the
+        relative_position: for a rotary model: how many positions the key is before the query; 0 is the
             query's own position.
         rotary: for a rotary model: `unrotated` keeps only the dimensions of the head that are not rotated
-            (NeoX has some). Their part of a score is the same at every distance.
+            (GPT-NeoX has some). Their contribution to a score is the same at every distance.
 
     Returns:
         `W_Q @ W_K.T`, [query, key], d_model x d_model, before the attention scale.
@@ -37,7 +37,7 @@ def QK(
         ('query', 'key')
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
-    Cost: for a rotary model on a bridge, a run of `relative_position + 1` tokens up to the layer.
+    Cost: for a rotary model on a TransformerBridge, a run of `relative_position + 1` tokens up to the layer.
     """
     place, queries, keys, rotation = _queries_and_keys(model, head, relative_position, rotary)
     name = f"QK of {head_label(*place)}"
@@ -52,13 +52,13 @@ def full_QK(
     relative_position: int | None = None,
     rotary: str | None = None,
 ) -> Circuit:
-    """How much a head at each token prefers to attend to each token.
+    """How much a head prefers to attend from each token to each token.
 
     Args:
         head: one head, such as `"L3H5"` or `(3, 5)`.
-        embedding: `W_E`, or `effective`: `W_E` plus the first layer's MLP applied to it, without attention
-            and positions.
-        relative_position: for a rotary model: how many tokens the key comes before the query.
+        embedding: `W_E`, or `effective`: `W_E` plus the first layer's MLP applied to it, without attention or
+            positions.
+        relative_position: for a rotary model: how many positions the key is before the query.
         rotary: for a rotary model: `unrotated` keeps only the dimensions that are not rotated.
 
     Returns:
@@ -75,7 +75,7 @@ def full_QK(
         (2048, 2048)
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
-    Cost: the vocabulary once through the embedding; `effective`, through the first MLP too.
+    Cost: one pass of the vocabulary through the embedding and, with `effective`, the first MLP.
     """
     place, queries, keys, rotation = _queries_and_keys(model, head, relative_position, rotary)
     factors = read_token_pair(model, queries, keys, embedding)

@@ -1,4 +1,4 @@
-"""Reading circuits as tokens: their largest entries, a part of them, and their strongest directions."""
+"""Reading circuits as tokens: their largest entries, a submatrix, and their strongest directions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SHOWN = 8
-"""Tokens along each side of the part that is shown by default."""
+"""Tokens along each side of the submatrix shown by default."""
 
 
 def summarize_circuit(
@@ -36,21 +36,22 @@ def summarize_circuit(
     ks: Sequence[int] = (1, 5),
     progress: bool | None = None,
 ) -> CircuitSummary:
-    """Measure how often a token finds or copies itself in a circuit, and pick the entries worth reading.
+    """Measure how often a token attends to itself or copies itself in a circuit, and select entries to read.
 
     Args:
         model: the model that the circuit was made from.
-        circuit: both axes are tokens.
-        text: its tokens are those of the part that is shown; None shows up to 8 of the largest entries.
+        circuit: a circuit whose axes are both tokens.
+        text: the text whose tokens label the submatrix to show; None takes up to 8 tokens of the largest
+            entries.
         top: how many of the largest entries to list.
-        ks: the `k` of the top-k accuracies.
+        ks: the values of k for the top-k accuracies.
         progress: show progress bars; None shows them in a terminal and in Jupyter.
 
     Returns:
         The circuit with its accuracies, largest entries and the tokens to show.
 
     Raises:
-        ValueError: the circuit is of another model or not between tokens; an empty text; a number is out of
+        ValueError: the circuit is from another model or not between tokens; an empty text; a number is out of
             range.
 
     Example:
@@ -58,7 +59,7 @@ def summarize_circuit(
         >>> 0 <= found.accuracy_of("destination")[5] <= 1
         True
 
-    Cost: the whole product three times, a tile at a time.
+    Cost: the full matrix computed three times, a tile at a time.
     """
     check_model_of(model, circuit)
     check_counts(top=top)
@@ -66,7 +67,7 @@ def summarize_circuit(
         raise ValueError(f"the {circuit.name} is not between tokens: take full_OV or full_QK")
     if not ks or not all(1 <= k <= circuit.shape[1] for k in ks):
         raise ArgumentError("ks", f"numbers from 1 to {circuit.shape[1]}", tuple(ks))
-    # before the work, because a text may have no tokens
+    # before the work, because an empty text is an error
     chosen = None if text is None else text_ids(model, text, prepend_bos=False).tolist()
     found = circuit.largest(top, progress=progress)
     pairs = torch.tensor(found[[f"{axis}_id" for axis in circuit.axes]].to_numpy())
@@ -93,22 +94,23 @@ def largest_pairs(
 
     Args:
         model: the model that the circuit was made from.
-        circuit: between tokens or positions.
+        circuit: a circuit between tokens or positions.
         n: how many pairs.
         progress: show a progress bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        One row per pair, the largest entry first: for each axis its id (such as `query_id`) and text
-        (`query`), and `value`.
+        One row per pair, largest entry first: for each axis the id (such as `query_id`) and text (`query`),
+        and `value`.
 
     Raises:
-        ValueError: the circuit is of another model, or between directions of the stream; n is out of range.
+        ValueError: the circuit is from another model, or between directions of the stream; `n` is out of
+            range.
 
     Example:
         >>> mechlens.largest_pairs(model, mechlens.full_OV(model, "L3H5"), 3).columns.tolist()
         ['source_id', 'source', 'destination_id', 'destination', 'value']
 
-    Cost: the whole product once, a tile at a time.
+    Cost: the full matrix computed once, a tile at a time.
     """
     check_model_of(model, circuit)
     if "d_model" in circuit.spaces:
@@ -129,21 +131,21 @@ def circuit_corner(
     rows: Sequence[int | str] | None = None,
     columns: Sequence[int | str] | None = None,
 ) -> pd.DataFrame:
-    """A small part of a circuit as a table, labeled with its tokens.
+    """A submatrix of a circuit as a table, labeled with its tokens.
 
     Args:
         model: the model that the circuit was made from.
         circuit: any circuit; directions of the stream and positions are labeled with their numbers.
         rows: tokens of the first axis, as ids or as texts of one token each; None is the first 10.
-        columns: tokens of the second axis; None is those of `rows`.
+        columns: tokens of the second axis; None is the same as `rows`.
 
     Returns:
         The entries; index and columns are named after the circuit's axes.
 
     Raises:
         TypeError: a text instead of a list.
-        ValueError: the circuit is of another model; an empty list; a text that is not one token, or for an
-            axis without tokens.
+        ValueError: the circuit is from another model; an empty list; a text that is not one token, or a text
+            for an axis that is not tokens.
 
     Example:
         >>> circuit = mechlens.full_OV(model, "L3H5")
@@ -177,9 +179,9 @@ def singular_tokens(model: LensModel, circuit: Circuit, *, n: int = 3, k: int = 
     """The strongest directions of a circuit, as the tokens farthest along them.
 
     A direction is a pair of singular vectors, one for each axis: the circuit maps one onto the other. Tokens
-    at the positive end of one axis go with those at the positive end of the other, and negative ones with
-    negative ones; which end is called positive means nothing. A d_model x d_model circuit is read through the
-    vocabulary: what it reads by each token's embedding, what it writes by each token's logit.
+    at the positive end of one axis go with those at the positive end of the other axis, and likewise for the
+    negative ends. Which end is called positive is arbitrary. A d_model x d_model circuit is read through the
+    vocabulary: directions it reads by each token's embedding, directions it writes by each token's logit.
 
     Args:
         model: the model that the circuit was made from.
@@ -192,7 +194,7 @@ def singular_tokens(model: LensModel, circuit: Circuit, *, n: int = 3, k: int = 
         place (1 is the farthest), id, token, value (the token's component along the direction).
 
     Raises:
-        ValueError: the circuit is of another model, n or k is out of range.
+        ValueError: the circuit is from another model, or `n` or `k` is out of range.
 
     Example:
         >>> table = mechlens.singular_tokens(model, mechlens.full_OV(model, "L3H5"), n=1, k=2)
@@ -209,7 +211,6 @@ def singular_tokens(model: LensModel, circuit: Circuit, *, n: int = 3, k: int = 
     found = measures.singular(circuit, n)
     rows: list[tuple[object, ...]] = []
     for side, vectors in enumerate((found.U, found.V)):
-        # directions of the stream are read as tokens, too
         space = "positions" if circuit.spaces[side] == "positions" else "tokens"
         values = _components(model, circuit, side, vectors).cpu()
         if not 1 <= k <= len(values):

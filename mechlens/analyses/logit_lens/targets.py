@@ -18,7 +18,7 @@ Targets = str | int | Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def named_targets(targets: Any) -> Iterator[tuple[str, Any]]:
-    """Every target with its name: the given one, its own text, or `target_0` and so on if it differs by position.
+    """Every target with its name: the given one, its own text, or `target_0` etc. if it differs by position.
 
     Raises:
         ValueError: a name that every lens already uses.

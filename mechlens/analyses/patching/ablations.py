@@ -1,4 +1,4 @@
-"""Ablations of heads and MLPs on repeated random tokens, as grids of patches."""
+"""Ablate heads and MLPs on repeated random tokens, as grids of patches."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from mechlens.results import PatchGridResult
 from mechlens.text.prompts import RepeatedTokens
 
 REFERENCE = 32
-"""Sequences whose mean takes an ablated head's place."""
+"""Sequences whose mean replaces an ablated head's output."""
 HOW = ("mean", "zero", "resample")
 
 
 def ablate_mlps(
     model: LensModel, *, on: RepeatedTokens | None = None, progress: bool | None = None
 ) -> PatchGridResult:
-    """Replace each MLP's output at each position of the second copy by that of the same token in the first.
+    """Replace each MLP's output at each position of the second copy with that at the same token in the first.
 
     Args:
-        on: the repeated random tokens; None is `RepeatedTokens(50, batch=4, seeds=[0])`. Without jitter.
+        on: the repeated random tokens, without jitter; None is `RepeatedTokens(50, batch=4, seeds=[0])`.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        A grid of layer x position of the second copy. The metric is the mean loss of the second copy's tokens
-        but the first, nats.
+        A grid of layer x position in the second copy. The metric is the mean loss on the second copy's tokens
+        except the first, in nats.
 
     Raises:
-        ValueError: a model without MLPs, jitter, or sizes that do not fit the model.
+        ValueError: a model without MLPs, jitter, or sequences that do not fit in the model's context.
 
     Example:
         >>> mechlens.ablate_mlps(model, on=mechlens.RepeatedTokens(8, batch=1, seeds=[0])).effect.shape
         torch.Size([4, 8])
 
-    References: the article "How one can Interpret GPT2-Small", "How do MLP layers attribute?".
-    Cost: one forward pass for each sequence, and for each layer and position what comes after the patch.
+    References: "How one can Interpret GPT2-Small", section "How do MLP layers attribute?".
+    Cost: one forward pass for each sequence, and for each layer and position the rest of the run after it.
     """
     on = _checked(on)
     tokens, second = second_copy(model, on)
@@ -54,21 +54,21 @@ def ablate_mlps(
 def ablate_heads(
     model: LensModel, how: str = "mean", *, on: RepeatedTokens | None = None, progress: bool | None = None
 ) -> PatchGridResult:
-    """Remove each attention head's output, at all positions, and measure the loss on the second copy.
+    """Ablate each attention head's output at all positions, and measure the loss on the second copy.
 
     Args:
-        how: `zero`; `mean`, the head's mean over 32 other random sequences, position by position; `resample`,
-            its output on another random sequence.
-        on: the repeated random tokens; None is `RepeatedTokens(50, batch=4, seeds=[0])`. Without jitter. The
-            sequences that values are taken from have the seed after the last.
+        how: `zero`; `mean`, the head's mean output over 32 other random sequences, position by position; or
+            `resample`, its output on another random sequence.
+        on: the repeated random tokens, without jitter; None is `RepeatedTokens(50, batch=4, seeds=[0])`. The
+            other sequences are drawn with the seeds after the last one.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        A grid of layer x head. The metric is the mean loss of the second copy's tokens but the first, nats:
-        the heads that continue the copy have the largest effect.
+        A grid of layer x head. The metric is the mean loss on the second copy's tokens except the first, in
+        nats: the heads that continue the copy have the largest effects.
 
     Raises:
-        ValueError: another `how`, jitter, or sizes that do not fit the model.
+        ValueError: an unknown `how`, jitter, or sequences that do not fit in the model's context.
 
     Example:
         >>> found = mechlens.ablate_heads(model, "zero", on=mechlens.RepeatedTokens(10, batch=1, seeds=[0]))
@@ -86,7 +86,7 @@ def ablate_heads(
 
 
 def ablation_source(model: LensModel, how: str, on: RepeatedTokens) -> Source:
-    """What takes an ablated head's place: zero, or values of sequences with the seed after the last."""
+    """What replaces an ablated head's output: zero, or values from sequences with later seeds."""
     check_how(how)
     if how == "zero":
         return Zero()

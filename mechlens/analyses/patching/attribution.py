@@ -1,4 +1,4 @@
-"""Attribution patching: a grid to first order, from one backward pass."""
+"""Attribution patching: a first-order estimate of a grid, from one backward pass."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def estimate_grid(spec: GridSpec, exact: PatchGridResult | None) -> AttributionP
     experiment, model = spec.experiment, spec.experiment.model
     if isinstance(experiment.metric, KL) and spec.into == "clean":
         raise ValueError(
-            "KL(clean || patched) is smallest at the clean run, so its gradient there is zero and says "
-            "nothing: use another metric, or grid"
+            "KL(clean || patched) is smallest at the clean run, so its gradient there is zero: use another "
+            "metric, or grid"
         )
     if spec.site == "attn_scores" and spec.source.knocks_out:
         raise ValueError(
-            "knocking an edge out makes its score minus infinity, which no gradient reaches: use the site "
-            "pattern, or grid"
+            "knocking an edge out makes its score minus infinity, which has no first-order estimate: use the "
+            "site pattern, or grid"
         )
     if exact is not None:
         _check_exact(exact, spec)
@@ -70,12 +70,12 @@ def _terms(
     gradient: Float[Tensor, "pos *rest last"],
 ) -> Float[Tensor, "pos *rest"]:
     change, gradient = value.to(own.device).float() - own.float(), gradient.float()
-    # scores of masked edges are minus infinity in both runs, and nothing depends on them
+    # scores of masked edges are minus infinity in both runs and have no effect
     return (change * gradient).masked_fill(gradient == 0, 0).sum(-1)
 
 
 def _cells(terms: Float[Tensor, "layer pos *head"], cells: Cells) -> Tensor:
-    """Summed over what each cell of the grid covers."""
+    """Terms summed over what each grid cell covers."""
     by_head = terms.reshape(*terms.shape[:2], -1).transpose(1, 2)
     if "head" in cells.axes:
         by_head = by_head[:, list(cells.numbers)]
@@ -114,7 +114,7 @@ def _check_exact(exact: PatchGridResult, spec: GridSpec) -> None:
 def _correlation(
     exact: PatchGridResult, estimate: Float[Tensor, "prompt *grid"], clean: Float[Tensor, " prompt"]
 ) -> float:
-    # what a result does not hold, such as a function's code, may show in the clean run's metric
+    # the clean metric may reveal differences that results do not store, such as a function's code
     if not torch.allclose(exact.clean, clean, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"the exact grid's clean run has {exact.metric} {exact.clean.tolist()}, but here it is "

@@ -20,7 +20,7 @@ from mechlens.models.run.sites import SITES
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Skipped(Source):
-    """A block's input, in place of its output."""
+    """A block's input in place of its output."""
 
     @property
     def label(self) -> str:
@@ -35,12 +35,12 @@ class Skipped(Source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run(Source):
-    """The output of a block on what the block of the same layer reads or, to repeat it, writes."""
+    """A block's output when run on the input or, to repeat it, the output of this model's block."""
 
     label_: str
     of: LensModel
     reads: str
-    """The stream that it runs on: `resid_pre` or `resid_post`."""
+    """The stream that the block runs on: `resid_pre` or `resid_post`."""
 
     @property
     def label(self) -> str:
@@ -51,14 +51,14 @@ class Run(Source):
 
     def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
         def of_prompt(own: CleanRun, other: CleanRun, index: int) -> Values:
-            # blocks are called alone, without what the model may give them beside the stream
+            # blocks run alone, without anything else that the model may pass them
             if runs_blocks_alone(self.of) and own.tokens.shape[1] > 1:
                 run = own if self.of is model else CleanRun.of(self.of, own.tokens, self.keep(site, layers))
                 for layer in layers:
                     if not alike(self._run(run.at("resid_pre", layer), layer), run.at("resid_post", layer)):
                         raise ValueError(
-                            f"the block of layer {layer} cannot be run by itself on prompt {index}: it gives "
-                            "another output than in the model"
+                            f"the block of layer {layer} cannot be run by itself on prompt {index}: its output "
+                            "differs from that in the model"
                         )
             made = {layer: self._run(own.at(self.reads, layer), layer)[0] for layer in layers}
             return made.__getitem__
@@ -73,7 +73,7 @@ class Run(Source):
 
 
 def block_source(model: LensModel, how: Any) -> Source:
-    """What takes a block's place, as it is asked for."""
+    """The source that replaces a block's output."""
     if how == "skip":
         return Skipped()
     if how == "repeat":

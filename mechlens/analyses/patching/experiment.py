@@ -1,4 +1,4 @@
-"""Patching as one object: the clean and the corrupted run, the metric, and every question about them."""
+"""Patching as one object: the clean and the corrupted run, the metric, and all kinds of patches."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ class Patching(Experiment):
     Its methods `grid`, `path`, `path_attention`, `blocks` and `attribution` each answer one question.
 
     Args:
-        clean: a text, or token ids; one sequence or several of one length. BOS is prepended to texts where
-            the tokenizer has one; ids are taken as they are.
-        corrupted: one sequence of the same length, or one for each of `clean`.
+        clean: a text or token ids, one sequence or several of the same length; ids are used as they are.
+        corrupted: one sequence of the same length, or one for each sequence of `clean`.
         metric: `Loss()` (the default), `LogProb(target)`, `LogitDiff(target, against)`, `KL()`, or a function
-            of logits `[read, d_vocab]` that gives one number. It is about the tokens of `clean` in either
-            run.
-        prepend_bos: for texts; None prepends BOS where the tokenizer has one.
+            of logits `[read, d_vocab]` that returns one number. Next tokens are those of `clean`, in both
+            runs.
+        prepend_bos: whether to prepend BOS to texts; None prepends it if the tokenizer has one.
         token_budget: positions that run together, including those that they attend to; None is 8192. It is
             halved when memory runs out.
         progress: show a bar; None shows one in a terminal and in Jupyter.
@@ -50,7 +49,8 @@ class Patching(Experiment):
         torch.Size([4, 6])
 
     References: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv:2202.05262.
-    Cost: nothing until a method is called; each of them runs each prompt once, and its counterpart once.
+    Cost: nothing until a method is called. Each method runs each prompt and its counterpart once, plus what it
+    patches.
     """
 
     def grid(
@@ -71,32 +71,31 @@ class Patching(Experiment):
         Args:
             site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or by head `q`, `k`, `v` (the
                 key/value heads, where there are fewer), `z`, `pattern` or `attn_scores` (by position `dest`).
-            over: the axes that get a cell each: some of "layer", "head" and "pos". Everything else is patched
-                together.
-            into: the run that is patched. "corrupted" restores it with the clean run's values (denoising),
-                "clean" breaks it (noising). None is "corrupted" where there is a corrupted run and `values`
-                is not given.
-            values: what is put there. None is the value of the other run. "zero"; `Earlier(shift)`;
+            over: the axes of the grid, some of "layer", "head" and "pos". Everything else is patched together.
+            into: the run to patch. "corrupted" restores it with the clean run's values (denoising), "clean"
+                breaks it (noising). None is "corrupted" if there is a corrupted run and `values` is not
+                given.
+            values: what to patch in. None is the other run's value. Otherwise "zero"; `Earlier(shift)`;
                 `Mean(tokens)`; `Resampled(tokens)`; `NextEmbedding()` (residual streams only); `Edges(pairs)`
-                (`pattern` and `attn_scores`); or a function `(activation, layer) ->` the same shape, of each
-                prompt's own activation `[pos, ...]` (scores and patterns `[dest, head, src]`), which is
-                called once per prompt and layer.
-            weight: how much of the values is mixed in; 1 replaces.
-            layers: the layers that are patched; None is all.
-            heads: the heads that are patched, such as ["L3H5", "1.2"] or [(3, 5)], which say their layers;
-                None is all. By layer and head, the other cells are nan and not run.
-            positions: the positions that are patched; None is all for which there are values: `Earlier` has
-                none at the first `shift`, `NextEmbedding` none at the last.
-            resume: a `.safetensors` file to save finished cells to, every half minute and when interrupted,
-                and to resume from where it exists. It knows a function only by its name.
+                (`pattern` and `attn_scores`); or a function `(activation, layer)` that returns a tensor of
+                the same shape. It gets the patched run's activation `[pos, ...]` (scores and patterns
+                `[dest, head, src]`) and is called once per prompt and layer.
+            weight: how much of the values to mix in; 1 replaces the activation.
+            layers: the layers to patch; None is all.
+            heads: the heads to patch, such as ["L3H5", "1.2"] or [(3, 5)], instead of `layers`; None is all.
+                In a grid by layer and head, the other cells are not run and are nan.
+            positions: the positions to patch; None is all that have values: `Earlier` has none at the first
+                `shift`, `NextEmbedding` none at the last.
+            resume: a `.safetensors` file to save finished cells to, every half minute and when interrupted.
+                If the file exists, the grid resumes from it. Functions are identified only by their names.
 
         Returns:
-            `.effect`, the change in the metric of each cell, `.mean`, the metric itself, and `.recovered`,
-            the share of the way to the other run; `plot_patch_grid` draws it.
+            For each cell `.effect`, the change in the metric, `.mean`, the metric itself, and `.recovered`,
+            the share of the way to the other run; `plot_patch_grid` draws them.
 
         Raises:
             ValueError: a site, layer, head or position that this model does not have, values that do not fit
-                the site, or a file that was begun with other arguments; before anything is patched.
+                the site, or a file that was started with other arguments; raised before anything is patched.
 
         Example:
             >>> found = mechlens.Patching(model, "said Mr. Pickwick").grid("mlp_out", values="zero")
@@ -105,9 +104,9 @@ class Patching(Experiment):
 
         References: Meng et al. 2022, arXiv:2202.05262; Heimersheim and Nanda 2024, "How to use and interpret
         activation patching", arXiv:2404.15255.
-        Cost: one forward pass for each prompt, clean and corrupted, and what the values need. On
-        HookedTransformer a cell costs only the layers and positions after its patch; on a TransformerBridge
-        the positions after it, through all layers.
+        Cost: one forward pass for each prompt, clean and corrupted, and what the values need. On a
+        HookedTransformer, each cell costs only the layers and positions from its patch on; on a
+        TransformerBridge, these positions through all layers.
         """
         spec = GridSpec.of(
             self,
@@ -137,29 +136,28 @@ class Patching(Experiment):
     ) -> AttributionPatchResult:
         """Estimate a grid to first order: (value - own value) x gradient of the metric.
 
-        The estimate is exact only where the metric is linear in the activation over the whole patch. Give
-        `exact` to see how far it can be trusted.
+        The estimate is exact only if the metric is linear in the activation over the whole patch. Give `exact`
+        to see how far it can be trusted.
 
         Args:
             site: an activation, such as `resid_pre`, `mlp_out` or `z`.
-            over: the axes that get a cell each: some of "layer", "head" and "pos".
-            into: the run that is patched, "clean" or "corrupted"; None is "corrupted" where there is a
-                corrupted run and `values` is not given.
-            values: what is put there; None is the value of the other run.
-            weight: how much of the values is mixed in; 1 replaces.
-            layers: the layers that are patched; None is all.
-            heads: the heads that are patched, such as ["L3H5"]; None is all.
-            positions: the positions that are patched; None is all.
+            over: the axes of the grid, some of "layer", "head" and "pos".
+            into: the run to patch, "clean" or "corrupted"; None is "corrupted" if there is a corrupted run
+                and `values` is not given.
+            values: what to patch in; None is the other run's value.
+            weight: how much of the values to mix in; 1 replaces the activation.
+            layers: the layers to patch; None is all.
+            heads: the heads to patch, such as ["L3H5"]; None is all.
+            positions: the positions to patch; None is all.
             exact: the result of `grid` with the same arguments; the estimate is correlated with it.
 
         Returns:
             An estimate of each cell's effect.
 
         Raises:
-            ValueError: an argument that does not fit the model; a metric without a gradient at the patched
-            run,
-                such as KL(clean || patched) at the clean one; attention scores that become minus infinity; an
-                `exact` of other arguments.
+            ValueError: an argument that does not fit the model; a metric whose gradient at the patched run is
+                zero, such as KL(clean || patched) at the clean run; attention scores that become minus
+                infinity; an `exact` made with other arguments.
 
         Example:
             >>> text = "The old woman went to the {}. The old woman went to the"
@@ -171,7 +169,7 @@ class Patching(Experiment):
 
         References: Nanda 2023, "Attribution Patching: Activation Patching At Industrial Scale".
         Cost: one forward and backward pass for each prompt, one forward pass for its counterpart, and what
-        the values need. The activations of one prompt's run are in memory.
+        the values need. The activations of one prompt at a time are in memory.
         """
         spec = GridSpec.of(
             self,
@@ -197,22 +195,22 @@ class Patching(Experiment):
     ) -> PatchGridResult:
         """Patch one head's output only as one other component sees it: the direct path between the two.
 
-        The change in what the sender writes is added to the stream that the receiver's `q`, `k` or `v`, or
-        the MLP, is computed from, through the block's own norm. Everything in between, and the receiver's
-        other inputs, read the unpatched run. What the receiver then does passes on to all later layers.
+        The change in the sender's output is added to the stream that the receiver's `q`, `k`, `v` or MLP is
+        computed from, before the block's norm. Components in between, and the receiver's other inputs, read
+        the unpatched stream. The effect on the receiver's output propagates to all later layers.
 
         Args:
             sender: a head, such as "L1H2", whose `z` is patched.
             receiver: an input of a later head, such as "L3H5.q", "L3H5.k" or "L3H5.v", or an MLP, such as
-                "L3.mlp". Where several query heads share a key/value head, `k` and `v` patch that of all of
-                them, and the receiver is the key/value head's number.
-            into: the run that is patched, "clean" or "corrupted"; None is "corrupted" where there is a
-                corrupted run and `values` is not given.
-            values: what the sender's `z` becomes; None is its value in the other run.
-            positions: where the sender is patched; None is everywhere.
+                "L3.mlp". With grouped-query attention, give `k` and `v` with the number of the key/value
+                head; all query heads that share it are affected.
+            into: the run to patch, "clean" or "corrupted"; None is "corrupted" if there is a corrupted run
+                and `values` is not given.
+            values: the new value of the sender's `z`; None is its value in the other run.
+            positions: where to patch the sender; None is everywhere.
 
         Returns:
-            A grid of one cell, the receiver's; `source` names the path.
+            A grid with one cell, the receiver's; `source` names the path.
 
         Raises:
             ValueError: a receiver that does not read what the sender writes, or an argument that does not fit
@@ -225,8 +223,8 @@ class Patching(Experiment):
 
         References: Wang et al. 2022, "Interpretability in the Wild", arXiv:2211.00593; Goldowsky-Dill et al.
         2023, "Localizing Model Behavior with Path Patching", arXiv:2304.05969.
-        Cost: one forward pass of the prompts and of their counterparts; on HookedTransformer three partial
-        ones from the sender's and the receiver's layer on, else three whole ones.
+        Cost: one forward pass of the prompts and one of their counterparts, and three more: on a
+        HookedTransformer only from the sender's or the receiver's layer on, otherwise full ones.
         """
         return run_path(self, sender, receiver, into=into, values=values, positions=positions)
 
@@ -239,17 +237,17 @@ class Patching(Experiment):
         values: PutThere = None,
         positions: Sequence[int] | None = None,
     ) -> Float[Tensor, "prompt dest src"]:
-        """The attention of one head when another one's output is patched.
+        """The attention pattern of one head when another head's output is patched.
 
         Args:
             sender: a head, such as "L1H2", whose `z` is patched.
-            receiver: the head whose attention is wanted. "L3H5.q" and "L3H5.k" see the patch through that
-                input alone; "L3H5" has the sender patched for all components. It is the query head's own
-                number also where several share a key.
-            into: the run that is patched, "clean" or "corrupted"; None is "corrupted" where there is a
-                corrupted run and `values` is not given.
-            values: what the sender's `z` becomes; None is its value in the other run.
-            positions: where the sender is patched; None is everywhere.
+            receiver: the head whose pattern to return. "L3H5.q" and "L3H5.k" see the patch only through that
+                input; with "L3H5", the sender is patched for all components. Always give the number of the
+                query head, even with grouped-query attention.
+            into: the run to patch, "clean" or "corrupted"; None is "corrupted" if there is a corrupted run
+                and `values` is not given.
+            values: the new value of the sender's `z`; None is its value in the other run.
+            positions: where to patch the sender; None is everywhere.
 
         Returns:
             Attention after softmax, in [0, 1], in float32 on the CPU.
@@ -263,7 +261,7 @@ class Patching(Experiment):
             >>> experiment.path_attention("L1H2", "L3H5.k", values="zero")[0].sum(-1).round()
             tensor([1., 1., 1., ...])
 
-        Cost: one forward pass of the prompts and of their counterparts, and partial ones from the sender's
+        Cost: one forward pass of the prompts and one of their counterparts, and partial ones from the sender's
         and the receiver's layer on.
         """
         return attention_on_path(self, sender, receiver, into=into, values=values, positions=positions)
@@ -274,24 +272,24 @@ class Patching(Experiment):
         """Skip or repeat one block at a time, or run another model's block in its place.
 
         Args:
-            how: "skip" passes the block's input on; "repeat" runs the block a second time, on its own output;
-                a model of as many layers and the same `d_model` runs its block of that layer on the same
-                input.
-            into: the run that is patched, "clean" or "corrupted".
-            layers: the layers whose block is patched; None is each.
+            how: "skip" replaces the block's output with its input; "repeat" runs the block again on its own
+                output; another model with the same number of layers and `d_model` runs its block of the same
+                layer on the block's input.
+            into: the run to patch, "clean" or "corrupted".
+            layers: the layers whose blocks to patch, one at a time; None is all.
 
         Returns:
-            A grid of layers, as of patches of `resid_post` at all positions.
+            A grid over layers, like that of patching `resid_post` at all positions.
 
         Raises:
-            ValueError: another `how`, a model of another shape, or a layer that the model does not have.
+            ValueError: an invalid `how`, a model of another shape, or a layer that the model does not have.
 
         Example:
             >>> mechlens.Patching(model, "said Mr. Pickwick").blocks("skip").effect.shape
             torch.Size([4])
 
         Cost: one forward pass for each prompt; for each prompt and layer the layers after it, and at most two
-        runs of that block (on a TransformerBridge two forward passes).
+        runs of that block (on a TransformerBridge, two forward passes).
         """
         source = block_source(self.model, how)
         return self.grid("resid_post", over="layer", into=into, values=source, layers=layers)

@@ -24,7 +24,7 @@ def run_grid(spec: GridSpec, resume: str | os.PathLike[str] | None = None) -> Pa
     named = {"values": spec.source.label, "metric": spec.experiment.metric.name}
     for name, label in named.items():
         if path is not None and label == "<lambda>":
-            raise ValueError(f"resume cannot tell one lambda from another: define {name} with `def`")
+            raise ValueError(f"resume cannot tell lambdas apart: define {name} with `def`")
     notes: list[str] = []
     with Checkpoint(
         path, "sweep", spec.arguments, owner="a grid of patches", names=_Progress.names()
@@ -50,7 +50,7 @@ def run_grid(spec: GridSpec, resume: str | os.PathLike[str] | None = None) -> Pa
 
 
 def _parts(spec: GridSpec, done: _Progress, notes: list[str]) -> Iterator[int]:
-    """Run what is left, and say how many cells are done each time."""
+    """Run the remaining cells, and yield how many were done each time."""
     experiment, read = spec.experiment, spec.experiment.readout.at
     values_of = None
     for index in range(len(experiment.tokens)):
@@ -81,18 +81,18 @@ def _parts(spec: GridSpec, done: _Progress, notes: list[str]) -> Iterator[int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _State:
-    """What a checkpoint holds."""
+    """The tensors of a checkpoint."""
 
     values: Float[Tensor, "prompt *grid"]
     cells: Bool[Tensor, "prompt *grid"]
-    """Whose values are known."""
+    """The cells whose values are known."""
     clean: Float[Tensor, " prompt"]
     corrupted: Float[Tensor, " prompt"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Progress:
-    """What is known of a grid so far."""
+    """The grid so far."""
 
     state: _State
     asked: Bool[Tensor, "*grid"]
@@ -123,22 +123,22 @@ class _Progress:
         return len(self.state.cells) * int(self.asked.sum())
 
     def left(self, index: int) -> Int[Tensor, " cell"]:
-        """The cells of a prompt that are still to be run, by their number."""
+        """The numbers of a prompt's cells that are still to be run."""
         return (self.asked & ~self.state.cells[index]).reshape(-1).nonzero()[:, 0]
 
     def note_run(self, name: str, index: int, value: float) -> None:
-        """Note the metric of a run without a patch; a checkpoint of other weights shows here."""
+        """Store the metric of an unpatched run. This detects a checkpoint made with other weights."""
         runs = getattr(self.state, name)
         known = float(runs[index])
-        # float32, on another machine perhaps
+        # float32, perhaps from another machine
         if known == known and abs(known - value) > 1e-3 * max(1.0, abs(known)):
             raise ValueError(
-                f"{self.path} was begun with other weights: its {name} run has the metric {known:.6g}, but "
+                f"{self.path} was started with other weights: the metric of its {name} run is {known:.6g}, but "
                 f"here it is {value:.6g}; delete the file to start again"
             )
         runs[index] = value
 
     def note(self, index: int, which: Int[Tensor, " row"], found: Float[Tensor, " row"]) -> None:
         self.state.values[index].view(-1)[which] = found
-        # last, so that whatever interrupts finds no cell without its value
+        # last, so that an interruption never leaves a cell marked known without its value
         self.state.cells[index].view(-1)[which] = True

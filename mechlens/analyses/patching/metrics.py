@@ -1,7 +1,6 @@
 """Metrics of a run: one number for its predictions at some positions.
 
-A metric is a class with a few methods. A new one gives its `name`, `unit` and `terms`, and says which tokens
-it is about.
+To add a metric, subclass `Metric` and define `name`, `unit`, `terms`, and `ids` if it is about certain tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from mechlens.models.run.unembedding import final_norm, unembedding
 from mechlens.text.tokens import target_id, token_strings
 
 Target = str | int | Sequence[str | int] | Int[Tensor, "..."]
-"""One token (a text or an id), one for each prompt, or ids of the prompts' shape."""
+"""One token (a text or an id), one for each prompt, or ids with the prompts' shape."""
 Ids = Mapping[str, Int[Tensor, "prompt pos"]]
 
 
 class Metric(abc.ABC):
-    """A number for the predictions of a run, a mean over positions."""
+    """A number for a run's predictions, usually a mean over positions."""
 
     name: ClassVar[str]
     unit: ClassVar[str] = "nats"
     by_position: ClassVar[bool] = True
-    """Whether each position has a number of its own, and the metric is their mean."""
+    """Whether the metric is a mean of one number per position."""
     at: Sequence[int] | None
 
     def positions(self, n_pos: int) -> tuple[int, ...]:
@@ -43,17 +42,17 @@ class Metric(abc.ABC):
         return tuple(sorted(chosen("position", self.at, n_pos)))
 
     def usual_positions(self, n_pos: int) -> tuple[int, ...]:
-        """Those of `at=None`: the last."""
+        """The positions for `at=None`: the last."""
         return (n_pos - 1,)
 
     def ids(
         self, model: LensModel, tokens: Int[Tensor, "prompt pos"]
     ) -> dict[str, Int[Tensor, "prompt pos"]]:
-        """The tokens that the metric is about, by the name of the argument."""
+        """The tokens that the metric is about, by argument name."""
         return {}
 
     def check(self, model: LensModel, n_read: int) -> None:  # noqa: B027  # most have nothing to check
-        """Refuse a metric that does not give a number for this model, before anything is run."""
+        """Raise if the metric does not work for this model, before anything is run."""
 
     @abc.abstractmethod
     def terms(
@@ -63,21 +62,21 @@ class Metric(abc.ABC):
         ids: Ids,
         clean: Float[Tensor, "1 some d_model"],
     ) -> Float[Tensor, "row some"]:
-        """The number of each position, of which a gradient may be taken.
+        """The number for each position, differentiable.
 
         Args:
-            vectors: after the last norm.
-            ids: the tokens of `ids` for each vector.
-            clean: the same vectors of the clean run.
+            vectors: residual vectors after the final norm.
+            ids: the tokens from the method `ids`, for each vector.
+            clean: the same vectors in the clean run.
         """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss(Metric):
-    """The loss of the next token: minus its log-probability, in nats, a mean over positions.
+    """The next-token loss (minus the log-probability) in nats, averaged over positions.
 
     Args:
-        at: positions whose predictions count; None is all that a token follows.
+        at: positions whose predictions count; None is all but the last.
 
     Example:
         >>> mechlens.Patching(model, "Mr. Pickwick", metric=mechlens.Loss()).grid("mlp_out", values="zero")
@@ -101,10 +100,10 @@ class Loss(Metric):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogProb(Metric):
-    """The log-probability of a token, in nats, a mean over positions.
+    """The log-probability of a token, in nats, averaged over positions.
 
     Args:
-        target: one token (a text or an id), one for each prompt, or ids of the prompts' shape; None is the
+        target: one token (a text or an id), one for each prompt, or ids with the prompts' shape; None is the
             next token.
         at: positions whose predictions count; None is the last.
 
@@ -130,10 +129,10 @@ class LogProb(Metric):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogitDiff(Metric):
-    """The logit of one token less that of another, a mean over positions.
+    """The logit of one token minus that of another, averaged over positions.
 
     Args:
-        target: one token (a text or an id), one for each prompt, or ids of the prompts' shape.
+        target: one token (a text or an id), one for each prompt, or ids with the prompts' shape.
         against: the token whose logit is subtracted, in any of these forms.
         at: positions whose predictions count; None is the last.
 
@@ -168,7 +167,7 @@ class LogitDiff(Metric):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KL(Metric):
-    """KL(clean || patched) of the predictions, in nats, a mean over positions.
+    """KL(clean || patched) of the predictions, in nats, averaged over positions.
 
     Args:
         at: positions whose predictions count; None is all but the last.
@@ -190,11 +189,11 @@ class KL(Metric):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogitFunction(Metric):
-    """A metric of your own: a function of logits.
+    """Your own metric: a function of logits.
 
     Args:
-        function: takes logits `[read, d_vocab]` at the positions of `at`, in float32, and gives one number.
-        at: positions whose logits it takes; None is the last.
+        function: takes float32 logits `[read, d_vocab]` at the positions in `at`, and returns one number.
+        at: positions whose logits the function takes; None is the last.
 
     Example:
         >>> mechlens.LogitFunction(lambda logits: logits.max(), at=[-2, -1]).at
@@ -216,17 +215,17 @@ class LogitFunction(Metric):
         if not isinstance(tried, Tensor) or tried.numel() != 1:
             came = tuple(tried.shape) if isinstance(tried, Tensor) else type(tried).__name__
             raise ValueError(
-                f"a metric gives one number for logits [read, d_vocab], but this gives {came} for {shape}"
+                f"a metric must return one number for logits [read, d_vocab], got {came} for {shape}"
             )
 
     def terms(self, unembedding: Unembedding, vectors: Tensor, ids: Ids, clean: Tensor) -> Tensor:
-        """One for all positions: the function is given all of them."""
+        """One number for all positions, which the function gets together."""
         found = [self.function(unembedding.logits(row)).reshape(()).float() for row in vectors]
         return torch.stack(found)[:, None]
 
 
 def metric_of(given: Any) -> Metric:
-    """A metric as it is given: an object, or a function of logits."""
+    """The metric given as an object or as a function of logits."""
     if isinstance(given, Metric):
         return given
     if isinstance(given, type) or not callable(given):
@@ -269,11 +268,11 @@ def token_ids(
     if not isinstance(target, Tensor):
         return torch.full_like(tokens, target_id(model, target))
     if target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(f"{name} must be token ids, which are integers, but they are {target.dtype}")
+        raise ValueError(f"{name} must be token ids, which are integers, got {target.dtype}")
     ids = target.cpu().long()
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
         raise ValueError(
-            f"{name} is out of range: the vocabulary has {model.cfg.d_vocab} tokens, but the ids lie between "
+            f"{name} is out of range: the vocabulary has {model.cfg.d_vocab} tokens, but the ids are between "
             f"{int(ids.min())} and {int(ids.max())}"
         )
     if ids.shape in ((len(tokens),), (len(tokens), 1)):
@@ -282,22 +281,22 @@ def token_ids(
         ids = ids[None]
     if ids.shape != tokens.shape:
         raise ValueError(
-            f"{name} must be one token, one for each of the {len(tokens)} prompts, or ids of the prompts' "
-            f"shape {tuple(tokens.shape)}, but has shape {tuple(target.shape)}"
+            f"{name} must be one token, one for each of the {len(tokens)} prompts, or ids with the prompts' "
+            f"shape {tuple(tokens.shape)}, got shape {tuple(target.shape)}"
         )
     return ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Readout:
-    """A metric of the runs on some prompts, which are given by the stream that logits are made from."""
+    """A metric for runs on some prompts. A run is given by its final residual stream."""
 
     model: LensModel
     metric: Metric
     unembedding: Unembedding
     at: tuple[int, ...]
     ids: dict[str, Int[Tensor, "prompt read"]]
-    """The tokens that the metric is about, at the positions that are read."""
+    """The tokens that the metric is about, at the positions read."""
 
     @classmethod
     def of(cls, model: LensModel, metric: Metric, tokens: Int[Tensor, "prompt pos"]) -> Readout:
@@ -308,24 +307,24 @@ class Readout:
 
     @property
     def given(self) -> dict[str, Int[Tensor, "prompt read"]]:
-        """The ids that are not the prompts' own."""
+        """The ids that do not come from the prompts."""
         return {name: each for name, each in self.ids.items() if name != "next"}
 
     def about(self) -> str:
-        """The tokens that the metric is about, where they are the same everywhere."""
+        """The tokens that the metric is about in words, if they are the same everywhere; otherwise empty."""
         if any(len(ids.unique()) != 1 for ids in self.given.values()):
             return ""
         tokens = [repr(token_strings(self.model, ids.flatten()[:1])[0]) for ids in self.given.values()]
         return " less ".join(tokens)
 
     def of_prompt(self, index: int, clean: Float[Tensor, "1 pos d_model"]) -> PromptReadout:
-        """The same for runs on one prompt.
+        """The metric for runs on one prompt.
 
         Args:
-            clean: the stream of its clean run.
+            clean: the final residual stream of its clean run.
         """
         at = torch.tensor(self.at)
-        # not in inference mode: a gradient may be taken of the distance to it
+        # not in inference mode, because gradients are taken of distances to it
         with torch.no_grad():
             vectors = final_norm(self.model, clean[:, at.to(clean.device)])
         return PromptReadout(self, at, {name: each[index] for name, each in self.ids.items()}, vectors)
@@ -333,13 +332,13 @@ class Readout:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptReadout:
-    """A metric of runs on one prompt."""
+    """A metric for runs on one prompt."""
 
     of_all: Readout
     at: Int[Tensor, " read"]
     ids: dict[str, Int[Tensor, " read"]]
     clean: Float[Tensor, "1 read d_model"]
-    """After the last norm."""
+    """The clean run's vectors after the final norm."""
 
     def of_run(self, final: Float[Tensor, "1 pos d_model"]) -> float:
         return float(self.of_rows(final, 0, final))
@@ -347,14 +346,14 @@ class PromptReadout:
     def of_rows(
         self, final: Float[Tensor, "row suffix d_model"], start: int, base: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, " row"]:
-        """Of rows that are as the run `base` before `start`."""
+        """The metric for each row; before `start`, rows are the same as `base`."""
         with torch.inference_mode():
             return self.differentiable(final, start, base)
 
     def differentiable(
         self, final: Float[Tensor, "row suffix d_model"], start: int, base: Float[Tensor, "1 pos d_model"]
     ) -> Float[Tensor, " row"]:
-        """The same; a gradient may be taken of it."""
+        """`of_rows`, with gradients."""
         late = self.at >= start
         own, shared = final[:, self._there(late, final) - start], base[:, self._there(~late, base)]
         if not self.of_all.metric.by_position:

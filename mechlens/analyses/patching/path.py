@@ -1,4 +1,4 @@
-"""One head's output, patched only as another component sees it."""
+"""Patch one head's output only as another component sees it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mechlens.models.run.unembedding import check_streamed
 from mechlens.results import PatchGridResult, head_label, parse_head
 
 Read = Callable[[Tensor], Tensor]
-"""What is kept of an activation."""
+"""What to keep of an activation."""
 EVERYWHERE = slice(None)
 _INPUTS = ("q", "k", "v", "mlp")
 
@@ -82,7 +82,7 @@ def attention_on_path(
     values: Any,
     positions: Sequence[int] | None,
 ) -> Float[Tensor, "prompt dest src"]:
-    """The receiver's attention; see `Patching.path_attention`."""
+    """The receiver's attention pattern; see `Patching.path_attention`."""
     model = experiment.model
     component, _, read = receiver.rpartition(".") if isinstance(receiver, str) else (receiver, "", "")
     through = read if read in ("q", "k") else None
@@ -123,17 +123,17 @@ def _each(run: CleanRun) -> list[tuple[int, CleanRun]]:
 
 @dataclasses.dataclass(frozen=True)
 class HeadPath:
-    """From one head to an input of another component."""
+    """A path from one head to an input of another component."""
 
     sender: tuple[int, int]
     layer: int
     head: int | None
-    """Of the receiver; None for an MLP."""
+    """The receiver's head; None for an MLP."""
     readers: tuple[tuple[int, int], ...]
-    """The query heads that read what the receiver reads: one, or those that share a key and a value."""
+    """The receiving query heads: one, or all those that share a key/value head."""
     site: str
     enter: str
-    """Where what the sender writes comes in."""
+    """The site where the change in the sender's output is added."""
 
     @classmethod
     def of(cls, model: LensModel, sender: str | tuple[int, int], receiver: str) -> HeadPath:
@@ -141,13 +141,13 @@ class HeadPath:
 
         Args:
             sender: (layer, head) or `L5H5`.
-            receiver: a head's input, such as `L5H5.k`, or an MLP, such as `L5.mlp`.
+            receiver: an input of a head, such as `L5H5.k`, or an MLP, such as `L5.mlp`.
         """
         check_model(model)
         component, _, input = receiver.rpartition(".") if isinstance(receiver, str) else ("", "", "")
         if input not in _INPUTS or not component:
             raise ArgumentError(
-                "receiver", "an input of a head, as L3H5.q, L3H5.k or L3H5.v, or an MLP, as L3.mlp", receiver
+                "receiver", "an input of a head (L3H5.q, L3H5.k or L3H5.v) or an MLP (L3.mlp)", receiver
             )
         sender = parse_head(sender)
         (from_layer,) = chosen("layer", [sender[0]], model.cfg.n_layers)
@@ -157,7 +157,7 @@ class HeadPath:
         if head is not None:
             n_heads = model.cfg.n_heads if input == "q" else key_value_heads(model)
             (head,) = chosen("head", [head], n_heads)
-        # blocks that are not parallel have their MLP read what their own heads wrote
+        # in sequential blocks, the MLP reads what the heads of its own block write
         within = input == "mlp" and SITES["resid_mid"].format(0) in model.hook_dict
         if layer < from_layer + (not within):
             raise ValueError(
@@ -191,20 +191,20 @@ class HeadPath:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PathRuns:
-    """Runs of some prompts in which heads are patched: as one other component sees them, or altogether."""
+    """Runs in which heads are patched, either as seen by one other component or for all components."""
 
     runs: BatchedRuns
     other: CleanRun | None
-    """The runs that are not patched, where there are any."""
+    """The unpatched counterpart runs, if any."""
     there: Mapping[int, Float[Tensor, "prompt pos head d_head"]]
-    """What `z` becomes, by the sender's layer."""
+    """The new values of `z`, by the sender's layer."""
     at: slice | list[int]
-    """The positions where senders are patched."""
+    """The positions at which senders are patched."""
     changes: dict[tuple[int, int], Float[Tensor, "prompt pos d_model"]] = dataclasses.field(
         default_factory=dict
     )
-    """The change of what each known sender's layer adds to the stream: a difference of the block's own
-    outputs, so that a norm after the heads, where there is one, is included."""
+    """The change in what each sender's layer adds to the stream, for senders run so far. It is a difference
+    of `attn_out`, so any norm after the heads is included."""
 
     @classmethod
     def of(
@@ -221,14 +221,14 @@ class PathRuns:
         """Run the prompts clean, and make the values of the senders' `z`.
 
         Args:
-            paths: of all heads that will be patched.
-            others: the prompts of the other runs, where there are any.
-            at: the positions where senders are patched.
-            keep: names of other hooks whose activations are wanted of the clean run.
+            paths: the paths of all heads that will be patched.
+            others: the prompts of the counterpart runs, if any.
+            at: the positions at which senders are patched.
+            keep: other hooks whose activations to keep from the clean run.
 
-        Cost: that of `BatchedRuns`, and what the source needs. A path then is a run up to what the sender's
-        layer writes, one up to what the receiver reads, and one from there on; each of them begins at its
-        layer, or is a whole one.
+        Cost: that of `BatchedRuns`, and what the source needs. Each path then takes three runs: up to the
+        sender's output, up to the receiver's input, and from there on. Each starts at the layer it patches if
+        the model allows it, otherwise from the beginning.
         """
         senders = sorted({path.sender[0] for path in paths})
         layers = {*senders, *(path.layer for path in paths)}
@@ -246,7 +246,7 @@ class PathRuns:
         return cls(runs, other, there, at)
 
     def altogether(self, sender: tuple[int, int], wanted: Mapping[str, Read]) -> dict[str, Tensor]:
-        """Activations when the sender is patched for all to see; see `BatchedRuns.read`."""
+        """Activations when the sender is patched for all components; see `BatchedRuns.read`."""
         layer, head = sender
         out = SITES["attn_out"].format(layer)
         hooks = _put(SITES["z"].format(layer), (EVERYWHERE, self.at, head), self.there[layer])
@@ -255,7 +255,7 @@ class PathRuns:
         return found
 
     def seen(self, path: HeadPath) -> Float[Tensor, "prompt pos *rest"]:
-        """The receiver's layer at the path's site when it reads what the sender then writes."""
+        """The activation at the path's site in the receiver's layer when it reads the patched sender."""
         if path.sender not in self.changes:
             self.altogether(path.sender, {})
         change = self.changes[path.sender]
@@ -269,11 +269,11 @@ class PathRuns:
     def through(
         self, path: HeadPath, wanted: Mapping[str, Read], *, alone: int | None = None
     ) -> dict[str, Tensor]:
-        """Activations when the receiver alone sees the sender patched; see `BatchedRuns.read`.
+        """Activations when only the receiver sees the sender patched; see `BatchedRuns.read`.
 
         Args:
-            alone: of a key that several query heads share: the one head that attends by the patched key,
-                while the others attend as in the clean run. None is all of them.
+            alone: if several query heads share the key, the one head that uses the patched key; the others
+                attend as in the clean run. None is all of them.
         """
         head = () if path.head is None else (path.head,)
         hooks = _put(SITES[path.site].format(path.layer), (EVERYWHERE, EVERYWHERE, *head), self.seen(path))
@@ -285,7 +285,7 @@ class PathRuns:
 
 
 def _put(name: str, place: tuple[Any, ...], there: Float[Tensor, "prompt *rest"]) -> Callable[[slice], Hooks]:
-    """Hooks that put values at a place of an activation."""
+    """Hooks that put values at an index of an activation."""
 
     def hooks(rows: slice) -> Hooks:
         def put(activation: Tensor, hook: Any) -> Tensor:
@@ -302,5 +302,5 @@ def _layer(name: str) -> int:
     """The layer of an MLP, written `L3` or `3`."""
     number = name[1:] if name[:1] in ("L", "l") else name
     if not number.isdigit():
-        raise ValueError(f"the receiver's MLP is written L3.mlp, but the layer is {name!r}")
+        raise ValueError(f"an MLP as receiver is written L3.mlp, but the layer is {name!r}")
     return int(number)

@@ -1,7 +1,7 @@
 """Sources of values: what a patch puts into a run.
 
-A source is a class with a few methods. A new one gives its `label` and `values`, and where it is particular
-`check`, `positions`, `tokens`, `keep` and `seed`.
+To add a source, subclass `Source` and define `label` and `values`, and where needed `check`, `positions`,
+`tokens`, `keep` and `seed`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from mechlens.models.run.sites import ATTENTION, SITES
 from mechlens.text.prompts import as_ids
 
 Values: TypeAlias = "Callable[[int], Tensor]"
-"""By layer: the values for each position, `[pos, ...]`; for scores and patterns `[dest, head, src]`."""
+"""From a layer to the values at each position, `[pos, ...]`; for scores and patterns `[dest, head, src]`."""
 ValuesOf: TypeAlias = "Callable[[CleanRun, CleanRun, int], Values]"
-"""`(the clean run of the prompt that is patched, the other run or the same again, index of the prompt)`."""
+"""From `(the run to patch, the other run or else the same run, index of the prompt)` to values."""
 
 
 class Source(abc.ABC):
-    """Where the values come from that a patch puts into a run."""
+    """Where a patch's values come from."""
 
     seed: int | None = None
-    """Of what is drawn; None where nothing is."""
+    """The random seed; None if nothing is random."""
     reads_other: ClassVar[bool] = False
-    """Whether the values are those of the other run, not of the one that is patched."""
+    """Whether the values come from the other run, not from the patched one."""
     knocks_out: ClassVar[bool] = False
-    """Whether attention scores become minus infinity."""
+    """Whether patched attention scores become minus infinity."""
 
     @property
     @abc.abstractmethod
@@ -51,10 +51,10 @@ class Source(abc.ABC):
     def check(  # noqa: B027  # some have nothing to check
         self, model: LensModel, site: str, tokens: Int[Tensor, "prompt pos"]
     ) -> None:
-        """Refuse what does not fit the model, the site or the prompts, before anything is run."""
+        """Raise if the source does not fit the model, the site or the prompts, before anything is run."""
 
     def positions(self, n_pos: int) -> range:
-        """The positions for which there is a value."""
+        """The positions that have a value."""
         return range(n_pos)
 
     def tokens(self) -> dict[str, Int[Tensor, "reference pos"]]:
@@ -67,14 +67,14 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
-        """What makes the values of each prompt; what is the same for all prompts is made here, once."""
+        """The function that makes each prompt's values. Anything shared by all prompts is made here, once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Zero(Source):
-    """Put 0 in place of the activation; minus infinity in place of attention scores, which knocks edges out.
+    """Replace the activation with zeros, or attention scores with minus infinity, which knocks edges out.
 
-    Zeros in `z` remove `b_V` from a raw model only: processing the weights moves it into `b_O`.
+    Zeros in `z` remove `b_V` only if the weights are raw: processing moves it into `b_O`.
 
     Example:
         >>> mechlens.Zero().label
@@ -108,10 +108,10 @@ class OtherRun(Source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Earlier(Source):
-    """Put the activation from `shift` positions earlier in the same run.
+    """Replace the activation with that `shift` positions earlier in the same run.
 
     Args:
-        shift: positions, at least 1. The first `shift` positions have no value.
+        shift: number of positions, at least 1. The first `shift` positions have no value.
 
     Example:
         >>> mechlens.Earlier(50).label
@@ -143,7 +143,7 @@ class Earlier(Source):
 
         def shifted(own: CleanRun, layer: int) -> Tensor:
             activation = own.at(site, layer)[0]
-            # the first positions stay as they are
+            # the first positions are not patched
             return torch.cat([activation[:shift], activation[:-shift]])
 
         return lambda own, other, index: functools.partial(shifted, own)
@@ -151,7 +151,7 @@ class Earlier(Source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reference(Source):
-    """A set of other sequences that are as long as the prompt."""
+    """Other sequences as long as the prompt."""
 
     reference: Int[Tensor, "reference pos"]
 
@@ -179,7 +179,7 @@ class _Reference(Source):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean(_Reference):
-    """Put the mean activation over other sequences, position by position.
+    """Replace the activation with its mean over other sequences, position by position.
 
     Args:
         reference: token ids `[reference, pos]` of sequences as long as the prompt.
@@ -203,13 +203,13 @@ class Mean(_Reference):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resampled(_Reference):
-    """Put the activation of another sequence.
+    """Replace the activation with that of another sequence.
 
-    The sequences are shuffled, and each prompt takes the next one; after the last comes the first again.
+    The sequences are shuffled, and each prompt takes the next one, starting over after the last.
 
     Args:
         reference: token ids `[reference, pos]` of sequences as long as the prompt.
-        seed: of the shuffling.
+        seed: for shuffling.
 
     Example:
         >>> mechlens.Resampled(torch.randint(5, 100, (8, 10)), seed=1).label
@@ -231,8 +231,9 @@ class Resampled(_Reference):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NextEmbedding(Source):
-    """Put the embedding of the token that really follows into the residual stream: what do later layers do
-    when they are told? The last position has no value.
+    """Replace the residual stream with the embedding of the true next token.
+
+    This shows what later layers do when they are given the answer. The last position has no value.
 
     Example:
         >>> mechlens.NextEmbedding().positions(4)
@@ -251,7 +252,7 @@ class NextEmbedding(Source):
         return range(n_pos - 1)
 
     def keep(self, site: str, layers: Sequence[int]) -> list[str]:
-        # as it enters the stream: some models scale it first
+        # the embedding as it enters the stream, because some models scale it first
         return [*super().keep(site, layers), "hook_embed"]
 
     def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
@@ -266,11 +267,11 @@ class NextEmbedding(Source):
 class Edges(Source):
     """Knock out attention edges: `dest` no longer attends to `src`.
 
-    At `attn_scores` the rest of the attention is renormalized, at `pattern` it is not.
+    At `attn_scores` the remaining attention is renormalized; at `pattern` it is not.
 
     Args:
-        edges: pairs `(dest, src)` of positions, `src` not after `dest`. Leave "pos" out of `over` to knock
-            all of them out together.
+        edges: pairs `(dest, src)` of positions, with `src` not after `dest`. Leave "pos" out of `over` to
+            knock all of them out together.
 
     Example:
         >>> mechlens.Edges([(5, 2), (9, 3)]).label
@@ -301,7 +302,7 @@ class Edges(Source):
         for dest in {dest for dest, _ in self.edges}:
             if site == "attn_scores" and len({src for to, src in self.edges if to == dest}) == dest + 1:
                 raise ValueError(
-                    f"without these edges position {dest} attends to nothing, so its scores have no softmax: "
+                    f"without these edges, position {dest} attends to nothing, so its scores have no softmax: "
                     "use the site pattern"
                 )
 
@@ -328,15 +329,15 @@ class Function(Source):
 
     def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
         def of_prompt(own: CleanRun, other: CleanRun, index: int) -> Values:
-            # once per layer, so that what a function draws does not depend on which patches run together
+            # once per layer, so that random values do not depend on which patches run together
             @functools.cache
             def made(layer: int) -> Tensor:
                 activation = own.at(site, layer)[0].clone()
                 shape, value = activation.shape, self.function(activation, layer)
                 if not isinstance(value, Tensor) or value.shape != shape:
                     raise ValueError(
-                        f"a function of values must return a tensor {tuple(shape)} at {site}, the shape that "
-                        f"it is given, but this one returned {_shown(value)}"
+                        f"a function for values must return a tensor of the shape it is given, {tuple(shape)} "
+                        f"at {site}, but this one returned {_shown(value)}"
                     )
                 return value
 
@@ -346,7 +347,7 @@ class Function(Source):
 
 
 def source_of(given: Any) -> Source:
-    """A source as it is given: an object, "zero", or a function."""
+    """The source given as an object, "zero", or a function."""
     if isinstance(given, Source):
         return given
     if isinstance(given, str) and given == "zero":
@@ -366,12 +367,12 @@ def _void(site: str) -> float:
 
 
 def _reference_ids(name: str, given: Any) -> Int[Tensor, "reference pos"]:
-    """The ids of a reference set, whatever they came as."""
+    """The ids of a reference set, in any accepted form."""
     takes = f"{name} takes token ids [reference, pos] of sequences as long as the prompt, but"
     try:
         tokens, mask = as_ids(given)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{takes} got {_shown(given)}: text_tokens makes ids of a text") from None
+        raise type(error)(f"{takes} got {_shown(given)}: text_tokens turns a text into ids") from None
     if mask is not None and not bool(mask.all()):
         raise ValueError(f"{takes} these have padding (zeros in attention_mask)")
     return tokens

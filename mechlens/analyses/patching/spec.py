@@ -1,4 +1,4 @@
-"""The checked arguments of patching: the prompts and their metric, and the cells of a grid."""
+"""The checked arguments of patching: prompts, metric, and the cells of a grid."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INTO = ("clean", "corrupted")
 
 
 class Experiment:
-    """The prompts of a patching experiment, their corrupted counterparts, and the metric of a run."""
+    """The prompts of a patching experiment, their corrupted counterparts, and the metric."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Experiment:
         self.token_budget, self.progress = token_budget, progress
 
     def source(self, values: Any, into: str | None) -> tuple[Source, str]:
-        """What is put into which run."""
+        """The source of values, and the run to patch."""
         if into is None:
             into = "clean" if values is not None or self.corrupted is None else "corrupted"
         if into not in INTO:
@@ -70,27 +70,27 @@ class Experiment:
             raise ValueError("into='corrupted' needs a corrupted run: Patching(model, clean, corrupted)")
         if self.corrupted is None and values is None:
             raise ValueError(
-                "without a corrupted run, values says what is put into the clean one: 'zero', "
-                "Earlier(shift), Mean(tokens), ...; or give the run: Patching(model, clean, corrupted)"
+                "without a corrupted run, values must say what to put into the clean one: 'zero', "
+                "Earlier(shift), Mean(tokens), ...; or give a corrupted run: Patching(model, clean, corrupted)"
             )
         if values is None:
             return OtherRun("corrupted" if into == "clean" else "the clean run"), into
         return source_of(values), into
 
     def runs(self, index: int, into: str) -> tuple[Int[Tensor, "1 pos"], Int[Tensor, "1 pos"] | None]:
-        """The tokens of the run that is patched and of the other one, where there is one."""
+        """One prompt's tokens: those of the patched run, and those of the other run, if any."""
         own, other = self.prompts(into)
         return own[index : index + 1], None if other is None else other[index : index + 1]
 
     def prompts(self, into: str) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"] | None]:
-        """The same of all prompts."""
+        """The same for all prompts."""
         if into == "corrupted":
             assert self.corrupted is not None
             return self.corrupted, self.tokens
         return self.tokens, self.corrupted
 
     def fields(self) -> dict[str, Any]:
-        """What every result says about the experiment."""
+        """The result fields that describe the experiment."""
         return {
             "model": self.info,
             "tokens": self.tokens,
@@ -110,7 +110,7 @@ def _corrupted(
     check_tokens(model, found)
     if found.shape[1] != tokens.shape[1] or len(found) not in (1, len(tokens)):
         raise ValueError(
-            f"the corrupted tokens have shape {tuple(found.shape)}, but the clean ones "
+            f"the corrupted tokens have shape {tuple(found.shape)}, but the clean ones have "
             f"{tuple(tokens.shape)}: give one sequence of the same length, or one for each prompt (BOS is "
             f"prepended to texts, not to ids)"
         )
@@ -119,7 +119,7 @@ def _corrupted(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GridSpec:
-    """A grid of patches: what is put where, in which run."""
+    """A grid of patches: which values are put where, in which run."""
 
     experiment: Experiment
     site: str
@@ -142,7 +142,7 @@ class GridSpec:
         heads: Heads | None,
         positions: Sequence[int] | None,
     ) -> GridSpec:
-        """Check everything, and that this model's logits are what metrics make them from."""
+        """Check all arguments, and that the model's logits come from its final norm, `W_U`, `b_U` and soft-cap."""
         model, tokens = experiment.model, experiment.tokens
         source, into = experiment.source(values, into)
         if not isinstance(weight, Real) or not math.isfinite(weight):
@@ -151,7 +151,7 @@ class GridSpec:
         source.check(model, site, tokens)
         if site == "attn_scores" and weight != 1 and source.knocks_out:
             raise ValueError(
-                f"a score of minus infinity, which knocks an edge out, cannot be mixed in with weight "
+                f"knocking an edge out makes its score minus infinity, which cannot be mixed in with weight "
                 f"{weight:g}: use the site pattern"
             )
         n_pos = tokens.shape[1]
@@ -160,13 +160,13 @@ class GridSpec:
         return cls(experiment, site, source, into, float(weight), cells)
 
     def keep(self, own: bool) -> Collection[str]:
-        """The hooks that values are read from in the run that is patched, or in the other one."""
+        """The hooks that values are read from, in the patched run or in the other run."""
         return () if own == self.source.reads_other else self.source.keep(self.site, self.cells.layers)
 
     def patches(
         self, values: Values, left: Int[Tensor, " patch"], own: CleanRun, other: CleanRun
     ) -> Patches:
-        """One patch for each cell that is left to do, by its number."""
+        """One patch for each cell number in `left`."""
         same = 0
         if self.source.reads_other:
             # up to the first token that differs, both runs have the same activations
@@ -174,7 +174,7 @@ class GridSpec:
         return self.cells.patches(self.site, values, self.weight, left, same)
 
     def fields(self) -> dict[str, Any]:
-        """What every result says about the grid."""
+        """The result fields that describe the grid."""
         return self.experiment.fields() | {
             "site": self.site,
             "source": self.source.label,
@@ -189,13 +189,13 @@ class GridSpec:
         }
 
     def given(self) -> dict[str, Tensor]:
-        """Every other token id that was given."""
+        """All token ids given besides the prompts."""
         corrupted = self.experiment.corrupted
         others = {} if corrupted is None else {"corrupted": corrupted}
         return others | self.source.tokens() | self.experiment.readout.given
 
     def arguments(self) -> dict[str, Any]:
-        """What a checkpoint must have been begun with, to be resumed."""
+        """The arguments that a checkpoint must have been started with to be resumed."""
         known = {
             name: [list(each) if isinstance(each, tuple) else each for each in value]
             if isinstance(value, tuple)
@@ -212,14 +212,14 @@ class GridSpec:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cells:
-    """The cells of a grid, each of which is a patch of its own."""
+    """The cells of a grid; each is a separate patch."""
 
     axes: tuple[str, ...]
     layers: tuple[int, ...]
     heads: tuple[tuple[int, int], ...] | None
-    """(layer, head) of those that are patched; None is all, together."""
+    """(layer, head) of the patched heads; None is all, together."""
     positions: tuple[int, ...] | None
-    """Those that are patched; None is all, together."""
+    """The patched positions; None is all, together."""
 
     @classmethod
     def of(
@@ -233,7 +233,7 @@ class Cells:
         n_pos: int,
         defined: range,
     ) -> Cells:
-        """Check what is asked for.
+        """Check the arguments.
 
         Args:
             defined: the positions for which the source has values.
@@ -243,12 +243,12 @@ class Cells:
         if ("head" in axes or heads is not None) and site not in PER_HEAD:
             raise ValueError(f"heads are for the sites {', '.join(PER_HEAD)}, but site is {site!r}")
         if "head" in axes and "layer" not in axes:
-            raise ValueError("over has 'head' without 'layer': heads of different layers are different heads")
+            raise ValueError("over has 'head' without 'layer', but heads of different layers are unrelated")
         n_heads = key_value_heads(model) if site in ("k", "v") else model.cfg.n_heads
         pairs: tuple[tuple[int, int], ...] | None = None
         if heads is not None:
             if layers is not None:
-                raise ValueError("heads say their layers (L5H5), so leave out layers")
+                raise ValueError("heads name their layers (L5H5), so leave out layers")
             pairs = _pairs(heads, model.cfg.n_layers, n_heads)
             layers = sorted({layer for layer, _ in pairs})
         rows = chosen("layer", layers, model.cfg.n_layers)
@@ -263,7 +263,7 @@ class Cells:
 
     @property
     def _by_axis(self) -> list[Sequence[int]]:
-        """The labels of each axis; -1 stands for everything together."""
+        """The labels of each axis; -1 means everything together."""
         every = {"layer": self.layers, "head": self.numbers, "pos": self.positions or ()}
         return [every[axis] if axis in self.axes else (-1,) for axis in AXES]
 
@@ -275,7 +275,7 @@ class Cells:
 
     @property
     def asked(self) -> Bool[Tensor, "*grid"]:
-        """The cells that are run: of some heads a grid by layer and head has others, too."""
+        """The cells that are run. A grid by layer and head also has cells for heads that are not patched."""
         found = [
             "head" not in self.axes or (layer, head) in (self.heads or ())
             for layer, head, _ in itertools.product(*self._by_axis)
@@ -293,7 +293,7 @@ class Cells:
     def patches(
         self, site: str, values: Values, weight: float, left: Int[Tensor, " patch"], same: int
     ) -> Patches:
-        """One patch for each cell that is left to do, by its number.
+        """One patch for each cell number in `left`.
 
         Args:
             same: positions at the beginning whose values are the run's own.
@@ -303,7 +303,7 @@ class Cells:
         first = same if self.positions is None else min(self.positions)
 
         def place(layer: int, head: int, position: int, start: int) -> tuple[Any, ...]:
-            """The positions and heads of a cell, as an index of activations from `start` on."""
+            """The positions and heads of a cell, as an index into activations from position `start` on."""
             at: Any = position - start if position >= 0 else slice(None)
             if position < 0 and self.positions is not None:
                 at = torch.tensor(self.positions) - start
@@ -314,17 +314,17 @@ class Cells:
 
         def write(activation: Tensor, which: Tensor, start: int, layer: int) -> Tensor:
             replacement = values(layer).to(activation)
-            # by position, head and the rest, wherever the site has its heads
+            # [pos, head, ...] at every site
             view = by_position(activation, site)
             new = replacement[start : start + view.shape[1]]
             for row, index in enumerate(which.tolist()):
                 _, head, position = cells[index]
                 here = place(layer, head, position, start)
                 own, put = view[row], new[here][..., : view.shape[-1]]
-                # exactly, where the source replaces: what is not mixed is not rounded
+                # weight 1 replaces exactly, without the rounding of a mix
                 if weight != 1:
                     old = own[here]
-                    # minus infinity, as masked scores have it, mixes to nan even with itself
+                    # minus infinity (a masked score) mixed with itself would be nan
                     put = torch.where(old == put, old, old.lerp(put, weight))
                 own[here] = put
             return activation
@@ -342,7 +342,7 @@ def _pairs(heads: Heads, n_layers: int, n_heads: int) -> tuple[tuple[int, int], 
         chosen("head", [head], n_heads)
     if not pairs or len(set(pairs)) < len(pairs):
         names = ", ".join(head_label(*pair) for pair in pairs)
-        raise ValueError(f"heads must be one or several different ones, got {names or 'none'}")
+        raise ValueError(f"heads must be one or several different heads, got {names or 'none'}")
     return tuple(sorted(pairs))
 
 
