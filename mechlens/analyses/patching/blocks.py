@@ -57,8 +57,8 @@ class Run(Source):
                 for layer in layers:
                     if not alike(self._run(run.at("resid_pre", layer), layer), run.at("resid_post", layer)):
                         raise ValueError(
-                            f"the block of layer {layer} cannot be run by itself on prompt {index}: its output "
-                            "differs from that in the model"
+                            f"the block of layer {layer} cannot be run by itself on prompt {index}: its "
+                            "output differs from that in the model"
                         )
             made = {layer: self._run(own.at(self.reads, layer), layer)[0] for layer in layers}
             return made.__getitem__

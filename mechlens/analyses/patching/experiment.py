@@ -49,8 +49,8 @@ class Patching(Experiment):
         torch.Size([4, 6])
 
     References: Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv:2202.05262.
-    Cost: nothing until a method is called. Each method runs each prompt and its counterpart once, plus what it
-    patches.
+    Cost: nothing until a method is called. Each method runs each prompt and its counterpart once, plus what
+    it patches.
     """
 
     def grid(
@@ -71,7 +71,8 @@ class Patching(Experiment):
         Args:
             site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or by head `q`, `k`, `v` (the
                 key/value heads, where there are fewer), `z`, `pattern` or `attn_scores` (by position `dest`).
-            over: the axes of the grid, some of "layer", "head" and "pos". Everything else is patched together.
+            over: the axes of the grid, some of "layer", "head" and "pos". Everything else is patched
+                together.
             into: the run to patch. "corrupted" restores it with the clean run's values (denoising), "clean"
                 breaks it (noising). None is "corrupted" if there is a corrupted run and `values` is not
                 given.
@@ -136,8 +137,8 @@ class Patching(Experiment):
     ) -> AttributionPatchResult:
         """Estimate a grid to first order: (value - own value) x gradient of the metric.
 
-        The estimate is exact only if the metric is linear in the activation over the whole patch. Give `exact`
-        to see how far it can be trusted.
+        The estimate is exact only if the metric is linear in the activation over the whole patch. Give
+        `exact` to see how far it can be trusted.
 
         Args:
             site: an activation, such as `resid_pre`, `mlp_out` or `z`.
@@ -261,8 +262,8 @@ class Patching(Experiment):
             >>> experiment.path_attention("L1H2", "L3H5.k", values="zero")[0].sum(-1).round()
             tensor([1., 1., 1., ...])
 
-        Cost: one forward pass of the prompts and one of their counterparts, and partial ones from the sender's
-        and the receiver's layer on.
+        Cost: one forward pass of the prompts and one of their counterparts, and partial ones from the
+        sender's and the receiver's layer on.
         """
         return attention_on_path(self, sender, receiver, into=into, values=values, positions=positions)
 

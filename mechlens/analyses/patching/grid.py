@@ -133,8 +133,8 @@ class _Progress:
         # float32, perhaps from another machine
         if known == known and abs(known - value) > 1e-3 * max(1.0, abs(known)):
             raise ValueError(
-                f"{self.path} was started with other weights: the metric of its {name} run is {known:.6g}, but "
-                f"here it is {value:.6g}; delete the file to start again"
+                f"{self.path} was started with other weights: the metric of its {name} run is {known:.6g}, "
+                f"but here it is {value:.6g}; delete the file to start again"
             )
         runs[index] = value
 

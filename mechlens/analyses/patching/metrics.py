@@ -1,6 +1,6 @@
 """Metrics of a run: one number for its predictions at some positions.
 
-To add a metric, subclass `Metric` and define `name`, `unit`, `terms`, and `ids` if it is about certain tokens.
+To add a metric, subclass `Metric` and define `name`, `unit`, `terms`, and `ids` if it is about some tokens.
 """
 
 from __future__ import annotations

@@ -302,8 +302,8 @@ class Edges(Source):
         for dest in {dest for dest, _ in self.edges}:
             if site == "attn_scores" and len({src for to, src in self.edges if to == dest}) == dest + 1:
                 raise ValueError(
-                    f"without these edges, position {dest} attends to nothing, so its scores have no softmax: "
-                    "use the site pattern"
+                    f"without these edges, position {dest} attends to nothing, so its scores have no "
+                    "softmax: use the site pattern"
                 )
 
     def values(self, model: LensModel, site: str, layers: Sequence[int]) -> ValuesOf:
@@ -336,8 +336,8 @@ class Function(Source):
                 shape, value = activation.shape, self.function(activation, layer)
                 if not isinstance(value, Tensor) or value.shape != shape:
                     raise ValueError(
-                        f"a function for values must return a tensor of the shape it is given, {tuple(shape)} "
-                        f"at {site}, but this one returned {_shown(value)}"
+                        f"a function for values must return a tensor of the shape it is given, "
+                        f"{tuple(shape)} at {site}, but this one returned {_shown(value)}"
                     )
                 return value
 

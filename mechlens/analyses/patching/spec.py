@@ -71,7 +71,8 @@ class Experiment:
         if self.corrupted is None and values is None:
             raise ValueError(
                 "without a corrupted run, values must say what to put into the clean one: 'zero', "
-                "Earlier(shift), Mean(tokens), ...; or give a corrupted run: Patching(model, clean, corrupted)"
+                "Earlier(shift), Mean(tokens), ...; or give a corrupted run: Patching(model, clean, "
+                "corrupted)"
             )
         if values is None:
             return OtherRun("corrupted" if into == "clean" else "the clean run"), into
@@ -142,7 +143,7 @@ class GridSpec:
         heads: Heads | None,
         positions: Sequence[int] | None,
     ) -> GridSpec:
-        """Check all arguments, and that the model's logits come from its final norm, `W_U`, `b_U` and soft-cap."""
+        """Check all arguments, and that the logits come from the final norm, `W_U`, `b_U` and soft-cap."""
         model, tokens = experiment.model, experiment.tokens
         source, into = experiment.source(values, into)
         if not isinstance(weight, Real) or not math.isfinite(weight):
@@ -163,9 +164,7 @@ class GridSpec:
         """The hooks that values are read from, in the patched run or in the other run."""
         return () if own == self.source.reads_other else self.source.keep(self.site, self.cells.layers)
 
-    def patches(
-        self, values: Values, left: Int[Tensor, " patch"], own: CleanRun, other: CleanRun
-    ) -> Patches:
+    def patches(self, values: Values, left: Int[Tensor, " patch"], own: CleanRun, other: CleanRun) -> Patches:
         """One patch for each cell number in `left`."""
         same = 0
         if self.source.reads_other:
