@@ -160,7 +160,7 @@ def test_the_weights_and_hooks_are_left_as_they_were(tiny_bos_model):
     [
         ("mlp_out", KL(), "smallest at the clean run, so its gradient there is zero"),
         ("mlp_out", lambda logits: logits.argmax().float(), "the metric is not differentiable"),
-        ("attn_scores", None, "minus infinity, which no gradient reaches"),
+        ("attn_scores", None, "minus infinity, which has no first-order estimate"),
     ],
 )
 def test_what_has_no_gradient_is_refused(tiny_bos_model, site, metric, message):

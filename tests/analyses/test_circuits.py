@@ -499,7 +499,7 @@ def test_both_ends_of_a_direction_belong_together(gpt2):
 
 def test_a_circuit_of_another_model(gpt2, llama):
     for look in (largest_pairs, circuit_corner, singular_tokens):
-        with pytest.raises(ValueError, match=r"of another model \(its name is 'gpt2', here 'llama'\): "):
+        with pytest.raises(ValueError, match=r"from another model \(its name is 'gpt2', here 'llama'\): "):
             look(llama, full_OV(gpt2, EARLIER))
     with pytest.raises(ValueError, match="k must be between 1 and 64, the circuit's tokens, got 65"):
         singular_tokens(gpt2, full_OV(gpt2, EARLIER), k=65)
@@ -513,7 +513,7 @@ def test_a_circuit_of_another_model_of_the_same_name(gpt2, tmp_path, changed, si
     write_tiny_model(tmp_path / "gpt2", "gpt2", **changed)
     other = load_model(tmp_path / "gpt2")
     for look in (largest_pairs, circuit_corner, singular_tokens):
-        with pytest.raises(ValueError, match=rf"of another model \(its {size} is \d+, here {value}\): "):
+        with pytest.raises(ValueError, match=rf"from another model \(its {size} is \d+, here {value}\): "):
             look(other, full_OV(gpt2, EARLIER))
 
 

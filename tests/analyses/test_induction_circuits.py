@@ -191,7 +191,7 @@ def test_a_head_of_zeros_is_no_evidence(tmp_path, cut):
     assert said["k_top1_keys"] == said["k_top1_queries"] == 0
     assert found.verdicts == ("no circuit",)
     head = "L0H0" if cut == "writes" else "L1H0"
-    assert f"weights: no ({head} {cut} nothing, its weights are zero); " in found.reasons[0]
+    assert f"weights: no ({head} {cut} nothing, because its weights are zero); " in found.reasons[0]
     rank = found.to_dataframe()["k_rank"]
     assert (str(rank.dtype), rank.isna().tolist()) == ("Int64", [True])
     table = induction_circuits_section(found).parts[0]

@@ -437,7 +437,7 @@ def test_texts_of_unequal_length_are_padded(tiny_bos_model):
     assert torch.allclose(lens.log_prob["target_0"][:, 0, 2], own.log_prob["c"][:, 0, 2], atol=1e-5)
     assert lens.context_length.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
     ids, mask = torch.ones(1, 3, dtype=torch.long), torch.tensor([[1, 1, 0]])
-    with pytest.raises(ValueError, match="positions has only padding"):
+    with pytest.raises(ValueError, match="positions contains only padding"):
         logit_lens(tiny_bos_model, {"input_ids": ids, "attention_mask": mask}, positions=[2])
 
 

@@ -110,7 +110,7 @@ def test_other_weights_of_the_same_name_are_refused(tiny_directories, resume):
 
 
 def test_resuming_needs_functions_with_a_name(tiny_bos_model, resume):
-    with pytest.raises(ValueError, match="one lambda from another: define metric with `def`"):
+    with pytest.raises(ValueError, match="lambdas apart: define metric with `def`"):
         run(tiny_bos_model, metric=lambda x: x.max(), resume=resume)
     with pytest.raises(ValueError, match="define values with `def`"):
         run(tiny_bos_model, values=lambda activation, layer: activation, resume=resume)

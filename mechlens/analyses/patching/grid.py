@@ -133,7 +133,7 @@ class _Progress:
         # float32, perhaps from another machine
         if known == known and abs(known - value) > 1e-3 * max(1.0, abs(known)):
             raise ValueError(
-                f"{self.path} was started with other weights: the metric of its {name} run is {known:.6g}, "
+                f"{self.path} was begun with other weights: the metric of its {name} run is {known:.6g}, "
                 f"but here it is {value:.6g}; delete the file to start again"
             )
         runs[index] = value
