@@ -105,7 +105,7 @@ def test_other_weights_of_the_same_name_are_refused(tiny_directories, resume):
         run(model, tokens_for()[:1], metric=Counted(stop=5), resume=resume)
     with torch.no_grad():
         model.blocks[0].attn.W_O.mul_(2)
-    with pytest.raises(ValueError, match="begun with other weights: its clean run"):
+    with pytest.raises(ValueError, match="begun with other weights: the metric of its clean run"):
         run(model, tokens_for()[:1], metric=Counted(), resume=resume)
 
 
