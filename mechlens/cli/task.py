@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,14 +13,11 @@ from mechlens.cli.run import PAGE, Run, command
 
 if TYPE_CHECKING:
     from mechlens.analyses.tasks import Task
-    from mechlens.results import Result
 
 TASKS = ("ioi", "greater-than", "agreement", "capitals", "gender", "docstring")
 """Repeated here, so that another name is refused before torch is imported."""
 BY = ("resample", "mean", "zero")
 METRICS = ("logit_diff", "probability_diff")
-FAITHFUL = 0.8
-"""How faithful the circuit must be that is looked for, if no size is given."""
 
 TaskArgument = Annotated[
     str,
@@ -63,9 +60,7 @@ def task_circuit(
     share: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            max=1,
-            help=f"Share of edges to keep. [default: the smallest of ten with faithfulness {FAITHFUL}]",
+            min=0, max=1, help="Share of edges to keep. [default: the smallest of ten with faithfulness 0.8]"
         ),
     ] = None,
     by: Annotated[str, typer.Option(help=f"What the other edges carry: {options.one_of(BY)}.")] = "resample",
@@ -91,32 +86,27 @@ def task_circuit(
     _check(run)
     options.check_known("--by", by, BY)
     options.check_known("--metric", metric, METRICS)
-    ranking, measuring = _task(run).halves()
+    task = _task(run)
+    from mechlens.analyses.tasks.search import find_circuit
     from mechlens.show.section import section
 
-    shared: dict[str, Any] = {"progress": run.progress}
-    edges = ranking.edges(by=by, metric=metric, steps=steps, exact=exact, **shared)
-    found: list[Result] = [edges]
-    size = max(1, int((share or 0) * edges.n_edges))
-    if share is None:
-        curve = ranking.curve(edges, absolute=not signed, n_random=1, **shared)
-        size = curve.smallest(FAITHFUL) or curve.n_possible
-        found.append(curve)
-    circuit = measuring.circuit(
-        edges.top(size, absolute=not signed),
+    made = find_circuit(
+        task,
+        share=share,
         by=by,
         metric=metric,
-        members=False,
+        steps=steps,
+        absolute=not signed,
+        exact=exact,
         n_random=n_random,
-        seed=seed or 0,
-        **shared,
+        progress=run.progress,
     )
-    found.append(circuit)
+    found = {name: each for name, each in made._asdict().items() if each is not None}
     run.show(
-        *found,
-        names=("edges", "curve", "circuit") if share is None else ("edges", "circuit"),
-        sections=lambda: [section(each, top=top) for each in found],
-        title=circuit.title,
+        *found.values(),
+        names=tuple(found),
+        sections=lambda: [section(each, top=top) for each in found.values()],
+        title=made.circuit.title,
     )
 
 

@@ -8,6 +8,7 @@ STUDIES = {
     "facts": "at which layer the answers to 48 facts can be read",
     "induction-circuits": "pairs of a previous-token head and an induction head",
     "indirect-object": "which heads identify the indirect object",
+    "ioi": "the circuit of the indirect object, how faithful it is, and whether other prompts give the same",
     "features": "whether layers share the maximally activating tokens of their residual dimensions",
     "feature-search": 'the claims of "Language Model Features"; needs minutes even for a small model',
 }

@@ -18,6 +18,7 @@ ARTICLE = '"How one can Interpret GPT2-Small"'
 OTHERS = "measured by others on GPT-2 small"
 LENS_POST = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
 FEATURES_POST = 'Badger, "Language Model Features"'
+WANG = "Wang et al. 2022, arXiv:2211.00593"
 GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 CARDS = Path(__file__).parent / "cards"
 
@@ -70,6 +71,14 @@ COMPOSITION_GPT2 = tuple(
 )
 """The K-composition circuit of 4.11 and 5.5 of GPT-2 small over its vocabulary. The source gives one number
 and does not say over which axis the maximum is taken, so both are compared with it."""
+
+
+IOI_GPT2 = (
+    Published("logit_diff", 3.56, WANG, sequences=100_000, study="ioi"),
+    Published("right", 0.993, WANG, sequences=100_000, study="ioi"),
+    Published("heads_alone", 0.87, WANG, study="ioi"),
+)
+"""GPT-2 small on the indirect object, and the logit difference of 26 heads as a share of the model's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +158,7 @@ FEATURE_TOKENS = (
 
 
 _FIGURES: tuple[tuple[tuple[str, ...], tuple[Any, ...], tuple[Published, ...] | Path], ...] = (
-    (GPT2_SMALL, (12, 12, 768, 50257, None), (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2)),
+    (GPT2_SMALL, (12, 12, 768, 50257, None), (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2, *IOI_GPT2)),
     ((BUNDLED,), (4, 6, 192, 2048, None), BUNDLED_DIRECTORY / "card.json"),
     (("smollm2-135m",), (30, 9, 576, 49152, None), CARDS / "smollm2-135m.json"),
 )

@@ -24,6 +24,7 @@ from mechlens.studies.feature_search import study_feature_search
 from mechlens.studies.features import study_features
 from mechlens.studies.heads import DRAWS, study_heads
 from mechlens.studies.indirect_object import study_indirect_object
+from mechlens.studies.ioi import study_ioi
 from mechlens.studies.logit_lens import study_logit_lens
 from mechlens.studies.mlp_patching import study_mlp_patching
 from mechlens.studies.published import Published, figures_of
@@ -132,8 +133,8 @@ def reproduce(
     Args:
         model: any model; qualitative claims about GPT-2 are measured on every model.
         names: `heads`, `logit-lens`, `mlp-patching`, `composition`, `facts`, `induction-circuits`,
-            `indirect-object`, `features` and `feature-search`, in any order. Without names: `heads`, and the
-            studies for which figures of this model are published.
+            `indirect-object`, `ioi`, `features` and `feature-search`, in any order. Without names: `heads`,
+            and the studies for which figures of this model are published.
         heads: the sequences of the study `heads`. Its published figures are for 50 tokens after BOS.
         raw: loads the same model with unprocessed weights, which `features` and `feature-search` need, such
             as `lambda: mechlens.load_model(name, processing=False)`. None takes `model` if its weights are
@@ -190,6 +191,8 @@ def reproduce(
             return study_facts(model).holding_card(own)
         if name == "indirect-object":
             return study_indirect_object(model, progress=progress).holding_card(own)
+        if name == "ioi":
+            return study_ioi(model, progress=progress).holding_card(own)
         assert unprocessed is not None
         if name == "features":
             return study_features(unprocessed(), progress=progress).holding_card(own)

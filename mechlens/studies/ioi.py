@@ -1,0 +1,120 @@
+"""The study `ioi`: the circuit of the indirect object, found on half of the prompts, measured on the others.
+
+References: Wang et al. 2022, arXiv:2211.00593. In GPT-2 small their circuit of 26 heads is measured as they do
+it: the other heads are replaced by their mean over prompts with other names, and all MLPs stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mechlens.analyses.tasks.search import find_circuit
+from mechlens.analyses.tasks.task import load_task
+from mechlens.models.protocol import LensModel, describe
+from mechlens.results import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit, TaskPerformance
+from mechlens.show.section import Section, section
+from mechlens.studies.claims import Measured, Study
+from mechlens.studies.published import IOI_GPT2, figures_of
+
+HEADS = (
+    *("L9H9", "L10H0", "L9H6"),  # name movers
+    *("L10H10", "L10H6", "L10H2", "L10H1", "L11H2", "L9H7", "L9H0", "L11H9"),  # their backups
+    *("L10H7", "L11H10"),  # negative name movers
+    *("L7H3", "L7H9", "L8H6", "L8H10"),  # S-inhibition
+    *("L5H5", "L5H8", "L5H9", "L6H9"),  # induction
+    *("L0H1", "L0H10", "L3H0"),  # duplicate tokens
+    *("L2H2", "L4H11"),  # previous token
+)
+"""The circuit of Wang et al. in GPT-2 small."""
+COMPARED = 20
+"""How many components of both halves are compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IoiStudy(Study):
+    """The task, the circuit that was found, and in GPT-2 small the published one."""
+
+    ioi: TaskPerformance
+    ioi_edges: EdgeEffects
+    """Of the first half of the prompts, which rank them."""
+    ioi_edges_of_others: EdgeEffects
+    """Of the second half."""
+    ioi_curve: CircuitCurve
+    ioi_circuit: TaskCircuit
+    """Measured on the second half."""
+    ioi_published: ComponentSet | None
+
+    @property
+    def overlap(self) -> float:
+        """The share of the most important components that both halves of the prompts agree on."""
+        both = [
+            set(each.top_nodes(COMPARED, absolute=True))
+            for each in (self.ioi_edges, self.ioi_edges_of_others)
+        ]
+        return len(both[0] & both[1]) / len(both[0])
+
+    def quantities(self) -> dict[str, Measured]:
+        right = self.ioi.right.float()
+        measured = {
+            "logit_diff": Measured(
+                float(self.ioi.logit_diff.mean()),
+                "logit of the indirect object minus that of the subject, mean over prompts",
+                samples=self.ioi.logit_diff,
+            ),
+            "right": Measured(
+                float(right.mean()),
+                "share of prompts in which the indirect object is more likely than the subject",
+                samples=right,
+            ),
+        }
+        if self.ioi_published is not None:
+            alone = self.ioi_published
+            measured["heads_alone"] = Measured(
+                float(alone.values.mean() / alone.full.mean()),
+                "logit difference of the 26 heads alone as a share of the model's",
+                0.05,
+            )
+        return measured
+
+    def sections(self) -> list[Section]:
+        found = [
+            section(self.ioi, top=3),
+            section(self.ioi_edges, text="The first half of the prompts ranks the edges."),
+            section(self.ioi_curve),
+            section(
+                self.ioi_circuit,
+                text="The second half of the prompts measures the circuit. Of the "
+                f"{COMPARED} components with the largest effects, both halves agree on {self.overlap:.0%}.",
+            ),
+        ]
+        if self.ioi_published is not None:
+            found.append(section(self.ioi_published, title="The published circuit of 26 heads"))
+        return found
+
+
+def study_ioi(model: LensModel, *, n: int = 64, seed: int = 0, progress: bool | None = None) -> IoiStudy:
+    """Do the task, find its circuit, and measure it.
+
+    Args:
+        n: number of prompts, half of which rank the edges.
+        seed: of the prompts.
+
+    Cost: some 25 forward passes and 10 backward passes of each prompt.
+    """
+    task = load_task("ioi", model, n=n, seed=seed)
+    found = find_circuit(task, progress=progress)
+    assert found.curve is not None
+    published = None
+    if figures_of(describe(model))[-len(IOI_GPT2) :] == IOI_GPT2:
+        others = load_task("ioi", model, n=n, seed=seed, counterfactual="other-names")
+        mlps = [f"L{layer}.mlp" for layer in range(model.cfg.n_layers)]
+        published = others.keep([*HEADS, *mlps], by="mean")
+    return IoiStudy(
+        comparisons=(),
+        ioi=task.performance(),
+        ioi_edges=found.edges,
+        ioi_edges_of_others=task.halves()[1].edges(steps=found.edges.steps, progress=progress),
+        ioi_curve=found.curve,
+        ioi_circuit=found.circuit,
+        ioi_published=published,
+    )
