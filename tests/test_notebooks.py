@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 
 from tests.shared import ENGINE_IS_TOLD, needs_smollm2
 
+ON_SMOLLM2 = ("real_model", "task_circuits")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -58,7 +59,7 @@ def kernel(tmp_path_factory):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=needs_smollm2 if path.stem == "real_model" else ())
+        pytest.param(path, id=path.stem, marks=needs_smollm2 if path.stem in ON_SMOLLM2 else ())
         for path in NOTEBOOKS
     ],
 )

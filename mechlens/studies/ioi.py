@@ -1,7 +1,7 @@
 """The study `ioi`: the circuit of the indirect object, found on half of the prompts, measured on the others.
 
-References: Wang et al. 2022, arXiv:2211.00593. In GPT-2 small their circuit of 26 heads is measured as they do
-it: the other heads are replaced by their mean over prompts with other names, and all MLPs stay.
+References: Wang et al. 2022, arXiv:2211.00593. In GPT-2 small their circuit of 26 heads is measured as they
+do it: the other heads are replaced by their mean over prompts with other names, and all MLPs stay.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class IoiStudy(Study):
             "right": Measured(
                 float(right.mean()),
                 "share of prompts in which the indirect object is more likely than the subject",
-                samples=right,
+                0.05,
+                among=right,
             ),
         }
         if self.ioi_published is not None:

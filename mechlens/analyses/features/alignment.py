@@ -16,7 +16,7 @@ from mechlens.results.features import listed
 _STREAM = ("resid_post", "attn_out", "mlp_out")
 """Sites whose dimensions are those of the residual stream."""
 _NO_TOKEN = -1
-"""Replaces an id that does not activate its feature; so do smaller numbers."""
+"""This or a smaller number replaces an id that does not activate its feature."""
 
 
 def feature_alignment(
@@ -32,8 +32,8 @@ def feature_alignment(
 
     Args:
         search: an exhaustive search.
-        other: another one: of a larger model of the family, of the same model with random weights, with
-            another prefix or site. None compares the layers of `search` with each other.
+        other: another search, such as one of a larger model of the family, of the same model with random
+            weights, or with another prefix or site. None compares the layers of `search` with each other.
         top_k: how many of the best tokens the overlap counts; None takes as many as both searches have.
 
     Returns:
@@ -51,7 +51,7 @@ def feature_alignment(
         'aligned'
 
     References: Badger, "Language Model Features", which compares four features by eye.
-    Cost: for each pair of layers a comparison of `top_k` squared ids per feature; no model is run.
+    Cost: for each pair of layers, `top_k` squared comparisons of ids per feature. No model is run.
     """
     a, within, b = search, other is None, search if other is None else other
     check_type("search", a, ExhaustiveSearch)

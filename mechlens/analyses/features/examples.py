@@ -45,9 +45,9 @@ def feature_examples(
 ) -> FeatureExamples:
     """Find the maximally activating examples of each feature: the windows of a corpus where it is largest.
 
-    A feature is a basis dimension of an activation, or a direction in the residual stream. A window counts by
-    its largest activation. Special tokens (BOS, the ends of documents) are read but do not count, because
-    they often activate features most and are not text.
+    A feature is a basis dimension of an activation, or a direction in the residual stream. Windows are
+    ranked by their largest activation. Special tokens (BOS, the ends of documents) are read but do not count,
+    because they often activate features most and are not text.
 
     Args:
         model: with unprocessed weights.
@@ -55,8 +55,8 @@ def feature_examples(
         corpus: text or token ids, as for `token_windows`. It is read once, as a stream.
         top_k: windows to keep for each feature.
         length: tokens in a window with its BOS; None is 128, or the model's context if that is shorter.
-        prepend_bos: None begins each window with BOS where the tokenizer has one. Without it the first token
-            of a window takes its place, which changes many features of GPT-2.
+        prepend_bos: None begins each window with BOS if the tokenizer has one. Without it, the first token of
+            a window takes its place, which changes many features of GPT-2.
         limit: the largest number of windows to read; None reads to the end.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it; the corpus must be the same.
@@ -117,7 +117,7 @@ def feature_examples(
             pass
     if not heap.read:
         raise ValueError(
-            f"the corpus is shorter than one window of {length} tokens: give more, or less length"
+            f"the corpus is shorter than one window of {length} tokens: give more text, or a smaller length"
         )
     given = ids is not None and all_bos(model.tokenizer, ids[:, 0])
     return heap.result(bos is not None or given)
@@ -125,7 +125,7 @@ def feature_examples(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Seen:
-    """State after some windows."""
+    """The state after some windows."""
 
     read: int
     best: dict[int, TopRows]
@@ -152,7 +152,7 @@ class _Heap:
         return self.seen.read
 
     def counts(self, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
-        """Where activations count."""
+        """The positions whose activations count."""
         return ~torch.isin(tokens, self.special)
 
     def add(self, tokens: Int[Tensor, "row pos"]) -> None:

@@ -52,8 +52,8 @@ def search_exhaustive(
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Ids and activations in the model's own units, float32. Ids past the tokenizer's length are searched,
-        too.
+        Ids and activations in the model's own units, float32. Ids beyond the tokenizer's
+        length are searched, too.
 
     Raises:
         TypeError: features or a prefix of another type.
@@ -130,7 +130,7 @@ def search_exhaustive(
 
 
 def _announce(spec: FeatureSpec, n_tokens: int, path: Path | None, progress: bool | None) -> None:
-    """Say how much is computed, and about how long it takes."""
+    """Announce how much is computed, and about how long it takes."""
     model, blocks = spec.model, max(spec.layers) + 1
     operations = n_tokens * blocks * block_flop(model, len(spec.prefix) + 1)
     seconds = operations / block_rate(model)

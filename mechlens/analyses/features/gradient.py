@@ -37,8 +37,8 @@ def search_gradient(
     """Optimize embeddings by gradient descent until they activate features, and decode them to tokens.
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. The embeddings
-    start as those of random tokens. Special tokens, which lie apart from the others and often activate
-    features most, start one restart each (at most half of them). Every few steps the embeddings are decoded
+    start as those of random tokens. Special tokens, which are far from the others and often activate features
+    most, start one restart each (at most half of them). Every few steps the embeddings are decoded
     in two ways, by the pseudo-inverse of the embedding matrix and by the largest cosine, and the tokens are
     run. The tokens with the best objective of each restart are kept.
 

@@ -151,7 +151,7 @@ TENSORS = (
 
 
 class Optimization:
-    """State of all restarts."""
+    """The state of all restarts."""
 
     def __init__(
         self,

@@ -167,7 +167,7 @@ class FeatureSpec:
         )
 
     def of_one_layer(self) -> FeatureSpec:
-        """The same, where there is one layer.
+        """Check the same, and that there is only one layer.
 
         Raises:
             ArgumentError: there are several.
@@ -258,7 +258,7 @@ def check_numbers(rows: Float[Tensor, "row feature"], name: str) -> None:
 
 
 def _short(ids: Sequence[int]) -> list[int] | str:
-    """Few ids as they are, many as their count and a hash."""
+    """A few ids as they are, many as their count and a hash."""
     if len(ids) <= MOST_NAMED:
         return list(ids)
     return f"{len(ids)} of them ({content_hash(torch.tensor(ids))})"
