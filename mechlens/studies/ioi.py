@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from mechlens.analyses.tasks import load_task
 from mechlens.analyses.tasks.search import find_circuit
-from mechlens.analyses.tasks.task import load_task
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit, TaskPerformance
 from mechlens.show.section import Section, section

@@ -91,6 +91,36 @@ def test_a_negative_head_raises_the_metric_when_it_is_replaced(written_task):
     assert written_task("negative").keep(["L0H0"]).faithfulness[0] == pytest.approx(2)
 
 
+@pytest.mark.parametrize("kind", CIRCUITS)
+def test_pruning_leaves_the_circuit(written_task, kind):
+    task = written_task(kind)
+    assert set(task.prune(0.05)) == set(CIRCUITS[kind])
+    # nor does it add what it is not given
+    some = [*CIRCUITS[kind][1:], "embed->L1H1.q"]
+    assert set(task.prune(0.05, edges=some)) <= set(some)
+    with pytest.raises(ValueError, match="threshold must be above 0, got 0"):
+        task.prune(0)
+
+
+def test_what_no_kept_component_reads_is_removed_without_a_run(written_task, monkeypatch):
+    """Heads that share a key are all looked at before it is removed."""
+    assert [Graph(1, 4, 2, True, True).readers_of(r) for r in (0, 4, 7, 8, 9)] == [
+        [1],
+        [1, 2],
+        [3, 4],
+        [5],
+        [],
+    ]
+    from mechlens.analyses.tasks.sets import TaskRuns
+
+    runs = []
+    values = TaskRuns.values
+    monkeypatch.setattr(TaskRuns, "values", lambda self, sets, **given: runs.append(1) or values(self, sets))
+    left = written_task("mlp").prune(0.05, edges=["embed->L0H0.v", "embed->L0H1.q", "embed->L0H1.v"])
+    assert left == ()
+    assert len(runs) == 1
+
+
 def test_completeness_shows_a_backup(written_task):
     """A head that does the task only if another is gone: the circuit without it is faithful, not complete."""
     task = written_task("backup")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from mechlens.analyses.tasks.sets import ChosenSet, TaskRuns
-from mechlens.arguments import check_between, check_counts, check_type, generator_of, whole_number
+from mechlens.arguments import (
+    check_between,
+    check_counts,
+    check_reals,
+    check_type,
+    generator_of,
+    whole_number,
+)
 from mechlens.errors import ArgumentError
 from mechlens.models.run.edge_gradients import edge_effects
 from mechlens.models.run.graph import Graph
@@ -119,3 +126,34 @@ def _sizes(shares: Sequence[float], n: int) -> tuple[int, ...]:
     if not shares:
         raise ArgumentError("shares", "at least one number between 0 and 1", shares)
     return tuple(sorted({max(1, int(share * n)) for share in shares}))
+
+
+def prune_edges(
+    task: Task, threshold: float, *, edges: Any, by: str, metric: str, progress: bool | None
+) -> tuple[str, ...]:
+    """`Task.prune`."""
+    check_reals(threshold=threshold)
+    if threshold <= 0:
+        raise ArgumentError("threshold", "above 0", threshold)
+    graph = Graph.of(task.model)
+    kept = graph.possible.clone() if edges is None else graph.edges(edges)
+    runs = TaskRuns.of(task, by, metric, edges=True)
+
+    def value(some: Tensor) -> float:
+        return float(runs.values([graph.possible & ~some]).mean())
+
+    current = value(kept)
+    order = kept.nonzero().tolist()
+    # the last inputs first, and of each input the last senders
+    order.sort(key=lambda edge: (-edge[1], -edge[0]))
+    for u, r in progress_bar(order, desc="edges", unit="edge", progress=progress):
+        kept[u, r] = False
+        readers = graph.readers_of(r)
+        if readers and not kept[readers].any():
+            continue  # nothing of what it makes is read
+        without = value(kept)
+        if abs(without - current) < threshold:
+            current = without
+        else:
+            kept[u, r] = True
+    return graph.edge_names(kept)

@@ -12,15 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechlens.analyses.tasks.edges import SHARES, estimate_edges, faithfulness_curve
+from mechlens.analyses.tasks.edges import SHARES, estimate_edges, faithfulness_curve, prune_edges
 from mechlens.analyses.tasks.patching import patch_roles
 from mechlens.analyses.tasks.performance import measure_performance
 from mechlens.analyses.tasks.sets import measure_circuit, run_set
-from mechlens.arguments import check_counts, check_model, generator_of
+from mechlens.arguments import check_model
 from mechlens.models.protocol import LensModel
 from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
 from mechlens.results.tasks import RoleGrid, TaskPerformance
-from mechlens.text.task_library import made
 from mechlens.text.task_prompts import EncodedPrompt, TaskPrompt, encoded, read_prompts
 
 
@@ -376,47 +375,42 @@ class Task:
             progress=progress,
         )
 
+    def prune(
+        self,
+        threshold: float,
+        *,
+        edges: Any = None,
+        by: str = "resample",
+        metric: str = "logit_diff",
+        progress: bool | None = None,
+    ) -> tuple[str, ...]:
+        """Remove edges one by one, from the logits down to the embedding, if the metric barely changes.
 
-def load_task(
-    name: str,
-    model: LensModel,
-    *,
-    n: int = 64,
-    seed: int = 0,
-    counterfactual: str | None = None,
-    prepend_bos: bool | None = None,
-) -> Task:
-    """Make the prompts of a built-in task for a model's tokenizer.
+        Args:
+            threshold: an edge is removed for good if the mean metric of the run with everything that was
+                removed so far then changes by less than this, either way. In the metric's unit, above 0.
+            edges: the edges to begin with, such as `Task.edges().top(500)`; None is all of the model's.
+            by: what a removed edge carries: `resample`, `mean` or `zero`.
+            metric: `logit_diff`, nats, or `probability_diff`.
+            progress: show a bar; None shows one in a terminal and in Jupyter.
 
-    Names, years and words that must be a single token but are not are left out.
+        Returns:
+            The edges that are left. Edges into a component that no kept edge leaves are removed, too.
 
-    Args:
-        name: `ioi` (indirect object identification), `greater-than` (a later year), `agreement` (subject-verb
-            agreement across another noun), `capitals`, `gender` (the pronoun for a name) or `docstring` (the
-            next argument).
-        model: the model to run; its tokenizer encodes the prompts.
-        n: number of prompts.
-        seed: for drawing the prompts.
-        counterfactual: how the corrupted prompts differ; None is the task's default. For `ioi`,
-            `swap-subject` (which swaps the answer) or `other-names`.
-        prepend_bos: whether to prepend BOS; None prepends it if the tokenizer has one.
+        Raises:
+            ValueError: as `keep`, or `threshold` is not above 0.
 
-    Raises:
-        ArgumentError: an unknown name or counterfactual, or `n` is below 1.
-        ValueError: too few words are single tokens for this model, or it splits years differently.
+        Example:
+            >>> task = mechlens.load_task("agreement", model, n=2)
+            >>> left = task.prune(0.05, edges=task.edges().top(20, absolute=True))
+            >>> len(left) < 20
+            True
 
-    Example:
-        >>> task = mechlens.load_task("agreement", model, n=4)
-        >>> task.prompts[1].answers
-        (' are',)
-
-    References: Wang et al. 2022, arXiv:2211.00593; Hanna et al. 2023, arXiv:2305.00586; Linzen et al. 2016,
-    arXiv:1611.01368.
-    """
-    check_model(model)
-    check_counts(n=n)
-    prompts, chosen = made(model, name, n, generator_of(seed), counterfactual)
-    return Task(model, prompts, name=name, counterfactual=chosen, seed=seed, prepend_bos=prepend_bos)
+        References: Conmy et al. 2023, "Towards Automated Circuit Discovery for Mechanistic Interpretability",
+        arXiv:2304.14997, whose rule this is with another metric than KL.
+        Cost: one forward pass of each prompt per edge.
+        """
+        return prune_edges(self, threshold, edges=edges, by=by, metric=metric, progress=progress)
 
 
 def _grouped(prompts: Sequence[EncodedPrompt]) -> tuple[TaskGroup, ...]:

@@ -95,6 +95,22 @@ class Graph:
                 found[own.start : own.start + self.n_heads, inputs.stop - 1] = True
         return found
 
+    def readers_of(self, receiver: int) -> list[int]:
+        """The places among `senders` of the components that have this input; none for the logits.
+
+        Several heads may share a key or a value.
+        """
+        name = self.receivers[receiver]
+        if name == LOGITS:
+            return []
+        component, _, read = name.partition(".")
+        if read == "mlp":
+            return [self.senders.index(name)]
+        layer, head = parse_head(component)
+        shared = 1 if read == "q" else self.n_heads // self.n_keys
+        first = self.senders.index(head_label(layer, head * shared))
+        return [*range(first, first + shared)]
+
     def edge_names(self, chosen: Bool[Tensor, "sender receiver"]) -> tuple[str, ...]:
         """The chosen edges, such as `L4H11->L5H5.k`."""
         return tuple(f"{self.senders[u]}->{self.receivers[r]}" for u, r in chosen.nonzero().tolist())
