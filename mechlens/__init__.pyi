@@ -7,6 +7,7 @@ from mechlens.analyses.circuits.composition import composition_scores as composi
 from mechlens.analyses.circuits.composition import k_composition_circuit as k_composition_circuit
 from mechlens.analyses.circuits.composition import q_composition_circuit as q_composition_circuit
 from mechlens.analyses.circuits.composition import v_composition_circuit as v_composition_circuit
+from mechlens.analyses.circuits.copying import copy_scores as copy_scores
 from mechlens.analyses.circuits.induction import find_induction_circuits as find_induction_circuits
 from mechlens.analyses.circuits.ov import OV as OV
 from mechlens.analyses.circuits.ov import full_OV as full_OV
@@ -98,6 +99,7 @@ from mechlens.results import CircuitCurve as CircuitCurve
 from mechlens.results import CircuitSummary as CircuitSummary
 from mechlens.results import ComponentSet as ComponentSet
 from mechlens.results import CompositionScores as CompositionScores
+from mechlens.results import CopyScores as CopyScores
 from mechlens.results import EdgeEffects as EdgeEffects
 from mechlens.results import ExhaustiveSearch as ExhaustiveSearch
 from mechlens.results import Facts as Facts

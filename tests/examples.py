@@ -17,6 +17,7 @@ from mechlens.results import (
     CircuitSummary,
     ComponentSet,
     CompositionScores,
+    CopyScores,
     EdgeEffects,
     ExhaustiveSearch,
     Facts,
@@ -641,6 +642,20 @@ def component_set(**changes) -> ComponentSet:
     return dataclasses.replace(plain, **changes)
 
 
+def copy_scores(**changes) -> CopyScores:
+    """One layer of two heads: the first copies both tokens, the second suppresses one of them."""
+    plain = CopyScores(
+        model=model(n_layers=1, n_heads=2),
+        ids=torch.tensor([3, 5]),
+        strings=(" a", " b"),
+        top_k=5,
+        copies=torch.tensor([[1.0, 0.0]]),
+        suppresses=torch.tensor([[0.0, 0.5]]),
+        null=torch.tensor([[0.5, 0.0]]),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
 def task_circuit(**changes) -> TaskCircuit:
     """Two heads of three components, 3/4 faithful; without L0H0 1/4, without L0H1 1/2."""
     plain = TaskCircuit(
@@ -901,7 +916,7 @@ RESULTS = {
         *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
         *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
-        *("circuit_curve", "component_set", "edge_effects", "task_circuit"),
+        *("circuit_curve", "component_set", "copy_scores", "edge_effects", "task_circuit"),
         *("variance", "vector_lens"),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )

@@ -68,5 +68,5 @@ def plot_role_grid(result: RoleGrid, *, value: str = "recovered") -> go.Figure:
         height=top_margin(title) + 70 + 22 * max(len(result.layers), 6),
         margin={"t": top_margin(title)},
         xaxis={"title": {"text": "role"}, "type": "category", **NO_TICKS},
-        yaxis={"title": {"text": "layer"}, **NO_TICKS},
+        yaxis={"title": {"text": "layer"}, "type": "category", **NO_TICKS},
     )

@@ -7,6 +7,7 @@ from mechlens.results.attribution import LogitAttribution, component_place
 from mechlens.results.base import FORMAT, ModelInfo, Result, load, write_table
 from mechlens.results.circuits import Circuit, CircuitSummary, CompositionScores, PositionalAttention
 from mechlens.results.claims import NOT_JUDGED, NOT_REPRODUCED, REPRODUCED, Comparison
+from mechlens.results.copying import CopyScores
 from mechlens.results.feature_alignment import FeatureAlignment, Share
 from mechlens.results.features import ExhaustiveSearch, FeatureExamples, GreedySearch
 from mechlens.results.findings import Facts, IndirectObject
@@ -43,6 +44,7 @@ __all__ = [
     "Comparison",
     "ComponentSet",
     "CompositionScores",
+    "CopyScores",
     "EdgeEffects",
     "ExhaustiveSearch",
     "Facts",

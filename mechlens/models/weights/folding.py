@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from einops import repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
@@ -120,10 +120,20 @@ def from_tokens(
     Cost: one product; with `effective`, also one run of the vocabulary through the first block's MLP.
     """
     with without_user_hooks(model):
-        return torch.cat([rows.float() @ reading for rows in _embeddings(model, effective)])
+        every = torch.arange(model.cfg.d_vocab)
+        return torch.cat([rows.float() @ reading for rows in _embeddings(model, every, effective)])
 
 
-def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "some d_model"]]:
+def effective_embeddings(model: LensModel, ids: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    """The effective embedding of some tokens; `W_E` alone in a model without MLPs. See `from_tokens`."""
+    has_mlps = getattr(model.blocks[0], "mlp", None) is not None
+    with without_user_hooks(model):
+        return torch.cat([rows.float() for rows in _embeddings(model, ids, has_mlps)])
+
+
+def _embeddings(
+    model: LensModel, ids: Int[Tensor, " token"], effective: bool
+) -> Iterator[Float[Tensor, "some d_model"]]:
     """The rows that enter the first block, in batches."""
 
     def none(activation: Tensor, hook: object) -> Tensor:
@@ -143,10 +153,10 @@ def _embeddings(model: LensModel, effective: bool) -> Iterator[Float[Tensor, "so
         hooks.append(("blocks.0.hook_attn_out", none))
         names.append("blocks.0.hook_mlp_out")
     at_once = TOKENS_AT_ONCE if effective else EMBEDDED_AT_ONCE
-    for ids in torch.arange(model.cfg.d_vocab)[:, None].split(at_once):
+    for some in ids[:, None].split(at_once):
         kept: list[Tensor] = []
         with running(model, hooks):
-            watch(model, ids, dict.fromkeys(names, kept.append))
+            watch(model, some, dict.fromkeys(names, kept.append))
         yield sum(kept[1:], kept[0])[:, 0]
 
 
