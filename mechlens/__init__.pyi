@@ -121,6 +121,7 @@ from mechlens.results import RepeatedTokenPerformance as RepeatedTokenPerformanc
 from mechlens.results import Result as Result
 from mechlens.results import RoleGrid as RoleGrid
 from mechlens.results import TaskCircuit as TaskCircuit
+from mechlens.results import TaskHeads as TaskHeads
 from mechlens.results import TaskPerformance as TaskPerformance
 from mechlens.results import TunedLens as TunedLens
 from mechlens.results import VectorLens as VectorLens

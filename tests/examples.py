@@ -38,6 +38,7 @@ from mechlens.results import (
     RepeatedTokenPerformance,
     RoleGrid,
     TaskCircuit,
+    TaskHeads,
     TaskPerformance,
     TunedLens,
     VectorLens,
@@ -656,6 +657,39 @@ def copy_scores(**changes) -> CopyScores:
     return dataclasses.replace(plain, **changes)
 
 
+def task_heads(**changes) -> TaskHeads:
+    """The first head copies and attends to IO; the second does nothing clearly, and attends to END."""
+    plain = TaskHeads(
+        model=model(n_layers=1, n_heads=2),
+        task="ioi",
+        counterfactual="swap-subject",
+        prompts=("a", "b"),
+        heads=((0, 1), (0, 0)),
+        by="resample",
+        metric="logit_diff",
+        effect=torch.tensor([-2.0, 0.5]),
+        roles=("IO", "END"),
+        attention=torch.tensor([[0.75, 0.25], [0.0, 0.5]]),
+        scores={
+            "copies": torch.tensor([1.0, 0.0]),
+            "suppresses": torch.tensor([0.0, 0.0]),
+            # high, but no more than four times its null
+            "induction_score": torch.tensor([0.0, 0.8]),
+            "previous_token_score": torch.tensor([0.5, 0.0]),
+            "duplicate_token_score": torch.tensor([0.0, 0.39]),
+        },
+        nulls={
+            "copies": torch.tensor([0.125, 0.0]),
+            "suppresses": torch.tensor([0.125, 0.0]),
+            "induction_score": torch.tensor([0.0, 0.2]),
+            "previous_token_score": torch.tensor([0.0625, 0.0]),
+            "duplicate_token_score": torch.tensor([0.0, 0.0]),
+        },
+        note="",
+    )
+    return dataclasses.replace(plain, **changes)
+
+
 def task_circuit(**changes) -> TaskCircuit:
     """Two heads of three components, 3/4 faithful; without L0H0 1/4, without L0H1 1/2."""
     plain = TaskCircuit(
@@ -916,7 +950,7 @@ RESULTS = {
         *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
         *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
-        *("circuit_curve", "component_set", "copy_scores", "edge_effects", "task_circuit"),
+        *("circuit_curve", "component_set", "copy_scores", "edge_effects", "task_circuit", "task_heads"),
         *("variance", "vector_lens"),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )

@@ -27,6 +27,7 @@ from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
 from mechlens.results.patching import AttributionPatchResult, PatchGridResult
 from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
+from mechlens.results.task_heads import TaskHeads
 from mechlens.results.tasks import RoleGrid, TaskPerformance
 from mechlens.results.tuned_lens import TunedLens
 
@@ -67,6 +68,7 @@ __all__ = [
     "RoleGrid",
     "Share",
     "TaskCircuit",
+    "TaskHeads",
     "TaskPerformance",
     "TunedLens",
     "VectorLens",

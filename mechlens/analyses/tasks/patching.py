@@ -81,9 +81,8 @@ def patch_roles(
 
 def _roles(task: Task, roles: Sequence[str] | None) -> tuple[str, ...]:
     """The roles to patch; every prompt must have each of them."""
-    shared = [role for role in task.encoded[0].roles if all(role in each.roles for each in task.encoded)]
     for role in () if roles is None or isinstance(roles, str) else roles:
         lacking = [at for at, each in enumerate(task.encoded) if role not in each.roles]
         if 0 < len(lacking) < len(task.encoded):
             raise ValueError(f"prompt {lacking[0]} has no role {role!r}: {task.prompts[lacking[0]].clean!r}")
-    return tuple(shared) if roles is None else names_of("role", roles, shared)
+    return task.shared_roles if roles is None else names_of("role", roles, task.shared_roles)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,24 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechlens.analyses.tasks.edges import SHARES, estimate_edges, faithfulness_curve, prune_edges
+from mechlens.analyses.tasks.groups import grouped
+from mechlens.analyses.tasks.kinds import head_kinds
 from mechlens.analyses.tasks.patching import patch_roles
 from mechlens.analyses.tasks.performance import measure_performance
 from mechlens.analyses.tasks.sets import measure_circuit, run_set
 from mechlens.arguments import check_model
 from mechlens.models.protocol import LensModel
+from mechlens.results import CopyScores, HeadScores
 from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
+from mechlens.results.task_heads import TaskHeads
 from mechlens.results.tasks import RoleGrid, TaskPerformance
-from mechlens.text.task_prompts import EncodedPrompt, TaskPrompt, encoded, read_prompts
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TaskGroup:
-    """Prompts of one length, which can run together."""
-
-    index: tuple[int, ...]
-    """Their indices in the task."""
-    tokens: Int[Tensor, "prompt pos"]
-    corrupted: Int[Tensor, "prompt pos"]
+from mechlens.text.task_prompts import TaskPrompt, encoded, read_prompts
 
 
 class Task:
@@ -71,7 +63,19 @@ class Task:
         self.model, self.prompts, self.name = model, tuple(prompts), name
         self.counterfactual, self.seed, self.prepend_bos = counterfactual, seed, prepend_bos
         self.encoded = tuple(encoded(model, each, prepend_bos=prepend_bos) for each in self.prompts)
-        self.groups = _grouped(self.encoded)
+        self.groups = grouped(self.encoded)
+
+    @property
+    def answer_ids(self) -> Int[Tensor, " token"]:
+        """Every right or wrong answer of any prompt, once."""
+        return torch.tensor(sorted({id for each in self.encoded for id in (*each.answers, *each.wrong)}))
+
+    @property
+    def shared_roles(self) -> tuple[str, ...]:
+        """The roles that every prompt has."""
+        return tuple(
+            role for role in self.encoded[0].roles if all(role in each.roles for each in self.encoded)
+        )
 
     @classmethod
     def from_file(
@@ -375,6 +379,36 @@ class Task:
             progress=progress,
         )
 
+    def heads(
+        self,
+        effects: EdgeEffects,
+        *,
+        copying: CopyScores | None = None,
+        scores: HeadScores | None = None,
+        top: int = 20,
+    ) -> TaskHeads:
+        """List the most important heads, what their last position attends to, and what kind they are.
+
+        Args:
+            effects: the result of `edges`, which ranks the heads by size of effect.
+            copying: `copy_scores` of the task's `answer_ids`: which heads copy or suppress an answer.
+            scores: `score_heads` on repeated random tokens: which are induction heads and the like.
+            top: how many heads.
+
+        Returns:
+            Effects, attention from the last position to each role, and the scores with their nulls; `.kinds`
+            names what a head clearly is.
+
+        Example:
+            >>> task = mechlens.load_task("agreement", model, n=4)
+            >>> copying = mechlens.copy_scores(model, task.answer_ids)
+            >>> task.heads(task.edges(), copying=copying, top=3).roles
+            ('subject', 'distractor', 'END')
+
+        Cost: one forward pass of each prompt.
+        """
+        return head_kinds(self, effects, copying, scores, top=top)
+
     def prune(
         self,
         threshold: float,
@@ -411,17 +445,3 @@ class Task:
         Cost: one forward pass of each prompt per edge.
         """
         return prune_edges(self, threshold, edges=edges, by=by, metric=metric, progress=progress)
-
-
-def _grouped(prompts: Sequence[EncodedPrompt]) -> tuple[TaskGroup, ...]:
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for at, prompt in enumerate(prompts):
-        by_length[prompt.clean.shape[1]].append(at)
-    groups = []
-    for _, index in sorted(by_length.items()):
-        some = [prompts[at] for at in index]
-        clean, corrupted = (
-            torch.cat([getattr(each, name) for each in some]) for name in ("clean", "corrupted")
-        )
-        groups.append(TaskGroup(tuple(index), clean, corrupted))
-    return tuple(groups)
