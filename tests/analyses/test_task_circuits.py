@@ -374,7 +374,7 @@ def test_a_hook_of_the_users_stays_and_no_edges_are_replaced_beside_it(load_once
     task = Task.from_file(rows, model)
     calls = []
     model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda value, hook: calls.append(hook.name))
-    with pytest.raises(ValueError, match=r"your hook at blocks\.0\.hook_resid_post"):
+    with pytest.raises(ValueError, match=r"your hook at blocks\.0\."):
         task.edges()
     before = len(calls)
     task.knock_out(["L0H1"])
