@@ -30,14 +30,17 @@ class CopyScores(Result):
     """Share of tokens that are among the `top_k` largest logits of the head's output for them."""
     suppresses: Float[Tensor, "layer head"]
     """Share of tokens that are among the `top_k` smallest."""
-    null: Float[Tensor, "layer head"]
+    null_copies: Float[Tensor, "layer head"]
     """Share of tokens for which another of the tokens is among the largest."""
+    null_suppresses: Float[Tensor, "layer head"]
+    """Share of tokens for which another of the tokens is among the smallest."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("label", "head"),
         Column("copies", help="Share of tokens that the head raises most when it attends to them."),
+        Column("null_copies", "null", help="The same for another of the tokens."),
         Column("suppresses", help="Share of tokens that the head lowers most when it attends to them."),
-        Column("null", help="As copies, for another of the tokens."),
+        Column("null_suppresses", "null", help="The same for another of the tokens."),
     )
 
     @property
@@ -45,14 +48,14 @@ class CopyScores(Result):
         return f"Copy scores of {self.model.name}"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per head: layer, head, label, copies, suppresses, null."""
+        """One row per head: layer, head, label, copies, null_copies, suppresses, null_suppresses."""
         import pandas as pd
 
         n_layers, n_heads = self.copies.shape
         places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
         table = pd.DataFrame(places, columns=["layer", "head"])
         table["label"] = [head_label(*place) for place in places]
-        for name in ("copies", "suppresses", "null"):
+        for name in ("copies", "null_copies", "suppresses", "null_suppresses"):
             table[name] = getattr(self, name).flatten().numpy()
         return table
 

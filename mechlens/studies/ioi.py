@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 
+from mechlens.analyses.attribution import direct_logit_attribution
+from mechlens.analyses.circuits.copying import copy_scores
+from mechlens.analyses.heads.scores import score_heads
 from mechlens.analyses.tasks import load_task
 from mechlens.analyses.tasks.search import find_circuit
 from mechlens.models.protocol import LensModel, describe
-from mechlens.results import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit, TaskPerformance
+from mechlens.results import (
+    CircuitCurve,
+    ComponentSet,
+    CopyScores,
+    EdgeEffects,
+    LogitAttribution,
+    TaskCircuit,
+    TaskHeads,
+    TaskPerformance,
+)
 from mechlens.show.section import Section, section
 from mechlens.studies.claims import Measured, Study
 from mechlens.studies.published import IOI_GPT2, figures_of
@@ -26,6 +38,9 @@ HEADS = (
     *("L2H2", "L4H11"),  # previous token
 )
 """The circuit of Wang et al. in GPT-2 small."""
+COPYING, NEGATIVE = ("L9H9", "L10H0", "L9H6"), ("L10H7", "L11H10")
+"""Their name movers and negative name movers."""
+PROMPT = "When John and Mary went to the shops, John gave the bag to"
 COMPARED = 20
 """How many components of both halves are compared."""
 
@@ -42,7 +57,13 @@ class IoiStudy(Study):
     ioi_curve: CircuitCurve
     ioi_circuit: TaskCircuit
     """Measured on the second half."""
+    ioi_copying: CopyScores
+    """Of the names of the task."""
+    ioi_heads: TaskHeads
     ioi_published: ComponentSet | None
+    """The published circuit, in GPT-2 small."""
+    ioi_attribution: LogitAttribution | None
+    """Of Mary minus John, in GPT-2 small."""
 
     @property
     def overlap(self) -> float:
@@ -75,7 +96,30 @@ class IoiStudy(Study):
                 "logit difference of the 26 heads alone as a share of the model's",
                 0.05,
             )
+        if self.ioi_attribution is not None:
+            measured |= self._published_heads(self.ioi_attribution)
         return measured
+
+    def _published_heads(self, attribution: LogitAttribution) -> dict[str, Measured]:
+        scores = self.ioi_copying.to_dataframe().set_index("label")
+        added = attribution.to_dataframe().query("pos == pos.max()").set_index("component")["contribution"]
+        return {
+            # shares of the names; theirs are of other names
+            "copies": Measured(
+                float(scores.loc[[*COPYING], "copies"].mean()), f"copy score of {', '.join(COPYING)}", 0.1
+            ),
+            "suppresses": Measured(
+                float(scores.loc[[*NEGATIVE], "suppresses"].mean()),
+                f"negative copy score of {', '.join(NEGATIVE)}",
+                0.1,
+            ),
+            **{
+                f"attribution of {label}": Measured(
+                    float(added[label]), f"what {label} adds to the logit of Mary minus John", 0.005
+                )
+                for label in HEADS
+            },
+        }
 
     def sections(self) -> list[Section]:
         found = [
@@ -88,8 +132,11 @@ class IoiStudy(Study):
                 f"{COMPARED} components with the largest effects, both halves agree on {self.overlap:.0%}.",
             ),
         ]
+        found += [section(self.ioi_heads), section(self.ioi_copying)]
         if self.ioi_published is not None:
             found.append(section(self.ioi_published, title="The published circuit of 26 heads"))
+        if self.ioi_attribution is not None:
+            found.append(section(self.ioi_attribution, text=f"{PROMPT} Mary, not John."))
         return found
 
 
@@ -105,11 +152,13 @@ def study_ioi(model: LensModel, *, n: int = 64, seed: int = 0, progress: bool | 
     task = load_task("ioi", model, n=n, seed=seed)
     found = find_circuit(task, progress=progress)
     assert found.curve is not None
-    published = None
-    if figures_of(describe(model))[-len(IOI_GPT2) :] == IOI_GPT2:
+    published = attribution = None
+    if set(IOI_GPT2) <= set(figures_of(describe(model))):
         others = load_task("ioi", model, n=n, seed=seed, counterfactual="other-names")
         mlps = [f"L{layer}.mlp" for layer in range(model.cfg.n_layers)]
         published = others.keep([*HEADS, *mlps], by="mean")
+        attribution = direct_logit_attribution(model, PROMPT, " Mary", against=" John")
+    copying = copy_scores(model, task.answer_ids)
     return IoiStudy(
         comparisons=(),
         ioi=task.performance(),
@@ -117,5 +166,8 @@ def study_ioi(model: LensModel, *, n: int = 64, seed: int = 0, progress: bool | 
         ioi_edges_of_others=task.halves()[1].edges(steps=found.edges.steps, progress=progress),
         ioi_curve=found.curve,
         ioi_circuit=found.circuit,
+        ioi_copying=copying,
+        ioi_heads=task.heads(found.edges, copying=copying, scores=score_heads(model, progress=progress)),
         ioi_published=published,
+        ioi_attribution=attribution,
     )

@@ -19,6 +19,7 @@ OTHERS = "measured by others on GPT-2 small"
 LENS_POST = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
 FEATURES_POST = 'Badger, "Language Model Features"'
 WANG = "Wang et al. 2022, arXiv:2211.00593"
+ATTRIBUTION_DEMO = "TransformerLens, Direct_Logit_Attribution_Demo.ipynb"
 GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 CARDS = Path(__file__).parent / "cards"
 
@@ -77,8 +78,18 @@ IOI_GPT2 = (
     Published("logit_diff", 3.56, WANG, sequences=100_000, study="ioi"),
     Published("right", 0.993, WANG, sequences=100_000, study="ioi"),
     Published("heads_alone", 0.87, WANG, study="ioi"),
+    Published("copies", 0.95, WANG, study="ioi"),
+    Published("suppresses", 0.98, WANG, study="ioi"),
+    *(
+        Published(f"attribution of {head}", value, ATTRIBUTION_DEMO, study="ioi")
+        for head, value in (
+            *(("L9H9", 1.958), ("L9H6", 1.628), ("L10H7", -1.427)),
+            *(("L11H1", -0.912), ("L11H10", -0.904), ("L10H0", 0.637)),
+        )
+    ),
 )
-"""GPT-2 small on the indirect object, and the logit difference of 26 heads as a share of the model's."""
+"""GPT-2 small on the indirect object: the model, 26 heads alone as a share of it, its name movers and negative
+name movers, and what heads add to Mary minus John in one prompt."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ def test_a_head_that_copies_and_one_that_takes_back_are_told_apart(tmp_path):
     found = mechlens.copy_scores(load_written(tmp_path, "negative"), ["a", "b"], top_k=1)
     assert (float(found.copies[0, 0]), float(found.suppresses[0, 0])) == (1, 0)
     assert (float(found.copies[0, 1]), float(found.suppresses[0, 1])) == (0, 1)
-    assert float(found.null[0, 0]) == 0
+    # of the two answers, what raises one lowers the other
+    assert (float(found.null_copies[0, 0]), float(found.null_suppresses[0, 0])) == (0, 0)
 
 
 def test_what_are_no_tokens_is_refused(bundled):
@@ -63,4 +64,5 @@ def test_the_real_model_has_heads_that_copy_names_which_others_do_not(load_once)
     assert len(found.ids) >= 20
     assert float(found.copies.max()) > 0.9
     assert float(found.copies.mean()) < 0.3
-    assert float(found.null.mean()) < float(found.copies.mean())
+    assert float(found.null_copies.mean()) < float(found.copies.mean())
+    assert float(found.suppresses[23, 3]) > 0.9 > 0.1 > float(found.null_suppresses[23, 3])

@@ -24,6 +24,8 @@ def test_gpt2_small_has_figures_and_a_circuit_of_26_heads():
 def test_the_circuit_is_measured_on_prompts_that_did_not_rank_it(load_once, monkeypatch):
     smollm2 = load_once("smollm2-135m")
     monkeypatch.setattr(ioi, "HEADS", ("L23H3", "L20H0", "L23H0"))
+    monkeypatch.setattr(ioi, "COPYING", ("L23H0", "L23H2"))
+    monkeypatch.setattr(ioi, "NEGATIVE", ("L23H3",))
     monkeypatch.setattr(ioi, "figures_of", lambda model: IOI_GPT2)
     study = ioi.study_ioi(smollm2, n=8, progress=False).holding_card(IOI_GPT2)
     task = load_task("ioi", smollm2, n=8)
@@ -44,7 +46,16 @@ def test_the_circuit_is_measured_on_prompts_that_did_not_rank_it(load_once, monk
     assert measured["heads_alone"].value == pytest.approx(
         float(alone.values.mean() / alone.full.mean()), abs=1e-4
     )
+    assert measured["copies"].value > 0.9
+    assert measured["suppresses"].value > 0.9
+    logits = smollm2(smollm2.to_tokens(ioi.PROMPT, prepend_bos=False))[0, -1].detach()
+    mary, john = (smollm2.tokenizer.encode(name)[0] for name in (" Mary", " John"))
+    assert float(study.ioi_attribution.contributions.sum()) == pytest.approx(
+        float(logits[mary] - logits[john]), abs=2e-3
+    )
+    # L23H3 keeps the subject down
+    assert measured["attribution of L23H3"].value > 1
     assert [each.claim for each in study.comparisons][2].startswith("logit difference of the 26 heads")
     # 8 prompts are too few to judge a mean of 100,000
     assert study.comparisons[0].verdict != REPRODUCED
-    assert len(study.sections()) == 5
+    assert len(study.sections()) == 8

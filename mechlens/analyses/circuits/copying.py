@@ -34,8 +34,8 @@ def copy_scores(
         top_k: how many logits count.
 
     Returns:
-        `.copies` and `.suppresses` `[layer, head]`, shares of the tokens; `.null`, the share of tokens for
-        which another of the tokens is among the largest.
+        `.copies` and `.suppresses` `[layer, head]`, shares of the tokens, and the same shares for another of
+        the tokens as their nulls.
 
     Raises:
         ValueError: fewer than two tokens, a text that is not one token, or too few names.
@@ -68,14 +68,15 @@ def copy_scores(
         written = einsum(read, heads.W_O, "token head d, head d d_model -> token head d_model")
         for head in range(info.n_heads):
             logits = to_logits(model, written[:, head])
-            for name, others, sign in (("copies", own, 1), ("suppresses", own, -1), ("null", own.roll(1), 1)):
+            for before, others in (("", own), ("null_", own.roll(1))):
                 value = logits[own, ids[others].to(logits.device)][:, None]
-                rank = 1 + (sign * logits > sign * value).sum(1)
-                found[name][layer, head] = float((rank <= top_k).float().mean())
+                for name, beyond in (("copies", logits > value), ("suppresses", logits < value)):
+                    share = (beyond.sum(1) < top_k).float().mean()
+                    found[f"{before}{name}"][layer, head] = float(share)
     return CopyScores(model=info, ids=ids, strings=tuple(token_strings(model, ids)), top_k=top_k, **found)
 
 
-_SHARES = ("copies", "suppresses", "null")
+_SHARES = ("copies", "suppresses", "null_copies", "null_suppresses")
 
 
 def _listed(tokens: Sequence[str] | Tensor) -> list[str | int]:

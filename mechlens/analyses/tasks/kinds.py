@@ -33,7 +33,7 @@ def head_kinds(
     if copying is not None:
         check_type("copying", copying, CopyScores)
         found |= {"copies": copying.copies[at], "suppresses": copying.suppresses[at]}
-        nulls |= dict.fromkeys(found, copying.null[at])
+        nulls |= {"copies": copying.null_copies[at], "suppresses": copying.null_suppresses[at]}
     if scores is not None:
         check_type("scores", scores, HeadScores)
         known = [name for name in scores.kinds if name in scores.nulls]

@@ -10,9 +10,8 @@ import torch
 
 from mechlens.analyses.patching import LogitDiff, Patching
 from mechlens.arguments import names_of
-from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import describe
-from mechlens.results.tasks import RoleGrid, inability
+from mechlens.results.tasks import RoleGrid
 
 if TYPE_CHECKING:
     from mechlens.analyses.tasks.task import Task
@@ -61,8 +60,6 @@ def patch_roles(
             found.setdefault(name, torch.full(shape, torch.nan, dtype=torch.float32))[which] = (
                 part.float().cpu()
             )
-    right = (found["clean"] > 0).float()
-    low, high = bootstrap_interval(right)
     return RoleGrid(
         model=describe(task.model),
         task=task.name,
@@ -75,7 +72,7 @@ def patch_roles(
         roles=names,
         **found,
         seed=task.seed,
-        note=inability(task.name, (float(right.mean()), float(low), float(high)), 0.5),
+        note=task.note,
     )
 
 

@@ -14,7 +14,6 @@ from mechlens.analyses.tasks.answers import Answers
 from mechlens.analyses.tasks.replaced import replacements
 from mechlens.arguments import check_counts, generator_of
 from mechlens.errors import ArgumentError
-from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import describe
 from mechlens.models.run.edge_runs import EdgeRuns, check_edges
 from mechlens.models.run.graph import Graph, has_edges
@@ -22,7 +21,6 @@ from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.unembedding import check_streamed
 from mechlens.progress import progress_bar
 from mechlens.results.task_circuits import ComponentSet, TaskCircuit
-from mechlens.results.tasks import inability
 
 if TYPE_CHECKING:
     from mechlens.analyses.tasks.task import Task
@@ -82,8 +80,6 @@ class TaskRuns:
 
     def fields(self, full: Float[Tensor, " prompt"], empty: Float[Tensor, " prompt"]) -> dict[str, Any]:
         """What every result about the task's circuits carries, but the seed."""
-        right = (full > 0).float()
-        low, high = bootstrap_interval(right)
         return {
             "model": describe(self.task.model),
             "task": self.task.name,
@@ -93,7 +89,7 @@ class TaskRuns:
             "metric": self.metric,
             "full": full,
             "empty": empty,
-            "note": inability(self.task.name, (float(right.mean()), float(low), float(high)), 0.5),
+            "note": self.task.note,
         }
 
 

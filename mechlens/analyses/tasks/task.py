@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -64,6 +65,11 @@ class Task:
         self.counterfactual, self.seed, self.prepend_bos = counterfactual, seed, prepend_bos
         self.encoded = tuple(encoded(model, each, prepend_bos=prepend_bos) for each in self.prompts)
         self.groups = grouped(self.encoded)
+
+    @functools.cached_property
+    def note(self) -> str:
+        """What all results say of a task that the model cannot do; empty where it can. See `performance`."""
+        return self.performance().note
 
     @property
     def answer_ids(self) -> Int[Tensor, " token"]:

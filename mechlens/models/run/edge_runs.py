@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.clean_run import CleanRun
-from mechlens.models.run.forward import check_tokens, running, watch
+from mechlens.models.run.forward import MAX_POSITIONS, check_tokens, running, watch
 from mechlens.models.run.graph import Graph
 from mechlens.models.run.properties import alike, check_adds_up, key_value_heads
 from mechlens.models.run.sites import SITES, last_hook
@@ -49,7 +49,10 @@ class Written:
         layers = range(model.cfg.n_layers)
         sites = ["z"] if getattr(model.cfg, "attn_only", False) else ["z", "mlp_out"]
         first = SITES["resid_pre"].format(0)
-        run = CleanRun.of(model, tokens, [first, *(SITES[s].format(n) for s in sites for n in layers)])
+        keep = [first, *(SITES[site].format(layer) for site in sites for layer in layers)]
+        size = max(1, MAX_POSITIONS // tokens.shape[1])
+        several = [slice(start, start + size) for start in range(0, len(tokens), size)]
+        run = CleanRun.of(model, tokens, keep, parts=several)
         z, mlp_out = ([run.at(site, n) for n in layers if site in sites] for site in ("z", "mlp_out"))
         return cls(run.kept[first], z, mlp_out)
 
