@@ -163,7 +163,7 @@ def test_searches_that_cannot_be_compared_are_refused():
         feature_alignment(without, other)
     with pytest.raises(ValueError, match="no feature in common"):
         feature_alignment(a, search([[[1], [2]]], features=(5, 6)))
-    with pytest.raises(ValueError, match="share nothing but their numbers"):
+    with pytest.raises(ValueError, match="share only their indices"):
         feature_alignment(a, search([[[1], [2]]], site="post"))
     with pytest.raises(ValueError, match="top_k must be between 1 and 1, the tokens that both"):
         feature_alignment(a, search([[[1], [2]]]), top_k=2)

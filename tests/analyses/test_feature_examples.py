@@ -169,7 +169,7 @@ class TestResume:
         self.interrupted(model, windows, file, monkeypatch)
         with pytest.raises(ValueError, match="another corpus"):
             feature_examples(model, Features(indices=[1, 2]), windows.flip(0), top_k=3, resume=file)
-        with pytest.raises(ValueError, match="has read 10 windows already, more than the limit of 4"):
+        with pytest.raises(ValueError, match="has already read 10 windows, more than the limit of 4"):
             feature_examples(model, Features(indices=[1, 2]), windows, top_k=3, resume=file, limit=4)
         other = load_model(tiny_directories / "gpt_neox", processing=False)
         with torch.no_grad():

@@ -675,12 +675,12 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"restarts": 0}, "restarts must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and at most 1e.06, got 0.0"),
         ({"learning_rate": 1e300}, "learning_rate must be above 0"),
-        ({"objective": "l1", "target": torch.tensor([3, 4])}, "as many tokens as are searched, 1, but has 2"),
+        ({"objective": "l1", "target": torch.tensor([3, 4])}, "as many tokens as are searched, 1, got 2"),
         ({"objective": "cosine", "target": torch.tensor([3])}, "the cosine of a single number is 1 or -1"),
         ({"objective": "continuation", "target": torch.tensor([64])}, "token id 64 is not in"),
         ({"constant": math.nan}, "constant must be a finite number, got nan"),
         ({"seed": 2**70}, r"seed must be below 2\*\*64, got 1180591620717411303424"),
-        ({"n_tokens": 33}, "33 tokens, of which 33 are searched, do not fit"),
+        ({"n_tokens": 33}, "33 tokens, 33 of them searched, do not fit"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(loaded, options, message):

@@ -118,7 +118,7 @@ AFTER_LOADING = [
     (["greedy", "--tokens", "33"], "context of 32: search fewer"),
     (["gradient", "--layer", "2"], "layer 2 is out of range"),
     (["gradient", "--tokens", "2", "--position", "2"], "--position must be an index of [2 positions, 1 "),
-    (["gradient", "--objective", "l1", "--target", "ab"], "as many tokens as are searched, 1, but has 2"),
+    (["gradient", "--objective", "l1", "--target", "ab"], "as many tokens as are searched, 1, got 2"),
     (["alignment", "--layer", "0:3"], "layer 2 is out of range"),
     (["alignment", "--against", "./elsewhere"], "elsewhere"),
 ]

@@ -1,4 +1,4 @@
-"""Features: what input activates a basis dimension of an activation, or a direction."""
+"""Features: which inputs activate a basis dimension of an activation, or a direction."""
 
 from __future__ import annotations
 

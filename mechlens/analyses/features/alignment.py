@@ -1,4 +1,4 @@
-"""Feature alignment: whether features of the same number have the same best tokens."""
+"""Feature alignment: whether features with the same index have the same best tokens."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ _NO_TOKEN = -1
 def feature_alignment(
     search: ExhaustiveSearch, other: ExhaustiveSearch | None = None, *, top_k: int | None = None
 ) -> FeatureAlignment:
-    """Compare the best tokens of features with the same number in each pair of layers, of one search or two.
+    """Compare the best tokens of features with the same index in each pair of layers, in one search or two.
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. Chance is the same
-    share for features with different numbers. It is exact, over all pairs of them, so it accounts for tokens
+    share for features with different indices. It is exact, over all such pairs, so it accounts for tokens
     that activate many features. A feature that no token activates (see `ExhaustiveSearch.activates`), such as
-    a neuron at 0 for all of them, has no best token and is left out for each pair of layers where it has
-    none.
+    a neuron that is 0 for all of them, has no best token; pairs of layers in which this happens leave it out.
 
     Args:
         search: an exhaustive search.
         other: another search, such as one of a larger model of the family, of the same model with random
             weights, or with another prefix or site. None compares the layers of `search` with each other.
-        top_k: how many of the best tokens the overlap counts; None takes as many as both searches have.
+        top_k: how many of the best tokens to compare for the overlap; None is as many as both searches have.
 
     Returns:
         Shares in [0, 1] by pair of layers and feature, for the features that both searches have. `share()`
-        has the mean with its interval and verdict.
+        gives the mean with its interval and verdict.
 
     Raises:
         TypeError: not exhaustive searches.
         ValueError: different vocabularies, sites that cannot be compared, different directions, no feature in
-            common, or more tokens than both searches kept.
+            common, or a larger `top_k` than both searches kept.
 
     Example:
         >>> search = mechlens.search_exhaustive(raw, mechlens.Features(indices=range(32)), top_k=2)
@@ -51,7 +50,7 @@ def feature_alignment(
         'aligned'
 
     References: Badger, "Language Model Features", which compares four features by eye.
-    Cost: for each pair of layers, `top_k` squared comparisons of ids per feature. No model is run.
+    Cost: `top_k`² comparisons of ids for each feature and pair of layers. No model is run.
     """
     a, within, b = search, other is None, search if other is None else other
     check_type("search", a, ExhaustiveSearch)
@@ -70,9 +69,9 @@ def feature_alignment(
             "top_k",
             f"between 1 and {most}, the tokens that both searches kept",
             top_k,
-            "search with a larger one",
+            "search with a larger top_k",
         )
-    # different numbers, so two missing tokens never match
+    # different placeholders, so two missing tokens never match
     mine, theirs = (_ids(each, features, top_k, no) for each, no in ((a, _NO_TOKEN), (b, _NO_TOKEN - 1)))
     activated, other_activated = (ids[..., 0] >= 0 for ids in (mine, theirs))
     compared = activated[:, None] & other_activated
@@ -112,13 +111,13 @@ def _check(a: ExhaustiveSearch, b: ExhaustiveSearch) -> None:
     for site, other in ((a.site, b.site), (b.site, a.site)):
         if site != other and site not in _STREAM:
             raise ValueError(
-                f"features of {a.site} and {b.site} share nothing but their numbers: compare "
+                f"features of {a.site} and {b.site} share only their indices: compare "
                 f"searches of one site, or of {', '.join(_STREAM)}"
             )
     if a.directions is not None and b.directions is not None and not torch.equal(a.directions, b.directions):
         raise ValueError(
-            "the searches have different directions, so their numbers mean different features: search both "
-            "with the same ones"
+            "the searches have different directions, so the same index means different features: run both "
+            "with the same directions"
         )
 
 
@@ -144,14 +143,14 @@ def _chance(
     compared: Bool[Tensor, "layer other_layer feature"],
     d_vocab: int,
 ) -> Float[Tensor, "layer other_layer"]:
-    """The mean share over pairs of features with different numbers."""
+    """The mean share over pairs of features with different indices."""
     chance = torch.full(like.shape[:2], torch.nan, dtype=torch.double)
     for i, j in itertools.product(range(len(mine)), range(len(theirs))):
         counted = compared[i, j]
         n_features = int(counted.sum())
         if n_features < 2:
             continue
-        # how many features have each token among their best
+        # for each token, how many features have it among their best
         counts, others = (
             ids[ids >= 0].bincount(minlength=d_vocab).double()
             for ids in (mine[i, counted], theirs[j, counted])

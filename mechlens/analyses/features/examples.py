@@ -43,7 +43,7 @@ def feature_examples(
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> FeatureExamples:
-    """Find the maximally activating examples of each feature: the windows of a corpus where it is largest.
+    """Find each feature's maximally activating examples: the windows of a corpus where it is largest.
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. Windows are
     ranked by their largest activation. Special tokens (BOS, the ends of documents) are read but do not count,
@@ -54,10 +54,10 @@ def feature_examples(
         features: which layers and features; None is all of `resid_post`.
         corpus: text or token ids, as for `token_windows`. It is read once, as a stream.
         top_k: windows to keep for each feature.
-        length: tokens in a window with its BOS; None is 128, or the model's context if that is shorter.
+        length: tokens in a window, including BOS; None is 128, or the model's context if that is shorter.
         prepend_bos: None begins each window with BOS if the tokenizer has one. Without it, the first token of
             a window takes its place, which changes many features of GPT-2.
-        limit: the largest number of windows to read; None reads to the end.
+        limit: the maximum number of windows to read; None reads to the end.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it; the corpus must be the same.
         progress: show a bar; None shows one in a terminal and in Jupyter.
@@ -66,9 +66,9 @@ def feature_examples(
         The windows, with each feature's activations in the model's own units, float32.
 
     Raises:
-        TypeError: features of another type.
+        TypeError: features of the wrong type.
         ValueError: processed weights, a layer or feature out of range, a corpus that cannot be read or does
-            not fill one window, activations that are nan, or a checkpoint of another search or corpus.
+            not fill one window, activations that are nan, or a checkpoint from another search or corpus.
 
     Example:
         >>> texts = ["The captain of the ship looked at the sea, and the sea looked at the captain."]
@@ -78,8 +78,8 @@ def feature_examples(
         torch.Size([1, 1, 2, 8])
 
     References: Badger, "Language Model Features", for the comparison with searched tokens.
-    Cost: one forward pass of the corpus up to the deepest layer, and one of the windows that are kept. Memory
-        holds a batch and at most `top_k` windows for each feature of each layer.
+    Cost: one forward pass over the corpus up to the deepest layer, and one over the windows kept. A batch and
+        at most `top_k` windows for each feature of each layer are in memory.
     """
     check_counts(top_k=top_k, length=length, limit=limit)
     spec = FeatureSpec.of(model, features)
@@ -129,9 +129,9 @@ class _Seen:
 
     read: int
     best: dict[int, TopRows]
-    """By layer: the largest activations of each feature, and the numbers of their windows."""
+    """By layer, each feature's largest activations and the numbers of their windows."""
     kept: dict[int, Int[Tensor, " pos"]]
-    """The windows that are among the best, by number."""
+    """The best windows, by number."""
     corpus: Any
     """A hash of all windows so far."""
 
@@ -144,7 +144,7 @@ class _Heap:
         model = spec.model
         self.special = torch.tensor(sorted(special_ids(model.tokenizer)), dtype=torch.long)
         empty = TopRows.empty(top_k, len(spec.features), model.W_E.device)
-        # one object, so an interruption finds no part of it ahead of the rest
+        # one object, so an interruption never leaves a part of it ahead of the rest
         self.seen = _Seen(0, dict.fromkeys(spec.layers, empty), {}, hashlib.sha256())
 
     @property
@@ -170,7 +170,7 @@ class _Heap:
         self._watch(tokens, note)
         used = torch.cat([best.rows[best.values > -torch.inf] for best in found.values()]).unique().tolist()
         own = dict(zip(numbers.tolist(), tokens, strict=True))
-        # a copy of each, because a view would keep its whole batch
+        # copies, because a view would keep its whole batch in memory
         kept = {number: seen.kept[number] if number in seen.kept else own[number].clone() for number in used}
         corpus = seen.corpus.copy()
         corpus.update(tokens.numpy().tobytes())
@@ -193,7 +193,7 @@ class _Heap:
         windows = torch.searchsorted(numbers, wanted).masked_fill(absent, -1)
         activations = self._activations(tokens, windows)
         peaks = activations.nan_to_num(nan=-torch.inf).amax(-1)
-        # in another batch, rounding may swap two windows
+        # sorted again, because rounding in another batch may swap two windows
         order = peaks.sort(dim=-1, descending=True, stable=True).indices
         windows = windows.gather(-1, order)
         activations = activations.gather(2, order[..., None].expand_as(activations))
@@ -239,7 +239,7 @@ class _Heap:
         return self.spec.fingerprint | {"top_k": self.top_k, "length": self.length, "BOS": self.bos}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """The tensors of a checkpoint."""
         seen = self.seen
         best = [seen.best[layer] for layer in self.spec.layers]
         kept = list(seen.kept.values())
@@ -252,11 +252,11 @@ class _Heap:
         }
 
     def resume(self, saved: Checkpoint, windows: Iterator[Tensor], limit: int | None) -> None:
-        """Restore a checkpoint, and skip the windows that it has read."""
+        """Restore a checkpoint, and skip the windows already read."""
         tensors, read = saved.tensors, saved.step
         if limit is not None and read > limit:
             raise ValueError(
-                f"the search in {saved.path} has read {read} windows already, more than the limit of "
+                f"the search in {saved.path} has already read {read} windows, more than the limit of "
                 f"{limit}: give a larger limit, or another file"
             )
         corpus = hashlib.sha256()

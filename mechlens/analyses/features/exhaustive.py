@@ -1,4 +1,4 @@
-"""Exhaustive search: the maximally activating token of each feature among the whole vocabulary."""
+"""Exhaustive search: each feature's maximally activating tokens in the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -35,30 +35,29 @@ def search_exhaustive(
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> ExhaustiveSearch:
-    """Find the maximally and minimally activating tokens of each feature among the whole vocabulary.
+    """Find each feature's maximally and minimally activating tokens in the whole vocabulary.
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. Its activation is
-    read at the last token of an input: every token of the vocabulary, alone or after a prefix.
+    read at every token of the vocabulary, alone or after a prefix.
 
     Args:
         model: with unprocessed weights.
         features: which layers and features; None is all of `resid_post`. One pass serves all of them.
-        prefix: text or token ids before every token; `Prefix` adds BOS. None is no token at all.
-        top_k: tokens to keep at either end.
-        batch_size: tokens that run together; None takes 1024, or what memory allows after a long prefix. It
-            is halved when memory runs out.
+        prefix: text or token ids before every token; `Prefix` adds BOS. None is no prefix.
+        top_k: tokens to keep at each end.
+        batch_size: tokens that run together; None is 1024, or as many as memory allows after a long prefix.
+            It is halved when memory runs out.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        Ids and activations in the model's own units, float32. Ids beyond the tokenizer's
-        length are searched, too.
+        Ids and activations in the model's own units, float32. Ids beyond the tokenizer's length are included.
 
     Raises:
-        TypeError: features or a prefix of another type.
+        TypeError: features or a prefix of the wrong type.
         ValueError: processed weights, a layer or feature out of range, a prefix that the model cannot read,
-            `top_k` beyond the vocabulary, activations that are nan, or a checkpoint of another search.
+            `top_k` larger than the vocabulary, activations that are nan, or a checkpoint from another search.
 
     Example:
         >>> found = mechlens.search_exhaustive(raw, mechlens.Features(layers=2, indices=[0, 7]), top_k=3)
@@ -67,9 +66,9 @@ def search_exhaustive(
 
     References: Badger, "Language Model Features", "Complete Search Features", which searches one feature of
         one layer at a time.
-    Cost: one forward pass of the vocabulary up to the deepest layer, for any number of features. After a
-        prefix each token costs one position. Without one, queries and keys are not computed, because they
-        change nothing, and values and output are one product, so a GPT-2 block costs 9/12.
+    Cost: one forward pass over the vocabulary up to the deepest layer, for any number of features. After a
+        prefix, each token costs one position. Without a prefix, attention is trivial: queries and keys are
+        not computed, and `W_V @ W_O` is one product, so a GPT-2 block costs 9/12 as much.
     """
     spec = FeatureSpec.of(model, features, prefix)
     d_vocab = model.cfg.d_vocab
@@ -89,7 +88,7 @@ def search_exhaustive(
 
         def note(activation: Tensor, layer: int, ids: Tensor) -> None:
             rows = spec.read(activation)
-            # few columns change after the first batches, so the rest of the work is done on those alone
+            # few columns change after the first batches, so only those are updated
             # (aminmax takes ten times as long along this axis)
             low, high = rows.amin(0), rows.amax(0)
             check_numbers(torch.stack([low, high]), spec.name(layer))
@@ -114,7 +113,7 @@ def search_exhaustive(
             progress=progress,
             size=len,
         ):
-            # in one assignment, so an interruption finds neither a layer nor the count ahead of the rest
+            # one assignment, so an interruption never leaves a layer or the count ahead of the rest
             done.so_far = (done.count + len(ids), dict(found))
     tensors = done.tensors()
     return ExhaustiveSearch(
@@ -144,7 +143,7 @@ def _announce(spec: FeatureSpec, n_tokens: int, path: Path | None, progress: boo
 
 
 class _Best:
-    """The best tokens so far, by layer. The lowest are kept as the highest negatives."""
+    """The best tokens so far, by layer. Lowest activations are stored negated."""
 
     def __init__(self, spec: FeatureSpec, top_k: int, saved: Checkpoint) -> None:
         self.layers = spec.layers
@@ -175,7 +174,7 @@ class _Best:
         both = [self.best[layer] for layer in self.layers]
         found = {}
         for index, end in enumerate(("highest", "lowest")):
-            # a copy: tensors made in inference mode cannot be computed with outside of it
+            # copies, because tensors made in inference mode do not support autograd
             found[end] = torch.stack([each[index].values.T for each in both]).cpu().clone()
             found[f"{end}_ids"] = torch.stack([each[index].rows.T for each in both]).cpu().clone()
         return found

@@ -36,34 +36,34 @@ def search_gradient(
 ) -> GradientSearch:
     """Optimize embeddings by gradient descent until they activate features, and decode them to tokens.
 
-    A feature is a basis dimension of an activation, or a direction in the residual stream. The embeddings
-    start as those of random tokens. Special tokens, which are far from the others and often activate features
-    most, start one restart each (at most half of them). Every few steps the embeddings are decoded
-    in two ways, by the pseudo-inverse of the embedding matrix and by the largest cosine, and the tokens are
-    run. The tokens with the best objective of each restart are kept.
+    A feature is a basis dimension of an activation, or a direction in the residual stream. Restarts begin at
+    the embeddings of random tokens, except that each special token starts one of them (up to half), because
+    special tokens are far from the others and often activate features most. Every few steps the embeddings
+    are decoded in two ways, by the pseudo-inverse of the embedding matrix and by the largest cosine, and the
+    decoded tokens are run. Each restart keeps the tokens with the best objective.
 
     Args:
         model: with unprocessed weights.
-        objective: `Maximize` or `Match` features of one layer, or `Continue` with a text.
-        n_tokens: how many tokens are searched together.
+        objective: `Maximize` or `Match` for features of one layer, or `Continue` for a text.
+        n_tokens: how many tokens to search for together.
         prefix: text or token ids before the searched tokens; `Prefix` adds BOS.
         optimizer: optimizer, steps and restarts; None is `Optimizer()`.
-        prior: keeps the embeddings close to real ones; None lets them go anywhere.
-        seed: of the `torch.Generator` that draws the starts.
+        prior: keeps the embeddings close to real ones; None does not constrain them.
+        seed: for drawing the starts.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        What every restart found. `best_ids()` has the best tokens and `best_activation()` their mean
-        activation; of a continuation `best_objective()` is minus its log-probability (nats).
+        What every restart found. `best_ids()` gives the best tokens and `best_activation()` their mean
+        activation; for a continuation, `best_objective()` is minus its log-probability (nats).
 
     Raises:
-        TypeError: a value of another type.
+        TypeError: a value of the wrong type.
         ValueError: processed weights, several layers, an index that selects nothing or is out of range, a
-            target of another length, an optimum of another search or above the constant, more tokens than
-            the context holds, a checkpoint of another search, or, for a continuation, logits that are not
-            just final norm, `W_U` and `b_U`.
+            target of the wrong length, an optimum from another search or above the constant, more tokens than
+            fit in the context, a checkpoint from another search, or, for a continuation, a model whose logits
+            involve more than its final norm, `W_U`, `b_U` and a soft-cap.
 
     Example:
         >>> feature = mechlens.Features(layers=2, indices=7)
@@ -72,10 +72,10 @@ def search_gradient(
         >>> found.best_ids().shape
         torch.Size([1])
 
-    References: Badger, "Language Model Features", which has one start, plain gradient descent, and decodes by
-        the pseudo-inverse at the end.
-    Cost: per step one forward and one backward pass of the restarts up to the layer, and every fifth step two
-        products with `W_E` and a forward pass of the distinct decoded tokens.
+    References: Badger, "Language Model Features", which uses one start and plain gradient descent, and
+        decodes by the pseudo-inverse at the end.
+    Cost: per step, one forward and one backward pass over the restarts up to the layer; every fifth step, two
+        products with `W_E` and a forward pass over the distinct decoded tokens.
     """
     check_model(model)
     optimizer = Optimizer() if optimizer is None else optimizer
@@ -119,7 +119,7 @@ def _starts(
 def _first_tokens(
     model: LensModel, restarts: int, n_tokens: int, draw: torch.Generator
 ) -> Int[Tensor, "restart pos"]:
-    """Random tokens, except for the first restarts, which repeat one special token each."""
+    """Random tokens, except that each of the first restarts repeats one special token."""
     drawable = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
     ids = drawable[torch.randint(len(drawable), (restarts, n_tokens), generator=draw)]
     n_named = model.cfg.d_vocab if model.tokenizer is None else min(len(model.tokenizer), model.cfg.d_vocab)
@@ -130,7 +130,7 @@ def _first_tokens(
 
 
 def _arguments(bound: Objective, optimizer: Optimizer, prior: Prior | None, seed: int) -> dict[str, Any]:
-    """What a checkpoint must agree with, besides the features."""
+    """The arguments, besides the features, that must match those of a checkpoint."""
     return {
         "selection": content_hash(bound.selected),
         "n_tokens": bound.n_tokens,
@@ -150,12 +150,12 @@ def _arguments(bound: Objective, optimizer: Optimizer, prior: Prior | None, seed
 
 
 def _run(work: Optimization, saved: Checkpoint, optimizer: Optimizer, progress: bool | None) -> None:
-    """Make the steps that the checkpoint has not made yet."""
+    """Run the remaining steps."""
     if saved.tensors:
         work.restore(saved.tensors)
     else:
         work.begin()
-    # a step changes tensors in place, so a copy from before it is saved
+    # steps change tensors in place, so a checkpoint saves copies made after the last full step
     whole = saved.tensors
 
     def made() -> Iterator[None]:
@@ -217,10 +217,10 @@ def _result(
 
 
 def _optimum(bound: Objective) -> float | None:
-    """The activation that the exhaustive search found, checked to be of the same feature.
+    """The activation that the exhaustive search found.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the search was not for the same feature.
     """
     asked = bound.asked
     if isinstance(asked, Continue) or not isinstance(asked, Maximize) or asked.optimum is None:
@@ -250,7 +250,7 @@ def _optimum(bound: Objective) -> float | None:
             raise ValueError(f"optimum is from a search with another {what}: {leave}, or repeat that search")
     at = search.layers.index(spec.layer), search.features.index(feature)
     claimed, own = float(search.activations[at][0]), float(bound.activations(search.ids[at][:1, None], 1))
-    # other shapes sum in another order; relative to the feature's own range, because some are far larger
+    # summation order depends on shapes; relative to the feature's range, because some are far larger
     tolerance = 1e-3 if bound.embeddings.dtype in (torch.float32, torch.float64) else 0.1
     ends = torch.stack([search.activations[at[0]], search.lowest_activations[at[0]]]).abs()
     if not abs(own - claimed) <= tolerance * float(ends[:, at[1]].amax() + 0.01 * ends.amax()):
@@ -260,7 +260,7 @@ def _optimum(bound: Objective) -> float | None:
         )
     if asked.constant is not None and asked.constant < claimed:
         raise ValueError(
-            f"the optimum {claimed:.6g} is above the constant {asked.constant:g}: {leave}, or take a larger "
+            f"the optimum {claimed:.6g} is above the constant {asked.constant:g}: {leave}, or use a larger "
             "constant"
         )
     return claimed

@@ -1,4 +1,4 @@
-"""Greedy search: an input that activates a feature, built from left to right."""
+"""Greedy search: build an input that activates a feature, from left to right."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ def search_greedy(
     resume: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> GreedySearch:
-    """Build inputs from left to right, each token the most activating one after those before.
+    """Build inputs from left to right, always adding the token that activates the feature most.
 
     A feature is a basis dimension of an activation, or a direction in the residual stream. Every token of the
     vocabulary is tried at each step.
 
     Args:
         model: with unprocessed weights.
-        features: features of one layer; each gets inputs of its own.
+        features: features of one layer; each gets its own inputs.
         n_tokens: how many tokens to find.
-        aggregate: what inputs are ranked by: the activation at the `last` token, or the `sum` over the tokens
-            found. Both find the same with `beam=1`, because a token does not change those before it.
+        aggregate: what inputs are ranked by: the activation at the `last` token, or its `sum` over the tokens
+            found. With `beam=1` both find the same, because a token does not affect those before it.
         beam: inputs kept at each step; 1 is plain greedy search.
         prefix: text or token ids before the input; `Prefix` adds BOS.
-        batch_size: tokens that run together; None takes 1024, or what memory allows after a long prefix. It
-            is halved when memory runs out.
+        batch_size: tokens that run together; None is 1024, or as many as memory allows after a long prefix.
+            It is halved when memory runs out.
         resume: a `.safetensors` file to save progress to, every half minute and when the search ends or is
             interrupted. If the file exists, the search resumes from it.
         progress: show a bar; None shows one in a terminal and in Jupyter.
 
     Returns:
-        `beam` inputs for each feature, the best first.
+        `beam` inputs for each feature, best first.
 
     Raises:
-        TypeError: features or a prefix of another type.
-        ValueError: processed weights, several layers, a feature out of range, a size below 1, a beam beyond
-            the vocabulary, an unknown aggregate, more tokens than the context holds, or a checkpoint of
-            another search.
+        TypeError: features or a prefix of the wrong type.
+        ValueError: processed weights, several layers, a feature out of range, a size below 1, a beam larger
+            than the vocabulary, an unknown aggregate, more tokens than fit in the context, or a checkpoint
+            from another search.
 
     Example:
         >>> found = mechlens.search_greedy(raw, mechlens.Features(layers=2, indices=[0, 7]), n_tokens=3)
@@ -70,8 +70,8 @@ def search_greedy(
         torch.Size([2, 1, 3])
 
     References: Badger, "Language Model Features", "Greedy Search Features".
-    Cost: one pass of the vocabulary for the first token of all features, then one pass for each distinct
-        input so far (at most features x beam). In a pass each token costs one position, up to the layer.
+    Cost: one pass over the vocabulary for the first token, then at each step one for each distinct input so
+        far (at most features x beam). In a pass each token costs one position, up to the layer.
     """
     spec = FeatureSpec.of(model, features, prefix).of_one_layer()
     d_vocab, n_ctx = model.cfg.d_vocab, model.cfg.n_ctx
@@ -127,7 +127,7 @@ def _best_after(
     batch_size: int | None,
     bar: tqdm[None],
 ) -> dict[int, tuple[Float[Tensor, " k"], Int[Tensor, " k"]]]:
-    """Activations and ids of the best next tokens, by the features' numbers in `spec.features`."""
+    """Activations and ids of the best next tokens, by the features' indices in `spec.features`."""
     (name,) = spec.names
     runs = candidates(spec.model, torch.cat([spec.prefix, before]), [name])
     best = TopRows.empty(k, len(columns), spec.model.W_E.device)
@@ -144,14 +144,14 @@ def _best_after(
     for ids in runs.vocabulary(readers, batch_size=batch_size):
         best = found[0]
         bar.update(len(ids))
-    # copies: tensors made in inference mode cannot be computed with outside of it
+    # copies, because tensors made in inference mode do not support autograd
     values, rows = best.values.T.cpu().clone(), best.rows.T.cpu().clone()
     return {column: (values[i], rows[i]) for i, column in enumerate(columns.tolist())}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Beams:
-    """The inputs so far, and the best next tokens of those that were searched."""
+    """The inputs so far, and the best next tokens after those already searched."""
 
     ids: Int[Tensor, "feature beam pos"]
     activations: Float[Tensor, "feature beam pos"]
@@ -159,11 +159,11 @@ class _Beams:
     """The best tokens after each input."""
     next_activations: Float[Tensor, "feature beam k"]
     known: Bool[Tensor, "feature beam"]
-    """Whether the tokens after an input were searched."""
+    """Whether an input's next tokens have been searched."""
 
     @classmethod
     def begin(cls, n_features: int, k: int) -> _Beams:
-        """One input without tokens."""
+        """One empty input for each feature."""
         nothing = torch.zeros(n_features, 1, 0, dtype=torch.float32)
         return cls._unread(nothing.long(), nothing, k)
 
@@ -176,7 +176,7 @@ class _Beams:
         return {name: getattr(self, name) for name in _TENSORS}
 
     def unread(self) -> list[tuple[Int[Tensor, " pos"], Int[Tensor, "user 2"]]]:
-        """Inputs that were not searched yet, and the (feature, beam) pairs that have each."""
+        """The distinct inputs not yet searched, each with its (feature, beam) pairs."""
         users: dict[tuple[int, ...], list[list[int]]] = {}
         for feature, beam in (~self.known).nonzero().tolist():
             users.setdefault(tuple(self.ids[feature, beam].tolist()), []).append([feature, beam])
@@ -189,11 +189,11 @@ class _Beams:
     ) -> None:
         for feature, beam in users.tolist():
             self.next_activations[feature, beam], self.next_ids[feature, beam] = found[feature]
-            # last, so an interruption finds no input without its next tokens
+            # last, so an interruption never leaves an input marked known without its next tokens
             self.known[feature, beam] = True
 
     def extended(self, aggregate: str) -> _Beams:
-        """The best inputs with one token more; among equals those of the better input."""
+        """The best inputs with one more token; ties go to the better input."""
         k = self.next_ids.shape[-1]
         # every continuation of every input, `[feature, beam x k, pos]`
         longer_ids, longer = (

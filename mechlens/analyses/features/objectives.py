@@ -1,4 +1,4 @@
-"""What gradient search minimizes: objectives as users state them, and the same bound to a model."""
+"""What gradient search minimizes: objectives as users give them, and bound to a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mechlens.text.prompts import prompt_tokens
 HOW = ("constant", "mean", "min")
 DISTANCES = ("l1", "cosine")
 LARGE = 1000.0
-"""The constant, unless activations come near it."""
+"""The constant, unless activations are near it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,21 +34,22 @@ class Maximize:
     """Make features, basis dimensions of an activation or directions, as large as possible.
 
     Args:
-        features: of one layer.
-        at: an index of `[pos, feature]`, where `pos` counts the searched tokens and `feature` the features:
+        features: features of one layer.
+        at: an index into `[pos, feature]`, where `pos` counts the searched tokens and `feature` the features:
             a position such as 2, `np.s_[:, 0:4]`, `np.s_[[0, 2], [5, 6]]`. None is every feature at every
             position.
-        how: `constant` minimizes the mean L1 distance to a large constant, as Badger does; `mean` maximizes
-            the mean activation; `min` maximizes the smallest one, to activate several features together.
-        constant: for `how="constant"`. Activations above it are made smaller. None takes 1000, or ten times
-            the largest activation of the starts.
-        isolated: run the layer's block alone, on the input of the first block.
-        optimum: an exhaustive search of the same feature, whose best token is shown for comparison; for a
-            single token and feature.
+        how: `constant` minimizes the mean L1 distance to a large constant, as in Badger's "Language Model
+            Features"; `mean` maximizes the mean activation; `min` maximizes the smallest activation, to
+            activate several features together.
+        constant: for `how="constant"`. Activations above it are reduced. None is 1000, or ten times the
+            largest activation of the starting embeddings if that is more.
+        isolated: run the layer's block alone, on the first block's input.
+        optimum: an exhaustive search for the same feature, whose best token is shown for comparison; only
+            for a single token and feature.
 
     Raises:
-        TypeError: features or an optimum of another type, a constant that is not a number.
-        ArgumentError: an unknown `how`, a constant that is not finite or not used.
+        TypeError: features or an optimum of the wrong type, or a constant that is not a number.
+        ArgumentError: an unknown `how`, or a constant that is not finite or not used.
 
     Example:
         >>> one = mechlens.Maximize(mechlens.Features(layers=2, indices=7))
@@ -85,17 +86,17 @@ class Maximize:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Match:
-    """Make features, basis dimensions of an activation or directions, equal to those of another input.
+    """Make features, basis dimensions of an activation or directions, match those of another input.
 
     Args:
-        features: of one layer.
-        target: the other input, a text or token ids; as many tokens as are searched.
+        features: features of one layer.
+        target: the other input, a text or token ids, with as many tokens as are searched.
         distance: `l1`, the mean absolute difference, or `cosine`, 1 minus the cosine.
-        at: an index of `[pos, feature]`, as in `Maximize`; None is every feature at every position.
-        isolated: run the layer's block alone, on the input of the first block.
+        at: an index into `[pos, feature]`, as in `Maximize`; None is every feature at every position.
+        isolated: run the layer's block alone, on the first block's input.
 
     Raises:
-        TypeError: features of another type.
+        TypeError: features of the wrong type.
         ArgumentError: an unknown distance.
 
     Example:
@@ -127,7 +128,7 @@ class Match:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Continue:
-    """Make the model predict a continuation after the searched tokens; no feature is read.
+    """Make the model predict a continuation of the searched tokens; no feature is read.
 
     Args:
         target: the continuation, a text or token ids. Its log-probability (nats) is maximized.
@@ -146,16 +147,16 @@ AnyObjective: TypeAlias = Maximize | Match | Continue
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """An objective of some embeddings in one model."""
+    """An objective bound to one model, as a function of embeddings."""
 
     asked: AnyObjective
     spec: FeatureSpec
     embeddings: Float[Tensor, "d_vocab d_model"]
     tokens: Int[Tensor, "... pos"]
-    """Prefix, room for the searched tokens, and the continuation."""
+    """The prefix, placeholders for the searched tokens, and the continuation."""
     n_tokens: int
     places: Int[Tensor, "selected 2"]
-    """(pos, number among the spec's features) of every element that counts."""
+    """(pos, index into the spec's features) of every selected element."""
     target: Int[Tensor, " target"] | None
     constant: float
     wanted: Float[Tensor, " selected"] | None = None
@@ -170,11 +171,11 @@ class Objective:
         prefix: PrefixLike,
         embeddings: Float[Tensor, "d_vocab d_model"],
     ) -> Objective:
-        """Check an objective against a model.
+        """Check an objective and bind it to a model.
 
         Raises:
             TypeError: not an objective.
-            ValueError: the model cannot run it, or it selects nothing.
+            ValueError: the model cannot run the objective, or the objective selects nothing.
         """
         check_type("objective", asked, Maximize, Match, Continue)
         continued = isinstance(asked, Continue)
@@ -186,8 +187,8 @@ class Objective:
         tokens = torch.cat([spec.prefix, torch.zeros(n_tokens, dtype=torch.long), after])
         if len(tokens) > model.cfg.n_ctx:
             raise ValueError(
-                f"{len(tokens)} tokens, of which {n_tokens} are searched, do not fit into the model's "
-                f"context of {model.cfg.n_ctx}: search fewer"
+                f"{len(tokens)} tokens, {n_tokens} of them searched, do not fit into the model's context of "
+                f"{model.cfg.n_ctx}: search fewer"
             )
         places = torch.zeros(0, 2, dtype=torch.long)
         if isinstance(asked, Continue):
@@ -213,18 +214,18 @@ class Objective:
 
     @property
     def alone(self) -> int | None:
-        """The layer whose block runs alone."""
+        """The layer whose block runs alone, if any."""
         return self.spec.layer if getattr(self.asked, "isolated", False) else None
 
     @property
     def selected(self) -> Int[Tensor, "selected 2"]:
-        """(pos, feature) of every element that counts."""
+        """(pos, feature) of every selected element."""
         numbers = torch.tensor(self.spec.features)
         return torch.stack([self.places[:, 0], numbers[self.places[:, 1]]], dim=1)
 
     @torch.no_grad()
     def beyond(self, starts: Float[Tensor, "row pos d_model"]) -> Objective:
-        """The same with a constant that the activations of the starts do not come near."""
+        """The same, with a constant far above the activations of the starting embeddings."""
         parts = in_parts(lambda some: float(self._read(some).abs().max()), starts, len(starts))
         largest = max(found for _, found in parts)
         return dataclasses.replace(self, constant=max(self.constant, 10 * largest))
@@ -240,12 +241,12 @@ class Objective:
         return self.asked.loss(own, self), own.mean(-1)
 
     def of_tokens(self, ids: Int[Tensor, "row pos"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """The same for tokens."""
+        """The objective of tokens, and the mean of the selected activations."""
         return self(self.embeddings[ids])
 
     @torch.no_grad()
     def activations(self, ids: Int[Tensor, "row pos"], at_once: int) -> Float[Tensor, "row selected"]:
-        """The selected activations when tokens are run; none for a continuation."""
+        """The selected activations of tokens; none for a continuation."""
         if isinstance(self.asked, Continue):
             return torch.zeros(len(ids), 0, dtype=torch.float32)
         parts = in_parts(
@@ -284,13 +285,13 @@ def _target(model: LensModel, asked: Match | Continue, n_tokens: int) -> Int[Ten
         raise ValueError(f"a target must be one sequence, got {len(ids)} sequences")
     if isinstance(asked, Match) and ids.shape[1] != n_tokens:
         raise ValueError(
-            f"the target must have as many tokens as are searched, {n_tokens}, but has {ids.shape[1]}"
+            f"the target must have as many tokens as are searched, {n_tokens}, got {ids.shape[1]}"
         )
     return ids[0]
 
 
 def _places(at: Any, n_tokens: int, width: int) -> Int[Tensor, "selected 2"]:
-    """The (pos, feature) pairs that an index of `[pos, feature]` selects, by NumPy's rules."""
+    """The (pos, feature) pairs that an index into `[pos, feature]` selects, by NumPy's rules."""
     grid = np.arange(n_tokens * width).reshape(n_tokens, width)
     parts = at if isinstance(at, tuple) else (at,)
     try:

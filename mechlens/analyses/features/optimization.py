@@ -1,4 +1,4 @@
-"""How gradient search changes embeddings, and the tokens that they are decoded to."""
+"""How gradient search updates embeddings and decodes them to tokens."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop
 PENALTIES = ("norm", "nearest")
 PRIORS = ("softmax", *PENALTIES)
 FASTEST = 1e6
-"""The largest learning rate: larger steps overflow float32 inside torch's optimizers."""
+"""Maximum learning rate: larger steps overflow float32 inside torch's optimizers."""
 DECODE_EVERY = 5
-"""Steps between two decodings of the embeddings."""
+"""Steps between decodings of the embeddings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How a gradient search changes embeddings.
+    """How a gradient search updates embeddings.
 
     Args:
-        name: one of torch's: Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD.
-        learning_rate: in units of the root mean square of a real embedding's elements; with the softmax prior
-            it is used as it is.
-        steps: the largest number of steps.
+        name: a torch optimizer: Adadelta, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop or SGD.
+        learning_rate: in units of the root mean square of real embeddings' elements, except with the softmax
+            prior, where it is used unchanged.
+        steps: the maximum number of steps.
         patience: stop when no restart has improved for this many steps.
-        restarts: independent starts, run as one batch, or in parts where memory runs out.
+        restarts: independent starts, run as one batch, or in parts if memory runs out.
 
     Raises:
-        TypeError: a value of another type.
-        ArgumentError: an unknown optimizer, a number below 1, a learning rate that is not above 0 and at most
-            1e6.
+        TypeError: a value of the wrong type.
+        ArgumentError: an unknown optimizer, a number below 1, or a learning rate that is not above 0 and at
+            most 1e6.
 
     Example:
         >>> mechlens.Optimizer("SGD", learning_rate=0.5, restarts=8).steps
@@ -66,15 +66,16 @@ class Prior:
     """What keeps the embeddings of a gradient search close to real ones.
 
     Args:
-        name: `softmax` optimizes a distribution over tokens, renormalized by a softmax after each step, as
-            Badger does; it is slow with the default optimizer: try SGD with a learning rate of 100. `norm`
-            and `nearest` add a penalty, summed over the searched tokens: the squared relative difference of
-            an embedding's norm to the mean norm of real ones, or 1 minus the cosine to the nearest real one.
-        weight: what a penalty is multiplied by.
+        name: `softmax` optimizes a distribution over tokens, renormalized by a softmax after each step, as in
+            Badger's "Language Model Features". It is slow with the default optimizer: try SGD with a learning
+            rate of 100. `norm` and `nearest` add a penalty, summed over the searched tokens: the squared
+            relative difference between an embedding's norm and the mean norm of real ones, or 1 minus the
+            cosine with the nearest real one.
+        weight: the factor of the penalty.
 
     Raises:
         TypeError: a weight that is not a number.
-        ArgumentError: an unknown prior, a negative weight, or a weight of `softmax`.
+        ArgumentError: an unknown prior, a negative weight, or a weight for `softmax`.
 
     Example:
         >>> mechlens.Prior("norm").weight
@@ -98,30 +99,30 @@ class Prior:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Space:
-    """The real embeddings, and what decoding needs of them."""
+    """The real embeddings, with what decoding needs."""
 
     E: Float[Tensor, "d_vocab d_model"]
     unit: Float[Tensor, "d_vocab d_model"]
     inverse: Float[Tensor, "d_model d_model"]
-    """Inverse of `E.T @ E`: multiplied by `E.T` it is the pseudo-inverse of `E`."""
+    """Inverse of `E.T @ E`; times `E.T`, it is the pseudo-inverse of `E`."""
     norm: float
 
     @classmethod
     def of(cls, E: Float[Tensor, "d_vocab d_model"]) -> Space:
-        # float64, because the Gram matrix has the square of the embedding's condition number
+        # float64, because the Gram matrix squares the embedding's condition number
         wide = E.double()
         inverse = torch.linalg.pinv(wide.T @ wide, hermitian=True).float()
         return cls(E, torch.nn.functional.normalize(E, dim=-1), inverse, float(E.norm(dim=-1).mean()))
 
     def coefficients(self, embedded: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-        """The smallest token weights that sum to each embedding: its product with the pseudo-inverse."""
+        """The minimum-norm token weights that sum to each embedding, from the pseudo-inverse."""
         return embedded @ self.inverse @ self.E.T
 
     def cosines(self, embedded: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         return torch.nn.functional.normalize(embedded, dim=-1) @ self.unit.T
 
     def between_tokens(self) -> float:
-        """Mean cosine of a real embedding with the nearest other one, over at most 1000 embeddings."""
+        """Mean cosine between a real embedding and the nearest other one, over at most 1000 embeddings."""
         some = (
             torch.linspace(0, len(self.E) - 1, min(1000, len(self.E)), dtype=torch.double)
             .long()
@@ -134,7 +135,7 @@ class Space:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
-    """The best tokens that each restart was decoded to, by the objective when the tokens are run."""
+    """The best tokens that each restart was decoded to, by their own objective."""
 
     ids: Int[Tensor, "restart pos"]
     objective: Float[Tensor, " restart"]
@@ -161,7 +162,7 @@ class Optimization:
         free: Float[Tensor, "restart pos width"],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """`free` is what the optimizer changes: embeddings, or distributions over tokens."""
+        """`free` is what is optimized: embeddings, or distributions over tokens."""
         self.objective, self.space = objective, space
         self.prior = None if prior is None else prior.name
         self.weight = 0.0 if prior is None or prior.weight is None else prior.weight
@@ -179,10 +180,10 @@ class Optimization:
         return len(self.objectives)
 
     def begin(self) -> None:
-        """Decode the starts.
+        """Decode the starting embeddings.
 
         Raises:
-            ValueError: their activations are nan.
+            ValueError: some activations are nan.
         """
         self._decode(self.free.detach())
         if any(bool(each.objective.isnan().any()) for each in self.decoded.values()):
@@ -200,7 +201,7 @@ class Optimization:
         """Decode the last and the best embeddings.
 
         Returns:
-            The tokens that the best ones are decoded to, by decoding.
+            The tokens decoded from the best embeddings, by decoding method.
         """
         self._gradient()
         self._decode(self.free.detach())
@@ -212,7 +213,7 @@ class Optimization:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next steps depend on, by the names in `TENSORS`. Later steps leave it unchanged."""
+        """The full state, by the names in `TENSORS`. Later steps do not change these tensors."""
         kept = _kept(self.optimizer, self.free)
         decoded = {
             f"{way}_{field.name}": getattr(each, field.name)
@@ -220,7 +221,7 @@ class Optimization:
             for field in _DECODED
         }
         return decoded | {
-            # copies, because the optimizer changes these and its own state in place
+            # copies, because the optimizer updates these and its own state in place
             "free": self.free.detach().clone(),
             "optimizer": torch.cat(
                 [torch.zeros(0, dtype=torch.float32), *(each.cpu().flatten() for each in kept)]
@@ -234,14 +235,14 @@ class Optimization:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore from a checkpoint."""
-        # a step, wherever it leads, makes the optimizer's tensors, which are then overwritten
+        # any step creates the optimizer's tensors, which are then overwritten
         self.free.grad = torch.zeros_like(self.free)
         self.optimizer.step()
         kept = _kept(self.optimizer, self.free)
         parts = tensors["optimizer"].split([each.numel() for each in kept])
         for each, part in zip(kept, parts, strict=True):
             each.copy_(part.view_as(each))
-        # a copy, because the optimizer changes it in place
+        # a copy, because the optimizer updates it in place
         self.free.data = tensors["free"].to(self.free.device, copy=True)
         self.objectives = list(tensors["objectives"].unbind(1))
         self.activations = list(tensors["activations"].unbind(1))
@@ -254,7 +255,7 @@ class Optimization:
     # -- one step ----------------------------------------------------------------------------------
 
     def _gradient(self) -> Tensor:
-        """The gradient of objective plus penalty; records the objectives and the best embeddings."""
+        """The gradient of the objective plus penalty. Records the objectives and the best embeddings."""
         free = self.free.detach()
         parts = self._in_parts(self._one_gradient, free)
         gradient, total, objective, activation = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -283,7 +284,7 @@ class Optimization:
         """Decode the embeddings to tokens, run these, and keep the best so far.
 
         Returns:
-            The tokens, by decoding.
+            The tokens, by decoding method.
         """
         embedded = self.embedded(free)
         ways = {
@@ -317,7 +318,7 @@ class Optimization:
     def _in_parts(
         self, make: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor
     ) -> list[tuple[Tensor, ...]]:
-        """Run all restarts together, or as many as memory holds; later calls use the same number."""
+        """Run all restarts together, or as many as fit in memory; later calls run as many at a time."""
         done = list(in_parts(make, rows, self.rows))
         if len(done) > 1:
             self.rows = len(done[0][0])
@@ -325,5 +326,5 @@ class Optimization:
 
 
 def _kept(optimizer: torch.optim.Optimizer, free: Tensor) -> list[Tensor]:
-    """An optimizer's state, always in the same order."""
+    """An optimizer's state tensors, always in the same order."""
     return [tensor for _, tensor in sorted(optimizer.state.get(free, {}).items())]

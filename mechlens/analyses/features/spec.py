@@ -1,4 +1,4 @@
-"""Which features are searched, after which prefix: arguments that are checked once, for every search."""
+"""Which features to search, after which prefix: arguments shared by all searches."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class Features:
     """Which features to search: basis dimensions of an activation, or directions in the residual stream.
 
     Args:
-        layers: layer numbers, or one of them; negative ones count from the end. None is every layer.
-        indices: dimensions of the activation, or rows of `directions`; None is all of them.
+        layers: one or several layers, negative ones from the end; None is every layer.
+        indices: dimensions of the activation, or rows of `directions`; None is all.
         site: `resid_post` (a block's output), `attn_out`, `mlp_out`, or `post` (the MLP's neurons).
         directions: vectors `[direction, d_model]`; a feature is then the dot product of `resid_post` with one
-            of them. To search for a logit difference, multiply by the final norm's weights, which are not
-            folded into `W_U` when weights are raw: `(W_U[:, a] - W_U[:, b]) * ln_final.w`.
+            of them. For a logit difference, multiply by the final norm's weights, because raw weights do not
+            have them folded into `W_U`: `(W_U[:, a] - W_U[:, b]) * ln_final.w`.
 
     Raises:
         TypeError: directions that are not a tensor of real numbers.
         ArgumentError: an unknown site.
-        ValueError: directions of another site, with another number of axes, or not finite.
+        ValueError: directions with a site other than `resid_post`, of the wrong shape, or not finite.
 
     Example:
         >>> features = mechlens.Features(layers=2, indices=range(4))
@@ -71,7 +71,7 @@ class Features:
         """How many features each layer has: dimensions of the activation, or directions.
 
         Raises:
-            ValueError: a site of MLPs in a model without MLPs.
+            ValueError: an MLP site in a model without MLPs.
         """
         if self.site in _OF_MLPS and getattr(model.cfg, "attn_only", False):
             raise ValueError(f"this model has no MLPs, so it has no {self.site} to search")
@@ -85,8 +85,8 @@ class Prefix:
     """Tokens before the searched ones.
 
     Args:
-        tokens: a text or token ids; None for no text.
-        prepend_bos: begin with BOS, unless the text itself begins with it.
+        tokens: a text or token ids; None is no text.
+        prepend_bos: whether to prepend BOS, unless the tokens already begin with it.
 
     Example:
         >>> after_the = mechlens.Prefix("The", prepend_bos=True)
@@ -98,7 +98,7 @@ class Prefix:
     prepend_bos: bool = False
 
     def ids(self, model: LensModel) -> Int[Tensor, " prefix"]:
-        """The token ids for a model.
+        """The prefix's token ids for a model.
 
         Raises:
             TypeError: neither text nor a tensor of ids.
@@ -116,17 +116,17 @@ class Prefix:
         if not tokens.shape[1]:
             return begin
         check_tokens(model, tokens)
-        # a rendered chat template and decoded tokens begin with their own BOS
+        # rendered chat templates and decoded tokens already begin with BOS
         return tokens[0] if bos is not None and int(tokens[0, 0]) == bos else torch.cat([begin, tokens[0]])
 
 
 PrefixLike = Prefix | str | Int[Tensor, "*one prefix"] | None
-"""A prefix without BOS may be given as its text or ids alone."""
+"""A prefix without BOS may be given as text or ids."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSpec:
-    """The features and the prefix of one search in one model, checked and resolved."""
+    """The features and prefix of one search in one model, checked and resolved."""
 
     model: LensModel
     info: ModelInfo
@@ -141,9 +141,9 @@ class FeatureSpec:
         """Check everything except whether the hook point exists.
 
         Raises:
-            TypeError: features or a prefix of another type.
-            ValueError: processed weights, a layer or feature out of range or none at all, directions of
-                another size, or a prefix that the model cannot read.
+            TypeError: features or a prefix of the wrong type.
+            ValueError: processed weights, a layer or feature out of range or none selected, directions of
+                the wrong width, or a prefix that the model cannot read.
         """
         check_model(model)
         features = Features() if features is None else features
@@ -167,10 +167,10 @@ class FeatureSpec:
         )
 
     def of_one_layer(self) -> FeatureSpec:
-        """Check the same, and that there is only one layer.
+        """Check that there is only one layer.
 
         Raises:
-            ArgumentError: there are several.
+            ArgumentError: there are several layers.
         """
         if len(self.layers) > 1:
             raise ArgumentError("layers", "a single layer for this search", list(self.layers))
@@ -214,7 +214,7 @@ class FeatureSpec:
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """The arguments that a checkpoint must agree with. Reads all weights."""
+        """The arguments that must match those of a checkpoint. Reads all weights."""
         return {
             "model": dataclasses.asdict(self.info),
             "site": self.site,
@@ -227,16 +227,16 @@ class FeatureSpec:
         }
 
     def strings(self, *ids: Int[Tensor, "..."]) -> dict[str, str]:
-        """The text of the prefix's tokens and of these, by id."""
+        """The text of these tokens and of the prefix's, by id."""
         seen = torch.cat([each.flatten() for each in (self.prefix, *ids)]).unique()
         return dict(zip(map(str, seen.tolist()), token_strings(self.model, seen), strict=True))
 
 
 def own_basis(model: LensModel, site: str) -> ModelInfo:
-    """Describe a model whose activations at a site are in its own basis.
+    """Describe a model, after checking that its activations at a site are in their original basis.
 
-    Processing centers what is written to the residual stream where only LayerNorm reads it. It changes
-    nothing in RMSNorm models or in an MLP's neurons.
+    Processing centers the weights that write to the residual stream if only LayerNorm reads it. It does not
+    change the basis in RMSNorm models or of an MLP's neurons.
 
     Raises:
         ValueError: the weights are centered, or may be.
@@ -252,7 +252,7 @@ def own_basis(model: LensModel, site: str) -> ModelInfo:
 
 
 def check_numbers(rows: Float[Tensor, "row feature"], name: str) -> None:
-    """Refuse nan among activations."""
+    """Raise if some activations are nan."""
     if bool(rows.isnan().any()):
         raise ValueError(f"some of the model's activations at {name} are nan, so none is the largest")
 
@@ -278,5 +278,5 @@ def _directions(site: str, directions: Any) -> Float[Tensor, "direction d_model"
         )
     if not bool(directions.isfinite().all()):
         raise ValueError("directions must be finite numbers, but some are not")
-    # a copy, so that later changes to the caller's tensor do not change a result
+    # a copy, so that later changes to the caller's tensor do not affect results
     return directions.detach().to("cpu", torch.float32, copy=True)
