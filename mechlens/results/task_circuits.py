@@ -268,6 +268,26 @@ class EdgeEffects(_OfTask):
         order = (nodes.abs() if absolute else -nodes).sort(descending=True, stable=True).indices[:k].tolist()
         return tuple(self.senders[1 + at] for at in order)
 
+    def to_dot(self, k: int = 40, *, absolute: bool = True) -> str:
+        """The `k` most important edges as a graph in the DOT language of Graphviz.
+
+        A line is as wide as the effect is large, and dashed where the edge hurts. `to_json()` has all edges.
+
+        Args:
+            k, absolute: as in `top`.
+        """
+        table = self.to_dataframe().set_index("edge").loc[list(self.top(k, absolute=absolute))]
+        largest = float(table["effect"].abs().max()) or 1.0
+        lines = []
+        for row in table.to_dict("records"):
+            to, _, read = row["receiver"].partition(".")
+            end = row["receiver"] if read == "mlp" else to
+            label = f"{read + ' ' if read in ('q', 'k', 'v') else ''}{row['effect']:+.3f}"
+            look = f'penwidth={0.5 + 4 * abs(row["effect"]) / largest:.2f}, label="{label}"'
+            dashed = ", style=dashed" if row["effect"] > 0 else ""
+            lines.append(f'  "{row["sender"]}" -> "{end}" [{look}{dashed}];')
+        return "\n".join([f'digraph "{self.task}" {{', "  rankdir=BT;", *lines, "}"]) + "\n"
+
     def _estimates(self, edges: tuple[str, ...]) -> Float[Tensor, " edge"]:
         places = [edge.split("->") for edge in edges]
         return torch.stack([self.effect[self.senders.index(u), self.receivers.index(r)] for u, r in places])

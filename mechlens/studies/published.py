@@ -88,8 +88,8 @@ IOI_GPT2 = (
         )
     ),
 )
-"""GPT-2 small on the indirect object: the model, 26 heads alone as a share of it, its name movers and negative
-name movers, and what heads add to Mary minus John in one prompt."""
+"""GPT-2 small on the indirect object: the model, 26 heads alone as a share of it, its name movers and its
+negative name movers, and what heads add to Mary minus John in one prompt."""
 
 
 @dataclasses.dataclass(frozen=True)

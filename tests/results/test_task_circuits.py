@@ -46,6 +46,16 @@ def test_edges_that_help_come_first_or_the_largest_either_way():
     assert found.nodes.tolist() == pytest.approx([-4.7, 3, -4])
 
 
+def test_the_graph_is_written_in_dot():
+    assert edge_effects().to_dot(3) == (
+        'digraph "ioi" {\n  rankdir=BT;\n'
+        '  "embed" -> "L0H1" [penwidth=4.50, label="k -5.000"];\n'
+        '  "L0H1" -> "logits" [penwidth=3.70, label="-4.000"];\n'
+        '  "L0H0" -> "logits" [penwidth=2.90, label="+3.000", style=dashed];\n'
+        "}\n"
+    )
+
+
 def test_the_correlation_is_of_ranks_over_the_edges_that_were_measured():
     # estimates -5, 3, -4 and exact -6, 2, -1 have the same order
     assert edge_effects().correlation == pytest.approx(1)
