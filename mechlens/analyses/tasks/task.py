@@ -128,17 +128,8 @@ class Task:
         """
         if len(self.prompts) < 2:
             raise ValueError("a task of a single prompt has no halves: make more")
-        first, second = (
-            Task(
-                self.model,
-                self.prompts[start::2],
-                name=self.name,
-                counterfactual=self.counterfactual,
-                seed=self.seed,
-                prepend_bos=self.prepend_bos,
-            )
-            for start in (0, 1)
-        )
+        known = {name: getattr(self, name) for name in ("name", "counterfactual", "seed", "prepend_bos")}
+        first, second = (Task(self.model, self.prompts[start::2], **known) for start in (0, 1))
         return first, second
 
     def performance(self, *, confidence: float = 0.95) -> TaskPerformance:
