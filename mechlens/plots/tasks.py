@@ -48,8 +48,7 @@ def plot_role_grid(result: RoleGrid, *, value: str = "recovered") -> go.Figure:
         ]
         for row, layer in enumerate(result.layers)
     ]
-    # no minus sign before a number that rounds to 0
-    texts = [[number(round(each, 2) + 0.0, 2) for each in row] for row in values.tolist()]
+    texts = [[number(each, 2) for each in row] for row in values.tolist()]
     drawn = heatmap(values.numpy(), low=-high, high=high, hovers=hovers, name=value, xgap=1, ygap=1)
     drawn.update(text=texts, texttemplate="%{text}", y=[*result.layers], x=[*map(figure_text, result.roles)])
     drawn.colorbar.update(tickformat=".3~g")

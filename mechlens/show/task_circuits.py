@@ -56,9 +56,7 @@ def curve_section(
         f"{result.described()} Edges are ranked by {result.ranking}; CPR is {number(result.cpr)}, CMD "
         f"{number(result.cmd)}."
     )
-    figure = Figure(
-        drawn("plot_circuit_curve", result), "Faithfulness by the share that is kept.", wide=False
-    )
+    figure = Figure(drawn("plot_circuit_curve", result), "Faithfulness by the share that is kept.")
     table = Table.of(result.summary(top), result.columns, "Faithfulness by size")
     terms = {name: _TERMS[name] for name in ("Faithfulness", "CPR and CMD")}
     return Section(title, joined(text, said, _note(result.note)), [figure, table], terms)

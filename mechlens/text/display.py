@@ -54,10 +54,12 @@ def turns(tokens: Sequence[str]) -> dict[int, str]:
 
 
 def number(value: float, digits: int = 3, *, signed: bool = False) -> str:
-    """A number with `digits` decimals and a real minus sign; `not measured` for nan."""
+    """A number with `digits` decimals and a real minus sign, but none before what rounds to 0; `not measured`
+    for nan."""
     if value != value:
         return "not measured"
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", MINUS)
 
 
 def count(n: int, noun: str) -> str:
