@@ -210,7 +210,7 @@ def test_integrated_gradients_of_the_embedding_sum_to_the_difference(kind, load_
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
 def test_sets_of_components_are_whole_runs_with_hooks(kind, backend, load_once, tiny_directories):
     rows = [
         {"clean": "abcd", "corrupted": "dcba", "answer": "e", "wrong": "f"},
@@ -379,3 +379,19 @@ def test_a_hook_of_the_users_stays_and_no_edges_are_replaced_beside_it(load_once
     before = len(calls)
     task.knock_out(["L0H1"])
     assert len(calls) > before
+
+
+def test_what_a_hook_of_the_users_changes_stays_changed(tiny_directories):
+    model = mechlens.load_model(str(tiny_directories / "gpt2"))
+    rows = [{"clean": "abcd", "corrupted": "dcba", "answer": "e", "wrong": "f"}]
+    task = Task.from_file(rows, model)
+    plain = task.knock_out(["L0H1"])
+    for layer in range(2):
+        model.hook_dict[f"blocks.{layer}.hook_resid_pre"].add_hook(lambda value, hook: value * 1.5)
+    found = Task.from_file(rows, model).knock_out(["L0H1"])
+    (prompt,) = task.encoded
+    with torch.no_grad():
+        row = model(prompt.clean)[0, -1]
+    right, wrong = prompt.answers[0], prompt.wrong[0]
+    assert float(found.full[0]) == pytest.approx(float(row[right] - row[wrong]), abs=1e-5)
+    assert abs(float(found.values[0] - plain.values[0])) > 1e-3

@@ -171,32 +171,39 @@ class _Rows:
         self.stream = self.all_replaced = torch.empty(0, dtype=torch.float32)
         self.seen = self.stream
         self.attn_out = self.stream
-        self.last: Tensor | None = None
 
     def run(self) -> Float[Tensor, "row d_model"]:
-        hooks: list[tuple[str, Any]] = []
+        final: list[Tensor] = []
+        with running(self.model, self._hooks()):
+            tokens = self.runs.tokens[self.prompts]
+            watch(self.model, tokens, {last_hook(self.model): lambda stream: final.append(stream[:, -1])})
+            if self.partial.any():
+                # the run's own stream holds what each MLP read
+                return self._input(slice(len(self.graph.receivers) - 1, None))[:, 0, -1]
+        return final.pop()
+
+    def _hooks(self) -> list[tuple[str, Any]]:
+        """Hooks that replace whole components, and that follow the stream where inputs are made apart."""
+        apart = bool(self.partial.any())
+        sites: list[tuple[str, int, Callable[[Tensor, int], Any]]] = []
         for layer in range(self.model.cfg.n_layers):
             inputs = self.graph.receivers_of(layer)
-            hooks.append((SITES["resid_pre"].format(layer), self._hook(self._begin, layer)))
-            hooks += [
-                (SITES[read].format(layer), self._hook(self._read, layer, read))
-                for read in READS
-                if self.partial[inputs].any()
-            ]
-            hooks.append((SITES["z"].format(layer), self._hook(self._heads, layer)))
-            hooks.append((SITES["attn_out"].format(layer), self._hook(self._attention, layer)))
+            if apart or (layer == 0 and self.whole[:, 0].any()):
+                sites.append(("resid_pre", layer, self._begin))
+            if self.partial[inputs].any():
+                sites += [(read, layer, partial(self._read, read)) for read in READS]
+            sites.append(("z", layer, self._heads))
+            if apart:
+                sites.append(("attn_out", layer, self._attention))
             if self.graph.mlps:
                 if self.graph.sequential and self.partial[inputs.stop - 1]:
-                    hooks.append((SITES["resid_mid"].format(layer), self._hook(self._middle, layer)))
-                hooks.append((SITES["mlp_out"].format(layer), self._hook(self._mlp, layer)))
-        with running(self.model, hooks):
-            watch(self.model, self.runs.tokens[self.prompts], {last_hook(self.model): lambda stream: None})
-            final = self._input(slice(len(self.graph.receivers) - 1, None))[:, 0]
-        return final[:, -1]
+                    sites.append(("resid_mid", layer, self._middle))
+                sites.append(("mlp_out", layer, self._mlp))
+        return [(SITES[site].format(layer), self._hook(function, layer)) for site, layer, function in sites]
 
     @staticmethod
-    def _hook(function: Callable[..., Any], *given: Any) -> Callable[..., Any]:
-        return lambda activation, hook: function(activation, *given)
+    def _hook(function: Callable[[Tensor, int], Any], layer: int) -> Callable[..., Any]:
+        return lambda activation, hook: function(activation, layer)
 
     def _input(self, receivers: slice) -> Float[Tensor, "row receiver pos d_model"]:
         """What some inputs get at this point of the run: the stream, where no set replaces any of it."""
@@ -225,7 +232,7 @@ class _Rows:
             self.seen = self._input(slice(inputs.stop - 1, inputs.stop))[:, 0]
         return self.seen.to(stream.dtype)
 
-    def _read(self, own: Tensor, layer: int, read: str) -> Tensor | None:
+    def _read(self, read: str, own: Tensor, layer: int) -> Tensor | None:
         """Queries, keys or values of inputs that are made apart."""
         inputs = self.graph.receivers_of(layer)
         sizes = (self.graph.n_heads, self.graph.n_keys, self.graph.n_keys)
@@ -280,7 +287,8 @@ class _Rows:
         whole = self.whole[:, sender].to(mlp_out.device)
         if whole.any():
             mlp_out = torch.where(whole[:, None, None], there, mlp_out)
-        self.stream = self.stream + self.attn_out + mlp_out.float()
+        if self.partial.any():
+            self.stream = self.stream + self.attn_out + mlp_out.float()
         if self.adding:
             self.all_replaced = self.all_replaced + there.float()
         self._keep(sender, mlp_out.float() - there.float())
