@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from mechlens.analyses.tasks import load_task
 from mechlens.results import REPRODUCED, ModelInfo
 from mechlens.studies import ioi
 from mechlens.studies.published import IOI_GPT2, figures_of
+from mechlens.text.prompts import text_tokens
+from mechlens.text.tokens import target_id
 from tests import examples
 from tests.shared import needs_smollm2
 
@@ -27,6 +31,7 @@ def test_the_circuit_is_measured_on_prompts_that_did_not_rank_it(load_once, monk
     monkeypatch.setattr(ioi, "COPYING", ("L23H0", "L23H2"))
     monkeypatch.setattr(ioi, "NEGATIVE", ("L23H3",))
     monkeypatch.setattr(ioi, "figures_of", lambda model: IOI_GPT2)
+    monkeypatch.setattr(ioi, "find_circuit", functools.partial(ioi.find_circuit, n_random=3, exact=2))
     study = ioi.study_ioi(smollm2, n=8, progress=False).holding_card(IOI_GPT2)
     task = load_task("ioi", smollm2, n=8)
     ranking, measuring = task.halves()
@@ -48,9 +53,9 @@ def test_the_circuit_is_measured_on_prompts_that_did_not_rank_it(load_once, monk
     )
     assert measured["copies"].value > 0.9
     assert measured["suppresses"].value > 0.9
-    logits = smollm2(smollm2.to_tokens(ioi.PROMPT, prepend_bos=False))[0, -1].detach()
-    mary, john = (smollm2.tokenizer.encode(name)[0] for name in (" Mary", " John"))
-    assert float(study.ioi_attribution.contributions.sum()) == pytest.approx(
+    logits = smollm2(text_tokens(smollm2, ioi.PROMPT))[0, -1].detach()
+    mary, john = (target_id(smollm2, name) for name in (" Mary", " John"))
+    assert float(study.ioi_attribution.contributions[:, 0, -1].sum()) == pytest.approx(
         float(logits[mary] - logits[john]), abs=2e-3
     )
     # L23H3 keeps the subject down
