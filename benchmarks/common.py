@@ -1,4 +1,4 @@
-"""What the benchmarks share: how a table is printed, and a model to measure on."""
+"""Shared by the benchmarks: tables, timing, peak memory and random models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
     measured: float
     unit: str
     target: float | None = None
-    """The most that is allowed; None where the figure is printed only."""
+    """The largest allowed value, or None if the figure is only printed."""
 
     @property
     def verdict(self) -> str:
@@ -47,12 +47,10 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most memory that work holds at once, beyond what was there before it.
+    """Peak memory that `work` allocates.
 
-    Counted is every block that PyTorch's CPU allocator gives out and takes back, in the order in which
-    it does: all tensors, those inside of operators too. Not counted are Python objects and what the
-    matrix library keeps for itself, which is the same in both runs that are compared here. A run's peak
-    may lie elsewhere than where scores are read, so what reading one pattern adds is counted apart.
+    Counts every block that PyTorch's CPU allocator hands out and takes back, including tensors inside
+    operators. Python objects and the matrix library's own buffers are not counted.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -67,7 +65,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def check_peak_bytes() -> None:
-    """What is known: two blocks of 8 MiB that overlap, and a third after they are gone."""
+    """Check a known case: two overlapping blocks of 8 MiB, and a third after they are freed."""
 
     def work() -> None:
         one = torch.empty(2**21)
@@ -75,19 +73,16 @@ def check_peak_bytes() -> None:
         del one, two
         torch.empty(2**21)
 
-    assert peak_bytes(work) == 2 * 2**23, "the profiler of this version counts memory in another way"
+    assert peak_bytes(work) == 2 * 2**23, "this version of the profiler counts memory differently"
 
 
 def random_gpt2_small() -> Any:
-    """A model of GPT-2 small's shape with random weights, on the installed engine; needs no network.
-
-    Speed does not depend on the weights' values.
-    """
+    """A model with GPT-2 small's shape and random weights, on the installed engine; works offline."""
     return random_gpt2(n_layers=12, n_heads=12, d_model=768)
 
 
 def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
-    """A model of GPT-2's kind with random weights; see `random_gpt2_small`."""
+    """A GPT-2 model with random weights; see `random_gpt2_small`."""
     from mechlens.models.load import engines
     from mechlens.models.load.local import HuggingFaceModel
 
@@ -128,7 +123,7 @@ def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
     )
     with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
         config.save_pretrained(folder)
-        # the bridge reads its tokenizer again, from where it came
+        # the bridge reloads the tokenizer from its folder
         tokenizer.save_pretrained(folder)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         return engines.bridge_from_hf(
@@ -140,7 +135,7 @@ def random_gpt2(*, n_layers: int, n_heads: int, d_model: int) -> Any:
 
 
 def random_smollm2() -> Any:
-    """A model of SmolLM2-135M's shape with random weights, on the installed engine; needs no network."""
+    """A model with SmolLM2-135M's shape and random weights, on the installed engine; works offline."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -158,7 +153,7 @@ def random_smollm2() -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    # random tokens are drawn from those that the tokenizer has
+    # random tokens are drawn from the tokenizer's vocabulary
     words = {"<|endoftext|>": 0} | {f"t{number}": number for number in range(1, config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>")),

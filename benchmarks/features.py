@@ -1,14 +1,14 @@
-"""What activates a feature, a basis dimension of `resid_post`: exhaustive and greedy search against a loop.
+"""Exhaustive and greedy search for the tokens that most activate a basis dimension of `resid_post`.
 
     python benchmarks/features.py [--tokens 4 8] [--batches 2]
 
-A model of GPT-2 small's shape with random weights: speed does not depend on their values. The loop of
-Badger, "Language Model Features", runs every token of the vocabulary after what was found so far, from its
-first token on, for one feature of one layer. The engine, the batch size, the threads and inference mode are
-the same for both. For one token both are run whole; for more, the loop is timed on some of its equal
-batches at each step and multiplied. All figures come from one run on one machine; only their ratios mean
-anything on another. Where there is a GPU, one token is searched there, too, and compared with the published
-time.
+The model has GPT-2 small's shape and random weights, because speed does not depend on their values. The
+searches are compared with the loop of Badger, "Language Model Features", which appends every token of the
+vocabulary to the tokens found so far and runs the whole input, for one feature of one layer. Engine, batch
+size, threads and inference mode are the same for both. For one token both run in full; for more, the loop is
+extrapolated from some batches of each step. All figures come from one run on one machine; on another, only
+the ratios are comparable. If there is a GPU, a one-token search also runs there and is compared with the
+published time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-# The profiler tells of its start and stop, and of blocks that are older than it.
+# Silence the profiler's messages about starting, stopping and older allocations.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
@@ -34,24 +34,24 @@ from mechlens.results import ExhaustiveSearch, GreedySearch
 
 THREADS = 2
 BATCH = 1000
-"""The published loop's."""
+"""That of the published loop."""
 LAST, FEATURE = 11, 0
 ONE = mechlens.Features(LAST, FEATURE)
 EXHAUSTIVE_GOAL = 0.9
 GREEDY_GOALS = {4: 0.45, 8: 0.3}
 T4 = 2.0
-"""Seconds that the published loop took for one feature on a T4: about two."""
+"""Published time of the loop for one feature on a T4, about two seconds."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4, 8], help="lengths of greedy searches")
-    parser.add_argument("--batches", type=int, default=2, help="of each step of the loop that are timed")
+    parser.add_argument("--batches", type=int, default=2, help="batches to time in each step of the loop")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     check_peak_bytes()
     model = random_gpt2_small()
-    # random weights do not show whether they are processed
+    # this cannot be inferred from random weights
     set_provenance(model, Provenance("random", None, "GPT2LMHeadModel", processing=False, tied=False))
     with torch.inference_mode():
         one_token(model)
@@ -65,7 +65,7 @@ def one_token(model: Any) -> None:
     d_vocab = model.cfg.d_vocab
     theirs: list[int] = []
     ours: list[ExhaustiveSearch] = []
-    # warm, on the first batch
+    # warm up on the first batch
     batch_activations(model, [], 0)
     loop = seconds(lambda: theirs.append(loop_step(model, [])))
     whole = seconds(lambda: ours.append(mechlens.search_exhaustive(model, batch_size=BATCH)))
@@ -110,7 +110,7 @@ def greedy(model: Any, n_tokens: int, batches: int) -> None:
         before = ids[:step]
         taken = sum(seconds(partial(batch_activations, model, before, begin)) for begin in some)
         steps.append(taken * math.ceil(d_vocab / BATCH) / batches)
-        # exact: what the search says of its token is what the loop's batch has there
+        # the search's activation must match the loop's for the same token
         begin = ids[step] // BATCH * BATCH
         row = batch_activations(model, ids[:step], begin)
         worst = max(worst, abs(float(row[ids[step] - begin] - found[0].activations[0, 0, step])))
@@ -121,7 +121,7 @@ def greedy(model: Any, n_tokens: int, batches: int) -> None:
         Row("arithmetic of the loop", counted / 1e12, "TFLOP"),
         Row("arithmetic of one position per candidate", needed / 1e12, "TFLOP"),
         Row("  their ratio", needed / counted, ""),
-        Row(f"the loop, from {batches} of {math.ceil(d_vocab / BATCH)} batches a step", loop, "s"),
+        Row(f"the loop, from {batches} of {math.ceil(d_vocab / BATCH)} batches per step", loop, "s"),
         Row("  its rate", counted / 1e9 / loop, "GFLOP/s"),
         Row("greedy search", ours, "s"),
         Row("  its rate", needed / 1e9 / ours, "GFLOP/s"),
@@ -132,7 +132,7 @@ def greedy(model: Any, n_tokens: int, batches: int) -> None:
 
 
 def one_token_on_gpu(model: Any) -> None:
-    """After all else, because the model stays there."""
+    """Runs last, because it leaves the model on the GPU."""
     model.to("cuda")
 
     def timed(work: Callable[[], Any]) -> float:
@@ -146,7 +146,7 @@ def one_token_on_gpu(model: Any) -> None:
     def search(features: mechlens.Features | None = None) -> ExhaustiveSearch:
         return mechlens.search_exhaustive(model, features, batch_size=BATCH)
 
-    # warm, and what is made once
+    # warm up
     search(mechlens.Features(0, FEATURE))
     theirs: list[int] = []
     ours: list[ExhaustiveSearch] = []
@@ -171,14 +171,14 @@ def one_token_on_gpu(model: Any) -> None:
 
 
 def block_flop(model: Any, *, queries_and_keys: bool = True) -> float:
-    """Of the products with weights, for one position through all blocks."""
+    """Operations of the weight products for one position through all blocks."""
     cfg = model.cfg
     attention = cfg.d_model**2 * (4 if queries_and_keys else 1)
     return 2.0 * cfg.n_layers * (attention + 2 * cfg.d_model * cfg.d_mlp)
 
 
 def batch_activations(model: Any, before: list[int], begin: int) -> Tensor:
-    """One batch of the loop: activations `[row]` at the last token of whole inputs."""
+    """One batch of the loop: activations `[row]` at the last token, from full forward passes."""
     batch = torch.arange(begin, min(begin + BATCH, model.cfg.d_vocab))[:, None]
     tokens = torch.cat([torch.tensor(before, dtype=torch.long).repeat(len(batch), 1), batch], dim=1)
     kept: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""Head scores against one bare forward pass, and against TransformerLens's `detect_head`.
+"""Head scores compared with one bare forward pass and with TransformerLens's `detect_head`.
 
     python benchmarks/heads.py [--pairs 5] [--no-detect-head]
 
-All figures come from one run on one machine; only their ratios mean anything on another.
+All figures come from one run on one machine; on another, only the ratios are comparable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-# The profiler tells of its start and stop, and of blocks that are older than it.
+# Silence the profiler's messages about starting, stopping and older allocations.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mechlens import repeated_tokens, score_heads
 
-# What score_heads runs per seed; the function itself also runs the null, and other kinds of sequence.
+# The part of score_heads that runs per seed, without nulls and other kinds of sequence.
 from mechlens.analyses.heads.runs import score_masks
 from mechlens.measures import attention
 from mechlens.models.load.engines import quiet
@@ -42,16 +42,16 @@ DETECTED = {
 
 
 def forward_flops(cfg: Any, batch: int, pos: int) -> float:
-    """Additions and multiplications of the matrix products of a forward pass without unembedding."""
+    """Additions and multiplications in the matrix products of a forward pass without the unembedding."""
     weights = 4 * cfg.d_model * cfg.n_heads * cfg.d_head + 2 * cfg.d_model * cfg.d_mlp
     scores_and_values = 2 * pos * cfg.n_heads * cfg.d_head
     return 2.0 * batch * pos * cfg.n_layers * (weights + scores_and_values)
 
 
 def sequences(model: Any) -> tuple[Tensor, dict[str, attention.Mask]]:
-    """BOS + 50 random tokens + the same 50, and the mask of every score on them."""
+    """BOS, 50 random tokens and the same 50 again, with the mask of every score."""
     random = repeated_tokens(model, seq_len=SEQ_LEN, batch=BATCH, prepend_bos=False)
-    # The model has no tokenizer that could say what its BOS is.
+    # The model has no tokenizer to define BOS.
     bos = torch.full((BATCH, 1), ENDOFTEXT)
     tokens, starts = torch.cat([bos, random.tokens], 1), random.starts + 1
     n_pos = tokens.shape[1]
@@ -64,7 +64,7 @@ def sequences(model: Any) -> tuple[Tensor, dict[str, attention.Mask]]:
 
 
 def bare_forward(model: Any, tokens: Tensor) -> Callable[[], None]:
-    """All layers and no unembedding."""
+    """All layers without the unembedding."""
     if engine_of(model) == "HookedTransformer":
 
         def run() -> None:
@@ -72,7 +72,7 @@ def bare_forward(model: Any, tokens: Tensor) -> Callable[[], None]:
                 model(tokens, return_type=None)
 
         return run
-    # The bridge computes logits whatever it is asked for, so the last layer's output ends its run.
+    # The bridge always computes logits, so its run is stopped at the last layer's output.
     return lambda: watch(
         model, tokens, {f"blocks.{model.cfg.n_layers - 1}.hook_resid_post": lambda residual: None}
     )
@@ -133,8 +133,8 @@ def against_forward(model: Any, tokens: Tensor, masks: dict[str, attention.Mask]
 def against_detect_head(model: Any, tokens: Tensor) -> None:
     """Time, and the largest difference of scores after rescaling.
 
-    `detect_head` divides the attention on a mask by all attention, one per position; ours by the
-    number of entries. It takes texts only, so that it is handed the tokens in place of a text.
+    `detect_head` divides the attention on a mask by the total attention (1 per position), mechlens by the
+    number of entries. `detect_head` takes only texts, so `to_tokens` is replaced.
     """
     from transformer_lens.head_detector import detect_head
 
@@ -171,14 +171,14 @@ def against_detect_head(model: Any, tokens: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="of runs that are compared")
-    parser.add_argument("--no-detect-head", action="store_true", help="leave out the slow comparison")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of runs to compare")
+    parser.add_argument("--no-detect-head", action="store_true", help="skip the slow comparison")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     model = random_gpt2_small()
     tokens, masks = sequences(model)
     print(
-        f"head scores: a random model of GPT-2 small's shape on {engine_of(model)}, "
+        f"head scores: a random model with GPT-2 small's shape on {engine_of(model)}, "
         f"{tokens.shape[0]} x {tokens.shape[1]} tokens, {THREADS} threads"
     )
     against_forward(model, tokens, masks, max(1, options.pairs))

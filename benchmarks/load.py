@@ -2,8 +2,8 @@
 
     python benchmarks/load.py [--pairs 3]
 
-The model has the shape of SmolLM2-135M and random weights. Each load runs in a new process, after the
-imports; memory is the peak above that, as a multiple of the size of the weights.
+The model has SmolLM2-135M's shape and random weights. Each load runs in a new process, after the imports.
+Memory is the peak beyond that, as a multiple of the size of the weights.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ SECONDS, UNKNOWN_SECONDS = 4.0, 5.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each, alternating")
-    parser.add_argument("--one", nargs=2, help="load this way from this folder, and print time and memory")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each, interleaved")
+    parser.add_argument(
+        "--one", nargs=2, help="WAY FOLDER: load this way from this folder, and print time and memory"
+    )
     options = parser.parse_args()
     if options.one:
         measure(*options.one)
@@ -43,7 +45,7 @@ def main() -> None:
             compare(Path(folder), dtype, options.pairs)
     taken = in_new_process("unknown", "")["seconds"]
     print_rows(
-        "an unknown name without a network",
+        "an unknown name, offline",
         [Row("load_model, without the import of torch", taken, "s", UNKNOWN_SECONDS)],
     )
 
@@ -55,7 +57,7 @@ def compare(folder: Path, dtype: str, pairs: int) -> None:
     for _ in range(pairs):
         for way in ways:
             found[way].append(in_new_process(f"{way}-{dtype}", str(folder)))
-    # the largest tensors are processed in float32: one layer, in addition to the weights
+    # one layer at a time is processed in float32, in addition to the weights
     layer = 4 * (D_MODEL * D_MODEL * 8 // 3 + 3 * D_MODEL * D_MLP) / 2**20
     engine = found[ways[-1]][0]
     rows = [
@@ -89,7 +91,7 @@ def in_new_process(way: str, folder: str) -> dict[str, float]:
     """The figures of one load in a new process."""
     environment = os.environ | {"OMP_NUM_THREADS": THREADS, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if way == "unknown":
-        # a port without a listener for no network, and an empty cache
+        # a port without a listener, as if offline, and an empty cache
         environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": tempfile.gettempdir()}
         environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-W", "ignore", __file__, "--one", way, folder]
@@ -134,7 +136,7 @@ def measure(way: str, folder: str) -> None:
     else:
         model = theirs(kind[0], folder, getattr(torch, dtype))
     if name == "hf":
-        # a memory-mapped file is read when it is used; the other ways run the model while loading
+        # a memory-mapped file is only read on use; the other ways run the model while loading
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long))
     taken = time.perf_counter() - start
@@ -194,7 +196,7 @@ def make(folder: str) -> None:
 
 
 def high_water() -> float:
-    """Peak memory of this process in MiB; the one from `resource` would include its parent's."""
+    """Peak memory of this process in MiB; that from `resource` would include its parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024

@@ -1,10 +1,10 @@
-"""The logit lens against the bare product with W_U, the usual loop, a dense implementation and a peer's lens.
+"""The logit lens compared with the bare product with W_U, the usual loop, and dense and peer implementations.
 
     python benchmarks/logit_lens.py [--pairs 5] [--no-xl]
 
-All figures come from one run on one machine; only their ratios mean anything on another. The lens of
-TransformerLens itself is compared where it is installed, from version 4.3 on. The last table runs 1024 tokens
-through a model of GPT-2 XL's shape, which takes some minutes and 10 GiB.
+All figures come from one run on one machine; on another, only the ratios are comparable. The peer is
+TransformerLens's own lens, in version 4.3 and later. The last table runs 1024 tokens through a model with
+GPT-2 XL's shape, which takes a few minutes and 10 GiB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-# The profiler tells of its start and stop, and of blocks that are older than it.
+# Silence the profiler's messages about starting, stopping and older allocations.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
@@ -35,7 +35,7 @@ THREADS = (1, 2)
 POSITIONS, XL_POSITIONS = 101, 1024
 XL = {"n_layers": 48, "n_heads": 25, "d_model": 1600}
 TILES = tuple((rows, columns) for rows in (512, 1024, None) for columns in (512, 1024, 2048, 4096))
-"""Of the bare product; None is all rows."""
+"""Tile shapes of the bare product; None is all rows."""
 PEER = "transformer_lens.tools.analysis.logit_lens"
 
 
@@ -43,7 +43,7 @@ PEER = "transformer_lens.tools.analysis.logit_lens"
 class Shape:
     name: str
     rows: int
-    """The input and each layer."""
+    """The embedding and each layer."""
     d_model: int
     d_vocab: int
 
@@ -59,8 +59,8 @@ SHAPES = (SMALL, Shape("SmolLM2-135M", 31, 576, 49152), Shape("GPT-2 XL", 49, 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="interleaved runs of each")
-    parser.add_argument("--no-xl", action="store_true", help="leave out what has GPT-2 XL's shape")
-    parser.add_argument("--only-xl", action="store_true", help="nothing else, in this process")
+    parser.add_argument("--no-xl", action="store_true", help="skip the shape of GPT-2 XL")
+    parser.add_argument("--only-xl", action="store_true", help="run only that, in this process")
     options = parser.parse_args()
     if options.only_xl:
         run_xl()
@@ -74,14 +74,14 @@ def main() -> None:
     if find_spec("transformer_lens.tools.analysis") is not None and find_spec(PEER) is not None:
         against_peer(options.pairs)
     if not options.no_xl:
-        # in a process of its own, whose peak is that run's
+        # in its own process, to measure that run's peak
         sys.stdout.flush()
         subprocess.run([sys.executable, __file__, "--only-xl"], check=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """Vectors of one shape and what is wanted of them; a run's time does not depend on the values."""
+    """Random vectors of one shape, an unembedding and targets."""
 
     vectors: torch.Tensor
     unembedding: Unembedding
@@ -100,7 +100,7 @@ class Case:
         )
 
     def ours(self, repeated: int = 1) -> Any:
-        """All statistics of what `logit_lens` reads, a norm included."""
+        """All statistics of `logit_lens`, including the norm."""
         return read_out(
             self.vectors.repeat(repeated, 1, 1),
             self.unembedding,
@@ -110,7 +110,7 @@ class Case:
         )
 
     def product(self, rows: int | None, columns: int) -> None:
-        """The bare product, in tiles of which one is held."""
+        """The bare product, one tile at a time."""
         flat, W_U = self.vectors.flatten(0, 1), self.unembedding.W_U
         rows = rows or len(flat)
         room = torch.empty(min(rows, len(flat)) * columns)
@@ -120,13 +120,13 @@ class Case:
                 torch.mm(some, part, out=room[: shape[0] * shape[1]].view(shape))
 
     def loop(self) -> Any:
-        """What tutorials do: softmax and its maximum, every layer's probabilities kept."""
+        """As in tutorials: the maximum of the softmax, with every layer's probabilities kept."""
         W_U, b_U = self.unembedding.W_U, self.unembedding.b_U
         kept = [torch.softmax(normed(row) @ W_U + b_U, dim=-1) for row in self.vectors]
         return torch.stack(kept).max(dim=-1)
 
     def dense(self) -> Any:
-        """The same statistics from whole distributions."""
+        """The same statistics from full distributions."""
         logits = normed(self.vectors) @ self.unembedding.W_U + self.unembedding.b_U
         log_probs = logits.log_softmax(-1)
         places = logits.argsort(-1, descending=True).argsort(-1)
@@ -149,7 +149,7 @@ def normed(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def medians(works: Mapping[str, Callable[[], Any]], pairs: int) -> dict[str, float]:
-    """Seconds of each, run in turn, once each has run."""
+    """Seconds of each, interleaved, after a warmup."""
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -203,7 +203,7 @@ def against_others(shape: Shape, pairs: int) -> None:
 
 
 def against_peer(pairs: int) -> None:
-    """Both from the model and its tokens on; the peer's reads the five most likely tokens and the entropy."""
+    """Both start from the model and tokens; the peer computes the five most likely tokens and the entropy."""
     from transformer_lens.tools.analysis.logit_lens import logit_lens as peers
 
     model = random_gpt2_small()
@@ -220,7 +220,7 @@ def against_peer(pairs: int) -> None:
     theirs = taken.pop("theirs")
     rows = [Row("TransformerLens's logit_lens, top five and entropy", theirs, "s")]
     rows += [Row(f"{name} / theirs", value / theirs, "", 1.0) for name, value in taken.items()]
-    print_rows(f"from the model on, {POSITIONS} tokens, {THREADS[-1]} threads", rows)
+    print_rows(f"including the model, {POSITIONS} tokens, {THREADS[-1]} threads", rows)
 
 
 def run_xl() -> None:
@@ -235,7 +235,7 @@ def run_xl() -> None:
     rows = [
         Row("product with W_U", 2 * n_rows * XL_POSITIONS * XL["d_model"] * 50257 / 1e12, "TFLOP"),
         Row("logit_lens()", taken, "s"),
-        Row("peak memory of the process, the model made", gib, "GiB"),
+        Row("peak memory of the process, after creating the model", gib, "GiB"),
         Row("  at the end", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB", 24),
     ]
     print_rows(f"GPT-2 XL's shape, float32: {n_rows} rows x {XL_POSITIONS} positions", rows)

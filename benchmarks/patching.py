@@ -1,10 +1,11 @@
-"""Patching grids against the article's loop: one whole forward pass for each layer and position.
+"""Patching grids compared with a loop that makes one full forward pass for each layer and position.
 
     python benchmarks/patching.py [--passes 40]
 
-A model of GPT-2 small's shape with random weights, BOS + 50 random tokens + the same 50: 12 layers x 50
-positions. Every pass of the loop costs the same, so some of its 600 are timed and multiplied. All figures
-come from one run on one machine; only their ratios mean anything on another.
+The loop is that of "How one can Interpret GPT2-Small". The model has GPT-2 small's shape and random weights.
+The input is BOS, 50 random tokens and the same 50 again: 12 layers x 50 positions. Every pass of the loop
+costs the same, so its time is extrapolated from some of its 600 passes. All figures come from one run on one
+machine; on another, only the ratios are comparable.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import time
 from typing import Any
 
-# The profiler tells of its start and stop, and of blocks that are older than it.
+# Silence the profiler's messages about starting, stopping and older allocations.
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch
@@ -33,8 +34,8 @@ BOS = 50256
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--passes", type=int, default=40, help="of the loop that are timed")
-    parser.add_argument("--runs", type=int, default=3, help="of the sweep")
+    parser.add_argument("--passes", type=int, default=40, help="passes of the loop to time")
+    parser.add_argument("--runs", type=int, default=3, help="runs of the sweep")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     model = random_gpt2_small()
@@ -58,7 +59,7 @@ def main() -> None:
         found = grid()
 
         def one(layer: int, pos: int) -> Tensor:
-            """What the article does for one cell."""
+            """One cell of the loop."""
 
             def patch(activation: Tensor, hook: Any) -> Tensor:
                 activation[0, pos, :] = cache[hook.name][0, pos - SEQ_LEN]
@@ -110,14 +111,14 @@ def main() -> None:
 
 
 def run_flops(cfg: Any, rows: float, context: int, layers: int, read: float) -> float:
-    """Additions and multiplications of the matrix products of `rows` positions through some layers."""
+    """Additions and multiplications in the matrix products of `rows` positions through some layers."""
     weights = 4 * cfg.d_model * cfg.n_heads * cfg.d_head + 2 * cfg.d_model * cfg.d_mlp
     attention = 2 * context * cfg.n_heads * cfg.d_head
     return 2.0 * (rows * layers * (weights + attention) + read * cfg.d_model * cfg.d_vocab)
 
 
 def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> float:
-    """What the sweep runs, group by group, and the clean runs."""
+    """Operations of the sweep, group by group, and of the clean runs."""
     cfg, end = model.cfg, tokens.shape[1] - 1
     cells = [(layer, pos) for layer in range(cfg.n_layers) for pos in positions]
     patches = patched_runs.Patches(
@@ -126,7 +127,7 @@ def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> f
         torch.tensor([pos for _, pos in cells]),
         lambda activation, which, start, layer: activation,
     )
-    # one whole run, and half of one to try whether runs can be resumed from it
+    # one full run, and half a run to test whether runs can be resumed from it
     total = 1.5 * run_flops(cfg, end, end, cfg.n_layers, 0) + run_flops(cfg, 0, 0, 0, len(positions))
     for start, which in patched_runs._groups(model, patches, end, patched_runs.TOKEN_BUDGET, whole=False):
         for layer in patches.layer[which].tolist():
@@ -136,7 +137,7 @@ def sweep_flops(model: Any, tokens: Tensor, positions: range, hooked: bool) -> f
 
 
 def growth(model: Any) -> None:
-    """How the time grows with layers, positions and length."""
+    """How time grows with layers, positions and length."""
     draw = torch.Generator().manual_seed(0)
     rows = []
     for length, n_cells, layers in ((51, 10, 12), (101, 10, 12), (201, 10, 12), (101, 20, 12), (101, 10, 6)):
@@ -150,7 +151,7 @@ def growth(model: Any) -> None:
         )
         what = f"{length} tokens, {n_cells} positions from the middle on, {layers} layers"
         rows.append(Row(what, time.perf_counter() - start, "s"))
-    print_rows("how it grows", rows)
+    print_rows("growth with length, positions and layers", rows)
 
 
 if __name__ == "__main__":

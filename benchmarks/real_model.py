@@ -1,10 +1,10 @@
-"""What a person waits for with smollm2-135m, a real language model of 30 layers, once it is loaded.
+"""How long a user waits for each analysis of smollm2-135m, a real language model with 30 layers.
 
     python benchmarks/real_model.py [--only heads lens ...]
 
-Every figure is a single run, as a person makes it, on all cores. Beside it stand the arithmetic and how fast
-it was done, as a share of what one large product does in the same minute: seconds depend on the machine and
-on who else uses it, the share much less.
+Every figure is a single run on all cores, after loading. The table also shows the arithmetic and its rate, as
+a share of the rate of one large product at the same time. Seconds depend on the machine and its load, the
+share much less.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import mechlens
 
 NAME = "smollm2-135m"
 BLOCK = 2 * 3.54e6
-"""Floating-point operations of one block's weights on one token: its 3.54 million numbers, twice."""
+"""Floating-point operations of one block on one token: twice its 3.54 million weights."""
 LOGITS = 2 * 576 * 49152
 SENTENCE = "When Mary and John went to the store, John gave a drink to"
 OTHER = "When Mary and John went to the store, Mary gave a drink to"
@@ -29,7 +29,7 @@ FACT = "The Eiffel Tower is in the city of"
 
 
 def rate() -> float:
-    """Operations in a second of a product of this model's shapes."""
+    """Operations per second of a product with this model's shapes."""
     tokens, weights = torch.randn(3072, 576), torch.randn(576, 1536)
     tokens @ weights
     best = min(seconds(lambda: tokens @ weights) for _ in range(10))
@@ -37,7 +37,7 @@ def rate() -> float:
 
 
 def heads(model: Any) -> tuple[float, float, float]:
-    """90 sequences: two copies, prefix matching and unrelated tokens of 101 positions, a sample of 26."""
+    """90 sequences: two copies, prefix matching and unrelated tokens with 101 positions, a sample of 26."""
     positions = 90 * (3 * 101 + 26)
     return (
         seconds(lambda: mechlens.reproduce(model, "heads", progress=False)),
@@ -74,13 +74,13 @@ def patch_positions(model: Any) -> tuple[float, float, float]:
 
 
 def composition(model: Any) -> tuple[float, float, float]:
-    """Norms of products of all pairs' thin matrices: 64 x 64 for each of 35,235 pairs, and the baselines."""
+    """Norms of products of thin matrices: 64 x 64 for each of 35,235 pairs, and the baselines."""
     work = partial(mechlens.composition_scores, model, "k", relative_position=49)
     return seconds(work), 10, 35235 * 2 * 576 * 64 * 64 * 2
 
 
 def features(model: Any) -> tuple[float, float, float]:
-    """Each token of the vocabulary through all blocks but the last, without queries and keys."""
+    """Every token of the vocabulary through all blocks but the last, without queries and keys."""
     raw = mechlens.load_model(NAME, processing=False)
     work = partial(
         mechlens.search_exhaustive,
@@ -111,7 +111,7 @@ def main() -> None:
     rows = []
     try:
         load = seconds(lambda: mechlens.load_model(NAME))
-        rows.append(Row("load, from the cache or not", load, "s"))
+        rows.append(Row("load, cached or not", load, "s"))
         model = mechlens.load_model(NAME)
     except mechlens.errors.ModelLoadError as error:
         print(error)
@@ -122,7 +122,7 @@ def main() -> None:
         taken, most, operations = work(model)
         rows.append(Row(what, taken, "s", most))
         rows.append(Row("  arithmetic", operations / 1e12, "TFLOP"))
-        rows.append(Row("  of the rate of one large product", operations / taken / rate(), ""))
+        rows.append(Row("  share of the rate of one large product", operations / taken / rate(), ""))
     print_rows("single runs after loading", rows)
 
 

@@ -31,7 +31,7 @@ def seconds(command: Sequence[str], repeats: int = REPEATS) -> float:
     """Median wall time of a command in a new process.
 
     Raises:
-        subprocess.CalledProcessError: it fails with another exit code than 0 and 2.
+        subprocess.CalledProcessError: the exit code is neither 0 nor 2.
     """
     environment = os.environ | {"OMP_NUM_THREADS": THREADS}
     times = []
@@ -52,7 +52,7 @@ def seconds(command: Sequence[str], repeats: int = REPEATS) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--no-reproduce", action="store_true", help="leave out `mechlens reproduce`")
+    parser.add_argument("--no-reproduce", action="store_true", help="skip `mechlens reproduce`")
     options = parser.parse_args()
     rows = [
         Row("Python itself", seconds([sys.executable, "-c", "pass"]), "s"),
@@ -62,13 +62,13 @@ def main() -> None:
     waits += [("bogus",), ("--bogus",), ("lens", "--bogus"), ("features", "bogus")]
     for words in waits:
         rows.append(Row(f"mechlens {' '.join(words)}", seconds([*COMMAND, *words]), "s", 0.3))
-    # to convert values, typer imports pydantic, which takes as long as everything else
+    # typer imports pydantic to convert values, which takes as long as everything else
     rows.append(Row("mechlens patch --site mlp", seconds([*COMMAND, "patch", "--site", "mlp"]), "s"))
     if BUNDLED.is_file() and not options.no_reproduce:
         with tempfile.TemporaryDirectory(prefix="mechlens-") as folder:
             job = [*COMMAND, "reproduce", "--quiet", "--out", folder]
             rows.append(Row("mechlens reproduce, bundled model", seconds(job, 1), "s", 60))
-    print_rows(f"start-up: wall time of new processes, median of {REPEATS}; `reproduce` once", rows)
+    print_rows(f"startup: wall time of new processes, median of {REPEATS}; `reproduce` once", rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Run the notebooks and keep their outputs with a picture of every figure; needs `chromium` on the path.
+"""Run the notebooks and store their outputs with a picture of every figure; needs `chromium` on the path.
 
     python docs/make_notebooks.py [NOTEBOOK]...
 
-JupyterLab draws a figure from its data, which stays in the output unless it is large. Code hosts and
-conversion to HTML show the picture.
+JupyterLab draws a figure from its data, which is kept unless it is large. Code hosts and HTML conversion show
+the picture.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MOST_DATA = 100_000
-"""Characters of a figure's data that a notebook keeps."""
+"""The most characters of a figure's data that a notebook keeps."""
 VIEW_SIZE = (900, 520)
 """Width and height of an interactive view, in pixels."""
 
 
 def kept(data: dict[str, Any], target: Path) -> dict[str, Any]:
-    """What is kept of one output: a figure gets its picture, an interactive view becomes one."""
+    """An output as stored: a figure gets a picture, an interactive view is replaced by one."""
     if PLOTLY in data:
         figure = go.Figure(data[PLOTLY]["data"], data[PLOTLY]["layout"])
         width, height = figure.layout.width or 700, figure.layout.height or 450
@@ -55,7 +55,7 @@ def run(path: Path) -> None:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
             if "outputs" in cell:
-                # progress bars have nothing to say afterwards
+                # drop finished progress bars
                 cell.outputs = [each for each in cell.outputs if WIDGET not in each.get("data", {})]
             for output in cell.get("outputs", ()):
                 if "data" in output:

@@ -1,8 +1,8 @@
-"""Make the pictures of the README and of docs/: needs Chromium, as `chromium` on the path.
+"""Make the pictures for the README and docs/; needs `chromium` on the path.
 
     python docs/make_pictures.py [--results out/real_model]
 
-`--results` is the `--out` of experiments/real_model_card.py; without it only the bundled model is drawn.
+`--results` is the `--out` of experiments/real_model_card.py; without it, only the bundled model is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent
 
 
 def screenshot(page: str, target: Path, width: int, height: int) -> None:
-    """A page as a PNG file."""
+    """Save a page as a PNG file."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
         file.write_text(page, encoding="utf-8")
@@ -82,7 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, help="results of experiments/real_model_card.py")
+    parser.add_argument(
+        "--results", type=Path, help="folder with the results of experiments/real_model_card.py"
+    )
     options = parser.parse_args()
     of_bundled_model()
     if options.results is not None:

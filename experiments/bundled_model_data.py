@@ -1,4 +1,4 @@
-"""What `train_bundled_model.py` trains on: the tokenizer, and batches of text and of stories."""
+"""Training data for `train_bundled_model.py`: the tokenizer, and batches of text and stories."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Recipe:
     batch_tokens: int = 2048
     learning_rate: float = 3e-3
     warmup: int = 200
-    decay: float = 4 / 11  # final share of the steps, over which the learning rate falls to zero
+    decay: float = 4 / 11  # final share of the steps, over which the learning rate decays to zero
     weight_decay: float = 0.05
     short_until: float = 0.28  # initial share of the steps, with a context of 64 and mostly stories
-    long_from: float = 0.70  # share of the steps after which the context is full; until then it is 256
-    text_share: float = 0.30  # share of text in a batch of the short stage
-    final_text_share: float = 0.75  # the same afterwards
+    long_from: float = 0.70  # share of the steps after which the context is full; before that it is 256
+    text_share: float = 0.30  # share of text in a batch of the first stage
+    final_text_share: float = 0.75  # share of text afterwards
     seed: int = 0
 
     def stage(self, step: int) -> tuple[int, float]:
@@ -81,8 +81,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> Tensor:
 def bigram_loss(train: Tensor, held_out: Tensor, vocab_size: int) -> float:
     """Mean loss in nats of a bigram model with absolute discounting and back-off, fitted on `train`.
 
-    The discount is n1 / (n1 + 2 n2); the freed probability goes to the unigram distribution with one added
-    to each count.
+    The discount is n1 / (n1 + 2 n2). The freed probability goes to the unigram distribution, with add-one
+    counts.
 
     References: Ney, Essen and Kneser 1994, "On structuring probabilistic dependences in stochastic language
         modelling".
@@ -106,9 +106,9 @@ def bigram_loss(train: Tensor, held_out: Tensor, vocab_size: int) -> float:
 
 
 def story(length: int, base: Tensor, mean_chunk: float, generator: torch.Generator) -> Tensor:
-    """`length` tokens in chunks of `base`, the first from its beginning, the others from random places.
+    """`length` tokens in chunks of `base`: the first from its beginning, the others from random places.
 
-    Chunks have two tokens and a geometrically distributed number of further ones, so a chunk can be predicted
+    A chunk has two tokens plus a geometrically distributed number of further ones, so it can be predicted
     from its second token on.
     """
     pieces: list[Tensor] = []
@@ -124,7 +124,7 @@ def story(length: int, base: Tensor, mean_chunk: float, generator: torch.Generat
 
 
 def make_batch(recipe: Recipe, step: int, text: Tensor, bos: int, valid: Tensor) -> Tensor:
-    """The token ids `[batch, context]` of one step; they depend on the recipe, the step and the text."""
+    """The token ids `[batch, context]` of one step, determined by the recipe, the step and the text."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     context, text_share = recipe.stage(step)
     rows = []

@@ -2,7 +2,7 @@
 
     python experiments/real_model_card.py --model smollm2-135m --into mechlens/studies/cards
 
-Every figure is measured on draws that no reproduction makes by default. Writes MODEL.json, and the results
+Every figure is measured on draws that no reproduction uses by default. Writes MODEL.json, and the results
 into --out. Takes about twenty minutes on two cores.
 """
 
@@ -36,9 +36,9 @@ SEEDS = range(SEED, SEED + 5)
 SOURCE = "the model's card"
 N_PATCHED = 30
 STEPS, STEP_TOKENS = 30, 256
-"""Of the tuned lens."""
+"""Training of the tuned lens."""
 STRONGEST, AGAINST = 5, 2
-"""Heads of the indirect object that are claimed."""
+"""Numbers of indirect-object heads in the card: the strongest, and those that work against the answer."""
 
 
 def of_heads(found: HeadsStudy) -> list[Published]:
@@ -70,7 +70,7 @@ def of_study(name: str, study: Study, wanted: Mapping[str, tuple[int, int]] | No
     """All quantities of a study.
 
     Args:
-        wanted: of the quantities of single heads, by their label, only these.
+        wanted: keep only these single-head quantities, by label.
     """
     return [
         Published(
@@ -91,17 +91,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="smollm2-135m", help="a name or path that load_model takes")
+    parser.add_argument("--model", default="smollm2-135m", help="a name or path for load_model")
     parser.add_argument("--into", type=Path, required=True, help="folder of the card")
     parser.add_argument("--out", type=Path, default=Path("out/real_model"), help="folder of the results")
     parser.add_argument(
-        "--only", nargs="*", default=list(SOURCES), choices=list(SOURCES), help="measure these anew"
+        "--only", nargs="*", default=list(SOURCES), choices=list(SOURCES), help="remeasure only these"
     )
-    parser.add_argument("--books", help="text to train a tuned lens on: about twenty minutes more")
-    parser.add_argument("--held-out", help="text to measure it on")
+    parser.add_argument("--books", help="text to train a tuned lens on: takes about twenty minutes more")
+    parser.add_argument("--held-out", help="text to evaluate it on")
     options = parser.parse_args()
     if options.books and not options.held_out:
-        parser.error("--books needs --held-out, other text to measure the tuned lens on")
+        parser.error("--books needs --held-out, other text to evaluate the tuned lens on")
     card = options.into / f"{Path(options.model).stem}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Any] = (
@@ -147,8 +147,8 @@ def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:
 
 
 def of_lens_study(study: LensStudy) -> dict[str, Any]:
-    """The logit-lens claims, and what is left of the input on prose: mean KL(input || layer), and the
-    geometric mean of the input token's rank."""
+    """The logit-lens claims, and the traces of the input in prose: mean KL(input || layer) and the geometric
+    mean of the input token's rank."""
     prose = study.prose
     read = prose.mask[:, list(prose.positions)].clone()
     read[:, 0] = False
@@ -164,7 +164,7 @@ def of_lens_study(study: LensStudy) -> dict[str, Any]:
 
 
 def of_tuned_lens(lens: TunedLens) -> dict[str, Any]:
-    """Every third row, and the last one that has a translator."""
+    """Every third row, and the last one with a translator."""
     rows = list(zip(lens.rows, lens.kl_plain.tolist(), lens.kl_tuned.tolist(), strict=False))
     return {
         "steps": lens.steps,
@@ -198,7 +198,7 @@ def induction_circuits(model: Any, name: str) -> tuple[Study, list[Published]]:
 
 
 def indirect_object(model: Any, name: str) -> tuple[Study, list[Published]]:
-    """The heads that recover most, and those that work against the answer most."""
+    """The heads that recover most, and those that work most against the answer."""
     study = study_indirect_object(model, n_patched=N_PATCHED, seed=SEED)
     mean = study.indirect_object_heads.recovered
     order = mean.flatten().argsort(descending=True).tolist()

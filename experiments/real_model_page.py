@@ -18,18 +18,18 @@ from mechlens.studies.published import CARDS
 CARD = CARDS / "smollm2-135m.json"
 PAGE = Path(__file__).parents[1] / "docs" / "smollm2-135m.md"
 TEXT = Path(__file__).with_suffix(".md")
-"""The page, with the names of figures in place of the figures."""
+"""The page as a template: names of figures in place of the figures."""
 
 _LENS = (
-    "What nostalgebraist saw in GPT-2, as numbers: on prose, on rare words that are copied, and on repeated "
-    "sentences (`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is tied to the embedding."
+    "What nostalgebraist saw in GPT-2, as numbers: on prose, copied rare words and repeated sentences "
+    "(`mechlens reproduce logit-lens`). As in GPT-2, the unembedding is tied to the embedding."
 )
 _INPUT = (
     "Because the embedding is tied, the lens at the embedding predicts the input token: its rank is "
-    "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} half way and "
-    "{last[1]:.0f} after the last layer; KL(input ‖ layer) is {first[0]:.1f}, {half[0]:.1f} and "
-    "{last[0]:.1f} nats. The input is gone after one layer, as nostalgebraist says; rare tokens are not kept "
-    "better than common ones."
+    "{rank:.1f} there (geometric mean over prose), {first[1]:.0f} after layer 0, {half[1]:.0f} halfway and "
+    "{last[1]:.0f} after the last layer. KL(input ‖ layer) is {first[0]:.1f} nats after layer 0, "
+    "{half[0]:.1f} halfway and {last[0]:.1f} after the last layer. The input is gone after one layer, as "
+    "nostalgebraist found, but rare tokens are not kept better than common ones."
 )
 _TUNED = (
     "Trained on public-domain books, {steps} steps of {tokens_per_step:,} tokens. KL(final ‖ layer) on "
@@ -86,7 +86,7 @@ def page(card: dict[str, Any]) -> str:
         trained=features["trained"],
         random=features["random"],
         chance=features["chance"],
-        more=features["more than random"],
+        more=features["more than random"].capitalize(),
         also=_also(card.get("also", {})),
     )
 
@@ -150,13 +150,13 @@ def _circuit_words(circuits: dict[str, Any]) -> str:
     if idle:
         words += (
             f" {' and '.join(idle)} attend to the previous token almost as sharply, but ablating them "
-            "changes almost nothing: a score does not show what a head is for."
+            "changes little: an attention score does not show what a head is for."
         )
     return words
 
 
 def _also(also: dict[str, Any]) -> str:
-    """What is not compared with the card: tokens of features, logit-lens claims, a tuned lens."""
+    """Sections not compared with the card: feature tokens, logit-lens claims, a tuned lens."""
     parts = []
     if "feature-tokens" in also:
         table = _table(
@@ -166,9 +166,7 @@ def _also(also: dict[str, Any]) -> str:
                 for layer, feature, token, activation in also["feature-tokens"]
             ],
         )
-        parts.append(
-            f"\nThe maximally activating tokens of some of them, among all tokens alone:\n\n{table}\n"
-        )
+        parts.append(f"\nMaximally activating tokens of some features, each token on its own:\n\n{table}\n")
     if "logit-lens" in also:
         table = _table(("claim", "measured", "verdict"), [tuple(each) for each in also["logit-lens"]])
         (_, kl, rank), (_, *first), (_, *half), (_, *last) = also["input"]

@@ -1,16 +1,15 @@
-"""Train the small language model that ships with mechlens, from plain text, on a CPU or a GPU.
+"""Train the small language model bundled with mechlens, from plain text, on a CPU or a GPU.
 
-A GPT-NeoX model (rotary positions on a quarter of each head, parallel blocks, untied embeddings) learns
-two things: English from books, and copying from *stories*. A story is a sequence of chunks, each cut from
-one base sequence at a random place. Repeats therefore occur at irregular distances, and no head can predict
-them by attending a fixed number of tokens back. Training starts with short contexts, in which induction
-heads form sooner, and ends with long ones.
+A GPT-NeoX model (rotary embeddings on a quarter of each head, parallel blocks, untied embeddings) learns
+English from books, and copying from *stories*. A story is a sequence of chunks, each cut from one base
+sequence at a random place. Repeats therefore occur at irregular distances, and no head can predict them by
+attending a fixed number of tokens back. Training starts with short contexts, in which induction heads form
+sooner, and ends with long ones.
 
     python experiments/train_bundled_model.py --corpus books.jsonl.gz --out runs/bundled
 
-The corpus is one or more .txt, .jsonl or .jsonl.gz files (`text` field), or folders of them. Run the same
-command again to resume after an interruption; every batch has its own seed, so the result is the same as
-without one.
+The corpus is one or more .txt, .jsonl or .jsonl.gz files (`text` field), or folders of them. To resume after
+an interruption, run the same command again. Every batch has its own seed, so the result is the same.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def text_loss(model: GPTNeoXForCausalLM, tokens: Tensor, bos: int, context: int,
 def copying(model: GPTNeoXForCausalLM, bos: int, valid: Tensor, length: int) -> dict[str, float]:
     """Accuracy on the second of two copies, and the highest induction and previous-token scores.
 
-    They monitor the run; the figures of the model card are measured by mechlens.
+    These only monitor training; the figures in the model card are measured by mechlens.
     """
     generator = torch.Generator().manual_seed(10_007)
     half = valid[torch.randint(len(valid), (16, length), generator=generator)]
@@ -76,11 +75,11 @@ def copying(model: GPTNeoXForCausalLM, bos: int, valid: Tensor, length: int) -> 
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each parameter."""
+"""AdamW's state for each parameter."""
 
 
 def save_model(model: GPTNeoXForCausalLM, folder: Path, step: int) -> None:
-    """Save the weights in float16 as a directory in Hugging Face's format."""
+    """Save the weights in float16 as a Hugging Face directory."""
     folder.mkdir(parents=True, exist_ok=True)
     half = {name: value.half().cpu().contiguous() for name, value in model.state_dict().items()}
     with replacing(folder / "model.safetensors") as part:
@@ -96,7 +95,7 @@ def save_model(model: GPTNeoXForCausalLM, folder: Path, step: int) -> None:
 def save_progress(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: Recipe
 ) -> None:
-    """Save weights and optimizer state, from the first step on; before it there is no progress."""
+    """Save weights and optimizer state, once there has been a step."""
     if step:
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for name, parameter in model.named_parameters():
@@ -107,7 +106,7 @@ def save_progress(
 def load_progress(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> int:
-    """Restore weights and optimizer state, and return the step they are from."""
+    """Restore weights and optimizer state, and return their step."""
     names = [f"model.{name}" for name in model.state_dict()]
     names += [f"{key}.{name}" for key in MOMENTS for name, _ in model.named_parameters()]
     arguments = {"model": {}, **dataclasses.asdict(recipe)}
@@ -145,7 +144,7 @@ def log_spaced(steps: int) -> set[int]:
 def prepare(
     recipe: Recipe, corpus: list[Path], validation: list[Path], out: Path
 ) -> tuple[PreTrainedTokenizerFast, Tensor, Tensor]:
-    """The tokenizer and token vectors, made once and kept in `out`."""
+    """The tokenizer and token vectors, created once and kept in `out`."""
     cache = out / "tokens.safetensors"
     if not cache.exists():
         tokenizer = train_tokenizer(read_texts(corpus), recipe.vocab_size)
@@ -163,7 +162,7 @@ def prepare(
     shortest = min(len(tokens["train"]), len(tokens["validation"]))
     if shortest <= recipe.context:
         raise ValueError(
-            f"the corpus is too small: the shorter part has {shortest} tokens, and needs more than the "
+            f"the corpus is too small: the shorter part has {shortest} tokens; it needs more than the "
             f"context of {recipe.context}"
         )
     if len(tokenizer) > recipe.vocab_size:
@@ -182,7 +181,7 @@ def train(
     log_every: int = 250,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
-    """Train to the end, or for `stop_after` steps of this call, and return the record of the run."""
+    """Train to the end, or for `stop_after` steps, and return the record of the run."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, text, held_out = prepare(recipe, corpus, validation, out)
     bos = tokenizer.bos_token_id
@@ -289,7 +288,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def noting_signals() -> Iterator[list[bool]]:
-    """A list that is no longer empty after Ctrl-C or SIGTERM, which do nothing else until the block ends."""
+    """A list that becomes nonempty on Ctrl-C or SIGTERM; within the block they have no other effect."""
     noted: list[bool] = []
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = {kind: signal.signal(kind, lambda *_: noted.append(True)) for kind in kinds}
