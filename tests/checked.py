@@ -1,4 +1,4 @@
-"""The checks of every signature of mechlens, types and shapes, that conftest.py turns on."""
+"""Type and shape checks of every mechlens signature, which conftest.py turns on."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import _import_hook
 
-# An int where a float is wanted is right, as every static checker has it.
+# Accept an int where a float is wanted, as static checkers do.
 _CONF = BeartypeConf(is_pep484_tower=True, violation_type=TypeError)
 
 
 def once_checked(defined: Any) -> Any:
-    """A function, or a dataclass's constructor, that checks what it is given and returns.
+    """A function, or a dataclass's constructor, that checks its arguments and return value.
 
-    As `jaxtyping.jaxtyped` does, which checks the arguments twice, to tell which one was wrong.
+    `jaxtyping.jaxtyped` does the same, but checks arguments twice to find the wrong one.
     """
     if isinstance(defined, type):
         if dataclasses.is_dataclass(defined) and "__init__" in vars(defined):
             defined.__init__ = once_checked(defined.__init__)
         return defined
     if inspect.isgeneratorfunction(defined):
-        # whose body runs among the shapes of whoever asks for the next
+        # its body runs in the shape context of its consumer
         return jaxtyping.jaxtyped(defined, typechecker=functools.partial(beartype, conf=_CONF))
     names = defined.__globals__
     defined.__annotations__ = {name: _resolved(hint, names) for name, hint in defined.__annotations__.items()}
@@ -46,22 +46,22 @@ def once_checked(defined: Any) -> Any:
 
 
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:
-    """What a hint in quotes means; anything where it has a name that only type checkers know."""
+    """Resolve a quoted hint, or return Any if it uses a name that only type checkers know."""
     try:
         asked = typing.get_type_hints(
             type("Asked", (), {"__annotations__": {"hint": hint}}), names, include_extras=True
         )
-    except Exception:  # of any kind: what is in quotes may be any expression
+    except Exception:  # any kind: a quoted hint may be any expression
         return Any
     return asked["hint"]
 
 
 class OuterFunctions(_import_hook.JaxtypingTransformer):
-    """Decorates classes, methods and functions, but no function within a function, which would be compiled
-    anew at every call of the outer one.
+    """Decorates classes, methods and functions, but not nested functions, which would be recompiled at every
+    call of the outer one.
 
-    What it made is kept beside the source, under the name that conftest.py gives: whoever changes it there
-    changes that name.
+    The bytecode is cached next to the source, under the name given in conftest.py. When you change this
+    class, change that name.
     """
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
@@ -69,7 +69,7 @@ class OuterFunctions(_import_hook.JaxtypingTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
-        # outside of the decorator that makes it a dataclass
+        # outside the dataclass decorator
         node.decorator_list.insert(0, self._decorator(node))
         return self.generic_visit(node)
 
@@ -81,8 +81,8 @@ class OuterFunctions(_import_hook.JaxtypingTransformer):
 def ask_each_class_once() -> None:
     """Remember which of the engine's classes are models.
 
-    Every call of a function that takes a model asks whether it is one, for which Python reads each attribute
-    of the protocol: a property among them collects all of the model's hooks. A tenth of the suite's time.
+    Every call of a function that takes a model checks this, and Python reads each attribute of the protocol,
+    including a property that collects all of the model's hooks. That took a tenth of the suite's time.
     """
     protocol = type(typing.SupportsInt)
     ask, models = protocol.__instancecheck__, set()
@@ -104,7 +104,7 @@ ask_each_class_once()
 
 @contextlib.contextmanager
 def unchecked():
-    """What users run: without the checks of every signature that conftest.py puts in."""
+    """Run as users do, without the signature checks of conftest.py."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

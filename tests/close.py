@@ -1,8 +1,8 @@
-"""Equal up to rounding, for what is computed twice.
+"""Comparison up to rounding, for numbers that are computed twice.
 
-Two computations of the same numbers in floats are never compared bit for bit: the processor, the number of
-threads, the shapes of the matrices and even where they lie in memory decide the order in which sums are
-rounded. Bit for bit are copies, what was saved and loaded, whole numbers, and draws of the same seed.
+Two float computations of the same numbers are never compared bit for bit: the processor, the number of
+threads, the shapes of the matrices and even their memory layout determine the order in which sums are
+rounded. Copies, saved and reloaded values, integers, and draws from one seed are compared exactly.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import pytest
 import torch
 
 ROUNDING = 1e-5
-"""Of float32 sums of some tens of terms, in numbers of about 1; relative in larger ones."""
+"""For float32 sums of a few dozen terms of about 1; relative for larger numbers."""
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same numbers, computed twice in float32; nan where the other is nan."""
+    """The same numbers, computed twice in float32; nan equals nan."""
     torch.testing.assert_close(found, expected, rtol=ROUNDING, atol=ROUNDING, equal_nan=True)
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """The same result, computed twice: floats up to rounding, all else exactly."""
+    """The same result, computed twice: floats up to rounding, everything else exactly."""
     if isinstance(found, float):
         assert found == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING, nan_ok=True)
         return

@@ -1,4 +1,4 @@
-"""How much of a model is run, and how many bytes work takes."""
+"""Count how much of a model runs, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def positions_run(model: Any, names: Sequence[str], work: Callable[[], Any]) -> dict[str, int]:
-    """Positions (rows x length) that pass each hook point while some work is done.
+    """Positions (rows x length) that pass each hook point during `work`.
 
-    Not by hooks: past those of a user no shortcut is taken.
+    Hooks are not used, because shortcuts are not taken past user hooks.
     """
     seen = dict.fromkeys(names, 0)
 
@@ -34,10 +34,10 @@ def positions_run(model: Any, names: Sequence[str], work: Callable[[], Any]) -> 
 
 
 def peak_bytes(work: Callable[[], Any], *, mapped: int) -> int:
-    """The most that tensors have held at once during the work.
+    """Peak memory of tensors during `work`.
 
     Args:
-        mapped: bytes of the file of weights, which is mapped into memory and not held.
+        mapped: size of the weights file, which is memory-mapped and not counted.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()

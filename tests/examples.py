@@ -1,4 +1,4 @@
-"""One result of every type, with values known by hand."""
+"""One result of every type, with known values."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def model(name: str = "tiny", *, n_layers: int = 2, n_heads: int = 3) -> ModelIn
 
 
 def performance(name: str = "tiny", *, prepend_bos: bool = True) -> RepeatedTokenPerformance:
-    """Two seeds of two sequences of (BOS and) 3 tokens twice; at pos i sequence s has -(i + 1) - s / 10.
+    """Two seeds of two sequences: (BOS and) 3 tokens, repeated. Sequence s has -(i + 1) - s / 10 at pos i.
 
-    What follows the first tokens of the second copy is the top guess.
+    The top guess is right from the first token of the second copy on.
     """
     n_pos = 6 + int(prepend_bos)
     sequence = torch.arange(4).reshape(2, 2, 1) / 10
@@ -105,7 +105,7 @@ COPYING = torch.tensor([[-0.5, 0.0, 0.25], [1.0, -1.0, 0.75]])
 
 
 def head_scores(name: str = "tiny") -> HeadScores:
-    """Two layers of three heads, two equal sequences; the copying score has no null."""
+    """Two layers with three heads, two equal sequences; the copying score has no null."""
     means = {"induction_score": INDUCTION, "copying_score": COPYING}
     return HeadScores(
         model=model(name),
@@ -122,7 +122,7 @@ def head_scores(name: str = "tiny") -> HeadScores:
 
 
 def attention(name: str = "tiny", *, tokens: tuple[str, ...] = ("<bos>", " a", "\n")) -> AttentionPatterns:
-    """Two heads: L0H2 attends evenly to all that it sees, L1H0 only to itself."""
+    """Two heads: L0H2 attends uniformly, L1H0 only to the current position."""
     n_pos = len(tokens)
     even = torch.ones(n_pos, n_pos).tril()
     return AttentionPatterns(
@@ -135,9 +135,9 @@ def attention(name: str = "tiny", *, tokens: tuple[str, ...] = ("<bos>", " a", "
 
 
 def input_probe(name: str = "tiny") -> InputProbe:
-    """Rows embed and 0, in the embedding's 2 coordinates and 1 principal component.
+    """Rows embed and 0, with 2 coordinates and 1 principal component of the embedding.
 
-    Accuracy is 1 and 0.5 by maps per layer, 0 and 0.75 by the shared one; similarities fall by 0.5 from 1.
+    Accuracy is 1 and 0.5 with a map per layer, 0 and 0.75 with a shared one; similarities fall from 1 by 0.5.
     """
     accuracy = torch.tensor([[1.0, 0.5], [0.0, 0.75]])
     similarity = torch.tensor([1.0, 0.5, 0.0])
@@ -181,7 +181,7 @@ def input_probe(name: str = "tiny") -> InputProbe:
 
 
 def lens(name: str = "tiny") -> LogitLensResult:
-    """Rows embed and 0, tokens `<s>`, ` a`, `b`; the last row guesses ` a` (right), `<b>`, ` a`."""
+    """Rows embed and 0, tokens `<s>`, ` a`, `b`; the last row predicts ` a` (right), `<b>`, ` a`."""
     values = torch.tensor([[[8.0, 4.0, 2.0]], [[0.0, 0.5, 0.25]]])
     nothing_follows = torch.tensor([0.0, 0.0, math.nan])
     ranks = {
@@ -216,8 +216,8 @@ def lens(name: str = "tiny") -> LogitLensResult:
 
 
 def deep_lens(n_layers: int = 30, *, tokens: Sequence[str] = ("<s>", " a", "b")) -> LogitLensResult:
-    """A lens of many layers: the KL of row r is n_layers - r, the final guess ` a` is first in the last five
-    layers, and target ` a` has rank 2 ** (n_layers - r)."""
+    """A lens with many layers: row r has KL n_layers - r, the final guess ` a` is first in the last five
+    layers, and the target ` a` has rank 2 ** (n_layers - r)."""
     n_rows, n_pos = n_layers + 1, len(tokens)
     left = (n_layers - torch.arange(float(n_rows)))[:, None, None].expand(n_rows, 1, n_pos)
     strings = {"0": " a", "1": "guess", **{str(2 + at): token for at, token in enumerate(tokens)}}
@@ -245,9 +245,9 @@ def deep_lens(n_layers: int = 30, *, tokens: Sequence[str] = ("<s>", " a", "b"))
 
 
 def sublayer_lens(read: str, more: float) -> LogitLensResult:
-    """Rows embed, 0 and 1, tokens ` a` and `b`; the KL of row r is r + `more`, the rank 10 times 1 + that.
+    """Rows embed, 0 and 1, tokens ` a` and `b`. Row r has KL r + `more` and rank 10 * (1 + KL).
 
-    The guess is ` a` where `more` is 0, `b` elsewhere.
+    The guess is ` a` if `more` is 0, else `b`.
     """
     values = (torch.arange(3.0) + more)[:, None, None].expand(3, 1, 2)
     top = torch.full((3, 1, 2, 1), 1 if more == 0 else 2)
@@ -280,7 +280,7 @@ PATCHED = torch.tensor([[2.0, 1.5, 1.0], [0.5, 1.0, 1.25]])
 
 
 def facts(n_layers: int = 2) -> Facts:
-    """Two facts of one kind: one is known after the last layer, of the other a wrong answer is the guess."""
+    """Two facts of one kind: one is predicted after the last layer, the other gets a wrong answer."""
     rank = torch.full((2, n_layers + 1), 50.0)
     rank[0, -1], rank[1, -2:] = 1.0, 7.0
     return Facts(
@@ -299,7 +299,7 @@ def facts(n_layers: int = 2) -> Facts:
 
 
 def indirect_object(of: ModelInfo | None = None) -> IndirectObject:
-    """Two prompts of five tokens; position 2 holds the second subject, 4 is the last."""
+    """Two prompts of five tokens; position 2 is the second subject, position 4 the last."""
     return IndirectObject(
         model=of or model(),
         templates=("{a}{b}{s}",),
@@ -319,9 +319,9 @@ def indirect_object(of: ModelInfo | None = None) -> IndirectObject:
 def patch_grid(
     name: str = "tiny", *, axes: tuple[str, ...] = ("layer", "pos"), n_prompts: int = 1
 ) -> PatchGridResult:
-    """Two layers; clean loss 1, so that effects are 1, 0.5, 0 | -0.5, 0, 0.25; prompt p has p / 4 more.
+    """Two layers. The clean loss is 1, so effects are 1, 0.5, 0 | -0.5, 0, 0.25; prompt p has p / 4 more.
 
-    By `layer` alone they are the first column, by `layer`, `head`, `pos` head h has h more.
+    By `layer` only, they are the first column; by `layer`, `head` and `pos`, head h has h more.
     """
     grid = {
         ("layer",): PATCHED[:, 0],
@@ -383,7 +383,7 @@ CONTRIBUTIONS = {
 
 
 def attribution(values=None) -> LogitAttribution:
-    """Two sequences of `<s>`, ` a`; the second is tenfold, and its last position explains `<b>` less ` a`."""
+    """Two sequences `<s>`, ` a`; the second is tenfold, and its last position has `<b>` against ` a`."""
     values = CONTRIBUTIONS if values is None else values
     column = torch.tensor(list(values.values()))
     contributions = torch.stack([column, 2 * column], -1)[:, None] * torch.tensor([1.0, 10.0])[:, None]
@@ -441,7 +441,7 @@ def composition(n_layers: int = 3, n_heads: int = 2) -> CompositionScores:
 
 
 def circuit(**changes) -> Circuit:
-    """Eigenvalues 2 and -1, and a rest of zeros; of 3 tokens."""
+    """Eigenvalues 2, -1 and zeros; 3 tokens."""
     plain = Circuit(
         model=model(),
         A=torch.tensor([[2.0, 0.0], [0.0, -1.0], [0.0, 0.0]]),
@@ -459,7 +459,7 @@ def circuit(**changes) -> Circuit:
 
 
 def circuit_summary(**changes) -> CircuitSummary:
-    """The same with its largest entry, and a part of two tokens."""
+    """The same circuit with its largest entry, and a part with two tokens."""
     return CircuitSummary(
         **vars(circuit(**changes)),
         ks=(1, 2),
@@ -483,7 +483,7 @@ def positional() -> PositionalAttention:
 
 
 def attribution_patch() -> AttributionPatchResult:
-    """One prompt, two heads of one layer; no exact grid beside it."""
+    """One prompt, two heads of one layer, no exact grid."""
     return AttributionPatchResult(
         model=model(),
         tokens=torch.tensor([[0, 5, 6]]),
@@ -511,7 +511,7 @@ def attribution_patch() -> AttributionPatchResult:
 
 
 def induction_circuits() -> InductionCircuits:
-    """One pair, whose rank is undefined."""
+    """One pair with an undefined rank."""
     return InductionCircuits(
         model=model(),
         pairs=((0, 1, 2, 3),),
@@ -549,7 +549,7 @@ def vector_lens() -> VectorLens:
 
 
 def tuned_lens() -> TunedLens:
-    """Of a model with two layers; not everything is known of its training."""
+    """For a two-layer model; part of its training is unknown."""
     draw = torch.Generator().manual_seed(0)
     return TunedLens(
         model=dataclasses.replace(model(), processing=False),
@@ -571,7 +571,7 @@ def tuned_lens() -> TunedLens:
 
 
 def task_performance(**changes) -> TaskPerformance:
-    """Two prompts: one right, one not; chance is a half."""
+    """Two prompts, one right and one wrong; chance is a half."""
     plain = TaskPerformance(
         model=model(),
         task="agreement",
@@ -601,7 +601,7 @@ def task_performance(**changes) -> TaskPerformance:
 
 
 def role_grid(**changes) -> RoleGrid:
-    """Two prompts, layers 0 and 2: effects 1, 3 | 0, -1 on average, of 4 between the runs; 2 more in one."""
+    """Two prompts, layers 0 and 2: mean effects 1, 3 | 0, -1 of a total of 4, and 2 more in one prompt."""
     effects = torch.tensor([[1.0, 3.0], [0.0, -1.0]])
     plain = RoleGrid(
         model=model(n_layers=3),
@@ -754,7 +754,7 @@ def own(name: str = "tiny") -> ModelInfo:
 
 
 def exhaustive(**changes) -> ExhaustiveSearch:
-    """Layers 0, 2, 3, features 4, 1; feature 4 has ` a` first in two layers, feature 1 has none twice."""
+    """Layers 0, 2, 3, features 4, 1; feature 4 has ` a` first in two layers, feature 1 no token twice."""
     plain = ExhaustiveSearch(
         model=own(),
         site="resid_post",
@@ -794,7 +794,7 @@ def greedy(**changes) -> GreedySearch:
 
 
 def gradient(**changes) -> GradientSearch:
-    """Feature 3 at both of two tokens; three restarts, two steps; restart 1 decoded by `nearest` is best."""
+    """Feature 3 at both of two tokens; three restarts, two steps; restart 1 with `nearest` is best."""
     pinv, nearest = torch.tensor([[5, 5], [6, 5], [8, 8]]), torch.tensor([[6, 8], [5, 7], [8, 5]])
     plain = GradientSearch(
         model=own(),
@@ -836,7 +836,7 @@ def gradient(**changes) -> GradientSearch:
 
 
 def continuation() -> GradientSearch:
-    """The same, searching for what the token `b` follows."""
+    """The same, searching for inputs that `b` follows."""
     nan = {way: torch.full((3,), torch.nan) for way in ("pinv", "nearest")}
     return gradient(
         objective="continuation",
@@ -851,7 +851,7 @@ def continuation() -> GradientSearch:
 
 
 def alignment(**changes) -> FeatureAlignment:
-    """Layers 0 and 2 of one search, four features: 3 of them the same, by chance 1 in 8."""
+    """Layers 0 and 2 of one search, four features: 3 agree, where chance is 1 in 8."""
     same = torch.tensor([True, True, True, False])
     plain = FeatureAlignment(
         model=own(),
@@ -878,7 +878,7 @@ def alignment(**changes) -> FeatureAlignment:
 
 
 def untrained(**changes) -> FeatureAlignment:
-    """Layers 0, 1, 2 of the model with layer 2 of another, where nothing is the same."""
+    """Layers 0, 1, 2 of the model with layer 2 of another; nothing agrees."""
     plain = alignment(
         other=own("<b>$other$"),
         within=False,
@@ -926,7 +926,7 @@ def feature_examples(**changes) -> FeatureExamples:
 
 
 def sites(**changes) -> FeatureAlignment:
-    """The same model's two layers at one site with these at another."""
+    """Two layers of one model, at one site and at another."""
     return alignment(within=False, site="attn_out", other_site="mlp_out", **changes)
 
 
@@ -956,4 +956,4 @@ RESULTS = {
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )
 }
-"""One of every type."""
+"""One result of every type."""

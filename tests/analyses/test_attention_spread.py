@@ -1,4 +1,4 @@
-"""How widely heads spread their attention, against loops over single positions of TransformerLens's cache."""
+"""Attention spread compared with loops over single positions of TransformerLens's cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mechlens.measures.attention_spread import attention_spread as spread
 from tests.close import assert_close
 
 
-def test_a_head_that_attends_evenly_has_the_largest_entropy():
+def test_uniform_attention_has_the_largest_entropy():
     uniform = torch.tril(torch.ones(3, 3)) / torch.arange(1, 4)[:, None]
     entropy, distance, first = spread(uniform).tolist()
     assert entropy == pytest.approx((math.log(2) + math.log(3)) / 2, abs=1e-6)
@@ -37,7 +37,7 @@ def test_spread_agrees_with_sums_over_single_positions(bundled):
         assert_close(found.values[layer, head], torch.tensor(totals) / 12)
 
 
-def test_the_summary_leaves_out_heads_at_rest(bundled):
+def test_the_summary_leaves_out_resting_heads(bundled):
     found = mechlens.attention_spread(bundled, "Mr. Pickwick met Mr. Winkle.")
     listed = found.summary(5)
     assert (listed["first"] < 0.5).all()

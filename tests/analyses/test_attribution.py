@@ -1,4 +1,4 @@
-"""Direct logit attribution against vectors built one by one, on real small models."""
+"""Direct logit attribution compared with vectors built one by one, on real small models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOYS = {
     "toy with MLP": {"attn_only": False, "d_mlp": 48, "act_fn": "gelu"},
 }
 SUM = {"atol": 1e-5, "rtol": 1e-5}
-"""float32, in sums of some tens of terms below 10."""
+"""For float32 sums of a few dozen terms below 10."""
 
 
 def tokens_for(batch=2, length=9):
@@ -46,7 +46,7 @@ def kind(request):
 
 @pytest.fixture(params=[True, False], ids=["processed", "raw"])
 def model(request, load_once, directories, kind):
-    """Parallel blocks, grouped heads, norms after the blocks, no MLP, no norm: processed and not."""
+    """Parallel blocks, grouped heads, norms after the blocks, no MLP, no norm; processed and raw."""
     return load_once(directories[kind], processing=request.param)
 
 
@@ -56,7 +56,7 @@ def of_7(model):
 
 
 def own_logits(model, tokens):
-    """Before the soft-cap, which is undone."""
+    """Logits before the soft-cap."""
     with torch.no_grad():
         logits = model(tokens)
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or -1.0
@@ -113,7 +113,7 @@ def test_a_logit_difference_is_the_same_processed_and_raw(directories, kind):
         for state in (False, True)
     )
     torch.testing.assert_close(raw.logit, processed.logit, atol=2e-5, rtol=1e-5)
-    # folding of value biases moves them from the heads into their layer's bias, and nothing else
+    # folding moves value biases from the heads into their layer's bias; all else is equal
     for layer in range(2):
         heads = [name for name in raw.components if name.startswith((f"L{layer}H", f"L{layer} bias"))]
         sums = [sum(result.of(name) for name in heads) for result in (raw, processed)]
@@ -132,12 +132,12 @@ def test_positions_are_columns_of_the_whole_and_rows_are_independent(tiny_bos_mo
     assert torch.equal(part.target_ids, targets[1:, [7, 0]])
 
 
-def test_a_batch_larger_than_one_pass(tiny_bos_model, monkeypatch):
+def test_a_batch_larger_than_one_pass_is_split(tiny_bos_model, monkeypatch):
     tokens = tokens_for(batch=5)
     once = direct_logit_attribution(tiny_bos_model, tokens, against=tokens, positions=[5, 8])
     monkeypatch.setattr(forward, "MAX_POSITIONS", 2 * 9)
     found = direct_logit_attribution(tiny_bos_model, tokens, against=tokens, positions=[5, 8])
-    # other batch sizes sum in another order
+    # other batch sizes sum in a different order
     torch.testing.assert_close(found.contributions, once.contributions, **SUM)
     assert torch.equal(found.target_ids, once.target_ids)
 
@@ -148,19 +148,19 @@ def test_bfloat16_is_summed_in_float32(directories, name):
     tokens = tokens_for()
     found = direct_logit_attribution(narrow, tokens, 7)
     assert found.contributions.dtype == torch.float32
-    # the stream itself is rounded to 8 bits at every addition
+    # each addition rounds the residual stream to 8 bits
     torch.testing.assert_close(found.contributions.sum(0), found.logit, atol=0.05, rtol=0)
     exact = direct_logit_attribution(load_model(directories[name], processing=False), tokens, 7)
     torch.testing.assert_close(found.contributions, exact.contributions, atol=0.05, rtol=0.05)
 
 
-def test_what_else_is_added_to_the_stream_is_refused(tiny_directories):
+def test_other_additions_to_the_stream_are_refused(tiny_directories):
     model = load_model(tiny_directories / "gpt2")
 
     def shift(resid, hook):
         return resid + 0.01 * torch.arange(32.0)
 
-    # a hook of the user's own, on an activation that no component is read from
+    # a user's hook on an activation that no component is read from
     with (
         model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", shift)]),
         pytest.raises(ValueError, match="adds something to its residual stream besides"),
@@ -169,7 +169,7 @@ def test_what_else_is_added_to_the_stream_is_refused(tiny_directories):
 
 
 def test_scaled_sub_blocks_or_logits_are_refused(tmp_path):
-    """Granite scales what its blocks add and divides its logits; only a bridge runs it."""
+    """Granite scales its blocks' outputs and divides its logits; only a bridge runs it."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0}
     for name, message, changes in (
@@ -182,7 +182,7 @@ def test_scaled_sub_blocks_or_logits_are_refused(tmp_path):
             direct_logit_attribution(model, tokens_for(), 7)
 
 
-def test_a_text_its_table_and_its_file(tiny_bos_model, tmp_path):
+def test_an_attribution_makes_a_table_and_a_file(tiny_bos_model, tmp_path):
     found = direct_logit_attribution(tiny_bos_model, "abc", "d", against="e")
     assert found.prepend_bos
     assert found.tokens.shape == (1, 4)
@@ -220,7 +220,7 @@ def test_a_text_its_table_and_its_file(tiny_bos_model, tmp_path):
         ({"positions": []}, "no position selected"),
     ],
 )
-def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, options, message):
+def test_errors_state_what_was_needed_and_given(tiny_bos_model, options, message):
     with pytest.raises(ValueError, match=message):
         direct_logit_attribution(tiny_bos_model, "abc", **options)
 
@@ -233,7 +233,7 @@ def test_a_prompt_past_the_context_and_an_unknown_component(tiny_bos_model):
         found.of("L9H0")
 
 
-def test_what_broken_weights_say_is_no_number(tmp_path):
+def test_broken_weights_give_no_numbers(tmp_path):
     write_tiny_model(tmp_path, "gpt2")
     model = load_model(tmp_path)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attribution patching against the slope of exact patches, and its refusals."""
+"""Attribution patching compared with the slope of exact patches, and its errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def patch_model(request, load_once, tiny_directories):
 
 
 def slope(experiment, site, **options):
-    """Of the exact metric by the weight of the values, from both sides."""
+    """Central difference of the exact metric with respect to the weight of the values."""
     step = 1e-2
     up, down = (experiment.grid(site, weight=weight, **options) for weight in (step, -step))
     return (up.values - down.values) / (2 * step)
@@ -44,7 +44,7 @@ def test_the_estimate_is_the_slope_of_the_exact_effect(patch_model, site):
     options |= {} if site in ("k", "z") else {"positions": [2, 4]}
     found, expected = experiment.attribution(site, **options), slope(experiment, site, **options)
     assert found.estimate.shape == expected.shape
-    # the third order of the series, and a loss of 7 digits divided by the step
+    # third-order terms, and float32 rounding of the loss divided by the step
     assert (found.estimate - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4
     assert expected.abs().max() > 0.005, "something is measured"
 
@@ -58,7 +58,7 @@ def test_the_estimate_is_the_slope_of_the_exact_effect(patch_model, site):
         {"over": ()},
     ],
 )
-def test_it_sums_over_what_is_patched_together(tiny_bos_model, options):
+def test_it_sums_over_activations_that_are_patched_together(tiny_bos_model, options):
     experiment = Patching(tiny_bos_model, tokens_for(), tokens_for(1))
     found = experiment.attribution("z", into="clean", **options).estimate
     expected = slope(experiment, "z", into="clean", **options)
@@ -68,11 +68,11 @@ def test_it_sums_over_what_is_patched_together(tiny_bos_model, options):
 
 
 def halved(activation, layer):
-    """Finite changes, of what is attended to only."""
+    """Finite changes, only where attention is allowed."""
     return activation.where(~((activation > -1e4) & (activation != 0)), activation / 2)
 
 
-def test_prompts_metrics_and_weight(tiny_bos_model):
+def test_prompts_metrics_and_weight_are_respected(tiny_bos_model):
     tokens, other = tokens_for(rows=2), tokens_for(1, rows=2)
     target, against = tokens_for(7, rows=2), tokens_for(8, rows=2)
 
@@ -98,7 +98,7 @@ def test_denoising_takes_the_slope_at_the_corrupted_run_and_may_use_kl(tiny_bos_
         assert torch.allclose(found.corrupted, exact.corrupted, atol=1e-5)
 
 
-def test_a_bfloat16_model_is_estimated_as_its_float32_twin(tiny_directories):
+def test_a_bfloat16_model_is_estimated_like_its_float32_twin(tiny_directories):
     tokens = tokens_for()
     wide, narrow = (load_model(tiny_directories / "gpt2", dtype=dtype) for dtype in ("float32", "bfloat16"))
     for site in ("mlp_out", "z"):
@@ -110,7 +110,7 @@ def test_a_bfloat16_model_is_estimated_as_its_float32_twin(tiny_directories):
         assert (found.estimate - expected.estimate).abs().max() < 0.05 * expected.estimate.abs().max()
 
 
-def test_it_says_how_well_it_correlates_with_the_exact_grid_of_the_same_arguments(tiny_bos_model):
+def test_it_reports_its_correlation_with_the_exact_grid_of_the_same_arguments(tiny_bos_model):
     experiment = Patching(tiny_bos_model, tokens_for(rows=2))
     exact = experiment.grid("mlp_out", values="zero")
     found = experiment.attribution("mlp_out", values="zero", exact=exact)
@@ -131,7 +131,7 @@ def test_the_weights_and_hooks_are_left_as_they_were(tiny_bos_model):
     before = [parameter.requires_grad for parameter in parameters]
 
     def stop(logits):
-        if logits.abs().sum() > 0:  # it is first tried on zeros
+        if logits.abs().sum() > 0:  # the metric is first tried on zeros
             raise KeyboardInterrupt
         return logits.sum()
 
@@ -175,7 +175,7 @@ def test_an_embedding_before_the_stream_needs_no_gradient(tiny_bos_model):
     assert (found - expected).abs().max() < 0.01 * expected.abs().max() + 2e-4
 
 
-def test_it_says_that_it_is_an_approximation_and_comes_back(tiny_bos_model, tmp_path):
+def test_it_is_marked_as_an_approximation_and_can_be_saved(tiny_bos_model, tmp_path):
     heads = [(layer, head) for layer in (0, 1) for head in (1, 3)]
     found = Patching(tiny_bos_model, tokens_for()).attribution(
         "z", values="zero", over=("layer", "head", "pos"), heads=heads

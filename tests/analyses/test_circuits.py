@@ -1,4 +1,4 @@
-"""Circuits against whole matrices in float64 of Hugging Face's weights, and against models that run."""
+"""Circuits compared with full float64 matrices of Hugging Face's weights, and with running models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request):
-    """Learned positions; a partial rotation; grouped heads; norms behind attention; no MLP."""
+    """Learned positions; partial rotary; grouped heads; norms after attention; no MLP."""
     return request.param
 
 
@@ -55,7 +55,7 @@ def truth(kind, toys):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_directories, toys):
-    """Each model once, in whatever order tests ask."""
+    """Each model, created once, whatever the order of the tests."""
     return functools.cache(
         lambda kind, processing: load_model(
             toys[0] if kind == "toy" else tiny_directories / kind, processing=processing
@@ -70,7 +70,7 @@ def model(request, kind, loaded):
 
 @pytest.fixture(scope="module")
 def at(kind):
-    """What the QK circuits of a model must be told."""
+    """Arguments that a model's QK circuits need."""
     return {"relative_position": 3} if kind in ROTARY else {}
 
 
@@ -85,7 +85,7 @@ def llama(loaded):
 
 
 def same(circuit, expected):
-    """As TransformerLens's matrix of it, up to float32: sums of some hundred terms, some of which cancel."""
+    """Equal up to float32 rounding of sums of a few hundred terms, some of which cancel."""
     whole = circuit.matrix.AB.double()
     assert circuit.A.dtype == torch.float32
     assert whole.shape == expected.shape == circuit.shape
@@ -107,7 +107,7 @@ def test_qk(model, truth, at):
     found = QK(model, "L1H2", **at)
     assert same(found, reference.qk(truth, *LATER, **at))
     assert (found.axes, found.relative_position) == (("query", "key"), at.get("relative_position"))
-    # queries are no keys
+    # queries differ from keys
     assert not same(found, reference.qk(truth, *LATER, **at).T)
 
 
@@ -149,7 +149,7 @@ def test_compositions(model, truth, at):
 
 
 def test_the_articles_circuit(gpt2):
-    """Its own line, `Q = W_E @ W_Q; K = W_E @ W_V @ W_O @ W_K`, on the processed weights it was run on."""
+    """Its line `Q = W_E @ W_Q; K = W_E @ W_V @ W_O @ W_K`, on processed weights as there."""
     W_E, W_Q, W_K, W_V, W_O = (getattr(gpt2, name).detach() for name in ("W_E", "W_Q", "W_K", "W_V", "W_O"))
     Q = W_E @ W_Q[1, 2]
     K = W_E @ W_V[0, 1] @ W_O[0, 1] @ W_K[1, 2]
@@ -165,7 +165,7 @@ def test_a_rotation_depends_on_the_distance(model, truth, kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox"], scope="module")
-def test_what_is_not_rotated(model, truth):
+def test_the_unrotated_part(model, truth):
     found = full_QK(model, LATER, rotary="unrotated")
     assert same(found, reference.full_qk(truth, LATER, truth.W_E, unrotated=True))
     assert (found.rotary, found.relative_position, found.A.shape[1]) == ("unrotated", None, 4)
@@ -195,36 +195,36 @@ def test_composition_scores(model, truth, at):
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "toy"], scope="module")
 @pytest.mark.parametrize("model", [True], indirect=True, ids=["processed"], scope="module")
 def test_composition_scores_are_those_of_the_engine(model, kind):
-    """Processed as ours are; of a norm behind attention (Gemma-2) the engine leaves the scale out."""
+    """Processed like ours; the engine omits the scale of a norm after attention (Gemma 2)."""
     for which in "qkv":
         found = composition_scores(model, which, draws=2)
         own = model.all_composition_scores(which.upper())
         own = getattr(own, "scores", own)
-        # float32 norms, theirs from singular values
+        # float32 norms; the engine's come from singular values
         assert torch.allclose(found.scores[0, :, 1], own[0, :, 1].detach(), atol=1e-5)
         assert found.rotary == ("ignored" if kind in ROTARY and which != "v" else "none")
 
 
-def test_the_baseline_is_of_heads_without_relation(gpt2):
+def test_the_baseline_is_for_unrelated_heads(gpt2):
     found = composition_scores(gpt2, "k", seed=3, draws=100)
-    # of random weights the mean square is 1 / d_model; of 100 draws it is known to some 2%
+    # for random weights the mean square is 1 / d_model; 100 draws determine it to about 2%
     assert found.baseline_mean**2 + found.baseline_std**2 == pytest.approx(1 / 32, rel=0.08)
     assert_same(composition_scores(gpt2, "v", seed=3, draws=100).baseline_mean, found.baseline_mean)
     assert composition_scores(gpt2, "k", seed=4, draws=2).baseline_mean != found.baseline_mean
-    # the tiny model's weights are random: its 16 pairs lie as the random ones do (some 3 standard errors)
+    # the tiny model's weights are random, so its 16 pairs match the baseline (about 3 standard errors)
     rest = found.over_baseline[0, :, 1]
     assert abs(float(rest.mean())) < 3 * found.baseline_std / 4
     assert len(found.to_dataframe()) == 16
 
 
-# -- against models that run -----------------------------------------------------------------------
+# -- compared with running models ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama"], scope="module")
 @pytest.mark.parametrize("distance", [0, 2, 9])
-def test_qk_is_what_the_models_own_scores_say(model, kind, distance):
-    """Of the differences of scores of two queries with two keys no bias is left; nor, where one vector is
-    query and key at once, of the scores of x, -x and 0."""
+def test_qk_matches_the_models_own_scores(model, kind, distance):
+    """Biases cancel in differences between the scores of two queries with two keys and, where one vector is
+    both query and key, between the scores of x, -x and 0."""
     layer, head, src = 1, 2, 4
     dest = src + distance
     draw = torch.Generator().manual_seed(0)
@@ -263,7 +263,7 @@ def test_qk_is_what_the_models_own_scores_say(model, kind, distance):
 
 
 def test_full_ov_is_what_the_head_adds_to_the_logits(tmp_path):
-    """Of an attention-only model without norms and biases, in which one token attends to itself alone."""
+    """In an attention-only model without norms and biases, a single token attends to itself."""
     write_toy(tmp_path / "toy", normalization_type=None, n_layers=1)
     model = load_model(tmp_path / "toy", processing=False)
     ids = torch.arange(model.cfg.d_vocab)[:, None]
@@ -284,12 +284,12 @@ def test_full_ov_is_what_the_head_adds_to_the_logits(tmp_path):
         with_head = model.run_with_hooks(ids, fwd_hooks=[*hooks, ("blocks.0.attn.hook_z", only(3))])[:, 0]
         without = model.run_with_hooks(ids, fwd_hooks=[*hooks, ("blocks.0.attn.hook_z", zero)])[:, 0]
     added = (with_head - without).double()
-    # b_V adds the same to every source, and a constant over the vocabulary is no logit of any token
+    # b_V adds the same for every source, and a constant over the vocabulary does not matter
     added = added - added.mean(0)
     added = added - added.mean(1, keepdim=True)
     found = full_OV(model, (0, 3)).matrix.AB.double()
     found = found - found.mean(0)
-    # differences of float32 logits
+    # differences between float32 logits
     assert torch.allclose(found, added, atol=1e-5)
 
 
@@ -333,20 +333,20 @@ def test_positional_attention_is_the_models_own_where_only_positions_are_in_the_
         assert not plain.normalized_positions
 
 
-def test_positions_default_to_what_the_context_holds(gpt2):
+def test_positions_default_to_the_whole_context(gpt2):
     assert positional_attention(gpt2, LATER).pattern.shape == (32, 32)
     with pytest.raises(ValueError, match="n_positions must be between 1 and the context of 32, got 33"):
         positional_attention(gpt2, LATER, n_positions=33)
 
 
-def test_a_scale_that_is_no_square_root(tiny_directories):
-    """GPT-Neo divides by nothing."""
+def test_an_attention_scale_other_than_the_square_root(tiny_directories):
+    """GPT-Neo does not scale its scores."""
     model = load_model(tiny_directories / "gpt_neo")
     assert positional_attention(model, EARLIER).scale == pytest.approx(1, rel=1e-5)
 
 
 def test_padding_on_the_left_hides_no_position(tiny_directories):
-    """HookedTransformer hides the padding token then, which is the tokenizer's first here."""
+    """HookedTransformer would mask the padding token, here the tokenizer's first."""
     model = load_model(tiny_directories / "gpt2")
     circuit, attention = positional_QK(model, LATER), positional_attention(model, LATER)
     assert model.tokenizer.pad_token_id in (None, 0)
@@ -356,7 +356,7 @@ def test_padding_on_the_left_hides_no_position(tiny_directories):
     assert not attention.pattern.isnan().any()
 
 
-def test_attention_that_is_no_number_has_no_scale(tiny_directories, monkeypatch):
+def test_nan_attention_has_no_scale(tiny_directories, monkeypatch):
     model = load_model(tiny_directories / "gpt2")
     pattern = model.hook_dict["blocks.1.attn.hook_pattern"]
     monkeypatch.setattr(pattern, "forward", lambda value: value * math.nan)
@@ -369,7 +369,7 @@ def test_attention_that_is_no_number_has_no_scale(tiny_directories, monkeypatch)
 
 @pytest.mark.parametrize("fold_ln", [True, False])
 @pytest.mark.parametrize("center", [True, False])
-def test_a_model_processed_in_part(tiny_directories, monkeypatch, fold_ln, center):
+def test_a_partially_processed_model(tiny_directories, monkeypatch, fold_ln, center):
     truth = reference.of_hf(tiny_hf_model("gpt2"), "gpt2")
     monkeypatch.setattr(
         engines, "sound_processing", lambda *_, **__: engines.Processing(fold_ln, center, not center, False)
@@ -382,7 +382,7 @@ def test_a_model_processed_in_part(tiny_directories, monkeypatch, fold_ln, cente
     assert float(found) == pytest.approx(reference.composition(truth, "v", (0, 1), (1, 2)), rel=1e-5)
 
 
-def test_narrow_weights_give_wide_circuits(tiny_directories):
+def test_bfloat16_weights_give_float32_circuits(tiny_directories):
     truth = reference.of_hf(tiny_hf_model("gpt2"), "gpt2")
     model = load_model(tiny_directories / "gpt2", dtype=torch.bfloat16, processing=False)
     found = k_composition_circuit(model, EARLIER, LATER)
@@ -392,7 +392,7 @@ def test_narrow_weights_give_wide_circuits(tiny_directories):
     assert torch.allclose(found.matrix.AB.double(), expected, atol=0.02 * float(expected.abs().max()))
 
 
-def test_a_narrow_rotation(tiny_directories):
+def test_a_bfloat16_rotation(tiny_directories):
     truth = reference.of_hf(tiny_hf_model("gpt_neox"), "gpt_neox")
     model = load_model(tiny_directories / "gpt_neox", dtype=torch.bfloat16, processing=False)
     expected = reference.qk(truth, *LATER, relative_position=3)
@@ -459,7 +459,7 @@ def test_singular_tokens(gpt2):
             for end in ("positive", "negative"):
                 at_end = rows[rows["end"] == end]
                 assert list(at_end["place"]) == [1, 2, 3]
-                # the sign of a pair of vectors is nobody's
+                # the sign of a pair of singular vectors is arbitrary
                 sign = 1 if end == "positive" else -1
                 flip = math.copysign(1, float(vector[at_end["id"].iloc[0]])) * sign
                 expected = (sign * flip * vector).topk(3)
@@ -484,8 +484,8 @@ def test_directions_are_read_through_the_vocabulary(gpt2):
         assert torch.allclose(found, expected, atol=1e-5), axis
 
 
-def test_both_ends_of_a_direction_belong_together(gpt2):
-    """What is positive on both axes gets a positive entry from the direction alone."""
+def test_the_two_ends_of_a_direction_match(gpt2):
+    """Tokens that are positive on both axes get a positive entry from the direction alone."""
     circuit = full_OV(gpt2, LATER)
     table = singular_tokens(gpt2, circuit, n=1, k=1)
     ends = {(row.axis, row.end): row.id for row in table.itertuples()}
@@ -536,7 +536,7 @@ def test_a_circuit_of_the_same_model_in_another_state(gpt2, loaded):
 
 
 @pytest.mark.parametrize("head", [(2, 0), (0, 4), (-1, 0), (0, -1)])
-def test_heads_that_are_not_there(gpt2, head):
+def test_missing_heads_are_refused(gpt2, head):
     for circuit in (OV, QK, full_OV, full_QK, positional_QK, positional_attention):
         with pytest.raises(
             ValueError, match=r"head L.* is out of range: the model has layers 0 to 1 with heads 0 to 3"
@@ -548,7 +548,7 @@ def test_heads_that_are_not_there(gpt2, head):
 
 @pytest.fixture
 def unchecked():
-    """As users have it, without the tests' own check of types."""
+    """As for users, without the tests' type checks."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -577,18 +577,18 @@ def unchecked():
         ),
     ],
 )
-def test_arguments_of_another_type(gpt2, unchecked, ask, message):
+def test_arguments_of_wrong_types_are_refused(gpt2, unchecked, ask, message):
     with pytest.raises(TypeError, match=message):
         ask(gpt2)
 
 
-def test_a_distance_is_a_whole_number(llama, unchecked):
+def test_a_distance_is_an_integer(llama, unchecked):
     for wrong in (2.5, "2"):
         with pytest.raises(TypeError, match=f"relative_position must be an integer, got {wrong!r}"):
             QK(llama, LATER, relative_position=wrong)
 
 
-def test_one_head_is_written_in_many_ways(gpt2, unchecked):
+def test_a_head_can_be_written_in_several_ways(gpt2, unchecked):
     for head in ("0.1", "L0H1", (0, 1), [0, 1], numpy.array([0, 1]), torch.tensor([0, 1]), ["0.1"], [(0, 1)]):
         assert OV(gpt2, head).heads == ((0, 1),)
     assert OV(gpt2, torch.tensor([[0, 1], [1, 2]])).heads == ((0, 1), (1, 2))
@@ -601,7 +601,7 @@ def test_an_empty_corner_is_refused(gpt2):
         circuit_corner(gpt2, full_OV(gpt2, EARLIER), [1], [])
 
 
-def test_heads_that_make_no_sum(gpt2):
+def test_heads_that_cannot_be_summed_are_refused(gpt2):
     with pytest.raises(ValueError, match="heads must be one or several different heads, got"):
         full_OV(gpt2, [])
     with pytest.raises(ValueError, match="heads must be one or several different heads, got"):
@@ -627,7 +627,7 @@ def qk_circuits():
 
 
 @pytest.mark.parametrize("make", qk_circuits().values(), ids=qk_circuits())
-def test_a_rotation_is_not_passed_over(gpt2, llama, make):
+def test_a_rotation_is_not_ignored(gpt2, llama, make):
     with pytest.raises(ValueError, match=r"depends on their distance: .*neither was given"):
         make(llama)
     with pytest.raises(ValueError, match="both were given"):
@@ -644,7 +644,7 @@ def test_a_rotation_is_not_passed_over(gpt2, llama, make):
             make(gpt2, **option)
 
 
-def test_positions_that_are_not_learned(llama):
+def test_positions_that_are_not_learned_are_refused(llama):
     with pytest.raises(
         ValueError, match=r"no learned positions .* but 'rotary': use QK with relative_position"
     ):
@@ -653,7 +653,7 @@ def test_positions_that_are_not_learned(llama):
         positional_attention(llama, LATER)
 
 
-def test_composition_options_that_make_no_sense(gpt2, llama):
+def test_invalid_composition_options_are_refused(gpt2, llama):
     with pytest.raises(ValueError, match="kind must be one of k, q, v, got 'K'"):
         composition_scores(gpt2, "K")
     with pytest.raises(ValueError, match="relative_position must be left out for V-composition"):
@@ -678,7 +678,7 @@ GROUPED = {
 }
 
 
-def test_normalized_queries_make_no_product_of_weights(tmp_path):
+def test_normalized_queries_have_no_qk_circuit(tmp_path):
     write_model_of(tmp_path / "qwen3", Qwen3Config(**GROUPED, head_dim=8))
     model = load_model(tmp_path / "qwen3")
     with pytest.raises(ValueError, match="this model normalizes queries and keys"):
@@ -689,14 +689,14 @@ def test_normalized_queries_make_no_product_of_weights(tmp_path):
     assert OV(model, LATER).shape == (32, 32)
 
 
-def test_norms_behind_attention_alone_are_not_supported(tmp_path):
+def test_norms_only_after_attention_are_not_supported(tmp_path):
     write_model_of(tmp_path / "olmo2", Olmo2Config(**GROUPED))
     model = load_model(tmp_path / "olmo2", backend="bridge")
     with pytest.raises(ValueError, match="its norm comes after attention, not before"):
         OV(model, LATER)
 
 
-def test_a_circuit_says_what_it_is(llama):
+def test_a_circuit_describes_itself(llama):
     found = k_composition_circuit(llama, "0.1", "1.2", relative_position=4)
     assert found.name == "K-composition of L0H1 with L1H2"
     assert (found.rotary, found.relative_position, found.embedding) == ("relative", 4, "W_E")

@@ -1,4 +1,4 @@
-"""Feature alignment against literal loops, and on models whose features are known."""
+"""Feature alignment compared with literal loops, and on models with known features."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_a_known_case():
     found = feature_alignment(search([[[5], [6], [7]], [[5], [6], [5]]]))
     assert found.same[0, 1].tolist() == [True, True, False]
     assert found.same[0, 0].tolist() == [True] * 3
-    # of the six pairs of unlike features, only (0, 2) has 5 on both sides
+    # among the six pairs of different features, only (0, 2) has 5 on both sides
     assert found.chance_same[0, 1] == pytest.approx(1 / 6)
     assert found.share().value == pytest.approx(2 / 3)
     assert found.pairs() == [(0, 1)]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_every_number_is_that_of_literal_loops(top_k):
+def test_every_number_matches_literal_loops(top_k):
     draw = torch.Generator().manual_seed(3)
     mine, theirs = (
         torch.stack([torch.randperm(D_VOCAB, generator=draw)[:4] for _ in range(layers * 6)]).view(
@@ -69,14 +69,14 @@ def test_every_number_is_that_of_literal_loops(top_k):
             assert found.same[i, j].tolist() == same.diagonal().bool().tolist()
             torch.testing.assert_close(found.overlap[i, j], overlap.diagonal().float())
             apart = ~torch.eye(6, dtype=torch.bool)
-            # float32 of the same ratio
+            # the same ratio in float32
             assert float(found.chance_same[i, j]) == pytest.approx(float(same[apart].mean()), rel=1e-6)
             assert float(found.chance_overlap[i, j]) == pytest.approx(float(overlap[apart].mean()), rel=1e-6)
     assert found.is_index.tolist() == [[row[m][0] == m for m in range(6)] for row in mine.tolist()]
     assert found.other_is_index.tolist() == [[row[m][0] == m for m in range(6)] for row in theirs.tolist()]
 
 
-def test_features_are_matched_by_number_not_by_place():
+def test_features_are_matched_by_index_not_by_place():
     a = search([[[1], [2], [3]]], features=(4, 7, 2))
     b = search([[[3], [1]]], features=(2, 4))
     found = feature_alignment(a, b)
@@ -85,7 +85,7 @@ def test_features_are_matched_by_number_not_by_place():
     assert found.is_index.tolist() == [[False, False]]
 
 
-def test_random_tokens_agree_as_often_as_chance_says():
+def test_random_tokens_agree_as_often_as_chance_predicts():
     # many features, so that share and chance are close: 3 standard deviations of 4000 draws
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(D_VOCAB, (2, 4000, 1), generator=draw)
@@ -97,7 +97,7 @@ def test_random_tokens_agree_as_often_as_chance_says():
 
 
 def test_one_token_that_is_best_for_everything_is_not_alignment():
-    # one token is the best of every feature: it is so for unlike ones, too
+    # one token is best for every feature, so different features agree, too
     share = feature_alignment(search(torch.full((2, 50, 1), 4))).share()
     assert share.value == share.chance == 1
     assert share.verdict == "no more than chance"
@@ -173,12 +173,12 @@ def test_searches_that_cannot_be_compared_are_refused():
         feature_alignment(a).share("both")
 
 
-def test_directions_are_compared_with_the_same_ones_only():
+def test_directions_are_compared_only_with_themselves():
     some = {"site": "direction", "directions": torch.eye(2, 4)}
     a = search([[[1], [2]], [[1], [3]]], **some)
     assert feature_alignment(a).share().value == 0.5
     assert feature_alignment(a, search([[[1], [2]]], **some)).share().value == 1
-    # a direction's number means nothing
+    # a direction's index means nothing
     assert math.isnan(feature_alignment(a).index_share().value)
     with pytest.raises(ValueError, match="have different directions"):
         feature_alignment(a, search([[[1], [2]]], **(some | {"directions": torch.ones(2, 4)})))
@@ -194,14 +194,14 @@ def test_one_coincidence_is_not_alignment():
     assert share.verdict == "no more than chance"
 
 
-def test_of_the_stream_sites_may_differ():
+def test_sites_of_the_stream_may_differ():
     found = feature_alignment(search([[[1], [2]]]), search([[[1], [3]]], site="mlp_out"))
     assert (found.site, found.other_site) == ("resid_post", "mlp_out")
     assert found.same.tolist() == [[[True, False]]]
 
 
 def test_a_feature_that_no_token_activates_is_left_out():
-    # feature 0 has no best token in layer 1, feature 3 in neither: the lowest id stands there, and agrees
+    # feature 0 has no best token in layer 1, feature 3 in neither; the lowest id is stored there, and agrees
     ids = torch.tensor([[[0], [5], [6], [0]], [[0], [5], [7], [0]]])
     activations = torch.tensor([[[1.0], [1.0], [1.0], [0.0]], [[0.0], [1.0], [1.0], [-0.0]]])
     found = feature_alignment(search(ids, activations=activations, site="post"))
@@ -214,11 +214,11 @@ def test_a_feature_that_no_token_activates_is_left_out():
     # 5 with 7 and 6 with 5
     assert share.chance == 0
     assert found.to_dataframe()["features"].tolist() == [2]
-    # 0 is the number of feature 0, which has it for its best token in layer 0 alone
+    # token 0 is the best token of feature 0, and only in layer 0
     assert found.is_index.tolist() == [[True, False, False, False], [False] * 4]
     index = found.index_share()
     assert index.value == pytest.approx((1 / 3 + 0 / 2) / 2)
-    # layers are no further observations: the harmonic mean of 3 and 2 features, rounded down
+    # layers are not independent observations: the harmonic mean of 3 and 2 features, rounded down
     assert (index.low, index.high) == exact_interval(index.value, 2)
     nothing = feature_alignment(search(ids, activations=torch.zeros(2, 4, 1), site="post"))
     assert math.isnan(nothing.share().value)
@@ -226,9 +226,9 @@ def test_a_feature_that_no_token_activates_is_left_out():
     assert nothing.to_dataframe()["features"].tolist() == [0]
 
 
-def test_pairs_of_layers_may_count_other_numbers_of_features():
-    # layers 0 and 1 agree on 4 of 6; of layer 2 only features 0 and 1 have a best token, both the same; of
-    # layer 3 a single one, of which there is no chance
+def test_pairs_of_layers_may_count_different_numbers_of_features():
+    # layers 0 and 1 agree on 4 of 6; in layer 2 only features 0 and 1 have a best token, the same for both;
+    # in layer 3 only one has, so there is no chance level
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [1, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
     found = feature_alignment(search(ids[..., None], activations=(ids[..., None] > 0).float()))
     assert found.to_dataframe()["features"].tolist() == [6, 2, 1, 2, 1, 1]
@@ -245,13 +245,13 @@ def test_pairs_of_layers_may_count_other_numbers_of_features():
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_of_a_model_with_dead_neurons_every_number_is_that_of_literal_loops(tmp_path, top_k):
+def test_with_dead_neurons_every_number_matches_literal_loops(tmp_path, top_k):
     body = write_tiny_model(tmp_path / "dead", "gpt2", n_inner=24)
     with torch.no_grad():
         for block, dead, rare in zip(
             body.transformer.h, ((0, 8), (4, 12)), ((12, 18), (14, 20)), strict=True
         ):
-            # at 0 for every token, and above 0 for few
+            # some are 0 for every token, others above 0 for a few
             block.mlp.c_fc.bias[slice(*dead)] = -1000.0
             block.mlp.c_fc.bias[slice(*rare)] = -2.5
     body.save_pretrained(tmp_path / "dead")
@@ -283,7 +283,7 @@ def test_of_a_model_with_dead_neurons_every_number_is_that_of_literal_loops(tmp_
                 ("overlap", overlap, found.chance_overlap),
             ):
                 share = found.share(what, [(i, j)])
-                # float32 of the same ratios
+                # the same ratios in float32
                 value = sum(float(values[m, m]) for m in counted) / len(counted)
                 assert share.value == pytest.approx(value, rel=1e-6)
                 assert (share.low, share.high) == exact_interval(share.value, len(counted))

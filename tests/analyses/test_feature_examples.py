@@ -1,4 +1,4 @@
-"""Maximally activating examples against one run per window."""
+"""Maximally activating examples compared with one run per window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.reference import features as reference
 from tests.tiny_models import VOCAB
 
 LAYERS, WIDTH = 2, 32
-# other sums in other orders: a few roundings of activations around 10
+# sums in a different order: a few rounding errors of activations around 10
 CLOSE = {"atol": 2e-4, "rtol": 1e-5}
 LENGTH = 6
 
@@ -43,7 +43,7 @@ def special_of(model):
 @pytest.mark.parametrize(
     ("site", "name"), [("resid_post", "blocks.{}.hook_resid_post"), ("post", "blocks.{}.mlp.hook_post")]
 )
-def test_the_windows_are_those_of_single_runs(model, windows, site, name):
+def test_the_windows_match_single_runs(model, windows, site, name):
     result = feature_examples(model, Features(indices=[0, 5, 31], site=site), windows, top_k=4)
     assert result.read == len(windows)
     for layer in range(LAYERS):
@@ -51,7 +51,7 @@ def test_the_windows_are_those_of_single_runs(model, windows, site, name):
         for at, feature in enumerate((0, 5, 31)):
             best = torch.tensor([value for value, _, _ in expected[feature][:4]])
             torch.testing.assert_close(result.peaks[layer, at], best, **CLOSE)
-            # by window and position, since two windows may be equally good but for a rounding
+            # by window and position, since two windows may differ only by rounding
             known = {(window, pos): value for value, window, pos in expected[feature]}
             rows = result.windows[layer, at]
             found = zip(result.numbers[rows].tolist(), result.positions[layer, at].tolist(), strict=True)
@@ -61,7 +61,7 @@ def test_the_windows_are_those_of_single_runs(model, windows, site, name):
     assert torch.equal(result.tokens, windows[result.numbers])
 
 
-def test_the_shading_is_every_position_but_special_tokens(model, windows):
+def test_every_position_but_special_tokens_is_shaded(model, windows):
     result = feature_examples(model, Features([1], [7]), windows, top_k=3)
     for rank in range(3):
         window = result.tokens[result.windows[0, 0, rank]]
@@ -75,7 +75,7 @@ def test_the_shading_is_every_position_but_special_tokens(model, windows):
         )
 
 
-def test_text_is_cut_into_windows_behind_bos(tiny_directories):
+def test_text_is_cut_into_windows_after_bos(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     texts = ["a b c d e f g h i j k l m n o p", "the cat sat on the mat and the dog sat on the log"]
     result = feature_examples(model, Features([0], [3]), texts, top_k=2, length=8)
@@ -112,7 +112,7 @@ def test_fewer_windows_than_places(tiny_directories, windows):
     assert len(result.to_dataframe()) == 2
 
 
-def test_half_as_many_run_together_where_memory_runs_out(tiny_directories, windows, monkeypatch):
+def test_batches_are_halved_when_memory_runs_out(tiny_directories, windows, monkeypatch):
     model = load_model(tiny_directories / "gpt2", processing=False)
     whole = feature_examples(model, Features(indices=[1, 2]), windows, top_k=3)
     sizes, watch = [], examples.watch
@@ -159,7 +159,7 @@ class TestResume:
 
         monkeypatch.setattr(examples, "watch", counted)
         found = feature_examples(model, Features(indices=[1, 2]), windows, top_k=3, resume=file)
-        # three batches are left, and one run of what was kept
+        # the remaining three batches, and one run of the kept windows
         assert runs[:3] == [5, 5, 3]
         assert_same(found, feature_examples(model, Features(indices=[1, 2]), windows, top_k=3))
 
@@ -188,14 +188,14 @@ def test_a_checkpoint_of_windows_with_bos_is_refused_without_bos(tiny_directorie
         feature_examples(model, Features([0], [3]), texts, length=8, resume=file, prepend_bos=False)
 
 
-def test_ids_that_begin_with_bos(tiny_directories, windows):
+def test_ids_may_begin_with_bos(tiny_directories, windows):
     model = load_model(tiny_directories / "gpt2", processing=False)
     bos = torch.cat([torch.zeros(len(windows), 1, dtype=torch.long), windows], dim=1)
     assert feature_examples(model, Features([0], [1]), bos).prepend_bos is True
     assert feature_examples(model, Features([0], [1]), windows).prepend_bos is False
 
 
-def test_bad_input(tiny_directories, windows, tmp_path):
+def test_invalid_input_is_refused(tiny_directories, windows, tmp_path):
     model = load_model(tiny_directories / "gpt2", processing=False)
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         feature_examples(model, None, windows, top_k=0)

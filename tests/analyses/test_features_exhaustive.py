@@ -1,4 +1,4 @@
-"""Exhaustive search against the published loop on Hugging Face's models, and against single runs."""
+"""Exhaustive search compared with the published loop on Hugging Face's models, and with single runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny_models import VOCAB, tiny_hf_model, write_toy
 
 KINDS = ("gpt2", "gpt_neox", "llama", "gemma2")
 LAYERS, WIDTH = 2, 32
-# other sums in other orders: a few roundings of activations around 10
+# sums in a different order: a few rounding errors of activations around 10
 CLOSE = {"atol": 2e-4, "rtol": 1e-5}
 
 
@@ -37,7 +37,7 @@ def loaded(tiny_directories):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_feature_of_every_layer_is_that_of_the_published_loop(kind, loaded):
+def test_every_feature_of_every_layer_matches_the_published_loop(kind, loaded):
     result = search_exhaustive(loaded(kind), batch_size=9)
     hf_model = tiny_hf_model(kind)
     for layer in range(LAYERS):
@@ -82,7 +82,7 @@ def test_each_site_and_both_ends(kind, site, prefix, loaded):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_bos_stands_first(kind, loaded):
+def test_bos_comes_first(kind, loaded):
     model = loaded(kind)
     result = search_exhaustive(model, Features([0], [2]), prefix=Prefix("ab", prepend_bos=True))
     tokens = model.tokenizer("ab")["input_ids"]
@@ -93,7 +93,7 @@ def test_bos_stands_first(kind, loaded):
     name = "blocks.0.hook_resid_post"
     values = reference.by_hand(model, [name], prefix)[name][:, 2]
     assert int(result.ids) == int(values.argmax())
-    # it changes what is found
+    # it changes the result
     assert float(result.activations) != float(search_exhaustive(model, Features([0], [2])).activations)
 
 
@@ -111,18 +111,18 @@ def test_directions_of_the_stream(loaded):
     torch.testing.assert_close(unit.activations, search_exhaustive(model).activations, **CLOSE)
 
 
-def test_some_layers_and_features_are_those_of_all(loaded):
+def test_a_selection_of_layers_and_features_matches_the_full_search(loaded):
     model = loaded("llama")
     whole = search_exhaustive(model, top_k=2)
     some = search_exhaustive(model, Features([-1, 0], [5, -1]), top_k=2)
     assert some.layers == (1, 0)
     assert some.features == (5, WIDTH - 1)
     assert torch.equal(some.ids, whole.ids[[1, 0]][:, [5, WIDTH - 1]])
-    # the same runs, read in other ways
+    # the same runs, read differently
     assert_close(some.activations, whole.activations[[1, 0]][:, [5, WIDTH - 1]])
 
 
-def test_of_equal_tokens_the_smaller_id_comes_first(loaded, tiny_directories):
+def test_ties_go_to_the_smaller_id(loaded, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         # one after the other, in different batches
@@ -137,7 +137,7 @@ def test_of_equal_tokens_the_smaller_id_comes_first(loaded, tiny_directories):
 @pytest.mark.parametrize("prefix", [(), (7,), (4, 9)])
 def test_a_padding_token_is_run_like_any_other(kind, prefix, tiny_directories):
     model = load_model(tiny_directories / kind, processing=False)
-    # HookedTransformer would hide it at the left end of a run
+    # HookedTransformer would mask it at the start of a run
     model.tokenizer.padding_side, model.tokenizer.pad_token_id = "left", 7
     given = torch.tensor(prefix, dtype=torch.long)
     result = search_exhaustive(model, Features([1]), top_k=VOCAB, prefix=given)
@@ -154,7 +154,7 @@ def test_a_token_alone_needs_no_queries_and_later_layers_are_not_run(kind, loade
     model = loaded(kind)
     names = ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
     seen = positions_run(model, names, lambda: search_exhaustive(model, Features([0])))
-    # 4 tokens are tried before, by whole runs and by the short way
+    # first 4 tokens are tested, by full runs and by the shortcut
     assert seen == dict(zip(names, [4, 4 + 4 + VOCAB, 0], strict=True))
 
 
@@ -163,12 +163,12 @@ def test_a_prefix_is_run_once(kind, loaded):
     model, name = loaded(kind), "blocks.0.hook_resid_post"
     prefix = torch.arange(5, 15)
     seen = positions_run(model, [name], lambda: search_exhaustive(model, Features([0]), prefix=prefix))
-    # the prefix, 4 tokens tried in whole runs and 4 against its keys and values, and the vocabulary
+    # the prefix, 4 test tokens in full runs and 4 with cached keys and values, and the vocabulary
     assert seen[name] <= 10 + 4 * 11 + 4 + VOCAB
 
 
 @pytest.mark.parametrize("prefix", [None, torch.tensor([5, 9])])
-def test_where_the_short_way_is_wrong_whole_runs_are_made(prefix, loaded, monkeypatch):
+def test_full_runs_are_made_where_the_shortcut_is_wrong(prefix, loaded, monkeypatch):
     model = loaded("gpt2")
     right = search_exhaustive(model, prefix=prefix)
 
@@ -212,7 +212,7 @@ def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
 
     def short_of_memory(self, activation):
         sizes.append(len(activation))
-        # in the second layer only, so that the first has been noted already
+        # only in the second layer, after the first has been recorded
         if len(activation) > 10 and len(sizes) % 2 == 0:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return read(self, activation)
@@ -224,12 +224,12 @@ def test_batches_are_halved_when_memory_runs_out(loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
+def test_the_test_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
     model, prefix = loaded(kind), torch.arange(5, 15)
     right, watch, sizes = search_exhaustive(model, prefix=prefix), runs.watch, []
 
     def short_of_memory(model, tokens, readers):
-        # whole runs of the prefix, but for those that end at the embedding
+        # full runs of the prefix, except those that end at the embedding
         if "blocks.1.hook_resid_post" in readers:
             sizes.append(len(tokens))
             if len(tokens) > 1:
@@ -238,7 +238,7 @@ def test_the_trial_of_a_long_prefix_is_halved_too(kind, loaded, monkeypatch):
 
     monkeypatch.setattr(runs, "watch", short_of_memory)
     assert_same(search_exhaustive(model, prefix=prefix), right)
-    # a half, a quarter, and from then on one at a time
+    # half, then a quarter, and one at a time from then on
     assert sizes == [4, 2, 1, 1, 1, 1]
 
 
@@ -256,7 +256,7 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(exhaustive.FeatureSpec, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search_exhaustive(model, top_k=3, batch_size=10, resume=file)
-    # two batches through both layers; the third had noted the first layer
+    # two batches finished both layers; the third had recorded the first
     assert sum(rows) == 60
     rest = []
 
@@ -273,10 +273,10 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
     assert rest == []
 
 
-def test_it_says_before_how_long_it_takes(loaded, tmp_path, monkeypatch, capsys):
+def test_it_announces_how_long_it_will_take(loaded, tmp_path, monkeypatch, capsys):
     model = loaded("gpt2")
     file = tmp_path / "checkpoint.safetensors"
-    # of each block: query, key, value and output, two matrices of the MLP, and attention to one token
+    # per block: query, key, value and output, two MLP matrices, and attention to one token
     d, mlp = model.cfg.d_model, model.cfg.d_mlp
     block = 2 * (4 * d * d + 2 * d * mlp + 2 * d)
     monkeypatch.setattr(exhaustive, "block_rate", lambda _: VOCAB * 2 * block / 90)
@@ -322,10 +322,10 @@ def test_a_checkpoint_of_other_settings_of_the_model_is_refused(kind, change, ti
     here, file = tmp_path / kind, tmp_path / "checkpoint.safetensors"
     shutil.copytree(tiny_directories / kind, here)
     found = search_exhaustive(load_model(tiny_directories / kind, processing=False), resume=file)
-    # of the same name, in another place
+    # a model of the same name in another place
     moved = load_model(here, processing=False)
     assert search_exhaustive(moved, resume=file) == found
-    # nor does it matter what was run before, or what hooks are wanted
+    # earlier runs and requested hooks do not matter either
     moved(torch.tensor([[1, 2, 3]]))
     moved.cfg.use_attn_result = True
     assert search_exhaustive(moved, resume=file) == found
@@ -335,7 +335,7 @@ def test_a_checkpoint_of_other_settings_of_the_model_is_refused(kind, change, ti
         search_exhaustive(load_model(here, processing=False), resume=file)
 
 
-def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
+def test_short_differences_are_named(loaded, tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     search_exhaustive(loaded("gpt2"), Features(indices=[4]), resume=file)
     with pytest.raises(ValueError, match=r"begun with features \[4\], not \[5\]"):
@@ -365,7 +365,7 @@ def test_what_differs_is_named_where_it_is_short(loaded, tmp_path):
         ({"prefix": torch.ones(2, 3, dtype=torch.long)}, "a prefix must be one sequence, got 2 sequences"),
     ],
 )
-def test_bad_arguments(loaded, options, message):
+def test_invalid_arguments_are_refused(loaded, options, message):
     with pytest.raises(ValueError, match=message):
         search_exhaustive(loaded("gpt2"), **options)
 
@@ -383,7 +383,7 @@ def test_features_are_checked_without_a_model(options, message):
         Features(**options)
 
 
-def test_an_empty_prefix_is_none(loaded):
+def test_an_empty_prefix_is_no_prefix(loaded):
     assert_same(search_exhaustive(loaded("gpt2"), prefix=""), search_exhaustive(loaded("gpt2")))
 
 
@@ -392,7 +392,7 @@ def test_processed_weights_are_refused_with_the_reason(loaded):
         search_exhaustive(loaded("gpt2", processing=True))
 
 
-def test_a_model_without_tokenizer_or_mlps(tmp_path):
+def test_a_model_without_tokenizer_or_mlps_is_searched_where_possible(tmp_path):
     write_toy(tmp_path / "toy")
     model = load_model(tmp_path / "toy", processing=False)
     result = search_exhaustive(model, Features([1], [0, 1]))

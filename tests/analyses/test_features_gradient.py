@@ -1,4 +1,4 @@
-"""Gradient search against plain gradient descent on Hugging Face's models."""
+"""Gradient search compared with plain gradient descent on Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tiny_models import VOCAB, tiny_hf_model, write_model_of
 
 KINDS = ("gpt2", "gpt_neox", "llama")
 WIDTH = 32
-# other sums in other orders: a few roundings of activations around 10
+# sums in a different order: a few rounding errors of activations around 10
 CLOSE = {"atol": 2e-4, "rtol": 1e-5}
 FEW = {"steps": 5, "restarts": 3}
 
@@ -45,7 +45,7 @@ def loaded(tiny_directories):
 
 
 def search(model, *, n_tokens, layer=None, selection=None, objective="constant", target=None, **asked):
-    """`search_gradient` with the arguments of its objects by name."""
+    """`search_gradient` with the fields of its argument objects as keywords."""
     about = {name: asked.pop(name) for name in ("site", "directions") if name in asked}
     features = Features(layer, **about)
     read = {name: asked.pop(name) for name in ("isolated",) if name in asked} | {"at": selection}
@@ -70,7 +70,7 @@ def search(model, *, n_tokens, layer=None, selection=None, objective="constant",
 
 
 def first_tokens(model, restarts, n_tokens, seed):
-    """What each restart begins with."""
+    """The initial tokens of each restart."""
     ids = drawable_tokens(model.tokenizer, model.cfg.d_vocab)
     draw = torch.Generator().manual_seed(seed)
     first = ids[torch.randint(len(ids), (restarts, n_tokens), generator=draw)]
@@ -93,12 +93,12 @@ def nearest_token(embedded, E):
 
 @pytest.mark.parametrize("kind", [*KINDS, "gemma2"])
 @pytest.mark.parametrize("alone", [None, 1])
-def test_real_embeddings_run_as_their_tokens(kind, alone, loaded, tiny_directories):
+def test_real_embeddings_run_like_their_tokens(kind, alone, loaded, tiny_directories):
     model = load_model(tiny_directories / kind, processing=False) if kind == "gemma2" else loaded(kind)
     tokens = torch.tensor([[7, 8, 9, 10], [7, 30, 40, 11]])
     E = token_embeddings(model)
     name = "blocks.1.hook_resid_post"
-    # the last token is read, those before it and the prefix are not replaced
+    # the last token is read; earlier tokens and the prefix are not replaced
     found = run_embedded(model, torch.tensor([7, 0, 0, 10]), E[tokens[:1, 1:3]], 1, name, alone=alone)
     hf_model = tiny_hf_model(kind)
     if alone is not None:
@@ -113,7 +113,7 @@ def test_real_embeddings_run_as_their_tokens(kind, alone, loaded, tiny_directori
 @pytest.mark.filterwarnings("ignore:row 0 of the prompt begins with:UserWarning")
 def test_padding_tokens_are_run_like_any_other(kind, prefix, tiny_directories):
     model = load_model(tiny_directories / kind, processing=False)
-    # HookedTransformer would hide the tokenizer's padding, here 0, at the left end of a run
+    # HookedTransformer would mask the padding token, here 0, at the start of a run
     other = load_model(tiny_directories / kind, processing=False)
     model.tokenizer.padding_side, other.tokenizer.padding_side = "left", "right"
     name, begin = "blocks.1.hook_resid_post", torch.tensor(prefix, dtype=torch.long)
@@ -127,7 +127,7 @@ def test_padding_tokens_are_run_like_any_other(kind, prefix, tiny_directories):
     for way, ids in result.ids.items():
         torch.testing.assert_close(result.true_activations[way], own(ids)[:, -1, 3], **CLOSE)
         torch.testing.assert_close(result.selected_activations[way], own(ids)[:, -1, 3:4], **CLOSE)
-    # the first restart is of padding tokens; so may a target be
+    # the first restart has padding tokens, and so may a target
     target = torch.tensor([0, 0])
     result = search(model, prefix=begin, objective="l1", target=target, **asked)
     wanted = own(target[None])[0, -1, 3]
@@ -153,7 +153,7 @@ SELECTIONS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_three_steps_are_those_of_the_published_loop(kind, selection, loaded):
+def test_three_steps_match_the_published_loop(kind, selection, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     index, pairs = SELECTIONS[selection]
     E, rate = hf_embeddings(hf_model), 0.05
@@ -184,7 +184,7 @@ def test_three_steps_are_those_of_the_published_loop(kind, selection, loaded):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_softmax_after_each_step_is_that_of_the_published_loop(kind, loaded):
+def test_softmax_after_each_step_matches_the_published_loop(kind, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     E = hf_embeddings(hf_model)
 
@@ -214,7 +214,7 @@ def test_softmax_after_each_step_is_that_of_the_published_loop(kind, loaded):
         seed=2,
     )
     torch.testing.assert_close(result.objectives, losses, **CLOSE)
-    # a distribution tells its token by itself
+    # a distribution determines its token
     best = torch.stack([passed[step][row] for row, step in enumerate(losses.argmin(1).tolist())])
     torch.testing.assert_close(result.embeddings, best @ E, **CLOSE)
     assert torch.equal(result.decoded_ids["pinv"], best.argmax(-1))
@@ -222,7 +222,7 @@ def test_softmax_after_each_step_is_that_of_the_published_loop(kind, loaded):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_objective_is_what_it_says(kind, loaded):
+def test_each_objective_is_as_documented(kind, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     first, target, layer = first_tokens(model, 3, 2, seed=0), torch.tensor([20, 33]), 1
     output = reference.hf_block_output(hf_model, layer)
@@ -253,13 +253,13 @@ def test_each_objective_is_what_it_says(kind, loaded):
             restarts=3,
         )
         torch.testing.assert_close(result.objectives[:, 0], values, **CLOSE)
-        # each restart gets better by it
+        # it improves each restart
         assert bool((result.objectives.amin(1) < result.objectives[:, 0]).all())
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gptj"])
-def test_a_continuation_is_judged_by_all_that_makes_logits(kind, tiny_directories, tmp_path):
-    """A soft-cap, and an unembedding with a bias."""
+def test_a_continuation_uses_the_complete_unembedding(kind, tiny_directories, tmp_path):
+    """Including a soft-cap and an unembedding bias."""
     directory = tmp_path / kind if kind == "gptj" else tiny_directories / kind
     if kind == "gptj":
         sizes = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32, "rotary_dim": 4}
@@ -283,7 +283,7 @@ def test_a_continuation_is_judged_by_all_that_makes_logits(kind, tiny_directorie
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isolated", [False, True])
-def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
+def test_decoded_tokens_are_run(kind, isolated, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     E = hf_embeddings(hf_model)
     result = search(
@@ -306,7 +306,7 @@ def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
         own = output(rows)[:, -1, 9]
         torch.testing.assert_close(result.true_activations[way], own, **CLOSE)
         torch.testing.assert_close(result.true_objectives[way], -own, **CLOSE)
-        # better tokens than at first were found, and kept
+        # better tokens than the initial ones were found and kept
         assert not torch.equal(result.ids[way], first_tokens(model, 3, 3, seed=0))
     unit = torch.nn.functional.normalize
     cosines = unit(result.embeddings, dim=-1) @ unit(E, dim=-1).T
@@ -317,11 +317,11 @@ def test_what_is_decoded_is_run_as_tokens(kind, isolated, loaded):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("prior", "objective"), [("none", "mean"), ("norm", "mean"), ("none", "constant")])
-def test_what_is_found_is_decoded_at_the_end(kind, prior, objective, loaded):
+def test_the_last_embeddings_are_decoded(kind, prior, objective, loaded):
     model, hf_model = loaded(kind), tiny_hf_model(kind)
     E = hf_embeddings(hf_model)
     options = {"layer": 1, "selection": np.s_[:, 9], "n_tokens": 3, "objective": objective, "prior": prior}
-    # a constant that is reached and passed, so that the best embeddings are not the last
+    # the search passes this constant, so the best embeddings are not the last
     options |= {"constant": 2.0, "steps": 12, "restarts": 6, "learning_rate": 0.3}
     result = search(model, **options)
     coefficients = result.embeddings.double() @ torch.linalg.pinv(E.double())
@@ -335,7 +335,7 @@ def test_what_is_found_is_decoded_at_the_end(kind, prior, objective, loaded):
         assert torch.equal(result.decoded_ids[way], ids)
         own = output(ids)[..., 9]
         reached = -own.mean(-1) if objective == "mean" else (2.0 - own).abs().mean(-1)
-        # up to the rounding of other sums
+        # up to rounding
         assert bool((reached > result.true_objectives[way] - 2e-4).all())
         if objective == "mean":
             assert not torch.equal(ids, result.ids[way]), "better tokens were passed on the way"
@@ -355,11 +355,11 @@ def test_decoding(loaded):
     assert space.between_tokens() == pytest.approx(float(cosines.amax(-1).mean()), abs=1e-5)
 
 
-def test_decoding_where_the_embedding_is_far_wider_in_some_directions():
+def test_decoding_with_an_ill_conditioned_embedding():
     draw = torch.Generator().manual_seed(3)
     ends, _ = torch.linalg.qr(torch.randn(200, WIDTH, generator=draw))
     turned, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=draw))
-    # the Gram matrix's eigenvalues reach from 1 to 1e-6, which float32 does not tell from 0
+    # the Gram matrix's eigenvalues range from 1 to 1e-6, which float32 cannot tell from 0
     E = ends * torch.logspace(0, -3, WIDTH) @ turned
     some = torch.randn(5, WIDTH, generator=draw)
     expected = (some.double() @ torch.linalg.pinv(E.double())).float()
@@ -368,7 +368,7 @@ def test_decoding_where_the_embedding_is_far_wider_in_some_directions():
     assert float((found - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
 
-def test_priors_hold_embeddings_near_real_ones(loaded):
+def test_priors_keep_embeddings_near_real_ones(loaded):
     model = loaded("gpt2")
     options = {"layer": 1, "selection": np.s_[0, 3], "n_tokens": 1, "objective": "mean"}
     options |= {"steps": 15, "restarts": 4, "learning_rate": 0.3}
@@ -376,7 +376,7 @@ def test_priors_hold_embeddings_near_real_ones(loaded):
     norm = search(model, prior="norm", prior_weight=1000.0, **options)
     near = search(model, prior="nearest", prior_weight=1000.0, **options)
     mean = float(token_embeddings(model).norm(dim=-1).mean())
-    # a thousandth of the objective's own scale is left to gain
+    # within a thousandth of the objective's scale
     assert float((norm.embeddings.norm(dim=-1) / mean - 1).abs().max()) < 0.1
     assert float((free.embeddings.norm(dim=-1) / mean - 1).abs().max()) > 0.3
     assert float(near.nearest_cosine.min()) > 0.95 > float(free.nearest_cosine.min())
@@ -392,19 +392,19 @@ def test_default_settings_reach_the_optimum_on_the_bundled_model():
         best = float(complete.activations[layer, feature, 0])
         assert result.optimum == best
         assert result.below_optimum == best - result.best_activation()
-        # no token is above the optimum, up to the rounding of other sums
+        # no token exceeds the optimum, up to rounding
         assert result.below_optimum > -1e-3
         if result.best_activation() >= 0.95 * best:
             reached += 1
         else:
             missed += 1
-        # decided: each search costs a second
+        # decided, so stop: each search costs a second
         if reached == 7 or missed == 2:
             break
     assert reached == 7, "seven in eight features"
 
 
-# -- how it goes -----------------------------------------------------------------------------------
+# -- progress of a search --------------------------------------------------------------------------
 
 
 def test_a_seed_repeats_a_search(loaded):
@@ -416,11 +416,11 @@ def test_a_seed_repeats_a_search(loaded):
     assert not torch.equal(one.embeddings, other.embeddings)
 
 
-def test_it_stops_when_it_stalls(loaded):
+def test_a_stalled_search_stops(loaded):
     options = {"layer": 0, "selection": np.s_[:, 2], "n_tokens": 1, "optimizer": "SGD", "restarts": 2}
     # steps too small to change a float32
     result = search(loaded("gpt2"), learning_rate=1e-12, steps=50, patience=4, **options)
-    # the first place, four without progress, and the end
+    # the first check, four without progress, and the end
     assert result.objectives.shape[1] == 1 + 4 + 1
 
 
@@ -436,7 +436,7 @@ def test_restarts_run_in_parts_when_memory_runs_out(loaded, monkeypatch):
 
     monkeypatch.setattr(objectives.Objective, "__call__", short_of_memory)
     found = search(loaded("llama"), **options)
-    # in halves at first, and as many at once as went well from then on
+    # halves at first, and from then on as many as fitted
     assert sizes[:7] == [5, 2, 2, 1, 2, 2, 1]
     torch.testing.assert_close(found.objectives, right.objectives, **CLOSE)
 
@@ -456,12 +456,12 @@ def test_embeddings_are_looked_up_in_parts_when_memory_runs_out(kind, loaded, mo
     assert sizes == [64, 32, 16, 16, 16, 16]
 
 
-# more than two looks at the tokens
+# more than two lookups of tokens
 WHOLE = {"layer": 1, "selection": np.s_[:, 2], "n_tokens": 2, "objective": "mean"}
 WHOLE |= {"steps": 11, "restarts": 3, "learning_rate": 2.0}
 WAYS = {optimizer: {"optimizer": optimizer} for optimizer in optimization.OPTIMIZERS}
 WAYS |= {prior: {"prior": prior} for prior in optimization.PRIORS}
-# the best place is not the last
+# the best step is not the last
 WAYS["passed"] = {"objective": "constant", "constant": 2.0, "learning_rate": 0.3}
 WAYS["continuation"] = {
     "objective": "continuation",
@@ -472,9 +472,9 @@ WAYS["continuation"] = {
 
 
 def noted_judge(monkeypatch, interrupt_at=None):
-    """By a batch that is judged from now on: whether a step is made of it, or tokens are looked at.
+    """Records for each batch whether it makes a step or evaluates tokens.
 
-    After the step that is named the tokens' batch is an interruption.
+    Evaluating tokens after the given step raises an interruption.
     """
     steps, call = [], objectives.Objective.__call__
 
@@ -493,7 +493,7 @@ def test_an_interrupted_search_resumes(way, loaded, tmp_path, monkeypatch):
     model, file, options = loaded("gpt2"), tmp_path / "checkpoint.safetensors", WHOLE | WAYS[way]
     whole = search(model, **options)
     with monkeypatch.context() as patched:
-        # the optimizer has made the 10th step, and the walk has noted it
+        # the optimizer has made and recorded the 10th step
         noted_judge(patched, interrupt_at=10)
         with pytest.raises(KeyboardInterrupt):
             search(model, resume=file, **options)
@@ -579,7 +579,7 @@ def test_another_search_is_refused_by_name(loaded, tmp_path, tiny_directories):
         search(loaded("gpt2"), **asked)
 
 
-def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_directories):
+def test_the_checkpoint_covers_all_weights_that_the_search_reads(loaded, tmp_path, tiny_directories):
     file = tmp_path / "checkpoint.safetensors"
     asked = {"n_tokens": 2, "objective": "continuation", "target": torch.tensor([5])} | FEW
     search(loaded("gpt2"), resume=file, **asked)
@@ -590,8 +590,8 @@ def test_a_states_weights_are_all_that_the_search_reads(loaded, tmp_path, tiny_d
         search(other, resume=file, **asked)
 
 
-def test_the_constant_lies_beyond_what_is_there(tiny_directories):
-    # as of GPT-2, some of whose features are in the thousands at the first position
+def test_the_constant_exceeds_all_activations(tiny_directories):
+    # as in GPT-2, some of whose features are in the thousands at the first position
     model = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         b_out = model.blocks[1].mlp.b_out
@@ -600,14 +600,14 @@ def test_the_constant_lies_beyond_what_is_there(tiny_directories):
     found = search(model, layer=1, selection=np.s_[:, 3], n_tokens=1, optimum=complete)
     assert found.constant is not None
     assert found.constant > 10 * 2990
-    # float32 at 3000, run in other company
+    # float32 rounding at 3000, in a different batch
     assert found.best_activation() == pytest.approx(found.optimum, abs=2e-3)
-    # asked for, it is taken as it is: what is larger gets smaller
+    # a given constant is used unchanged: larger activations shrink
     low = search(model, layer=1, selection=np.s_[:, 3], n_tokens=1, constant=1000.0)
     assert low.best_activation() == pytest.approx(float(complete.lowest_activations[0, 0, 0]), abs=2e-3)
 
 
-def test_the_constant_is_by_size_and_not_by_sign(tiny_directories):
+def test_the_constant_depends_on_size_not_sign(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
         b_out = model.blocks[1].mlp.b_out
@@ -618,8 +618,8 @@ def test_the_constant_is_by_size_and_not_by_sign(tiny_directories):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_selected_activation_is_told(kind, loaded):
-    """Those that the best tokens have; what excites the weaker of two features most, and both on average."""
+def test_each_selected_activation_is_reported(kind, loaded):
+    """Those of the best tokens, for the minimum over two features and for their mean."""
     model, chosen = loaded(kind), np.s_[:, [3, 9]]
     output = reference.hf_block_output(tiny_hf_model(kind), 1)
     every = torch.arange(64)[:, None]
@@ -632,7 +632,7 @@ def test_each_selected_activation_is_told(kind, loaded):
         assert found.best_ids().tolist() == [best]
         torch.testing.assert_close(found.best_activations(), own[best], **CLOSE)
         assert found.best_activation() == pytest.approx(float(own[best].mean()), abs=1e-4)
-        # the table's first row is of the best tokens
+        # the table's first row has the best tokens
         smallest = found.to_dataframe()["smallest_activation"][0]
         assert smallest == pytest.approx(float(own[best].amin()), abs=1e-4)
 
@@ -683,17 +683,17 @@ GOOD = {"layer": 0, "selection": np.s_[0, 0], "n_tokens": 1} | FEW
         ({"n_tokens": 33}, "33 tokens, 33 of them searched, do not fit"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(loaded, options, message):
+def test_invalid_arguments_are_refused_by_name(loaded, options, message):
     with pytest.raises(ValueError, match=message):
         search(loaded("gpt2"), **(GOOD | options))
 
 
-def test_a_constant_that_has_no_effect_is_refused():
+def test_an_unused_constant_is_refused():
     with pytest.raises(ValueError, match=r"constant must be None with how='mean', got 5.0"):
         Maximize(Features(0), how="mean", constant=5.0)
 
 
-def test_values_of_another_type_are_refused(loaded):
+def test_values_of_wrong_types_are_refused(loaded):
     """Without the tests' type checker, which would refuse them first."""
     made = lambda cls, *given, **named: inspect.unwrap(cls.__init__)(object.__new__(cls), *given, **named)  # noqa: E731
     for make, message in (
@@ -732,7 +732,7 @@ def test_an_optimum_of_another_search_is_refused(loaded):
 def test_an_optimum_of_other_weights_is_refused(dtype, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False, dtype=dtype)
     complete = search_exhaustive(model, Features([0, 1]))
-    # as it stands, each is of this model
+    # unchanged, each belongs to this model
     for layer, feature in ((0, 0), (0, 9), (1, 3), (1, 31)):
         asked = {"layer": layer, "selection": np.s_[0, feature], "n_tokens": 1, "optimum": complete} | FEW
         search(model, **asked)

@@ -1,4 +1,4 @@
-"""Greedy search against the published loop on Hugging Face's models, and beams against whole runs."""
+"""Greedy search compared with the published loop on Hugging Face's models, and beams with full runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.reference import features as reference
 from tests.tiny_models import VOCAB, tiny_hf_model
 
 KINDS = ("gpt2", "gpt_neox", "llama")
-# other sums in other orders: a few roundings of activations around 10
+# sums in a different order: a few rounding errors of activations around 10
 CLOSE = {"atol": 2e-4, "rtol": 1e-5}
 
 
@@ -27,7 +27,7 @@ def loaded(tiny_directories):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("aggregate", ["last", "sum"])
-def test_one_to_four_tokens_are_those_of_the_published_loop(kind, aggregate, loaded):
+def test_one_to_four_tokens_match_the_published_loop(kind, aggregate, loaded):
     features, layer = [0, 7, 30], 1
     output = reference.hf_block_output(tiny_hf_model(kind), layer)
     found = {
@@ -38,7 +38,7 @@ def test_one_to_four_tokens_are_those_of_the_published_loop(kind, aggregate, loa
     }
     for i, feature in enumerate(features):
         tokens = reference.search_maximal(output, VOCAB, 4, feature, summed=aggregate == "sum")
-        # one token more changes none before
+        # an additional token changes none of the earlier ones
         for n, result in found.items():
             assert result.ids[i, 0].tolist() == tokens[:n]
         own = output(torch.tensor([tokens]))[0, :, feature]
@@ -49,7 +49,7 @@ def test_one_to_four_tokens_are_those_of_the_published_loop(kind, aggregate, loa
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("aggregate", ["last", "sum"])
-def test_a_beam_behind_a_prefix(kind, aggregate, loaded):
+def test_a_beam_after_a_prefix(kind, aggregate, loaded):
     output = reference.hf_block_output(tiny_hf_model(kind), 1)
     options = {"n_tokens": 3, "beam": 3, "aggregate": aggregate}
     result = search_greedy(loaded(kind), Features(1, [4, 9]), **options, prefix=torch.tensor([8, 3]))
@@ -96,7 +96,7 @@ def test_one_token_is_exhaustive_search(loaded):
 def test_each_step_costs_one_token_per_candidate(kind, loaded):
     model, name = loaded(kind), "blocks.0.hook_resid_post"
     seen = positions_run(model, [name], lambda: search_greedy(model, Features(0, [5]), n_tokens=4))
-    # before each step 4 tokens are tried in whole runs and 4 against the prefix, which is run once
+    # before each step, 4 tokens are tested in full runs and 4 with the prefix, which is run once
     tried = sum(4 * (n + 1) + 4 + n for n in range(4))
     assert seen[name] == 4 * VOCAB + tried
 
@@ -104,7 +104,7 @@ def test_each_step_costs_one_token_per_candidate(kind, loaded):
 def test_features_with_the_same_input_share_a_pass(loaded):
     model, passes = loaded("gpt2"), []
     vectors = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
-    # the same direction in two lengths, and its opposite
+    # the same direction with two lengths, and its opposite
     three = torch.cat([vectors, 2 * vectors, -vectors])
     run = greedy._best_after
 
@@ -121,10 +121,10 @@ def test_features_with_the_same_input_share_a_pass(loaded):
     assert_close(result.activations[1], 2 * result.activations[0])
 
 
-def test_of_equal_inputs_those_of_the_first_input_come_first(tiny_directories):
+def test_ties_go_to_the_first_input(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     with torch.no_grad():
-        # every token is the same one
+        # all tokens have the same embedding
         model.W_E[:] = model.W_E[5].clone()
     result = search_greedy(model, Features(1, [3, 9]), n_tokens=2, beam=3, batch_size=8)
     assert result.ids.tolist() == [[[0, 0], [0, 1], [0, 2]]] * 2
@@ -177,7 +177,7 @@ def test_an_interrupted_search_resumes(loaded, tmp_path, monkeypatch):
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
-def test_bad_arguments(loaded, options, message):
+def test_invalid_arguments_are_refused(loaded, options, message):
     with pytest.raises(ValueError, match=message):
         search_greedy(loaded("gpt2"), **({"features": Features(0, [0]), "n_tokens": 1} | options))
 

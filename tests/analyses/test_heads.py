@@ -1,4 +1,4 @@
-"""Head scores and repeated-token performance against the literal loops, on real small models."""
+"""Head scores and repeated-token performance compared with literal loops, on real small models."""
 
 from __future__ import annotations
 
@@ -71,19 +71,19 @@ def test_nulls_are_the_same_mask_on_unrelated_tokens(tiny_model):
             value = reference.induction(pattern[1, head], 6, bos)
             got = float(result.nulls["induction_score"][0, 1, layer, head])
             assert got == pytest.approx(value, abs=1e-6)
-    # the score of positions alone has its null by shuffling: uniform attention
+    # a score that depends only on positions has uniform attention as its null
     n = 12 + bos
     uniform = sum(1 / (dest + 1) for dest in range(1, n)) / (n - 1)
     assert torch.allclose(result.nulls["previous_token_score"], torch.tensor(uniform))
 
 
 def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distance_model):
-    """It attends S - 1 back whatever the tokens are. Only the null or a jitter exposes it."""
+    """It always attends S - 1 tokens back. Only the null or jitter exposes it."""
     model, seq_len = fixed_distance_model
     fixed = score_heads(
         model, RepeatedTokens(seq_len=seq_len, batch=8, seeds=(0,), prepend_bos=False), ["induction_score"]
     )
-    # all attention on the mask, in both
+    # all attention is on the mask, in both
     assert float(fixed.mean("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     assert float(fixed.null("induction_score")[0, 0]) == pytest.approx(1, abs=1e-3)
     jittered = score_heads(
@@ -91,7 +91,7 @@ def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distanc
         RepeatedTokens(seq_len=seq_len, batch=64, seeds=(0,), jitter=3, prepend_bos=False),
         ["induction_score"],
     )
-    # right by chance where the gap happens to be 0: a quarter of 64 rows, by the binomial within 0.25
+    # right by chance if the gap is 0: a quarter of 64 rows, within 0.25 by the binomial distribution
     assert float(jittered.mean("induction_score")[0, 0]) < 0.5
 
 
@@ -109,7 +109,7 @@ def test_prefix_matching_equals_its_loop(tiny_model_with_room):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
-    """Values, norms and unembedding are taken from Hugging Face's own modules, nothing from mechlens."""
+    """Values, norms and unembedding come from Hugging Face's modules, nothing from mechlens."""
     room = {"n_positions": 128} if kind == "gpt2" else {"max_position_embeddings": 128}
     hf = write_tiny_model(tmp_path / kind, kind, **room)
     hf.set_attn_implementation("eager")
@@ -135,7 +135,7 @@ def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
                 W_O = W_O * (one + block.post_attention_layernorm.weight)
         W_U = (int(kind == "gemma2") + final.weight)[:, None] * hf.lm_head.weight.T
         if kind == "gpt2":
-            W_U = W_U - W_U.mean(0)  # LayerNorm takes the mean of what is added away
+            W_U = W_U - W_U.mean(0)  # LayerNorm removes the mean
         for head in range(n_heads):
             source = head if kind == "gpt2" else head // 2  # two query heads share one value head
             v = values[:, source * d_head : (source + 1) * d_head].detach()
@@ -143,7 +143,7 @@ def test_copying_equals_the_loop_on_the_raw_weights(kind, tmp_path):
             pattern = out.attentions[layer][0, head]
             expected = reference.copying(pattern, v, rows, W_U.detach(), tokens[0], 1)
             got = float(result.scores["copying_score"][0, 0, layer, head])
-            # contributions nearly cancel in the ReLU, and eps = 1e-5 is left out here
+            # contributions nearly cancel in the ReLU, and eps = 1e-5 is omitted here
             assert got == pytest.approx(expected, abs=2e-3), (layer, head)
 
 
@@ -156,7 +156,7 @@ def test_copying_is_the_same_on_processed_and_unprocessed_weights(tiny_directory
         ).scores["copying_score"]
         for processing in (True, False)
     ]
-    # folding and centring round once more in float32
+    # folding and centering add a rounding in float32
     assert torch.allclose(*scores, atol=2e-3, equal_nan=True)
 
 
@@ -197,7 +197,7 @@ def test_shared_runs_give_the_same_performance_and_scores_as_separate_runs(tiny_
         tiny_model_with_room, RepeatedTokens(**shape), KINDS, progress=False
     )
     tiny_model_with_room.reset_hooks(including_permanent=True)
-    # of a seed: both copies, prefix matching, a null of each length, copying; probes have a row
+    # per seed: both copies, prefix matching, a null of each length, copying; probes have one row
     assert [n_pos for n_rows, n_pos in runs if n_rows == 3] == [14, 100, 14, 100, 25] * 2
     assert_same(
         performance, repeated_token_performance(tiny_model_with_room, RepeatedTokens(**shape), progress=False)
@@ -220,14 +220,14 @@ def test_scores_on_a_text_agree_with_detect_head(tiny_model):
         mask = getattr(head_detector, f"get_{theirs}_detection_pattern")(tokens)
         expected = head_detector.detect_head(tiny_model, text, theirs, error_measure="mul")
         on_mask = score_heads(tiny_model, tokens, (), masks={"theirs": mask})
-        # theirs divides by all attention (1 per position), ours by the number of entries
+        # detect_head divides by the total attention (1 per position), mechlens by the number of entries
         entries = int(mask.bool().sum())
         rescaled = on_mask.mean("theirs") * entries / n_pos
         assert torch.allclose(rescaled, expected.cpu(), atol=1e-5), kind
         assert torch.allclose(result.mean(kind), on_mask.mean("theirs"), atol=1e-6), kind
 
 
-def test_a_cache_gives_what_a_run_gives(tiny_model):
+def test_a_cache_gives_the_same_as_a_run(tiny_model):
     tokens = torch.randint(4, 50, (3, 12), generator=torch.Generator().manual_seed(2))
     kinds = ("previous_token_score", "first_token_score", "induction_score")
     _, cache = tiny_model.run_with_cache(tokens)
@@ -247,7 +247,7 @@ def test_attention_patterns_equal_the_models_own(tiny_model):
     cached = attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=cache)
     assert torch.allclose(cached.patterns, result.patterns, atol=1e-7)
     named = attention_patterns(tiny_model, tokens[None], ["L1H2", "0.0"])
-    # one row of a batch, and heads by name
+    # one row of a batch, with heads by name
     assert_same(named, result)
     _, bare = tiny_model.run_with_cache(tokens[None], remove_batch_dim=True)
     assert_same(attention_patterns(tiny_model, tokens, [(1, 2), (0, 0)], cache=bare), cached)
@@ -259,7 +259,7 @@ def test_attention_patterns_equal_the_models_own(tiny_model):
 def test_stories260k_has_previous_token_heads_and_no_induction_head(stories260k):
     result = score_heads(stories260k, RepeatedTokens(batch=15, seeds=(0, 1)))
     assert detect_heads(result, "previous_token_score", 0.75) == ["L3H6", "L1H3"]
-    # 0.88 and 0.80 are published to two digits, from other random draws
+    # published as 0.88 and 0.80, from other random draws
     assert float(result.mean("previous_token_score")[3, 6]) == pytest.approx(0.88, abs=0.015)
     assert float(result.mean("previous_token_score")[1, 3]) == pytest.approx(0.80, abs=0.015)
     assert detect_heads(result, "induction_score", 0.1) == []
@@ -286,9 +286,9 @@ def golden_scores(model) -> HeadScores:
 
 
 def test_both_engines_give_the_same_scores(bundled):
-    """The file was written by HookedTransformer 3.9; the suite runs on both engines.
+    """The file was written with HookedTransformer 3.9; the suite runs on both engines.
 
-    Write it anew with MECHLENS_WRITE_GOLDEN=1 when the bundled model or a definition changes.
+    When the bundled model or a definition changes, rewrite it with MECHLENS_WRITE_GOLDEN=1.
     """
     result = golden_scores(bundled)
     if os.environ.get("MECHLENS_WRITE_GOLDEN"):
@@ -361,7 +361,7 @@ def test_a_model_without_tokenizer_is_scored_on_any_ids(tiny_directory_with_room
         (lambda m: attention_patterns(m, "abc", ["five"]), "a head is written L5H5, 5.5 or"),
     ],
 )
-def test_errors_say_what_came_and_what_is_needed(tiny_bos_model, call, message):
+def test_errors_state_what_was_needed_and_given(tiny_bos_model, call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_bos_model)
 
@@ -373,12 +373,12 @@ def test_token_strings_are_visible_parts_of_the_text(bundled):
     assert "�" not in "".join(strings)
 
 
-def test_ids_past_the_tokenizer_have_names_too(tiny_bos_model):
+def test_ids_beyond_the_tokenizer_have_names_too(tiny_bos_model):
     patterns = attention_patterns(tiny_bos_model, torch.tensor([5, 63]), [(0, 0)])
     assert patterns.token_strings == (tiny_bos_model.tokenizer.decode([5]), "[63]")
 
 
-def test_a_sequence_without_repeats_leaves_the_mean_of_the_others(tiny_bos_model):
+def test_a_sequence_without_repeats_is_left_out_of_the_mean(tiny_bos_model):
     tokens = torch.tensor([[5, 6, 5, 7], [5, 6, 7, 8]])  # the second row repeats nothing
     result = score_heads(tiny_bos_model, tokens, ("induction_score",))
     assert result.scores["induction_score"][0, 1].isnan().all()

@@ -1,4 +1,4 @@
-"""Induction circuits: in a model written by hand, in a shuffled copy of it, and in the bundled one."""
+"""Induction circuits in a handwritten model, in a shuffled copy of it, and in the bundled one."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ ON = RepeatedTokens(SEQ_LEN, batch=4, seeds=[0])
 
 
 def write_circuit(directory, *, shuffled=False, cut="", n_heads=2, back=1, sharpness=30.0):
-    """Two layers of attention alone: L0H0 attends to the token before and writes it beside the token, L1H0
-    attends where that is its own token, and copies the token there. The other heads are faint noise.
+    """Two attention-only layers. L0H0 attends to the previous token and writes it next to the current one.
+    L1H0 attends where its own token was written, and copies the token there. The other heads are faint noise.
 
-    The stream holds the token, the position, the token before, and what is said of the next.
+    The stream has subspaces for the token, the position, the previous token and the prediction.
 
     Args:
-        cut: `writes` or `compares`: what L0H0 or L1H0 does not, because its weights for it are zeros.
-        sharpness: of L0H0's attention, the score where it attends.
-        back: how many tokens before it L0H0 attends to.
-        n_heads: in each layer. Of more than 2, L0H1 does for the last third of the tokens what L0H0 else
-            does, and writes what nobody reads besides.
+        cut: `writes` or `compares`: zeros the weights with which L0H0 writes or L1H0 compares.
+        sharpness: L0H0's attention score where it attends.
+        back: how many tokens back L0H0 attends.
+        n_heads: per layer. If more than 2, L0H1 replaces L0H0 for the last third of the tokens, and also
+            writes something that no head reads.
     """
     from safetensors.torch import save_file
 
@@ -84,7 +84,7 @@ def write_circuit(directory, *, shuffled=False, cut="", n_heads=2, back=1, sharp
     strong = 30.0 * D_HEAD**0.5  # 30 after the division by sqrt(d_head)
     first, second = ("blocks.0.attn.", "blocks.1.attn.")
     weights[f"{first}W_Q"][0, place, :P] = sharpness * D_HEAD**0.5 * torch.eye(P)
-    # position j is found by the query of j + 1
+    # the query at j + 1 finds position j
     weights[f"{first}W_K"][0, place, :P] = torch.eye(P).roll(back, 1)
     weights[f"{first}W_V"][0, token] = torch.eye(V)
     weights[f"{first}W_O"][0, :, before] = torch.eye(V)
@@ -125,23 +125,23 @@ def shuffled(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
-def test_a_circuit_that_was_written_is_found(by_hand, how, tmp_path):
+def test_a_handwritten_circuit_is_found(by_hand, how, tmp_path):
     found = find_induction_circuits(by_hand, ON, how=how)
     assert found.labels == (("L0H0", "L1H0"),)
     assert found.verdicts == ("circuit",)
     said = found.evidence(0)
-    # a token that comes twice within a copy shares its attention
+    # a token that occurs twice within a copy splits the attention
     assert said["induction_score"] > 0.7
-    # all positions but the first attend to the one before
+    # all positions but the first attend to the previous one
     assert said["previous_token_score"] == pytest.approx(1, abs=1e-4)
     assert said["k_top1_keys"] == said["k_top1_queries"] == said["ov_top1"] == 1
-    # weights of the identity: every eigenvalue is positive
+    # identity weights: every eigenvalue is positive
     assert said["ov_copying"] == pytest.approx(1, abs=1e-4)
-    # ||I|| / (||I|| ||I||), of rank V; random matrices of these shapes have about 1 / sqrt(d_model)
+    # ||I|| / (||I|| ||I||) with rank V; random matrices of these shapes have about 1 / sqrt(d_model)
     assert said["k_score"] == pytest.approx(V**-0.5, abs=1e-4)
     assert said["k_z"] > 10
     assert (said["k_rank"], said["n_earlier"]) == (1, 2)
-    # without the token before, the keys say nothing
+    # without the previous token, the keys have no information
     assert said["score_path"] < 0.25
     assert said["score_removed"] < 0.25
     assert said["loss_path"] == pytest.approx(said["loss_removed"], abs=1e-3), "there is no other way"
@@ -157,7 +157,7 @@ def test_a_circuit_that_was_written_is_found(by_hand, how, tmp_path):
     assert table.loc[0, ["previous", "induction", "verdict"]].tolist() == ["L0H0", "L1H0", "circuit"]
 
 
-def test_a_shuffled_copy_has_none(shuffled):
+def test_a_shuffled_copy_has_no_circuit(shuffled):
     found = find_induction_circuits(shuffled, ON)
     assert found.pairs == ()
     assert "no head has an induction score of at least 0.4" in found.note
@@ -169,8 +169,8 @@ def test_a_shuffled_copy_has_none(shuffled):
 
 
 @pytest.mark.parametrize(("n_heads", "verdict"), [(4, "in part"), (8, "circuit")])
-def test_a_pair_composes_only_above_most_earlier_heads(tmp_path, n_heads, verdict):
-    """The second of two heads that compose far over chance: of 8 it is in the upper quarter, of 4 not."""
+def test_a_pair_composes_only_if_it_ranks_above_most_earlier_heads(tmp_path, n_heads, verdict):
+    """The second of two heads that compose far above chance is in the top quarter of 8 heads, not of 4."""
     model = load_model(write_circuit(tmp_path, n_heads=n_heads))
     found = find_induction_circuits(model, ON, pairs=[("0.0", "1.0"), ("0.1", "1.0")])
     assert found.k_rank.tolist() == [1, 2]
@@ -182,7 +182,7 @@ def test_a_pair_composes_only_above_most_earlier_heads(tmp_path, n_heads, verdic
 
 @pytest.mark.parametrize("cut", ["writes", "compares"])
 def test_a_head_of_zeros_is_no_evidence(tmp_path, cut):
-    """All entries of its circuits tie."""
+    """All entries of its circuits are tied."""
     model = load_model(write_circuit(tmp_path, cut=cut))
     found = find_induction_circuits(model, ON, pairs=[("0.0", "1.0")])
     said = found.evidence(0)
@@ -198,8 +198,8 @@ def test_a_head_of_zeros_is_no_evidence(tmp_path, cut):
     assert [cell.text for cell in table.cells()[0][3:6]] == ["—"] * 3
 
 
-def test_the_scores_of_a_pair_are_those_of_its_own_runs(by_hand):
-    """Against runs with hooks: the key input is written by hand for this model, which has no norms."""
+def test_the_scores_of_a_pair_match_separate_runs(by_hand):
+    """Compared with hooked runs; the key input is computed by hand, as this model has no norms."""
     found = find_induction_circuits(by_hand, ON, how="zero")
     kept = {}
 
@@ -247,8 +247,8 @@ def test_the_bundled_models_own_circuit(bundled):
 
 
 def hits_by_hand(directory):
-    """Of each token, whether its entry with itself is larger than all others, in whole matrices in float64 of
-    the file's weights: of L0H0 and L1H0 for its query and for its key, and of L1H0's OV for its source."""
+    """Whether each token's entry with itself exceeds all others, from full float64 matrices of the file's
+    weights: for L0H0 and L1H0 by query and by key, and for L1H0's OV by source."""
     file = load_file(directory / "model.safetensors")
     weights = {name: value.double() for name, value in file.items()}
     W_E, (first, second) = weights["embed.W_E"], ("blocks.0.attn.W_", "blocks.1.attn.W_")
@@ -267,7 +267,7 @@ def hits_by_hand(directory):
     return {"k_top1_keys": hits(composed), "k_top1_queries": hits(composed.T), "ov_top1": hits(copied)}
 
 
-def test_accuracies_of_a_sample_have_an_interval_that_covers_those_of_all_tokens(tmp_path):
+def test_intervals_of_sampled_accuracies_cover_the_full_accuracies(tmp_path):
     directory = write_circuit(tmp_path, n_heads=4)
     model, by_hand = load_model(directory), hits_by_hand(directory)
     pairs = [("0.0", "1.0"), ("0.1", "1.0")]
@@ -295,7 +295,7 @@ def test_accuracies_of_a_sample_have_an_interval_that_covers_those_of_all_tokens
             differs.append(share != float(getattr(complete, name)[0]))
         if seed == complete.seed:
             assert found.verdicts == complete.verdicts, "no verdict hangs on a sample"
-    # 95%, and of a sample of nearly half of all a little more
+    # 95%, and slightly more because the sample is nearly half of the vocabulary
     assert sum(covered) >= 35
     assert any(differs)
     off = max(float((found.intervals[name] - getattr(found, name)).abs().max()) for name in COUNTED)
@@ -307,8 +307,8 @@ def test_accuracies_of_a_sample_have_an_interval_that_covers_those_of_all_tokens
     )
 
 
-def test_what_a_head_has_alone_and_what_runs_share_is_made_once(tmp_path, monkeypatch):
-    """Of 12 pairs of 4 previous-token heads and 3 induction heads in a model of 6 layers."""
+def test_work_that_pairs_share_is_done_once(tmp_path, monkeypatch):
+    """12 pairs of 4 previous-token heads and 3 induction heads in a 6-layer model."""
     write_tiny_model(tmp_path, "llama", num_hidden_layers=6)
     model = load_model(tmp_path)
     asked = []
@@ -336,15 +336,15 @@ def test_what_a_head_has_alone_and_what_runs_share_is_made_once(tmp_path, monkey
         # the key, up to the pattern, and to the end
         assert more == {**dict.fromkeys(before, 3), at: 3 + 11, enters: 3 + 3 * 11}
     else:
-        # whole runs, and rotations are read off runs up to the layer
+        # full runs; rotations are read from runs up to the layer
         assert more[at] == 3 + 11
 
 
 # -- heads that share their keys ---------------------------------------------------------------------
 
 
-def test_of_heads_that_share_a_key_the_pairs_own_alone_sees_the_patch(tmp_path):
-    """Against the same model with the weights of its keys and values written out for every head."""
+def test_when_heads_share_a_key_only_the_receiver_sees_the_patch(tmp_path):
+    """Compared with the same model with key and value weights repeated for every head."""
     write_tiny_model(tmp_path / "grouped", "llama", num_hidden_layers=3)
     apart = tiny_hf_model("llama", num_hidden_layers=3, num_key_value_heads=4)
     grouped = tiny_hf_model("llama", num_hidden_layers=3).state_dict()
@@ -367,7 +367,7 @@ def test_of_heads_that_share_a_key_the_pairs_own_alone_sees_the_patch(tmp_path):
         find_induction_circuits(load_model(tmp_path / name), **options) for name in ("grouped", "apart")
     )
     for name in ("score_path", "loss_path", "loss_path_error", "score_removed", "loss_removed"):
-        # float32 through three layers, in sums of another order
+        # float32 through three layers, summed in a different order
         torch.testing.assert_close(
             getattr(shared, name), getattr(alone, name), atol=2e-5, rtol=0, msg=lambda m, name=name: name + m
         )
@@ -375,12 +375,11 @@ def test_of_heads_that_share_a_key_the_pairs_own_alone_sees_the_patch(tmp_path):
     assert (losses[0::2] - losses[1::2]).abs().min() > 1e-3, "two heads of one group are not the same"
 
 
-# -- beside a user's hook ----------------------------------------------------------------------------
+# -- with a user's hook ------------------------------------------------------------------------------
 
 
-def test_pairs_beside_a_users_hook_are_judged_in_whole_runs(tmp_path):
-    """Against runs of single sequences: the hook acts in the middle, and on the first row of whatever runs
-    together."""
+def test_with_a_users_hook_pairs_are_judged_in_full_runs(tmp_path):
+    """Compared with runs of single sequences. The hook acts in the middle, on the first row of each batch."""
     write_tiny_model(tmp_path, "llama", num_hidden_layers=4)
     model = load_model(tmp_path)
 
@@ -415,11 +414,11 @@ def test_pairs_beside_a_users_hook_are_judged_in_whole_runs(tmp_path):
 def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
     found = find_induction_circuits(by_hand, ON, threshold=0.999)
     assert re.search(r"the highest is L1H0 with 0\.\d{3}$", found.note), "the score alone is too low"
-    # a head that attends as far back whatever the tokens are, and so as much where nothing is repeated
+    # a head that attends equally far back on any tokens, so equally where nothing repeats
     fixed = load_model(write_circuit(tmp_path / "fixed", back=SEQ_LEN - 1))
     found = find_induction_circuits(fixed, ON)
     assert re.search(r"the highest is L0H0 with 1\.000, but its null is (0\.[5-9]|1\.0)", found.note)
-    # one that attends to the token before, but not enough, although the induction head makes do with it
+    # a head that attends too little to the previous token, although enough for the induction head
     faint = load_model(write_circuit(tmp_path / "faint", sharpness=1.5))
     found = find_induction_circuits(faint, ON)
     said = r"no head before the induction heads L1H0 .*; the highest is L0H0 with 0\.[23]\d{2}$"
@@ -444,7 +443,7 @@ def test_a_note_names_the_null_that_decided(by_hand, tmp_path):
         ({"pairs": [("0.0", "1.0"), ((0, 0), (1, 0))]}, "pairs must be one or several different pairs"),
     ],
 )
-def test_what_cannot_be_is_refused(by_hand, options, message):
+def test_impossible_arguments_are_refused(by_hand, options, message):
     with pytest.raises(ValueError, match=message):
         find_induction_circuits(by_hand, **({"on": ON} | options))
 
@@ -458,10 +457,10 @@ def test_what_cannot_be_is_refused(by_hand, options, message):
         (["0.0,1.0"], "'0.0,1.0'"),
     ],
 )
-def test_what_is_no_list_of_pairs_is_refused_before_any_run(by_hand, pairs, shown):
+def test_an_invalid_list_of_pairs_is_refused_before_any_run(by_hand, pairs, shown):
     runs = []
     handle = by_hand.register_forward_pre_hook(lambda *_: runs.append(1))
-    # as users have it, without the tests' own check of types
+    # as for users, without the tests' type checks
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         with pytest.raises(ValueError, match=f"pairs must be a list of .* got {shown} in it"):

@@ -1,4 +1,4 @@
-"""The maps back to the input against least squares on whole activations, and on models made for it."""
+"""Maps back to the input compared with least squares on full activations, and on purpose-built models."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ N_TRAIN, N_HELD_OUT, LENGTH = 60, 20, 12
 
 
 def windows(count=N_TRAIN + N_HELD_OUT):
-    """More than 32 different tokens, so that no stream is of less than full rank for want of them."""
+    """More than 32 different tokens, so that the streams have full rank."""
     return torch.randint(0, 60, (count, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 def sizes(tokens, bos):
-    """How many positions the first 60 windows have, and the rest, without BOS."""
+    """The number of positions in the first 60 windows and in the rest, without BOS."""
     counted = tokens != (-1 if bos is None else bos)
     return {"train_tokens": int(counted[:N_TRAIN].sum()), "held_out_tokens": int(counted[N_TRAIN:].sum())}
 
@@ -39,7 +39,7 @@ def probe(model, **options):
 
 
 def split(model):
-    """Of the same windows, the streams by row and the tokens: of training and held out."""
+    """Streams by row, and tokens, of the same training and held-out windows."""
     tokens, bos = windows(), own_bos_token_id(model.tokenizer)
     found = []
     for part in (tokens[:N_TRAIN], tokens[N_TRAIN:]):
@@ -54,9 +54,9 @@ def test_maps_and_what_they_recover_equal_the_slow_reference(tiny_model):
     W_E = tiny_model.W_E.detach().double()
     W_U = reference.unembedding(tiny_model)
     principal = torch.linalg.svd(W_E - W_E.mean(0)).Vh[:6]
-    # an axis is free to point either way
+    # the sign of an axis is arbitrary
     flips = (principal * result.directions["pca"].double()).sum(1).sign()
-    # the eigenvalues differ by some percent, so float32 knows the axes to about 1e-5
+    # the eigenvalues differ by a few percent, so float32 determines the axes to about 1e-5
     assert torch.allclose(principal * flips[:, None], result.directions["pca"].double(), atol=1e-4)
     assert result.rows == ("embed", "0", "1")
     assert result.fits == ("embed", "0", "1", "shared")
@@ -66,7 +66,7 @@ def test_maps_and_what_they_recover_equal_the_slow_reference(tiny_model):
     for basis, C in coefficients.items():
         for f, (X, its_ids) in enumerate(zip(streams, targets, strict=True)):
             M, b = reference.fit(X, C[its_ids])
-            # saved in float32; the condition of the streams' covariance is some 1e4
+            # saved in float32; the condition number of the streams' covariance is about 1e4
             assert torch.allclose(result.weights[basis][f].double(), M, rtol=1e-4, atol=1e-4)
             assert torch.allclose(result.biases[basis][f].double(), b, rtol=1e-4, atol=1e-4)
             for name, A in (("similarity", W_E), ("unembedding_similarity", W_U)):
@@ -75,7 +75,7 @@ def test_maps_and_what_they_recover_equal_the_slow_reference(tiny_model):
             read_by = [(0, f)] if f < len(train) else [(1, row) for row in range(len(train))]
             for m, row in read_by:
                 guesses = held_out[row] @ M + b
-                # a token whose two nearest are equally near but for rounding may go either way
+                # a token whose two nearest embeddings differ only by rounding may go either way
                 one = 1.5 / len(ids)
                 expected = float(reference.accuracy(guesses, C, ids))
                 assert float(result.accuracy[basis][m, row]) == pytest.approx(expected, abs=one)
@@ -86,19 +86,19 @@ def test_maps_and_what_they_recover_equal_the_slow_reference(tiny_model):
     assert float(result.chance) == pytest.approx(float((ids == train_ids.mode().values).double().mean()))
 
 
-def test_a_row_that_is_the_embedding_gives_it_back(tiny_directories):
-    """Without positions in the stream and with raw weights the map of `embed` is the identity."""
+def test_the_embedding_row_maps_to_itself(tiny_directories):
+    """With raw weights and no positions in the stream, the map of `embed` is the identity."""
     for kind in ("gpt_neox", "llama"):
         result = probe(load_model(tiny_directories / kind, processing=False))
-        # float32 of a float64 solution whose condition is about 1e2
+        # a float64 solution with condition number about 1e2, stored in float32
         assert torch.allclose(result.weights["embedding"][0], torch.eye(32), atol=1e-5)
         assert result.accuracy["embedding"][0, 0] == 1
         assert result.r2["embedding"][0, 0] == pytest.approx(1, abs=1e-6)
         assert result.similarity["embedding"][0] == pytest.approx(1, abs=1e-6)
-        # of random maps with the identity's singular values each reads all directions alike
+        # random maps with the identity's singular values read all directions equally
         null, own = result.weight_correlation_null["pca"][0], result.weight_correlation["pca"][0]
         assert torch.allclose(null, own.expand(3))
-        # and none is near the embedding: a cosine of random maps of 32 dimensions spreads by about 1 / 32
+        # and none is near the embedding: the cosine of random maps in 32 dimensions spreads by about 1 / 32
         assert result.similarity_null["embedding"][0].abs().max() < 4 / 32
 
 
@@ -135,7 +135,7 @@ def test_weights_and_their_correlation_with_importance(tiny_model):
     assert result.explained["pca"] == pytest.approx(float(result.importance["pca"].sum()), abs=1e-6)
 
 
-def test_nulls_are_of_random_maps_with_the_same_singular_values(tiny_bos_model):
+def test_nulls_are_random_maps_with_the_same_singular_values(tiny_bos_model):
     from scipy.stats import ortho_group
 
     draws = 200
@@ -155,39 +155,39 @@ def test_nulls_are_of_random_maps_with_the_same_singular_values(tiny_bos_model):
             expected = torch.stack([reference.cosine(M, C, A) for M in random])
             mean, low, high = getattr(result, f"{name}_null")[basis][1].tolist()
             spread = float(expected.std())
-            # two means of 200 draws differ by 0.1 spreads at one standard error
+            # one standard error between two means of 200 draws is 0.1 spreads
             assert mean == pytest.approx(float(expected.mean()), abs=0.4 * spread)
-            # and their ends by 0.27
+            # and 0.27 for their ends
             assert low == pytest.approx(float(expected.quantile(0.025)), abs=0.9 * spread)
             assert high == pytest.approx(float(expected.quantile(0.975)), abs=0.9 * spread)
 
 
 def test_non_negative_parts_are_found(tmp_path):
-    """Embeddings made of 4 parts, each in coordinates and in amounts of its own."""
+    """Embeddings made of 4 parts with separate coordinates and amounts."""
     draw = torch.Generator().manual_seed(0)
     parts = torch.zeros(4, 32)
     for part in range(4):
         parts[part, 8 * part : 8 * part + 8] = torch.randn(8, generator=draw)
     parts = torch.nn.functional.normalize(parts, dim=1)
     amounts = torch.rand(64, 4, generator=draw) * torch.tensor([1.0, 2.0, 4.0, 8.0])
-    # each part alone in some token: what makes the parts the only solution
+    # some token has each part alone, which makes the solution unique
     amounts[:4] = 8 * torch.eye(4)
     model = toy(tmp_path, W_E=amounts @ parts)
     result = probe(model, bases={"nmf": 4})
     order = amounts.pow(2).sum(0).argsort(descending=True)
-    # as near as the factorisation's tolerance
+    # within the factorization's tolerance
     assert torch.allclose(result.directions["nmf"], parts[order], atol=0.02)
     shares = amounts.pow(2).sum(0) / amounts.pow(2).sum()
     assert torch.allclose(result.importance["nmf"], shares[order], atol=0.02)
     assert result.explained["nmf"] == pytest.approx(1, abs=1e-3)
     assert result.nmf_converged
-    # the amounts are then a linear function of the stream, which is the embedding
+    # so the amounts are a linear function of the stream, which is the embedding
     assert result.r2["nmf"][0, 0] > 0.999
     assert result.accuracy["nmf"][0, 0] == 1
 
 
 def toy(directory, **weights):
-    """An attention-only model without norms and positions whose layers add nothing but what is given here."""
+    """An attention-only model without norms and positions, whose layers add only the given outputs."""
     from safetensors.torch import load_file, save_file
 
     own = write_toy(directory, normalization_type=None)
@@ -202,10 +202,10 @@ def toy(directory, **weights):
 PLACES = {"W_E": "embed.W_E", "W_V": "blocks.0.attn.W_V", "W_O": "blocks.0.attn.W_O"}
 
 
-def test_a_map_that_leans_on_what_the_embedding_cares_little_about(tmp_path):
-    """The comment's hypothesis made true: layer 0 turns the coordinates round, small ones becoming large.
+def test_a_map_that_relies_on_unimportant_directions_of_the_embedding(tmp_path):
+    """Here the hypothesis is true: layer 0 reverses the coordinates, so small ones become large.
 
-    The stream is that of single tokens, so that each head attends to the token itself.
+    Inputs are single tokens, so each head attends to the token itself.
     """
     W_E = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 32)
     turned = torch.eye(32).flip(0)
@@ -214,25 +214,25 @@ def test_a_map_that_leans_on_what_the_embedding_cares_little_about(tmp_path):
     model = toy(tmp_path, W_E=W_E, W_V=values, W_O=torch.eye(32).reshape(4, 8, 32))
     one = windows()[:, :1].repeat(5, 1)
     result = probe_input(model, one, bases=(), ridge=0, train_tokens=300, held_out_tokens=50, null_draws=100)
-    # float32, of numbers up to 100
+    # float32 numbers up to 100
     assert torch.allclose(result.weights["embedding"][1], turned, atol=1e-4)
-    # the training tokens are drawn unevenly, so that neighbors in importance may change places
+    # training tokens are drawn unevenly, so neighbors in importance may swap
     assert result.weight_correlation["embedding"][0] > 0.99
     assert result.weight_correlation["embedding"][1] < -0.99
     assert result.accuracy["embedding"][0].tolist() == [1, 1, 1]
 
 
-def test_one_map_without_those_per_layer(tiny_bos_model):
+def test_a_shared_map_without_maps_per_layer(tiny_bos_model):
     both, alone = probe(tiny_bos_model), probe(tiny_bos_model, per_layer=False)
     assert alone.maps == alone.fits == ("shared",)
     for basis in ("embedding", "pca"):
-        # summed in another order
+        # summed in a different order
         assert torch.allclose(alone.weights[basis][0], both.weights[basis][-1], atol=1e-5)
         assert torch.equal(alone.accuracy[basis][0], both.accuracy[basis][1])
         assert torch.allclose(alone.similarity[basis], both.similarity[basis][-1:], atol=1e-5)
 
 
-def test_a_seed_repeats_and_leaves_the_callers_random_state(tiny_bos_model):
+def test_a_seed_is_reproducible_and_leaves_the_callers_random_state(tiny_bos_model):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -244,7 +244,7 @@ def test_a_seed_repeats_and_leaves_the_callers_random_state(tiny_bos_model):
 
 
 def test_positions_with_bos_do_not_count(tiny_bos_model):
-    """Windows of a text begin with BOS, which the result says and does not count."""
+    """Windows of text begin with BOS, which the result records but does not count."""
     text = ["abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123" * 20]
     options = {"train_tokens": 240, "held_out_tokens": 80, "bases": (), "null_draws": 2}
     result = probe_input(tiny_bos_model, token_windows(tiny_bos_model, text, length=9), **options)
@@ -257,7 +257,7 @@ def test_positions_with_bos_do_not_count(tiny_bos_model):
     assert not without.prepend_bos
 
 
-def test_intervals_are_of_the_accuracies_of_windows(tiny_model):
+def test_intervals_are_over_the_accuracies_of_windows(tiny_model):
     """Computed from each held-out window on its own."""
     result = probe(tiny_model)
     W_E = tiny_model.W_E.detach()
@@ -269,7 +269,7 @@ def test_intervals_are_of_the_accuracies_of_windows(tiny_model):
         guesses = stream @ result.weights["embedding"][2].double() + result.biases["embedding"][2].double()
         per_window.append(reference.accuracy(guesses, W_E, window[keep[0]]))
     low, high = bootstrap_interval(torch.stack(per_window), seed=0)
-    # one token of a window whose two nearest are equally near but for rounding may go either way
+    # in a window, one token whose two nearest embeddings differ only by rounding may go either way
     assert torch.allclose(
         result.accuracy_interval["embedding"][0, 2].double(), torch.stack([low, high]), atol=1 / 120
     )
@@ -278,8 +278,8 @@ def test_intervals_are_of_the_accuracies_of_windows(tiny_model):
     assert not one.accuracy["embedding"].isnan().any()
 
 
-def test_the_unembedding_is_taken_with_the_final_norms_scale(tiny_directories):
-    """Raw weights keep that scale, and the subtraction of the mean, out of `W_U`."""
+def test_the_unembedding_includes_the_final_norms_scale(tiny_directories):
+    """With raw weights, `W_U` has neither that scale nor the centering."""
     model = load_model(tiny_directories / "gpt2", processing=False)
     result = probe(model, bases=())
     scale = model.ln_final.w.detach()
@@ -293,7 +293,7 @@ def test_the_unembedding_is_taken_with_the_final_norms_scale(tiny_directories):
         )
 
 
-def test_a_saved_probe_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
+def test_a_probe_can_be_saved_and_makes_a_table(tiny_bos_model, tmp_path):
     result = probe(tiny_bos_model)
     assert InputProbe.load(result.save(tmp_path / "probe.safetensors")) == result
     made = examples.input_probe()
@@ -331,7 +331,7 @@ def test_a_wrong_argument_is_an_error_that_names_it(tiny_bos_model, options, mes
 
 
 @needs_shared
-def test_the_bundled_model_keeps_its_input_but_turns_it_away_from_the_embedding(bundled):
+def test_the_bundled_model_keeps_its_input_but_rotates_it_away_from_the_embedding(bundled):
     books = SHARED / "corpus" / "books-validation.jsonl.gz"
     result = probe_input(bundled, books, bases=(), train_tokens=16384, held_out_tokens=1024, null_draws=20)
     own = result.accuracy["embedding"][0]

@@ -1,4 +1,4 @@
-"""The logit lens against whole logits of every layer, on real small models."""
+"""The logit lens compared with full logits of every layer, on real small models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tokens_for(batch=2, length=9):
 
 
 def dense(model, resid):
-    """Whole logits of a residual, through the model's own parts."""
+    """Full logits of a residual, through the model's own modules."""
     with torch.no_grad():
         logits = model.ln_final(resid) @ model.W_U + model.b_U
     cap = model.cfg.output_logits_soft_cap
@@ -37,7 +37,7 @@ def is_tied(lens):
 
 @pytest.fixture(params=[True, False], ids=["processed", "raw"])
 def lens_model(request, load_once, tiny_directories, tiny_model):
-    """Every tiny model, processed and not."""
+    """Every tiny model, processed and raw."""
     kinds = {"GPT2LMHeadModel": "gpt2", "GPTNeoXForCausalLM": "gpt_neox"}
     kinds |= {"LlamaForCausalLM": "llama", "Gemma2ForCausalLM": "gemma2"}
     kind = kinds[describe(tiny_model).architecture]
@@ -99,11 +99,11 @@ def test_every_row_equals_the_slow_reference(lens_model):
                     named["next"] = int(tokens[b, pos + 1])
                 for name, token in named.items():
                     expected = reference.statistics(logits[b, pos], final[b, pos], token)
-                    # float32, against float64 of float32 logits
+                    # float32, compared with float64 from float32 logits
                     assert float(lens.log_prob[name][row, b, pos]) == pytest.approx(
                         expected["log_prob"], abs=5e-5
                     )
-                    # logits that differ by rounding alone may change places
+                    # logits that differ only by rounding may swap
                     own = logits[b, pos] - logits[b, pos, token]
                     least, most = (1 + int((own > off).sum()) for off in (1e-4, -1e-4))
                     assert least <= float(lens.rank[name][row, b, pos]) <= most
@@ -122,11 +122,11 @@ def test_undefined_statistics_are_nan(lens_model):
     assert not lens.log_prob["input"].isnan().any()
 
 
-def test_an_output_added_to_its_stream_is_the_next_stream(lens_model):
+def test_a_stream_plus_its_output_is_the_next_stream(lens_model):
     if lens_model.cfg.parallel_attn_mlp:
         pytest.skip("attention and MLP both read resid_pre")
     tokens = tokens_for()
-    # the same sum in another order
+    # the same sum in a different order
     added, mid = (logit_lens(lens_model, tokens, read) for read in ("resid_pre+attn_out", "resid_mid"))
     assert torch.allclose(added.entropy, mid.entropy, atol=1e-4)
     added, post = (logit_lens(lens_model, tokens, read) for read in ("resid_mid+mlp_out", "resid_post"))
@@ -143,7 +143,7 @@ def test_resid_mid_of_a_parallel_model_is_refused(tiny_directories):
     assert logit_lens(model, tokens_for(), "resid_pre+mlp_out").read == "resid_pre+mlp_out"
 
 
-def test_layers_and_positions_are_rows_and_columns_of_the_whole(tiny_bos_model):
+def test_layers_and_positions_select_rows_and_columns(tiny_bos_model):
     tokens = tokens_for()
     whole = logit_lens(tiny_bos_model, tokens)
     part = logit_lens(tiny_bos_model, tokens, layers=[-1], positions=[2, -1])
@@ -167,13 +167,13 @@ def test_decoders_of_raw_weights(tiny_directories, kind):
         lens = logit_lens(model, tokens, decoder=decoder, top_k=1)
         with torch.no_grad():
             logits = vectors @ model.W_U + model.b_U
-        # the raw stream has logits of some hundred, whose softmax float32 knows to 1e-4
+        # raw logits reach several hundred, so their float32 softmax is accurate to 1e-4
         expected = logits.double().log_softmax(-1).gather(2, tokens[..., None])[..., 0]
         assert torch.allclose(lens.log_prob["input"][1].double(), expected, atol=1e-3), decoder
         assert lens.decoder == (decoder if isinstance(decoder, str) else "relu")
 
 
-def test_a_saved_lens_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
+def test_a_lens_can_be_saved_and_makes_a_table(tiny_bos_model, tmp_path):
     lens = logit_lens(tiny_bos_model, "abc", targets=["d"])
     path = lens.save(tmp_path / "lens.safetensors")
     assert LogitLensResult.load(path) == lens
@@ -240,13 +240,13 @@ def test_targets_are_texts_ids_tensors_or_one_per_position(tiny_bos_model):
     lens = logit_lens(tiny_bos_model, tokens, targets=following)
     assert torch.equal(lens.target_ids["target_0"], following)
     assert torch.equal(lens.rank["target_0"][..., :-1], lens.rank["next"][..., :-1])
-    # what numpy and torch call an integer is one
+    # numpy and torch integers are accepted
     lens = logit_lens(tiny_bos_model, tokens.int(), targets=[np.int64(7), torch.tensor(8)])
     assert {name: ids.unique().tolist() for name, ids in lens.target_ids.items()} == {
         "7": [7],
         "target_1": [8],
     }
-    # an id and a text that read alike are two targets
+    # an id and a text with the same label are two targets
     digit = tiny_bos_model.tokenizer("5")["input_ids"][-1]
     both = logit_lens(tiny_bos_model, tokens, targets=[5, "5"]).target_ids
     assert {name: ids.unique().tolist() for name, ids in both.items()} == {"5": [5], "target_1": [digit]}
@@ -255,7 +255,7 @@ def test_targets_are_texts_ids_tensors_or_one_per_position(tiny_bos_model):
 
 
 def test_a_decoder_may_change_its_vectors_in_place(tiny_bos_model, monkeypatch):
-    """With a small budget the row `embed` is decoded again and again."""
+    """With a small budget, the row `embed` is decoded repeatedly."""
     monkeypatch.setattr("mechlens.measures.readout.CPU_BUDGET", 1)
 
     def in_place(vectors):
@@ -263,7 +263,7 @@ def test_a_decoder_may_change_its_vectors_in_place(tiny_bos_model, monkeypatch):
 
     changed = logit_lens(tiny_bos_model, tokens_for(), decoder=in_place)
     kept = logit_lens(tiny_bos_model, tokens_for(), decoder=lambda vectors: vectors * 0.5 + 1)
-    # the same products, of other shapes
+    # the same products in other shapes
     assert torch.allclose(changed.kl_input, kept.kl_input, atol=1e-5)
 
 
@@ -281,8 +281,8 @@ def test_a_model_without_mlps_has_no_mlp_out(tmp_path):
 
 
 @pytest.mark.parametrize("prompt", [None, 3, {"text": "a"}])
-def test_another_type_of_prompt_is_a_type_error(tiny_bos_model, prompt):
-    with pytest.raises(TypeError):  # beartype's, or where it does not look, ours
+def test_a_prompt_of_a_wrong_type_is_a_type_error(tiny_bos_model, prompt):
+    with pytest.raises(TypeError):  # from beartype or from mechlens
         logit_lens(tiny_bos_model, prompt)
 
 
@@ -313,7 +313,7 @@ def test_a_head_is_read_by_its_output(lens_model):
         written = cache[f"blocks.{layer}.attn.hook_z"][:, :, head] @ lens_model.W_O[layer, head]
         norm = getattr(lens_model.blocks[layer], "ln1_post", None)
         if norm is not None:
-            # linear once it is told what to divide by: what it makes of the whole, in parts
+            # linear once the scale is fixed, so the parts sum to the whole
             z = cache[f"blocks.{layer}.attn.hook_z"]
             whole = sum(z[:, :, h] @ lens_model.W_O[layer, h] for h in range(lens_model.cfg.n_heads))
             written = written * cache[f"blocks.{layer}.hook_attn_out"] / whole
@@ -329,7 +329,7 @@ def test_a_head_is_read_by_its_output(lens_model):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_last_blocks_equals_a_run_from_the_rows_vectors(lens_model, k):
-    """As if each row's vectors had stood before block n - k, or before the next block where that is later."""
+    """As if each row's vectors entered block n - k, or the next block if that is later."""
     tokens = tokens_for()
     lens = logit_lens(lens_model, tokens, decoder=LastBlocks(k))
     n_layers = lens_model.cfg.n_layers
@@ -371,7 +371,7 @@ def test_a_tuned_lens_translates_each_row(tiny_directories):
         # float32 log-probabilities
         assert torch.allclose(found.log_prob["input"][row], expected, atol=2e-5)
         if row < 2:
-            # what comes before block l is what comes after block l - 1
+            # the stream before block l is the stream after block l - 1
             assert torch.allclose(before.log_prob["input"][1 + row], expected, atol=2e-5)
     with pytest.raises(ValueError, match="between two blocks"):
         logit_lens(model, tokens, "mlp_out", decoder=lens)
@@ -402,7 +402,7 @@ def tuned(model):
     )
 
 
-# -- batches that are no rectangle ------------------------------------------------------------------
+# -- ragged batches ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -441,7 +441,7 @@ def test_texts_of_unequal_length_are_padded(tiny_bos_model):
         logit_lens(tiny_bos_model, {"input_ids": ids, "attention_mask": mask}, positions=[2])
 
 
-def test_a_document_past_the_context_is_read_in_windows(lens_model):
+def test_a_document_longer_than_the_context_is_read_in_windows(lens_model):
     n_ctx = lens_model.cfg.n_ctx
     tokens = tokens_for(1, 2 * n_ctx + 5)
     lens = logit_lens(lens_model, tokens, positions=[3, n_ctx, n_ctx + 7, 2 * n_ctx + 4])
@@ -459,7 +459,7 @@ def test_a_document_past_the_context_is_read_in_windows(lens_model):
 
 
 def test_a_smaller_budget_changes_nothing(tiny_bos_model, monkeypatch):
-    # past the context of 32
+    # longer than the context of 32
     tokens = tokens_for(2, 17).repeat(1, 2)
     whole = logit_lens(tiny_bos_model, tokens, targets=[3])
     monkeypatch.setattr("mechlens.analyses.logit_lens.windows.RESIDUAL_BYTES", 1)
@@ -483,7 +483,7 @@ def test_bfloat16_is_read_in_float32(tiny_directories):
     assert lens.entropy.dtype == torch.float32
     for b, pos in ((0, 0), (1, 5)):
         expected = reference.statistics(logits[b, pos], logits[b, pos], 7)
-        # float32, though each logit in bfloat16 would be off by some 1e-2
+        # float32; in bfloat16 each logit would be off by about 1e-2
         assert float(lens.log_prob["7"][1, b, pos]) == pytest.approx(expected["log_prob"], abs=2e-5)
         assert float(lens.entropy[1, b, pos]) == pytest.approx(expected["entropy"], abs=2e-5)
 
@@ -509,10 +509,10 @@ def test_a_vector_reads_as_it_does_in_its_row(lens_model):
         lens_vector(lens_model, resid[1, 2, :31])
 
 
-def test_a_constant_vector_says_what_the_biases_say(tiny_directories):
-    """LayerNorm makes zero of it, so that `b_U` is left."""
+def test_a_constant_vector_decodes_to_the_biases(tiny_directories):
+    """LayerNorm maps it to zero, so only `b_U` is left."""
     model = load_model(tiny_directories / "gpt2")
     found = lens_vector(model, torch.full((32,), 3.0), targets=[4])
     expected = model.b_U.detach().log_softmax(0)[4]
-    # a mean of float32 numbers differs from each of them by rounding, which the norm's epsilon keeps small
+    # the mean of equal float32 numbers differs from them by rounding, which the norm's epsilon keeps small
     assert float(found.log_prob["4"]) == pytest.approx(float(expected), abs=1e-3)

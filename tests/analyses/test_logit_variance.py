@@ -36,7 +36,7 @@ def test_every_number_equals_the_slow_reference(tiny_model):
     for b in range(2):
         for pos in range(6):
             variance, rows = reference.by_bin(logits[:, b, pos].tolist(), found.bins)
-            # float32, of logits up to 10
+            # float32 logits up to 10
             assert found.variance[:, b, pos].tolist() == pytest.approx(variance, rel=1e-3)
             got = [values[:, :, b, pos] for values in (found.mean_logit, found.spread, found.excess)]
             expected = torch.tensor(rows).double()
@@ -53,11 +53,11 @@ def test_processed_and_raw_weights_agree(tiny_directories, kind):
         for state in (False, True)
     )
     for name in ("variance", "elsewhere_variance", "null_variance", "mean_logit", "spread", "excess"):
-        # two roundings of float32 weights
+        # float32 weights, rounded twice
         torch.testing.assert_close(getattr(raw, name), getattr(processed, name), atol=1e-4, rtol=1e-3)
 
 
-def test_positions_are_columns_of_the_whole(tiny_bos_model):
+def test_positions_select_columns(tiny_bos_model):
     tokens = tokens_for()
     whole = logit_variance(tiny_bos_model, tokens)
     part = logit_variance(tiny_bos_model, tokens, positions=[-1, 2])
@@ -66,7 +66,7 @@ def test_positions_are_columns_of_the_whole(tiny_bos_model):
     torch.testing.assert_close(part.excess, whole.excess[..., [5, 2]])
 
 
-def test_the_seed_decides_and_one_position_has_no_elsewhere(tiny_bos_model):
+def test_the_seed_is_used_and_one_position_has_no_elsewhere(tiny_bos_model):
     one, same, other = (logit_variance(tiny_bos_model, "abc", seed=seed) for seed in (1, 1, 2))
     assert_same(one, same)
     assert not torch.equal(one.null_variance, other.null_variance)
@@ -76,7 +76,7 @@ def test_the_seed_decides_and_one_position_has_no_elsewhere(tiny_bos_model):
     assert math.isnan(alone.estimates()["elsewhere_ratio"])
 
 
-def test_the_figures_on_known_numbers(tiny_bos_model):
+def test_known_numbers(tiny_bos_model):
     found = logit_variance(tiny_bos_model, "abc")
     assert found.bins == ((1, 1), (2, 10), (11, 64))
 
@@ -95,12 +95,12 @@ def test_the_figures_on_known_numbers(tiny_bos_model):
     found = known.estimates()
     assert found["variance_ratio"] == 1.5
     assert [found[f"null_ratio{end}"] for end in ("", "_low", "_high")] == [3.0, 2.0, 4.0]
-    # the row `embed` counts in none of them
+    # none of them includes the row `embed`
     assert (found["peak_excess"], found["peak_row"], found["left_before_last"]) == (2.0, 0.0, 0.25)
     assert found["spread_bulge"] == 1.5
 
 
-def test_a_saved_result_comes_back_and_makes_a_table(tiny_bos_model, tmp_path):
+def test_a_result_can_be_saved_and_makes_a_table(tiny_bos_model, tmp_path):
     found = logit_variance(tiny_bos_model, "abc")
     assert LogitVariance.load(found.save(tmp_path / "a.safetensors")) == found
     table = found.to_dataframe()

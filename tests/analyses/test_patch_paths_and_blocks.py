@@ -1,4 +1,4 @@
-"""Direct paths and exchanged blocks against forward passes written with hooks."""
+"""Direct paths and rearranged blocks compared with hooked forward passes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def path_model(request, load_once, tiny_directories):
 
 
 def path_by_hand(model, tokens, other, sender, layer, head, name, at):
-    """W_O of the sender's change, the receiver's block read with it, one hook in the last run."""
+    """Apply W_O to the sender's change, run the receiver's block with it, and hook the last run."""
     _, cache = reference.cache_of(model, tokens)
     _, there = reference.cache_of(model, other)
     z = f"blocks.{sender[0]}.attn.hook_z"
@@ -39,7 +39,7 @@ def path_by_hand(model, tokens, other, sender, layer, head, name, at):
         change[pos] = (there[z][0, pos, sender[1]] - cache[z][0, pos, sender[1]]) @ model.W_O[sender]
     norm = getattr(model.blocks[sender[0]], "ln1_post", None)
     if norm is not None:
-        # what all heads write goes through another norm before it joins the stream
+        # the heads' output passes another norm before it joins the stream
         W_O = model.W_O[sender[0]]
         written = torch.einsum("phd,hdm->pm", cache[z][0], W_O)
         with torch.no_grad():
@@ -76,7 +76,7 @@ def test_only_the_receiver_sees_what_the_sender_changed(path_model, input):
         found = Patching(path_model, tokens, other).path((0, 2), receiver, into="clean", positions=positions)
         at = range(LENGTH) if positions is None else positions
         expected = path_by_hand(path_model, tokens, other, (0, 2), 1, head, name, at)
-        # float32 through two layers, and the change as a difference of sums
+        # float32 through two layers; the change is a difference between sums
         assert float(found.mean) == pytest.approx(expected, abs=2e-5)
         assert abs(float(found.effect)) > 1e-4, "something is measured"
     assert found.axes == (("layer",) if input == "mlp" else ("layer", "head"))
@@ -88,7 +88,7 @@ def test_only_the_receiver_sees_what_the_sender_changed(path_model, input):
 
 
 def test_a_path_is_restored_in_the_corrupted_run(path_model):
-    """Denoising is noising with the two prompts exchanged, judged by the first one's tokens."""
+    """Denoising is noising with the prompts swapped, but with the clean prompt's labels."""
     tokens, other = tokens_for(), tokens_for(1)
     found = Patching(path_model, tokens, other, metric=LogProb(7)).path("L0H2", "L1H1.k")
     exchanged = Patching(path_model, other, tokens, metric=LogProb(7)).path("0.2", "1.1.k", into="clean")
@@ -98,8 +98,8 @@ def test_a_path_is_restored_in_the_corrupted_run(path_model):
 
 
 @pytest.mark.parametrize("input", ["q", "k", None])
-def test_what_a_head_attends_to_when_it_sees_another_patched(path_model, input):
-    """Against a run in which the stream that makes q or k, or the sender, is changed by hand."""
+def test_attention_patterns_after_path_patching(path_model, input):
+    """Compared with a run in which the sender, or the stream read by q or k, is changed by hand."""
     tokens, other = tokens_for(), tokens_for(1)
     receiver = "L1H1" if input is None else f"L1H1.{input}"
     found = Patching(path_model, tokens, other).path_attention("L0H2", receiver, into="clean")
@@ -159,7 +159,7 @@ def test_the_mlp_of_the_senders_own_layer_reads_it_unless_they_are_parallel(patc
 
 
 def block_by_hand(model, tokens, layer, how, other):
-    """The block's output is taken from a run that begins at it."""
+    """The block's output comes from a run that starts there."""
     _, cache = reference.cache_of(model, tokens)
     name = f"blocks.{layer}.hook_resid_post"
     value = cache[f"blocks.{layer}.hook_resid_pre"]
@@ -182,9 +182,9 @@ def block_by_hand(model, tokens, layer, how, other):
 
 
 @pytest.mark.parametrize("how", ["skip", "repeat", "another"])
-def test_blocks_are_skipped_repeated_and_exchanged(patch_model, tiny_bos_model, how):
+def test_blocks_are_skipped_repeated_and_swapped(patch_model, tiny_bos_model, how):
     tokens = tokens_for()
-    # a learned position is added before the blocks, so any architecture's blocks will do
+    # learned positions are added before the blocks, so any architecture's blocks work
     other = tiny_bos_model if how == "another" else patch_model
     found = Patching(patch_model, tokens).blocks(tiny_bos_model if how == "another" else how)
     for layer in range(2):
@@ -208,7 +208,7 @@ def test_blocks_are_skipped_repeated_and_exchanged(patch_model, tiny_bos_model, 
         ({"positions": [6]}, "position 6"),
     ],
 )
-def test_a_path_that_is_none_is_refused(tiny_bos_model, options, message):
+def test_an_impossible_path_is_refused(tiny_bos_model, options, message):
     usual = {"sender": (0, 2), "receiver": "L1H0.q", "values": "zero"}
     with pytest.raises(ValueError, match=message):
         Patching(tiny_bos_model, tokens_for()).path(**{**usual, **options})

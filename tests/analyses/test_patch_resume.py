@@ -1,4 +1,4 @@
-"""An interrupted grid of patches is resumed where it stopped."""
+"""An interrupted patch grid resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokens_for(seed=0, rows=2):
 
 
 class Counted:
-    """A metric that counts how often it is asked, and stops the grid after that."""
+    """A metric that counts its calls and interrupts the grid after a number of them."""
 
     __name__ = "counted"
 
@@ -34,7 +34,7 @@ class Counted:
 
 
 OPTIONS = {"site": "mlp_out", "values": "zero", "positions": [1, 3]}
-# 2 prompts, 2 layers, 2 positions; a metric is tried once, and read once for each clean run
+# 2 prompts, 2 layers, 2 positions; the metric is tested once, and read once for each clean run
 CELLS = 8
 
 
@@ -52,13 +52,13 @@ def run(model, tokens=None, corrupted=None, metric=None, **options):
 def test_a_grid_is_resumed_where_it_was_interrupted(tiny_bos_model, resume, tmp_path):
     whole = run(tiny_bos_model, metric=Counted())
     with pytest.raises(KeyboardInterrupt):
-        # the trial, the clean run and 4 cells of the first prompt, the clean run and a cell of the second
+        # the test, the clean run and 4 cells of the first prompt, the clean run and a cell of the second
         run(tiny_bos_model, metric=Counted(stop=9), resume=resume)
     assert int(load_file(resume)["cells"].sum()) == 5
     rest = Counted()
     found = run(tiny_bos_model, metric=rest, resume=resume)
     assert rest.asked == 1 + 1 + (CELLS - 5), "nothing is measured twice but the clean run"
-    # other rows beside it, if any, sum in another order
+    # other rows in the batch change the order of sums
     assert torch.allclose(found.values, whole.values, atol=1e-5)
     assert_close(found.clean, whole.clean)
     again = Counted()
@@ -67,7 +67,7 @@ def test_a_grid_is_resumed_where_it_was_interrupted(tiny_bos_model, resume, tmp_
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_it_is_saved_on_the_way(tiny_bos_model, resume, monkeypatch):
+def test_it_is_saved_along_the_way(tiny_bos_model, resume, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0)
     seen = []
 
@@ -76,7 +76,7 @@ def test_it_is_saved_on_the_way(tiny_bos_model, resume, monkeypatch):
         return logits.max()
 
     run(tiny_bos_model, metric=peek, resume=resume)
-    # before each of: the trial, the clean runs (of which the second comes after 4 cells) and the cells
+    # before each of: the test, the clean runs (the second comes after 4 cells) and the cells
     assert seen == [0, 0, 0, 1, 2, 3, 4, 4, 5, 6, 7]
     assert int(load_file(resume)["cells"].sum()) == CELLS
 

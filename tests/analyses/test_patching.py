@@ -1,4 +1,4 @@
-"""Patching against one whole run per cell, written by hand and by TransformerLens."""
+"""Patching compared with one full run per cell, by hand and with TransformerLens."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_runs_begin_at_the_first_token_that_differs(patch_model, site, into, mon
 
 
 @pytest.mark.parametrize("site", ["pattern", "attn_scores"])
-def test_what_a_head_attends_to_is_knocked_out(patch_model, site):
+def test_attention_scores_are_knocked_out(patch_model, site):
     tokens, read = tokens_for(), range(LENGTH - 1)
     found = Patching(patch_model, tokens).grid(
         site, values=no_first, over=("layer", "head", "pos"), heads=["L0H1", "L1H1"], positions=[6]
@@ -158,14 +158,14 @@ def test_what_a_head_attends_to_is_knocked_out(patch_model, site):
 
 
 def no_first(activation, layer):
-    """`[dest, head, src]`: without the edge to position 0."""
+    """`[dest, head, src]`: scores without the edge to position 0."""
     activation[..., 0] = 0.0 if (activation >= 0).all() else -torch.inf
     return activation
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_transformer_lens_own_loop(patch_model, site):
-    """`patching.generic_activation_patch` calls a metric on whole logits for each cell."""
+    """`patching.generic_activation_patch` calls a metric on full logits for each cell."""
     from transformer_lens import patching
 
     if not has(patch_model, site):
@@ -199,7 +199,7 @@ def test_transformer_lens_own_loop(patch_model, site):
     ]
     index = pd.DataFrame(cells, columns=["layer", "head", "pos"])[list(axes)]
     if by_head and site not in ("pattern", "attn_scores"):
-        # the order in which TransformerLens's setter reads them
+        # the order that TransformerLens's setter expects
         index = index[["layer", "pos", "head"]]
     with torch.no_grad():
         expected = patching.generic_activation_patch(
@@ -247,19 +247,19 @@ def test_single_edges_are_knocked_out(patch_model, site):
         ("attn_scores", [(1, 0), (1, 1)], "position 1 attends to nothing"),
     ],
 )
-def test_edges_that_are_none_are_refused(tiny_bos_model, site, edges, message):
+def test_invalid_edges_are_refused(tiny_bos_model, site, edges, message):
     with pytest.raises(ValueError, match=message):
         Patching(tiny_bos_model, tokens_for()).grid(site, values=Edges(edges))
 
 
-def test_resid_pre_of_layer_0_is_the_other_tokens_run(patch_model):
+def test_patching_resid_pre_of_layer_0_gives_the_other_run(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
     found = Patching(patch_model, tokens, other).grid("resid_pre", over="layer", into="clean", layers=[0])
     with torch.no_grad():
         expected = reference.loss(patch_model(other)[0], tokens[0], range(LENGTH - 1))
     assert float(found.mean[0]) == pytest.approx(expected, abs=2e-5)
     assert float(found.corrupted[0]) == pytest.approx(expected, abs=2e-5)
-    # patched all over, it is the other run: all of the way
+    # patched everywhere, it is the other run: everything is recovered
     assert float(found.recovered[0]) == pytest.approx(1, abs=1e-3)
 
 
@@ -267,11 +267,11 @@ def test_a_run_patched_with_itself_is_unchanged(patch_model):
     tokens = tokens_for()
     for site in ("resid_post", "mlp_out", "z", "k", "pattern"):
         found = Patching(patch_model, tokens, tokens.clone()).grid(site)
-        # the same sums in another order
+        # the same sums in a different order
         assert found.effect.abs().max() < 1e-5, site
 
 
-def test_denoising_restores_what_noising_takes_away(patch_model):
+def test_denoising_mirrors_noising(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
     experiment = Patching(patch_model, tokens, other)
     noised = experiment.grid("resid_post", over="layer", layers=[1], into="clean")
@@ -283,7 +283,7 @@ def test_denoising_restores_what_noising_takes_away(patch_model):
     assert torch.allclose(noised.effect, -denoised.effect, atol=4e-5)
 
 
-def test_each_source_puts_there_what_it_says(tiny_bos_model):
+def test_each_source_of_values_is_as_documented(tiny_bos_model):
     tokens, reference_tokens = tokens_for(rows=2), tokens_for(5, rows=3)
     name, read = SITES["mlp_out"], range(LENGTH - 1)
     _, cache = reference.cache_of(tiny_bos_model, reference_tokens)
@@ -322,7 +322,7 @@ def test_the_next_token_is_mixed_in_by_its_weight(tiny_bos_model):
     assert float(found.mean[0, 0]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_each_metric_is_that_of_whole_logits(patch_model):
+def test_each_metric_matches_full_logits(patch_model):
     tokens, other = tokens_for(), tokens_for(1)
     read = [3, 8]
     targets, against = tokens_for(7), tokens_for(8)
@@ -381,17 +381,17 @@ def test_the_plain_path_gives_the_same(patch_model, monkeypatch):
     assert torch.allclose(fast.values, small.values, atol=2e-5)
 
 
-def test_the_articles_experiment_by_name(bundled):
+def test_the_articles_experiment_can_be_run_by_name(bundled):
     found = ablate_mlps(bundled, on=RepeatedTokens(8, batch=1, seeds=[0]))
     n = found.tokens.shape[1]
     read = range(n - 8, n - 1)
     expected = reference.earlier(bundled, found.tokens, SITES["mlp_out"], range(4), range(n - 8, n), 8, read)
-    # float32 through four layers, in losses of some nats
+    # float32 through four layers, in losses of a few nats
     assert torch.allclose(found.mean, expected, atol=1e-4)
 
 
-def test_induction_heads_show_by_what_their_absence_costs(bundled):
-    """L3H5, L3H3 and L3H4 attend to what comes next, and L1H2 tells them where that is."""
+def test_ablating_induction_heads_raises_the_loss(bundled):
+    """L3H5, L3H3 and L3H4 are induction heads, and L1H2 is their previous-token head."""
     for how in ("zero", "mean", "resample"):
         found = ablate_heads(bundled, how, on=RepeatedTokens(20, batch=2, seeds=[0]))
         order = found.effect.flatten().argsort(descending=True).tolist()
@@ -444,7 +444,7 @@ def test_errors_come_before_any_run(tiny_bos_model, options, message, monkeypatc
         )
 
 
-def test_what_a_bridge_does_not_look_at_is_refused(tiny_directories):
+def test_sites_that_a_bridge_ignores_are_refused(tiny_directories):
     model = load_model(tiny_directories / "gpt_neo")
     if engine_of(model) == "HookedTransformer":
         found = Patching(model, tokens_for()).grid("pattern", values="zero")
@@ -454,13 +454,13 @@ def test_what_a_bridge_does_not_look_at_is_refused(tiny_directories):
         Patching(model, tokens_for()).grid("pattern", values="zero")
 
 
-def test_a_model_without_mlps_says_so(fixed_distance_model):
+def test_a_model_without_mlps_is_named_in_the_error(fixed_distance_model):
     model, seq_len = fixed_distance_model
     with pytest.raises(ValueError, match="this model has no MLPs"):
         Patching(model, torch.zeros(1, 2 * seq_len, dtype=torch.long)).grid("mlp_out", values="zero")
 
 
-def test_a_grid_makes_a_table_and_comes_back(tiny_bos_model, tmp_path):
+def test_a_grid_makes_a_table_and_can_be_saved(tiny_bos_model, tmp_path):
     found = Patching(tiny_bos_model, tokens_for(rows=2)).grid("z", values="zero", over=("layer", "head"))
     assert PatchGridResult.load(found.save(tmp_path / "grid.safetensors")) == found
     table = found.to_dataframe()
@@ -481,8 +481,8 @@ def test_a_grid_makes_a_table_and_comes_back(tiny_bos_model, tmp_path):
 
 
 @pytest.mark.parametrize("site", ["mlp_out", "k"])
-def test_leading_tokens_that_equal_the_padding_token_are_read_like_others(tiny_directories, site):
-    """HookedTransformer would mask them where its tokenizer pads on the left."""
+def test_leading_padding_tokens_are_read_like_others(tiny_directories, site):
+    """HookedTransformer would mask them if its tokenizer pads on the left."""
     model = load_model(tiny_directories / "gpt2")
     tokens = tokens_for(rows=2)
     tokens[1, :4] = model.tokenizer.pad_token_id
@@ -504,8 +504,8 @@ def test_leading_tokens_that_equal_the_padding_token_are_read_like_others(tiny_d
                 assert float(found.values[row, layer, at]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_what_follows_is_put_there_as_it_enters_the_stream(tiny_directories):
-    """Gemma scales its embeddings, and one engine's `W_E` is not scaled."""
+def test_the_next_embedding_is_patched_in_as_it_enters_the_stream(tiny_directories):
+    """Gemma scales its embeddings, but one engine's `W_E` is not scaled."""
     model, tokens = load_model(tiny_directories / "gemma2"), tokens_for()
     _, cache = reference.cache_of(model, tokens)
     found = Patching(model, tokens).grid("resid_post", values=NextEmbedding(), layers=[0])
@@ -525,7 +525,7 @@ def test_positions_without_values_are_left_out(tiny_bos_model):
     assert found.positions == (6, 7, 8, 9)
 
 
-def test_a_function_that_draws_is_called_once_for_each_prompt_and_layer(tiny_bos_model):
+def test_a_random_function_is_called_once_per_prompt_and_layer(tiny_bos_model):
     def run(budget):
         draw = torch.Generator().manual_seed(0)
 
@@ -553,7 +553,7 @@ def test_each_prompt_has_its_own_answer(tiny_bos_model):
     assert found(7).about == f"{names[0]!r} less {names[1]!r}"
 
 
-def test_texts_are_a_batch_where_they_are_equally_long(tiny_bos_model):
+def test_equally_long_texts_form_a_batch(tiny_bos_model):
     def found(clean, corrupted, **options):
         experiment = Patching(tiny_bos_model, clean, corrupted, **options)
         return experiment.grid("z", over=("layer", "head"), into="clean")
@@ -574,7 +574,7 @@ def test_a_function_must_return_the_shape_that_it_is_given(tiny_bos_model):
 
 
 def together(model, tokens, other, cells):
-    """The loss of a run with the z of some (layer, head, position) from the other run."""
+    """The loss of a run with z at some (layer, head, position) from the other run."""
     _, cache = reference.cache_of(model, other)
 
     def patch(activation, hook):
@@ -589,8 +589,8 @@ def together(model, tokens, other, cells):
     return reference.loss(logits[0], tokens[0], range(LENGTH - 1))
 
 
-def test_what_is_not_in_over_is_patched_together(patch_model):
-    """Axes that have no cell each, and a choice among them."""
+def test_axes_outside_over_are_patched_together(patch_model):
+    """Axes outside `over`, and selections along them."""
     tokens, other = tokens_for(), tokens_for(1)
     experiment = Patching(patch_model, tokens, other)
     all_at, layers = range(LENGTH), (0, 1)
@@ -629,7 +629,7 @@ def test_layers_are_patched_together_at_any_site(patch_model, site):
     assert float(found.mean[0]) == pytest.approx(expected, abs=2e-5)
 
 
-def test_any_set_of_heads_is_a_grid_and_the_other_cells_are_not_run(tiny_bos_model):
+def test_a_grid_of_any_heads_runs_only_their_cells(tiny_bos_model):
     def run(**options):
         calls = []
         experiment = Patching(
@@ -646,13 +646,13 @@ def test_any_set_of_heads_is_a_grid_and_the_other_cells_are_not_run(tiny_bos_mod
 
 
 @pytest.mark.parametrize("corrupted", [None, tokens_for(1, rows=2)])
-def test_every_question_runs_each_prompt_once_and_its_counterpart_once(tiny_bos_model, corrupted):
+def test_every_sweep_runs_each_prompt_and_its_counterpart_once(tiny_bos_model, corrupted):
     """Counted in embedded positions: 2 prompts of 10 tokens, after checks on 8 of them."""
     experiment = Patching(tiny_bos_model, tokens_for(rows=2), corrupted)
     options = {"into": "clean", "values": "zero" if corrupted is None else None, "positions": [9]}
     hooked = engine_of(tiny_bos_model) == "HookedTransformer"
     clean, logits, adds_up = 2 * LENGTH * (1 if corrupted is None else 2), 2 * 8, 8
-    # a bridge embeds what is resumed as well: the trial of two rows of 5 positions, or three runs of a path
+    # a bridge also embeds resumed runs: a test of two rows of 5 positions, or three runs of a path
     for work, expected in (
         (lambda: experiment.grid("z", **options), clean + logits + (0 if hooked else 2 * 2 * 5)),
         (lambda: experiment.attribution("z", **options), clean + logits),

@@ -1,4 +1,4 @@
-"""Tasks: prompts for the tokenizer at hand, and how well a model does them, against whole runs."""
+"""Tasks: prompts built for a tokenizer, and the model's performance compared with full runs."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ ROWS = [
 
 
 def log_probs(model, text):
-    """Of every next token, from the model's own logits."""
+    """Log probabilities of every next token, from the model's own logits."""
     with torch.inference_mode():
         return model(text, prepend_bos=True)[0, -1].double().log_softmax(-1)
 
 
-def test_performance_is_that_of_whole_runs(bundled):
+def test_performance_matches_full_runs(bundled):
     found = Task.from_file(ROWS, bundled).performance()
     for at, row in enumerate(ROWS):
         right, wrong = (
@@ -68,7 +68,7 @@ def test_performance_is_that_of_whole_runs(bundled):
     assert mean == pytest.approx(float(found.logit_diff.mean()))
 
 
-def test_patches_by_role_are_those_of_whole_runs_with_a_hook(bundled):
+def test_patches_by_role_match_full_runs_with_a_hook(bundled):
     rows = [row for row in ROWS if isinstance(row["answer"], str) and isinstance(row["wrong"], str)]
     rows += [
         {"clean": "The man is", "corrupted": "The sea is", "answer": " a", "wrong": " the", "role_N": "man"},
@@ -147,12 +147,12 @@ def test_a_task_comes_from_csv_and_jsonl(bundled, tmp_path):
         ({"role_N": "sea#2"}, "row 1: there is no occurrence 2 of 'sea'"),
     ],
 )
-def test_a_wrong_row_is_refused_before_anything_runs(bundled, change, message):
+def test_an_invalid_row_is_refused_before_anything_runs(bundled, change, message):
     with pytest.raises(ValueError, match=message):
         Task.from_file([ROWS[0] | change], bundled)
 
 
-def test_what_is_no_task_is_refused(bundled, monkeypatch):
+def test_an_invalid_task_is_refused(bundled, monkeypatch):
     with pytest.raises(ValueError, match=r"name must be one of ioi, greater-than, .*, got 'ioy'"):
         load_task("ioy", bundled)
     with pytest.raises(ValueError, match="counterfactual must be one of name, got 'swap'"):
@@ -179,12 +179,12 @@ def test_a_single_prompt_shows_neither_ability_nor_spread(bundled):
     assert found.note[1:] in section(found).text
 
 
-def test_runs_with_the_same_metric_have_no_way_to_go(bundled):
+def test_clean_and_corrupted_runs_with_equal_metrics_are_refused(bundled):
     same = [ROWS[1] | {"corrupted": ROWS[1]["clean"]}] * 2
     assert bool(Task.from_file(same, bundled).grid("resid_pre", layers=[0]).recovered.isnan().all())
 
 
-def test_logits_of_a_few_prompts_are_in_memory_at_once(bundled, monkeypatch):
+def test_only_a_few_prompts_logits_are_in_memory_at_once(bundled, monkeypatch):
     whole = Task.from_file(ROWS, bundled).performance()
     monkeypatch.setattr("mechlens.analyses.tasks.performance.TOGETHER", 1)
     assert_close(Task.from_file(ROWS, bundled).performance().logit_diff, whole.logit_diff)
@@ -193,14 +193,14 @@ def test_logits_of_a_few_prompts_are_in_memory_at_once(bundled, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"), [("{", "line 2 is not JSON"), ("[1]", r"line 2 must be an object .* got \[1\]")]
 )
-def test_a_line_that_is_no_row_is_named(bundled, tmp_path, line, message):
+def test_an_invalid_line_is_named(bundled, tmp_path, line, message):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{json.dumps(ROWS[0])}\n{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         Task.from_file(path, bundled)
 
 
-def test_a_word_may_hold_a_number_sign(bundled):
+def test_a_word_may_contain_a_number_sign(bundled):
     row = ROWS[1] | {"clean": "The C# sea is", "corrupted": "The C# man is", "role_N": "C#"}
     assert Task.from_file([row], bundled).prompts[0].roles == {"N": len("The C#")}
 
@@ -215,7 +215,7 @@ def test_a_task_that_the_model_cannot_do_says_so(bundled):
     assert found.note.startswith("the model cannot do the task hard: accuracy 0.00")
 
 
-def test_performance_comes_back_from_its_file(bundled, tmp_path):
+def test_performance_can_be_saved_and_loaded(bundled, tmp_path):
     found = load_task("agreement", bundled, n=6).performance()
     assert load(found.save(tmp_path / "task.safetensors")) == found
 

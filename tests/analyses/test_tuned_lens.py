@@ -1,4 +1,4 @@
-"""Training a tuned lens, against automatic gradients and PyTorch's own optimizer, on real small models."""
+"""Tuned-lens training compared with autograd and PyTorch's optimizer, on real small models."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def trained(model, corpus=None, *, held_out=8, held_out_corpus=None, resume=None
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2"])
 def wide_model(request, load_once, tiny_directories):
-    """In float64, where Adam's division by the size of a gradient magnifies no rounding."""
+    """In float64, where Adam's division by the gradient's size does not amplify rounding."""
     return load_once(tiny_directories / request.param, dtype="float64", processing=request.param != "gpt2")
 
 
-def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> None:
+def test_training_matches_autograd_and_torchs_adam(wide_model) -> None:
     corpus = windows()
     lens = trained(wide_model, corpus, seed=2)
-    # 6 x 3 windows and the 8 held out are read; of these 26 every third is held out
+    # 6 x 3 training and 8 held-out windows are read; every third of these 26 is held out
     aside = [2, 5, 8, 11, 14, 17, 20, 23]
     train = corpus[[index for index in range(26) if index not in aside]]
     order = torch.randperm(18, generator=torch.Generator().manual_seed(2))
@@ -59,7 +59,7 @@ def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> 
         assert lens.weight[row].abs().max() > 0.005
         for ours, theirs in ((lens.weight[row], layer.weight.T), (lens.bias[row], layer.bias)):
             difference = (ours - theirs).abs()
-            if difference.max() > 1e-8:  # float64, where sums are taken in another order
+            if difference.max() > 1e-8:  # float64 sums in a different order
                 # the RMS norms of a bridge are Hugging Face's, which round to float32
                 assert lens.model.engine == "TransformerBridge"
                 assert wide_model.cfg.normalization_type.startswith("RMS")
@@ -80,20 +80,20 @@ def test_training_is_that_of_automatic_gradients_and_torchs_adam(wide_model) -> 
     assert (lens.batch_tokens, lens.length, lens.steps, lens.seed) == (24, 8, 6, 2)
 
 
-def test_pieces_make_the_same_lens_as_the_whole(tiny_bos_model, monkeypatch) -> None:
+def test_training_in_pieces_gives_the_same_lens(tiny_bos_model, monkeypatch) -> None:
     whole = trained(tiny_bos_model)
-    # one window is run at a time, and three positions have logits
+    # one window is run at a time, with logits for three positions
     monkeypatch.setattr(translators, "RESIDUAL_BYTES", 1)
     monkeypatch.setattr(translators, "CHUNK", 3)
     pieces = trained(tiny_bos_model)
-    # float32 sums in another order, which Adam divides by their own size
+    # float32 sums in a different order, which Adam divides by their own size
     assert torch.allclose(pieces.weight, whole.weight, atol=2e-3)
     assert (pieces.weight - whole.weight).abs().mean() < 1e-5
     assert torch.allclose(pieces.kl_tuned, whole.kl_tuned, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_it_trains_inside_inference_mode(tiny_bos_model, mode) -> None:
+def test_it_trains_in_inference_mode(tiny_bos_model, mode) -> None:
     options = {"steps": 2, "batch_tokens": 16, "held_out": 2, "learning_rate": None}
     expected = trained(tiny_bos_model, **options)
     with mode():
@@ -101,7 +101,7 @@ def test_it_trains_inside_inference_mode(tiny_bos_model, mode) -> None:
     assert torch.allclose(found.weight, expected.weight, atol=1e-6)
 
 
-def test_a_corpus_that_is_too_short_for_all_steps_is_used_again(tiny_bos_model) -> None:
+def test_a_corpus_too_short_for_all_steps_is_reused(tiny_bos_model) -> None:
     lens = trained(tiny_bos_model, windows(14))
     assert lens.train_tokens == 6 * 8
     again = batch_windows(1, 4, 6, seed=1).tolist()
@@ -110,20 +110,20 @@ def test_a_corpus_that_is_too_short_for_all_steps_is_used_again(tiny_bos_model) 
 
 
 @pytest.mark.parametrize("processing", [True, False])
-def test_it_brings_every_row_of_the_bundled_model_nearer(processing) -> None:
+def test_it_lowers_the_kl_of_every_row_of_the_bundled_model(processing) -> None:
     model = load_model(processing=processing)
     text = sample_tokens(model, batch=112, seq_len=24)
     lens = train_tuned_lens(model, text, training=Training(24, 192), held_out=16)
     assert lens.rows == ("embed", "0", "1", "2")
     assert (lens.kl_tuned[:-1] < 0.9 * lens.kl_plain[:-1]).all()
-    # the last row is the model itself, to the rounding of float32
+    # the last row is the model itself, up to float32 rounding
     assert [*map(float, (lens.kl_plain[-1], lens.kl_tuned[-1]))] == pytest.approx([0, 0], abs=1e-5)
     assert lens.prepend_bos
     lens.check_fits(describe(model))
 
 
 @needs_shared
-def test_it_brings_every_row_nearer_on_books_it_has_not_read(bundled) -> None:
+def test_it_lowers_the_kl_of_every_row_on_unseen_books(bundled) -> None:
     corpus = SHARED / "corpus"
     lens = train_tuned_lens(
         bundled,
@@ -136,8 +136,8 @@ def test_it_brings_every_row_nearer_on_books_it_has_not_read(bundled) -> None:
     assert lens.held_out_tokens == 16 * 64
 
 
-def test_a_narrow_model_is_trained_in_float32(tiny_directories) -> None:
-    """Where rounding hides small changes of a weight, and statistics would be worth little."""
+def test_a_bfloat16_model_is_trained_in_float32(tiny_directories) -> None:
+    """Rounding would hide small weight updates and spoil the statistics."""
     narrow = load_model(tiny_directories / "llama", dtype="bfloat16")
     lens = trained(narrow, windows(120), steps=30)
     assert lens.weight.dtype == lens.kl_tuned.dtype == torch.float32
@@ -167,11 +167,11 @@ def test_training_leaves_the_model_unchanged(tiny_bos_model) -> None:
 
 
 class Stop(BaseException):
-    """As an interruption from the keyboard, no Exception."""
+    """Like KeyboardInterrupt, not an Exception."""
 
 
 def interrupted(model, *, after: int, **options) -> None:
-    """Train until the model has been run a number of times."""
+    """Train until the model has run a given number of times."""
     runs = 0
 
     def count(*_):
@@ -193,13 +193,13 @@ def test_an_interrupted_training_resumes(load_once, tiny_directories, tmp_path) 
     whole = trained(model)
     for after in (9, 7):
         interrupted(model, after=after, resume=file)
-    # two runs before each training tell whether the model can be read; as the counter is a hook, four more
-    # tell whether it treats rows alike; each step takes one
+    # two runs before each training check that the model can be read; because the counter is a hook, four more
+    # check that it treats rows alike; each step takes one
     assert _step(file) == 4
     resumed = trained(model, resume=file)
     assert_same(resumed, whole)
     assert _step(file) == 6
-    # nothing is left to do
+    # nothing left to do
     assert_same(trained(model, resume=file), whole)
     assert list(tmp_path.glob(".*")) == []
 
@@ -287,8 +287,8 @@ def test_the_bar_shows_the_loss(tiny_bos_model, capsys) -> None:
     ("count", "steps", "held_out"),
     [
         (9, 50, 1),  # 3 windows make a batch
-        (62, 50, 6),  # a tenth of what there is
-        (200, 6, 2),  # 18 are trained on; more are not read
+        (62, 50, 6),  # a tenth of all windows
+        (200, 6, 2),  # 18 for training; no more are read
         (2000, 400, 64),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_text_that_is_too_short_for_its_share_is_refused(tiny_bos_model) -> No
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_the_plan_counts_the_products_of_a_step(load_once, tiny_directories, family) -> None:
-    """As PyTorch counts them while they are made."""
+    """As counted by PyTorch at run time."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def in_place(_self, a, b, **_):
@@ -324,20 +324,20 @@ def test_the_plan_counts_the_products_of_a_step(load_once, tiny_directories, fam
     batch = windows(4)
     head, state = translators.Head.of(model), translators.translators(model)
     found = plan.training_plan(model, batch_tokens=batch.numel(), length=8, held_out=4)
-    # 2 rows of 32 x 32 and 32 in 7 copies, 3 residuals of 32 tokens, W_U; of 4 bytes each
+    # 7 copies of 2 rows of 32 x 32 and 32, 3 residuals of 32 tokens, and W_U; 4 bytes each
     assert found.bytes == 4 * (7 * 2 * (32 * 32 + 32) + 3 * 32 * 32 + 32 * 64)
     with counter() as step:
         translators.gradients(model, head, batch, state)
     assert found.step_flop == step.get_total_flops()
     with counter() as measuring:
         translators.held_out_kl(model, head, batch, state)
-    # beside which the logits of single tokens are made again
+    # the logits of single tokens are also recomputed
     assert found.held_out_flop == pytest.approx(measuring.get_total_flops(), rel=0.1)
 
 
-def test_training_announces_its_time(tiny_bos_model, monkeypatch, capsys) -> None:
+def test_training_announces_its_duration(tiny_bos_model, monkeypatch, capsys) -> None:
     found = plan.training_plan(tiny_bos_model, batch_tokens=24, length=8, held_out=2)
-    # a step takes 30 s, and what is held out 45
+    # a step takes 30 s, the held-out evaluation 45
     found = dataclasses.replace(found, step_flop=30 * 10**9, held_out_flop=45 * 10**9)
     monkeypatch.setattr(training, "training_plan", lambda *_, **__: found)
     monkeypatch.setattr(training, "measured_rate", lambda _: 1e9)
@@ -366,7 +366,7 @@ def test_translate_adds_the_affine_map_of_the_row(tiny_bos_model) -> None:
         for b in range(2):
             for pos in range(5):
                 expected[b, pos] += lens.weight[row].T @ x[b, pos] + lens.bias[row]
-        # float32 sums in another order
+        # float32 sums in a different order
         assert torch.allclose(lens.translate(name, x), expected, atol=1e-5)
     assert_close(lens.translate("1", x), x)
     narrow = lens.translate("0", x.bfloat16())

@@ -16,7 +16,7 @@ def kept(load_model, name, **options):
 
 
 def run(capsys, *arguments):
-    """Exit code, what was printed, and complaints; the bundled model is loaded once in all."""
+    """Exit code, standard output and standard error; the bundled model is loaded only once."""
     own = loading.load_model
 
     def load_model(name, **options):
@@ -31,7 +31,7 @@ def run(capsys, *arguments):
 
 
 def refused(capsys, arguments, message, monkeypatch, folder):
-    """A command is refused in one line, with exit code 2, and leaves nothing behind."""
+    """Assert that a command is refused in one line, with exit code 2, and leaves no files."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(folder)
     code, out, err = run(capsys, *arguments)

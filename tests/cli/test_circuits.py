@@ -1,4 +1,4 @@
-"""`mechlens circuit` and `mechlens composition`: what they print and write, and how they refuse."""
+"""`mechlens circuit` and `mechlens composition`: their output, files and errors."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ AFTER_LOADING = [
 def test_a_wrong_argument_is_refused_before_the_model_is_loaded(
     capsys, arguments, message, monkeypatch, tmp_path
 ):
-    # a model that is not there would be refused first, if it were asked for
+    # loading this missing model would fail first
     refused(capsys, [*arguments, "--model", "./nowhere"], message, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "message"), AFTER_LOADING)
-def test_what_the_model_does_not_have_is_refused(capsys, arguments, message, monkeypatch, tmp_path):
+def test_heads_that_the_model_lacks_are_refused(capsys, arguments, message, monkeypatch, tmp_path):
     refused(capsys, arguments, message, monkeypatch, tmp_path)
 
 
-def test_a_wholly_rotated_model_has_no_default(capsys, monkeypatch, tmp_path, tiny_directories):
+def test_a_fully_rotated_model_has_no_default(capsys, monkeypatch, tmp_path, tiny_directories):
     model = ["--model", tiny_directories / "llama"]
     message = "this model rotates all 8 dimensions of its heads"
     refused(capsys, ["circuit", "0.0", "1.0", *model], message, monkeypatch, tmp_path)
@@ -138,7 +138,7 @@ def test_a_circuit_is_printed_in_both_orientations(capsys, bundled):
     assert [entry in out for entry in entries] == [True, True, True, False]
 
 
-def test_a_part_is_of_the_largest_tokens_or_of_a_text(capsys, bundled):
+def test_a_part_shows_the_largest_tokens_or_those_of_a_text(capsys, bundled):
     code, out, _ = run(capsys, "circuit", "3.5", "--tokens", " the captain of the", "--json")
     assert code == 0
     found = json.loads(out)
@@ -159,7 +159,7 @@ def test_a_part_is_of_the_largest_tokens_or_of_a_text(capsys, bundled):
     assert (found["rotary"], found["axes"]) == ("none", ["source", "destination"])
 
 
-def test_a_page_of_a_circuit_has_the_command_that_wrote_it(capsys, tmp_path):
+def test_the_page_of_a_circuit_has_the_command_that_wrote_it(capsys, tmp_path):
     path = tmp_path / "x.html"
     arguments = ["--kind", "q", "--tokens", " the sea", "--top", "4", "--relative-position", "2"]
     arguments += ["--out", str(path), "L1H2", "L3H5"]
@@ -172,7 +172,7 @@ def test_a_page_of_a_circuit_has_the_command_that_wrote_it(capsys, tmp_path):
     assert "Q-composition of L1H2 with L3H5" in page
 
 
-def test_the_largest_entries_as_a_table(capsys, tmp_path, bundled):
+def test_the_largest_entries_are_saved_as_a_table(capsys, tmp_path, bundled):
     path = tmp_path / "x.csv"
     code, _, _ = run(capsys, "circuit", "3.5", "--top", 7, "--out", path, "--quiet")
     assert code == 0
@@ -221,7 +221,7 @@ def test_composition_lists_the_highest_pairs_and_json_has_all(capsys, bundled):
     assert found["rotary"] == "ignored"
 
 
-def test_a_page_of_composition_has_a_heatmap_and_a_graph(capsys, tmp_path):
+def test_the_page_of_composition_has_a_heatmap_and_a_graph(capsys, tmp_path):
     path = tmp_path / "x.html"
     arguments = ["--kind", "v", "--top", "6", "--draws", "9", "--out", str(path)]
     code, _, err = run(capsys, "composition", *arguments, "--quiet")

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, and how it refuses."""
+"""The command line: its output, files and errors."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_model_without_bos_says_so_in_one_line(capsys, tiny_directories):
     ]
 
 
-def test_the_reports_command_is_the_one_that_was_run(capsys, tmp_path, monkeypatch):
+def test_the_report_has_the_command_that_was_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["reproduce", "--no-bos", "--seq-len", "5", *SMALL, "--out", "a b", "--dtype", "bfloat16"]
     code, _, err = run(capsys, *arguments, "--quiet")
@@ -231,14 +231,14 @@ def test_the_reports_command_is_the_one_that_was_run(capsys, tmp_path, monkeypat
     assert load_result(tmp_path / "a b" / "head_scores.safetensors").model.dtype == "bfloat16"
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(capsys, tmp_path):
+def test_a_folder_in_place_of_a_file_is_refused_before_the_work(capsys, tmp_path):
     (tmp_path / "x.csv").mkdir()
     code, _, err = run(capsys, "heads", "--out", tmp_path / "x.csv")
     assert code == 2
     assert "it is a folder" in err
 
 
-def test_the_version(capsys):
+def test_version_is_printed(capsys):
     code, out, _ = run(capsys, "--version")
     assert code == 0
     assert re.fullmatch(r"mechlens \d+\.\d+\.\d+\n", out)
@@ -313,8 +313,8 @@ def test_lens_colors_by_a_target_and_up_to_a_value(capsys, tmp_path):
     ],
     ids=str,
 )
-def test_lens_prints_the_same_whether_or_not_the_rest_is_computed(capsys, tmp_path, options):
-    """What is neither printed nor saved is not computed."""
+def test_lens_prints_the_same_when_unused_statistics_are_skipped(capsys, tmp_path, options):
+    """Statistics that are neither printed nor saved are not computed."""
     code, printed, _ = run(capsys, "lens", TEXT, *options)
     assert code == 0
     assert run(capsys, "lens", TEXT, *options, "--out", tmp_path / "lens.csv")[1].startswith(printed)
@@ -343,7 +343,7 @@ def test_positions_are_chosen_by_number_and_range(capsys, chosen, positions):
     assert tuple(cell["pos"] for cell in cells if cell["row"] == "0") == positions
 
 
-def test_a_page_of_a_long_text_draws_what_was_chosen_or_its_end(capsys, tmp_path):
+def test_the_page_of_a_long_text_draws_the_chosen_positions_or_the_end(capsys, tmp_path):
     def drawn(*chosen):
         path = tmp_path / "lens.html"
         code, _, err = run(capsys, "lens", "one two three " * 250, "-l", 3, *chosen, "--out", path, "--quiet")
@@ -369,7 +369,7 @@ def test_heads_are_chosen_by_name(capsys):
     assert {row["row"] for row in json.loads(out)["rows"]} == {"embed", "L1H2", "L3H5"}
 
 
-def test_the_help_of_lens_says_what_is_accepted(capsys):
+def test_the_help_of_lens_lists_accepted_values(capsys):
     out = " ".join(run(capsys, "lens", "--help")[1].split())
     assert "kl_input (tied models only)" in out
     assert "float32, bfloat16, float16, float64" in out
@@ -401,9 +401,9 @@ def test_lens_reads_through_a_tuned_lens(capsys, tmp_path, bundled):
     found = json.loads(out)
     assert found["decoder"] == "tuned_lens"
     plain = json.loads(run(capsys, "lens", TEXT, "--json")[1])
-    # what does nothing changes nothing
+    # a lens of identity maps changes nothing
     for cell, own in zip(found["rows"], plain["rows"], strict=True):
-        # of the last layer it is 0 but for rounding, which depends on what is computed beside it
+        # at the last layer it is 0 up to rounding, which depends on the batch
         assert cell["kl_final"] == pytest.approx(own["kl_final"], rel=1e-5, abs=1e-6)
     code, _, err = run(capsys, "lens", TEXT, "--tuned-lens", path, "--raw")
     assert code == 2
@@ -423,8 +423,8 @@ def test_models_shows_a_directory(capsys):
     assert "260,032" in out
 
 
-def test_as_a_program_it_ends_in_one_line_without_a_traceback():
-    """With what only a real process has: an exit code, and what Python prints as it goes."""
+def test_as_a_program_it_exits_with_one_line_and_no_traceback():
+    """In a real process, with an exit code and Python's own output."""
     program = """
 import atexit, sys
 from mechlens.cli import main
@@ -440,5 +440,5 @@ main()
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    # whose import takes longer than everything else that a mistyped name needs
+    # its import would take longer than everything else for a mistyped name
     assert not {"transformers", "transformer_lens"} & set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with one line, whatever it is doing; tested with processes and signals."""
+"""Ctrl-C ends a command with one line, whatever it is doing. Tested with processes and signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.shared import ENGINE_IS_TOLD
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
-# sends the signal in the middle of the import of a module
+# sends the signal while a module is being imported
 AT_IMPORT = """
 import os, signal, sys
 
@@ -31,7 +31,7 @@ SCRIPT = "from mechlens.cli import main; main()"
 MODULE = "import runpy; runpy.run_module('mechlens', run_name='__main__')"
 
 # Ctrl-C after the first patched run, and while a file is written. Each in a fork, because a new process would
-# take seconds to import TransformerLens.
+# Ctrl-C after the first patched run, and while a file is written. Each runs in a fork, because a new process
 AT_WORK = """
 import os, signal, sys
 import transformer_lens

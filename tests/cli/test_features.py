@@ -1,4 +1,4 @@
-"""`mechlens features`: what it prints and writes, and how it refuses."""
+"""`mechlens features`: its output, files and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def directory(tiny_directories):
 
 @pytest.fixture(scope="module")
 def model(directory):
-    """Two layers, 32 features, 64 tokens of a letter each, a context of 32."""
+    """Two layers, 32 features, 64 single-letter tokens, a context of 32."""
     return load_model(directory, processing=False)
 
 
@@ -128,18 +128,18 @@ AFTER_LOADING = [
 def test_a_wrong_argument_is_refused_before_the_model_is_loaded(
     capsys, arguments, message, monkeypatch, tmp_path
 ):
-    # a model that is not there would be refused first, if it were asked for
+    # loading this missing model would fail first
     refused(capsys, ["features", *arguments, "--model", "./nowhere"], message, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "message"), AFTER_LOADING)
-def test_what_the_model_does_not_have_is_refused(
+def test_features_that_the_model_lacks_are_refused(
     capsys, arguments, message, monkeypatch, tmp_path, directory
 ):
     refused(capsys, ["features", *arguments, "--model", directory], message, monkeypatch, tmp_path)
 
 
-def test_a_model_without_bos_or_mlps_or_tokenizer_is_told(
+def test_a_model_without_bos_or_mlps_or_tokenizer_is_refused(
     capsys, monkeypatch, tmp_path_factory, tmp_path, tiny_directories
 ):
     from tests.tiny_models import write_toy
@@ -223,7 +223,7 @@ FEW = ["--restarts", 4, "--steps", 3]
             {"n_tokens": 2, "prior": Prior("norm", 0.5)},
         ),
         (
-            # steps so large that nothing improves
+            # steps too large to improve anything
             ["--tokens", 2, "--constant", 0.5, "--patience", 1, "--learning-rate", 100],
             Maximize(Features(1, 0), constant=0.5),
             {"n_tokens": 2, "optimizer": Optimizer(patience=1, learning_rate=100, steps=3, restarts=4)},
@@ -320,7 +320,7 @@ def test_alignment_with_another_model_compares_layer_with_layer(capsys, tmp_path
     assert table["compared"].value_counts().to_dict() == {"gpt2 vs. deeper": 6, "layers": 1}
 
 
-def test_a_model_that_does_not_compare_is_refused(
+def test_an_incomparable_model_is_refused(
     capsys, monkeypatch, tmp_path, tmp_path_factory, directory, tiny_directories
 ):
     from tests.tiny_models import write_tiny_model
@@ -337,13 +337,13 @@ def test_a_model_that_does_not_compare_is_refused(
         refused(capsys, ["features", *given], message, monkeypatch, tmp_path)
 
 
-def test_alignment_alone_is_saved(capsys, tmp_path, directory, model):
+def test_alignment_can_be_saved(capsys, tmp_path, directory, model):
     path = saved(capsys, tmp_path, directory, "alignment", "--no-random", "--top", 2, "--site", "mlp_out")
     expected = feature_alignment(search_exhaustive(model, Features(site="mlp_out"), top_k=2))
     assert_same(FeatureAlignment.load(path), expected)
 
 
-def test_alignment_of_one_layer_is_with_random_weights_alone(capsys, directory):
+def test_alignment_of_one_layer_is_only_with_random_weights(capsys, directory):
     code, out, _ = run(capsys, "features", "alignment", "--model", directory, "--layer", 1, "--json")
     assert code == 0
     names = [each["compared"] for each in json.loads(out)]
@@ -367,7 +367,7 @@ def test_every_option_of_examples_reaches_the_analysis(capsys, tmp_path, directo
     assert_same(FeatureExamples.load(path), expected)
 
 
-def test_examples_without_files_are_of_what_the_model_writes(capsys, tmp_path, directory, model):
+def test_examples_without_files_use_text_from_the_model(capsys, tmp_path, directory, model):
     options = ["--length", 8, "--limit", 5, "--seed", 3]
     path = saved(capsys, tmp_path, directory, "examples", *options)
     written = sample_tokens(model, batch=5, seq_len=8, seed=3)
@@ -375,7 +375,7 @@ def test_examples_without_files_are_of_what_the_model_writes(capsys, tmp_path, d
     assert_same(FeatureExamples.load(path), expected)
 
 
-def test_a_corpus_that_is_none_is_refused(capsys, tmp_path, directory, corpus):
+def test_an_invalid_corpus_is_refused(capsys, tmp_path, directory, corpus):
     for arguments, message in (
         ([directory / "config.json"], "a corpus is a .txt"),
         ([corpus, "--length", 33], "do not fit into the model's context of 32"),
@@ -388,7 +388,7 @@ def test_a_corpus_that_is_none_is_refused(capsys, tmp_path, directory, corpus):
 
 
 @pytest.mark.parametrize("arguments", [["exhaustive"], ["greedy", "--tokens", 1], ["examples", "CORPUS"]])
-def test_a_search_resumes_and_says_if_it_cannot(capsys, tmp_path, directory, corpus, arguments):
+def test_a_search_resumes_or_says_why_not(capsys, tmp_path, directory, corpus, arguments):
     file = tmp_path / "progress.safetensors"
     arguments = [corpus if each == "CORPUS" else each for each in arguments]
     arguments += ["--model", directory, "--resume", file]
@@ -430,7 +430,7 @@ def test_ctrl_c_says_that_the_same_command_resumes(capsys, monkeypatch, tmp_path
     code, out, err = run(capsys, *arguments, file)
     assert (code, err) == (0, whole[2])
     assert_same(json.loads(out), json.loads(whole[1]))
-    # without anything saved, and without --resume
+    # with nothing saved, and without --resume
     never.unlink()
 
     def at_once(self):
@@ -483,17 +483,17 @@ def test_a_page_has_the_command_that_wrote_it(capsys, tmp_path, directory, corpu
     assert (code, out, err) == (0, "", "")
     command = html.unescape(re.search(r"mechlens features [^<]*", path.read_text())[0])
     assert sorted(shlex.split(command)[2:]) == sorted(given)
-    # an argument without an option's name comes last
+    # positional arguments come last
     if arguments[-1] in ("MODEL", "CORPUS") and arguments[-2] != "--model":
         assert shlex.split(command)[-1] == given[-1]
 
 
-def test_a_page_shows_all_features_that_were_asked_for(capsys, tmp_path, directory):
+def test_a_page_shows_all_requested_features(capsys, tmp_path, directory):
     path = tmp_path / "x.html"
     arguments = ["--feature", "0:20", "--model", directory, "--out", path, "--quiet"]
     code, _, _ = run(capsys, "features", "exhaustive", *arguments)
     assert code == 0
-    # of layer, feature, and tokens: the table below the picture
+    # layer, feature and tokens: the table below the figure
     rows = re.findall(r"<tr><td[^>]*>(\d+)</td><td[^>]*>(\d+)</td>", path.read_text())
     assert rows == [(str(layer), str(feature)) for layer in range(2) for feature in range(20)]
 
@@ -502,7 +502,7 @@ def test_a_page_shows_all_features_that_were_asked_for(capsys, tmp_path, directo
     "arguments",
     [["exhaustive"], ["greedy", "--tokens", 1], ["gradient", *FEW, "--tokens", 2], ["examples", "CORPUS"]],
 )
-def test_json_is_one_object_that_tells_the_model(capsys, directory, corpus, arguments):
+def test_json_is_one_object_that_names_the_model(capsys, directory, corpus, arguments):
     arguments = [corpus if each == "CORPUS" else each for each in arguments]
     code, out, err = run(capsys, "features", *arguments, "--model", directory, "--json")
     assert (code, err) == (0, "")

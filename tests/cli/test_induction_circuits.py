@@ -40,7 +40,7 @@ def test_a_pair_is_printed_and_saved(capsys, tmp_path, bundled):
     assert f"{score:.3f}" in page
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
     assert cells[:2] == ["L1H2", "L3H5"]
-    # a rank is a count, and standard deviations need no more than a decimal
+    # a rank is a count, and one decimal is enough for standard deviations
     assert cells[4:6] == [f"{pair['k_z']:.1f}", "1"]
     code, _, _ = run(capsys, "induction-circuits", *SMALL, "--quiet", "--out", tmp_path / "found.csv")
     assert code == 0
@@ -50,8 +50,8 @@ def test_a_pair_is_printed_and_saved(capsys, tmp_path, bundled):
 
 def test_the_tables_are_no_wider_than_the_page(bundled):
     found = find_induction_circuits(bundled, RepeatedTokens(20, batch=2, seeds=[0]), pairs=[("1.2", "3.5")])
-    # seen in Chromium: a letter of the widest usual font takes 9.1 pixels on average, the room between two
-    # columns 24; a window of 1200 leaves 1120
+    # measured in Chromium: a letter in the widest common font takes 9.1 pixels on average, and columns are
+    # 24 apart; a window of 1200 leaves 1120
     for table in section(found).parts:
         assert sum(9.1 * len(name) + 24 for name in table.headings) < 1120
 

@@ -1,4 +1,4 @@
-"""What the command line writes and prints arrives: at targets that cannot be written, in every encoding."""
+"""Output of the command line is not lost: targets that cannot be written, and every encoding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def temporary(tmp_path_factory, monkeypatch):
-    """The system's folder for temporary files."""
+    """The system's temporary folder."""
     folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
@@ -86,13 +86,13 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     monkeypatch.chdir(tmp_path)
-    # a model that is not there would be refused first, if it were asked for
+    # loading this missing model would fail first
     code, printed, err = run(capsys, *arguments_of(command, "./nowhere", corpus), "--out", out)
     assert (code, printed, err) == (2, "", f"mechlens: {message}\n")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder.csv"]
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_the_work(capsys, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_before_the_work(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     for out, message in (
@@ -124,13 +124,13 @@ def test_a_folder_without_permission_is_refused_before_the_work(capsys, tmp_path
 
 
 def losing_its_folder(monkeypatch, folder):
-    """The folder of the result goes away during the work."""
+    """The result's folder disappears during the work."""
     real = options.load
 
     def load_and_remove(*given, **more):
         shutil.rmtree(folder)
         if folder.name == "out":
-            folder.touch()  # nor can it be made again
+            folder.touch()  # so it cannot be created again
         return real(*given, **more)
 
     monkeypatch.setattr(options, "load", load_and_remove)
@@ -193,10 +193,10 @@ def test_a_page_and_a_whole_result_are_kept_as_well(
         ("reproduce", "x"),
     ],
 )
-def test_on_a_full_disk_what_was_found_is_printed_even_if_quiet(
+def test_on_a_full_disk_the_result_is_printed_even_if_quiet(
     capsys, monkeypatch, tmp_path, temporary, tiny_directories, command, out
 ):
-    """With a real limit of what a file may hold, which bounds the folder for temporary files, too."""
+    """With a real limit on file sizes, which also applies to the temporary folder."""
     import resource
 
     load, (soft, hard) = options.load, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -207,7 +207,7 @@ def test_on_a_full_disk_what_was_found_is_printed_even_if_quiet(
         return model
 
     monkeypatch.setattr(options, "load", load_and_limit)
-    # or the halves of compiled modules stay beside their sources, and no later process can import them
+    # otherwise truncated bytecode would stay next to the sources, and later processes could not import it
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", tiny_directories / "gpt2", "--quiet", "--out", out, *FEW[command]]
@@ -226,9 +226,7 @@ def test_on_a_full_disk_what_was_found_is_printed_even_if_quiet(
 FEW = {"composition": ["--draws", "2"], "reproduce": ["--n-seeds", "1", *SMALL]}
 
 
-def test_a_result_that_cannot_be_drawn_is_printed_and_the_reason_said(
-    capsys, monkeypatch, tmp_path, temporary
-):
+def test_a_result_that_cannot_be_drawn_is_printed_with_the_reason(capsys, monkeypatch, tmp_path, temporary):
     def refuse(*given, **more):
         raise ValueError("these scores cannot be drawn")
 
@@ -239,7 +237,7 @@ def test_a_result_that_cannot_be_drawn_is_printed_and_the_reason_said(
     assert list(temporary.iterdir()) == []
 
 
-def test_what_was_written_is_said_beside_json_and_csv_not_in_them(capsys, tmp_path, tiny_directories):
+def test_messages_about_files_stay_out_of_json_and_csv(capsys, tmp_path, tiny_directories):
     model = ["--model", tiny_directories / "gpt2"]
     path = tmp_path / "a  b.csv"
     code, out, err = run(capsys, "lens", "abc", *model, "--csv", "--out", path)
@@ -256,7 +254,7 @@ def test_what_was_written_is_said_beside_json_and_csv_not_in_them(capsys, tmp_pa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize(("argument", "unbuffered"), [("--version", ""), ("--help", ""), ("--help", "1")])
-def test_an_output_that_takes_nothing_gives_one_line(argument, unbuffered):
+def test_a_closed_output_gives_one_line(argument, unbuffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "mechlens", argument],
@@ -270,7 +268,7 @@ def test_an_output_that_takes_nothing_gives_one_line(argument, unbuffered):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX's")
-def test_a_reader_that_leaves_early_gets_no_complaint():
+def test_a_reader_that_stops_early_gets_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
@@ -283,7 +281,7 @@ def test_a_reader_that_leaves_early_gets_no_complaint():
 TEXT = "Mr. Pickwick sät naïf — „он“ sat 東京 🚢"
 WRONG = [["lens", TEXT, "--stat", TEXT], [TEXT], ["models", TEXT], ["patch", "--text", TEXT, "--site", TEXT]]
 FEW_RUNS = [["lens", "Mr. Pickwick sat"], ["composition", "--draws", "2", "--model", "MODEL"]]
-"""The one that failed for a caption, and one more."""
+"""The encoding that failed on a caption, and another."""
 RUNS = [
     *FEW_RUNS,
     ["lens", TEXT, "--target", " the", "--stat", "rank_final"],
@@ -306,7 +304,7 @@ FRAMES = "─━│┃┌┏┡└"
 
 @pytest.fixture(scope="module")
 def in_encoding(tiny_directories, tmp_path_factory):
-    """Exit codes of wrong input and some runs, and the lines of both outputs, files of an encoding."""
+    """Exit codes of invalid input and some runs, and the lines of both outputs in an encoding."""
     corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     corpus.write_text("The ship—the “captain” sät\t東京 🚢\n" * 30, encoding="utf-8")
 
@@ -331,7 +329,7 @@ def in_encoding(tiny_directories, tmp_path_factory):
     return outputs
 
 
-# warnings are printed, as they are outside of the tests
+# warnings are printed, as outside the tests
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("encoding", "n_runs"),
@@ -344,10 +342,10 @@ def test_every_command_survives_every_encoding(in_encoding, encoding, n_runs):
     assert codes_here == codes
 
     def in_this(lines):
-        """As they are, with what the encoding lacks as Python writes it."""
+        """The lines, with characters that the encoding lacks as Python escapes them."""
         return [line.encode(encoding, "backslashreplace").decode(encoding) for line in lines]
 
-    # frames are drawn in another way
+    # frames are drawn differently
     whole = [line for line in everything if not set(line) & set(FRAMES)]
     assert any("東京" in line for line in everything)
     assert [line for line in in_this(whole) if line not in out] == []
@@ -355,8 +353,8 @@ def test_every_command_survives_every_encoding(in_encoding, encoding, n_runs):
     assert len(err) >= len(WRONG)
 
 
-def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
-    """The process itself, with the encoding that a terminal or a file was given."""
+def test_a_process_survives_an_encoding_that_lacks_a_caption():
+    """A real process, with the encoding of a terminal or file."""
     done = subprocess.run(
         [sys.executable, "-m", "mechlens", *FEW_RUNS[0]],
         capture_output=True,
@@ -364,7 +362,7 @@ def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
         env=os.environ | {"PYTHONIOENCODING": "cp1252"},
     )
     assert done.returncode == 0
-    # on a bridge it says which engine it is
+    # on a bridge it names the engine
     assert all(line.startswith(b"mechlens: ") for line in done.stderr.splitlines())
     assert done.stdout.decode("cp1252").startswith("Logit lens: mechlens-books")
 
@@ -384,7 +382,7 @@ def test_a_process_survives_an_encoding_that_lacks_our_own_caption():
         ("utf-8", [b"lens", b"a", b"--stat", b"\xff"], r"got '\udcff'"),
     ],
 )
-def test_bytes_that_are_no_text_are_refused_in_one_line(arguments, message, encoding):
+def test_invalid_bytes_are_refused_in_one_line(arguments, message, encoding):
     done = subprocess.run(
         [sys.executable, "-m", "mechlens", *arguments],
         capture_output=True,
@@ -396,7 +394,7 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(arguments, message, enco
     assert message in line
 
 
-# -- what else is said -----------------------------------------------------------------------------
+# -- other messages --------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("default")
@@ -411,11 +409,11 @@ def test_each_warning_is_printed_once(capsys, tmp_path):
     assert "this model has no tokenizer, so no BOS: its sequences begin with an ordinary token" in err
 
 
-def test_a_terminal_is_told_what_is_loaded_and_where(capsys, monkeypatch):
+def test_a_terminal_shows_what_is_loaded_and_from_where(capsys, monkeypatch):
     monkeypatch.setattr(options, "progress", lambda quiet: not quiet)
     _, _, err = run(capsys, "composition", "--draws", 2, "--device", "cpu")
     assert err.splitlines()[0] == "loading mechlens-books on cpu ..."
-    # the line is whole also where there is no such place
+    # the line is complete even if there is no such place
     _, _, err = run(capsys, "composition", "--device", "cuda:99")
     loading, refused = err.splitlines()
     assert loading == "loading mechlens-books"

@@ -1,4 +1,4 @@
-"""`mechlens patch` and `mechlens ablate`: what they print and write, and how they refuse."""
+"""`mechlens patch` and `mechlens ablate`: their output, files and errors."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def saved(capsys, tmp_path, *arguments) -> PatchGridResult:
     return PatchGridResult.load(path)
 
 
-def test_the_articles_experiment_by_both_of_its_names(capsys, tmp_path, bundled):
+def test_the_articles_experiment_has_two_names(capsys, tmp_path, bundled):
     expected = ablate_mlps(bundled, on=RepeatedTokens(6, batch=2, seeds=[3]))
     assert_same(saved(capsys, tmp_path, "patch", *SMALL, "--seed", 3), expected)
     assert_same(saved(capsys, tmp_path, "ablate", "mlps", *SMALL, "--seed", 3), expected)
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path):
+def test_ctrl_c_says_that_the_same_command_resumes(capsys, monkeypatch, tmp_path):
     from mechlens.analyses.patching import grid
 
     file = tmp_path / "progress.safetensors"
@@ -119,7 +119,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("how", ["mean", "zero", "resample"])
-def test_heads_by_both_of_their_names(capsys, tmp_path, bundled, how):
+def test_both_ways_to_ablate_heads(capsys, tmp_path, bundled, how):
     expected = ablate_heads(bundled, how, on=RepeatedTokens(6, batch=2, seeds=[3], prepend_bos=False))
     arguments = [*SMALL, "--seed", 3, "--no-bos"]
     assert_same(saved(capsys, tmp_path, "ablate", "heads", "--how", how, *arguments), expected)
@@ -140,7 +140,7 @@ def test_every_option_of_patch_reaches_the_analysis(capsys, tmp_path, bundled):
         )
 
 
-def test_heads_and_the_run_that_is_patched_reach_the_analysis(capsys, tmp_path, bundled):
+def test_heads_and_the_patched_run_reach_the_analysis(capsys, tmp_path, bundled):
     expected = Patching(bundled, TEXT, OTHER).grid(
         "z", over=("layer", "head"), into="clean", heads=["L1H2", "L3H5"]
     )
@@ -158,7 +158,7 @@ def test_a_text_is_denoised(capsys, tmp_path, bundled):
     assert code == 0
     assert "recovered" in out
     ranked = expected.effect.abs().flatten().argsort(descending=True).tolist()
-    # layers of 6 positions
+    # layers, each with 6 positions
     best, third = (divmod(ranked[at], 6) for at in (0, 2))
     assert f"L{best[0]} at {best[1]} " in out
     assert f"{float(expected.effect[best]):+.3f}" in out
@@ -180,7 +180,7 @@ def test_the_table_lists_the_largest_and_json_has_all(capsys):
     assert found["rows"][0]["recovered"] is None, "there is no corrupted run"
 
 
-def test_a_page_has_the_pictures_and_the_command_that_wrote_it(capsys, tmp_path):
+def test_a_page_has_the_figures_and_the_command_that_wrote_it(capsys, tmp_path):
     path = tmp_path / "x.html"
     arguments = ["--site", "z", "--from", "zero", "--by", "head", "--no-bos", "--seq-len", "6", "--top", "4"]
     arguments += ["--out", str(path)]

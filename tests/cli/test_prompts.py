@@ -1,4 +1,4 @@
-"""`mechlens attribution`, `attention` and `train-lens`: what they print and write, and how they refuse."""
+"""`mechlens attribution`, `attention` and `train-lens`: their output, files and errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_wrong_argument_gives_one_line_and_exit_code_2(capsys, arguments, mess
     refused(capsys, arguments, message, monkeypatch, tmp_path)
 
 
-def test_attribution_is_that_of_the_function(capsys, tmp_path, bundled):
+def test_attribution_matches_the_function(capsys, tmp_path, bundled):
     path = tmp_path / "x.safetensors"
     arguments = ["attribution", TEXT, "--target", " was", "--against", " is", "--no-bos", "--position", "3"]
     assert run(capsys, *arguments, "--out", path, "--quiet") == (0, "", "")
@@ -82,13 +82,13 @@ def test_the_table_of_an_attribution_sums_to_the_logit(capsys):
     code, out, _ = run(capsys, "attribution", "The captain of the", "--target", " ship", "--top", "3")
     assert code == 0
     added = [float(number) for number in re.findall(r"[+-]\d+\.\d{3}", out.replace("\N{MINUS SIGN}", "-"))]
-    # 3 components of layers, two that belong to none, the rest and the sum; each is rounded
+    # 3 components of layers, two others, the rest and the sum; each is rounded
     assert len(added) == 7
     assert sum(added[:-1]) == pytest.approx(added[-1], abs=0.004)
     assert "“·ship”" in out
 
 
-def test_attention_is_that_of_the_function(capsys, tmp_path, bundled):
+def test_attention_matches_the_function(capsys, tmp_path, bundled):
     path = tmp_path / "x.safetensors"
     arguments = ["attention", TEXT, "--head", "L3H5", "--head", "L1H2", "--no-bos"]
     assert run(capsys, *arguments, "--out", path, "--quiet") == (0, "", "")
@@ -104,7 +104,7 @@ def test_attention_is_that_of_the_function(capsys, tmp_path, bundled):
     assert re.search(r"2 +│ ·P +│ .* 1\.00 \. \(1\)", out), out
 
 
-def test_pages_have_the_pictures_and_the_command_that_wrote_them(capsys, tmp_path):
+def test_pages_have_the_figures_and_the_command_that_wrote_them(capsys, tmp_path):
     path = tmp_path / "x.html"
     for arguments, place in (
         (["attribution", "--target", " met", "--no-bos", "--out", str(path), TEXT], 'class="plot"'),
@@ -119,13 +119,13 @@ def test_pages_have_the_pictures_and_the_command_that_wrote_them(capsys, tmp_pat
 
 
 @pytest.mark.parametrize("command", [["attribution"], ["attention", "--head", "L3H5"]])
-def test_tables_are_those_of_the_results(capsys, tmp_path, command):
+def test_tables_match_the_results(capsys, tmp_path, command):
     path = tmp_path / "x.csv"
     assert run(capsys, *command, TEXT, "--out", path, "--quiet")[0] == 0
     assert len(pd.read_csv(path)) > 30
 
 
-def test_a_lens_is_trained_on_files_and_read_through(capsys, tmp_path, bundled):
+def test_a_lens_is_trained_on_files_and_used(capsys, tmp_path, bundled):
     text, other = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text("The captain of the ship was on the deck. " * 40)
     other.write_text("He saw the sea, and the sea saw him. " * 20)
@@ -145,7 +145,7 @@ def test_a_lens_is_trained_on_files_and_read_through(capsys, tmp_path, bundled):
     assert_same(TunedLens.load(path), expected)
     for value in (*expected.kl_plain[:4], *expected.kl_tuned[:4]):
         assert f"{float(value):.3f}" in out
-    # nothing is left to do
+    # nothing left to do
     assert run(capsys, *arguments, "--quiet") == (0, "", "")
     assert_same(TunedLens.load(path), expected)
     code, out, _ = run(capsys, "lens", TEXT, "--tuned-lens", path, "--json")
@@ -153,7 +153,7 @@ def test_a_lens_is_trained_on_files_and_read_through(capsys, tmp_path, bundled):
     assert json.loads(out)["decoder"] == "tuned_lens"
 
 
-def test_a_lens_is_trained_on_what_the_model_writes(capsys, tmp_path, bundled, monkeypatch):
+def test_a_lens_is_trained_on_text_from_the_model(capsys, tmp_path, bundled, monkeypatch):
     monkeypatch.setattr("mechlens.cli.options.OWN_WINDOWS", 12)
     path = tmp_path / "lens.safetensors"
     code, out, _ = run(capsys, "train-lens", "--out", path, *TRAINED, "--json", "--seed", 4)
@@ -198,7 +198,7 @@ def chatting(tiny_directories, tmp_path):
         ),
     ],
 )
-def test_with_chat_the_text_is_a_message_of_the_users(capsys, chatting, command, read):
+def test_with_chat_the_text_is_a_user_message(capsys, chatting, command, read):
     code, out, err = run(capsys, *command, "--chat", "--model", chatting, "--json")
     assert (code, err) == (0, "")
     assert read(json.loads(out)) == ["<s>", *"user hi bot"]

@@ -1,4 +1,4 @@
-"""The command runner: shared options, errors by the option's name, and what happens to a result."""
+"""The command runner: shared options, errors that name the option, and output of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import examples
 
 
 def called(function, *arguments):
-    """Run a command of its own."""
+    """Run a command made for the test."""
     app = typer.Typer(add_completion=False)
     app.command()(function)
     made = typer.main.get_command(app)
@@ -33,7 +33,7 @@ def spread(
     top: Annotated[int, typer.Option(help="How many.")] = 2,
     layer_index: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Show a result that is there already."""
+    """A command that shows an existing result."""
     if top < 1:
         raise ArgumentError("top_k", "at least 1", top)
     if layer_index > 3:
@@ -41,7 +41,7 @@ def spread(
     run.show(examples.attention_spread(4, 3), top=top)
 
 
-def test_every_command_of_the_runner_has_the_shared_options():
+def test_every_command_has_the_shared_options():
     shared = {"model", "out", "device", "dtype", "revision", "cache", "quiet", "as_json"}
     for name in ("attribution", "attention-spread"):
         found = {each.name for each in build(name).commands[name].params}
@@ -65,7 +65,7 @@ def test_a_terminal_gets_tables_and_programs_get_json(capsys):
 
 
 @pytest.mark.parametrize("ending", [".csv", ".safetensors", ".html"])
-def test_a_file_holds_the_result_and_the_page_the_command_that_made_it(tmp_path, ending, capsys):
+def test_a_file_has_the_result_and_a_page_its_command(tmp_path, ending, capsys):
     out = tmp_path / f"found{ending}"
     called(spread, "it's", "--top", "1", "--out", str(out), "--quiet")
     assert capsys.readouterr().out == ""
@@ -77,12 +77,12 @@ def test_a_file_holds_the_result_and_the_page_the_command_that_made_it(tmp_path,
         assert "mechlens spread --top 1" in out.read_text(encoding="utf-8")
 
 
-def test_another_ending_is_refused_before_the_work():
+def test_another_file_extension_is_refused_before_the_work():
     with pytest.raises(ValueError, match=r"--out must be a \.html, \.csv or \.safetensors file"):
         called(spread, "a", "--out", "found.txt")
 
 
-def test_the_names_of_options_are_those_that_typer_reads():
+def test_the_names_of_options_match_typers():
     assert options.option_name(spread, "text") == "TEXT"
     assert options.option_name(spread, "as_json") == "--json"
     assert options.option_name(spread, "not_an_option") == "not_an_option"

@@ -39,7 +39,7 @@ WORDS = list(commands.every())
 
 
 def after(*arguments, work=COMMAND):
-    """Exit code, output, lines of standard error, and imported packages of a new process."""
+    """Exit code, output, standard error by line, and imported packages of a new process."""
     code = AFTER.format(arguments=list(arguments), work=work)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     *said, modules = done.stderr.splitlines()
@@ -131,7 +131,7 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
         (cli_task.TASKS, tuple(task_library.BUILT_IN)),
     ],
 )
-def test_choices_repeated_in_the_command_line_equal_those_of_the_analyses(ours, theirs):
+def test_choices_in_the_command_line_equal_those_of_the_analyses(ours, theirs):
     assert ours == theirs
 
 

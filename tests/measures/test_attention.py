@@ -1,4 +1,4 @@
-"""Scores of attention patterns: hand-known values, the literal loops, and the errors."""
+"""Scores of attention patterns: known values, literal loops, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def uniform(n: int = N) -> torch.Tensor:
 
 
 def attending(offset: int, n: int = N) -> torch.Tensor:
-    """All attention `offset` back where there is such a position, else on the first."""
+    """All attention `offset` positions back if there is such a position, else on the first."""
     pattern = torch.zeros(n, n)
     for dest in range(n):
         pattern[dest, max(0, dest - offset)] = 1
@@ -33,7 +33,7 @@ def random_pattern(*shape: int, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def score(pattern: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """`mask_score` of patterns with any leading axes."""
+    """`mask_score` of patterns with arbitrary leading axes."""
     flat = pattern.reshape(1, -1, *pattern.shape[-2:])
     return mask_score(flat, mask)[0].reshape(pattern.shape[:-2])
 
@@ -63,17 +63,17 @@ UNIFORM_ALL = sum(1 / (dest + 1) for dest in range(1, N)) / (N - 1)
         (attending(S), {"induction": 0, "duplicate": 1, "previous": 1 / 10, "first": 5 / 10}),
         (attending(1), {"induction": 0, "duplicate": 0, "previous": 1, "first": 1 / 10}),
         (torch.eye(N), {"induction": 0, "duplicate": 0, "previous": 0, "first": 0}),
-        # the article's diagonal has S + 2 entries: two of them are no induction
+        # the article's diagonal has S + 2 entries, two of which are not induction
         (attending(S - 1), {"diagonal": 1}),
     ],
 )
-def test_hand_known_patterns_give_the_closed_form(pattern, expected):
+def test_known_patterns_give_the_closed_form(pattern, expected):
     for name, value in expected.items():
         # float32 sums of ten terms
         assert float(score(pattern, MASKS[name])) == pytest.approx(value, abs=1e-6), name
 
 
-def test_the_articles_diagonal_counts_two_entries_more():
+def test_the_articles_diagonal_has_two_more_entries():
     pattern = attending(S - 1)
     pattern[S - 1], pattern[S] = 0, 0
     pattern[S - 1, 1], pattern[S, 2] = 1, 1  # no attention on the two entries before the second copy
@@ -82,7 +82,7 @@ def test_the_articles_diagonal_counts_two_entries_more():
 
 
 def test_a_perfect_head_scores_half_in_prefix_matching():
-    """All attention spread over the tokens after the earlier copies: 75 / 150 entries."""
+    """Attention is spread over the tokens after the earlier copies: 75 / 150 entries."""
     n = 1 + 4 * 25
     pattern = torch.zeros(n, n)
     pattern[:26, 0] = 1
@@ -118,16 +118,16 @@ def test_every_score_equals_the_literal_loop(seq_len, bos, count, seed):
                 "prefix": reference.prefix_matching(q, seq_len, count, bos),
             }
             for name, value in expected.items():
-                # float32 means of at most some hundred entries below 1
+                # float32 means of at most a few hundred entries below 1
                 assert float(got[name][row, head]) == pytest.approx(value, abs=1e-6), name
 
 
-def test_masks_of_a_text_find_what_the_eye_finds():
+def test_masks_of_a_text_known_by_hand():
     tokens = torch.tensor([[7, 1, 2, 1, 3, 1]])
     assert entries(measures.duplicate_token_mask(tokens)) == [(3, 1), (5, 1), (5, 3)]
     # after the earlier 1s come 2 (position 2) and 3 (position 4)
     assert entries(measures.induction_mask(tokens)) == [(3, 2), (5, 2), (5, 4)]
-    # A A: what follows the first A is the destination itself, which is no induction
+    # A A: the token after the first A is the query position itself, which is not induction
     assert entries(measures.induction_mask(torch.tensor([[4, 4]]))) == []
 
 
@@ -187,6 +187,6 @@ def test_copying_score_by_hand():
         ),
     ],
 )
-def test_errors_say_what_came_and_what_is_needed(call, message):
+def test_errors_state_what_was_needed_and_given(call, message):
     with pytest.raises(ValueError, match=message):
         call()

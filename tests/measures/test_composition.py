@@ -1,4 +1,4 @@
-"""Composition scores: against whole matrices, the engine's own, values known by hand, and random heads."""
+"""Composition scores compared with full matrices, the engine's scores, known values, and random heads."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def heads(count, size, d_head, other, seed):
 @pytest.mark.parametrize("tile", [(1024, 1024), (3, 6), (1, 1)])
 @pytest.mark.parametrize(
     ("inner1", "inner2", "size1", "size2"),
-    # of one shape; of heads of other sizes; thicker than the sides they are reduced to
+    # same shape; heads of different sizes; inner dimension larger than the outer ones
     [(3, 3, 8, 8), (2, 4, 8, 8), (3, 4, 2, 1)],
 )
-def test_composition_equals_that_of_whole_matrices(monkeypatch, seed, tile, inner1, inner2, size1, size2):
+def test_composition_matches_full_matrices(monkeypatch, seed, tile, inner1, inner2, size1, size2):
     monkeypatch.setattr(composition, "TILE_ROWS", tile[0])
     monkeypatch.setattr(composition, "TILE_COLUMNS", tile[1])
     A1, B1 = heads(5, size1, inner1, 8, seed)
     A2, B2 = heads(4, 8, inner2, size2, seed + 100)
     expected = reference.composition(A1, B1, A2, B2)
     found = composition_scores(A1, B1, A2, B2)
-    # float32, of numbers up to 1
+    # float32 numbers up to 1
     assert torch.allclose(found.double(), expected, rtol=0, atol=2e-6)
     assert not torch.allclose(found, composition_scores(A1, B1, A2, B2.flip(1)), atol=1e-3) or size2 == 1
-    # layers in no order, and one without a head before it
+    # unordered layers, and one without earlier heads
     source_layers, destination_layers = torch.tensor([2, 0, 2, 5, 1]), torch.tensor([2, 0, 3, 1])
     some = composition_scores(
         A1, B1, A2, B2, source_layers=source_layers, destination_layers=destination_layers
@@ -46,7 +46,7 @@ def test_composition_equals_that_of_whole_matrices(monkeypatch, seed, tile, inne
     assert torch.allclose(some[asked].double(), expected[asked], rtol=0, atol=2e-6)
 
 
-def test_composition_is_the_engines_own():
+def test_composition_matches_the_engines():
     from transformer_lens import FactoredMatrix
     from transformer_lens.utilities import composition_scores as theirs
 
@@ -56,44 +56,44 @@ def test_composition_is_the_engines_own():
     for right in (QK, QK.T, OV):
         expected = theirs(OV, right, broadcast_dims=True)
         found = composition_scores(OV.A, OV.B, right.A, right.B)
-        # both in float32, of numbers up to 1
+        # both in float32, for numbers up to 1
         assert torch.allclose(found, expected, rtol=0, atol=2e-6)
 
 
 def test_composition_known_by_hand():
     basis = torch.eye(6)
     read, write = basis[:, :2], basis[:2]
-    # what one writes the other reads whole: two equal directions of two
+    # the later head reads everything that the earlier one writes: two equal directions
     through = composition_scores(read[None], write[None], basis[None, :, :2], basis[None, 2:4])
     assert float(through) == pytest.approx(1 / math.sqrt(2), abs=1e-6)
     one = composition_scores(read[None, :, :1], write[None, :1], basis[None, :, :1], basis[None, 2:3])
     assert float(one) == pytest.approx(1, abs=1e-6)
-    # it is written where the other does not read
+    # the earlier head writes where the later one does not read
     past = composition_scores(read[None], write[None], basis[None, :, 2:4], basis[None, :2])
     assert float(past) == 0
-    # a head of zeros has no norm to divide by, and spoils no other
+    # a head of zeros has no norm to divide by, and does not affect others
     pair = composition_scores(
         torch.stack([read, 0 * read]), torch.stack([write] * 2), read[None], write[None]
     )
     assert pair[:, 0].isnan().tolist() == [False, True]
 
 
-def test_composition_of_narrow_and_of_tiny_weights():
+def test_composition_of_bfloat16_and_tiny_weights():
     A1, B1 = heads(2, 8, 3, 8, seed=0)
     A2, B2 = heads(2, 8, 3, 8, seed=1)
     narrow = [weight.bfloat16().requires_grad_() for weight in (A1, B1, A2, B2)]
     found = composition_scores(*narrow)
     assert found.dtype == torch.float32
     expected = reference.composition(*(weight.detach() for weight in narrow))
-    # float32, of numbers up to 1; in bfloat16 it would be 4e-3
+    # float32 numbers up to 1; in bfloat16 it would be 4e-3
     assert torch.allclose(found.double(), expected, rtol=0, atol=2e-6)
-    # squares of 1e-24 are zero in float32
+    # squares of 1e-24 underflow in float32
     tiny = composition_scores(*(1e-6 * weight for weight in (A1, B1, A2, B2)))
     assert torch.allclose(tiny, composition_scores(A1, B1, A2, B2), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(("d_model", "d_head"), [(32, 8), (12, 12), (20, 1)])
-def test_random_heads_compose_by_chance_alone(d_model, d_head):
+def test_random_heads_compose_only_by_chance(d_model, d_head):
     mean, deviation = random_composition(d_model, d_head, n=400, seed=1)
     draw = torch.Generator().manual_seed(9)
     A1, A2 = torch.randn(2, 400, d_model, d_head, generator=draw)
@@ -101,7 +101,7 @@ def test_random_heads_compose_by_chance_alone(d_model, d_head):
     scores = torch.cat(
         [reference.composition(*(w[i : i + 1] for w in (A1, B1, A2, B2)))[0] for i in range(400)]
     )
-    # five standard errors of the difference of two means, and of two standard deviations
+    # five standard errors of the difference between two means, and between two standard deviations
     error = float(scores.std()) * math.sqrt(2 / 400)
     assert mean == pytest.approx(float(scores.mean()), abs=5 * error)
     assert deviation == pytest.approx(float(scores.std()), abs=5 * error)

@@ -1,4 +1,4 @@
-"""KL divergence and its gradient: against PyTorch's own, and at excluded tokens."""
+"""KL divergence and its gradient, compared with PyTorch's, and at excluded tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_kl_and_its_gradient_equal_those_of_autograd(cap):
+def test_kl_and_its_gradient_match_autograd(cap):
     unembedding = Unembedding(drawn(8, 40, seed=0), drawn(40, seed=1), cap)
     reference, vectors = drawn(5, 8, seed=2), drawn(5, 8, seed=3).requires_grad_()
 

@@ -1,4 +1,4 @@
-"""What is done where memory runs out."""
+"""Halving of batches when memory runs out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from mechlens.measures.memory import in_parts, is_out_of_memory
 
 
 def no_room(size):
-    """Work that has memory for so many rows only."""
+    """Work that has memory for only `room` rows."""
 
     def work(rows):
         if len(rows) > size:
-            # more than there is: what PyTorch itself says of it
+            # more than there is, to raise PyTorch's own error
             torch.empty(2**60, dtype=torch.uint8)
         return rows.tolist()
 
@@ -30,7 +30,7 @@ def test_every_row_is_done_once_and_in_order(size, room):
     assert max(len(part) for part, _ in done) <= min(size, room)
 
 
-def test_as_many_as_fit_go_on_together():
+def test_as_many_as_fit_continue_together():
     sizes = [len(part) for part, _ in in_parts(no_room(2), torch.arange(8), 8)]
     assert sizes == [2, 2, 2, 2]
 

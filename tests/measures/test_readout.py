@@ -1,4 +1,4 @@
-"""The readout in tiles against whole distributions."""
+"""The tiled readout compared with full distributions."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def drawn(rows, positions, d_model, d_vocab, seed=0):
     positions=st.integers(1, 7),
     d_vocab=st.integers(2, 200),
     soft_cap=st.sampled_from([None, 2.0]),
-    # a position at a time, some of them, all; of one row beside the references, of some, of all
+    # one position at a time, some, all; one row next to the references, some, all
     budget=st.sampled_from([1, 300, 9000, 2**26]),
     at_once=st.sampled_from([1, 5, 1024]),
-    # tokens of a tile, whole groups and not
+    # tokens per tile, in full groups and not
     columns=st.sampled_from([1, 64, 1024]),
     seed=st.integers(0, 2**31),
 )
-def test_every_statistic_equals_that_of_the_whole_distribution(
+def test_every_statistic_matches_the_full_distribution(
     rows, positions, d_vocab, soft_cap, budget, at_once, columns, seed
 ):
     vectors, W_U, b_U, targets = drawn(rows, positions, 6, d_vocab, seed)
@@ -63,14 +63,14 @@ def test_every_statistic_equals_that_of_the_whole_distribution(
             for which, other in enumerate((rows - 1, 0)):
                 for index, target in enumerate([top, *targets[pos].tolist()]):
                     expected = reference.statistics(logits[row, pos], logits[other, pos], target)
-                    # products of 6 terms in float32, in logits of about 10
+                    # float32 products of 6 terms, in logits of about 10
                     assert float(found.entropy[row, pos]) == pytest.approx(expected["entropy"], abs=2e-5)
                     assert float(found.kl[row, pos, which]) == pytest.approx(expected["kl"], abs=5e-5)
                     assert float(found.log_prob[row, pos, index]) == pytest.approx(
                         expected["log_prob"], abs=2e-5
                     )
                     near = (logits[row, pos] - logits[row, pos, target]).abs() < 2e-5
-                    # logits that differ by less than rounding may stand in any order
+                    # logits that differ by less than rounding may be in any order
                     off = abs(expected["rank"] - int(found.rank[row, pos, index]))
                     assert off <= int(near.sum()) - 1
             best = logits[row, pos, found.top_ids[row, pos]]
@@ -82,7 +82,7 @@ def test_every_statistic_equals_that_of_the_whole_distribution(
 
 
 def test_ranks_are_right_to_within_rounding_where_tokens_have_the_same_weights():
-    """Many tokens are never trained. Which kernel makes which of their logits is up to the processor."""
+    """Many tokens are never trained. Which kernel computes their logits depends on the processor."""
     vectors, W_U, b_U, _ = drawn(3, 50, 64, 3000)
     W_U[:, ::7], b_U[::7] = W_U[:, :1], b_U[:1]
     found = read_out(
@@ -96,7 +96,7 @@ def test_ranks_are_right_to_within_rounding_where_tokens_have_the_same_weights()
     assert (more < near).all(), "a target is not larger than itself"
 
 
-def test_what_is_not_asked_for_is_not_computed(monkeypatch):
+def test_unrequested_statistics_are_not_computed(monkeypatch):
     vectors, W_U, b_U, targets = drawn(4, 5, 6, 90)
     whole = read_out(vectors, Unembedding(W_U, b_U), targets=targets, references=(3, 0))
     passes = []
@@ -120,7 +120,7 @@ def test_what_is_not_asked_for_is_not_computed(monkeypatch):
         assert torch.equal(some.top_ids, whole.top_ids)
 
 
-def test_a_distance_has_its_gradient():
+def test_the_gradient_of_a_kl():
     vectors, W_U, b_U, _ = drawn(3, 4, 5, 30)
     reader = Unembedding(W_U, b_U, 3.0)
     streamed = kl_from(reader, vectors[0], vectors[1:])
@@ -134,10 +134,10 @@ def test_a_distance_has_its_gradient():
     assert float((leaf.grad * step).sum()) == pytest.approx(float(ahead - behind) / 2, rel=5e-3)
 
 
-def test_a_row_is_at_no_distance_from_itself():
+def test_a_row_has_zero_kl_from_itself():
     vectors, W_U, b_U, targets = drawn(3, 4, 5, 30)
     found = read_out(vectors, Unembedding(W_U, b_U), targets=targets, references=(1,))
-    # the same numbers in float32, less the same numbers
+    # float32 numbers minus the same numbers
     assert found.kl[1, :, 0].max() < 1e-5
     assert (found.rank[1, :, 0] == 1).all()
 
@@ -154,7 +154,7 @@ def test_ties_count_strictly_larger_logits():
     assert found.rank[:, 0].tolist() == [[1, 1, 3, 3]] * 2
 
 
-def test_a_constant_vector_is_even_and_minus_infinity_is_impossible():
+def test_a_constant_vector_is_uniform_and_minus_infinity_is_impossible():
     W_U, b_U = torch.zeros(2, 4), torch.tensor([0.0, 0.0, -math.inf, 0.0])
     targets = torch.tensor([[2]])
     found = read_out(torch.ones(1, 1, 2), Unembedding(W_U, b_U), targets=targets, references=(0,), top_k=1)
@@ -164,7 +164,7 @@ def test_a_constant_vector_is_even_and_minus_infinity_is_impossible():
     assert int(found.rank[0, 0, 1]) == 4
 
 
-def test_bounds():
+def test_arguments_out_of_range_are_refused():
     vectors, W_U, b_U, targets = drawn(2, 2, 3, 5)
     alone = read_out(vectors, Unembedding(W_U, b_U), targets=targets, statistics=("rank",))
     assert alone.rank.shape == (2, 2, 2), "without a reference the targets are those that were given"
@@ -230,23 +230,23 @@ print("halved" if max(blocks) < positions else blocks)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process's memory like this")
-def test_positions_whose_references_do_not_fit_are_halved():
+def test_positions_are_halved_when_their_references_do_not_fit():
     ran = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=False)
     assert ran.stdout.strip() == "halved", ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("columns", [1, 7, 1024])
 @pytest.mark.parametrize("excluded", [False, True])
-def test_the_mean_column_is_the_gradient_of_the_log_of_the_sum(monkeypatch, columns, excluded):
+def test_the_mean_column_is_the_gradient_of_logsumexp(monkeypatch, columns, excluded):
     vectors, W_U, b_U, _ = drawn(1, 5, 6, 40)
     b_U[:8] -= torch.inf if excluded else 0
-    # so far apart that float32 has no normal number for some of the exponentials
+    # so far apart that some exponentials are subnormal in float32
     vectors = 20 * vectors[0]
     monkeypatch.setattr(unembedding, "TILE_COLUMNS", columns)
     column, log_total = Unembedding(W_U, b_U).expected_column(vectors)
     leaf = vectors.double().requires_grad_()
     expected = (leaf @ W_U.double() + b_U.double()).logsumexp(1)
-    # logits of up to 200 in float32, of which probabilities are the exponentials
+    # float32 logits up to 200, of which probabilities are the exponentials
     assert torch.allclose(log_total, expected.detach(), atol=1e-4)
     assert torch.allclose(column.double(), torch.autograd.grad(expected.sum(), leaf)[0], atol=1e-4)
     with pytest.raises(ValueError, match="soft-cap"):

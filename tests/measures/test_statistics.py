@@ -1,4 +1,4 @@
-"""Intervals against theory, a literal loop and another library."""
+"""Intervals compared with theory, a literal loop and scipy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_interval_of_many_samples_is_the_normal_one():
     samples = torch.randn(4000, generator=torch.Generator().manual_seed(1)).double()
     low, high = bootstrap_interval(samples, confidence=0.95)
     error = 1.96 * float(samples.std()) / math.sqrt(4000)
-    # 2000 resamples place a 2.5% quantile within about 7% of the half width
+    # with 2000 resamples, a 2.5% quantile is accurate to about 7% of the half width
     assert float(samples.mean() - low) == pytest.approx(error, rel=0.1)
     assert float(high - samples.mean()) == pytest.approx(error, rel=0.1)
 
@@ -30,12 +30,12 @@ def test_interval_equals_a_literal_bootstrap():
     drawn = random.Random(3)
     means = sorted(sum(drawn.choices(samples, k=6)) / 6 for _ in range(20000))
     low, high = bootstrap_interval(torch.tensor(samples), confidence=0.9, resamples=20000)
-    # means are multiples of a few hundredths, and quantiles of two independent bootstraps differ by one
+    # means are multiples of a few hundredths, and two bootstraps may differ by one of them
     assert float(low) == pytest.approx(means[1000], abs=0.03)
     assert float(high) == pytest.approx(means[19000], abs=0.03)
 
 
-def test_values_are_resampled_together_and_keep_their_shape():
+def test_values_are_resampled_jointly_and_keep_their_shape():
     samples = torch.rand(30, 2, 3, generator=torch.Generator().manual_seed(0))
     low, high = bootstrap_interval(samples)
     assert low.shape == (2, 3)
@@ -45,7 +45,7 @@ def test_values_are_resampled_together_and_keep_their_shape():
     assert float(alone[0]) == pytest.approx(float(low[1, 2]), abs=1e-6)
 
 
-def test_one_sample_has_no_interval_and_nan_is_left_out():
+def test_one_sample_has_no_interval_and_nan_is_ignored():
     low, high = bootstrap_interval(torch.tensor([0.25]))
     assert low.isnan()
     assert high.isnan()
@@ -76,17 +76,17 @@ def test_errors(call, message):
 
 @pytest.mark.parametrize("n", [1, 4, 32, 768])
 @pytest.mark.parametrize("confidence", [0.5, 0.95])
-def test_the_interval_of_a_share_is_that_of_scipy(n, confidence):
+def test_the_interval_of_a_share_matches_scipy(n, confidence):
     from scipy.stats import binomtest
 
     for hits in {0, 1, n // 3, n - 1, n}:
         expected = binomtest(hits, n).proportion_ci(confidence_level=confidence, method="exact")
         found = exact_interval(hits / n, n, confidence=confidence)
-        # scipy looks for the ends by bisection
+        # scipy finds the ends by bisection
         assert found == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def test_a_share_that_is_not_there_has_no_interval():
+def test_an_undefined_share_has_no_interval():
     low, high = exact_interval(math.nan, 5)
     assert math.isnan(low)
     assert math.isnan(high)
@@ -100,14 +100,14 @@ def test_a_share_that_is_not_there_has_no_interval():
         (0.5, 4, 1.0, "confidence must be between 0 and 1"),
     ],
 )
-def test_the_interval_of_a_bad_share(share, n, confidence, message):
+def test_the_interval_of_an_invalid_share_is_refused(share, n, confidence, message):
     with pytest.raises(ValueError, match=message):
         exact_interval(share, n, confidence=confidence)
 
 
 @pytest.mark.parametrize(("n", "chance"), [(8, 1 / 64), (64, 1 / 512), (768, 1 / 8000), (100, 0.3)])
-def test_chance_is_outside_as_rarely_as_is_said(n, chance):
-    # the probability of so many hits that the whole interval lies above chance
+def test_the_interval_misses_chance_at_the_stated_rate(n, chance):
+    # the probability that the whole interval is above chance
     from scipy.stats import binom
 
     above = sum(
@@ -116,11 +116,11 @@ def test_chance_is_outside_as_rarely_as_is_said(n, chance):
     assert above <= 0.025
 
 
-def test_what_is_no_whole_number_of_hits_gets_the_wider_interval():
+def test_a_fractional_number_of_hits_gets_the_wider_interval():
     low, high = exact_interval(2.5 / 10, 10)
     assert low == exact_interval(0.2, 10)[0]
     assert high == exact_interval(0.3, 10)[1]
-    # in float64 7 / 49 * 49 is not 7
+    # in float64, 7 / 49 * 49 is not 7
     assert exact_interval(7 / 49, 49) == (pytest.approx(0.0594, abs=1e-3), pytest.approx(0.2718, abs=1e-3))
 
 

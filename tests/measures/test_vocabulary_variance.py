@@ -1,4 +1,4 @@
-"""Variance of logits over rows by final rank, against one token at a time."""
+"""Variance of logits across rows by final rank, compared with one token at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_number_equals_the_slow_reference():
     logits = vectors.double() @ W_U.double() + b_U.double()
     for pos in range(5):
         variance, rows = reference.by_bin(logits[:, pos].tolist(), BINS)
-        # float32 against float64
+        # float32 compared with float64
         assert found.variance[:, pos].tolist() == pytest.approx(variance, rel=1e-4)
         got = torch.stack([found.mean[..., pos], found.spread[..., pos], found.excess[..., pos]], dim=-1)
         torch.testing.assert_close(got.double(), torch.tensor(rows).double(), atol=1e-5, rtol=1e-4)
@@ -44,13 +44,13 @@ def test_every_number_equals_the_slow_reference():
         assert found.probability[:, pos].tolist() == pytest.approx(sums, rel=1e-4)
 
 
-def test_a_hand_known_case_with_ties():
-    """Two rows; the identity reads vectors as logits. Tokens 1 and 2 are finally equal, so 1 comes first."""
+def test_a_known_case_with_ties():
+    """Two rows; W_U is the identity, so vectors are logits. Tokens 1 and 2 tie finally, so 1 comes first."""
     vectors = torch.tensor([[[3.0, 0.0, 0.0]], [[0.0, 3.0, 3.0]]])
     found = vocabulary_variance(
         vectors, Unembedding(torch.eye(3), torch.zeros(3)), bins=((1, 1), (2, 2), (3, 3))
     )
-    # less their means 1 and 2: token 1 goes from -1 to 1, token 2 as well, token 0 from 2 to -2
+    # minus their means 1 and 2: tokens 1 and 2 go from -1 to 1, token 0 from 2 to -2
     assert found.variance[:, 0].tolist() == [1.0, 1.0, 4.0]
     assert found.mean[:, :, 0].tolist() == [[-1.0, -1.0, 2.0], [1.0, 1.0, -2.0]]
     assert found.excess[:, :, 0].tolist() == [[2.0, 2.0, 4.0], [0.0, 0.0, 0.0]]
@@ -66,15 +66,15 @@ def test_a_null_is_a_partition_of_the_same_variances():
     )
     sizes = torch.tensor([1.0, 4.0, 12.0])[:, None]
     total = (found.variance * sizes).sum(0)
-    # every token is in one bin, in every draw
+    # every draw puts each token into one bin
     torch.testing.assert_close((found.null_variance * sizes).sum(1), total.expand(300, -1))
     variance = (vectors @ W_U + b_U - (vectors @ W_U + b_U).mean(-1, keepdim=True)).var(0, correction=0)
-    # the first bin is one token, each of them about equally often: 300 draws of 17, to three standard errors
+    # the first bin is one token, each about equally often: 300 draws from 17, to three standard errors
     mean, deviation = variance.mean(-1), variance.std(-1)
     assert ((found.null_variance[:, 0].mean(0) - mean).abs() < 3 * deviation / 300**0.5).all()
     first = [{round(value, 4) for value in found.null_variance[:, 0, pos].tolist()} for pos in range(5)]
     assert all(len(values) == 17 for values in first)
-    # and not the same one at all positions
+    # and it differs between positions
     tokens = (found.null_variance[:, 0, :, None] - variance).abs().argmin(-1)
     assert (tokens != tokens[:, :1]).any(-1).float().mean() > 0.9
     again = vocabulary_variance(
@@ -100,7 +100,7 @@ def test_chunks_change_nothing(monkeypatch):
     whole = run()
     monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 4 * 4 * 17)
     for name, value in vars(run()).items():
-        # other shapes of the same product round differently
+        # the same product in other shapes rounds differently
         torch.testing.assert_close(value, getattr(whole, name), atol=1e-5, rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Measures of thin factors against whole matrices in float64."""
+"""Measures of thin factors compared with full float64 matrices."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def drawn(n_rows, n_columns, inner, seed=0, dtype=torch.float32):
 
 
 def whole(n_rows, n_columns, inner, seed, largest=2):
-    """Small integers, whose products are exact and often equal."""
+    """Small integers, whose products are exact and often tie."""
     draw = torch.Generator().manual_seed(seed)
     A = torch.randint(-largest, largest + 1, (n_rows, inner), generator=draw)
     return Thin(A.float(), torch.randint(-largest, largest + 1, (inner, n_columns), generator=draw).float())
@@ -73,13 +73,13 @@ anything = settings(
     tile=st.sampled_from(TILES),
     seed=st.integers(0, 2**31),
 )
-def test_ranks_equal_those_of_the_whole_matrix_with_ties(tiles, size, inner, over, ties, tile, seed):
+def test_ranks_match_the_full_matrix_with_ties(tiles, size, inner, over, ties, tile, seed):
     tiles(*tile)
     circuit = whole(size, size, inner, seed)
     expected = reference.diagonal_ranks(reference.dense(circuit.A, circuit.B), SIDES[over], ties)
     assert diagonal_ranks(circuit, over, ties=ties).tolist() == expected
     draw = torch.Generator().manual_seed(seed)
-    # in any order, and some of them twice
+    # in any order, some twice
     some = torch.randint(size, (7,), generator=draw)
     found = diagonal_ranks(circuit, over, tokens=some, ties=ties)
     assert found.tolist() == [expected[token] for token in some]
@@ -95,25 +95,25 @@ def test_ranks_equal_those_of_the_whole_matrix_with_ties(tiles, size, inner, ove
 
 @pytest.mark.parametrize("over", ["key", "query"])
 @pytest.mark.parametrize("seed", range(3))
-def test_ranks_of_random_factors_in_tiles_of_their_own_size(over, seed):
+def test_ranks_of_random_factors_in_full_size_tiles(over, seed):
     size = weights.TILE_COLUMNS + 76
     circuit = drawn(size, size, 16, seed)
     matrix = reference.dense(circuit.A, circuit.B)
     expected = reference.diagonal_ranks(matrix, SIDES[over], "for")
     found = diagonal_ranks(circuit, over)
-    # rounding in float32 may change places with a neighbor, but for few of a million entries
+    # float32 rounding may swap neighbors, but only a few of a million entries
     assert (found - torch.tensor(expected)).abs().max() <= 1
     assert (found != torch.tensor(expected)).sum() <= 3
 
 
-def test_what_equals_the_diagonal_bit_for_bit_ties_in_every_tile():
-    # every token twice, the copies far enough apart to be in other tiles; the last tile is a narrow one
+def test_entries_equal_to_the_diagonal_tie_in_every_tile():
+    # every token twice, with copies far enough apart to be in different tiles; the last tile is narrow
     once = drawn(2600, 2600, 33, seed=1)
     circuit = Thin(once.A.repeat(2, 1), once.B.repeat(1, 2))
     for over in ("key", "query"):
         own = diagonal_ranks(circuit, over)
         against = diagonal_ranks(circuit, over, ties="against")
-        # the copy alone ties
+        # only the copy ties
         assert torch.equal(against, own + 1)
         assert torch.equal(own[:2600], own[2600:])
 
@@ -121,7 +121,7 @@ def test_what_equals_the_diagonal_bit_for_bit_ties_in_every_tile():
 @pytest.mark.parametrize("size", [weights.TILE_COLUMNS + extra for extra in (1, 2, 81)])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_copy_in_a_narrow_last_tile_ties(size, seed):
-    """Products of one column, or of a few, are rounded in another order than those of many."""
+    """Products of one or a few columns are rounded in a different order than those of many."""
     circuit = drawn(size, size, 64, seed)
     circuit.B[:, 5] = 10 * circuit.A[5]
     circuit.A[-1], circuit.B[:, -1] = circuit.A[5], circuit.B[:, 5]
@@ -157,7 +157,7 @@ def test_a_circuit_names_its_own_axes():
         diagonal_ranks(circuit, "key")
 
 
-def test_constant_entries_tie_all():
+def test_constant_entries_all_tie():
     circuit = Thin(torch.ones(5, 1), torch.ones(1, 5))
     assert diagonal_ranks(circuit).tolist() == [1] * 5
     assert diagonal_ranks(circuit, ties="against").tolist() == [5] * 5
@@ -165,11 +165,11 @@ def test_constant_entries_tie_all():
     assert top_k_accuracy(circuit, 5, ties="against") == 1
 
 
-def test_parameters_and_narrow_weights_are_read():
+def test_parameters_and_bfloat16_weights_are_read():
     circuit = drawn(12, 12, 3, dtype=torch.bfloat16)
     narrow = Thin(torch.nn.Parameter(circuit.A), torch.nn.Parameter(circuit.B))
     expected = reference.diagonal_ranks(reference.dense(circuit.A, circuit.B), "columns", "for")
-    # in bfloat16 itself, products of 8 bits would tie
+    # in bfloat16, products with 8 bits would tie
     assert diagonal_ranks(narrow).tolist() == expected
     assert not largest_entries(narrow, 3).values.requires_grad
     assert_same(eigenvalue_copying_score(narrow), eigenvalue_copying_score(Thin(circuit.A, circuit.B)))
@@ -186,7 +186,7 @@ def test_the_engines_factored_matrix_is_a_circuit():
     assert torch.equal(diagonal_ranks(theirs), diagonal_ranks(circuit))
     assert torch.equal(diagonal_ranks(theirs.T), diagonal_ranks(circuit, "query"))
     found, U_S_V = singular(theirs, 2), theirs.svd()
-    # two ways to the same values in float32
+    # two ways to compute the same values in float32
     assert torch.allclose(found.S, U_S_V[1], rtol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_the_engines_factored_matrix_is_a_circuit():
     tile=st.sampled_from(TILES),
     seed=st.integers(0, 2**31),
 )
-def test_largest_entries_equal_those_of_the_whole_matrix_with_ties(
+def test_largest_entries_match_the_full_matrix_with_ties(
     tiles, n_rows, n_columns, share, largest, tile, seed
 ):
     tiles(*tile)
@@ -215,26 +215,26 @@ def test_largest_entries_of_random_factors():
     matrix = reference.dense(circuit.A, circuit.B)
     found = largest_entries(circuit, 50)
     best = matrix.flatten().topk(50)
-    # a sum of eight products in float32, of entries of about 30
+    # float32 sums of eight products, in entries of about 30
     assert torch.allclose(found.values.double(), best.values, rtol=1e-5)
     assert torch.equal(found.rows * 5000 + found.columns, best.indices)
 
 
-def test_many_more_ties_than_entries_asked_for_are_passed_over(tiles, monkeypatch):
+def test_many_more_ties_than_requested_entries_are_skipped(tiles, monkeypatch):
     tiles(8, 16)
     looked = []
     topk = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda self, n: looked.append(n) or topk(self, n))
     circuit = Thin(torch.zeros(80, 2), torch.zeros(2, 80))
     found = largest_entries(circuit, 20)
-    # of equal ones, those of the first row, also where that goes on in the second tile
+    # ties go to the first row, which continues in the second tile
     assert found.rows.tolist() == [0] * 20
     assert found.columns.tolist() == list(range(20))
-    # the first two tiles of the first rows hold what is asked for, and no other is sorted
+    # the first two tiles of the first rows have all requested entries, and no other is sorted
     assert len(looked) == 2
 
 
-def test_rows_columns_and_corners_are_those_of_the_whole_matrix():
+def test_rows_columns_and_corners_match_the_full_matrix():
     circuit = drawn(7, 5, 3)
     matrix = reference.dense(circuit.A, circuit.B)
     # sums of three products
@@ -248,14 +248,14 @@ def test_rows_columns_and_corners_are_those_of_the_whole_matrix():
 
 @pytest.mark.parametrize("shape", [(9, 7, 3), (3, 8, 5), (8, 2, 4), (6, 6, 6)])
 @pytest.mark.parametrize("seed", range(3))
-def test_singular_values_and_vectors_equal_those_of_the_whole_matrix(shape, seed):
+def test_singular_values_and_vectors_match_the_full_matrix(shape, seed):
     n_rows, n_columns, inner = shape
     circuit = drawn(n_rows, n_columns, inner, seed)
     matrix = reference.dense(circuit.A, circuit.B)
     most = min(shape)
     expected = torch.linalg.svdvals(matrix)[:most]
     found = singular(circuit, most)
-    # float32 decompositions are right to their largest value's last places
+    # float32 decompositions are accurate to the last digits of the largest value
     unit = 1e-5 * float(expected[0])
     assert torch.allclose(found.S.double(), expected, rtol=0, atol=unit)
     rebuilt = (found.U * found.S) @ found.V.mT
@@ -270,7 +270,7 @@ def test_singular_values_and_vectors_equal_those_of_the_whole_matrix(shape, seed
 
 @pytest.mark.parametrize(("size", "inner"), [(9, 4), (4, 4), (3, 6)])
 @pytest.mark.parametrize("seed", range(4))
-def test_eigenvalues_and_copying_score_equal_those_of_the_whole_matrix(size, inner, seed):
+def test_eigenvalues_and_copying_score_match_the_full_matrix(size, inner, seed):
     circuit = drawn(size, size, inner, seed)
     every = reference.eigenvalues(reference.dense(circuit.A, circuit.B))
     found = eigenvalues(circuit)
@@ -280,10 +280,10 @@ def test_eigenvalues_and_copying_score_equal_those_of_the_whole_matrix(size, inn
     left = every.tolist()
     for value in found.tolist():
         near = min(left, key=lambda other: abs(other - value))  # called at once
-        # float32, and eigenvalues of matrices that are not symmetric amplify what is rounded
+        # float32; eigenvalues of nonsymmetric matrices amplify rounding
         assert abs(near - value) < 1e-4 * float(every.abs().max())
         left.remove(near)
-    # what only the large matrix has is zero
+    # the remaining eigenvalues of the large matrix are zero
     assert all(abs(value) < 1e-6 for value in left)
     score = float(every.real.sum() / every.abs().sum())
     assert eigenvalue_copying_score(circuit) == pytest.approx(score, abs=1e-4)
@@ -294,15 +294,15 @@ def test_copying_scores_known_by_hand():
     assert eigenvalue_copying_score(Thin(eye, eye)) == 1
     assert eigenvalue_copying_score(Thin(eye, -2 * eye)) == -1
     assert eigenvalue_copying_score(Thin(eye, torch.diag(torch.tensor([3.0, -1.0, 0.0, 0.0])))) == 0.5
-    # a turn by a quarter has eigenvalues i and -i
+    # a quarter turn has eigenvalues i and -i
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     assert eigenvalue_copying_score(Thin(turn, torch.eye(2))) == pytest.approx(0, abs=1e-6)
 
 
-def test_copying_of_what_has_no_eigenvalues_is_undefined():
+def test_the_copying_score_is_undefined_without_eigenvalues():
     zero = torch.zeros(4, 2)
     assert math.isnan(eigenvalue_copying_score(Thin(zero, zero.mT)))
-    # what is written lies where nothing is read from: zero but for rounding
+    # the head writes where it does not read: zero up to rounding
     Q = torch.linalg.qr(drawn(40, 4, 4).A @ drawn(40, 4, 4).B).Q
     assert math.isnan(eigenvalue_copying_score(Thin(Q[:, :2], Q[:, 2:].mT)))
 
@@ -360,8 +360,8 @@ def test_a_boolean_mask_is_not_a_list_of_tokens():
         weights._ids("token", torch.tensor([True, False]), 2)
 
 
-def test_nothing_is_as_large_as_the_matrix():
-    """All blocks that PyTorch gives out together stay far below the matrix's 64 MiB, and are given back."""
+def test_no_tensor_is_as_large_as_the_matrix():
+    """All of PyTorch's allocations stay far below the matrix's 64 MiB, and are freed."""
     from torch.profiler import ProfilerActivity, profile
 
     circuit = drawn(4096, 4096, 4)
@@ -376,5 +376,5 @@ def test_nothing_is_as_large_as_the_matrix():
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         ordered = sorted(events, key=lambda event: event.start_ns())
         held = list(itertools.accumulate(event.nbytes() for event in ordered))
-        # a tile of 4 MiB, and once the places of all entries of the first tile with the order among them
+        # a tile of 4 MiB, and once the indices and sort order of all entries of the first tile
         assert max(held, default=0) < 48 * 2**20
