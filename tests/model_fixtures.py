@@ -1,4 +1,4 @@
-"""Models that several test files use, each made once."""
+"""Models shared by several test files, each created once."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def tiny_directories(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load_once():
-    """`load_model`, whose models are kept: for tests that leave them as they are.
+    """`load_model` with a cache, for tests that do not change models.
 
-    A fixture with parameters is better of a test's scope, and takes its models from here. Of the session's
-    scope, pytest would run all tests of a parameter together, and make what modules share again and again.
+    Parametrized fixtures should have function scope and use this cache. With session scope, pytest would
+    group tests by parameter and repeatedly recreate module-scoped fixtures.
     """
     from mechlens.models.load.loading import load_model
 
@@ -35,7 +35,7 @@ def load_once():
 
 @pytest.fixture(params=["gpt2", "gpt_neox", "llama", "gemma2"])
 def tiny_model(request, load_once, tiny_directories):
-    """Learned positions; rotary and parallel; grouped queries; a soft-cap and unfolded norms."""
+    """Learned positions; rotary, parallel blocks; grouped queries; soft-cap and unfolded norms."""
     return load_once(tiny_directories / request.param)
 
 
@@ -46,7 +46,7 @@ def tiny_bos_model(load_once, tiny_directories):
 
 @pytest.fixture(scope="session")
 def directories_with_room(tmp_path_factory):
-    """Tiny models that have room for 25 tokens x 4."""
+    """Tiny models with room for 4 x 25 tokens."""
     root = tmp_path_factory.mktemp("room")
     for kind, room in (("gpt2", "n_positions"), ("llama", "max_position_embeddings")):
         write_tiny_model(root / kind, kind, **{room: 128})
@@ -65,7 +65,7 @@ def tiny_model_with_room(load_once, tiny_directory_with_room):
 
 @pytest.fixture(scope="session")
 def fixed_distance_model(tmp_path_factory):
-    """An attention-only model, written by hand, whose head attends S - 1 = 5 back whatever the tokens are."""
+    """A handwritten attention-only model whose head always attends S - 1 = 5 tokens back."""
     from safetensors.torch import save_file
 
     from mechlens.models.load.loading import load_model

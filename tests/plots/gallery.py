@@ -1,4 +1,4 @@
-"""Every figure of the package from a made-up model of some layers, for tests of what all figures share."""
+"""Every figure of the package, from a made-up model, for tests of properties that all figures share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mechlens.results import (
 from tests import examples
 
 WORDS = ("<|im_start|>", "The", "·E", "iffel", " Tower", " is", " in", " the", " city", " of")
-"""What a model of the gallery reads: long tokens and short ones, as real texts have them."""
+"""The input of a gallery model: long and short tokens, as in real text."""
 
 
 def edges(info, n_layers: int, n_heads: int, draw: torch.Generator) -> EdgeEffects:
@@ -47,7 +47,7 @@ def edges(info, n_layers: int, n_heads: int, draw: torch.Generator) -> EdgeEffec
 
 
 def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
-    """A result of each kind that has layers or heads in it."""
+    """One result of each kind that has layers or heads."""
     draw = torch.Generator().manual_seed(0)
     info = examples.model("smollm2-135m", n_layers=n_layers, n_heads=n_heads)
 
@@ -55,7 +55,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
         return torch.randn(*shape, generator=draw)
 
     def uniform(*shape: int) -> torch.Tensor:
-        # squared: few are large, as of scores
+        # squared, so few are large, like scores
         return torch.rand(*shape, generator=draw).pow(4)
 
     lens = examples.deep_lens(n_layers, tokens=WORDS)
@@ -75,7 +75,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
     pair = torch.full((n_layers, n_heads, n_layers, n_heads), math.nan)
     for layer in range(n_layers - 1):
         pair[layer, :, layer + 1 :] = 0.1 + uniform(n_heads, n_layers - layer - 1, n_heads)
-    # as in real models, the pairs above all others are in few layers
+    # as in real models, the strongest pairs are in few layers
     for late in range(6):
         pair[n_layers // 2, 0, n_layers - 1 - late % (n_layers // 2), late] = 2.0 - late / 10
 
@@ -250,7 +250,7 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
 
 
 def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
-    """Each figure as it is drawn unasked."""
+    """Each figure with default arguments."""
     made = results(n_layers, n_heads)
     lens, heads, grids = made["lens"], made["scores"], made["patch_heads"]
     long = examples.deep_lens(n_layers, tokens=WORDS * 4)

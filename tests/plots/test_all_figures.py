@@ -1,4 +1,4 @@
-"""What all figures share, of a model of 4 layers and of one of 30."""
+"""Properties that all figures share, for models with 4 and 30 layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mechlens.plots.style import HEIGHT, WIDTH, titles, top_margin
 from tests.plots import gallery
 
 ASKED_FOR = {"plot_circuit_corner", "plot_eigenvalues", "plot_gradient_search"}
-"""Whose size does not depend on how deep a model is."""
+"""Figures whose size does not depend on the number of layers."""
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def figures(n_layers: int) -> dict[str, go.Figure]:
 
 
 def _sizes(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every font size in a figure, with where it is."""
+    """Every font size in a figure, with its place."""
     if isinstance(value, dict):
         for name, each in value.items():
             if name == "size" and key.endswith("font"):
@@ -51,7 +51,7 @@ def test_every_figure_is_in_the_gallery(monkeypatch):
 
 
 @pytest.mark.parametrize("n_layers", [4, 30])
-def test_no_figure_is_wider_or_higher_than_a_page(n_layers):
+def test_no_figure_is_larger_than_a_page(n_layers):
     for name, figure in figures(n_layers).items():
         layout = figure.layout
         assert layout.width is not None, name
@@ -61,18 +61,18 @@ def test_no_figure_is_wider_or_higher_than_a_page(n_layers):
 
 
 @pytest.mark.parametrize("n_layers", [4, 30])
-def test_letters_can_be_read(n_layers):
+def test_text_is_legible(n_layers):
     for name, figure in figures(n_layers).items():
         sizes = list(_sizes(figure.to_plotly_json()))
         assert all(size >= 9 for _, size in sizes), (name, sizes)
 
 
 @pytest.mark.parametrize("n_layers", [4, 30])
-def test_buttons_stand_above_color_bars_and_legends(n_layers):
+def test_buttons_are_above_color_bars_and_legends(n_layers):
     for name, figure in figures(n_layers).items():
         template, layout = figure.layout.template.layout, figure.layout
         bar = template.modebar
-        # one above the other at the right end: the logo, back, and save; 22 pixels each and what parts them
+        # stacked at the right end: the logo, back, and save, at 22 pixels each plus gaps
         assert bar.orientation == "v", name
         kept = {"zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"}
         assert kept | {"sendChartToCloud"} <= set(bar.remove), name
@@ -81,7 +81,7 @@ def test_buttons_stand_above_color_bars_and_legends(n_layers):
         # measured in Chromium: 90
         assert room >= 98, name
         lines = layout.title.text.count("<br>")
-        # the first line and 19.5 pixels for each other
+        # the first line, and 19.5 pixels for each further line
         assert room >= 28 + 19.5 * lines, name
 
 

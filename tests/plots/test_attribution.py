@@ -1,4 +1,4 @@
-"""The attribution's picture on a result with known values."""
+"""The attribution figure on a result with known values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def test_every_component_of_a_layer_has_its_cell():
     assert list(heat.z[0]) == [1.0, -2.0, pytest.approx(0.001), nan, 0.5, 4.0]
     assert list(heat.z[1]) == [0.0, 3.0, -0.75, nan, 0.0, -1.5]
     assert (heat.zmin, heat.zmax) == (-4.0, 4.0)
-    # what is small is written with one digit more; only the column that is none is empty
+    # small numbers get one more digit; only the missing column is empty
     assert list(heat.text[0]) == ["1.00", "\N{MINUS SIGN}2.00", "0.001", "", "0.50", "4.00"]
     assert list(heat.text[1])[:2] == ["0.000", "3.00"]
     assert heat.hovertext[1][1] == "<b>L1H1</b><br>adds 3.000"
     assert heat.hovertext[0][5] == "<b>L0 MLP</b><br>adds 4.000"
 
 
-def test_the_bars_are_the_largest_and_sum_to_the_logit():
+def test_bars_show_the_largest_contributions_and_sum_to_the_logit():
     result = attribution()
     figure = plot_attribution(result, row=1, position=-1, largest=2)
     bars = figure.data[1]
@@ -37,7 +37,7 @@ def test_the_bars_are_the_largest_and_sum_to_the_logit():
     assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias", "MLP")
 
 
-def test_small_numbers_are_written_and_nothing_has_no_sign():
+def test_small_numbers_are_written_and_zero_has_no_sign():
     figure = plot_attribution(
         attribution(CONTRIBUTIONS | {"L0H1": -0.002, "final bias": -0.002, "embed": -1e-5})
     )
@@ -47,7 +47,7 @@ def test_small_numbers_are_written_and_nothing_has_no_sign():
     assert written["embed"] == "0.000"
 
 
-def test_the_title_says_what_is_explained():
+def test_the_title_names_the_target():
     figure = plot_attribution(attribution())
     assert "logit of “&lt;b&gt;” minus that of “·a”" in figure.layout.title.text
     assert "after &lt;s&gt;·a (position 1)" in figure.layout.title.text
@@ -55,7 +55,7 @@ def test_the_title_says_what_is_explained():
     assert "minus" not in plot_attribution(alone).layout.title.text
 
 
-def test_a_model_without_mlps_and_one_that_adds_nothing():
+def test_a_model_without_mlps_and_one_with_zero_contributions():
     values = {name: 0.0 for name in CONTRIBUTIONS if "MLP" not in name}
     figure = plot_attribution(attribution(values))
     assert figure.layout.xaxis.ticktext == ("0", "1", "2", "bias")

@@ -1,4 +1,4 @@
-"""Pictures of circuits hold the result's numbers, each with the names it belongs to."""
+"""Circuit figures show the result's numbers with the right names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def corner() -> pd.DataFrame:
     )
 
 
-def test_composition_is_drawn_less_its_baseline_with_earlier_heads_upward():
+def test_composition_is_drawn_minus_its_baseline_with_earlier_heads_on_top():
     figure = plot_composition_scores(composition())
     (cells,) = figure.data
     assert list(cells.y) == ["L0H0", "L0H1", "L1H0", "L1H1"], "no head reads the last layer"
@@ -37,7 +37,7 @@ def test_composition_is_drawn_less_its_baseline_with_earlier_heads_upward():
         [math.nan, math.nan, 0.21 - 0.25, 0.41 - 0.25],
         [math.nan, math.nan, 0.23 - 0.25, 0.43 - 0.25],
     ]
-    # float32 figures of about 0.1
+    # float32 numbers of about 0.1
     np.testing.assert_allclose(cells.z, expected, atol=1e-7)
     np.testing.assert_allclose(cells.customdata[..., 0], np.array(expected) + 0.25, atol=1e-7)
     # a tenth is one standard deviation
@@ -50,7 +50,7 @@ def test_composition_is_drawn_less_its_baseline_with_earlier_heads_upward():
         assert part in cells.hovertemplate
 
 
-def test_layers_are_divided_and_named_where_heads_have_no_room():
+def test_layers_are_separated_and_named_if_heads_have_no_room():
     figure = plot_composition_scores(composition())
     assert [(line.x0, line.y0) for line in figure.layout.shapes] == [(1.5, 0), (0, 1.5)]
     assert figure.layout.xaxis.ticktext == ("L1H0", "L1H1", "L2H0", "L2H1")
@@ -62,7 +62,7 @@ def test_layers_are_divided_and_named_where_heads_have_no_room():
     assert [line.x0 for line in large.layout.shapes][::2] == [13.5, 27.5]
 
 
-def test_titles_say_what_was_measured_and_how_the_rotation_was_handled():
+def test_titles_state_the_measure_and_the_handling_of_rotation():
     result = dataclasses.replace(composition(), rotary="ignored")
     title = plot_composition_scores(result).layout.title.text
     assert "K-composition of heads" in title
@@ -84,13 +84,13 @@ def edges(figure) -> list:
     return [trace for trace in figure.data if "→" in (trace.name or "")]
 
 
-def test_the_graph_has_the_strongest_pairs_from_head_to_head():
+def test_the_graph_connects_the_strongest_pairs():
     figure = plot_head_graph(composition(), top=3)
     drawn = edges(figure)
-    # the strongest comes last, over the others
+    # the strongest is drawn last, above the others
     assert [edge.name for edge in drawn] == ["L1H0 → L2H1", "L0H1 → L2H1", "L1H1 → L2H1"]
     for edge, (start, end) in zip(drawn, [((0, 1), (1, 2)), ((1, 0), (1, 2)), ((1, 1), (1, 2))], strict=True):
-        # x is the head, y the layer; a bow ends where it should up to rounding
+        # x is the head, y the layer; ends of arcs are exact up to rounding
         np.testing.assert_allclose([edge.x[0], edge.y[0], edge.x[-1], edge.y[-1]], start + end, atol=1e-12)
     widths = [edge.line.width for edge in drawn]
     assert widths == sorted(widths)
@@ -113,12 +113,12 @@ def deep_graph(*pairs: tuple[tuple[int, int], tuple[int, int]], n_layers: int = 
     return plot_head_graph(dataclasses.replace(result, scores=scores))
 
 
-def test_layers_of_a_deep_graph_without_an_edge_share_a_line():
+def test_layers_without_edges_share_a_line_in_a_deep_graph():
     figure = deep_graph(((16, 0), (17, 3)), ((2, 1), (28, 8)))
     axis = figure.layout.yaxis
     assert list(axis.ticktext) == ["0-1", "2", "3-15", "16", "17", "18-27", "28", "29"]
     places = dict(zip(axis.ticktext, axis.tickvals, strict=True))
-    # a line of several layers is narrower than one of its own
+    # a line for several layers is narrower than one for a single layer
     assert places["17"] - places["16"] == 1 > places["16"] - places["3-15"] > 0.3
     notes = {note.text: (note.x, note.y) for note in figure.layout.annotations}
     assert notes == {
@@ -150,7 +150,7 @@ def test_edges_of_the_outermost_heads_stay_within_the_figure():
         assert max(abs(x - head) for x in long.x) > 0.4, "it still goes around the heads in between"
 
 
-def test_edges_and_heads_say_their_scores_under_the_cursor():
+def test_edges_and_heads_show_their_scores_on_hover():
     figure = plot_head_graph(composition(), top=3)
     (points,) = [trace for trace in figure.data if trace.name == "scores"]
     text = next(each for each in points.hovertext if "L1H1 → L2H1" in each)
@@ -171,7 +171,7 @@ def test_edges_and_heads_say_their_scores_under_the_cursor():
     [
         (((0, 1), (2, 1)), ((0, 0), (1, 1))),  # straight up
         (((0, 0), (2, 2)), ((1, 1), (2, 0))),  # across
-        (((0, 1), (2, 2)), ((0, 0), (1, 2))),  # where a bow to the right would meet the other head
+        (((0, 1), (2, 2)), ((0, 0), (1, 2))),  # where an arc to the right would hit the other head
     ],
 )
 def test_an_edge_past_a_layer_goes_around_the_head_in_between(past, between):
@@ -181,7 +181,7 @@ def test_an_edge_past_a_layer_goes_around_the_head_in_between(past, between):
     drawn = edges(plot_head_graph(dataclasses.replace(composition(n_heads=3), scores=scores)))
     assert len(drawn) == 2
     (long,) = [edge for edge in drawn if edge.y[0] == 0 and edge.y[-1] == 2]
-    # a bow ends where it should up to rounding
+    # ends of arcs are exact up to rounding
     np.testing.assert_allclose((long.x[0], long.x[-1]), (past[0][1], past[1][1]), atol=1e-12)
     middle = len(long.x) // 2
     assert long.y[middle] == 1
@@ -192,8 +192,8 @@ def test_an_edge_past_a_layer_goes_around_the_head_in_between(past, between):
     assert all(low <= x <= high for x in short.x), "nothing is in the way of a step to the next layer"
 
 
-def test_what_is_not_above_the_baseline_is_no_edge():
-    # above 0.25 lie the pairs whose later head is H1
+def test_pairs_below_the_baseline_have_no_edge():
+    # pairs whose later head is H1 are above 0.25
     assert len(edges(plot_head_graph(composition(), top=99))) == 6
     low = dataclasses.replace(composition(), baseline_mean=0.9)
     figure = plot_head_graph(low)
@@ -210,7 +210,7 @@ def test_a_corner_has_tokens_on_the_axes_of_its_circuit():
     assert (cells.zmin, cells.zmax) == (-3, 3)
     assert (figure.layout.yaxis.title.text, figure.layout.xaxis.title.text) == ("query", "key")
     assert figure.layout.yaxis.ticktext == ("·a", figure_text("<b>$x$"))
-    # the same token may come twice
+    # the same token may occur twice
     assert figure.layout.xaxis.ticktext == ("·a", "·a", "⏎")
     assert figure.layout.yaxis.autorange == "reversed", "rows go down as in a table"
     assert cells.hovertext[1][0] == f"query <b>{figure_text('<b>$x$')}</b><br>key <b>·a</b><br>0.250"
@@ -238,12 +238,12 @@ def test_numbers_are_written_where_there_is_room():
     assert not plot_circuit_corner(wide).data[0].texttemplate
 
 
-def test_eigenvalues_stand_at_their_angle_with_the_score_above():
+def test_eigenvalues_are_at_their_angle_with_the_score_above():
     values = torch.tensor([4.0 + 0j, 0 + 2j, 0 - 2j, -1e-9 + 0j, 0j])
     figure = plot_eigenvalues(values)
     positive, negative = figure.data
     assert positive.theta == pytest.approx((0, 90, -90, 0), abs=1e-5)  # float32 angles in degrees
-    # what is smaller than 4 / 10^4 stands at the centre
+    # anything smaller than 4 / 10^4 is at the center
     assert positive.r == pytest.approx((4, 2, 2, 4e-4))
     assert negative.theta == pytest.approx((180,))
     assert negative.r == pytest.approx((4e-4,))
@@ -255,7 +255,7 @@ def test_eigenvalues_stand_at_their_angle_with_the_score_above():
     assert f"copying score 0.500 ({MINUS}1 to 1); real part positive in 4 of 5" in figure.layout.title.text
 
 
-def test_eigenvalues_of_a_circuit_are_found():
+def test_eigenvalues_of_a_circuit_are_computed():
     figure = plot_eigenvalues(circuit(rotary="unrotated"))
     assert (figure.data[0].r, figure.data[1].r) == ((2.0,), (1.0,))
     title = figure.layout.title.text
@@ -271,7 +271,7 @@ def test_eigenvalues_of_a_circuit_are_found():
         plot_eigenvalues(circuit(B=torch.ones(2, 4)))
 
 
-def test_positions_attend_from_the_top():
+def test_query_positions_start_at_the_top():
     result = positional()
     figure = plot_positional_attention(result)
     np.testing.assert_array_equal(figure.data[0].z, [[1.0, math.nan], [0.25, 0.75]])

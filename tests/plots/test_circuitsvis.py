@@ -1,4 +1,4 @@
-"""A view is saved as a page that needs nothing but itself."""
+"""A view is saved as a self-contained page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_view_is_saved_as_a_whole_page(tmp_path, name):
+def test_a_view_is_saved_as_a_complete_page(tmp_path, name):
     view = VIEWS[name]()
     path = tmp_path / "view.html"
     assert view.write_html(path) == path
@@ -30,11 +30,11 @@ def test_a_view_is_saved_as_a_whole_page(tmp_path, name):
     page = Page(text)
     assert {"charset": "utf-8"} in page.of("meta")
     assert {"http-equiv": "Content-Security-Policy", "content": POLICY} in page.of("meta")
-    # nothing is fetched: neither scripts, styles nor pictures come from elsewhere
+    # no scripts, styles or images are fetched
     assert not [each for _, each in page.elements if {"src", "href", "data"} & set(each)]
     (script,) = page.scripts
     assert script.count("var CircuitsVis=") == 1
-    # its last call fills the one element with what the view has
+    # its last call fills the only element with the view's data
     call = re.search(r'showView\("(\w+)", "(\w+)", (\{.*\})\);\n\}\)\(\);$', script)
     assert call is not None
     assert [each["id"] for each in page.of("div")] == [call[1]]
@@ -51,7 +51,7 @@ def test_a_page_replaces_the_old_one_and_is_the_same_each_time(tmp_path):
     assert sorted(tmp_path.iterdir()) == [first, second], "nothing else is left"
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     path = tmp_path / "no" / "view.html"
     with pytest.raises(ValueError, match=f"^cannot write {re.escape(str(path))}: there is no folder"):
         View("AttentionHeads", {}).write_html(path)

@@ -1,4 +1,4 @@
-"""The picture of facts by layer."""
+"""The figure of facts by layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mechlens.plots.facts import plot_facts
 from tests import examples
 
 
-def test_lines_are_the_shares_and_the_mean_probability_of_each_row():
+def test_lines_show_the_shares_and_the_mean_probability_of_each_row():
     figure = plot_facts(examples.facts())
     lines = {trace.name: list(trace.y) for trace in figure.data}
     assert list(figure.data[0].x) == ["emb.", "0", "1"]

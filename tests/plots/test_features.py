@@ -1,4 +1,4 @@
-"""Figures of features hold the results' numbers, and tokens stay text in them."""
+"""Feature figures show the results' numbers and keep tokens as text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.examples import (
 # -- best tokens -----------------------------------------------------------------------------------
 
 
-def test_cells_hold_the_best_token_and_how_many_layers_have_it():
+def test_cells_have_the_best_token_and_how_many_layers_share_it():
     figure = plot_feature_tokens(exhaustive())
     (cells,) = figure.data
     assert [list(row) for row in cells.text] == [
@@ -58,7 +58,7 @@ def test_hover_texts_have_the_best_tokens_with_their_activations():
     )
 
 
-def test_chosen_layers_and_features_are_drawn_in_their_order():
+def test_chosen_layers_and_features_are_drawn_in_order():
     figure = plot_feature_tokens(exhaustive(), layers=[3, 0], features=[1], end="lowest")
     (cells,) = figure.data
     assert [list(row) for row in cells.text] == [["⏎"], ["b"]]
@@ -66,14 +66,14 @@ def test_chosen_layers_and_features_are_drawn_in_their_order():
     assert cells.hovertext[1][0].startswith(
         f"<b>layer 0, feature 1</b><br>1. b {MINUS}9.000<br>2. {figure_text(MARKUP)} {MINUS}9.000"
     )
-    # only layers that are drawn count, and each once
+    # only drawn layers count, each once
     np.testing.assert_array_equal(
         plot_feature_tokens(exhaustive(), layers=[2, 3, 3]).data[0].z, [[1, 1], [1, 1]]
     )
     assert "Minimally activating token" in figure.layout.title.text
 
 
-def test_one_layer_has_nothing_to_agree_with():
+def test_one_layer_has_no_agreement():
     figure = plot_feature_tokens(exhaustive(), layers=[2])
     assert not figure.data[0].showscale
     assert "first in" not in figure.data[0].hovertext[0][0]
@@ -98,7 +98,7 @@ def test_the_first_eight_features_are_drawn_by_default():
 
 
 def test_a_feature_that_no_token_activates_has_a_dash():
-    """Neither does it agree with another layer; what is lowest is there all the same."""
+    """It does not agree with any layer either; its lowest token is still shown."""
     ids = torch.tensor([[[0, 1], [0, 1]], [[0, 2], [0, 2]], [[0, 3], [2, 0]]])
     values = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[1.0, 0.5], [-0.0, -0.0]], [[0.0, 0.0], [3.0, 0.0]]])
     search = exhaustive(
@@ -122,7 +122,7 @@ def test_a_feature_that_no_token_activates_has_a_dash():
     assert [list(row) for row in cells.text] == [["t0", "t0"], ["t0", "t0"], ["t0", "t2"]]
 
 
-def test_titles_say_what_was_searched():
+def test_titles_name_the_search():
     title = plot_feature_tokens(exhaustive()).layout.title.text
     assert "Maximally activating token of each feature of resid_post" in title
     assert f"of all 64 tokens, each after {figure_text('<s>')}" in title
@@ -151,7 +151,7 @@ def test_layers_and_features_that_were_not_searched_are_refused():
 def test_alignment_is_drawn_side_by_side_on_one_scale():
     figure = plot_feature_alignment(alignment(), untrained(), names=["trained", "<i>new</i>"])
     trained, new = figure.data
-    # a layer with itself says nothing within one search
+    # a layer compared with itself is uninformative
     np.testing.assert_array_equal(trained.z, [[np.nan, 0.75], [0.75, np.nan]])
     assert figure.layout.plot_bgcolor not in (None, "white")
     np.testing.assert_array_equal(new.z, [[0], [0], [0]])
@@ -166,7 +166,7 @@ def test_alignment_is_drawn_side_by_side_on_one_scale():
     assert figure.layout.xaxis.domain[1] < figure.layout.xaxis2.domain[0]
 
 
-def test_each_alignment_says_its_share_with_interval_and_chance():
+def test_each_alignment_has_its_share_with_interval_and_chance():
     figure = plot_feature_alignment(alignment(), untrained(), names=["trained", "<i>new</i>"])
     one, other = (note.text for note in figure.layout.annotations)
     share = alignment().share()
@@ -227,13 +227,13 @@ def test_cells_count_features_that_some_token_activates_in_both_layers():
     assert "nothing to compare" in figure.layout.annotations[0].text
 
 
-def test_two_sites_are_named_by_axes_titles_and_cursor():
+def test_two_sites_are_named_on_axes_in_titles_and_on_hover():
     figure = plot_feature_alignment(sites())
     assert figure.layout.yaxis.title.text == "layer (attn_out)"
     assert figure.layout.xaxis.title.text == "layer (mlp_out)"
     assert "<b>tiny, attn_out with mlp_out</b>" in figure.layout.annotations[0].text
     (cells,) = figure.data
-    # these are no layer with itself
+    # none of these is a layer with itself
     np.testing.assert_array_equal(cells.z, [[1, 0.75], [0.75, 1]])
     assert cells.hovertext[0][0].startswith("<b>layer 0 (attn_out) with layer 0 (mlp_out)</b><br>")
     given = plot_feature_alignment(sites(), alignment(), names=["between", "attn_out with mlp_out"])
@@ -252,7 +252,7 @@ def test_two_sites_are_named_by_axes_titles_and_cursor():
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2])])
-def test_heatmaps_stand_in_rows_that_fit_a_page(count, rows):
+def test_heatmaps_are_in_rows_that_fit_a_page(count, rows):
     figure = plot_feature_alignment(*[alignment()] * count)
     at = [""] + [str(each) for each in range(2, count + 1)]
     heights = [figure.layout[f"yaxis{each}"].domain for each in at]
@@ -263,7 +263,7 @@ def test_heatmaps_stand_in_rows_that_fit_a_page(count, rows):
     assert [lefts[i] < lefts[i + 1] for i in range(count - 1)] == [
         expected[i] == expected[i + 1] for i in range(count - 1)
     ]
-    # above each stands its own name; below a page's 1120 pixels, and its title of 60 letters is not cut
+    # each has its name above; narrower than a page's 1120 pixels, and a title of 60 letters is not cut
     assert [(note.x, note.y) for note in figure.layout.annotations] == [
         (left, height[1]) for left, height in zip(lefts, heights, strict=True)
     ]
@@ -307,7 +307,7 @@ def test_large_models_have_no_numbers_in_their_cells():
 
 
 @pytest.mark.parametrize("size", [12, 32])
-def test_cells_that_are_too_small_in_rows_of_three_stand_in_rows_of_two(size):
+def test_cells_too_small_in_rows_of_three_go_into_rows_of_two(size):
     figure = plot_feature_alignment(*[of_layers(size)] * 3)
     assert figure.layout.xaxis2.domain[0] > 0
     assert figure.layout.xaxis3.domain[0] == 0
@@ -322,11 +322,11 @@ def traces(result: GradientSearch) -> dict:
     return {trace.name: trace for trace in plot_gradient_search(result).data}
 
 
-def test_each_restart_is_a_line_and_that_of_the_best_tokens_the_strong_one():
+def test_each_restart_is_a_line_and_the_best_one_is_bold():
     drawn = traces(gradient())
     best, others = drawn["restart of the best tokens"], drawn["restarts"]
     assert (list(best.x), list(best.y)) == ([0, 1, 2], [-0.5, 4.0, 4.5])
-    # a gap parts the lines of restarts 0 and 2
+    # a gap separates the lines of restarts 0 and 2
     assert list(others.x) == [0, 1, 2, None, 0, 1, 2, None]
     assert list(others.y) == [-1.0, 2.0, 3.0, None, -0.25, 0.0, 0.5, None]
     assert list(others.customdata[:3]) == [0, 0, 0]
@@ -354,13 +354,13 @@ def test_true_activations_are_to_the_right_of_the_last_step():
 
 @pytest.mark.parametrize(("steps", "last"), [(40, [35, 40]), (98, [84, 98]), (100, [91, 100]), (5, [4, 5])])
 def test_the_last_step_is_labeled_without_overlap(steps, last):
-    # every twelfth of 98 steps would be named up to the 96th, whose number is as wide as three steps
+    # every twelfth of 98 steps would be labeled up to the 96th, whose label is as wide as three steps
     values = torch.zeros(3, steps + 1)
     ticks = plot_gradient_search(gradient(objectives=values, activations=values)).layout.xaxis.tickvals
     assert list(ticks[-2:]) == last
 
 
-def test_the_optimum_is_a_line_where_it_is_known():
+def test_a_known_optimum_is_a_line():
     assert "optimum" not in traces(gradient())
     optimum = traces(gradient(optimum=2.5))["optimum"]
     assert list(optimum.y) == [2.5, 2.5]
@@ -374,7 +374,7 @@ def test_the_optimum_is_a_line_where_it_is_known():
     assert "this block alone" in plot_gradient_search(gradient(isolated=True)).layout.title.text
 
 
-def test_a_continuation_is_drawn_by_its_log_probability():
+def test_a_continuation_shows_its_log_probability():
     figure, drawn = plot_gradient_search(continuation()), traces(continuation())
     assert list(drawn["restart of the best tokens"].y) == [-5.0, -4.0, -0.25]
     assert list(drawn["tokens by nearest"].y) == [-4.0, -0.5, -6.0]
@@ -386,7 +386,7 @@ def test_a_continuation_is_drawn_by_its_log_probability():
     assert not any(value is not None and math.isnan(value) for trace in figure.data for value in trace.y)
 
 
-def test_a_target_is_drawn_by_the_distance_from_it():
+def test_a_target_shows_the_distance_from_it():
     figure = plot_gradient_search(gradient(objective="l1", target_ids=torch.tensor([5, 6]), optimum=2.5))
     drawn = {trace.name: trace for trace in figure.data}
     assert list(drawn["restart of the best tokens"].y) == [0.5, -4.0, -4.5], "the objective"
@@ -398,10 +398,10 @@ def test_a_target_is_drawn_by_the_distance_from_it():
     assert plot_gradient_search(gradient()).layout.yaxis.title.text == "activation (mean)"
 
 
-def test_the_smallest_of_several_is_drawn_where_it_is_raised():
+def test_the_minimum_of_several_features_is_drawn_if_it_is_maximized():
     result = gradient(objective="min", objectives=gradient().objectives + 0.25, optimum=None)
     best = traces(result)["restart of the best tokens"]
-    # minus the objective, and not the mean of the activations
+    # minus the objective, not the mean of the activations
     assert list(best.y) == [-0.75, 3.75, 4.25]
     assert plot_gradient_search(result).layout.yaxis.title.text == "smallest activation"
 
@@ -428,7 +428,7 @@ def test_windows_are_shaded_by_their_activations_largest_first():
     view = plot_feature_examples(feature_examples(), 1, 2)
     assert view.component == "TopkSamples"
     ((activations,),) = view.props["activations"]
-    # BOS has none, four digits are kept
+    # BOS has none; four digits are kept
     assert [window[:3] for window in activations] == [[0, -1.0, 2.123], [0, 1.5, 0.25]]
     ((tokens,),) = view.props["tokens"]
     assert [len(window) for window in tokens] == [3, 3]
@@ -439,8 +439,8 @@ def test_windows_are_shaded_by_their_activations_largest_first():
 
 
 def test_blue_and_red_are_shaded_on_one_scale():
-    # the component's own rule: blue up to the largest of all numbers, red down to the smallest, and where a
-    # window is shown alone, of its own; a number behind the last token counts and is not drawn
+    # the component's own rule: blue up to the largest of all numbers, red down to the smallest, or of its own
+    # numbers if a window is shown alone; a number after the last token counts but is not drawn
     def scale(activations):
         return min(map(min, activations)), max(map(max, activations))
 
@@ -448,7 +448,7 @@ def test_blue_and_red_are_shaded_on_one_scale():
     for several in (shown, shown[:1], shown[1:]):
         assert scale(several) == (-2.123, 2.123)
     assert [len(window) for window in shown] == [3 + 2] * 2
-    # of a feature that is never above 0 the red is as dark
+    # for a feature that is never above 0 the red is as dark
     ((below,),) = plot_feature_examples(
         feature_examples(activations=-feature_examples().activations.abs()), 1, 6
     ).props["activations"]
@@ -462,7 +462,7 @@ def test_blue_and_red_are_shaded_on_one_scale():
 def test_a_token_cannot_begin_markup_in_the_view():
     ((tokens,),) = plot_feature_examples(feature_examples(), 1, 2).props["tokens"]
     evil = tokens[0][1]
-    # circuitsvis puts tokens into the page as markup, where `<` and a letter or a sign begin an element
+    # circuitsvis inserts tokens as markup, where `<` and a letter or sign begin an element
     assert "</" not in evil
     assert "<b" not in evil
     assert "&l" not in evil

@@ -1,4 +1,4 @@
-"""Figures of heads have the numbers of their results, and escape foreign text."""
+"""Head figures show their results' numbers and escape foreign text."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def trace(figure: go.Figure, name: str) -> go.Scatter:
 def test_log_probs_are_at_the_predicted_position():
     figure = plot_log_probs(examples.performance())
     mean = trace(figure, "mean")
-    # 7 positions: the last predicts nothing, the first is predicted by none.
+    # 7 positions: the last predicts nothing, and nothing predicts the first.
     assert list(mean.x) == [1, 2, 3, 4, 5, 6]
-    # -(pos + 1) for pos 0..5, less the mean of 0, .1, .2, .3
+    # -(pos + 1) for pos 0..5, minus the mean of 0, .1, .2, .3
     np.testing.assert_allclose(mean.y, [-1.15, -2.15, -3.15, -4.15, -5.15, -6.15], rtol=1e-6)
 
 
 def test_the_band_contains_the_central_ninety_percent_of_sequences():
     band = trace(plot_log_probs(examples.performance()), "band")
     assert list(band.x) == [1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1]
-    # Over -1, -1.1, -1.2, -1.3 the 5% and 95% quantiles lie 0.15 steps from the ends.
+    # For -1, -1.1, -1.2, -1.3 the 5% and 95% quantiles are 0.15 steps from the ends.
     assert band.y[0] == pytest.approx(-1.015, rel=1e-6)
     assert band.y[-1] == pytest.approx(-1.285, rel=1e-6)
 
@@ -112,7 +112,7 @@ def test_the_strongest_heads_are_drawn_with_their_nulls():
     assert list(score.y) == list(null.y) == ["L1H2", "L0H2"]
     assert list(score.x) == [0.875, 0.5]
     assert list(null.x) == [0.0625, 0.0625]
-    # plotly wants distances from the score, the result has bounds
+    # plotly takes distances from the score; the result has bounds
     assert list(score.error_x.array) == [0.0625, 0.0625]
     assert list(score.error_x.arrayminus) == [0.125, 0.125]
     assert figure.layout.yaxis.autorange == "reversed"
@@ -136,7 +136,7 @@ def test_only_zero_attention_to_later_positions_is_hidden():
     (shown,) = plot_attention_heatmap(patterns, 0).data
     expected = torch.tensor([[1, math.nan, math.nan], [1 / 2, 1 / 2, math.nan], [1 / 3, 1 / 3, 1 / 3]])
     np.testing.assert_allclose(shown.z, expected, rtol=1e-6)
-    patterns.patterns[0, 0, 2] = 0.25  # no causal model does this, so it must be seen
+    patterns.patterns[0, 0, 2] = 0.25  # no causal model does this, so it must be visible
     assert plot_attention_heatmap(patterns, 0).data[0].z[0, 2] == 0.25
 
 
@@ -163,7 +163,7 @@ def test_all_patterns_are_drawn_by_default_each_with_its_name():
     assert [trace.showscale for trace in figure.data] == [True, False]
 
 
-def test_a_selection_of_patterns_says_how_many_there_are():
+def test_a_selection_of_patterns_states_the_total():
     patterns = examples.attention()
     assert "one of 2 heads" in plot_attention_heatmap(patterns, 1).layout.title.text
     many = dataclasses.replace(
@@ -178,7 +178,7 @@ def test_a_selection_of_patterns_says_how_many_there_are():
     assert "head" not in plot_attention_heatmap(alone).layout.title.text
 
 
-def test_labels_of_many_tokens_are_thinned_out_and_stay_in_place():
+def test_labels_of_many_tokens_are_thinned_but_stay_in_place():
     axis = plot_attention_heatmap(examples.attention(tokens=tuple(map(str, range(101))))).layout.xaxis
     assert len(axis.ticktext) <= 40
     assert list(axis.ticktext) == [str(at) for at in axis.tickvals]
@@ -215,13 +215,13 @@ def test_the_view_brings_its_script_and_opens_no_socket(monkeypatch: pytest.Monk
     assert f'showView("{place[1]}", "AttentionHeads", ' in shown
 
 
-def test_each_display_has_an_id_of_its_own():
+def test_each_display_has_its_own_id():
     view = plot_attention(examples.attention())
     places = {re.search(r'id="([^"]+)"', view._repr_html_())[1] for _ in range(2)}  # type: ignore[index]
     assert len(places) == 2
 
 
-def test_the_text_of_a_view_is_short():
+def test_the_repr_of_a_view_is_short():
     assert repr(plot_attention(examples.attention())) == "View(component='AttentionHeads')"
 
 
@@ -232,7 +232,7 @@ def test_the_bundle_is_the_installed_one_and_cannot_close_its_script_tag():
     assert "<!--" not in circuitsvis_bundle()
 
 
-def test_script_json_has_no_tags_and_the_same_content():
+def test_script_json_has_the_same_content_without_tags():
     text = script_json({"token": MARKUP})
     assert "<" not in text
     assert json.loads(text) == {"token": MARKUP}
@@ -274,6 +274,6 @@ def test_markup_in_tokens_and_names_is_escaped():
         assert MARKUP not in text
 
 
-def test_numbers_have_a_minus_sign_and_nan_is_not_measured():
+def test_numbers_have_a_minus_sign_and_nan_reads_not_measured():
     assert number(math.nan) == "not measured"
     assert number(-0.5, 1) == "−0.5"  # noqa: RUF001

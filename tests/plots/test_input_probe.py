@@ -1,4 +1,4 @@
-"""The picture of the input probe on a result with known values."""
+"""The input-probe figure on a result with known values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def traces(figure):
     return {trace.name: trace for trace in figure.data}
 
 
-def test_every_number_is_where_its_row_and_basis_are():
+def test_every_number_is_at_its_row_and_basis():
     found = traces(plot_input_probe(examples.input_probe()))
     own, shared = found["accuracy embedding per_layer"], found["accuracy embedding shared"]
     assert own.y == (1.0, 0.5)
@@ -32,7 +32,7 @@ def test_every_number_is_where_its_row_and_basis_are():
     assert found["most frequent token"].y == (0.0625, 0.0625)
 
 
-def test_own_and_shared_maps_differ_by_more_than_color():
+def test_separate_and_shared_maps_differ_by_more_than_color():
     found = traces(plot_input_probe(examples.input_probe()))
     own, shared = found["accuracy embedding per_layer"], found["accuracy embedding shared"]
     assert (own.line.dash, shared.line.dash) == ("solid", "dash")
@@ -51,7 +51,7 @@ def test_hovering_shows_the_numbers_and_their_nulls():
     assert "not measured" in found["weight_correlation pca"].hovertext[0]
 
 
-def test_the_shared_map_alone():
+def test_only_the_shared_map():
     both = examples.input_probe()
     fields = ("accuracy", "accuracy_interval", "r2", "element_r2")
     per_fit = ("weights", "biases", "weight", "similarity", "unembedding_similarity", "weight_correlation")

@@ -1,4 +1,4 @@
-"""The lens's pictures on a result with known values."""
+"""Lens figures on a result with known values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.examples import lens, sublayer_lens
 
 
 def cells(figure: go.Figure) -> list[list[str]]:
-    """What is written into the cells, without the marks."""
+    """The text of the cells, without marks."""
     return [[re.sub("</?(b|span)[^>]*>", "", text) for text in line] for line in figure.data[0].text]
 
 
@@ -30,14 +30,14 @@ def heatmaps(figure: go.Figure) -> list[go.Heatmap]:
     return [trace for trace in figure.data if isinstance(trace, go.Heatmap)]
 
 
-def test_cells_have_guesses_and_right_ones_a_star():
+def test_cells_have_guesses_and_a_star_if_right():
     figure = plot_logit_lens(lens(), "kl_final")
     heat = figure.data[0]
     assert heat.z.tolist() == [[8.0, 4.0, 2.0], [0.0, 0.5, 0.25]]
     assert list(figure.layout.yaxis.ticktext) == ["embed", "0"]
     assert cells(figure) == [["b", "b", "b"], ["·a", "&lt;b&gt;x&lt;/b&gt;·y…", "·a"]]
     assert list(figure.layout.xaxis.ticktext) == ["&lt;s&gt;", "·a", "b"]
-    # what follows <s> is ` a`, and the model says so; after ` a` comes b, and it does not
+    # ` a` follows <s>, as predicted; b follows ` a`, which is not predicted
     assert list(figure.layout.xaxis2.ticktext) == ["·a*", "b", ""]
     assert heat.hovertext[1][0].split("<br>") == [
         "after <b>&lt;s&gt;</b>, position 0",
@@ -47,17 +47,17 @@ def test_cells_have_guesses_and_right_ones_a_star():
     ]
 
 
-def test_guesses_that_follow_are_bold_in_every_row():
+def test_correct_guesses_are_bold_in_every_row():
     texts = plot_logit_lens(lens(), "kl_final").data[0].text
     assert ["<b>" in text for text in texts[0]] == [False, True, False]
     assert ["<b>" in text for text in texts[1]] == [True, False, False]
 
 
-def test_text_is_light_on_dark_cells_alone():
+def test_text_is_light_only_on_dark_cells():
     texts = plot_logit_lens(lens(), "kl_final").data[0].text
     assert ["#fff" in text for text in texts[0]] == [True, False, False]
     assert "#fff" not in "".join(texts[1])
-    # WCAG's ratio, by hand: ink on the middle of the scale is better than white, on the next not
+    # by WCAG's contrast ratio, dark text is better on the middle of the scale, white on the next color
     assert [is_dark(sequential(share)) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)] == [False] * 4 + [True] * 2
     assert ["#{:02x}{:02x}{:02x}".format(*sequential(at / 5)) for at in range(6)] == SEQUENTIAL
 
@@ -79,11 +79,11 @@ def test_ranks_are_colored_by_their_logarithm():
         ("probability_·a", [[0.25, 0.25, 0.25], [1.0, 1.0, 1.0]], "probability of ·a"),
     ],
 )
-def test_the_color_is_the_statistic_by_its_columns_name(stat, values, title):
+def test_the_color_is_the_statistic_named_by_its_column(stat, values, title):
     heat = plot_logit_lens(lens(), stat).data[0]
     shown = torch.tensor(heat.z)
     shown = 10**shown if "rank" in stat else shown
-    # float32's rounding, and the logarithm's way there and back
+    # rounding in float32 and in the logarithm and its inverse
     torch.testing.assert_close(shown, torch.tensor(values).double(), atol=1e-6, rtol=1e-6)
     assert heat.colorbar.title.text == title
     least = 1.0 if stat.startswith(("probability", "rank")) else 0.0  # a rank of 10
@@ -108,7 +108,7 @@ def test_the_color_bar_marks_values_beyond_high():
     ranks = plot_logit_lens(lens(), "rank_final", high=50).data[0]
     assert ranks.zmax == pytest.approx(math.log10(50))
     assert ranks.colorbar.ticktext == ("1", "10", "≥ 50")
-    # nothing lies beyond
+    # nothing is beyond
     assert plot_logit_lens(lens(), "rank_final", high=1000).data[0].colorbar.ticktext[-1] == "1,000"
     for stat, high in (
         ("rank_final", 1),
@@ -131,7 +131,7 @@ def test_padding_is_left_out():
     figure = plot_logit_lens(padded)
     assert list(figure.layout.xaxis.ticktext) == ["&lt;s&gt;", "·a", "b"]
     assert list(figure.layout.xaxis2.ticktext) == ["·a*", "b", ""], "padding does not follow"
-    # the same, where padding was read, too
+    # the same if padding was read, too
     grid = {
         name: torch.nn.functional.pad(getattr(padded, name), (1, 1), value=math.nan)
         for name in ("entropy", "kl_final", "kl_input")
@@ -155,7 +155,7 @@ def test_padding_is_left_out():
         plot_logit_lens(dataclasses.replace(whole, mask=torch.zeros(1, 5, dtype=torch.bool)))
 
 
-def test_positions_are_chosen_by_their_number():
+def test_positions_are_chosen_by_index():
     figure = plot_logit_lens(lens(), positions=[-1, 0])
     assert list(figure.layout.xaxis.ticktext) == ["b", "&lt;s&gt;"]
     assert figure.data[0].z.tolist() == [[2.0, 8.0], [0.25, 0.0]]
@@ -169,7 +169,7 @@ def test_positions_are_chosen_by_their_number():
 
 
 def plot_input(n_pos: int, n_rows: int = 2, token: str = " somewhat long") -> LogitLensResult:
-    """A lens of any size, all of whose texts are the same."""
+    """A lens of any size with equal text in all cells."""
     values = torch.ones(n_rows, 1, n_pos)
     ones = torch.ones(n_rows, 1, n_pos, 1)
     return dataclasses.replace(
@@ -201,20 +201,20 @@ def test_every_cell_has_room_for_its_text(n_pos, n_rows):
     height = (figure.layout.height - 200) / n_rows
     longest = max(len(text) for line in cells(figure) for text in line)
     assert size >= (11 if n_rows < 100 else 9)
-    # letters of a sans serif font are about half as wide as high
+    # sans serif letters are about half as wide as high
     assert width >= 0.5 * size * longest
     assert height >= 1.4 * size
-    # long tokens are shortened where many stand beside one another
+    # long tokens are shortened where there are many in a row
     assert longest >= 7
     assert width <= (60 if n_pos == 40 else 400)
     assert len(figure.layout.yaxis.ticktext) == n_rows
 
 
-def test_of_a_long_text_the_last_positions_that_fit_are_drawn():
+def test_a_long_text_is_drawn_as_the_last_positions_that_fit():
     found = plot_input(65)
     figure = plot_logit_lens(found)
     n_drawn = len(figure.data[0].x)
-    # six letters of each token and an ellipsis, at some 55 pixels
+    # six letters of each token and an ellipsis, at about 55 pixels
     assert 15 <= n_drawn <= 20
     assert figure.layout.width <= WIDTH
     assert f"the last {n_drawn} of 65 positions; positions= chooses others" in figure.layout.title.text
@@ -245,14 +245,14 @@ def test_whitespace_and_control_characters_are_visible():
         assert f"<b>{shown}</b>" in figure.data[0].hovertext[0][0]
 
 
-def test_a_position_that_was_read_in_a_window_says_what_it_saw():
+def test_a_position_read_in_a_window_states_its_context():
     windowed = dataclasses.replace(lens(), context_length=torch.tensor([[1, 2, 2]]))
     hovers = plot_logit_lens(windowed).data[0].hovertext[0]
     assert ["tokens seen" in hover for hover in hovers] == [False, False, True]
     assert "position 2 (2 tokens seen)" in hovers[2]
 
 
-def test_the_title_says_what_was_read_and_how():
+def test_the_title_states_what_was_read_and_how():
     changed = dataclasses.replace(lens(), read="resid_pre+attn_out", decoder="LastBlocks(2)")
     title = plot_logit_lens(changed).layout.title.text
     assert "tiny · resid_pre+attn_out · decoder LastBlocks(2)" in title
@@ -271,7 +271,7 @@ def test_markup_in_a_token_stays_text():
         assert "<b>x" not in str(plot_lens_lines(plot_input(2, token="<b>x"), "kl_final").to_dict())
 
 
-def test_an_unknown_statistic_is_answered_with_all_that_there_are():
+def test_the_error_for_an_unknown_statistic_lists_all():
     known = (
         "probability, entropy, kl_final, kl_input, rank_final, rank_input, rank_next, rank_·a, probability_f"
     )
@@ -308,10 +308,10 @@ def test_interleaved_lenses_have_a_row_for_each_sublayer():
     both = interleaved(attn, mlp)
     figure = plot_logit_lens(both)
     assert list(figure.layout.yaxis.ticktext) == ["embed", "0 attn", "0 MLP", "1 attn", "1 MLP"]
-    # kl_final of row r is r, plus what the component was given; the row embed is the first's
+    # kl_final of row r is r plus the component's `more`; the row embed is that of the first
     assert figure.data[0].z[:, 0].tolist() == [0.0, 1.0, 1.5, 2.0, 2.5]
     ranks = 10 ** plot_logit_lens(both, "rank_final").data[0].z
-    # float64's rounding in the logarithm
+    # float64 rounding in the logarithm
     assert ranks[:, 0].tolist() == pytest.approx([10, 20, 25, 30, 35], rel=1e-12)
     assert cells(figure)[1:3] == [["·a", "·a"], ["b", "b"]]
     assert figure.layout.title.text.startswith("<b>Logit lens by sublayer: KL(final || layer)<")
@@ -337,7 +337,7 @@ def test_lenses_of_different_runs_are_not_interleaved(name, value):
         interleaved(attn, dataclasses.replace(mlp, **{name: value}))
 
 
-def test_only_attention_and_its_mlp_are_interleaved_in_this_order():
+def test_only_attention_and_mlp_are_interleaved_in_this_order():
     attn, mlp = sublayer_lens("attn_out", 0.0), sublayer_lens("mlp_out", 0.5)
     for first, second in ((mlp, attn), (attn, attn), (attn, sublayer_lens("resid_post", 0.0))):
         with pytest.raises(ValueError, match=f"got {first.read} and {second.read}"):
@@ -365,14 +365,14 @@ def test_lines_have_the_values_of_their_position():
     )
 
 
-def test_many_statistics_have_a_short_title_and_each_its_labels():
+def test_many_statistics_have_a_short_title_and_their_own_labels():
     stats = ("rank_final", "kl_final", "entropy", "probability")
     figure = plot_lens_lines(plot_input(40), stats)
     assert figure.layout.title.text.startswith("<b>Logit lens by layer</b>")
     axes = [figure.layout[f"xaxis{at or ''}"] for at in ("", 2, 3, 4)]
     assert [axis.showticklabels for axis in axes] == [True] * 4
     assert [axis.title.text for axis in axes] == ["layer"] * 4
-    # a panel stays as high as two beside one another have it, with room for the labels below
+    # a panel is as high as one of two side by side, with room for the labels below
     panels = [figure.layout[f"yaxis{at}"].domain for at in ("", 2, 3, 4)]
     height = figure.layout.height - 132
     assert min(high - low for low, high in panels) * height > 180
@@ -382,7 +382,7 @@ def test_many_statistics_have_a_short_title_and_each_its_labels():
     assert [two.layout.xaxis.title.text, two.layout.xaxis2.title.text] == [None, "layer"]
 
 
-def test_lines_differ_without_their_color():
+def test_lines_differ_without_color():
     figure = plot_lens_lines(plot_input(40), "kl_final", positions=range(MAX_LINES))
     symbols = [trace.marker.symbol for trace in figure.data]
     assert len(set(symbols)) == len(symbols) == MAX_LINES
@@ -392,7 +392,7 @@ def test_lines_differ_without_their_color():
         plot_lens_lines(plot_input(40), "kl_final", positions=range(13))
 
 
-def test_lines_of_a_long_text_are_those_of_its_end():
+def test_lines_of_a_long_text_show_its_end():
     names = [trace.name.split()[0] for trace in plot_lens_lines(plot_input(40), "kl_final").data]
     assert names == ["34", "35", "36", "37", "38", "39"]
 
@@ -408,7 +408,7 @@ def test_lines_need_a_statistic():
         plot_lens_lines(lens(), [])
 
 
-def test_labels_of_many_layers_keep_their_distance():
+def test_labels_of_many_layers_do_not_overlap():
     ticks = plot_lens_lines(plot_input(2, 49), "kl_final").layout.xaxis
     assert ticks.ticktext[:4] == ("embed", "2", "4", "6")
     assert ticks.tickvals[:4] == (0, 3, 5, 7)

@@ -1,4 +1,4 @@
-"""The picture of the variance of logits on a result with known values."""
+"""The logit-variance figure on a result with known values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.examples import variance
 def test_lines_and_bars_are_means_over_positions():
     figure = plot_logit_variance(variance())
     lines = [trace for trace in figure.data if trace.type == "scatter" and "lines" in trace.mode]
-    # mean logit of both bins, spread of the second alone (one token has none), distance of both
+    # the mean logit of both bins, the spread of only the second (one token has none), the distance of both
     assert [list(line.y) for line in lines] == [
         [1.0, 5.0, 7.0],
         [2.0, 3.0, 4.0],
@@ -42,7 +42,7 @@ def test_lines_and_bars_are_means_over_positions():
 def test_the_diamond_does_not_cover_the_whisker():
     figure = plot_logit_variance(variance())
     bars, null, elsewhere = figure.data[-3:]
-    # of nine bins in a panel of half the figure
+    # with nine bins in a panel of half the figure's width
     pixels = figure.layout.width * 0.44 / 9
     for bar, left, right in zip(bars.x, null.x, elsewhere.x, strict=True):
         assert bar - 0.3 < left < bar < right < bar + 0.3
@@ -55,7 +55,7 @@ def test_bins_differ_by_color_and_symbol():
     assert first.marker.symbol != second.marker.symbol
 
 
-def test_without_another_position_there_is_no_mark_for_it():
+def test_a_single_position_has_no_mark_for_other_positions():
     alone = dataclasses.replace(variance(), elsewhere_variance=torch.full((2, 1, 2), math.nan))
     figure = plot_logit_variance(alone)
     assert "rank at another position" not in [trace.name for trace in figure.data]

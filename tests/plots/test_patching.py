@@ -1,4 +1,4 @@
-"""Pictures of patched runs hold the result's numbers, around 0."""
+"""Patching figures show the result's numbers, centered at 0."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def test_effects_are_drawn_around_zero_with_tokens_below():
 def test_several_prompts_have_errors_and_no_tokens():
     figure = plot_patch_grid(examples.patch_grid(n_prompts=2))
     (cells,) = figure.data
-    # the mean of 0 and 1/4 more
+    # the mean of 0 and 1/4 extra
     np.testing.assert_allclose(cells.z, np.array(EFFECTS) + 0.125)
     assert figure.layout.xaxis.ticktext == ("1", "2", "3")
-    # the standard deviation of 0 and 1/4, 0.177, over the root of 2
+    # the standard deviation of 0 and 1/4, 0.177, divided by the square root of 2
     assert "standard error 0.125" in cells.hovertext[0][0]
     assert "·a" not in cells.hovertext[0][0]
 
 
-def test_the_metric_itself_and_the_share_recovered():
+def test_the_metric_itself_and_the_recovered_share():
     result = examples.patch_grid()
     (cells,) = plot_patch_grid(result, value="mean").data
     np.testing.assert_array_equal(cells.z, examples.PATCHED)
@@ -62,7 +62,7 @@ def test_the_metric_itself_and_the_share_recovered():
     assert "recovered 0.250" in cells.hovertext[0][0]
 
 
-def test_what_was_restored_is_measured_from_the_corrupted_run():
+def test_recovery_is_measured_from_the_corrupted_run():
     result = dataclasses.replace(
         examples.patch_grid(), into="corrupted", corrupted=torch.tensor([3.0]), source="the clean run"
     )
@@ -72,7 +72,7 @@ def test_what_was_restored_is_measured_from_the_corrupted_run():
     assert "with: the clean run; into the corrupted run" in figure.layout.title.text
 
 
-def test_heads_have_names_under_the_cursor_and_numbers_below():
+def test_heads_have_names_on_hover_and_numbers_below():
     figure = plot_patch_grid(examples.patch_grid(axes=("layer", "head")))
     assert figure.data[0].hovertext[1][2].startswith("<b>L1H2</b><br>loss changes by +0.250 nats")
     assert figure.layout.xaxis.ticktext == ("0", "1", "2")
@@ -97,7 +97,7 @@ def test_a_grid_of_three_axes_has_a_row_for_each_head_until_a_head_or_a_position
     assert list(plot_head_effects(result, position=3).data[0].x) == [1.25, 1.0, 0.25, 0.0]
 
 
-def test_of_many_heads_those_with_the_largest_effects_are_drawn(monkeypatch):
+def test_among_many_heads_the_largest_effects_are_drawn(monkeypatch):
     monkeypatch.setattr("mechlens.plots.patching._HEADS", 2)
     result = examples.patch_grid(axes=("layer", "head", "pos"))
     figure = plot_patch_grid(result)
@@ -144,7 +144,7 @@ def test_a_cell_without_a_value_is_gray_not_zero():
         (("layer", "pos"), {"position": 9}, "position 9 was not patched: the patches cover 1, 2, 3"),
     ],
 )
-def test_what_is_not_there_is_refused(axes, options, message):
+def test_missing_values_and_cells_are_refused(axes, options, message):
     with pytest.raises(ValueError, match=message):
         plot_patch_grid(examples.patch_grid(axes=axes), **options)
 
@@ -166,7 +166,7 @@ def test_head_effects_need_heads():
         ((None, None, None), "all"),
     ],
 )
-def test_a_cell_is_named_by_what_it_patches(cell, name):
+def test_a_cell_is_named_after_what_it_patches(cell, name):
     assert cell_label(*cell) == name
 
 
@@ -184,7 +184,7 @@ def test_positions_alone_are_bars_and_a_single_cell_is_refused():
 
 
 def by_head(values: torch.Tensor) -> PatchGridResult:
-    """A grid by layer and head, of one prompt, with these effects."""
+    """A grid by layer and head, for one prompt, with these effects."""
     n_layers, n_heads = values.shape
     return dataclasses.replace(
         examples.patch_grid(axes=("layer", "head")),
@@ -194,16 +194,16 @@ def by_head(values: torch.Tensor) -> PatchGridResult:
     )
 
 
-def test_cells_of_a_small_grid_hold_their_numbers():
+def test_cells_of_a_small_grid_show_their_numbers():
     (cells,) = plot_patch_grid(examples.patch_grid(axes=("layer", "head"))).data
     assert [list(line) for line in cells.text] == [["1.00", "0.50", "0.00"], ["−0.50", "0.00", "0.25"]]  # noqa: RUF001
     assert cells.texttemplate == "%{text}"
     title = plot_patch_grid(examples.patch_grid(axes=("layer", "head"))).layout.title.text
-    # L0H1 and L1H0 are as large: the earlier comes first; what changes nothing is not named
+    # L0H1 and L1H0 tie, so the earlier comes first; cells without effect are not named
     assert "largest effects: L0H0 1.00, L0H1 0.50, L1H0 −0.50" in title  # noqa: RUF001
 
 
-def test_of_a_large_grid_the_largest_effects_are_written_and_named():
+def test_a_large_grid_shows_and_names_the_largest_effects():
     effects = torch.zeros(30, 9)
     effects[23, 3], effects[20, 0], effects[24, 4], effects[29, 0], effects[2, 1] = 3.0, 2.0, -2.5, -0.5, 0.75
     figure = plot_patch_grid(by_head(effects))
@@ -217,7 +217,7 @@ def test_of_a_large_grid_the_largest_effects_are_written_and_named():
     assert "largest effects: L23H3 3.00, L24H4 −2.50, L20H0 2.00<" in figure.layout.title.text  # noqa: RUF001
 
 
-def test_cells_without_room_hold_no_numbers_but_are_named():
+def test_cells_without_room_have_no_numbers_but_are_named():
     effects = torch.zeros(2, 64)
     effects[1, 40] = 1.0
     figure = plot_patch_grid(by_head(effects))
@@ -229,7 +229,7 @@ def test_cells_without_room_hold_no_numbers_but_are_named():
 
 def test_positions_are_named_with_their_tokens():
     title = plot_patch_grid(examples.patch_grid()).layout.title.text
-    # of position 1 layer 0 alone is named
+    # only layer 0 of position 1 is named
     words = "largest by position: L0 at 1 ·a 1.00, L0 at 2 ⏎ 0.50, L1 at 3 &lt;b&gt;&#36;x&#36; 0.25<"
     assert words in title
     several = plot_patch_grid(examples.patch_grid(n_prompts=2)).layout.title.text

@@ -1,4 +1,4 @@
-"""The figure of patches by role holds the result's numbers."""
+"""The figure of patches by role shows the result's numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mechlens.plots.tasks import plot_role_grid
 from tests.examples import role_grid
 
 
-def test_cells_are_shares_of_the_way_or_changes():
+def test_cells_are_recovered_shares_or_changes():
     figure = plot_role_grid(role_grid())
     (cells,) = figure.data
     assert cells.z.tolist() == [[0.25, 0.75], [0.0, -0.25]]

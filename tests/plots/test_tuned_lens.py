@@ -1,4 +1,4 @@
-"""The picture of a tuned lens holds its numbers."""
+"""The tuned-lens figure shows its numbers."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def test_both_lines_are_drawn_without_the_last_layer() -> None:
     assert "12,345 tokens; 250 steps" in title
 
 
-def test_the_title_has_room_beside_the_buttons() -> None:
+def test_the_title_has_room_next_to_the_buttons() -> None:
     figure = plot_tuned_lens(lens())
     assert figure.layout.template.layout.modebar.orientation == "v"
     title = re.search("<b>(.*?)</b>", figure.layout.title.text)[1]  # type: ignore[index]
-    # bold letters of 15 pixels are at most 9 wide on average, the buttons 30
+    # bold 15-pixel letters are at most 9 wide on average, the buttons 30
     assert figure.layout.width >= 9 * len(title) + 30
 
 
-def test_lines_are_told_apart_without_color() -> None:
+def test_lines_are_distinguishable_without_color() -> None:
     plain, tuned = plot_tuned_lens(lens()).data
     assert plain.line.dash != tuned.line.dash
     assert plain.marker.symbol != tuned.marker.symbol
 
 
-def test_a_distance_of_zero_has_no_place_on_a_logarithmic_axis() -> None:
+def test_a_kl_of_zero_is_left_out_of_a_logarithmic_axis() -> None:
     figure = plot_tuned_lens(dataclasses.replace(lens(), kl_tuned=torch.tensor([1.0, 0.0, 0.0])))
     assert figure.layout.yaxis.type == "log"
     assert list(figure.data[1].y) == [1.0, None]

@@ -1,4 +1,4 @@
-"""Where pictures show that a turn of a conversation begins, and whose it is."""
+"""How figures mark the turns of a conversation and their roles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHAT = ("<|im_start|>", "user", "\n", "Hi", "<|im_end|>", "\n", "<|im_start|>", 
         (("<bos>", "<start_of_turn>", "model", "\n"), {1: "model"}),
         (("<|start_header_id|>", "system", "<|end_header_id|>", "\n\n"), {0: "system"}),
         (("<s>", "[INST]", " Hi", "[/INST]"), {1: "user", 3: "assistant"}),
-        # no conversation: BOS and a text about a user, markup, a role without an end
+        # not conversations: BOS and text about a user, markup, a role without an end
         (("<|im_start|>", "user", " guide", "\n"), {}),
         (("<|im_start|>", "user"), {}),
         (("a < b", "user", "\n"), {}),
@@ -40,7 +40,7 @@ def test_turns_begin_with_a_special_token_and_a_role(tokens, found):
     assert turns(tokens) == found
 
 
-def test_attention_names_the_roles_and_parts_the_turns():
+def test_attention_names_the_roles_and_separates_the_turns():
     patterns = examples.attention(tokens=CHAT)
     figure = plot_attention_heatmap(patterns, 0)
     for axis in (figure.layout.xaxis, figure.layout.yaxis):
@@ -54,7 +54,7 @@ def test_attention_names_the_roles_and_parts_the_turns():
     assert not plot_attention_heatmap(examples.attention()).layout.shapes
 
 
-def test_turns_keep_their_labels_where_others_have_no_room():
+def test_turns_keep_their_labels_when_others_have_no_room():
     tokens = ("<s>", *["a"] * 100, "<|user|>", *["a"] * 100)
     axis = plot_attention_heatmap(examples.attention(tokens=tokens)).layout.xaxis
     assert "<b>user</b> &lt;|user|&gt;" in axis.ticktext
@@ -63,7 +63,7 @@ def test_turns_keep_their_labels_where_others_have_no_room():
     assert min(gaps) >= 6, "no two of 202 positions are closer than a label is high"
 
 
-def test_the_lens_names_the_roles_and_parts_the_turns():
+def test_the_lens_names_the_roles_and_separates_the_turns():
     result = examples.lens()
     strings = dict(result.strings) | {"0": "<|user|>", "2": "<|assistant|>"}
     chat = dataclasses.replace(result, strings=strings)
@@ -74,7 +74,7 @@ def test_the_lens_names_the_roles_and_parts_the_turns():
         ["<b>assistant</b>"],
     ]
     assert [shape.x0 for shape in figure.layout.shapes] == [1.5]
-    # what is drawn begins in the middle of a turn
+    # the drawn part begins in the middle of a turn
     figure = plot_logit_lens(chat, "kl_final", positions=[1, 2])
     assert [text.split("<br>")[1:] for text in figure.layout.xaxis.ticktext] == [
         ["<b>user</b>"],
@@ -84,7 +84,7 @@ def test_the_lens_names_the_roles_and_parts_the_turns():
     assert not plot_logit_lens(result, "kl_final").layout.shapes
 
 
-def test_an_attribution_says_whose_turn_it_is():
+def test_an_attribution_names_the_role():
     result = attribution()
     assert "(position 1)" in plot_attribution(result).layout.title.text
     chat = dataclasses.replace(result, strings=dict(result.strings) | {"0": "<|assistant|>"})

@@ -1,4 +1,4 @@
-"""GGUF files: read whole or refused, and never as something else than what they hold."""
+"""GGUF files are read correctly or refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def own_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_equal_the_originals_up_to_quantization(tmp_path, kind):
+def test_weights_match_the_originals_up_to_quantization(tmp_path, kind):
     source = write_gguf(tmp_path / "tiny.gguf", kind)
     with gguf.converted(tmp_path / "tiny.gguf", cache=True) as directory:
         from transformers import AutoModelForCausalLM
@@ -53,7 +53,7 @@ def test_weights_equal_the_originals_up_to_quantization(tmp_path, kind):
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_equal_the_originals(tmp_path, family, backend, processing):
+def test_log_probs_match_the_originals(tmp_path, family, backend, processing):
     source, tokens = write_gguf(tmp_path / "tiny.gguf", family=family), tokens_for(258)
     model = load_model(tmp_path / "tiny.gguf", backend=backend, processing=processing)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_the_tokenizer_is_read_from_the_file(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"head_dim": 16}, {"num_hidden_layers": 46, "head_dim": 8}], ids=str)
 def test_a_gemma_with_an_attention_scale_that_files_do_not_store_is_refused(tmp_path, monkeypatch, changes):
-    """llama.cpp goes by the size of the model; transformers' reader takes that of heads of 256 for all."""
+    """llama.cpp infers the scale from the model's size; transformers always assumes heads of size 256."""
     monkeypatch.setitem(tiny_gguf.FAMILIES, "gemma2", FAMILIES["gemma2"] | changes)
     write_gguf(tmp_path / "tiny.gguf", family="gemma2")
     with pytest.raises(ModelLoadError, match=r"ignores \(an attention scale of 1 / sqrt\(16\)\)"):
@@ -109,7 +109,7 @@ def test_without_the_cache_nothing_is_saved(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_that_names_no_cache(tmp_path, monkeypatch):
+def test_if_the_cache_cannot_be_written_the_error_suggests_no_cache(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "file").touch()
     monkeypatch.setenv("MECHLENS_CACHE", str(tmp_path / "file"))
@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_no_cache_entry(tmp_path):
 def keep(path, made, begun, may_go_on):
     """Run `gguf.converted` in a forked process, and wait before it ends.
 
-    The directory was converted before, because a forked process must not start the libraries' threads.
+    The directory is converted beforehand, because a forked process must not start the libraries' threads.
     """
 
     def slowly(file, into):
@@ -166,7 +166,7 @@ def test_a_killed_process_leaves_no_cache_entry_and_two_processes_leave_one(tmp_
     killed.join()
     folder = gguf.cache_folder()
     assert [each for each in folder.iterdir() if not each.suffix] == []
-    # an event that a killed process waited for cannot be used again
+    # an event that a killed process was waiting for cannot be reused
     begun, may_go_on = fork.Event(), fork.Event()
     two = [fork.Process(target=keep, args=(file, tmp_path / "made", begun, may_go_on)) for _ in range(2)]
     for each in two:
@@ -181,11 +181,11 @@ def test_a_killed_process_leaves_no_cache_entry_and_two_processes_leave_one(tmp_
     assert gguf.quantization_of(kept) == "F32 (21 tensors)"
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refused files ---------------------------------------------------------------------------------
 
 
 def refused(path):
-    """The error's message. Reading the header must not allocate what it claims to contain."""
+    """The error message. Reading the header must not allocate what it claims to contain."""
     tracemalloc.start()
     try:
         with pytest.raises(ModelLoadError) as caught:
@@ -300,7 +300,7 @@ def test_a_file_has_no_revisions(tmp_path):
         load_model(tmp_path / "tiny.gguf", revision="main")
 
 
-# -- the model of a package ------------------------------------------------------------------------
+# -- a packaged model ------------------------------------------------------------------------------
 
 
 def test_a_missing_package_is_an_error_with_the_command_to_install_it(monkeypatch):
@@ -321,7 +321,7 @@ def run(capsys, *arguments):
     return ended.value.code, out, err
 
 
-def test_the_command_line_caches_weights_and_deletes_them(capsys, tmp_path):
+def test_the_command_line_caches_and_deletes_weights(capsys, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", "Q8_0")
     given = ["lens", "the other", "-m", tmp_path / "tiny.gguf", "--out", tmp_path / "page.html"]
     code, out, _ = run(capsys, *given, "--no-cache")

@@ -72,7 +72,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub whose repositories are folders: its root, and the list of requested paths."""
+    """A hub that serves folders as repositories: its root, and the list of requested paths."""
     from huggingface_hub import constants
 
     (tmp_path / "hub").mkdir()
@@ -94,7 +94,7 @@ def hub(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_only_what_is_needed_is_downloaded_and_only_once(hub):
+def test_only_needed_files_are_downloaded_and_only_once(hub):
     root, asked = hub
     repository = root / "someone" / "model"
     model = write_tiny_model(repository, "gpt_neox")
@@ -127,7 +127,7 @@ def test_a_name_that_the_hub_does_not_have_is_an_error(hub):
         load_model("EleutherAI/pythia-71m")
 
 
-def test_pickles_are_downloaded_if_there_is_nothing_else(hub):
+def test_pickles_are_downloaded_only_if_necessary(hub):
     root, _ = hub
     repository = root / "someone" / "old"
     model = write_tiny_model(repository, "gpt2")
@@ -140,7 +140,7 @@ def test_pickles_are_downloaded_if_there_is_nothing_else(hub):
 
 
 def test_models_in_transformer_lens_format_are_downloaded(hub):
-    """As the attention-only models on the hub: older settings, a `.pth`, another tokenizer."""
+    """Like the attention-only models on the hub: older settings, a `.pth` file, another tokenizer."""
     root, asked = hub
     repository = root / "NeelNanda" / "Attn_Only_2L512W_C4_Code"
     weights = write_toy(repository)
@@ -161,13 +161,13 @@ def test_models_in_transformer_lens_format_are_downloaded(hub):
     assert not asked
 
 
-def test_the_parsed_table_of_models_equals_the_imported_one():
+def test_the_parsed_table_of_models_matches_the_imported_one():
     assert hub_module._tables_as_data() == hub_module._tables_by_import()
     assert hub_module.hub_name("pythia-70m") == "EleutherAI/pythia-70m"
 
 
 def test_a_table_that_cannot_be_parsed_is_imported(tmp_path, monkeypatch):
-    """Later versions may have one."""
+    """Later versions may have such a table."""
     known = hub_module.known_hub_names()
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
     called = "OFFICIAL_MODEL_NAMES: list = sorted([])\nMODEL_ALIASES: dict = {}"

@@ -1,4 +1,4 @@
-"""Loaded models predict what the Hugging Face model does, on either engine and without a network."""
+"""Loaded models predict the same as Hugging Face's model, on either engine and offline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mechlens.text.tokens import own_bos_token_id
 from tests.shared import BACKENDS, HAS_HOOKED, STORIES, needs_shared
 from tests.tiny_models import KINDS, TOY_CONFIG, write_tiny_model, write_tokenizer, write_toy
 
-# float32 sums in another order; the tiny models' log-probabilities reach -30
+# float32 sums in a different order; the tiny models' log probabilities reach -30
 TOLERANCE = 5e-5
 
 
@@ -57,7 +57,7 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_log_probs_equal_hugging_faces(tiny_directories, kind, backend, processing):
+def test_log_probs_match_hugging_face(tiny_directories, kind, backend, processing):
     directory = tiny_directories / kind
     tokens = tokens_for(64)
     model = load_model(directory, backend=backend, processing=processing)
@@ -74,7 +74,7 @@ def test_log_probs_equal_hugging_faces(tiny_directories, kind, backend, processi
 @needs_shared
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
-def test_log_probs_of_a_trained_model_equal_hugging_faces(backend, processing):
+def test_log_probs_of_a_trained_model_match_hugging_face(backend, processing):
     tokens = tokens_for(512, 100)
     model = load_model(STORIES, backend=backend, processing=processing)
     assert (log_probs(model, tokens) - hf_log_probs(STORIES, tokens)).abs().max() < TOLERANCE
@@ -93,7 +93,7 @@ def test_log_probs_of_a_trained_model_equal_hugging_faces(backend, processing):
     ids=str,
 )
 def test_settings_that_transformer_lens_ignores_are_respected(tmp_path, kind, changes):
-    # TransformerLens would take this GPT-2 for a Llama
+    # TransformerLens would mistake this GPT-2 for a Llama
     directory = tmp_path / "llama-gemma-2-2b-bert"
     write_tiny_model(directory, kind, **changes)
     tokens = tokens_for(64)
@@ -113,15 +113,15 @@ def test_processing_centers_the_unembedding_unless_logits_are_capped(tiny_direct
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float64], ids=str)
-def test_weights_and_predictions_have_the_dtype_asked_for(tiny_directories, dtype):
+def test_weights_and_predictions_have_the_requested_dtype(tiny_directories, dtype):
     model = load_model(tiny_directories / "gpt_neox", dtype=dtype)
     wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float64
     assert {parameter.dtype for parameter in model.parameters()} == {wanted}
     assert describe(model).dtype == str(wanted).removeprefix("torch.")
     exact = hf_log_probs(tiny_directories / "gpt_neox", tokens_for(64))
     kl = (exact.exp() * (exact - log_probs(model, tokens_for(64)).float())).sum(-1).mean()
-    # bfloat16 has 8 bits, which costs some hundredths of a nat with wide random weights; the reference in
-    # float32 is rounded by some 1e-8 nats
+    # bfloat16 has 8 bits, which costs a few hundredths of a nat with large random weights; the float32
+    # reference has a rounding error of about 1e-8 nats
     assert kl < (0.1 if dtype == "bfloat16" else 1e-7)
 
 
@@ -131,7 +131,7 @@ def test_nothing_opens_a_socket(tiny_directories, no_network):
             load_model(tiny_directories / kind, backend=backend)
 
 
-def test_the_bundled_model_needs_no_network(tmp_path, monkeypatch, no_network):
+def test_the_bundled_model_loads_offline(tmp_path, monkeypatch, no_network):
     write_tiny_model(tmp_path / "bundled", "gpt_neox")
     monkeypatch.setattr(loading, "BUNDLED_DIRECTORY", tmp_path / "bundled")
     assert describe(load_model()).name == describe(load_model(BUNDLED)).name == BUNDLED
@@ -146,7 +146,7 @@ def test_half_precision_files_load_in_float32(tmp_path):
     assert (log_probs(loaded, tokens) - hf_log_probs(tmp_path / "half", tokens)).abs().max() < TOLERANCE
 
 
-def test_a_file_that_is_reopened_in_between_gives_all_its_tensors(tmp_path, monkeypatch):
+def test_a_reopened_file_gives_all_its_tensors(tmp_path, monkeypatch):
     import safetensors
 
     model = write_tiny_model(tmp_path / "gpt2", "gpt2")
@@ -183,13 +183,15 @@ def test_a_forward_pass_copies_no_weights(tiny_directories, kind, processing):
     block = model.blocks[0]
     smallest = min(each.numel() for each in (block.attn.W_Q, block.attn.W_O, block.mlp.W_in))
     with torch.no_grad(), Copies() as copies:
-        # one token, so that activations are far smaller
+        # one token, so activations are far smaller
         model(torch.tensor([[3]]), return_type=None)
     assert max(copies.sizes, default=0) < smallest
 
 
 @pytest.mark.skipif(HAS_HOOKED, reason="TransformerLens 3 has HookedTransformer")
-def test_a_warning_says_once_that_only_the_slower_engine_is_installed(tiny_directories, monkeypatch, recwarn):
+def test_a_single_warning_says_that_only_the_slower_engine_is_installed(
+    tiny_directories, monkeypatch, recwarn
+):
     monkeypatch.setattr(loading, "_warned", set())
     for _ in range(2):
         load_model(tiny_directories / "gpt2")
@@ -210,7 +212,7 @@ def test_nothing_is_printed_or_logged(tiny_directories, capfd, caplog):
 def test_loading_leaves_the_random_state_unchanged(tiny_directories, tmp_path):
     write_toy(tmp_path / "toy")  # its config.json has a seed
 
-    # Not Python's own: beartype draws from that.
+    # Python's own random state is not checked, because beartype uses it.
     numpy_state, torch_state = numpy.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     load_model(tiny_directories / "gpt2")
     load_model(tmp_path / "toy")
@@ -219,14 +221,14 @@ def test_loading_leaves_the_random_state_unchanged(tiny_directories, tmp_path):
 
 
 class TestBeginningOfSequence:
-    def test_a_tokenizers_own_is_kept(self, tiny_directories):
+    def test_a_tokenizers_own_bos_is_kept(self, tiny_directories):
         for backend in BACKENDS:
             model = load_model(tiny_directories / "llama", backend=backend)
             assert own_bos_token_id(model.tokenizer) == 1
             assert model.to_tokens("ab", prepend_bos=True)[0, 0] == 1
             assert own_bos_token_id(load_model(tiny_directories / "gpt2", backend=backend).tokenizer) == 0
 
-    def test_none_is_made_up(self, tiny_directories):
+    def test_no_bos_is_made_up(self, tiny_directories):
         for backend in BACKENDS:
             model = load_model(tiny_directories / "qwen2", backend=backend)
             assert own_bos_token_id(model.tokenizer) is None
@@ -234,12 +236,12 @@ class TestBeginningOfSequence:
             assert model.tokenizer.eos_token == "<|end|>"
             assert model.to_tokens(["ab", "a"], prepend_bos=False).shape == (2, 2)
 
-    def test_a_model_without_a_tokenizer_has_none(self, tmp_path):
+    def test_a_model_without_a_tokenizer_has_no_bos(self, tmp_path):
         write_toy(tmp_path / "toy")
         assert own_bos_token_id(load_model(tmp_path / "toy").tokenizer) is None
 
     @pytest.mark.parametrize(("kind", "expected"), [("qwen2", None), ("gpt2", 0), ("llama", 1)])
-    def test_it_is_recognized_in_a_model_that_mechlens_did_not_load(self, tiny_directories, kind, expected):
+    def test_bos_is_recognized_in_a_model_that_mechlens_did_not_load(self, tiny_directories, kind, expected):
         assert own_bos_token_id(users_bridge(tiny_directories / kind).tokenizer) == expected
 
 
@@ -281,7 +283,7 @@ class TestDescribe:
         assert (info.revision, info.n_layers, info.d_vocab) == (None, 2, 64)
         assert own_bos_token_id(model.tokenizer) is None
 
-    def test_other_objects_are_refused(self):
+    def test_objects_that_are_not_models_are_refused(self):
         for function in (describe, engine_of):
             with pytest.raises(TypeError, match=r"model must be a HookedTransformer or a .* got int"):
                 function(3)
@@ -301,7 +303,7 @@ class TestTransformerLensFormat:
         assert (info.name, info.architecture, info.processing) == ("toy", "attention-only", processing)
 
     @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4 has no HookedTransformer")
-    def test_a_bias_that_comes_from_the_norm_alone_is_folded_into_the_output(self, tmp_path):
+    def test_a_bias_that_comes_only_from_the_norm_is_folded_into_the_output(self, tmp_path):
         weights = write_toy(tmp_path / "toy")
         for name, each in weights.items():
             if re.search(r"attn\.b_", name):
@@ -322,27 +324,27 @@ class TestTransformerLensFormat:
 
     @pytest.mark.skipif(not HAS_HOOKED, reason="TransformerLens 4's bridge has no gated MLP with biases")
     def test_processing_that_would_change_the_model_is_refused(self, tmp_path):
-        # the gate has no bias to fold the norm's into, so TransformerLens drops it
+        # the gate has no bias to absorb the norm's bias, so TransformerLens drops it
         write_toy(tmp_path / "toy", attn_only=False, d_mlp=24, act_fn="silu", gated_mlp=True)
         with pytest.raises(ModelLoadError, match=r"does not predict what .* use processing=False"):
             load_model(tmp_path / "toy")
         load_model(tmp_path / "toy", processing=False)
 
-    def test_missing_weights_are_an_error_and_not_zeros(self, tmp_path):
+    def test_missing_weights_are_an_error_not_zeros(self, tmp_path):
         weights = write_toy(tmp_path / "toy")
         del weights["blocks.1.attn.W_O"]
         save_file(weights, tmp_path / "toy" / "model.safetensors")
         with pytest.raises(ModelLoadError, match=r"lack 1 tensors .* such as blocks\.1\.attn\.W_O"):
             load_model(tmp_path / "toy")
 
-    def test_weights_that_are_left_over_are_an_error(self, tmp_path):
+    def test_unexpected_weights_are_an_error(self, tmp_path):
         weights = write_toy(tmp_path / "toy")
         weights["blocks.2.ln1.w"] = torch.ones(32)
         save_file(weights, tmp_path / "toy" / "model.safetensors")
         with pytest.raises(ModelLoadError, match=r"1 tensors beyond .* such as blocks\.2\.ln1\.w"):
             load_model(tmp_path / "toy")
 
-    def test_weights_of_other_sizes_are_an_error(self, tmp_path):
+    def test_weights_of_wrong_sizes_are_an_error(self, tmp_path):
         write_toy(tmp_path / "toy")
         config = (tmp_path / "toy" / "config.json").read_text()
         (tmp_path / "toy" / "config.json").write_text(config.replace('"d_head": 8', '"d_head": 4'))
@@ -364,7 +366,7 @@ class TestTransformerLensFormat:
 
 
 def attention_only_logits(weights, tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
-    """The formula of an attention-only model, written out."""
+    """An attention-only model, written out."""
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         if not normalize:
@@ -388,7 +390,7 @@ def attention_only_logits(weights, tokens: torch.Tensor, normalize: bool) -> tor
 
 
 def test_a_checkpoint_is_loaded_from_a_training_directory(tmp_path):
-    """There is one tokenizer, in the directory above the checkpoints."""
+    """The only tokenizer is in the directory above the checkpoints."""
     run = tmp_path / "run"
     for step in (0, 64):
         write_tiny_model(run / "checkpoints" / f"step-{step:06d}", "gpt_neox", seed=step, tokenizer=False)
@@ -402,8 +404,8 @@ def test_a_checkpoint_is_loaded_from_a_training_directory(tmp_path):
         load_model(run, checkpoint=7)
 
 
-def test_a_model_in_the_cache_needs_no_network(tmp_path, monkeypatch, no_network):
-    """A model from the hub, in the layout of the local cache."""
+def test_a_cached_model_loads_offline(tmp_path, monkeypatch, no_network):
+    """A hub model in the layout of the local cache."""
     from huggingface_hub import constants
 
     repository = tmp_path / "models--EleutherAI--pythia-70m"

@@ -1,4 +1,4 @@
-"""Published tuned lenses, written here by a literal implementation and read back."""
+"""Published tuned lenses, written by a literal implementation and read back."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(folder: Path, state: object, **changes) -> Path:
 
 
 def old_state(published: PublishedLens, *, name: str = "translator", with_input: bool = True) -> dict:
-    """Of old checkpoints: the input's translator apart, the others counted from what layer 0 puts out."""
+    """Old checkpoints: a separate translator for the embedding, the others indexed from layer 0's output."""
     state = {"unembedding.weight": torch.zeros(64, 32), "layer_norm.weight": torch.ones(32)}
     for index, layer in enumerate(published.translators):
         prefix = f"layer_{name}s.{index - 1}" if index else f"input_{name}"
@@ -62,13 +62,13 @@ def check(lens: TunedLens, published: PublishedLens, model) -> None:
     with torch.no_grad():
         for row in lens.rows:
             index = 0 if row == "embed" else int(row) + 1
-            # float32 sums in another order, of a raw stream with components of some ten
+            # float32 sums in a different order, for a raw stream with components of about ten
             assert torch.allclose(
                 lens.translate(row, stream[index]), published(stream[index], index), atol=1e-4
             )
 
 
-def test_a_published_lens_does_what_its_library_does(raw_model, published, tmp_path) -> None:
+def test_a_published_lens_matches_its_library(raw_model, published, tmp_path) -> None:
     folder = write(tmp_path / "gpt2", published.translators.state_dict())
     for source in (folder, str(folder)):
         lens = load_tuned_lens(source, model=raw_model)
@@ -82,7 +82,7 @@ def test_a_published_lens_does_what_its_library_does(raw_model, published, tmp_p
 
 
 @pytest.mark.parametrize("name", ["translator", "adapter", "probe"])
-def test_old_layouts_are_read_too(raw_model, published, tmp_path, name) -> None:
+def test_old_layouts_are_read(raw_model, published, tmp_path, name) -> None:
     folder = write(tmp_path / "old", old_state(published, name=name))
     (folder / "config.json").write_text(json.dumps({"d_model": 32, "num_layers": 2, "vocab_size": 64}))
     lens = load_tuned_lens(folder, model=raw_model)
@@ -90,14 +90,14 @@ def test_old_layouts_are_read_too(raw_model, published, tmp_path, name) -> None:
     check(lens, published, raw_model)
 
 
-def test_an_old_lens_without_the_input_has_no_row_for_it(raw_model, published, tmp_path) -> None:
+def test_an_old_lens_without_the_embedding_has_no_row_for_it(raw_model, published, tmp_path) -> None:
     folder = write(tmp_path / "old", old_state(published, with_input=False))
     lens = load_tuned_lens(folder, model=raw_model)
     assert lens.rows == ("0",)
     check(lens, published, raw_model)
 
 
-def test_translators_without_bias_and_in_half_precision(raw_model, tmp_path) -> None:
+def test_translators_without_bias_and_in_half_precision_are_read(raw_model, tmp_path) -> None:
     published = PublishedLens(n_layers=2, d_model=32, bias=False)
     lens = load_tuned_lens(
         write(tmp_path / "a", published.translators.state_dict(), bias=False), model=raw_model
@@ -117,7 +117,7 @@ class Malicious:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_with_code_in_it_is_not_run(raw_model, published, tmp_path) -> None:
+def test_code_in_a_pickle_is_not_run(raw_model, published, tmp_path) -> None:
     mark = tmp_path / "run"
     state = published.translators.state_dict() | {"extra": Malicious(mark)}
     folder = write(tmp_path / "lens", state)
@@ -170,7 +170,7 @@ def weights(*sizes: int) -> dict:
         (torch.zeros(2), "does not contain named tensors"),
     ],
 )
-def test_other_tensors_are_refused(raw_model, tmp_path, state, message) -> None:
+def test_unexpected_tensors_are_refused(raw_model, tmp_path, state, message) -> None:
     folder = write(tmp_path / "lens", state)
     with pytest.raises(ModelLoadError, match=message):
         load_tuned_lens(folder, model=raw_model)
@@ -182,13 +182,13 @@ def test_processed_weights_are_refused(tiny_bos_model, published, tmp_path) -> N
         load_tuned_lens(folder, model=tiny_bos_model)
 
 
-def test_a_lens_of_another_name_is_warned_of(raw_model, published, tmp_path) -> None:
+def test_a_lens_for_another_model_name_gives_a_warning(raw_model, published, tmp_path) -> None:
     folder = write(tmp_path / "lens", published.translators.state_dict(), base_model_name_or_path="a/GPT3")
     with pytest.warns(UserWarning, match="trained for a/GPT3, but the model is gpt2"):
         load_tuned_lens(folder, model=raw_model)
 
 
-def test_what_is_not_there_is_said(raw_model, published, tmp_path, monkeypatch) -> None:
+def test_a_missing_lens_is_an_error(raw_model, published, tmp_path, monkeypatch) -> None:
     folder = write(tmp_path / "lens", published.translators.state_dict())
     (folder / "params.pt").unlink()
     with pytest.raises(ModelLoadError, match=r"and params\.pt: params\.pt is missing"):

@@ -29,12 +29,12 @@ def test_a_summary_agrees_with_the_loaded_model(tiny_directories, kind):
     cfg = load_model(tiny_directories / kind).cfg
     for size in ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_ctx"):
         assert getattr(summary, size) == getattr(cfg, size), size
-    # transformers counts a tied matrix once, too
+    # transformers also counts a tied matrix once
     assert summary.n_params == tiny_hf_model(kind).num_parameters()
     assert summary.dtype == "float32"
 
 
-def test_tied_is_read_from_the_weights_not_the_config(tmp_path):
+def test_tying_is_read_from_the_weights_not_the_config(tmp_path):
     write_tiny_model(tmp_path / "neox", "gpt_neox")
     weights = load_file(tmp_path / "neox" / "model.safetensors")
     weights["embed_out.weight"] = weights["gpt_neox.embed_in.weight"].clone()

@@ -1,4 +1,4 @@
-"""What is seen to before a model is handed out, and how often its weights are handed about on the way."""
+"""Checks before a model is returned, and how often loading copies its weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SQUARE = {
     "num_key_value_heads": 2,
     "head_dim": 4,
 }
-"""A Gemma-2 whose MLP is as wide as its stream: the engine cannot tell which way round weights are."""
+"""A Gemma 2 whose MLP is as wide as its stream, so the engine cannot tell whether weights are transposed."""
 
 
 def predictions(directory, dtype: torch.dtype, tokens: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def predictions(directory, dtype: torch.dtype, tokens: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_dtype_hides_a_wrong_conversion(tmp_path, backend, dtype):
-    """In bfloat16 it was let through 0.9 nats off."""
+    """In bfloat16 it was once accepted although 0.9 nats off."""
     write_tiny_model(tmp_path / "gemma2", "gemma2", **SQUARE)
     with pytest.raises(ModelLoadError, match="try processing=False"):
         load_model(tmp_path / "gemma2", backend=backend, dtype=dtype)
@@ -51,7 +51,7 @@ def test_no_dtype_hides_a_wrong_conversion(tmp_path, backend, dtype):
 
 
 class BrokenProducts(TorchDispatchMode):
-    """Matrix products a tenth too large, as an accelerator with a fault might make them."""
+    """Matrix products that are 10% too large, as from a faulty accelerator."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
@@ -64,7 +64,7 @@ PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.o
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_device_that_computes_wrongly_is_caught(tiny_directories, kind, dtype):
-    """The CPU with a fault stands for it."""
+    """Simulated with a faulty CPU."""
     model = load_model(tiny_directories / kind, dtype=dtype)
     tokens = torch.arange(5, 20)[None]
     exact = predictions(tiny_directories / kind, torch.float32, tokens)
@@ -76,8 +76,8 @@ def test_a_device_that_computes_wrongly_is_caught(tiny_directories, kind, dtype)
         check_on_device(model, reference, torch.device("cpu"))
 
 
-def test_a_model_is_checked_where_it_was_put(tiny_directories, monkeypatch):
-    """The meta device has no values to compare, but models can be moved to it on every machine."""
+def test_a_model_is_checked_on_its_device(tiny_directories, monkeypatch):
+    """The meta device has no values to compare, but is available on every machine."""
     seen = []
     monkeypatch.setattr(loading, "parse_device", lambda _: torch.device("meta"))
     monkeypatch.setattr(
@@ -88,7 +88,7 @@ def test_a_model_is_checked_where_it_was_put(tiny_directories, monkeypatch):
     assert model.W_U.device.type == "meta"
 
 
-def test_weights_are_narrow_again_after_a_wide_run_that_failed():
+def test_weights_return_to_bfloat16_after_a_failed_float32_run():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)).to(torch.bfloat16)
     before = [parameter.data_ptr() for parameter in model.parameters()]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), widened(model, torch.float32):
@@ -99,7 +99,7 @@ def test_weights_are_narrow_again_after_a_wide_run_that_failed():
 
 
 class Nested(torch.nn.Module):
-    """Weights of its own, in use while those of a larger module inside are, and some that come after it."""
+    """Its own weights are used together with those of a larger submodule, and other weights come later."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ class Nested(torch.nn.Module):
         return self.inner(x @ self.before) @ self.after
 
 
-def test_a_wide_run_computes_with_the_weights_as_they_are():
+def test_a_float32_run_uses_the_unchanged_weights():
     torch.manual_seed(0)
     model = torch.nn.Sequential(Nested(), torch.nn.Linear(3, 40), torch.nn.Linear(40, 2))
     x = torch.randn(7, 3, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_a_wide_run_computes_with_the_weights_as_they_are():
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_are_assigned_once_however_many_layers_there_are(tmp_path, monkeypatch, backend, processing):
-    """TransformerLens goes through all modules once for each tensor: 574 times for 30 layers."""
+    """TransformerLens traverses all modules once per tensor: 574 times for 30 layers."""
     calls, own = [], torch.nn.Module.load_state_dict
 
     def counted(self, state, *args, **kwargs):
@@ -142,7 +142,7 @@ def test_weights_are_assigned_once_however_many_layers_there_are(tmp_path, monke
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loading_holds_little_beside_the_weights(tmp_path, backend, processing, dtype):
+def test_loading_needs_little_memory_beyond_the_weights(tmp_path, backend, processing, dtype):
     shape = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512, "num_hidden_layers": 16}
     model = write_tiny_model(tmp_path / "llama", "llama", **shape)
     wide = 4 * sum(parameter.numel() for parameter in model.parameters())

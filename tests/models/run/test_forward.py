@@ -1,4 +1,4 @@
-"""Runs: what is handed out equals what the engine keeps, and nothing is left behind."""
+"""Runs return the engine's own activations and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def test_patterns_are_the_engines_own(tiny_model):
         assert torch.allclose(pattern, expected, atol=1e-7)
 
 
-def test_log_probs_are_those_of_the_whole_logits(tiny_model):
+def test_log_probs_match_the_full_logits(tiny_model):
     tokens = tokens_for(tiny_model)
     log_prob, correct = next_token_log_probs(tiny_model, tokens)
     with torch.no_grad():
         logits = tiny_model(tokens)
     for row in range(len(tokens)):
         expected, right = reference.log_probs(logits[row], tokens[row])
-        # float32 log-probabilities of random models, down to -40 nats
+        # float32 log probabilities of random models, down to -40 nats
         assert log_prob[row, :-1].tolist() == pytest.approx(expected, abs=2e-5)
         assert correct[row, :-1].tolist() == right
     assert log_prob[:, -1].isnan().all()
     assert not correct[:, -1].any()
 
 
-def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
-    """Granite divides its logits by a constant, which only the model itself knows of."""
+def test_logits_that_are_not_just_norm_and_unembedding_are_refused(tmp_path):
+    """Granite divides its logits by a constant, which only the model itself knows."""
     granite = pytest.importorskip("transformers").GraniteConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -71,12 +71,12 @@ def test_logits_that_are_more_than_norm_and_unembedding(tmp_path):
         logits = model(tokens)
     expected, _ = reference.log_probs(logits[0], tokens[0])
     assert log_prob[0, :-1].tolist() == pytest.approx(expected, abs=2e-5)
-    # a single token says it, too
+    # a single token shows it, too
     with pytest.raises(ValueError, match="logits are not its last norm"):
         check_streamed(model, tokens[:1, :1])
 
 
-def test_broken_weights_are_no_reason_to_doubt_the_readout(tmp_path):
+def test_broken_weights_do_not_count_against_the_readout(tmp_path):
     write_tiny_model(tmp_path, "gpt2")
     model = load_model(tmp_path)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_broken_weights_are_no_reason_to_doubt_the_readout(tmp_path):
     check_streamed(model, tokens_for(model))
 
 
-def test_a_bfloat16_readout_is_made_in_float32():
+def test_a_bfloat16_model_is_read_out_in_float32():
     """Rounded logits tie, and the second most likely token would count as the first."""
     draw = torch.Generator().manual_seed(0)
     vectors = torch.randn(100, 64, generator=draw).bfloat16()
@@ -94,12 +94,12 @@ def test_a_bfloat16_readout_is_made_in_float32():
     log_prob, first = Unembedding(W_U, torch.zeros(5000).bfloat16()).log_prob(vectors, second)
     assert not first.any()
     expected = wide.log_softmax(1).gather(1, second[:, None])[:, 0]
-    # float32 sums over 64 terms
+    # float32 sums of 64 terms
     assert torch.allclose(log_prob.double(), expected, atol=1e-4)
 
 
 def test_dropout_is_off_while_a_model_is_watched(tmp_path):
-    """Dropout of a half would change every activation; a bridge has it in the model that it wraps, too."""
+    """Dropout of a half would change every activation; a bridge also has it in the wrapped model."""
     write_tiny_model(tmp_path / "gpt2", "gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     model = load_model(tmp_path / "gpt2")
     tokens, seen = tokens_for(model), []
@@ -111,13 +111,13 @@ def test_dropout_is_off_while_a_model_is_watched(tmp_path):
     assert model.training, "and on again afterwards"
 
 
-def test_parts_give_what_the_whole_gives(tiny_model, monkeypatch):
+def test_parts_give_the_same_as_the_whole(tiny_model, monkeypatch):
     tokens = tokens_for(tiny_model, batch=5)
     whole = next_token_log_probs(tiny_model, tokens)
     monkeypatch.setattr("mechlens.models.run.forward.MAX_POSITIONS", 2 * tokens.shape[1])
     monkeypatch.setattr("mechlens.measures.unembedding.TILE_COLUMNS", 3)
     in_parts = next_token_log_probs(tiny_model, tokens)
-    # other batch sizes sum in another order
+    # other batch sizes sum in a different order
     assert torch.allclose(whole[0], in_parts[0], atol=2e-5, equal_nan=True)
     assert torch.equal(whole[1], in_parts[1])
 
@@ -163,7 +163,7 @@ def test_a_users_own_hooks_stay(tiny_model):
         (torch.ones(1, 33, dtype=torch.long), "33 tokens do not fit into the model's context of 32"),
     ],
 )
-def test_tokens_that_cannot_be_run(tiny_model, tokens, message):
+def test_invalid_tokens_are_refused(tiny_model, tokens, message):
     with pytest.raises(ValueError, match=message):
         watch(tiny_model, tokens, {"blocks.0.attn.hook_pattern": lambda pattern: None})
 
@@ -173,10 +173,10 @@ def test_an_unknown_hook_point_is_refused(tiny_model):
         watch(tiny_model, tokens_for(tiny_model), {"blocks.9.attn.hook_pattern": lambda pattern: None})
 
 
-def test_direct_unembedding_is_what_a_direction_adds_to_the_logits(tiny_model):
-    """Differences of logits, read by the model's own norm and unembedding, at a fixed scale."""
+def test_direct_unembedding_gives_a_directions_effect_on_the_logits(tiny_model):
+    """Logit differences through the model's own norm and unembedding, at a fixed scale."""
     draw = torch.Generator().manual_seed(1)
-    x = torch.randn(tiny_model.cfg.d_model, generator=draw) * 100  # so that eps is nothing beside it
+    x = torch.randn(tiny_model.cfg.d_model, generator=draw) * 100  # so that eps is negligible
     with torch.no_grad():
         normed = tiny_model.ln_final(x[None, None])[0, 0] - tiny_model.ln_final(-x[None, None])[0, 0]
         expected = normed / 2 @ tiny_model.W_U
@@ -195,20 +195,20 @@ def test_direct_unembedding_is_what_a_direction_adds_to_the_logits(tiny_model):
         ("gpt2", "transformer.ln_f.weight", 0),
         ("gpt_neox", "gpt_neox.final_layer_norm.weight", 0),
         ("llama", "model.norm.weight", 0),
-        ("gemma2", "model.norm.weight", 1),  # Gemma stores its scales less 1
+        ("gemma2", "model.norm.weight", 1),  # Gemma stores its scales minus 1
     ],
 )
-def test_the_final_scale_is_the_one_in_the_files(tiny_directories, kind, name, offset):
+def test_the_final_scale_matches_the_files(tiny_directories, kind, name, offset):
     stored = load_file(tiny_directories / kind / "model.safetensors")[name] + offset
     scale = final_norm_scale(load_model(tiny_directories / kind, processing=False))
-    # eps = 1e-5 beside a variance of 1, and float32
+    # eps = 1e-5 relative to a variance of 1, and float32
     assert torch.allclose(scale, stored, atol=1e-4)
     folded = final_norm_scale(load_model(tiny_directories / kind, processing=True))
-    if kind != "gemma2":  # whose norms processing leaves alone, or not, by engine
+    if kind != "gemma2":  # whether processing folds Gemma's norms depends on the engine
         assert torch.allclose(folded, torch.ones_like(folded), atol=1e-4)
 
 
-def test_values_and_their_biases_come_per_query_head(tiny_model):
+def test_values_and_their_biases_are_per_query_head(tiny_model):
     kept = []
     watch(tiny_model, tokens_for(tiny_model), {"blocks.0.attn.hook_v": kept.append})
     v = per_query_head(kept[0], tiny_model.cfg.n_heads)

@@ -1,4 +1,4 @@
-"""Sweeps of patches against one whole run per patch."""
+"""Patching sweeps compared with one full run per patch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def available(model, site):
 
 
 def literal(model, tokens, site, layer, write, index):
-    """The last residual of one whole run, with one hook."""
+    """The last residual of one full run with one hook."""
     kept, changes = [], []
 
     def patch(activation, hook):
@@ -48,7 +48,7 @@ def literal(model, tokens, site, layer, write, index):
 
     hooks = [(SITES[site].format(layer), patch)]
     if site == "resid_mid" and engine_of(model) == "TransformerBridge":
-        # its hook is the MLP's input alone
+        # its hook affects only the MLP's input
         hooks.append((f"blocks.{layer}.hook_resid_post", lambda a, hook: a + changes[0]))
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     with torch.no_grad():
@@ -77,7 +77,7 @@ def patches_for(model, site, end, seed=1):
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_every_row_is_what_a_whole_run_gives(sweep_model, site):
+def test_every_row_matches_a_full_run(sweep_model, site):
     if not available(sweep_model, site):
         pytest.skip(f"{site} cannot be patched here")
     tokens = tokens_for()
@@ -86,13 +86,13 @@ def test_every_row_is_what_a_whole_run_gives(sweep_model, site):
         literal(sweep_model, tokens, site, int(layer), patches.write, index)
         for index, layer in enumerate(patches.layer)
     ]
-    # a row at a time, some, and all
+    # one row at a time, some, and all
     for budget in (1, 40, 100000):
         seen = []
         for part in sweep(sweep_model, tokens, patches, token_budget=budget):
             for index, final in zip(part.which.tolist(), part.final, strict=True):
                 own = expected[index]
-                # the same sums in another order, through several layers
+                # the same sums in a different order, through several layers
                 assert (final - own[part.start :]).abs().max() < 1e-5 * own.abs().max()
                 seen.append(index)
         assert sorted(seen) == list(range(len(patches)))
@@ -103,10 +103,10 @@ def test_the_fast_path_is_taken_where_it_is_safe(sweep_model):
     assert not is_safe(sweep_model, tokens_for(length=1))
 
 
-def test_a_model_without_a_tokenizer_is_swept_too(fixed_distance_model):
+def test_a_model_without_a_tokenizer_can_be_patched(fixed_distance_model):
     model, _ = fixed_distance_model
     tokens = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(0))
-    # the bridge of a model that is none of Hugging Face's takes no past keys: its rows are whole
+    # the bridge of a non-Hugging Face model takes no past keys, so its runs are full
     assert is_safe(model, tokens) is (engine_of(model) == "HookedTransformer")
 
     def write(activation, which, start, layer):
@@ -116,13 +116,13 @@ def test_a_model_without_a_tokenizer_is_swept_too(fixed_distance_model):
     patches = Patches("resid_pre", torch.tensor([0]), torch.tensor([5]), write)
     (part,) = sweep(model, tokens, patches)
     expected = literal(model, tokens, "resid_pre", 0, write, 0)
-    # exact numbers: a model that was written by hand
+    # exact numbers: a handwritten model
     assert torch.allclose(part.final[0], expected[part.start :], atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")  # it is what is tested
-def test_blocks_that_want_more_than_the_stream_are_not_called_one_by_one(tiny_bos_model):
-    """Shortformer gives each block the positions beside the stream; without them it runs, and runs wrong."""
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")  # it is tested here
+def test_blocks_with_further_inputs_are_not_called_one_by_one(tiny_bos_model):
+    """Shortformer also gives each block the positions; without them it runs, but with wrong results."""
     if engine_of(tiny_bos_model) != "HookedTransformer":
         pytest.skip("a bridge's blocks are never called one by one")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -156,7 +156,7 @@ def test_blocks_that_want_more_than_the_stream_are_not_called_one_by_one(tiny_bo
 
 
 def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
-    """Counted in positions x layers, on the engine whose blocks can be called one by one."""
+    """Counted in positions x layers, on the engine that can call single blocks."""
     if engine_of(tiny_bos_model) != "HookedTransformer":
         pytest.skip("a bridge runs all layers")
     tokens = tokens_for()
@@ -175,11 +175,11 @@ def test_nothing_before_a_patch_is_run(tiny_bos_model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(block, "forward", counted)
         list(runs.run(patches))
-    # the rows of layer 0 through layer 1, each from its position on
+    # rows patched in layer 0 run through layer 1, each from its position on
     assert run == sum(LENGTH - pos for pos in (0, 3, 4, LENGTH - 1))
 
 
-def test_what_lies_behind_the_last_reader_is_not_run(sweep_model):
+def test_nothing_after_the_last_reader_is_run(sweep_model):
     tokens = tokens_for()
     patches = patches_for(sweep_model, "resid_pre", 6)
     short = {
@@ -193,8 +193,8 @@ def test_what_lies_behind_the_last_reader_is_not_run(sweep_model):
             assert (short[index][-len(whole) :] - whole).abs().max() < 1e-5 * whole.abs().max()
 
 
-def test_what_does_not_fit_is_halved(sweep_model):
-    """Memory that ends at three rows; every patch still comes once, with the same values."""
+def test_batches_that_do_not_fit_are_halved(sweep_model):
+    """Memory for only three rows; every patch still runs once, with the same values."""
     tokens = tokens_for()
     patches = patches_for(sweep_model, "mlp_out", LENGTH)
     tried = []
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_halved(sweep_model):
     seen = []
     for part in sweep(sweep_model, tokens, narrowed):
         for index, final in zip(part.which.tolist(), part.final, strict=True):
-            # a group begins at its first position, and halves of it do as well
+            # a group begins at its first position, and so do its halves
             assert (final - whole[index][-len(final) :]).abs().max() < 1e-5 * final.abs().max()
             seen.append(index)
     assert sorted(seen) == list(range(len(patches)))
@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_halved(sweep_model):
         list(sweep(sweep_model, tokens, Patches("mlp_out", torch.tensor([0]), torch.tensor([2]), nothing)))
 
 
-def test_no_hook_survives_an_exception(sweep_model):
+def test_no_hook_is_left_after_an_exception(sweep_model):
     def broken(activation, which, start, layer):
         raise KeyboardInterrupt
 

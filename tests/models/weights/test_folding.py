@@ -1,4 +1,4 @@
-"""Weights with the norms folded in, where circuits do not show it."""
+"""Weights with folded norms, in cases that circuits do not cover."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def processing(request):
     return request.param
 
 
-def test_logits_of_any_vector_are_differences_of_the_models_own(tiny_directories, processing):
-    """Of x and -x, whose norms have the same scale, half the difference has no bias in it."""
+def test_logits_of_any_vector_are_differences_between_the_models_own(tiny_directories, processing):
+    """For x and -x, which have the same norm scale, biases cancel in half the difference."""
     for kind in ("gpt2", "llama"):
         model = load_model(tiny_directories / kind, processing=processing)
         x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) + 1
@@ -35,7 +35,7 @@ def test_logits_of_any_vector_are_differences_of_the_models_own(tiny_directories
         assert torch.allclose(to_logits(model, x), expected, atol=2e-5)
 
 
-def test_the_vocabulary_goes_through_in_parts(tiny_directories, monkeypatch, processing):
+def test_the_vocabulary_is_processed_in_parts(tiny_directories, monkeypatch, processing):
     model = load_model(tiny_directories / "gpt2", processing=processing)
     reading = folded_heads(model, 1).W_V[0]
     whole = [from_tokens(model, reading, effective=effective) for effective in (False, True)]
@@ -46,16 +46,16 @@ def test_the_vocabulary_goes_through_in_parts(tiny_directories, monkeypatch, pro
         assert torch.allclose(from_tokens(model, reading, effective=effective), whole[effective], atol=1e-5)
 
 
-def test_positions_are_those_that_are_added(tiny_directories):
+def test_positions_match_the_models_embeddings(tiny_directories):
     truth = reference.of_hf(tiny_hf_model("gpt2"), "gpt2")
     model = load_model(tiny_directories / "gpt2", processing=False)
     assert torch.equal(position_vectors(model).double(), truth.W_pos)
 
 
-def test_a_last_norm_that_keeps_the_mean(tmp_path):
-    """LayerNorm in the blocks, RMSNorm at the end: the logits see the mean of what is written.
+def test_a_final_norm_that_keeps_the_mean(tmp_path):
+    """LayerNorm in the blocks, RMSNorm at the end: the logits depend on the mean of each block's output.
 
-    Not processed, because HookedTransformer's processing gives such a model another last norm.
+    The weights are raw, because HookedTransformer's processing would change this model's final norm.
     """
     weights = write_toy(tmp_path / "toy", final_rms=True)
     del weights["ln_final.b"]
@@ -70,7 +70,7 @@ def test_a_last_norm_that_keeps_the_mean(tmp_path):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_nothing_is_changed_and_no_hook_is_left(tiny_directories):
+def test_the_model_is_unchanged_and_has_no_hooks(tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     tokens = torch.arange(10)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Random weights: what a fresh model of Hugging Face has, run by the engine as the copy's own."""
+"""Random weights match a fresh Hugging Face model, and the engine runs the copy with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny_models import VOCAB, write_toy
 
 KINDS = ("gpt2", "gpt_neox", "llama", "gemma2")
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9]])
-# float32 sums in another order
+# float32 sums in a different order
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -61,20 +61,20 @@ def test_the_copy_runs_on_its_own_weights(kind, trained):
         logits, cache = other.run_with_cache(TOKENS, names_filter=lambda name: name in names)
 
         def normed(x):
-            """What a norm without weights makes of a stream: of RMS norms, without the mean."""
+            """A norm without weights, applied to a stream; RMS norms do not subtract the mean."""
             if kind in ("gpt2", "gpt_neox"):
                 x = x - x.mean(-1, keepdim=True)
             return x / (x.pow(2).mean(-1, keepdim=True) + other.cfg.eps).sqrt()
 
         scale = math.sqrt(other.cfg.d_model) if kind == "gemma2" else 1.0
-        # looked up by hand in the copy's own embedding; some engines have it scaled already
+        # looked up by hand in the copy's embedding, which some engines have already scaled
         looked_up = other.W_E[TOKENS]
         embed = cache["hook_embed"]
         assert torch.allclose(embed, looked_up, **CLOSE) or torch.allclose(embed, looked_up * scale, **CLOSE)
         q = torch.einsum("bpm,hmd->bphd", normed(cache["blocks.0.hook_resid_pre"]), other.W_Q[0])
         torch.testing.assert_close(cache["blocks.0.attn.hook_q"], q, **CLOSE)
         if kind != "gemma2":
-            # which has a norm behind its attention
+            # this model has a norm after attention
             out = torch.einsum("bphd,hdm->bpm", cache["blocks.0.attn.hook_z"], other.W_O[0])
             torch.testing.assert_close(cache["blocks.0.hook_attn_out"], out, **CLOSE)
         expected = normed(cache["blocks.1.hook_resid_post"]) @ other.W_U
@@ -84,7 +84,7 @@ def test_the_copy_runs_on_its_own_weights(kind, trained):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weights_are_a_fresh_models(kind, trained):
+def test_the_weights_are_those_of_a_fresh_model(kind, trained):
     other = random_like(trained(kind), 0)
     scale, shift = final_affine(other)
     torch.testing.assert_close(scale, torch.ones_like(scale), atol=1e-5, rtol=0)
@@ -97,7 +97,7 @@ def test_the_weights_are_a_fresh_models(kind, trained):
         size = 0.02 * math.sqrt(other.cfg.d_model) if kind == "gemma2" else 0.02
         assert float(embedded.std()) == pytest.approx(size, rel=5 / math.sqrt(2 * embedded.numel()))
         for W in (other.W_U, other.W_Q[1], other.blocks[0].mlp.W_in):
-            # of n draws: 5 standard errors
+            # for n draws: 5 standard errors
             assert float(W.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * W.numel()))
             assert abs(float(W.mean())) < 5 * 0.02 / math.sqrt(W.numel())
         # GPT-2 divides by sqrt(2 x 2 layers)
@@ -106,7 +106,7 @@ def test_the_weights_are_a_fresh_models(kind, trained):
             assert float(W.std()) == pytest.approx(written, rel=5 / math.sqrt(2 * W.numel()))
 
 
-def test_the_seed_decides(trained):
+def test_the_seed_determines_the_weights(trained):
     model = trained("gpt2")
     one, same, other = (random_like(model, seed) for seed in (1, 1, 2))
     assert torch.equal(one.W_E, same.W_E)
@@ -135,27 +135,27 @@ def test_embeddings_can_be_kept(kind, trained):
 def test_a_tied_unembedding_stays_tied(kind, trained):
     other = random_like(trained(kind), 0)
     if kind in ("gpt2", "gemma2"):
-        # the embedding may be scaled on the one side
+        # one of them may be scaled
         ratio = other.W_U.norm() / other.W_E.norm()
         torch.testing.assert_close(other.W_U, other.W_E.T * ratio, **CLOSE)
     else:
         assert float(torch.nn.functional.cosine_similarity(other.W_U.T, other.W_E).abs().mean()) < 0.3
 
 
-def test_it_says_what_it_is(trained):
+def test_it_is_marked_as_random(trained):
     info = describe(random_like(trained("llama"), 7, keep_embeddings=True))
     assert info.name == "llama (random weights, seed 7, trained embeddings)"
     assert info.processing is False
     assert info.architecture == "LlamaForCausalLM"
 
 
-def test_of_a_processed_model_comes_an_unprocessed_one(tiny_directories):
+def test_a_processed_model_gives_an_unprocessed_copy(tiny_directories):
     model = load_model(tiny_directories / "gpt2")
     other = random_like(model, 0)
     assert describe(other).processing is False
     with torch.no_grad():
         logits = other(TOKENS)
-        # nothing was centered: a drawn unembedding has a mean
+        # not centered: a random unembedding has a mean
         assert float(other.W_U.mean(-1).abs().max()) > 1e-3
         assert float(logits.mean(-1).abs().max()) > 1e-5
     scale, shift = final_affine(other)
@@ -172,7 +172,7 @@ def test_attention_only(tmp_path):
         assert other(torch.arange(4)[None] % VOCAB).isfinite().all()
 
 
-def test_bad_input(trained, tiny_directories):
+def test_invalid_input_is_refused(trained, tiny_directories):
     with pytest.raises(ValueError, match="embeddings of gpt2 are or may be processed"):
         random_like(load_model(tiny_directories / "gpt2"), 0, keep_embeddings=True)
     with pytest.raises(ValueError, match="std must be a finite number above 0, got 0"):
@@ -182,10 +182,10 @@ def test_bad_input(trained, tiny_directories):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_model_that_was_run_with_gradients(kind, trained):
+def test_a_model_that_ran_with_gradients_can_be_copied(kind, trained):
     model = trained(kind)
     model(TOKENS)
-    # a bridge's attention keeps its last pattern, with its graph
+    # a bridge's attention keeps its last pattern with its graph
     assert not torch.equal(random_like(model, 0).W_Q, model.W_Q)
 
 

@@ -1,4 +1,4 @@
-"""Rotations and attention scales as engines have them, against their formulas and Hugging Face's tables."""
+"""The engines' rotations and attention scales compared with formulas and Hugging Face's tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES = COMMON | {
 
 
 def adjacent(distance, rotary_dim, theta=10000.0):
-    """What turns a query, as a row, so that it meets a key `distance` before; 2i and 2i + 1 turn together."""
+    """Rotates a query (a row) to match a key `distance` earlier; 2i and 2i + 1 rotate together."""
     R = torch.eye(8).double()
     for i in range(rotary_dim // 2):
         angle = distance * theta ** (-2 * i / rotary_dim)
@@ -49,7 +49,7 @@ def test_adjacent_dimensions_of_a_part(tmp_path):
     model = load_model(tmp_path / "gptj")
     assert is_rotary(model)
     if engine_of(model) == "TransformerBridge":
-        # it leaves this attention to the model that it wraps, and shows no tables
+        # it delegates attention to the wrapped model, and exposes no tables
         with pytest.raises(ValueError, match=r"cannot determine how this model rotates .*hook_cos"):
             rotation(model, 1, 3)
         return
@@ -61,9 +61,9 @@ def test_adjacent_dimensions_of_a_part(tmp_path):
 @pytest.mark.parametrize(
     ("config", "rotary_dim"),
     [
-        # tables with each frequency twice in a row
+        # tables that have each frequency twice in a row
         (CohereConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500.0}), 8),
-        # tables by halves, for adjacent dimensions
+        # tables in two halves, for adjacent dimensions
         (
             GlmConfig(
                 **SIZES,
@@ -75,7 +75,7 @@ def test_adjacent_dimensions_of_a_part(tmp_path):
     ],
     ids=["cohere", "glm"],
 )
-def test_the_pairing_is_found_by_the_models_own_attention(tmp_path, config, rotary_dim):
+def test_the_pairing_is_inferred_from_the_models_own_attention(tmp_path, config, rotary_dim):
     if choose_backends("auto")[0] == "hooked":
         pytest.skip("HookedTransformer has no such model")
     write_model_of(tmp_path / "model", config)
@@ -95,13 +95,13 @@ WIDE = SIZES | {"hidden_size": 256, "num_attention_heads": 2, "max_position_embe
         GlmConfig(**WIDE, head_dim=128),
         Ernie4_5Config(**WIDE, head_dim=128),
         LlamaConfig(**WIDE),
-        # turns by a sixteenth of a radian at most from one position to the next
+        # rotates by at most a sixteenth of a radian per position
         CohereConfig(**WIDE, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 16.0}),
         LlamaConfig(**WIDE, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 16.0}),
     ],
     ids=["cohere", "glm", "ernie", "llama", "slow cohere", "slow llama"],
 )
-def test_the_pairing_is_found_in_few_bits(tmp_path, config, dtype):
+def test_the_pairing_is_found_in_bfloat16(tmp_path, config, dtype):
     if choose_backends("auto")[0] == "hooked":
         pytest.skip("HookedTransformer has no such models, or its own rotation")
     write_model_of(tmp_path / "model", config)
@@ -109,19 +109,19 @@ def test_the_pairing_is_found_in_few_bits(tmp_path, config, dtype):
     model = load_model(tmp_path / "model", processing=False, dtype=dtype)
     for distance in (0, 1, 5, 40):
         found, expected = rotation(model, 1, distance), rotation(wide, 1, distance)
-        # sines and cosines rounded to 8 bits, twice where one turns by both
+        # sines and cosines rounded to 8 bits, twice if both rotate
         assert torch.allclose(found, expected, atol=0.01)
         assert distance == 0 or not torch.allclose(expected, torch.eye(128), atol=0.01)
 
 
 def test_a_rotation_that_no_pairing_gives_is_refused(tmp_path):
-    """One that turns the other way in the short runs that find out, but not in that for the tables."""
+    """It rotates the other way in the short test runs, but not in the run for the tables."""
     if choose_backends("auto")[0] == "hooked":
         pytest.skip("HookedTransformer has its own rotation")
     write_model_of(tmp_path / "model", LlamaConfig(**WIDE))
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(tmp_path / "model", processing=False, dtype=dtype)
-        # not by a hook, because hooks of the user's are taken away
+        # not by a hook, because user hooks are removed
         point = model.hook_dict["blocks.1.attn.hook_sin"]
         point.forward = lambda sin: -sin if sin.shape[1] < 10 else sin
         with pytest.raises(ValueError, match="no rotation of pairs of dimensions gives its scores"):
@@ -131,7 +131,7 @@ def test_a_rotation_that_no_pairing_gives_is_refused(tmp_path):
 
 
 def test_a_scaled_rotation(tmp_path):
-    """Llama 3's, which slows some frequencies only: Hugging Face's own tables say how."""
+    """Llama 3 slows only some frequencies, as in Hugging Face's own tables."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500.0,
@@ -150,7 +150,7 @@ def test_a_scaled_rotation(tmp_path):
             R[i, i + 4], R[i + 4, i] = sin[0, distance, i], -sin[0, distance, i]
         assert close(rotation(model, 0, distance), R)
     assert unrotated(model, 0) == ()
-    # or the test would see no scaling
+    # otherwise the test would have no scaling
     assert abs(math.cos(9 * 500.0 ** (-6 / 8)) - cos[0, 9, 3]) > 1e-3
 
 
@@ -165,7 +165,7 @@ def test_rotations_add_up(tiny_directories):
 
 
 @pytest.mark.parametrize("distance", [-1, 32])
-def test_distances_that_the_context_does_not_hold(tiny_directories, distance):
+def test_distances_beyond_the_context_are_refused(tiny_directories, distance):
     model = load_model(tiny_directories / "llama")
     with pytest.raises(ValueError, match=f"between 0 and 31, .* got {distance}"):
         rotation(model, 0, distance)
@@ -175,7 +175,7 @@ def test_attention_scales(tiny_directories):
     for kind, scale in (("gpt2", 8**-0.5), ("gpt_neo", 1.0)):
         model = load_model(tiny_directories / kind)
         assert not is_rotary(model)
-        # a difference of float32 logarithms
+        # a difference between float32 logarithms
         assert attention_scale(model, 1) == pytest.approx(scale, abs=2e-6)
     with pytest.raises(ValueError, match="attention in layer 1 depends on more than queries and keys"):
         attention_scale(load_model(tiny_directories / "llama"), 1)
