@@ -35,7 +35,7 @@ def test_seeds_may_be_any_iterable_of_integers(seeds):
         ([0, 0], ValueError, "seeds must be distinct"),
     ],
 )
-def test_other_seeds_are_refused(seeds, error, message):
+def test_invalid_seeds_are_refused(seeds, error, message):
     with pytest.raises(error, match=message):
         seeds_of(seeds)
 
@@ -83,7 +83,7 @@ def test_thresholds_outside_the_range_of_scores_are_refused(threshold):
 
 
 def mean(tokens: object) -> Mean:
-    """Make a Mean without the type checker that the tests run under."""
+    """Make a Mean without the tests' type checks."""
     made = object.__new__(Mean)
     inspect.unwrap(Mean.__init__)(made, tokens)
     return made

@@ -1,4 +1,4 @@
-"""The pages of docs/ say what the package says, and their pictures and links are there."""
+"""The pages in docs/ match the package, and their pictures and links exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_the_page_of_the_real_model_is_made_of_its_card():
+def test_the_page_of_the_real_model_matches_its_card():
     page = runpy.run_path(str(ROOT / "experiments" / "real_model_page.py"))["page"]
     card = json.loads((CARDS / "smollm2-135m.json").read_text(encoding="utf-8"))
     assert page(card) == (ROOT / "docs" / "smollm2-135m.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def test_the_page_on_adding_an_analysis_shows_the_files_and_they_are_short():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_what_a_page_links_to_is_there(path):
+def test_links_of_a_page_exist(path):
     links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
     assert not missing

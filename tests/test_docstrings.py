@@ -1,4 +1,4 @@
-"""The examples in public docstrings run, and no public signature is wider than nine parameters."""
+"""Examples in public docstrings run, and no public signature has more than nine parameters."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.shared import HAS_SMOLLM2, SMOLLM2
 
 WIDEST = 9
 WITHOUT_EXAMPLE: set[str] = set()
-"""Public functions that have no example yet."""
+"""Public functions without an example."""
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
 def methods(name: str, kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The public methods that a class defines itself, with `__init__` under its own name."""
+    """The public methods that a class itself defines."""
     for attribute, value in vars(kind).items():
         function = getattr(value, "__func__", value)
         if not attribute.startswith("_") and inspect.isfunction(function):
@@ -68,8 +68,8 @@ def test_a_public_signature_has_at_most_nine_parameters(name):
     assert len(found) <= WIDEST, found
 
 
-def test_arguments_are_not_looked_up_elsewhere():
-    """A pointer to another function leaves `help()` empty."""
+def test_arguments_are_documented_in_place():
+    """A pointer to another function would leave `help()` incomplete."""
     found = [
         name
         for name, value in (PUBLIC | METHODS).items()

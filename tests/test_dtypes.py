@@ -1,4 +1,4 @@
-"""Tensors of floats name their dtype, or they would have torch's default one, which is the caller's."""
+"""Float tensors name their dtype; torch's default belongs to the caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OF_WHAT_IS_GIVEN = {"arange", "tensor", "as_tensor"}
 
 
 def without_dtype(source: str) -> list[str]:
-    """Every call of torch's that makes a tensor of floats and names no dtype; `**options` may hold one."""
+    """Every torch call that creates a float tensor without a dtype; `**options` may have one."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")):
@@ -34,7 +34,7 @@ def without_dtype(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_every_tensor_of_floats_names_its_dtype(path):
+def test_every_float_tensor_names_its_dtype(path):
     assert without_dtype(path.read_text()) == []
 
 
@@ -53,5 +53,5 @@ def test_every_tensor_of_floats_names_its_dtype(path):
         ("x.new_zeros(3)", False),
     ],
 )
-def test_what_is_seen(source, refused):
+def test_calls_without_dtype_are_detected(source, refused):
     assert len(without_dtype(source)) == refused

@@ -38,7 +38,7 @@ def test_an_error_about_another_file_is_not_changed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.csv", f"{'é' * 125}.csv"])
-def test_checking_a_target_changes_neither_it_nor_its_folder(tmp_path, name):
+def test_checking_a_target_changes_nothing(tmp_path, name):
     target = tmp_path / name
     check_writable(target)
     assert list(tmp_path.iterdir()) == []

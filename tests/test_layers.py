@@ -1,4 +1,4 @@
-"""The floors of the house: what each file may import. Read DESIGN.md's "The house" for the reasons."""
+"""The layers of the package: what each file may import. docs/design.md explains them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mechlens
 
 PACKAGE = Path(mechlens.__file__).parent
 
-FLOORS = {
+LAYERS = {
     "results": 0,
     "measures": 0,
     "arguments": 0,
@@ -28,27 +28,27 @@ FLOORS = {
     "cli": 5,
     "__main__": 5,
 }
-TOP = max(FLOORS.values())
-# Each file in them answers one question alone; what several files of plots/ share is named here.
+TOP = max(LAYERS.values())
+# Each file in these packages answers a single question; files that several plots share are named here.
 NEVER_SIDEWAYS = {"analyses": set[str](), "plots": {"style", "circuitsvis"}}
-# What one file combines, because its question is about the answers of others.
+# Files that combine others, because their question is about the others' answers.
 COMBINES = {
     ("analyses", "circuits", "induction"): {"heads", "patching"},
     ("analyses", "tasks", "patching"): {"patching"},
 }
-# On one floor, but neither may know the other: a figure cannot run a model, an analysis draws nothing.
+# In one layer, but independent: a plot cannot run a model, and an analysis draws nothing.
 STRANGERS = {"plots": {"models", "analyses"}, "analyses": {"plots"}}
 ENGINE = "transformer_lens"
-# The one thing of the engine that is no part of running a model: what a circuit is handed on as.
+# The only use of the engine that runs no model: circuits are returned as FactoredMatrix.
 ALLOWED_OF_ENGINE = {("results", "circuits"): f"{ENGINE}.FactoredMatrix"}
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-# torch.load raises it, so that whoever refuses a pickle has to name it.
+# torch.load raises it, so code that refuses a pickle has to name it.
 HARMLESS = {"UnpicklingError"}
 IMPORTERS = {"import_module", "importlib.import_module", "__import__"}
 
 
 def imports(tree: ast.AST, module: tuple[str, ...], is_package: bool) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of every import, wherever it stands; a name may be that of an attribute."""
+    """Line and dotted name of every import anywhere in the file; a name may be that of an attribute."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -67,7 +67,7 @@ def _called(node: ast.Call) -> str:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What a file of the package does that its floor forbids.
+    """Imports of a file that its layer forbids.
 
     Args:
         path: within mechlens/, such as `plots/heads.py`.
@@ -88,8 +88,8 @@ def violations(path: str, source: str) -> list[str]:
 
 def _climbs(parts: tuple[str, ...], names: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
     place = parts[0]
-    if place not in FLOORS:
-        yield 1, f"is on no floor: add {place!r} to FLOORS, and to DESIGN.md"
+    if place not in LAYERS:
+        yield 1, f"is in no layer: add {place!r} to LAYERS, and to docs/design.md"
         return
     for line, name in names:
         root, *rest = name.split(".")
@@ -97,12 +97,12 @@ def _climbs(parts: tuple[str, ...], names: Iterator[tuple[int, str]]) -> Iterato
             yield line, f"imports {ENGINE}, which only models/ knows"
         if root != "mechlens":
             continue
-        # The package itself, or a public name of it, may come from any floor.
-        target = rest[0] if rest and rest[0] in FLOORS else "mechlens"
+        # The package itself, or one of its public names, may come from any layer.
+        target = rest[0] if rest and rest[0] in LAYERS else "mechlens"
         if target == "mechlens" and place in ("show", "studies") and not rest:
-            continue  # figures by their public names, which load plotly when one is drawn
-        if FLOORS.get(target, TOP) > FLOORS[place]:
-            yield line, f"imports {name}, which is on a higher floor"
+            continue  # plot functions by their public names, which load plotly only when called
+        if LAYERS.get(target, TOP) > LAYERS[place]:
+            yield line, f"imports {name}, which is in a higher layer"
         elif target in STRANGERS.get(place, ()):
             yield line, f"imports {name}, but {place}/ must not know {target}/"
         elif target == place in NEVER_SIDEWAYS:
@@ -157,39 +157,39 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_file_keeps_to_its_floor(path: str) -> None:
+def test_a_file_keeps_to_its_layer(path: str) -> None:
     assert violations(path, (PACKAGE / path).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        # a lower floor imports a higher one, in every way there is to write it
-        ("results.py", "from mechlens.models.load.loading import load_model", "higher floor"),
-        ("results.py", "from mechlens.models import load", "higher floor"),
-        ("results.py", "from mechlens import models", "higher floor"),
-        ("results.py", "import mechlens.models.load.loading as m", "higher floor"),
-        ("results.py", "from .models.load import load_model", "higher floor"),
-        ("results.py", "from . import models", "higher floor"),
-        ("measures/attention.py", "from ..models import runs", "higher floor"),
-        ("measures/__init__.py", "from ..models import runs", "higher floor"),
-        ("text/prompts.py", "def f():\n    import mechlens.models.load.loading", "higher floor"),
+        # a lower layer imports a higher one, in all ways to write it
+        ("results.py", "from mechlens.models.load.loading import load_model", "higher layer"),
+        ("results.py", "from mechlens.models import load", "higher layer"),
+        ("results.py", "from mechlens import models", "higher layer"),
+        ("results.py", "import mechlens.models.load.loading as m", "higher layer"),
+        ("results.py", "from .models.load import load_model", "higher layer"),
+        ("results.py", "from . import models", "higher layer"),
+        ("measures/attention.py", "from ..models import runs", "higher layer"),
+        ("measures/__init__.py", "from ..models import runs", "higher layer"),
+        ("text/prompts.py", "def f():\n    import mechlens.models.load.loading", "higher layer"),
         (
             "text/prompts.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mechlens.models import load",
-            "higher floor",
+            "higher layer",
         ),
-        ("text/prompts.py", "import importlib\nimportlib.import_module('mechlens.models')", "higher floor"),
-        ("text/corpus.py", "from mechlens.models.load.loading import load_model", "higher floor"),
-        ("models/run/forward.py", "from mechlens.analyses.heads.scores import score_heads", "higher floor"),
-        ("analyses/heads.py", "from mechlens.studies.heads import reproduce", "higher floor"),
-        ("plots/heads.py", "from mechlens.show import page", "higher floor"),
-        ("show/page.py", "from mechlens.studies.claims import Claim", "higher floor"),
-        ("show/page.py", "from mechlens.cli import main", "higher floor"),
-        ("show/page.py", "from mechlens import cli", "higher floor"),
-        # the package's own names come from every floor
-        ("studies/reproduce.py", "from mechlens import load_model", "higher floor"),
-        ("measures/attention.py", "import mechlens", "higher floor"),
+        ("text/prompts.py", "import importlib\nimportlib.import_module('mechlens.models')", "higher layer"),
+        ("text/corpus.py", "from mechlens.models.load.loading import load_model", "higher layer"),
+        ("models/run/forward.py", "from mechlens.analyses.heads.scores import score_heads", "higher layer"),
+        ("analyses/heads.py", "from mechlens.studies.heads import reproduce", "higher layer"),
+        ("plots/heads.py", "from mechlens.show import page", "higher layer"),
+        ("show/page.py", "from mechlens.studies.claims import Claim", "higher layer"),
+        ("show/page.py", "from mechlens.cli import main", "higher layer"),
+        ("show/page.py", "from mechlens import cli", "higher layer"),
+        # the package's own names come from every layer
+        ("studies/reproduce.py", "from mechlens import load_model", "higher layer"),
+        ("measures/attention.py", "import mechlens", "higher layer"),
         # sideways
         ("analyses/heads.py", "from mechlens.analyses.patching import f", "sideways"),
         ("analyses/heads.py", "from mechlens.analyses import patching", "sideways"),
@@ -197,7 +197,7 @@ def test_file_keeps_to_its_floor(path: str) -> None:
         ("analyses/__init__.py", "from mechlens.analyses.heads.scores import score_heads", "sideways"),
         ("plots/heads.py", "from mechlens.plots.patching import f", "sideways"),
         ("plots/style.py", "from mechlens.plots.heads import plot_head_scores", "sideways"),
-        # what the same floor must not know
+        # forbidden within one layer
         ("plots/heads.py", "from mechlens.models.load.loading import load_model", "must not know models/"),
         ("plots/heads.py", "from mechlens.analyses import heads", "must not know analyses/"),
         ("analyses/heads.py", "from mechlens.plots.style import BLUE", "must not know plots/"),
@@ -207,9 +207,9 @@ def test_file_keeps_to_its_floor(path: str) -> None:
         ("cli.py", "def f():\n    from transformer_lens import evals", "only models/ knows"),
         ("results/circuits.py", "from transformer_lens import HookedTransformer", "only models/ knows"),
         ("results/heads.py", "from transformer_lens import FactoredMatrix", "only models/ knows"),
-        # a file that nobody has given a floor
-        ("utils.py", "", "on no floor"),
-        # what reads code
+        # a file without a layer
+        ("utils.py", "", "in no layer"),
+        # modules that execute code
         ("models/load/loading.py", "import pickle\npickle.load(open('x', 'rb'))", "uses pickle"),
         ("models/load/loading.py", "import pickle\nread = pickle", "uses pickle"),
         ("models/load/loading.py", "import pickle as p", "imports pickle"),
@@ -229,7 +229,7 @@ def test_file_keeps_to_its_floor(path: str) -> None:
         ("__init__.py", "import pickle\npickle.loads(b'')", "uses pickle"),
     ],
 )
-def test_violation_is_caught(path: str, source: str, complaint: str) -> None:
+def test_a_violation_is_caught(path: str, source: str, complaint: str) -> None:
     found = violations(path, source)
     assert len(found) == 1
     assert complaint in found[0]
@@ -252,9 +252,9 @@ def test_violation_is_caught(path: str, source: str, complaint: str) -> None:
         ("show/page.py", "from mechlens.show.page_style import CSS"),
         ("show/heads.py", "import mechlens"),
         ("cli.py", "import mechlens\nfrom mechlens import load_model"),
-        # Types for checkers, behind lazy names: the package itself has no floor.
+        # Types for checkers, behind lazy names: the package itself has no layer.
         ("__init__.py", "if TYPE_CHECKING:\n    from mechlens.cli import main"),
     ],
 )
-def test_allowed_import_is_left_alone(path: str, source: str) -> None:
+def test_an_allowed_import_is_accepted(path: str, source: str) -> None:
     assert violations(path, source) == []

@@ -1,4 +1,4 @@
-"""Every notebook runs where nothing is defined yet, without a network, and defines no functions."""
+"""Every notebook runs from scratch and offline, and defines no functions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_defines_no_functions_and_is_kept_with_its_figures_as_pictures(path):
+def test_a_notebook_defines_no_functions_and_has_pictures_of_its_figures(path):
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":
             made = [
@@ -32,13 +32,13 @@ def test_a_notebook_defines_no_functions_and_is_kept_with_its_figures_as_picture
             assert not made, f"{path.name} defines {made[0].name}"
             assert cell.execution_count, f"run docs/make_notebooks.py {path.name}"
             pictures = sum("image/png" in output.get("data", {}) for output in cell.outputs)
-            # conversion to HTML and code hosts show nothing else of a figure
+            # HTML conversion and code hosts show only the picture
             assert pictures == ("mechlens.plot_" in cell.source), cell.source
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    """One for all notebooks, since every new one imports torch and the engine again."""
+    """One kernel for all notebooks, since each new one would import torch and the engine again."""
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(
         env=os.environ
@@ -46,7 +46,7 @@ def kernel(tmp_path_factory):
             "HF_HUB_OFFLINE": "1",
             "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
             "PYTHONWARNINGS": ENGINE_IS_TOLD,
-            # plotly's own choice for a notebook whose reader may have no network
+            # plotly's renderer for notebooks that are read offline
             "PLOTLY_RENDERER": "notebook",
         }
     )
@@ -63,7 +63,7 @@ def kernel(tmp_path_factory):
         for path in NOTEBOOKS
     ],
 )
-def test_runs_where_nothing_is_defined_and_shows_its_figures(path, kernel):
+def test_a_notebook_runs_from_scratch_and_shows_its_figures(path, kernel):
     notebook = nbformat.read(path, 4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     client = NotebookClient(notebook, timeout=300, km=kernel)
@@ -80,7 +80,7 @@ def test_runs_where_nothing_is_defined_and_shows_its_figures(path, kernel):
             assert output.output_type != "error"
             assert "Warning" not in output.get("text", ""), output.get("text")
             html = output.get("data", {}).get("text/html", "")
-            # plotly asks for MathJax, whether or not there is a formula, and draws without it
+            # plotly requests MathJax even without formulas, and works without it
             fetched = [url for url in re.findall(r'src="(http[^"]*)"', html) if "mathjax" not in url.lower()]
             assert not fetched, "a figure that needs the network"
             shown += "Plotly.newPlot" in html or "CircuitsVis" in html

@@ -1,4 +1,4 @@
-"""The code of README and docs runs, in the order of the page, and prints what stands below it."""
+"""The code in the README and the tour runs in order and prints the output shown below it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S |
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_on_a_page_runs_and_prints_what_stands_below_it(page, tmp_path, monkeypatch):
+def test_code_on_a_page_runs_and_prints_the_output_below_it(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     assert blocks
@@ -32,7 +32,7 @@ def test_code_on_a_page_runs_and_prints_what_stands_below_it(page, tmp_path, mon
         assert not printed or out.getvalue() == printed, code
 
 
-def test_the_readme_is_read_in_a_minute():
+def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 100
     first, _ = BLOCK.findall(text)[0]

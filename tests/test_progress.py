@@ -1,4 +1,4 @@
-"""Progress bars are shown in terminals and not in redirected output."""
+"""Progress bars are shown in terminals, not in redirected output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(monkeypatch, stream: io.StringIO, progress: bool | None) -> str:
         (io.StringIO, True, True),
     ],
 )
-def test_a_bar_is_shown_in_a_terminal_or_if_asked_for(monkeypatch, stream, progress, expected):
+def test_a_bar_is_shown_in_a_terminal_or_on_request(monkeypatch, stream, progress, expected):
     assert ("work" in shown(monkeypatch, stream(), progress)) == expected
 
 
@@ -50,7 +50,7 @@ def test_a_bar_is_shown_in_a_terminal_or_if_asked_for(monkeypatch, stream, progr
         (io.StringIO, True, 2, True),
     ],
 )
-def test_long_work_is_announced_where_a_bar_is_shown(monkeypatch, stream, progress, seconds, expected):
+def test_long_work_is_announced_if_a_bar_is_shown(monkeypatch, stream, progress, seconds, expected):
     where = stream()
     monkeypatch.setattr(sys, "stderr", where)
     announce("two minutes", seconds=seconds, progress=progress)
@@ -58,7 +58,7 @@ def test_long_work_is_announced_where_a_bar_is_shown(monkeypatch, stream, progre
 
 
 def test_progress_without_standard_error_does_nothing(monkeypatch):
-    """pythonw has none."""
+    """As under pythonw."""
     monkeypatch.setattr(sys, "stderr", None)
     assert list(progress_bar(range(3), desc="work", progress=None)) == [0, 1, 2]
 

@@ -1,7 +1,6 @@
-"""Where a model lacks what a shortcut assumes, the shortcut is not taken or the call is refused: no number is
-wrong.
+"""If a model violates the assumptions of a shortcut, the shortcut is skipped or the call refused.
 
-Each kind was a fault once. The references are Hugging Face's own model and whole runs with hooks.
+Each case was once a bug. The references are Hugging Face's own model and full runs with hooks.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tests.tiny_models import tiny_hf_model, write_model_of, write_tiny_model
 HAS_HOOKED = int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
 BACKENDS = ["hooked", "bridge"] if HAS_HOOKED else ["bridge"]
 N_POS, LAYERS = 12, 4
-# other sums in other orders, in losses and log-probabilities of some nats
+# sums in a different order, in losses and log probabilities of a few nats
 CLOSE = 5e-5
 
 
@@ -96,7 +95,7 @@ def loss(logits, tokens):
     return float(-logits[0, :-1].float().log_softmax(-1).gather(1, tokens[0, 1:, None]).mean())
 
 
-# -- hooks of the user's ---------------------------------------------------------------------------
+# -- user hooks ------------------------------------------------------------------------------------
 
 
 # each hook at two places, and two hooks at each place
@@ -115,7 +114,7 @@ def loss(logits, tokens):
         ),
     ],
 )
-def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, place):
+def test_with_a_users_hook_patches_are_full_runs(directories, backend, hook, place):
     model, tokens = load_model(directories / "llama", backend=backend), tokens_for()
     if place == "attn.hook_z":
         own = hook
@@ -143,8 +142,8 @@ def test_patches_beside_a_users_hook_are_whole_runs(directories, backend, hook, 
 
 
 @pytest.mark.parametrize("hook", [None, everywhere, at_the_last, of_the_first_row])
-def test_paths_of_several_prompts_are_those_of_each_alone_in_whole_runs(directories, backend, hook):
-    """The keys of L3's group 1 as they see L1H2 zeroed; without a hook of the user's, too."""
+def test_paths_of_several_prompts_match_full_runs_of_each(directories, backend, hook):
+    """The keys of L3's group 1 with L1H2 zeroed in their input, with and without a user's hook."""
     model, tokens = load_model(directories / "llama", backend=backend), tokens_for(3)
     if hook is not None:
         model.add_hook("blocks.2.hook_resid_pre", hook, is_permanent=True)
@@ -185,7 +184,7 @@ def test_paths_of_several_prompts_are_those_of_each_alone_in_whole_runs(director
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_lens_beside_a_users_hook_shows_what_the_hooked_model_predicts(directories, backend, kind):
+def test_with_a_users_hook_a_lens_shows_the_hooked_models_predictions(directories, backend, kind):
     model, tokens = load_model(directories / kind, backend=backend), tokens_for(3)
     model.add_hook("blocks.1.hook_mlp_out", at_the_last, is_permanent=True)
     lens = mechlens.logit_lens(model, tokens, targets=5, positions=[0, 3, N_POS - 1])
@@ -193,7 +192,7 @@ def test_a_lens_beside_a_users_hook_shows_what_the_hooked_model_predicts(directo
     assert (lens.log_prob["5"][-1] - expected).abs().max() < CLOSE
 
 
-def test_rows_of_other_lengths_are_not_padded_where_a_hook_would_see_it(directories, backend):
+def test_ragged_rows_are_not_padded_if_a_hook_would_see_it(directories, backend):
     model = load_model(directories / "llama", backend=backend)
     model.add_hook("blocks.1.hook_resid_pre", at_the_last, is_permanent=True)
     texts = ["abcdefgh", "xy", "abcd"]
@@ -209,7 +208,7 @@ def test_rows_of_other_lengths_are_not_padded_where_a_hook_would_see_it(director
         assert (lens.entropy[-1, row, :n_pos] - entropy).abs().max() < CLOSE
 
 
-def test_a_hook_of_torchs_own_is_seen_too(directories, backend):
+def test_a_torch_hook_is_detected(directories, backend):
     model, tokens = load_model(directories / "llama", backend=backend), tokens_for()
     handle = model.blocks[2].mlp.register_forward_hook(lambda module, given, made: made * 2)
     found = zeroed(model, tokens, over="layer", layers=[1])
@@ -218,7 +217,7 @@ def test_a_hook_of_torchs_own_is_seen_too(directories, backend):
     assert zeroed(model, tokens, over="layer", layers=[1]).note == ""
 
 
-def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
+def test_with_a_users_hook_searches_run_full_inputs(directories, backend):
     model = load_model(directories / "gpt2", backend=backend, processing=False)
     model.add_hook("blocks.0.hook_resid_pre", everywhere, is_permanent=True)
     prefix = torch.tensor([5, 9])
@@ -242,16 +241,16 @@ def test_searches_beside_a_users_hook_run_whole_inputs(directories, backend):
     ],
     ids=["complete", "greedy", "gradient", "examples"],
 )
-def test_a_hook_on_one_row_of_a_batch_is_refused_where_rows_are_runs_of_their_own(directories, backend, work):
+def test_a_hook_on_one_row_of_a_batch_is_refused_if_rows_are_separate_runs(directories, backend, work):
     model = load_model(directories / "gpt2", backend=backend, processing=False)
     model.add_hook("blocks.0.hook_resid_mid", of_the_first_row)
     with pytest.raises(ValueError, match=r"your hook at blocks\.0.* treats the rows of a batch differently"):
         work(model)
 
 
-def test_a_hook_on_the_logits_is_no_part_of_a_lens(directories, backend):
+def test_a_hook_on_the_logits_is_not_part_of_a_lens(directories, backend):
     model, tokens = load_model(directories / "llama", backend=backend), tokens_for(2)
-    # on a bridge, a hook within the norm makes the engine compute it itself, and say so
+    # on a bridge, a hook inside the norm makes the engine compute it itself, with a warning
     place = "ln_final.hook_normalized" if backend == "hooked" else "unembed.hook_in"
     model.add_hook(place, lambda a, hook: a * 0.5, is_permanent=True)
     for work in (
@@ -262,13 +261,13 @@ def test_a_hook_on_the_logits_is_no_part_of_a_lens(directories, backend):
     ):
         with pytest.raises(ValueError, match=r"your hook at (ln_final|unembed).* changes them"):
             work()
-    # what it costs a model to continue text is taken from the model's own logits then
+    # the loss on a continuation then comes from the model's own logits
     found = mechlens.repeated_token_performance(model, mechlens.RepeatedTokens(seq_len=5, batch=2, seeds=[0]))
     own = log_probs(model, found.tokens[0])[:, :-1].gather(2, found.tokens[0][:, 1:, None])[..., 0]
     assert (found.log_prob[0][:, :-1] - own).abs().max() < CLOSE
 
 
-def test_circuits_are_of_the_weights_whatever_is_hooked(directories, backend):
+def test_circuits_depend_only_on_weights_not_on_hooks(directories, backend):
     model = load_model(directories / "gpt2", backend=backend)
     before = mechlens.full_QK(model, (1, 2)), mechlens.positional_attention(model, (0, 1))
     for place in ("hook_embed", "blocks.0.hook_resid_pre", "blocks.1.ln1.hook_normalized", "hook_pos_embed"):
@@ -279,7 +278,7 @@ def test_circuits_are_of_the_weights_whatever_is_hooked(directories, backend):
     assert len(model.hook_dict["hook_embed"].fwd_hooks) == 1
 
 
-def test_blocks_are_not_run_again_behind_a_users_hook(directories):
+def test_blocks_are_not_rerun_after_a_users_hook(directories):
     model = load_model(directories / "gpt2", backend=BACKENDS[0])
     model.add_hook("blocks.2.hook_resid_pre", everywhere)
     for work in (
@@ -290,8 +289,8 @@ def test_blocks_are_not_run_again_behind_a_users_hook(directories):
             work()
 
 
-def test_what_the_engine_wires_is_no_hook_of_the_users(tmp_path):
-    """The bridge of TransformerLens 4 hands on what OPT, which has no MLP module, makes in two others."""
+def test_the_engines_own_hooks_are_not_user_hooks(tmp_path):
+    """For OPT, which has no MLP module, the bridge of TransformerLens 4 uses hooks on two other modules."""
     write_model(tmp_path / "opt", random_model(architecture("OPT").config()))
     write_tokenizer(tmp_path / "opt")
     model = load_model(tmp_path / "opt", backend=BACKENDS[-1])
@@ -347,13 +346,13 @@ def dynamic_rope(directory):
 
 def bridge_of(directory, n_ctx=128):
     model = load_model(directory, backend="bridge")
-    # past what the model was trained with, as its scaling is for
+    # beyond the training length, for which the scaling is made
     model.cfg.n_ctx = n_ctx
     return model
 
 
 @pytest.mark.parametrize("make", [long_rope, dynamic_rope])
-def test_rows_past_the_original_context_are_neither_cut_nor_padded(tmp_path, make):
+def test_rows_beyond_the_original_context_are_neither_cut_nor_padded(tmp_path, make):
     reference = make(tmp_path / "model")
     model, tokens = bridge_of(tmp_path / "model"), tokens_for(3, 48, 1)
     with torch.no_grad():
@@ -362,14 +361,14 @@ def test_rows_past_the_original_context_are_neither_cut_nor_padded(tmp_path, mak
         lens = mechlens.logit_lens(model, tokens, targets=5, positions=positions)
         expected = whole[..., 5] if positions is None else whole[:, positions, 5]
         assert (lens.log_prob["5"][-1] - expected).abs().max() < CLOSE
-    # a short row beside a long one is read as if it were alone
+    # a short row next to a long one is read as if alone
     mask = torch.ones(3, 48, dtype=torch.long)
     mask[1, 20:] = 0
     lens = mechlens.logit_lens(model, {"input_ids": tokens, "attention_mask": mask}, targets=5)
     with torch.no_grad():
         short = reference(tokens[1:2, :20]).logits.log_softmax(-1)
     assert (lens.log_prob["5"][-1, 1, :20] - short[0, :, 5]).abs().max() < CLOSE
-    # as they are whole, the positions that a metric does not read count
+    # full runs include positions that the metric does not read
     found = zeroed(model, tokens[:1], "mlp_out", positions=[3], at=[5])
     expected = -whole[0, 5].log_softmax(-1)[tokens[0, 6]]
     assert float(found.clean) == pytest.approx(float(expected), abs=CLOSE)
@@ -385,10 +384,10 @@ def test_rows_past_the_original_context_are_neither_cut_nor_padded(tmp_path, mak
     assert float(found.values[0, 1, 0]) == pytest.approx(-float(patched[tokens[0, 6]]), abs=CLOSE)
 
 
-def test_what_a_length_dependent_model_writes_is_its_own_prediction(tmp_path):
+def test_a_length_dependent_model_generates_its_own_predictions(tmp_path):
     reference = long_rope(tmp_path / "model")
     model = bridge_of(tmp_path / "model")
-    # so sure of itself that nothing is left to chance
+    # so confident that sampling is deterministic
     tokens = mechlens.sample_tokens(model, batch=2, seq_len=40, temperature=1e-4)
     with torch.no_grad():
         for pos in (10, 31, 32, 38):
@@ -435,7 +434,7 @@ def test_leading_tokens_that_equal_the_padding_token_are_tokens(tmp_path, backen
 
 
 @pytest.mark.parametrize("side", ["begins", "ends"])
-def test_padding_that_nobody_told_of_is_warned_of(tiny_directories, side):
+def test_undeclared_padding_gives_a_warning(tiny_directories, side):
     model = load_model(tiny_directories / "gpt2")
     tokens = tokens_for(2)
     tokens[1, slice(3) if side == "begins" else slice(-3, None)] = 0
@@ -458,10 +457,10 @@ def test_a_sequence_may_begin_with_bos_and_end_with_eos(tiny_directories):
         mechlens.score_heads(model, tokens)
 
 
-# -- what text is ----------------------------------------------------------------------------------
+# -- text and BOS ----------------------------------------------------------------------------------
 
 
-def test_a_text_that_comes_with_its_bos_does_not_get_another(bundled, tiny_directories):
+def test_a_text_that_begins_with_bos_does_not_get_another(bundled, tiny_directories):
     bos = bundled.tokenizer.bos_token
     assert (
         mechlens.text_tokens(bundled, f"{bos}The cat").tolist()
@@ -481,7 +480,7 @@ def test_a_text_that_comes_with_its_bos_does_not_get_another(bundled, tiny_direc
     assert found.prefix.tolist() == mechlens.text_tokens(raw, "ab")[0].tolist()
 
 
-def test_a_rendered_chat_template_is_read_as_it_is(tiny_directories):
+def test_a_rendered_chat_template_is_read_unchanged(tiny_directories):
     model = load_model(tiny_directories / "llama")
     model.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     messages = [{"role": "user", "content": "abc"}]
@@ -503,14 +502,14 @@ GRANITE = {
 }
 
 
-def test_heads_that_a_model_scales_are_not_read_as_if_it_did_not(tmp_path):
+def test_head_outputs_that_a_model_scales_are_not_read_unscaled(tmp_path):
     write_model_of(
         tmp_path / "granite", hf.GraniteConfig(**GRANITE, residual_multiplier=0.22, logits_scaling=1.0)
     )
     model = load_model(tmp_path / "granite", backend="bridge", processing=False)
     with pytest.raises(ValueError, match=r"heads of layer 1 .*their sum is 4\.55 times as long"):
         mechlens.logit_lens(model, tokens_for(), "result", layers=[1])
-    # what attention adds as a whole is read as it is
+    # attention's total output can be read
     lens = mechlens.logit_lens(model, tokens_for(), "resid_pre+attn_out", layers=[1])
     middle = mechlens.logit_lens(model, tokens_for(), "resid_mid", layers=[1])
     assert (lens.entropy[1] - middle.entropy[1]).abs().max() < CLOSE
@@ -527,7 +526,7 @@ def test_heads_and_bias_sum_to_what_attention_adds(tiny_directories, backend, ki
     hook = ("blocks.1.hook_attn_out", lambda a, hook: seen.update(a=a.clone()))
     with torch.inference_mode(), model.hooks(fwd_hooks=[hook]):
         model(tokens_for())
-    # the embedding, four heads and the stream behind the last block, in the order in which they are decoded
+    # the embedding, four heads and the stream after the last block, in the order of decoding
     heads = {tuple(each.flatten().tolist()): each for each in read}
     assert len(heads) >= 5
     added = seen["a"] - bias_behind(model)
@@ -536,13 +535,13 @@ def test_heads_and_bias_sum_to_what_attention_adds(tiny_directories, backend, ki
 
 
 def bias_behind(model):
-    """What attention adds whatever its heads do."""
+    """Attention's output bias."""
     bias = getattr(model.blocks[1].attn, "b_O", None)
     return torch.zeros(32) if bias is None else bias.detach()
 
 
 @pytest.mark.skipif(not HAS_HOOKED, reason="a bridge has no such switch")
-def test_query_heads_with_keys_of_their_own_are_found_by_their_own_number(directories):
+def test_query_heads_with_their_own_keys_are_found_by_their_own_index(directories):
     model, tokens = load_model(directories / "llama", backend="hooked"), tokens_for()
     experiment = mechlens.Patching(model, tokens)
     shared = experiment.path_attention("L0H1", "L2H3.k", values="zero")
@@ -577,7 +576,7 @@ def test_one_model_in_several_threads_gives_every_thread_its_own_numbers(directo
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_of_the_users_in_another_thread_meets_no_hook_of_ours(directories, backend):
+def test_a_users_run_in_another_thread_is_not_affected_by_our_hooks(directories, backend):
     model, tokens, stop = load_model(directories / "llama", backend=backend), tokens_for(), threading.Event()
     with torch.no_grad():
         expected = model(tokens)
@@ -606,8 +605,8 @@ def past_the_eighth(activation, hook):
     return activation
 
 
-def test_a_hook_past_what_properties_are_tried_on_is_met(directories, backend):
-    """It would fail on a prompt that is cut before it."""
+def test_a_hook_beyond_the_positions_of_property_checks_is_applied(directories, backend):
+    """It would fail on a prompt cut before that position."""
     model, tokens = load_model(directories / "gpt2", backend=backend), tokens_for()
     model.add_hook("blocks.0.hook_mlp_out", past_the_eighth, is_permanent=True)
     with torch.no_grad():
@@ -619,8 +618,8 @@ def test_a_hook_past_what_properties_are_tried_on_is_met(directories, backend):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_a_hook_on_one_row_is_refused_where_a_batch_is_read_in_parts(directories, backend, monkeypatch):
-    """Which row it meets would depend on how many fit into memory."""
+def test_a_hook_on_one_row_is_refused_if_a_batch_is_split(directories, backend, monkeypatch):
+    """Which row it affects would depend on how many fit into memory."""
     model, tokens = load_model(directories / "gpt2", backend=backend), tokens_for(4)
     model.add_hook("blocks.0.hook_mlp_out", of_the_first_row, is_permanent=True)
     together = mechlens.logit_lens(model, tokens).entropy
@@ -685,7 +684,7 @@ def test_another_default_dtype_changes_no_number(directories, backend, dtype):
     assert {each.dtype for each in again.parameters()} == {torch.float32}
 
 
-def test_a_model_that_was_loaded_in_inference_mode_has_gradients(directories, backend):
+def test_a_model_loaded_in_inference_mode_has_gradients(directories, backend):
     with torch.inference_mode():
         model = load_model(directories / "gpt2", backend=backend)
     tokens = tokens_for()

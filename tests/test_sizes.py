@@ -1,4 +1,4 @@
-"""How long files and functions may be."""
+"""Limits on the length of files and functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = sorted(
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_a_file_and_its_functions_are_short_enough_to_read(path):
+def test_a_file_and_its_functions_are_short(path):
     source = (ROOT / path).read_text(encoding="utf-8")
     assert len(source.splitlines()) <= LONGEST_FILE
     long = {
@@ -30,7 +30,7 @@ def test_a_file_and_its_functions_are_short_enough_to_read(path):
 
 
 def _own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of the body after the docstring: a signature and its documentation are what a caller needs."""
+    """Lines of the body after the docstring; the signature and docstring are for callers and do not count."""
     first = node.body[0]
     documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     assert node.end_lineno is not None

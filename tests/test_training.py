@@ -1,4 +1,4 @@
-"""The script that trains the bundled model: a small run, resuming it, and its parts."""
+"""The script that trains the bundled model: a small run, resuming, and its parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Sentences of a small grammar, as text and as compressed JSON lines."""
+    """Sentences from a small grammar, as text and as compressed JSON lines."""
     folder = tmp_path_factory.mktemp("corpus")
     draw = torch.Generator().manual_seed(0)
     words = [["the", "a"], ["old", "red", "small"], ["dog", "cat", "ship"], ["sees", "has"], ["it.", "us."]]
@@ -71,7 +71,7 @@ def test_a_small_run_learns_and_ends_in_a_loadable_model(script, corpus, tmp_pat
         assert str(tmp_path) not in file.read_text()
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(script, corpus, tmp_path):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(script, corpus, tmp_path):
     recipe = small(script, steps=12)
     script.train(recipe, [corpus], [], tmp_path / "whole", "cpu")
     script.train(recipe, [corpus], [], tmp_path / "parts", "cpu", stop_after=5)
@@ -80,13 +80,13 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(script, corpus,
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
-        # the same batches and the same arithmetic; float16 on disk
+        # the same batches and arithmetic; float16 on disk
         assert torch.allclose(value.float(), parts[name].float(), atol=2e-3), name
     with pytest.raises(ValueError, match=r"was begun with learning_rate 0\.01, not 0\.001"):
         script.train(small(script, steps=12, learning_rate=1e-3), [corpus], [], tmp_path / "parts", "cpu")
 
 
-def test_batches_depend_on_the_seed_and_the_step_alone(script):
+def test_batches_depend_only_on_the_seed_and_the_step(script):
     recipe = small(script)
     text, valid = torch.arange(2000) % 270, torch.arange(1, 270)
     batch = script.make_batch(recipe, 7, text, 0, valid)

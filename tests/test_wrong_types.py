@@ -1,4 +1,4 @@
-"""What stands where a model or a result should is named in one sentence, by every public function."""
+"""Every public function names, in one sentence, an argument that is not a model or result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHERS: dict[str, Any] = {
     "text": "a text",
     "vector": torch.zeros(4),
 }
-"""Something plausible for each further argument that has no default."""
+"""Plausible values for further arguments without a default."""
 FUNCTIONS = [
     (name, getattr(mechlens, name))
     for name in mechlens.__all__
@@ -60,7 +60,7 @@ def first(function: Callable[..., Any]) -> inspect.Parameter | None:
 
 
 def called(function: Callable[..., Any], value: Any, **given: Any) -> None:
-    """Call a function with a value for its first argument, and something plausible for the rest."""
+    """Call a function with a value for its first argument and plausible values for the rest."""
     _, *rest = inspect.signature(function).parameters.values()
     needed = [
         each.name
@@ -83,8 +83,8 @@ OF_RESULTS = [
 ]
 
 
-def test_the_lists_are_those_that_are_meant():
-    """A parameter that was renamed would leave the lists without a word."""
+def test_the_lists_match_the_signatures():
+    """A renamed parameter would silently drop out of the lists."""
     models, of_results = ({name for name, _ in some} for some in (OF_MODELS, OF_RESULTS))
     plots = {name for name, _ in FUNCTIONS if name.startswith("plot_")}
     assert plots <= of_results
@@ -102,22 +102,22 @@ OF_OBJECTS = [
     for parameter in inspect.signature(function).parameters
     if parameter in ("on", "training", "optimizer", "prior", "objective")
     or (name, parameter) in (("reproduce", "heads"), ("search_greedy", "features"))
-    if (name, parameter) != ("score_heads", "on")  # which takes a text, too
+    if (name, parameter) != ("score_heads", "on")  # which also takes text
 ]
-"""Arguments that are one of our objects, which a text is not."""
+"""Arguments that must be one of our objects, not text."""
 VALUES = {"text": "heads", "none": None, "tensor": torch.zeros(0)}
 CASES = [(name, "text") for name, _ in OF_MODELS] + [
     (name, value)
     for name, _ in OF_RESULTS
     for value in VALUES
-    # which are eigenvalues
+    # these are eigenvalues
     if (name, value) != ("plot_eigenvalues", "tensor")
 ]
 
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, str]:
-    """What each call raised, in a process without the type checker that tests run under."""
+    """The error of each call, in a process without the tests' type checks."""
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -125,7 +125,7 @@ def told() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=["-".join(case) for case in CASES])
-def test_one_sentence_names_what_was_needed(told, name, value):
+def test_one_sentence_states_what_was_needed(told, name, value):
     models = name in dict(OF_MODELS)
     if models:
         wanted = r"model must be a HookedTransformer .* got str: load one with .*"
@@ -135,7 +135,7 @@ def test_one_sentence_names_what_was_needed(told, name, value):
 
 
 @pytest.mark.parametrize(("name", "argument"), OF_OBJECTS)
-def test_an_argument_that_is_no_argument_object_is_named(told, name, argument):
+def test_an_argument_that_is_not_one_of_our_objects_is_named(told, name, argument):
     wanted = rf"TypeError: {argument} must be an? [A-Z]\w+.*, got 'heads'"
     assert re.fullmatch(wanted, told[f"{name}-{argument}"]), told[f"{name}-{argument}"]
 

@@ -1,4 +1,4 @@
-"""Tiny random models as GGUF files, written with the `gguf` package as llama.cpp's converter would."""
+"""Tiny random models as GGUF files, written with the `gguf` package as by llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from tests.tiny_models import tiny_hf_model
 
-# Rows of whole blocks: every quantized type here has 32 numbers in one.
+# Rows of complete blocks: every quantized type here has blocks of 32 numbers.
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 288}
 PLAIN = {"F32": np.float32, "F16": np.float16}
 
 
-# What a file cannot say is as in real models: Gemma's scale is that of heads of 256, its caps are 50 and 30.
+# Settings that a file cannot store are as in real models: Gemma's scale for heads of 256, its caps 50 and 30.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": SHAPE,
     "qwen2": SHAPE,
@@ -29,12 +29,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def write_gguf(
     path: Path, kind: str = "F32", *, family: str = "llama", tokenizer: bool = True, **changes: Any
 ) -> Any:
-    """Write a tiny model; returns the Hugging Face model that it was made of.
+    """Write a tiny model; returns the original Hugging Face model.
 
     Args:
         kind: GGML's type of the matrices; vectors are float32, as in real files.
         family: one of `FAMILIES`.
-        changes: settings of the file, by key; None leaves one out.
+        changes: settings of the file, by key; None omits one.
     """
     model = tiny_hf_model(family, **FAMILIES[family])
     config = model.config
@@ -84,7 +84,7 @@ def write_gguf(
         values = weight.numpy()
         n_heads = heads.get(stem.rpartition(".")[2])
         if n_heads:
-            # llama.cpp rotates neighbors, Hugging Face the two halves
+            # llama.cpp rotates adjacent dimensions, Hugging Face the two halves
             halves = values.reshape(n_heads, 2, -1, values.shape[-1])
             values = halves.swapaxes(1, 2).reshape(values.shape)
         if family == "gemma2" and stem.endswith("norm"):
@@ -106,7 +106,7 @@ def write_gguf(
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, n_tokens: int) -> None:
-    """Bytes, two specials, two words of them, and what models pad their vocabularies with."""
+    """Bytes, two special tokens, two words, and vocabulary padding."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = ["<s>", "</s>", *bytes_to_unicode().values(), "th", "the"]
@@ -122,7 +122,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, n_tokens: int) -> None:
 
 
 def largest_loss(kind: str, weight: torch.Tensor) -> torch.Tensor:
-    """How far each number may be from the one that was quantized, by the format's definition."""
+    """The largest quantization error of each number, by the format's definition."""
     if kind == "F32":
         return torch.zeros_like(weight)
     if kind == "F16":
@@ -131,7 +131,7 @@ def largest_loss(kind: str, weight: torch.Tensor) -> torch.Tensor:
     high, low = blocks.max(1, keepdim=True).values, blocks.min(1, keepdim=True).values
     most = blocks.abs().max(1, keepdim=True).values
     step = {"Q8_0": most / 127, "Q4_0": most / 8, "Q4_1": (high - low) / 15}[kind]
-    # rounded to the nearest; Q4_0 has one step less on the side where its largest number is not
+    # rounded to the nearest; Q4_0 has one step fewer on the side opposite to its largest number
     off = step if kind == "Q4_0" else step / 2
-    # steps and Q4_1's lowest number are held in float16
+    # steps and Q4_1's lowest number are stored in float16
     return (off + most * 2**-9).expand_as(blocks).reshape(weight.shape)

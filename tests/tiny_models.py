@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models with tokenizers, written to a directory on the spot."""
+"""Tiny random Hugging Face models with tokenizers, written to a directory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny_hf_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
 
     Args:
         kind: one of `KINDS`.
-        seed: of the weights; the caller's random state is left alone.
+        seed: of the weights; the caller's random state is unchanged.
         changes: to the model's Hugging Face configuration.
     """
     name, shorter = _TINIES[kind]
@@ -48,7 +48,7 @@ def write_tiny_model(
     model = tiny_hf_model(kind, seed=seed, **changes)
     write_model(directory, model)
     if tokenizer:
-        # Qwen2 and Llama as they come: one without BOS, one whose BOS is not its EOS.
+        # Qwen2 and Llama by default: one without BOS, one whose BOS is not its EOS.
         write_tokenizer(directory, bos=kind != "qwen2", bos_is_eos=kind != "llama")
     return model
 

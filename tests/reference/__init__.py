@@ -1,1 +1,1 @@
-"""Slow, literal implementations that the fast ones are held against. They import nothing of mechlens."""
+"""Slow, literal implementations, with which the fast ones are compared. They import nothing from mechlens."""

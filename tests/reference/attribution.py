@@ -1,4 +1,4 @@
-"""Direct logit attribution from whole vectors, one component and position at a time, in float64."""
+"""Direct logit attribution from full vectors, one component and position at a time, in float64."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 
 
 def affine(model, norm):
-    """Learned scale and bias of a norm, under the names that each engine has for them."""
+    """A norm's learned scale and bias, under each engine's names."""
     ones, zeros = torch.ones(model.cfg.d_model).double(), torch.zeros(model.cfg.d_model).double()
     if norm is None or model.cfg.normalization_type is None:
         return ones, zeros
     weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
     if type(getattr(norm, "_original_component", None)).__name__.startswith("Gemma"):
-        weight = weight + 1  # Hugging Face's Gemma stores what is added to 1
+        weight = weight + 1  # Hugging Face's Gemma stores the scale minus 1
     return ones if weight is None else weight.double(), zeros if bias is None else bias.double()
 
 
@@ -29,7 +29,7 @@ def scale_of(model, vector):
 
 @torch.no_grad()
 def contributions(model, tokens, batch, pos, token):
-    """What each component adds to the logit of `token`, by its name, and the logit itself."""
+    """Each component's contribution to the logit of `token`, by name, and the logit itself."""
     kinds = ("hook_resid_pre", "hook_resid_post", "hook_z", "hook_mlp_out")
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(kinds))
 

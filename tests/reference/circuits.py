@@ -1,4 +1,4 @@
-"""Circuits as whole matrices in float64, from a Hugging Face model's own weights; no engine, no folding.
+"""Circuits as full float64 matrices, from a Hugging Face model's own weights; no engine, no folding.
 
 Vectors are rows. A norm is a matrix here: it subtracts the mean (LayerNorm) and multiplies by its scale.
 """
@@ -29,13 +29,13 @@ class Layer:
 class Weights:
     W_E: torch.Tensor
     effective: torch.Tensor | None
-    """[d_vocab, d_model]: what enters the first block, and the first MLP of it."""
+    """[d_vocab, d_model]: the input of the first block, and of its MLP."""
     W_pos: torch.Tensor | None
     W_U: torch.Tensor
     final: torch.Tensor
     """[d_model, d_model]"""
     centre: torch.Tensor
-    """[d_model, d_model]: takes the mean out of what is written; the identity for RMSNorm."""
+    """[d_model, d_model]: subtracts the mean of outputs; the identity for RMSNorm."""
     capped: bool
     layers: list[Layer]
     rotary_dim: int
@@ -47,13 +47,13 @@ def centering(n):
 
 
 def of_hf(model, kind):
-    """The weights of one of the tests' tiny models."""
+    """The weights of a tiny test model."""
     model = model.double().requires_grad_(False)
     return {"gpt2": gpt2, "gpt_neox": gpt_neox, "llama": llama, "gemma2": gemma2}[kind](model)
 
 
 def by_head(weight, d_head):
-    """[head * d_head, d_model], as torch's Linear has it, to [head, d_model, d_head]."""
+    """Reshape [head * d_head, d_model], as in torch's Linear, to [head, d_model, d_head]."""
     return torch.stack([part.T for part in weight.split(d_head)])
 
 
@@ -147,7 +147,7 @@ def _like_llama(model, *, scale_of, W_E, mlp, behind, capped, theta):
         layers.append(
             Layer(
                 by_head(attention.q_proj.weight, d_head),
-                # head h reads what the group h // shared of them has
+                # head h uses the keys and values of group h // shared
                 torch.stack([keys[head // shared] for head in range(config.num_attention_heads)]),
                 torch.stack([values[head // shared] for head in range(config.num_attention_heads)]),
                 torch.stack([part.T for part in attention.o_proj.weight.split(d_head, dim=1)]),
@@ -170,7 +170,7 @@ def _like_llama(model, *, scale_of, W_E, mlp, behind, capped, theta):
 
 
 def of_toy(weights, n_layers):
-    """Of an attention-only model in TransformerLens's own format, with LayerNorm."""
+    """The weights of an attention-only model in TransformerLens's format, with LayerNorm."""
     weights = {name: value.double() for name, value in weights.items()}
     d = weights["embed.W_E"].shape[1]
     layers = []
@@ -193,7 +193,7 @@ def of_toy(weights, n_layers):
 
 
 def rotated(vectors, position, rotary_dim, theta):
-    """Rows of [any, d_head] as they are at a position; dimensions i and i + rotary_dim / 2 turn together."""
+    """Rotate rows [any, d_head] to a position; dimensions i and i + rotary_dim / 2 rotate together."""
     out = vectors.clone()
     half = rotary_dim // 2
     for i in range(half):
@@ -205,7 +205,7 @@ def rotated(vectors, position, rotary_dim, theta):
 
 
 def read(w, layer, head, name):
-    """The norm of a layer and then a weight that reads the stream."""
+    """A layer's norm followed by a weight that reads the stream."""
     return torch.einsum("mn,nh->mh", w.layers[layer].norm, getattr(w.layers[layer], f"W_{name}")[head])
 
 
@@ -217,7 +217,7 @@ def ov(w, layer, head):
 def qk(w, layer, head, relative_position=None, unrotated=False):
     queries, keys = read(w, layer, head, "Q"), read(w, layer, head, "K")
     if relative_position is not None:
-        # at a distance from a key at some other place than 0, which must not matter
+        # the key is not at position 0, which must not matter
         queries = rotated(queries, relative_position + 2, w.rotary_dim, w.theta)
         keys = rotated(keys, 2, w.rotary_dim, w.theta)
     if unrotated:
@@ -254,7 +254,7 @@ def v_composition(w, earlier, later, embedding):
 
 
 def composition(w, kind, earlier, later, **positions):
-    """One head's score with another."""
+    """The composition score of two heads."""
     first = ov(w, *earlier)
     second = {"q": lambda: qk(w, *later, **positions), "k": lambda: qk(w, *later, **positions).T}.get(
         kind, lambda: ov(w, *later)

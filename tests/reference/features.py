@@ -1,4 +1,4 @@
-"""The seed's loops over the vocabulary, one feature at a time, as they stand there."""
+"""Loops over the vocabulary, one feature at a time, as published."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def hf_block_output(hf_model, layer):
-    """`tokens -> [batch, pos, d_model]`: what a Hugging Face model's block gives."""
+    """`tokens -> [batch, pos, d_model]`: the output of a Hugging Face model's block."""
     body = hf_model.base_model
     block = (body.h if hasattr(body, "h") else body.layers)[layer]
 
@@ -29,7 +29,7 @@ def hf_block_output(hf_model, layer):
 
 @torch.no_grad()
 def by_hand(model, names, prefix=()):
-    """By hook name `[d_vocab, width]`: the activations at each token, one whole run after the other."""
+    """Activations of each token by hook name, `[d_vocab, width]`, from one full run each."""
     rows = {name: [] for name in names}
     for i in range(model.cfg.d_vocab):
         _, cache = model.run_with_cache(torch.tensor([[*prefix, i]]), names_filter=lambda name: name in rows)
@@ -40,7 +40,7 @@ def by_hand(model, names, prefix=()):
 
 @torch.no_grad()
 def search_maximal(a_model, vocab_size, n_tokens, feature, batch_size=1000, summed=False):
-    """The seed's function; `a_model` and `vocab_size` are globals there, and it decodes the tokens."""
+    """The published function, where `a_model` and `vocab_size` are globals, and which decodes the tokens."""
     maximal_tokens = []
     for t in range(n_tokens):
         activations = []
@@ -66,7 +66,7 @@ def search_maximal(a_model, vocab_size, n_tokens, feature, batch_size=1000, summ
 
 @torch.no_grad()
 def beam_search(a_model, vocab_size, n_tokens, feature, beam, summed=False, prefix=()):
-    """`[(score, tokens)]`, the best first, from whole runs of every continuation of every input."""
+    """`[(score, tokens)]`, best first, from full runs of every continuation of every input."""
     inputs = [(0.0, [])]
     for _ in range(n_tokens):
         longer = []
@@ -80,7 +80,7 @@ def beam_search(a_model, vocab_size, n_tokens, feature, beam, summed=False, pref
 
 
 def only_block(hf_model, layer):
-    """The Hugging Face model with one block left, changed in place."""
+    """The Hugging Face model with only one block, changed in place."""
     body = hf_model.base_model
     name = "h" if hasattr(body, "h") else "layers"
     setattr(body, name, torch.nn.ModuleList([getattr(body, name)[layer]]))
@@ -88,7 +88,7 @@ def only_block(hf_model, layer):
 
 
 def embedded_output(hf_model, layer, embedded, prefix=()):
-    """`[row, pos, d_model]` on the graph of `embedded`: a block's output behind a prefix."""
+    """`[row, pos, d_model]` on the graph of `embedded`: a block's output after a prefix."""
     body = hf_model.base_model
     block = (body.h if hasattr(body, "h") else body.layers)[layer]
     kept = []
@@ -104,7 +104,7 @@ def embedded_output(hf_model, layer, embedded, prefix=()):
 
 
 def descend(loss_of, start, learning_rate, steps, after=lambda value: value):
-    """The seed's gradient descent: the losses before each step, and where it ends."""
+    """The published gradient descent: the losses before each step, and the final embeddings."""
     value, losses = start.clone(), []
     for _ in range(steps):
         value = value.detach().requires_grad_()
@@ -116,9 +116,9 @@ def descend(loss_of, start, learning_rate, steps, after=lambda value: value):
 
 
 def alignment(mine, theirs, top_k):
-    """`[feature, other feature]`: whether the best tokens are the same, and the share of the best that is.
+    """`[feature, other feature]`: whether the best tokens agree, and the share of top tokens that do.
 
-    Where a feature has no token at all it is nan.
+    nan where a feature has no token.
     """
     same = torch.zeros(len(mine), len(theirs))
     overlap = torch.zeros(len(mine), len(theirs))
@@ -134,7 +134,7 @@ def alignment(mine, theirs, top_k):
 
 @torch.no_grad()
 def real_contexts(model, windows, name, features, special=()):
-    """`{feature: [(activation, window, position)]}`, largest first, from one whole run per window."""
+    """`{feature: [(activation, window, position)]}`, largest first, from one full run per window."""
     found = {feature: [] for feature in features}
     for number, window in enumerate(windows):
         _, cache = model.run_with_cache(window[None], names_filter=lambda each: each == name)

@@ -1,4 +1,4 @@
-"""The head scores of the published articles, one entry at a time."""
+"""Published head scores, one entry at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def induction(pattern, seq_len, bos):
 
 
 def induction_diagonal(pattern, seq_len):
-    """The article's own line: pattern.diagonal(offset=1 - seq_len).mean()."""
+    """As in "How one can Interpret GPT2-Small": pattern.diagonal(offset=1 - seq_len).mean()."""
     entries = []
     for dest in range(len(pattern)):
         for src in range(len(pattern)):
@@ -57,7 +57,7 @@ def prefix_matching(pattern, seq_len, copies, bos):
 
 
 def copying(pattern, v, W_O, W_U, tokens, first_position):
-    """One head on one sequence. pattern [dest][src], v [pos, d_head] without b_V, W_U with the norm in it."""
+    """One head on one sequence. pattern [dest][src], v [pos, d_head] without b_V, W_U with the norm."""
     sample = list(range(first_position, len(tokens)))
     weighted, weights = 0.0, 0.0
     for src in sample:
@@ -74,7 +74,7 @@ def copying(pattern, v, W_O, W_U, tokens, first_position):
 
 
 def log_probs(logits, tokens):
-    """[pos] log-probability of each next token and whether it is the argmax, from whole logits."""
+    """[pos] log probability of each next token and whether it is the argmax, from full logits."""
     out, right = [], []
     for pos in range(len(tokens) - 1):
         row = logits[pos].double()

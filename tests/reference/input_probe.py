@@ -1,4 +1,4 @@
-"""Maps back to the input from whole matrices: `lstsq`, all distances, and logits of the whole vocabulary."""
+"""Maps back to the input from full matrices: `lstsq`, all distances, and logits of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mechlens.models.protocol import describe
 
 
 def residuals(model, tokens, keep):
-    """By row, the residual stream of the kept positions, in float64."""
+    """The residual stream at the kept positions, by row, in float64."""
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     rows = [cache["blocks.0.hook_resid_pre"]]
@@ -17,11 +17,11 @@ def residuals(model, tokens, keep):
 
 
 def unembedding(model):
-    """`W_U` with the last norm's scale, and for LayerNorm its centering; `[d_vocab, d_model]`, float64."""
+    """`W_U` with the final norm's scale and, for LayerNorm, its centering; `[d_vocab, d_model]`, float64."""
     W_U = model.W_U.detach().double()
     if getattr(model.ln_final, "w", None) is not None:
         scale = model.ln_final.w.detach().double()
-        # Gemma's norm multiplies by 1 + weight; HookedTransformer adds the 1 when it loads, a bridge does not
+        # Gemma's norm multiplies by 1 + weight; HookedTransformer adds the 1 on loading, a bridge does not
         if type(model).__name__ == "TransformerBridge" and "Gemma" in describe(model).architecture:
             scale = 1 + scale
         W_U = scale[:, None] * W_U
@@ -29,16 +29,16 @@ def unembedding(model):
 
 
 def fit(X, Y):
-    """Least squares with an intercept; of several solutions that of least norm."""
-    # gelsd gives that one; the others need a stream of full rank, which a centered one has but for the
-    # rounding of float32
+    """Least squares with an intercept; the minimum-norm solution if there are several."""
+    # gelsd gives that one; the other drivers need full rank, which a centered stream has only through
+    # float32 rounding
     rounding = X.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
     M = torch.linalg.lstsq(X - X.mean(0), Y - Y.mean(0), rcond=rounding, driver="gelsd").solution
     return M, Y.mean(0) - X.mean(0) @ M
 
 
 def fit_ridge(X, Y, ridge):
-    """The same with a ridge, as least squares of the data and of d_model further rows."""
+    """The same with a ridge penalty, as least squares with d_model additional rows."""
     d_model = X.shape[1]
     centered = X - X.mean(0)
     penalty = (ridge * centered.pow(2).mean(0).mean() * len(X)).sqrt() * torch.eye(d_model).double()
@@ -53,20 +53,20 @@ def accuracy(guesses, C, ids):
 
 
 def r2(guesses, Y):
-    """Of each element, and of all."""
+    """By element, and over all."""
     errors, squares = (guesses - Y).pow(2).sum(0), (Y - Y.mean(0)).pow(2).sum(0)
     return 1 - errors / squares, 1 - errors.sum() / squares.sum()
 
 
 def cosine(M, C, A):
-    """Of `M C.T` and `A.T`, the logits of all tokens, less the means over the vocabulary."""
+    """The logits of all tokens from `M C.T` and `A.T`, minus their means over the vocabulary."""
     logits = M.double() @ (C.double() - C.double().mean(0)).T
     other = (A.double() - A.double().mean(0)).T
     return (logits * other).sum() / (logits.norm() * other.norm())
 
 
 def random_map(M, draw):
-    """M with its singular vectors replaced; `draw` gives orthogonal matrices by size."""
+    """M with its singular vectors replaced; `draw` gives a random orthogonal matrix of a size."""
     s = torch.linalg.svdvals(M.double())
     U, V = draw(M.shape[0]), draw(M.shape[1])
     return U[:, : len(s)] @ torch.diag(s) @ V.T

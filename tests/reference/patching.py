@@ -1,4 +1,4 @@
-"""Patching, one whole run per cell: the loop that the article writes, for any site."""
+"""Patching with one full run per cell: the loop of "How one can Interpret GPT2-Small", for any site."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def loss(logits, tokens, read):
-    """Mean loss in nats over the positions of `read`, in float64."""
+    """Mean loss in nats over the positions `read`, in float64."""
     log_probs = logits.double().log_softmax(-1)
     return -sum(float(log_probs[pos, tokens[pos + 1]]) for pos in read) / len(read)
 
@@ -21,7 +21,7 @@ def run(model, tokens, name, patch):
 
     hooks = [(name, hook_fn)]
     if name.endswith("resid_mid"):
-        # by what the heads add to the stream: a bridge's own hook there is the MLP's input alone
+        # through the heads' output, because a bridge's hook there affects only the MLP's input
         before = {}
 
         def keep(activation, hook):
@@ -42,7 +42,7 @@ def cache_of(model, tokens):
 
 
 def earlier(model, tokens, name, layers, positions, shift, read):
-    """The article's loop: each (layer, position) gets what stands `shift` earlier in the clean run."""
+    """The article's loop: each (layer, position) gets the clean activation `shift` positions earlier."""
     _, cache = cache_of(model, tokens)
     grid = torch.zeros(len(layers), len(positions))
     for i, layer in enumerate(layers):

@@ -1,4 +1,4 @@
-"""The tuned lens, slow and literal: whole logits, automatic gradients, PyTorch's own optimizer."""
+"""The tuned lens, slow and literal: full logits, autograd, PyTorch's own optimizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def residuals(model, tokens):
-    """What goes into block 0, and what comes out of each block, by the model's own cache."""
+    """The input of block 0 and the output of each block, from the model's own cache."""
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
     names = ["blocks.0.hook_resid_pre"]
@@ -16,7 +16,7 @@ def residuals(model, tokens):
 
 
 def logits(model, resid):
-    """Whole logits of a residual, through the model's own parts."""
+    """Full logits of a residual, through the model's own modules."""
     out = model.ln_final(resid) @ model.W_U + model.b_U
     cap = model.cfg.output_logits_soft_cap
     return out if cap <= 0 else cap * torch.tanh(out / cap)
@@ -29,7 +29,7 @@ def kl(p_logits, q_logits):
 
 
 def train(model, batches, rate):
-    """One linear layer per row, which adds its output to its input; returns the layers by row."""
+    """Train one linear layer per row, which adds its output to its input; returns them by row."""
     layers = []
     for row in range(model.cfg.n_layers):
         layer = nn.Linear(model.cfg.d_model, model.cfg.d_model, dtype=model.W_U.dtype)

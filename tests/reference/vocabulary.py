@@ -1,4 +1,4 @@
-"""The logit lens's statistics from whole distributions, one vector at a time."""
+"""The logit lens's statistics from full distributions, one vector at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def statistics(logits, reference_logits, target):
-    """Of one vector: entropy, KL(reference || this), rank and log-probability of a target, all in float64."""
+    """For one vector: entropy, KL(reference || this), rank and log probability of a target, in float64."""
     this = torch.distributions.Categorical(logits=logits.double())
     other = torch.distributions.Categorical(logits=reference_logits.double())
     order = torch.argsort(logits, descending=True).tolist()

@@ -1,4 +1,4 @@
-"""Variance over layers by final rank, one position and token at a time, from whole logits in float64."""
+"""Variance across layers by final rank, one position and token at a time, from full logits in float64."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import statistics
 
 
 def by_bin(logits, bins, ranking=None):
-    """Of one position, `logits` [row][token] with the last row the final one; `ranking`: other final logits.
+    """For one position; the last row of `logits` [row][token] is final. `ranking`: other final logits.
 
-    Returns variance by bin, and by row and bin the mean, the spread and the distance to the last row.
+    Returns the variance by bin and, by row and bin, the mean, the spread and the distance to the last row.
     """
     centered = [[value - statistics.fmean(row) for value in row] for row in logits]
     final = list(logits[-1] if ranking is None else ranking)

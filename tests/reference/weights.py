@@ -1,4 +1,4 @@
-"""Measures of products of weights, from whole matrices in float64."""
+"""Measures of products of weights, from full float64 matrices."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def largest_entries(matrix, n):
 
 
 def eigenvalues(matrix):
-    """Of the whole matrix, zeros included."""
+    """Eigenvalues of the full matrix, including zeros."""
     return torch.linalg.eigvals(matrix)
 
 
 def composition(A1, B1, A2, B2):
-    """One pair of whole matrices at a time."""
+    """One pair of full matrices at a time."""
     scores = torch.empty(len(A1), len(A2), dtype=torch.double)
     for s in range(len(A1)):
         for t in range(len(A2)):

@@ -1,4 +1,4 @@
-"""Checkpoints of long work."""
+"""Checkpoints of long computations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def squares(path, n=5, stop=None, *, arguments=None):
     return done, made
 
 
-def test_work_without_a_path_is_done_whole():
+def test_work_without_a_path_is_done_completely():
     done, made = squares(None)
     assert (done.tolist(), made) == ([0, 1, 4, 9, 16], [0, 1, 2, 3, 4])
 
@@ -62,7 +62,7 @@ def test_progress_is_saved_every_save_seconds(tmp_path, monkeypatch):
     assert saves == [5, 1, 2, 3, 4, 5, 5]
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
+def test_numpy_numbers_are_numbers(tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     given = {"seed": np.int64(3), "rate": np.float32(0.1), "which": [np.int32(1), 2]}
     squares(file, arguments=given)
@@ -73,8 +73,8 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
         squares(tmp_path / "other.safetensors", arguments={"which": {1}})
 
 
-def test_searches_take_numbers_of_numpy(tmp_path, tiny_directories):
-    """As a notebook has them; without the tests' checks of types, which refuse some."""
+def test_searches_take_numpy_numbers(tmp_path, tiny_directories):
+    """As in notebooks; without the tests' type checks, which refuse some."""
     model = mechlens.load_model(tiny_directories / "gpt2", processing=False)
     features = mechlens.Features(0, 3)
     file = tmp_path / "checkpoint.safetensors"

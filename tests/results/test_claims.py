@@ -11,7 +11,7 @@ GOOD = Comparison("accuracy", 0.93, 0.912361, 0.9, None, "reproduced", "an artic
 MISSED = Comparison("score of L5H5", -0.91, float("nan"), 0.88, 0.95, "not reproduced", "an article")
 
 
-def test_numbers_are_written_with_the_digits_of_their_kind() -> None:
+def test_each_kind_of_number_has_its_digits() -> None:
     assert GOOD.row == ("accuracy", "0.9300", "0.9124", "at least 0.90", "reproduced")
     assert MISSED.row[1:4] == ("−0.9100", "not measured", "0.8800 to 0.9500")  # noqa: RUF001
     layers = dataclasses.replace(GOOD, published=20, measured=21, low=19, high=21)
@@ -20,7 +20,7 @@ def test_numbers_are_written_with_the_digits_of_their_kind() -> None:
     assert list(comparisons_table([GOOD]).columns) == [each.name for each in dataclasses.fields(Comparison)]
 
 
-def test_the_statement_counts_verdicts_and_names_what_was_missed() -> None:
+def test_the_statement_counts_verdicts_and_names_failed_claims() -> None:
     assert verdict_statement([GOOD]) == "1 of 1 claim reproduced (an article)."
     assert verdict_statement([GOOD, MISSED]) == (
         "1 of 2 claims reproduced (an article). Not reproduced: score of L5H5 (published −0.9100, "  # noqa: RUF001

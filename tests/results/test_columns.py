@@ -1,4 +1,4 @@
-"""How values of a column are written, and how a result shows itself."""
+"""How column values are written and results displayed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests import examples
         ("L3H5", "L3H5"),
     ],
 )
-def test_a_value_is_written_for_people(value, text):
+def test_a_value_is_written_for_readers(value, text):
     assert Column("x").text(value) == text
 
 
@@ -38,7 +38,7 @@ def test_a_column_has_its_digits_its_sign_and_its_unit():
     assert Column("standard_error").heading == "standard error"
 
 
-def test_jupyter_shows_a_result_as_the_rows_worth_reading_with_its_own_words():
+def test_jupyter_shows_a_results_summary_rows_with_their_titles():
     found = examples.attention_spread(4, 3)
     page = found._repr_html_()
     assert page.startswith("<p><b>Attention spread of")
@@ -53,7 +53,7 @@ def test_texts_of_a_result_are_escaped_where_jupyter_shows_them():
     assert "<b>x" not in named._repr_html_()
 
 
-def test_json_has_every_argument_and_every_row_but_no_tensor():
+def test_json_has_every_argument_and_row_but_no_tensors():
     found = examples.attention_spread(2, 3)
     made = json.loads(json.dumps(found.to_json()))
     assert made["model"]["name"] == found.model.name

@@ -1,4 +1,4 @@
-"""Tables, words and verdicts of results about features."""
+"""Tables, descriptions and verdicts of feature results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_an_exhaustive_search_has_a_row_per_end_and_rank():
     ]
 
 
-def test_the_summary_shows_visible_tokens_and_where_none_activates():
+def test_the_summary_shows_visible_tokens_and_inactive_features():
     rows = exhaustive().summary(99, layers=[3], features=[1, 4])
     assert rows.to_numpy().tolist() == [
         [3, 1, 1, MARKUP, -7.0, "⏎", -9.0],
@@ -30,14 +30,14 @@ def test_the_summary_shows_visible_tokens_and_where_none_activates():
         [3, 4, 2, "·a", 3.5, MARKUP, -9.0],
     ]
     neurons = exhaustive(site="post")
-    # a neuron at or below 0 for every token has no best one; the lowest is there all the same
+    # a neuron at or below 0 for every token has no best token, but a lowest one
     assert neurons.summary(1, layers=[3], features=[1])["highest"].tolist() == [NO_TOKEN]
     assert neurons.column("feature").heading == neurons.noun == "neuron"
     with pytest.raises(ValueError, match="layer 1 was not searched: the search covers 0, 2, 3"):
         exhaustive().summary(layers=[1])
 
 
-def test_what_inputs_begin_with():
+def test_the_beginning_of_inputs_in_words():
     assert exhaustive().begins == "after <s>"
     assert exhaustive(prefix=torch.tensor([], dtype=torch.long)).begins == "without BOS"
 
@@ -90,8 +90,8 @@ def test_the_verdict_compares_the_search_with_the_optimum(changes, verdict):
     assert gradient(**changes).verdict == verdict
 
 
-def test_half_precision_does_not_turn_a_find_into_a_miss():
-    """In bfloat16 the same token has 1.5 in one batch and 1.6 in another."""
+def test_half_precision_does_not_turn_a_hit_into_a_miss():
+    """In bfloat16, the same token can have 1.5 in one batch and 1.6 in another."""
     model = dataclasses.replace(gradient().model, dtype="bfloat16")
     assert gradient(optimum=1.6, model=model).verdict.endswith("the search found it.")
     assert gradient(optimum=2.5).below_optimum == 1.0
@@ -108,7 +108,7 @@ def test_half_precision_does_not_turn_a_find_into_a_miss():
         ([(pos, feature) for pos in (0, 1) for feature in range(6)], "6 features at every position"),
     ],
 )
-def test_what_was_searched_in_words(selected, words):
+def test_the_search_in_words(selected, words):
     each = {way: torch.zeros(3, len(selected)) for way in ("pinv", "nearest")}
     assert gradient(selected=torch.tensor(selected), selected_activations=each).searched == words
     assert (
@@ -140,7 +140,7 @@ def test_a_continuation_is_judged_by_its_log_probability():
     assert unknown.searched == "the continuation of the ids 8, 9"
 
 
-def test_several_are_judged_by_what_was_maximized():
+def test_several_features_are_judged_by_the_objective():
     assert gradient().judged_by[0] == "activation (mean)"
     name, values, _ = gradient(objective="min").judged_by
     assert name == "smallest activation"
@@ -165,7 +165,7 @@ def test_examples_are_cut_around_their_largest_token():
         feature_examples().at(2, 2)
 
 
-def test_an_alignment_says_its_shares_to_other_programs():
+def test_the_json_of_an_alignment_has_its_shares():
     found = alignment().to_json()["shares"]
     assert found["same"]["value"] == 0.75
     assert found["same"]["verdict"] == "aligned"

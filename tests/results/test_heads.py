@@ -1,4 +1,4 @@
-"""The rule by which a head is clearly of a kind."""
+"""The rule for a head to be clearly of a kind."""
 
 from __future__ import annotations
 

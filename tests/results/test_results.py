@@ -1,4 +1,4 @@
-"""Results come back as they were saved, or the file says why not."""
+"""Saved results load as equal objects, or the error says why not."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ def result(request: pytest.FixtureRequest) -> Result:
     return RESULTS[request.param]()
 
 
-def test_every_type_of_result_is_tried() -> None:
+def test_every_type_of_result_is_tested() -> None:
     assert {type(make()) for make in RESULTS.values()} == set(_shipped_types())
 
 
 def _shipped_types() -> list[type[Result]]:
     ours = [cls for cls in Result.types.values() if cls.__module__.startswith("mechlens.results.")]
-    # what several have in common is no result by itself
+    # a shared base class is not a result
     return [cls for cls in ours if not cls.__name__.startswith("_") and "__dataclass_fields__" in vars(cls)]
 
 
-# -- there and back --------------------------------------------------------------------------------
+# -- saving and loading ----------------------------------------------------------------------------
 
 
-def test_round_trip(result: Result, tmp_path: Path) -> None:
+def test_a_loaded_result_equals_the_saved_one(result: Result, tmp_path: Path) -> None:
     path = tmp_path / "result.safetensors"
     assert result.save(path) == path
     for back in (load(path), type(result).load(str(path))):
         assert back == result
         for field in dataclasses.fields(result):
             was, came = getattr(result, field.name), getattr(back, field.name)
-            # Equality calls (1, 2) and [1, 2] different, but 1 and 1.0 or True the same.
+            # == distinguishes (1, 2) from [1, 2], but not 1 from 1.0 or True.
             assert repr(came) == repr(was), field.name
     assert os.listdir(tmp_path) == ["result.safetensors"]
 
 
-def test_saving_changes_nothing_and_repeats_itself(result: Result, tmp_path: Path) -> None:
+def test_saving_changes_nothing_and_is_deterministic(result: Result, tmp_path: Path) -> None:
     before = repr(result)
     first = result.save(tmp_path / "a.safetensors").read_bytes()
     assert repr(result) == before
     assert load(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors").read_bytes() == first
 
 
-def test_tensors_that_share_or_stride_are_saved(tmp_path: Path) -> None:
-    # safetensors itself refuses tensors that share memory or are no contiguous block.
+def test_shared_and_strided_tensors_are_saved(tmp_path: Path) -> None:
+    # safetensors itself refuses tensors that share memory or are not contiguous.
     base = torch.rand(1, 4, 2, 3)
     result = dataclasses.replace(
         examples.head_scores(),
@@ -73,7 +73,7 @@ def test_tensors_that_share_or_stride_are_saved(tmp_path: Path) -> None:
     assert load(result.save(tmp_path / "a.safetensors")) == result
 
 
-def test_empty_dicts_and_tuples_come_back(tmp_path: Path) -> None:
+def test_empty_dicts_and_tuples_are_restored(tmp_path: Path) -> None:
     result = dataclasses.replace(examples.head_scores(), nulls={}, seeds=())
     back = HeadScores.load(result.save(tmp_path / "a.safetensors"))
     assert back == result
@@ -83,7 +83,7 @@ def test_empty_dicts_and_tuples_come_back(tmp_path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Odd(Result):
-    """Fields that no shipped result has, but a later one may."""
+    """Fields that no existing result has, but a later one may."""
 
     pairs: tuple[tuple[int, ...], ...]
     nothing: None
@@ -92,7 +92,7 @@ class Odd(Result):
     narrow: Float[Tensor, " n"]
 
 
-def test_odd_fields_come_back(tmp_path: Path) -> None:
+def test_unusual_fields_are_restored(tmp_path: Path) -> None:
     result = Odd(
         model=examples.model(),
         pairs=((1, 2), (), (3,)),
@@ -102,7 +102,7 @@ def test_odd_fields_come_back(tmp_path: Path) -> None:
         narrow=torch.tensor([1.0, math.nan], dtype=torch.bfloat16),
     )
     assert load(result.save(tmp_path / "a.safetensors")) == result
-    # what a dict of tensors looks like in the header
+    # looks like a dict of tensors in the header
     only = dataclasses.replace(result, settings={"tensors": ("no", "tensor")})
     assert load(only.save(tmp_path / "b.safetensors")) == only
 
@@ -145,7 +145,7 @@ def test_equality_is_by_value() -> None:
     assert dataclasses.replace(twice, patterns=torch.full((2, 3, 3), math.nan)) != twice
 
 
-def test_what_is_long_is_shown_by_its_length() -> None:
+def test_long_fields_are_shown_by_their_length() -> None:
     many = dataclasses.replace(examples.lens(), strings={str(i): "x" for i in range(500)})
     assert "strings=<500 entries>" in repr(many)
     assert len(repr(many)) < 1500
@@ -156,8 +156,8 @@ def test_results_are_frozen() -> None:
         examples.head_scores().jitter = 3
 
 
-def test_shapes_of_fields_are_checked_here() -> None:
-    # jaxtyping.TypeCheckError is a TypeError; without the import hook of conftest.py nothing is raised.
+def test_shapes_of_fields_are_checked_in_tests() -> None:
+    # jaxtyping.TypeCheckError is a TypeError. Without the import hook of conftest.py nothing is raised.
     with pytest.raises(TypeError, match="log_prob"):
         dataclasses.replace(examples.performance(), log_prob=torch.zeros(2, 2, 6))
     with pytest.raises(TypeError, match="intervals"):
@@ -205,7 +205,7 @@ def test_a_killed_save_leaves_the_old_file(tmp_path: Path, module: str, name: st
     else:
         assert not path.exists()
     leftovers = [entry for entry in os.listdir(tmp_path) if entry != path.name]
-    # The part is named so that no pattern for results finds it, and .gitignore does.
+    # No pattern for results matches the temporary file's name, but .gitignore does.
     assert len(leftovers) == 1
     assert leftovers[0].startswith(".result.safetensors.")
     assert leftovers[0].endswith(".part")
@@ -239,11 +239,11 @@ def test_the_file_has_the_mode_that_the_umask_leaves(tmp_path: Path, umask: int,
     assert path.stat().st_mode & 0o777 == mode
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refused files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a", "a.safetensors.gz", "a.json"])
-def test_another_ending_is_refused(tmp_path: Path, name: str) -> None:
+def test_another_file_extension_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"saved as \.safetensors files, but the path is .*" + name):
         examples.attention().save(tmp_path / name)
     assert os.listdir(tmp_path) == []
@@ -306,7 +306,7 @@ def test_a_newer_format_or_an_unknown_type_is_refused(tmp_path: Path) -> None:
         load(unknown)
 
 
-def test_a_header_that_is_no_result_is_refused(tmp_path: Path) -> None:
+def test_a_header_that_is_not_a_result_is_refused(tmp_path: Path) -> None:
     path = examples.attention().save(tmp_path / "a.safetensors")
     for header in ("{", "[]", "{}", '{"type": "AttentionPatterns", "format": 1, "fields": {}}'):
         save_file({"tokens": torch.zeros(2)}, path, metadata={"mechlens": header})
@@ -332,7 +332,7 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
 def test_table_of_performance() -> None:
     table = examples.performance().to_dataframe()
     assert list(table.columns) == ["seed", "sequence", "pos", "id", "log_prob", "correct", "half"]
-    # BOS predicts the first copy, as two of its tokens do; the third predicts the second copy
+    # BOS and two tokens of the first copy predict the first copy; its third token predicts the second copy
     last = [tuple(row) for row in table.itertuples(index=False)][-6:]
     assert [row[:4] + row[5:] for row in last] == [
         (1, 1, 0, 0, False, 1),
@@ -342,7 +342,7 @@ def test_table_of_performance() -> None:
         (1, 1, 4, 5, True, 2),
         (1, 1, 5, 6, True, 2),
     ]
-    # float32's rounding of 1.3 and the like
+    # float32 rounding of 1.3 etc.
     assert [row[4] for row in last] == pytest.approx([-1.3, -2.3, -3.3, -4.3, -5.3, -6.3], abs=1e-6)
 
 
@@ -368,7 +368,7 @@ def test_columns_mean_the_same_in_every_table(result: Result) -> None:
         if "row" in names:
             assert table["row"].tolist() == ["embed" if n < 0 else str(n) for n in table["layer"]]
         if "token" in names:
-            # what the model read at `pos`
+            # the input token at `pos`
             assert set(table["token"]) <= set(result.strings.values())
         if {"token", "sequence", "pos"} <= set(names):
             there = [
@@ -379,7 +379,7 @@ def test_columns_mean_the_same_in_every_table(result: Result) -> None:
 
 
 @pytest.mark.parametrize("make", [examples.lens, examples.vector_lens])
-def test_what_is_predicted_is_a_guess(make: Any) -> None:
+def test_predicted_tokens_are_guesses(make: Any) -> None:
     result = make()
     table = result.to_dataframe()
     assert set(table["guess"]) <= {result.strings[str(i)] for i in result.top_ids.flatten().tolist()}
@@ -401,7 +401,7 @@ def test_a_lens_on_heads_has_their_layer_and_head() -> None:
     assert "head" not in examples.lens().to_dataframe()
 
 
-def test_columns_of_targets_have_no_blanks_and_are_never_the_same() -> None:
+def test_columns_of_targets_have_no_blanks_and_are_distinct() -> None:
     names = (" Paris", "Paris", "·Paris", "\\xb7Paris", "\n", "\\n", "\u3000", "7")
     of = {name: torch.full((2, 1, 3), float(at)) for at, name in enumerate(names)}
     result = dataclasses.replace(examples.lens(), rank=of, log_prob=of)
@@ -467,7 +467,7 @@ def test_table_of_patterns() -> None:
 
 def test_table_of_a_circuit() -> None:
     table = examples.circuit(B=torch.ones(2, 4)).to_dataframe()
-    # of the columns 2, -1 and 0, four times: one row of length sqrt(5), found by a QR and an SVD in float32
+    # the columns 2, -1 and 0, four times: one row of length sqrt(5), from a float32 QR and SVD
     assert table["index"].tolist() == [0, 1]
     assert table["singular_value"].tolist() == pytest.approx([20**0.5, 0], abs=1e-5)
     assert table["share"].tolist() == pytest.approx([1, 0], abs=1e-5)
@@ -478,7 +478,7 @@ def test_table_of_composition() -> None:
     result = examples.composition()
     first = tuple(result.to_dataframe().iloc[0])
     assert first[:7] == ("L1H1", "L2H1", 1, 1, 2, 1, "k")
-    # the score, over the baseline, and that in standard deviations, in float32
+    # the score, its excess over the baseline, and that in standard deviations, in float32
     assert first[7:] == pytest.approx((0.43, 0.18, 1.8), abs=1e-6)
     assert float(result.over_baseline[1, 1, 2, 1]) == pytest.approx(0.18, abs=1e-6)
     assert result.over_baseline[1, 0, 0, 0].isnan()
@@ -488,7 +488,7 @@ def test_composition_is_ranked_by_score() -> None:
     scores = torch.full((2, 2, 2, 2), math.nan)
     scores[0, :, 1, :] = torch.tensor([[0.125, math.nan], [0.75, 0.5]])
     table = dataclasses.replace(examples.composition(), scores=scores).to_dataframe()
-    # a head without weights has no score, and comes last
+    # a head with zero weights has no score, and comes last
     assert list(table["earlier"] + table["later"]) == ["L0H1L1H0", "L0H1L1H1", "L0H0L1H0", "L0H0L1H1"]
 
 
@@ -497,12 +497,12 @@ def test_table_of_positional_attention() -> None:
     assert rows == [(0, 0, 1.0), (1, 0, 0.25), (1, 1, 0.75)]
 
 
-def test_a_table_can_be_made_of_what_was_loaded(result: Result, tmp_path: Path) -> None:
+def test_a_loaded_result_makes_a_table(result: Result, tmp_path: Path) -> None:
     back = load(result.save(tmp_path / "a.safetensors"))
     assert back.to_dataframe().equals(result.to_dataframe())
 
 
-# -- what head scores tell -------------------------------------------------------------------------
+# -- rankings of head scores -----------------------------------------------------------------------
 
 
 def test_means_and_rank() -> None:

@@ -1,4 +1,4 @@
-"""Sections on circuits and composition say what their results hold."""
+"""Sections on circuits and composition show their results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_summary_shows_its_part_its_eigenvalues_and_its_tables():
 
 
 def test_a_circuit_of_zeros_has_no_score():
-    """Every entry ties, so none is larger than a token's own."""
+    """All entries tie, so none is larger than a token's own."""
     found = dataclasses.replace(circuit_summary(), A=torch.zeros(3, 2), accuracy=torch.full((2, 2), math.nan))
     assert "Matching score undefined." in circuit_section(found).text
     accuracies = circuit_section(found).parts[-2]
@@ -46,7 +46,7 @@ def test_a_circuit_of_zeros_has_no_score():
     assert math.isnan(found.to_json()["accuracy"]["key"]["top_1"])
 
 
-def test_a_circuit_alone_shows_its_eigenvalues_if_it_is_square():
+def test_a_bare_circuit_shows_its_eigenvalues_if_it_is_square():
     of_values = circuit(axes=("source", "destination"), name="full OV of L0H1")
     section = circuit_section(of_values, title="Copying")
     (eigenvalues,) = section.parts

@@ -1,4 +1,4 @@
-"""Sections on features show what their results hold."""
+"""Sections on features show their results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def figures(made: Section) -> list[Figure]:
 
 
 @pytest.mark.parametrize("make", [exhaustive, greedy, gradient, alignment, feature_examples])
-def test_every_result_has_a_section_whose_markup_is_text(make):
+def test_every_result_has_a_section_with_escaped_markup(make):
     made = section(make(), title="Title", text="What to look for.")
     assert made.title == "Title"
     assert made.text.startswith("What to look for.\n\n")
@@ -57,7 +57,7 @@ def test_an_exhaustive_search_shows_both_ends_of_some_features():
         exhaustive_search_section(exhaustive(), features=[7])
 
 
-def test_greedy_searches_say_only_what_differs():
+def test_greedy_searches_state_only_differences():
     alone = torch.tensor([], dtype=torch.long)
     made = greedy_search_section([greedy(), greedy(aggregate="last", prefix=alone, model=own("other"))])
     (table,) = tables(made)
@@ -115,12 +115,12 @@ def test_alignments_are_compared_with_chance():
         ("<i>new</i>", cell(two.share()), "0.125", "no more than chance"),
     ]
     assert overlap.rows[0] == ("trained", cell(one.share("overlap")), "0.375", "no more than chance")
-    # 1 of 4 features in both layers, in a vocabulary of 64; the same model's once
+    # 1 of 4 features in both layers, with a vocabulary of 64; the same model is listed once
     assert numbers.rows == [
         ("tiny", cell(one.index_share()), "0.016", one.index_share().index_verdict),
         ("<b>$other$", cell(two.index_share(other=True)), "0.016", "more than chance"),
     ]
-    # no layer with itself
+    # no layer is compared with itself
     assert [row[:3] for row in pairs.rows] == [("trained", 0, 2), ("<i>new</i>", 2, 2)]
     first, second = figures(made)
     assert len(first.figure.data) == len(second.figure.data) == 2
@@ -135,7 +135,7 @@ def test_alignments_are_compared_with_chance():
     assert "<b>$other$" not in page
 
 
-def test_an_alignment_says_what_it_leaves_out():
+def test_an_alignment_states_what_it_leaves_out():
     excited = torch.tensor([[True, True, True, True], [True, False, False, True]])
     made = section(alignment(activated=excited, other_activated=excited, top_k=1))
     assert "left out: 0 to 2 of 4 in a layer of tiny." in made.text
@@ -171,10 +171,10 @@ def test_two_models_of_one_name_are_distinguished():
     assert [row[0] for row in tables(section(found))[-2].rows] == ["tiny", "the other tiny"]
 
 
-def test_layers_of_two_models_are_contrasted_by_their_intervals():
+def test_layers_of_two_models_are_compared_by_their_intervals():
     near = alignment(same=torch.zeros(2, 2, 4, dtype=torch.bool))
     made = feature_alignment_section([alignment(), near], names=["layers, trained", "layers, random"])
-    # four features have wide intervals
+    # with four features, intervals are wide
     assert made.text.endswith("trained 0.750, random 0.000 (the intervals overlap).")
     each = ("same", "overlap", "is_index", "other_is_index", "activated", "other_activated")
     many = {name: getattr(alignment(), name).repeat_interleave(100, -1) for name in each}
@@ -184,7 +184,7 @@ def test_layers_of_two_models_are_contrasted_by_their_intervals():
     assert made.text.endswith("(the intervals do not overlap).")
 
 
-def test_directions_have_no_numbers_and_one_feature_has_no_chance():
+def test_directions_have_no_index_and_one_feature_has_no_chance():
     made = section(alignment(site="direction", other_site="direction"))
     assert [table.caption[:8] for table in tables(made)] == ["Features", "Overlap ", "Features"]
     each = ("same", "overlap", "is_index", "other_is_index", "activated", "other_activated")

@@ -1,4 +1,4 @@
-"""What programs read is JSON by the letter."""
+"""The JSON output is strictly valid."""
 
 from __future__ import annotations
 

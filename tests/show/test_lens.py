@@ -1,4 +1,4 @@
-"""The section on a lens, and its grid in a terminal at the widths that people have."""
+"""The section on a lens, and its grid in terminals of common widths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.examples import deep_lens, lens, sublayer_lens
 
 
 def sized(n_pos: int, n_rows: int, *, token: str = " word") -> LogitLensResult:
-    """A lens whose guess in row r at position p is `r.p`, whose KL is r, and whose entropy is p."""
+    """A lens with guess `r.p`, KL r and entropy p in row r at position p."""
     kl = torch.arange(float(n_rows))[:, None, None].expand(n_rows, 1, n_pos)
     guesses = 1 + torch.arange(n_rows * n_pos).view(n_rows, 1, n_pos, 1)
     strings = {str(1 + row * n_pos + at): f"{row}.{at}" for row in range(n_rows) for at in range(n_pos)}
@@ -75,13 +75,13 @@ def test_every_guess_is_printed_and_no_line_is_wider_than_the_terminal(shown, wi
     assert max(map(cell_len, grid)) <= width
     guesses = re.findall(r"\b\d+\.\d+\b", "\n".join(grid))
     assert sorted(guesses) == sorted(f"{row}.{at}" for row in range(n_rows) for at in range(n_pos))
-    # the last layer comes first in each stretch
+    # the last layer comes first in each block
     one = [*map(str, reversed(range(n_rows - 1))), "embed"]
     found = labels("\n".join(grid))
     assert found == one * (len(found) // len(one))
 
 
-def test_of_a_long_text_the_last_positions_are_printed(shown):
+def test_for_a_long_text_the_last_positions_are_printed(shown):
     out = shown(sized(200, 2))
     assert f"Shown: the last {MAX_POSITIONS} of 200 positions." in out
     assert "1.199" in out
@@ -89,7 +89,7 @@ def test_of_a_long_text_the_last_positions_are_printed(shown):
     assert "1.135" not in out
 
 
-def test_a_guess_that_follows_is_starred_and_a_long_one_is_cut(shown):
+def test_a_correct_guess_is_starred_and_a_long_one_is_cut(shown):
     heading, following, layer, embed = shown(lens()).splitlines()[4:8]
     assert heading.split() == ["layer", "<s>", "·a", "b"]
     assert following.split() == ["next", "·a", "b"]
@@ -103,9 +103,9 @@ def test_wide_characters_keep_the_columns_aligned(shown):
     assert {cell_len(line) for line in lines} == {cell_len(lines[0])}
 
 
-def test_the_ground_of_a_cell_has_the_color_of_its_statistic(shown):
+def test_the_background_of_a_cell_has_the_color_of_its_statistic(shown):
     out = shown(sized(1, 3), colors=True)
-    # KL 0, 1, 2 of at most 2: the ends of the scale and its middle
+    # KL 0, 1, 2 of at most 2: the ends and the middle of the scale
     ground = {
         guess: re.search(r"\x1b\[([\d;]*)m" + re.escape(guess), out)[1] for guess in ("0.0", "1.0", "2.0")
     }
@@ -117,7 +117,7 @@ def test_the_ground_of_a_cell_has_the_color_of_its_statistic(shown):
     assert "Color: rank of the model's final guess, from 1 (light) to 10 (dark)" in ranks
 
 
-def test_without_colors_there_is_no_escape(shown):
+def test_without_colors_there_are_no_escape_codes(shown):
     out = shown(lens())
     assert "\x1b" not in out
     assert "Not shown without colors: KL(final || layer), nats" in out
@@ -139,7 +139,7 @@ def figures(section) -> list[Figure]:
     return [part for part in section.parts if isinstance(part, Figure)]
 
 
-def test_a_page_draws_many_positions_in_figures_of_one_scale():
+def test_a_page_draws_many_positions_in_figures_with_one_scale():
     *heatmaps, lines = figures(lens_section(sized(40, 2), ("entropy", "probability")))
     assert len(heatmaps) == 8
     drawn = [part.figure.data[0] for part in heatmaps[:4]]
@@ -152,7 +152,7 @@ def test_a_page_draws_many_positions_in_figures_of_one_scale():
 @pytest.mark.parametrize("n_pos", [1, 11, 12, 13, 24])
 def test_no_figure_of_a_page_is_wider_than_the_page(n_pos):
     parts = figures(lens_section(sized(n_pos, 2, token="a very long token"), "kl_final", lines=()))
-    # what the page leaves between its margins
+    # the width between the page's margins
     assert max(part.figure.layout.width for part in parts) <= 1120
 
 
@@ -191,7 +191,7 @@ def test_json_has_the_likely_tokens_of_every_cell():
     ]
 
 
-def test_the_summary_is_the_last_position_from_the_last_row_on():
+def test_the_summary_shows_the_last_position_from_the_last_row_down():
     table = deep_lens(30).summary(3)
     assert table["row"].tolist() == ["29", "28", "27"]
     assert table["rank_·a"].tolist() == [1, 2, 4]

@@ -1,4 +1,4 @@
-"""The report is one page that is whole, fetches nothing, and lets nothing in it become markup."""
+"""The report is one self-contained page that fetches nothing and escapes all markup."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUNDLES = {"plotly": "window.Plotly = Plotly;", "circuitsvis": "var CircuitsVis=
 
 
 class Page(HTMLParser):
-    """A page's elements, and what stands in its scripts and outside of them."""
+    """A page's elements, and its text inside and outside scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ def test_each_script_library_is_in_the_page_once() -> None:
 @pytest.mark.parametrize(
     ("chosen", "libraries"), [(slice(0, 0), set()), (slice(0, 2), {"plotly"}), (slice(2, 3), {"circuitsvis"})]
 )
-def test_page_has_only_the_libraries_it_needs(chosen: slice, libraries: set[str]) -> None:
+def test_a_page_has_only_the_libraries_it_needs(chosen: slice, libraries: set[str]) -> None:
     page = render_report(*sections()[chosen], title="t", model=examples.model(), comparisons=())
     assert {name for name, mark in BUNDLES.items() if mark in page} == libraries
 
 
-def test_page_fetches_nothing_and_forbids_it() -> None:
+def test_a_page_fetches_nothing_and_forbids_it() -> None:
     page = Page(report(comparisons=(GOOD, MISSED)))
     fetching = {"src", "srcset", "action", "data", "poster", "background", "xlink:href"}
     for tag, attributes in page.elements:
@@ -113,7 +113,7 @@ def test_page_fetches_nothing_and_forbids_it() -> None:
     assert "http" not in policy
 
 
-def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     written = []
     for name in ("a.html", "b.html"):
         path = write_report(
@@ -123,7 +123,7 @@ def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
-def test_every_figure_has_its_place_its_data_and_its_words() -> None:
+def test_every_figure_has_its_element_data_and_caption() -> None:
     page = Page(report())
     places = [each for each in page.of("div") if each.get("class") in ("plot", "view")]
     data = [each["id"] for each in page.of("script") if each.get("type") == "application/json"]
@@ -134,7 +134,7 @@ def test_every_figure_has_its_place_its_data_and_its_words() -> None:
     assert page.text.count("with layer 0 at the bottom") == 2
 
 
-def test_heatmaps_data_names_the_head_under_the_cursor() -> None:
+def test_heatmap_data_names_the_head_on_hover() -> None:
     figures = figure_data(report())
     named = [each["data"][0]["hovertext"][1][2] for each in figures if "hovertext" in each["data"][0]]
     assert named[0].startswith("<b>L1H2</b><br>induction score 0.875<br>")
@@ -148,7 +148,7 @@ def test_figures_fit_the_page_whatever_their_own_width() -> None:
 
 
 def counts(page: str) -> Counter[tuple[str, ...]]:
-    """How often each element stands in a page, with the names of its attributes."""
+    """How often each element occurs in a page, with its attribute names."""
     return Counter((tag, *sorted(attributes)) for tag, attributes in Page(page).elements)
 
 
@@ -161,7 +161,7 @@ def test_a_name_or_token_with_markup_adds_no_element(name: str, token: str) -> N
     assert "<img src=x" not in attacked
 
 
-def test_markup_is_shown_as_it_is() -> None:
+def test_markup_is_shown_as_text() -> None:
     page = Page(report(EVIL, EVIL))
     assert page.text.count(EVIL) == 4  # title, heading, model, command
     (views,) = [json.loads(each) for each in page.scripts if each.startswith('{"component"')]
@@ -183,7 +183,7 @@ def test_markup_in_every_text_of_a_section_and_a_comparison_adds_no_element() ->
     assert counts(page(EVIL)) == counts(page("plain"))
 
 
-def test_table_sets_published_beside_measured() -> None:
+def test_the_table_has_published_next_to_measured() -> None:
     text = re.sub(r"<[^>]*>", " ", report(comparisons=(GOOD, MISSED)).split("<main")[1].split("</table>")[0])
     cells = " ".join(text.split())
     assert "accuracy an article 0.9300 0.9124 at least 0.90 ✓ reproduced" in cells
@@ -197,21 +197,21 @@ def test_terms_of_all_sections_are_defined_once() -> None:
     assert "<dt>Prefix matching score</dt>" not in page
 
 
-def test_numbers_in_tables_are_the_results() -> None:
+def test_numbers_in_tables_match_the_results() -> None:
     text = " ".join(re.sub(r"<[^>]*>", " ", report()).split())
     assert "log-probability, nats, second copy −0.250 −0.500 to −0.125 −1.000 to −0.062" in text  # noqa: RUF001
     assert "induction_score L1H2 0.875 0.750 to 0.938 0.062" in text
     assert "copying_score L1H0 1.000 0.875 to 1.062 —" in text
 
 
-def test_half_a_character_does_not_stop_the_report(tmp_path: Path) -> None:
+def test_a_lone_surrogate_does_not_stop_the_report(tmp_path: Path) -> None:
     path = write_report(
         tmp_path / "r.html", Section("\ud800", "\ud800"), title="t", model=examples.model(), comparisons=()
     )
     assert "&#55296;" in path.read_text(encoding="utf-8")
 
 
-def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.html"
     path.write_text("old")
 
@@ -225,7 +225,7 @@ def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_wrong_paths_are_refused(tmp_path: Path) -> None:
+def test_invalid_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path must be an .html file, got .*r\.txt"):
         write_report(tmp_path / "r.txt", title="t", model=examples.model(), comparisons=())
     with pytest.raises(ValueError, match=r"there is no folder .*missing"):

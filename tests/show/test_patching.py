@@ -1,4 +1,4 @@
-"""A page's section on patched runs says what its result holds."""
+"""A page's section on patched runs shows its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_grid_is_drawn_and_its_largest_changes_are_listed():
     assert isinstance(plot, Figure)
     assert isinstance(table, Table)
     assert "Largest: L0 at 1 1.000, L0 at 2 0.500" in plot.description
-    # equal sizes stay in their order
+    # ties stay in order
     assert [each.name for each in table.columns] == ["cell", "token", "effect", "mean"]
     assert [row[0] for row in table.rows] == ["L0 at 1", "L0 at 2", "L1 at 1"]
     assert [cell.text for cell in table.cells()[0]] == ["L0 at 1", "·a", "+1.000", "2.000"]
@@ -37,7 +37,7 @@ def test_heads_of_several_prompts_have_bars_and_errors():
     assert set(section.terms) == {"Patch", "Effect", "Standard error", "Nat"}
 
 
-def test_a_corrupted_run_and_a_note_are_named_and_the_page_is_safe():
+def test_a_corrupted_run_and_a_note_are_named_and_escaped():
     result = dataclasses.replace(
         examples.patch_grid(), corrupted=torch.tensor([5.0]), note="every patch was a whole run"
     )

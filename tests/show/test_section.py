@@ -28,7 +28,7 @@ def a_section(**options):
     return Section("A title", "One.\n\nTwo.", parts, **options)
 
 
-def test_a_terminal_prints_text_and_its_tables_and_draws_nothing(capsys):
+def test_a_terminal_prints_text_and_tables_and_draws_nothing(capsys):
     drawn = []
     print_section(Section("A title", "One.", [*a_section().parts[:3], Figure(lambda: drawn.append(1), "")]))
     out = capsys.readouterr().out
@@ -39,7 +39,7 @@ def test_a_terminal_prints_text_and_its_tables_and_draws_nothing(capsys):
     assert not drawn
 
 
-def test_a_page_has_escaped_cells_numbers_at_the_right_and_a_ground_for_shaded_ones():
+def test_a_page_has_escaped_cells_right_aligned_numbers_and_shading():
     shown = table_html(a_section().parts[0])
     assert '<td class="number">0.2</td><td>&lt;s&gt;</td>' in shown
     assert '<th scope="col" class="number">loss, nats</th>' in shown
@@ -47,7 +47,7 @@ def test_a_page_has_escaped_cells_numbers_at_the_right_and_a_ground_for_shaded_o
     assert "background:rgb" in table_html(a_section().parts[2])
 
 
-def test_jupyter_displays_tables_and_figures_in_their_order(monkeypatch):
+def test_jupyter_displays_tables_and_figures_in_order(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     a_section()._ipython_display_()
@@ -86,7 +86,7 @@ def test_what_is_not_a_result_is_refused():
         section("heads")  # type: ignore[arg-type]
 
 
-def test_options_of_a_section_are_those_of_its_result():
+def test_a_section_takes_only_options_of_its_result():
     found = section(examples.attention_spread(), top=1, title="My title")
     assert found.title == "My title"
     assert len(found.parts[0].rows) == 1

@@ -1,4 +1,4 @@
-"""The section on a task says whether the model does it."""
+"""The section on a task says whether the model can do it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mechlens.show.tasks import task_section
 from tests.examples import task_performance
 
 
-def test_a_task_that_is_not_done_is_said_with_its_interval_and_chance():
+def test_a_failed_task_is_shown_with_its_interval_and_chance():
     section = task_section(task_performance())
     assert section.text == (
         "Task agreement, 2 prompts. The model does not do it: a right answer is likelier than every wrong "
@@ -15,7 +15,7 @@ def test_a_task_that_is_not_done_is_said_with_its_interval_and_chance():
     )
     means, prompts = section.parts
     assert means.rows[2] == ("logit difference, nats", "0.000", "\N{MINUS SIGN}1.000 to 1.000")
-    # one line for each, and the rank without decimals
+    # one line each, and the rank without decimals
     assert [cell.text for cell in prompts.cells()[1]] == [
         "The⏎keys",
         " are",
@@ -25,7 +25,7 @@ def test_a_task_that_is_not_done_is_said_with_its_interval_and_chance():
     ]
 
 
-def test_a_task_that_is_done_says_so_and_one_of_the_users_own_has_no_reference():
+def test_a_passed_task_says_so_and_a_users_own_task_has_no_reference():
     estimates = task_performance().estimates | {"accuracy": (0.9, 0.8, 1.0)}
     result = task_performance(task="mine", estimates=estimates)
     assert result.able

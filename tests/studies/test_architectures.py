@@ -1,4 +1,4 @@
-"""What docs/architectures.md says of each architecture is so, and what is verified would show a fault."""
+"""docs/architectures.md is correct for each architecture, and verification would detect faults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MEASURED = ("within, nats", "beyond, nats")
 
 
 def documented() -> dict[str, dict[str, str]]:
-    """The rows of the table of the installed engine, by model."""
+    """The rows of the installed engine's table, by model."""
     major = importlib.metadata.version("transformer-lens").split(".")[0]
     section = re.search(rf"^## TransformerLens {major}\..*?(?=^## |\Z)", DOCS.read_text("utf-8"), re.M | re.S)
     rows = [
@@ -56,15 +56,15 @@ def documented() -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in rows[2:]}
 
 
-def test_all_that_is_declared_is_documented():
+def test_every_declared_model_is_documented():
     assert [name for name in documented() if name in NAMES] == NAMES
     assert {*documented()} - {*NAMES} == {BUNDLED, "smollm2-135m"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_docs_are_right(name):
-    """The verdicts are the documented ones, and so is whether differences are rounding."""
-    # the docs are about both states of the weights, which tests/models/test_load.py compares of some
+    """Verdicts match the documented ones, and differences documented as rounding are."""
+    # the docs cover processed and raw weights, which test_loading.py compares for some models
     found = verify_architecture(architecture(name), both=False)
     row, said = dict(zip(COLUMNS, found.row, strict=True)), documented()[name]
     for column in COLUMNS:
@@ -78,8 +78,8 @@ def test_the_docs_are_right(name):
 
 
 @pytest.mark.parametrize("name", LIMITED)
-def test_what_begins_would_show_if_it_were_left_out(name):
-    """Hugging Face's model without its window or its scaling predicts something else beyond it."""
+def test_an_ignored_window_or_scaling_would_be_detected(name):
+    """Without its window or scaling, Hugging Face's model predicts something else beyond the limit."""
     config, plain = architecture(name).config(), architecture(name).config()
     begins = limits(config)
     if "window" in begins:
@@ -92,13 +92,13 @@ def test_what_begins_would_show_if_it_were_left_out(name):
     with torch.no_grad():
         made, other = (random_model(each)(tokens).logits[0].log_softmax(-1) for each in (config, plain))
     off = (made - other).abs().amax(-1)
-    # a window, and scalings that begin with a text that is longer, alone
+    # only a window, and scalings that take effect in longer texts
     assert off[min(begins.values()) :].max() > 0.1
     if {*begins} == {"window"}:
         assert off[: begins["window"]].max() < TOLERANCE
 
 
-def test_limits():
+def test_limits_are_read_from_the_config():
     assert limits(architecture("Llama").config()) == {}
     assert limits(architecture("Mistral").config()) == {"window": 24}
     assert limits(architecture("Mistral").config(sliding_window=CONTEXT)) == {}
@@ -126,8 +126,8 @@ NESTED = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_scaling_of_some_layers_alone_is_not_passed_over(tmp_path, backend):
-    """It begins beyond the 16 tokens that are compared; HookedTransformer let it through 1 nat off."""
+def test_a_scaling_in_only_some_layers_is_not_ignored(tmp_path, backend):
+    """It takes effect beyond the 16 tokens that are compared; HookedTransformer was accepted 1 nat off."""
     config = architecture("OLMo 3 (yarn)").config(rope_parameters=NESTED)
     write_model(tmp_path / "olmo3", random_model(config))
     write_tokenizer(tmp_path / "olmo3")
@@ -138,21 +138,21 @@ def test_a_scaling_of_some_layers_alone_is_not_passed_over(tmp_path, backend):
     assert verify_model(tmp_path / "olmo3").right
 
 
-@pytest.mark.skipif(not HAS_HOOKED, reason="of HookedTransformer's settings")
+@pytest.mark.skipif(not HAS_HOOKED, reason="tests settings of HookedTransformer")
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3"])
 def test_a_context_is_no_longer_than_the_models(tmp_path, name):
-    """The engine has 2048 for all models of some architectures."""
+    """The engine assumes 2048 for all models of some architectures."""
     write_model(tmp_path / "model", random_model(architecture(name).config()))
     write_tokenizer(tmp_path / "model")
     assert load_model(tmp_path / "model", backend="hooked").cfg.n_ctx == CONTEXT
 
 
 class TestAFaultIsSeen:
-    """What goes wrong in a model or an analysis is in the table."""
+    """Errors of a model or an analysis are in the table."""
 
     @pytest.fixture
     def broken(self, monkeypatch):
-        """Let something be done to every model that is loaded."""
+        """Apply a function to every model that is loaded."""
 
         def with_fault(fault):
             def load(*given, **options):
@@ -173,7 +173,7 @@ class TestAFaultIsSeen:
     def test_beyond_a_window_alone(self, broken):
         def no_window(model, at=24):
             def repeat(x, hook):
-                # as if the positions beyond the window were different
+                # as if positions beyond the window were different
                 return torch.cat([x[:, :at], x[:, at:].flip(1)], dim=1)
 
             model.blocks[0].hook_resid_pre.add_hook(repeat)
@@ -228,7 +228,7 @@ def test_all_or_some_are_verified(monkeypatch):
         verify_architectures(like="Lllama", progress=False)
 
 
-def test_a_state_that_does_not_load_is_told(monkeypatch):
+def test_weights_that_load_only_processed_or_raw_are_reported(monkeypatch):
     def load(*given, processing, **options):
         if not processing:
             raise ModelLoadError("no such weights: try others")
@@ -240,7 +240,7 @@ def test_a_state_that_does_not_load_is_told(monkeypatch):
     assert found.reasons == ("unprocessed: no such weights",)
 
 
-def test_what_cannot_be_verified_is_an_error_and_no_verdict(tmp_path):
+def test_a_failed_verification_is_an_error_not_a_verdict(tmp_path):
     write_toy(tmp_path / "toy")
     with pytest.raises(ValueError, match="toy is in TransformerLens's own format"):
         verify_model(tmp_path / "toy")
@@ -253,7 +253,7 @@ def test_what_cannot_be_verified_is_an_error_and_no_verdict(tmp_path):
         verify_model(BUNDLED, device="quantum")
 
 
-def test_markdown_has_what_the_table_has():
+def test_markdown_has_the_same_contents_as_the_table():
     found = verify_architecture(architecture("Qwen3"))
     text = section_markdown(architectures_section([found]))
     assert f"TransformerLens {importlib.metadata.version('transformer-lens')}" in text

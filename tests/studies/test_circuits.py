@@ -1,4 +1,4 @@
-"""The studies of induction circuits: which pair is taken, and what is claimed of it."""
+"""The studies of induction circuits: the chosen pair, and claims about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_article_is_compared_with_gpt2_only(bundled):
     circuits = found.composition_circuits
     at = circuits.strongest
     assert circuits.verdicts[at] == "circuit"
-    # the same circuits, had they been GPT-2's
+    # the same circuits, as if they were GPT-2's
     published = circuits.evidence(at)["k_top1_keys"]
     figures = [dataclasses.replace(each, value=published + 0.004) for each in COMPOSITION_GPT2]
     keys, queries = found.holding_card(figures).comparisons
@@ -25,7 +25,7 @@ def test_the_article_is_compared_with_gpt2_only(bundled):
     assert queries.measured == circuits.evidence(at)["k_top1_queries"]
 
 
-def test_without_pairs_nothing_is_strongest(bundled):
+def test_without_pairs_there_is_no_strongest(bundled):
     found = study_composition(bundled, progress=False)
     none = InductionCircuits(
         **vars(found.composition_circuits) | {"pairs": (), "verdicts": (), "reasons": ()}

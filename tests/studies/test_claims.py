@@ -15,7 +15,7 @@ from tests import examples
 
 
 def claim(published, measured, **options):
-    """The comparison of a published with a measured value."""
+    """The comparison of a published and a measured value."""
     return Claim("share", published, "a card", lambda _: measured, **options).compare(Study(()))
 
 
@@ -38,7 +38,7 @@ def test_names_and_numbers_must_agree(published, measured, verdict):
     assert claim(published, measured).verdict == verdict
 
 
-def test_a_tolerance_is_shown_in_the_numbers_own_kind():
+def test_a_tolerance_is_formatted_like_its_number():
     assert claim(20, Measured(21, tolerance=1)).tolerance == "19 to 21"
     assert claim(0.70, Measured(0.74, tolerance=0.03)).tolerance == "0.6700 to 0.7300"
 
@@ -58,11 +58,11 @@ def test_a_threshold_decides_and_is_part_of_the_claim(bounds, value, verdict, st
     assert (found.verdict, found.claim) == (verdict, statement)
 
 
-def test_a_mean_is_compared_with_means_of_as_many_draws():
+def test_a_mean_is_compared_with_means_of_equally_many_draws():
     samples = torch.tensor([-1.0, 1.0]).repeat(50)
     drawn = Measured(0.0, samples=samples)
     assert claim(0.0, drawn, draws=100).verdict == "reproduced"
-    # 2.6 / sqrt(50) is what 99% of such means stay within
+    # 99% of such means are within 2.6 / sqrt(50)
     assert claim(0.5, drawn, draws=100).verdict == "not reproduced"
     few = dataclasses.replace(drawn, samples=samples[: MIN_DRAWS - 1])
     assert claim(0.0, few, draws=100).verdict == "not judged"

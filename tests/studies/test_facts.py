@@ -1,4 +1,4 @@
-"""Facts, read off each layer."""
+"""Facts, read from each layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOME_FACTS = [
 ]
 
 
-def test_facts_are_read_off_every_layer_as_by_hand(bundled):
+def test_facts_are_read_from_every_layer_as_by_hand(bundled):
     found = read_facts(bundled, SOME_FACTS)
     assert found.others == (" door", " ship", " him", " he")
     for at, (_, prompt, answer) in enumerate(SOME_FACTS):
@@ -63,7 +63,7 @@ def test_all_facts_are_different_questions():
     assert all(answer[0] == " " and answer[1].isalpha() for *_, answer in FACTS)
 
 
-def test_layers_are_counted_from_where_something_holds_to_the_end():
+def test_layers_count_from_where_something_stays_true():
     assert facts._first(torch.tensor([False, True, False, True, True])) == 2
     assert facts._first(torch.tensor([True, True])) == -1
     assert facts._first(torch.tensor([True, False])) == "none"

@@ -1,4 +1,4 @@
-"""The post's claims about features as numbers: known searches, and small models."""
+"""The claims of Badger's "Language Model Features" as numbers: known searches, and small models."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.tiny_models import VOCAB, tiny_hf_model
 
 LAST = 3
 ONE_START = Optimizer(restarts=1)
-"""Of the study's four features; a search takes a second, so this one alone is searched again."""
+"""One of the study's four features; a search takes a second, so only this one is searched again."""
 
 
 @pytest.fixture(scope="module")
 def study(tiny_directories):
-    # of the name that the post's tables are of, and for once of the right depth
+    # with the name and depth of the model in the post's tables
     model = load_model(tiny_directories / "gpt2", processing=False)
     tables = tuple(dataclasses.replace(each, n_layers=2) for each in FEATURE_TOKENS)
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +48,7 @@ def measured(claim, study):
 
 
 def decoding(search, token):
-    """The search, had its embeddings stood for other tokens."""
+    """The search as if its embeddings were decoded to other tokens."""
     n_tokens = search.embeddings.shape[1]
     return dataclasses.replace(search, decoded_ids={"pinv": torch.full((1, n_tokens), token)})
 
@@ -64,7 +64,7 @@ def test_every_claim_is_measured(study):
     assert {each.verdict for each in study.comparisons} == {"reproduced", "not reproduced", "not judged"}
 
 
-def test_the_tables_are_compared_with_what_the_posts_loop_finds(study):
+def test_the_tables_are_compared_with_the_results_of_the_posts_loop(study):
     output = reference.hf_block_output(tiny_hf_model("gpt2"), 0)
     tokens = [reference.search_maximal(output, VOCAB, 1, m)[0] for m in range(4)]
     strings = study.complete["trained"].strings
@@ -92,7 +92,7 @@ def test_greedy_inputs_are_compared_without_spaces(study):
     assert claims.tokens_claim(claim).compare(study).verdict == "not reproduced"
 
 
-def test_what_is_not_there_or_not_said_is_not_judged(study):
+def test_missing_layers_and_unpublished_values_are_not_judged(study):
     verdicts = {
         (c.search, c.block): claims.tokens_claim(c).compare(study)
         for c in FEATURE_TOKENS
@@ -118,21 +118,21 @@ def test_alignment_claims_follow_the_shares(study):
     random = dataclasses.replace(study, alignments={**study.alignments, "random": aligned})
     assert measured(claims.RANDOM_LAYERS_DO_NOT, random)[1] == "not reproduced"
     assert measured(claims.AGREEMENT_IS_LEARNED, random)[1] == "not reproduced"
-    # no token is the best of feature m in one layer and of the same feature in the other
+    # feature m has different best tokens in the two layers
     apart = whole.ids.clone()
     apart[0], apart[1] = torch.arange(32)[:, None], torch.arange(32).roll(1)[:, None]
     alone = feature_alignment(dataclasses.replace(whole, ids=apart))
     none = dataclasses.replace(study, alignments={**study.alignments, "trained": alone, "random": alone})
     assert measured(claims.AGREE_BEYOND_CHANCE, none)[1] == "not reproduced"
     assert measured(claims.RANDOM_LAYERS_DO_NOT, none)[1] == "reproduced"
-    # in the first layer each id is its feature's number; what gradients decode is judged
+    # in the first layer each id is its feature's index; tokens decoded from gradients are judged
     assert "exhaustive search 0.5000" in measured(claims.ID_IS_NUMBER, none)[0]
     descents = study.descents["trained"]
     own = [decoding(each, int(each.selected[0, 1])) for each in descents]
     assert measured(claims.ID_IS_NUMBER, descending(study, "trained", own))[1] == "reproduced"
     others = [decoding(each, 63) for each in descents]
     assert measured(claims.ID_IS_NUMBER, descending(study, "trained", others))[1] == "not reproduced"
-    # one of four by chance is no artefact: its interval reaches below what chance gives
+    # one of four by chance is not an artifact: its interval reaches below chance
     assert measured(claims.ID_IS_NUMBER, descending(study, "trained", [*own[:1], *others[1:]]))[1] == (
         "not reproduced"
     )
@@ -142,12 +142,12 @@ def test_alignment_claims_follow_the_shares(study):
     )
 
 
-def test_training_is_told_by_intervals_that_are_apart(study):
-    """Shares of 1 and 3 in 32 features are not."""
+def test_an_effect_of_training_needs_disjoint_intervals(study):
+    """Those of 1 and 3 in 32 features overlap."""
     whole = study.complete["trained"]
 
     def agreeing(count):
-        # no token twice, but for those that layers share
+        # no token twice, except those that layers share
         ids = torch.arange(64).view(2, 32, 1).expand(-1, -1, 3).clone()
         ids[1, :count] = ids[0, :count]
         return feature_alignment(dataclasses.replace(whole, ids=ids), top_k=1)
@@ -181,7 +181,7 @@ def test_untrained_models_are_decoded_like_the_trained_one(study):
 
 
 def test_untrained_models_are_searched_themselves(study, tiny_directories):
-    """Each from another start than the trained one, or they could agree by that."""
+    """Each starts elsewhere than the trained one, or they might agree because of that."""
     model = load_model(tiny_directories / "gpt2", processing=False)
     for name in ("random", "embeddings"):
         other = random_like(model, 0, keep_embeddings=name == "embeddings")
@@ -189,7 +189,7 @@ def test_untrained_models_are_searched_themselves(study, tiny_directories):
         assert_same(study.descents[name][LAST], alone)
 
 
-def test_one_layer_agrees_with_none(study):
+def test_one_layer_has_no_agreement(study):
     whole = study.complete["trained"]
     one = dataclasses.replace(
         whole,
@@ -212,7 +212,7 @@ def test_one_layer_agrees_with_none(study):
     assert measured(claims.LATER_AGREE_LESS, alone)[1] == "not judged"
 
 
-def test_gradient_claims_count(study):
+def test_gradient_claims_of_known_searches(study):
     table = study.to_features()
     trained = study.complete["trained"]
     assert table.best_token.tolist() == [trained.strings[str(int(i))] for i in trained.ids[0, :4, 0]]
@@ -234,7 +234,7 @@ def test_gradient_claims_count(study):
     assert measured(claims.LAST_IS_SUM, wrong)[1] == "not reproduced"
 
 
-def test_last_and_sum_are_held_against_whole_runs(study, tiny_directories):
+def test_last_and_sum_match_full_runs(study, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     search = study.greedy[1]
     output = reference.hf_block_output(tiny_hf_model("gpt2"), search.layer)
@@ -254,8 +254,8 @@ def test_last_and_sum_are_held_against_whole_runs(study, tiny_directories):
     ]
 
 
-def test_nothing_is_planted_where_one_word_is_looked_for(study, tiny_directories):
-    """From one random start, as in the post: of many, some begin with one special token alone."""
+def test_random_models_are_searched_from_one_start(study, tiny_directories):
+    """From one random start, as in the post: among many, some would consist of special tokens."""
     model = load_model(tiny_directories / "gpt2", processing=False)
     alone = search_gradient(model, Maximize(Features(0, LAST)), n_tokens=5, optimizer=ONE_START)
     assert_same(study.repeated[LAST], alone)
@@ -265,7 +265,7 @@ def test_nothing_is_planted_where_one_word_is_looked_for(study, tiny_directories
     assert measured(claims.ONE_WORD_REPEATED, words)[1] == "reproduced"
 
 
-def test_the_last_block_alone_is_searched_alone(study, tiny_directories):
+def test_the_last_block_is_searched_on_its_own(study, tiny_directories):
     model = load_model(tiny_directories / "gpt2", processing=False)
     block = Maximize(Features(1, LAST), isolated=True)
     assert_same(study.alone[LAST], search_gradient(model, block, n_tokens=1))
@@ -278,7 +278,7 @@ def test_the_last_block_alone_is_searched_alone(study, tiny_directories):
     assert measured(claims.ALONE_AS_THE_FIRST, alike)[1] == "reproduced"
 
 
-def test_found_embeddings_resemble_real_ones_more_than_those_each_other(study):
+def test_found_embeddings_are_closer_to_real_ones_than_those_to_each_other(study):
     for cosine, verdict in ((0.4, "reproduced"), (0.2, "not reproduced")):
         descents = [
             dataclasses.replace(each, nearest_cosine=torch.full((1, 1), cosine), token_cosine=0.3)
@@ -306,7 +306,7 @@ def test_a_model_of_another_size(tiny_directories):
         study_feature_search(model, against=other)
 
 
-def test_a_descent_is_decoded_by_the_pseudo_inverse(study):
+def test_a_descent_is_decoded_with_the_pseudoinverse(study):
     E = tiny_hf_model("gpt2").get_input_embeddings().weight.detach().double()
     for each in study.descents["trained"]:
         expected = int((each.embeddings[0, 0].double() @ torch.linalg.pinv(E)).argmax())
@@ -315,11 +315,11 @@ def test_a_descent_is_decoded_by_the_pseudo_inverse(study):
 
 def test_later_tokens(study):
     one = study.greedy[0]
-    # of two layers: all first tokens agree, no later one does
+    # two layers: all first tokens agree, and no later ones
     ids = one.ids.clone()
     ids[..., 1:] += 1
     agree = dataclasses.replace(study, greedy=(one, dataclasses.replace(one, ids=ids)))
-    # of four, 1.000 is at least 0.398, and 0.000 at most 0.602
+    # for four features, 1.000 means at least 0.398, and 0.000 at most 0.602
     assert measured(claims.LATER_AGREE_LESS, agree) == (
         "first token 1.000, later ones 0.000, of 4 features",
         "not judged",
@@ -348,11 +348,11 @@ def test_some_layers(layers, expected, study):
 
 
 def test_another_model_of_the_same_name_is_not_compared_with_the_tables(study):
-    # of two layers, while the tables are of models of 12
+    # two layers, while the tables are for models with 12
     assert len(claims.claims_of(study)) == len(claims.CLAIMS)
 
 
-def test_bad_sizes_are_refused_before_any_search(tiny_directories, monkeypatch):
+def test_invalid_sizes_are_refused_before_any_search(tiny_directories, monkeypatch):
     model = load_model(tiny_directories / "gpt2", processing=False)
     monkeypatch.setattr(feature_search, "search_exhaustive", None)
     with pytest.raises(ValueError, match="n_tokens must be at most 32, the model's context, got 40"):
@@ -361,7 +361,7 @@ def test_bad_sizes_are_refused_before_any_search(tiny_directories, monkeypatch):
         study_feature_search(model, n_features=0)
 
 
-def test_the_results_are_named_after_what_they_are(study):
+def test_the_results_have_names(study):
     names = set(study.results)
     assert {"complete_trained", "alignments_trained_random", "greedy_layer_0", "gradient"} <= names
     assert study.complete["embeddings"].model.name.endswith("seed 0, trained embeddings)")

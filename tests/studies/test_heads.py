@@ -1,4 +1,4 @@
-"""What counts as reproduced, on results with values known by hand."""
+"""What counts as reproduced, on results with known values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def compare(figure, performance, heads):
 
 
 def spread_performance():
-    """100 sequences of 3 tokens twice; the mean log-probability of the second half is 0, -0.01 .. -0.99."""
+    """100 sequences of 3 tokens twice; the second half's mean log probability is 0, -0.01 .. -0.99."""
     base = examples.performance()
     log_prob = torch.full((1, 100, 7), torch.nan)
     log_prob[0, :, :3] = -5.0
@@ -49,12 +49,12 @@ def test_a_single_draw_is_compared_with_single_sequences(value, verdict):
     figure = Published("second_half_log_prob", value, "an article", sequences=1)
     found = compare(figure, spread_performance(), examples.head_scores())
     assert found.verdict == verdict
-    # 99% of single sequences lie between -0.99 and 0; the quantiles are those of 20000 draws
+    # 99% of single sequences are between -0.99 and 0; the quantiles are from 20000 draws
     assert (found.low, found.high) == pytest.approx((-0.99, 0.0), abs=0.011)
     assert found.measured == pytest.approx(-0.495, abs=1e-6)
 
 
-def test_a_mean_of_many_is_compared_with_means_of_as_many():
+def test_a_mean_is_compared_with_means_of_equally_many():
     figure = Published("second_half_log_prob", -0.6, "an article", sequences=30)
     found = compare(figure, spread_performance(), examples.head_scores())
     # 1 / (1/30 + 1/100) = 23 sequences of standard deviation 0.2887: 2.576 * 0.2887 / sqrt(23)
@@ -66,7 +66,7 @@ def test_a_mean_of_many_is_compared_with_means_of_as_many():
     )
 
 
-def test_the_first_copy_is_read_for_a_claim_about_it():
+def test_a_claim_about_the_first_copy_uses_the_first_copy():
     figure = Published("first_half_log_prob", -5.0, "an article")
     found = compare(figure, spread_performance(), examples.head_scores())
     assert found.measured == -5
@@ -115,7 +115,7 @@ def circuit_scores(previous: tuple[int, int], induction: tuple[int, int], *, nul
         ((0, 1), (1, 2), 0.02, True),
         ((1, 1), (1, 2), 0.02, False),  # not in an earlier layer
         ((1, 1), (0, 2), 0.02, False),
-        ((0, 1), (1, 2), 0.2, False),  # its null is a quarter of it: it may attend at a fixed distance
+        ((0, 1), (1, 2), 0.2, False),  # its null is a quarter of it, so it may attend at a fixed distance
     ],
 )
 def test_an_induction_circuit_needs_the_right_order_and_clear_nulls(previous, induction, null, holds):
@@ -155,13 +155,13 @@ def test_the_card_was_measured_on_other_seeds_than_the_default_ones():
     assert not set(card["seeds"]) & {*RepeatedTokens().seeds, *DRAWS.seeds}
 
 
-def test_too_few_sequences_judge_nothing():
+def test_too_few_sequences_give_no_verdict():
     figure = Published("second_half_log_prob", -0.5, "an article")
     found = compare(figure, examples.performance(), examples.head_scores())
     assert (found.verdict, found.low, found.high) == ("not judged", None, None)
 
 
-def test_a_card_is_read_and_a_broken_one_refused(tmp_path):
+def test_a_card_is_read_and_a_damaged_one_refused(tmp_path):
     path = tmp_path / "card.json"
     assert read_card(path) == ()
     figure = Published("score", 0.9, "a card", head=(1, 2), kind="induction_score", sequences=30)

@@ -1,4 +1,4 @@
-"""The indirect object: prompts, logits, and what heads and positions recover."""
+"""Indirect-object identification: prompts, logits, and what heads and positions recover."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def log_probs(model, tokens):
         return model(tokens)[:, -1].double().log_softmax(-1)
 
 
-def test_the_indirect_object_is_the_difference_of_two_logits(bundled):
+def test_the_task_measures_the_difference_of_two_logits(bundled):
     found = indirect_object(bundled, n_prompts=12, templates=TEMPLATES, names=PEOPLE, seed=3)
     assert found.template.tolist() == [0, 1, 2] * 4
     for at in range(12):
@@ -38,11 +38,11 @@ def test_the_indirect_object_is_the_difference_of_two_logits(bundled):
         at_role = {name: int(found.tokens[at, where[at]]) for name, where in found.roles.items()}
         assert (at_role["IO"], at_role["S1"], at_role["S2"]) == (io, s, s)
         assert found.roles["S1"][at] < found.roles["S2"][at] < found.roles["END"][at]
-        # the same prompt, but for who speaks
+        # the same prompt, except for the subject
         other = found.tokens[at].clone()
         other[found.roles["S2"][at]] = io
         assert torch.equal(other, found.corrupted[at])
-    # as often the first name as the second
+    # equally often the first and the second name
     assert int((found.roles["IO"] < found.roles["S1"]).sum()) == 6
 
 
@@ -60,7 +60,7 @@ def test_names_of_several_tokens_are_left_out(bundled):
 
 
 def study_by_hand():
-    """Three layers of two heads, two prompts; position 2 holds the second subject, 4 is the last."""
+    """Three layers with two heads, two prompts; position 2 is the second subject, position 4 the last."""
     model = dataclasses.replace(examples.model(), n_layers=3, n_heads=2)
     task = examples.indirect_object(model)
     grid = dataclasses.replace(
@@ -87,9 +87,9 @@ def study_by_hand():
     )
 
 
-def test_what_heads_recover_and_which_position_carries_the_answer():
+def test_what_heads_recover_and_which_position_has_the_answer():
     study = study_by_hand()
-    # of a difference of 4 between the two runs
+    # out of a difference of 4 between the runs
     assert_close(share_recovered(study.indirect_object_heads)[:, 1, 1], torch.tensor([0.25, 0.75]))
     measured = study.quantities()
     values = {name: each.value for name, each in measured.items()}

@@ -1,4 +1,4 @@
-"""The post's claims as numbers: known cases, and the bundled model against whole distributions."""
+"""The claims of nostalgebraist's logit-lens post: known cases, and the bundled model in full."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_every_claim_is_measured(study):
 
 
 def test_depth_of_entry_of_a_known_token():
-    # rows embed, 0, 1, 2, 3; three tokens: in the top 2 after layer 1, never, at once
+    # rows embed, 0, 1, 2, 3; three tokens: in the top 2 after layer 1, never, from the start
     rank = torch.tensor([[1, 9, 1], [5, 9, 2], [2, 9, 7], [1, 9, 1], [1, 3, 1]]).float()
     depth = depth_of_entry(rank, top=2)
     assert depth[:1].tolist() + depth[2:].tolist() == [0.5, 0.25]
     assert math.isnan(depth[1])
 
 
-def test_entry_and_kl_on_prose_equal_those_of_whole_distributions(bundled, study):
+def test_entry_and_kl_on_prose_match_full_distributions(bundled, study):
     prose = study.prose
     depths, kls = [], []
     for row, real in zip(prose.tokens, prose.mask, strict=True):
@@ -81,7 +81,7 @@ def test_entry_and_kl_on_prose_equal_those_of_whole_distributions(bundled, study
     assert found["largest_fall"] == pytest.approx(float(falls.max() / (means[1] - means[-1])), abs=2e-3)
 
 
-def test_copies_are_read_where_the_second_one_is_predicted(study):
+def test_copies_are_read_at_the_position_that_predicts_the_second(study):
     copying = study.copying
     for row in range(len(copying.tokens)):
         ids = copying.tokens[row][copying.mask[row]].tolist()
@@ -107,7 +107,7 @@ def test_a_model_that_does_not_copy_or_notice_is_not_judged(study):
     assert compare(BY_NAME["repetition_noticed"], without).verdict == "not judged"
 
 
-def test_claims_fail_where_the_opposite_is_measured(study):
+def test_claims_fail_if_the_opposite_is_measured(study):
     prose, copying = study.prose, study.copying
     late = {
         "final": torch.where(torch.arange(5)[:, None, None] == 4, 1.0, 50.0).expand_as(prose.rank["final"])
@@ -119,7 +119,7 @@ def test_claims_fail_where_the_opposite_is_measured(study):
     worse = lens_with(study, copying=dataclasses.replace(copying, rank={**copying.rank, **early}))
     found = compare(BY_NAME["rare_copy_enters"], worse)
     assert (found.verdict, number(found.measured)) == ("not reproduced", 0.25)
-    # layers that jump at once, below an input that is no further away than they are
+    # one layer makes the whole jump, and the embedding is no further away than the layers
     kl = torch.tensor([4.0, 4.0, 4.0, 0.0, 0.0])[:, None, None].expand_as(prose.kl_final)
     worse = lens_with(study, prose=dataclasses.replace(prose, kl_final=kl))
     assert compare(BY_NAME["kl_falls"], worse).measured == pytest.approx(1 / 3)

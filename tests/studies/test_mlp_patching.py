@@ -1,4 +1,4 @@
-"""The article's claim about MLPs as numbers: known grids, and the bundled model."""
+"""The claim about MLPs in "How one can Interpret GPT2-Small": known grids, and the bundled model."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def test_every_claim_is_measured(study):
     assert {each.verdict for each in study.comparisons} <= {"reproduced", "not reproduced"}
 
 
-def test_the_loop_as_it_is_written_starts_at_the_end_of_the_first_copy(bundled, study):
+def test_the_loop_as_written_starts_at_the_end_of_the_first_copy(bundled, study):
     tokens = study.mlps_as_written.tokens
     assert study.mlps_as_written.positions == tuple(range(8, 16))
     assert study.mlps_aligned.positions == tuple(range(9, 17))
     assert torch.equal(tokens, study.mlps_aligned.tokens)
-    # the first of them is the last token of the first copy, and gets what BOS has
+    # the first position is the last token of the first copy, and gets BOS's output
     expected = reference.earlier(
         bundled, tokens[:1], "blocks.{}.hook_mlp_out", range(4), range(8, 16), 8, range(8, 16)
     )
-    # float32 through four layers, in losses of some nats
+    # float32 through four layers, in losses of a few nats
     assert torch.allclose(study.mlps_as_written.values[0], expected, atol=1e-4)
 
 
-def test_without_bos_the_copies_are_aligned_as_the_loop_is_written(bundled):
+def test_without_bos_the_loop_as_written_is_aligned(bundled):
     found = study_mlp_patching(bundled, seq_len=4, batch=1, prepend_bos=False)
     assert found.mlps_as_written.positions == found.mlps_aligned.positions == (4, 5, 6, 7)
     assert_close(found.mlps_as_written.values, found.mlps_aligned.values)
@@ -51,12 +51,12 @@ def test_heads_are_scored_on_the_sequences_they_are_ablated_on(study):
     assert torch.equal(study.ablated_head_scores.tokens["repeated"][0], study.ablated_heads.tokens)
 
 
-def test_the_largest_of_the_first_and_of_the_others():
+def test_the_largest_effects_at_the_first_position_and_elsewhere():
     # effects 1, 0.5, 0 | -0.5, 0, 0.25
     assert first_and_others(examples.patch_grid()) == (1.0, 0.5)
 
 
-def test_claims_hold_and_fail_where_the_numbers_say_so(study):
+def test_claims_hold_or_fail_by_the_numbers(study):
     grid = examples.patch_grid()
     flat = dataclasses.replace(grid, values=torch.ones(1, 2, 3) + torch.tensor([0.05, 0.05, -0.05]))
     for aligned, small, is_small, stands_out, does_stand_out in (

@@ -29,7 +29,7 @@ def test_every_figure_on_a_card_belongs_to_a_study_and_has_a_value():
         assert all(each["what"] and each["value"] == each["value"] for each in figures)
 
 
-def test_without_names_the_studies_of_the_card_are_planned():
+def test_by_default_the_studies_of_the_card_are_planned():
     smollm2 = dataclasses.replace(
         examples.model(),
         name="smollm2-135m",
@@ -97,7 +97,7 @@ def test_the_command_prints_and_writes_the_verdicts_of_a_study(capsys, name, exp
     assert re.findall(r"</span> ((?:not )?(?:reproduced|judged))</span>", page) == list(verdicts)
 
 
-def test_what_a_model_cannot_have_is_one_line(capsys, tmp_path):
+def test_an_impossible_study_is_refused_in_one_line(capsys, tmp_path):
     for arguments, message in (
         (["facts"], "the target ' Paris' is 3 tokens, not one"),
         (["fact"], "STUDY must be one of heads, logit-lens"),

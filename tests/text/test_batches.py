@@ -1,4 +1,4 @@
-"""Padding and windows: every token is read once, with the context that is promised."""
+"""Padding and windows: every token is read once, with the promised context."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_token_is_read_after_the_tokens_before_it(lengths, n_ctx, with_bos
                 assert seen[1:] == own[max(1, index + 2 - len(seen)) : index + 1]
             else:
                 assert seen == own[index + 1 - len(seen) : index + 1]
-            # from the second window on, half a context lies before what is read (less BOS and a new token)
+            # from the second window on, half a context precedes the new positions (minus BOS and a new token)
             if index >= n_ctx:
                 assert len(seen) >= n_ctx // 2
 
@@ -73,13 +73,13 @@ def test_texts_are_padded_on_the_right(tiny_bos_model):
         (torch.ones(1, 3, dtype=torch.long), [[1, 0, 1]], "row 0 of attention_mask has padding between"),
     ],
 )
-def test_prompts_and_masks_that_make_no_batch_are_errors(tiny_bos_model, prompt, mask, message):
+def test_invalid_prompts_and_masks_are_errors(tiny_bos_model, prompt, mask, message):
     mask = None if mask is None else torch.tensor(mask)
     with pytest.raises(ValueError, match=message):
         prompt_batch(tiny_bos_model, prompt, attention_mask=mask)
 
 
-def test_a_list_of_texts_and_ids_is_refused(tiny_bos_model):
+def test_a_mixed_list_of_texts_and_ids_is_refused(tiny_bos_model):
     with pytest.raises(TypeError, match="got a int: pass token ids as a tensor"):
         prompt_batch(tiny_bos_model, ["ab", 2])
 

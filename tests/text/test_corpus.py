@@ -1,4 +1,4 @@
-"""Texts come out of every kind of source as they went in, and windows hold their tokens and nothing else."""
+"""Texts are read unchanged from every kind of source, and windows have exactly their tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mechlens.text.corpus import PIECE, read_texts, token_windows
 from tests.shared import SHARED, needs_shared
 
 BOS = 0
-"""Of the tiny tokenizer, which is its EOS, too; `a` is 2, `b` is 3, and so on."""
+"""BOS of the tiny tokenizer, which is also its EOS; `a` is 2, `b` is 3, and so on."""
 
 
 def ids(text: str) -> list[int]:
@@ -22,7 +22,7 @@ def ids(text: str) -> list[int]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four documents and some blanks, in files of every kind; one file is none of them."""
+    """Four documents and some blanks, in files of every kind, with one unrelated file."""
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_text("\ufefffirst\ntext\n", encoding="utf-8")
     (tmp_path / "b" / "c.jsonl").write_text('{"text": "second"}\n\n{"text": "  "}\n{"text": "thürd"}')
@@ -38,7 +38,7 @@ TEXTS = ["first\ntext\n", "second", "thürd", "fourth"]
 # -- texts -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_in_the_order_of_names(folder: Path):
+def test_a_folder_is_read_in_order_of_file_names(folder: Path):
     assert list(read_texts(folder)) == TEXTS
     assert list(read_texts(str(folder))) == TEXTS
 
@@ -48,13 +48,13 @@ def test_several_paths_texts_and_mappings_may_be_mixed(folder: Path):
     assert list(read_texts(source)) == ["fourth", "a text", "of a data set", TEXTS[0]]
 
 
-def test_a_long_text_comes_back_whole():
+def test_a_long_text_is_read_completely():
     text = "".join(f"line {number}, which is as long as the others\n" for number in range(2000)) + "the end"
     assert len(text) > 3 * PIECE
     assert list(read_texts([text, "\n" * 20000 + "x"])) == [text, "\n" * 20000 + "x"]
 
 
-def test_an_iterable_is_read_as_far_as_asked_for():
+def test_an_iterable_is_read_only_as_far_as_requested():
     asked = []
 
     def texts():
@@ -86,7 +86,7 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message:
         list(read_texts(tmp_path / name))
 
 
-def test_errors_of_a_corpus_say_what_is_needed(tmp_path: Path, folder: Path):
+def test_errors_of_a_corpus_state_what_is_needed(tmp_path: Path, folder: Path):
     with pytest.raises(FileNotFoundError, match=r"no such corpus: .*absent"):
         read_texts(tmp_path / "absent.txt")
     with pytest.raises(FileNotFoundError, match="absent"):
@@ -117,7 +117,7 @@ def test_a_lone_surrogate_in_a_corpus_is_an_error(tiny_bos_model):
 
 def test_windows_of_known_texts(tiny_bos_model):
     windows = token_windows(tiny_bos_model, ["abc", "defgh", "ij"], length=4)
-    # the EOS separates documents, which is the BOS here: no window begins with two of them
+    # EOS, here equal to BOS, separates documents; no window begins with two of them
     expected = [[BOS, *ids("abc")], [BOS, *ids("def")], [BOS, *ids("gh"), BOS], [BOS, *ids("ij"), BOS]]
     assert [window.tolist() for window in windows] == expected
 
@@ -132,7 +132,7 @@ def test_windows_without_bos_and_a_limit(tiny_bos_model):
     assert [window.tolist() for window in windows] == [ids("abc"), ids("def")]
 
 
-def test_a_model_without_bos_has_windows_of_text_alone(tiny_directories):
+def test_a_model_without_bos_has_windows_of_only_text(tiny_directories):
     from mechlens.models.load.loading import load_model
 
     model = load_model(tiny_directories / "qwen2")
@@ -165,7 +165,7 @@ def test_an_endless_stream_is_read_no_further_than_needed(tiny_bos_model):
     assert len(list(token_windows(tiny_bos_model, forever(), length=5, limit=1000))) == 1000
 
 
-def test_token_ids_are_windows_as_they_are(tiny_bos_model):
+def test_token_ids_are_used_as_windows_unchanged(tiny_bos_model):
     rows = torch.arange(12).view(3, 4)
     assert torch.equal(torch.stack(list(token_windows(tiny_bos_model, rows))), rows)
     assert len(list(token_windows(tiny_bos_model, rows, length=4, limit=2))) == 2
@@ -203,5 +203,5 @@ def test_windows_of_the_books_begin_with_their_first_document(bundled):
     first = next(read_texts(path))
     windows = list(token_windows(bundled, path, length=64, limit=20))
     text = bundled.tokenizer.decode(torch.cat([window[1:] for window in windows]))
-    # a piece ends with a line, so the text's own spaces may be cut otherwise, but no character is lost
+    # a piece ends with a line, so spaces may be tokenized differently, but no character is lost
     assert first.startswith(text)

@@ -16,7 +16,7 @@ from mechlens.text.tokens import drawable_tokens, token_strings
 
 
 class Letters:
-    """A tokenizer of a, b, c, ... with specials; the real ones are used in the analyses' tests."""
+    """A tokenizer of a, b, c, ... with special tokens; the tests of analyses use real ones."""
 
     def __init__(self, n: int = 20, bos: int | None = 0) -> None:
         self.n = n
@@ -49,7 +49,7 @@ def test_specials_and_padding_are_never_drawn():
     assert set(drawn.flatten().tolist()) == set(ids.tolist()), "every drawable token comes, no other"
 
 
-def test_bos_is_put_before_the_tokens_and_overwrites_none():
+def test_bos_precedes_the_tokens_and_overwrites_none():
     random = repeated_tokens(model(), seq_len=6, batch=4, seed=3)
     assert random.prepend_bos
     assert random.tokens.shape == (4, 13)
@@ -61,7 +61,7 @@ def test_bos_is_put_before_the_tokens_and_overwrites_none():
     assert without.starts.tolist() == [[0, 6]] * 4
 
 
-def test_the_seed_decides_and_the_global_state_does_not():
+def test_draws_depend_on_the_seed_not_on_global_state():
     torch.manual_seed(0)
     first = repeated_tokens(model(), seed=1, seq_len=9).tokens
     state = torch.random.get_rng_state()
@@ -134,7 +134,7 @@ def test_a_text_becomes_one_row_that_fits_the_context():
 
 
 def test_chosen_indices_are_plain_numbers():
-    """Those of a table or a tensor, too: results save them as JSON."""
+    """Including those from a table or tensor: results save them as JSON."""
     found = chosen("position", [np.int64(2), torch.tensor(-3)], 3)
     assert [type(index) for index in found] == [int, int]
     assert found == (2, 0)
@@ -142,7 +142,7 @@ def test_chosen_indices_are_plain_numbers():
         inspect.unwrap(chosen)("position", [0.5], 3)
 
 
-def test_lone_bytes_are_told_from_letters(bundled):
+def test_single_bytes_are_distinguished_from_letters(bundled):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     of_letter = {letter: byte for byte, letter in bytes_to_unicode().items()}
@@ -167,7 +167,7 @@ TEMPLATE = "{{ bos_token }}" + TURNS + "{% if add_generation_prompt %}assistant{
 
 @pytest.fixture
 def chatting(tiny_directories):
-    """A real tokenizer of a token for each letter, whose BOS `<s>` is not its EOS."""
+    """A real tokenizer with a token per letter, whose BOS `<s>` is not its EOS."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_directories / "llama")
@@ -175,7 +175,7 @@ def chatting(tiny_directories):
     return model(n_ctx=32, d_vocab=64, tokenizer=tokenizer)
 
 
-def test_a_conversation_is_what_the_tokenizers_own_template_makes_of_it(chatting):
+def test_a_conversation_is_rendered_by_the_tokenizers_own_template(chatting):
     tokenizer = chatting.tokenizer
     for wanted, text in ((True, "<s>userabcassistantdeassistant"), (False, "<s>userabcassistantde")):
         found = chat_tokens(chatting, MESSAGES, generation_prompt=wanted)
@@ -183,7 +183,7 @@ def test_a_conversation_is_what_the_tokenizers_own_template_makes_of_it(chatting
         assert found.tolist() == [own["input_ids"]]
         assert "".join(token_strings(chatting, found[0])) == text
         assert int((found == tokenizer.bos_token_id).sum()) == 1
-        # as text, it does not get another
+        # as text, it does not get another BOS
         assert torch.equal(text_tokens(chatting, text), found)
         assert torch.equal(text_tokens(chatting, text, prepend_bos=True), found)
     one = chat_tokens(chatting, "abc", generation_prompt=False)
@@ -208,7 +208,7 @@ def test_a_template_without_bos_gets_none(chatting):
         ("{{ raise_exception('roles alternate') }}", MESSAGES, ValueError, "these messages: roles alternate"),
     ],
 )
-def test_wrong_messages_are_errors(chatting, template, messages, error, message):
+def test_invalid_messages_are_errors(chatting, template, messages, error, message):
     chatting.tokenizer.chat_template = template
     with pytest.raises(error, match=message):
         chat_tokens(chatting, messages)
@@ -222,7 +222,7 @@ def test_messages_as_a_prompt_point_to_chat_tokens(chatting, read):
         read(chatting, MESSAGES)
 
 
-def test_the_arguments_of_a_repeated_token_experiment_draw_what_repeated_tokens_does():
+def test_repeated_tokens_objects_draw_the_same_as_the_function():
     on = RepeatedTokens(seq_len=7, batch=3, seeds=range(2), jitter=2)
     assert on.seeds == (0, 1)
     expected = repeated_tokens(model(), seq_len=7, batch=3, seed=1, jitter=2)
@@ -239,6 +239,6 @@ def test_the_arguments_of_a_repeated_token_experiment_draw_what_repeated_tokens_
         ({"seeds": ()}, "at least one integer"),
     ],
 )
-def test_wrong_arguments_of_a_repeated_token_experiment_are_refused_without_a_model(wrong, complaint):
+def test_invalid_repeated_tokens_objects_are_refused_without_a_model(wrong, complaint):
     with pytest.raises((TypeError, ValueError), match=complaint):
         RepeatedTokens(**wrong)

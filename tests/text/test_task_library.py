@@ -1,4 +1,4 @@
-"""Built-in tasks for a tokenizer that reads years as GPT-2 does: two pairs of digits, some years whole."""
+"""Built-in tasks for a tokenizer that splits years like GPT-2: two pairs of digits, or one token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reader():
     return SimpleNamespace(tokenizer=fast, cfg=SimpleNamespace(d_vocab=len(fast), n_ctx=256))
 
 
-def test_later_years_are_right_and_years_read_as_one_token_are_left_out(reader):
+def test_later_years_are_right_and_single_token_years_are_left_out(reader):
     assert len(reader.tokenizer(" 1776")["input_ids"]) == 1
     assert len(reader.tokenizer(" 1775")["input_ids"]) == 2
     prompts, counterfactual = made(reader, "greater-than", 400, torch.Generator().manual_seed(0), None)

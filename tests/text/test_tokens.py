@@ -1,4 +1,4 @@
-"""A label names one token, and is understood when it is given back."""
+"""A label names one token and is accepted as input."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_labels_differ_and_name_their_tokens(name, load_once, tiny_directories):
     assert len(set(labels)) == len(labels)
     told = len(model.tokenizer)
     assert [target_id(model, label) for label in labels[:told]] == list(range(told))
-    # ids behind the tokenizer's last are numbers in brackets, which are understood too
+    # ids beyond the tokenizer's last are numbers in brackets, which are also accepted
     assert [target_id(model, label) for label in labels[told:]] == list(range(told, len(labels)))
 
 
 @needs_shared
 @pytest.mark.parametrize("text", [" a", "a", "ed", " the"])
 def test_a_leading_space_makes_another_token(stories260k, text):
-    """Decoded by itself a token of Llama's loses its space."""
+    """Decoded on its own, a Llama token loses its space."""
     found = target_id(stories260k, text)
     piece = stories260k.tokenizer.convert_ids_to_tokens(found)
     assert piece == text.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")

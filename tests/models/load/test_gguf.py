@@ -118,7 +118,7 @@ def test_if_the_cache_cannot_be_written_the_error_suggests_no_cache(tmp_path, mo
     assert load_model(tmp_path / "tiny.gguf", cache=False).cfg.n_layers == 2
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a limit on files is POSIX's")
+@pytest.mark.skipif(os.name != "posix", reason="file limits need POSIX")
 def test_a_full_disk_leaves_no_cache_entry(tmp_path):
     import resource
 
@@ -150,7 +150,7 @@ def keep(path, made, begun, may_go_on):
         pass
 
 
-@pytest.mark.skipif(os.name != "posix", reason="processes are forked")
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_killed_process_leaves_no_cache_entry_and_two_processes_leave_one(tmp_path):
     file = tmp_path / "tiny.gguf"
