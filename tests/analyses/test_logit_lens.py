@@ -51,7 +51,7 @@ def test_the_last_row_is_the_models_own_prediction(lens_model):
         own = lens_model(tokens).log_softmax(-1)
     top = own.topk(3)
     assert torch.equal(lens.top_ids[-1], top.indices)
-    # float32 log-probabilities
+    # float32 log probabilities
     assert torch.allclose(lens.top_probabilities[-1].log(), top.values, atol=1e-5)
     expected = own[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
     assert torch.allclose(lens.log_prob["next"][-1, :, :-1], expected, atol=1e-5)
@@ -347,7 +347,7 @@ def test_last_blocks_equals_a_run_from_the_rows_vectors(lens_model, k):
                     tokens, fwd_hooks=[(f"blocks.{first}.hook_resid_pre", lambda a, hook, r=resid: r)]
                 )
         expected = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
-        # float32 log-probabilities
+        # float32 log probabilities
         assert torch.allclose(lens.log_prob["input"][row], expected, atol=2e-5), row
     plain = logit_lens(lens_model, tokens)
     assert not torch.allclose(lens.entropy[0], plain.entropy[0], atol=1e-3)
@@ -368,7 +368,7 @@ def test_a_tuned_lens_translates_each_row(tiny_directories):
         if row < 2:
             resid = resid + resid @ lens.weight[row] + lens.bias[row]
         expected = dense(model, resid).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
-        # float32 log-probabilities
+        # float32 log probabilities
         assert torch.allclose(found.log_prob["input"][row], expected, atol=2e-5)
         if row < 2:
             # the stream before block l is the stream after block l - 1
@@ -451,7 +451,7 @@ def test_a_document_longer_than_the_context_is_read_in_windows(lens_model):
         assert n_ctx // 2 <= seen <= n_ctx or pos == 3
         with torch.no_grad():
             own = lens_model(tokens[:, pos + 1 - seen : pos + 1])[0, -1].log_softmax(-1)
-        # float32 log-probabilities
+        # float32 log probabilities
         assert float(lens.log_prob["input"][-1, 0, at]) == pytest.approx(float(own[tokens[0, pos]]), abs=1e-5)
         if pos + 1 < tokens.shape[1]:
             expected = float(own[tokens[0, pos + 1]])
