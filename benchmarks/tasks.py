@@ -16,6 +16,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # The profiler tells of its start and stop, and of blocks that are older than it.
@@ -98,7 +99,7 @@ def main() -> None:
         found.grid("mlp_out", over=("layer",), into="clean")
 
     n_nodes = len(graph.senders) - 1
-    exact, everywhere = (seconds(lambda: nodes(other)) for other in (swapped, corrupted))  # noqa: B023
+    exact, everywhere = (seconds(partial(nodes, other)) for other in (swapped, corrupted))
     print_rows(
         f"{PROMPTS} prompts of {LENGTH} tokens; forward pass {one:.2f} s, with backward pass {both:.2f} s",
         [

@@ -18,7 +18,7 @@ from mechlens.plots.style import (
     top_margin,
 )
 from mechlens.results import CircuitCurve, EdgeEffects
-from mechlens.results.task_circuits import SOURCES
+from mechlens.results.task_circuits import SOURCES, component_of
 from mechlens.text.display import count, number
 
 
@@ -131,12 +131,12 @@ def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True
     table = result.to_dataframe().set_index("edge")
     edges = table.loc[list(result.top(top, absolute=absolute))].reset_index().to_dict("records")
     n_layers, n_heads = result.model.n_layers, result.model.n_heads
-    ends = {name for row in edges for name in (row["sender"], _component(row["receiver"]))}
+    ends = {name for row in edges for name in (row["sender"], component_of(row["receiver"]))}
     places = {name: _place(name, n_layers, n_heads) for name in ends}
     largest = max(abs(row["effect"]) for row in edges) or 1.0
     figure = go.Figure()
     for row in edges:
-        (x0, y0), (x1, y1) = places[row["sender"]], places[_component(row["receiver"])]
+        (x0, y0), (x1, y1) = places[row["sender"]], places[component_of(row["receiver"])]
         size, helps = abs(row["effect"]) / largest, row["effect"] < 0
         figure.add_trace(
             go.Scatter(
@@ -197,11 +197,6 @@ def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True
             **NO_TICKS,
         },
     )
-
-
-def _component(receiver: str) -> str:
-    """The component whose input it is."""
-    return receiver if receiver.endswith(".mlp") else receiver.partition(".")[0]
 
 
 def _place(name: str, n_layers: int, n_heads: int) -> tuple[float, float]:

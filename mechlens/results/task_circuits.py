@@ -21,7 +21,6 @@ FAITHFULNESS = (
     "(M(circuit) - M(nothing)) / (M(model) - M(nothing)), where M is the mean metric over prompts: 0 is no "
     "better than nothing, 1 is the whole model"
 )
-UNITS = {"logit_diff": "nats", "probability_diff": ""}
 METRIC_WORDS = {"logit_diff": "logit difference", "probability_diff": "probability difference"}
 SOURCES = {
     "resample": "its value on the corrupted prompt",
@@ -34,6 +33,11 @@ SOURCES = {
 def set_size(components: tuple[str, ...]) -> str:
     """The number of components, or of edges if they are edges."""
     return count(len(components), "edge" if any("->" in each for each in components) else "component")
+
+
+def component_of(receiver: str) -> str:
+    """The component that has an input: `L5H5` of `L5H5.k`; an MLP and the logits have one."""
+    return receiver if receiver.endswith(".mlp") else receiver.partition(".")[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,8 +57,8 @@ class _OfTask(Result):
     """The metric of the whole model."""
     empty: Float[Tensor, " prompt"]
     """The metric with everything replaced."""
-    seed: int
-    """Of what is drawn here: random sets, or edges of which the exact effect is measured."""
+    seed: int | None
+    """Of the random sets, or of the edges that were drawn to be measured exactly; None if none are."""
     note: str
     """That the model does not do the task; empty where it does."""
 
@@ -280,9 +284,9 @@ class EdgeEffects(_OfTask):
         largest = float(table["effect"].abs().max()) or 1.0
         lines = []
         for row in table.to_dict("records"):
-            to, _, read = row["receiver"].partition(".")
-            end = row["receiver"] if read == "mlp" else to
-            label = f"{read + ' ' if read in ('q', 'k', 'v') else ''}{row['effect']:+.3f}"
+            end = component_of(row["receiver"])
+            read = row["receiver"].removeprefix(end).strip(".")
+            label = f"{read} {row['effect']:+.3f}".strip()
             look = f'penwidth={0.5 + 4 * abs(row["effect"]) / largest:.2f}, label="{label}"'
             dashed = ", style=dashed" if row["effect"] > 0 else ""
             lines.append(f'  "{row["sender"]}" -> "{end}" [{look}{dashed}];')

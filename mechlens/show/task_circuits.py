@@ -50,10 +50,11 @@ def curve_section(
     """The curve of faithfulness as a figure and a table.
 
     Args:
-        top: not used; every size is listed.
+        top: ignored, because every size is shown.
     """
     said = (
-        f"{result.described()} Edges are ranked by {result.ranking}; CPR is {number(result.cpr)}, CMD "
+        f"{result.described()} {'Edges' if result.of_edges else 'Heads and MLPs'} are ranked by "
+        f"{result.ranking}; CPR is {number(result.cpr)}, CMD "
         f"{number(result.cmd)}."
     )
     figure = Figure(drawn("plot_circuit_curve", result), "Faithfulness by the share that is kept.")

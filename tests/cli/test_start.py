@@ -11,6 +11,7 @@ import pytest
 from mechlens.analyses.circuits import factors
 from mechlens.analyses.features import Continue, objectives, optimization, spec
 from mechlens.analyses.logit_lens import decoders
+from mechlens.analyses.tasks import answers, replaced
 from mechlens.cli import circuits as cli_circuits
 from mechlens.cli import commands, options
 from mechlens.cli import feature_options as cli_features
@@ -129,6 +130,8 @@ def test_a_target_that_cannot_be_written_imports_no_torch(ending):
         (cli_features.OPTIMIZERS, optimization.OPTIMIZERS),
         (cli_lens.DECODERS, tuple(decoders.DECODERS)),
         (cli_task.TASKS, tuple(task_library.BUILT_IN)),
+        (cli_task.BY, replaced.BY),
+        (cli_task.METRICS, answers.METRICS),
     ],
 )
 def test_choices_in_the_command_line_equal_those_of_the_analyses(ours, theirs):

@@ -103,7 +103,7 @@ class ChosenSet:
 
     @classmethod
     def of(cls, graph: Graph, given: Any) -> ChosenSet:
-        """Raises ValueError: no components, or components beside edges."""
+        """Raises ValueError: what the graph does not have, or components beside edges."""
         given = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, tuple)) else given
         of_edges = has_edges(given)
         if of_edges and not all(has_edges(each) for each in ([given] if isinstance(given, str) else given)):
@@ -148,9 +148,9 @@ class ChosenSet:
     def random(self, generator: torch.Generator) -> ChosenSet:
         """As many components of the same layers, or as many edges into the same layers."""
         own = self.mask()
-        graph, names = self.graph, list[str]()
-        layers = [graph.receivers_of(layer) for layer in range(graph.n_layers)]
+        graph = self.graph
         if not self.of_edges:
+            names: list[str] = []
             for layer in range(graph.n_layers):
                 these = graph.layer(layer)
                 wanted = sum(name in self.names for name in these)
@@ -159,6 +159,7 @@ class ChosenSet:
                 ]
             return dataclasses.replace(self, names=tuple(names))
         found = torch.zeros_like(own)
+        layers = [graph.receivers_of(layer) for layer in range(graph.n_layers)]
         for inputs in (*layers, slice(len(graph.receivers) - 1, None)):
             there = graph.possible[:, inputs].nonzero()
             wanted = int(own[:, inputs].sum())
@@ -176,7 +177,7 @@ def run_set(task: Task, components: Any, by: str, metric: str, *, kept: bool) ->
     removed = chosen.all_but() if kept else chosen.mask()
     values, full, empty = runs.values([removed, nothing, everything.mask()])
     return ComponentSet(
-        **runs.fields(full, empty), seed=task.seed or 0, components=chosen.names, kept=kept, values=values
+        **runs.fields(full, empty), seed=None, components=chosen.names, kept=kept, values=values
     )
 
 

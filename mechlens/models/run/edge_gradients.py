@@ -33,7 +33,8 @@ def edge_effects(
         steps: 1 takes the gradient in the run of the tokens. More average the gradients of runs whose
             embeddings lie between the tokens' own and those `there`, at the midpoints of equal steps.
 
-    Cost: one forward pass and `steps` forward and backward passes, and 2 d_model for each edge and position.
+    Cost: `steps` forward and backward passes, one more forward pass for several steps, and 2 d_model for each
+    step, edge and position.
     """
     graph = Graph.of(model)
     width = tokens.shape[1] * model.cfg.d_model * 4
@@ -57,32 +58,24 @@ def _effects(
     steps: int,
     readers: list[Reader],
 ) -> Float[Tensor, "prompt sender receiver"]:
-    sites = ["resid_pre", *READS, "z", "attn_out", *(["mlp_out"] if graph.mlps else [])]
-    names = [SITES[site].format(layer) for site in sites for layer in range(graph.n_layers)]
-    names.append(last_hook(model))
-    own: Written | None = None
-    total: Tensor | None = None
+    names = [
+        SITES[site].format(n) for site in ("resid_pre", *READS, "attn_out") for n in range(graph.n_layers)
+    ]
+    names = [*dict.fromkeys([*names, *Written.hooks(model), last_hook(model)])]
+    own = Written.of(model, tokens) if steps > 1 else None
+    changes: Tensor | None = None
+    found = []
     for step in range(steps):
         begin = None
-        if steps > 1:
-            own = own or Written.of(model, tokens)
+        if own is not None:
             share = (step + 0.5) / steps
             begin = (1 - share) * own.embed.float() + share * there.embed.float()
         _, kept, by = gradients(model, tokens, names, lambda final: metric(final[:, -1]).sum(), begin=begin)
-        if own is None:
-            own = Written(
-                kept[SITES["resid_pre"].format(0)],
-                [kept[SITES["z"].format(layer)] for layer in range(graph.n_layers)],
-                [kept[SITES["mlp_out"].format(layer)] for layer in range(graph.n_layers)]
-                if graph.mlps
-                else [],
-            )
-        changes = _changes(model, graph, own, there)
+        if changes is None:
+            changes = _changes(model, graph, own or Written.kept(model, kept), there)
         with torch.no_grad():
-            each = _contracted(model, graph, readers, changes, kept, by)
-        total = each if total is None else total + each
-    assert total is not None
-    return (total / steps).masked_fill(~graph.possible, torch.nan).cpu()
+            found.append(_contracted(model, graph, readers, changes, kept, by))
+    return torch.stack(found).mean(0).cpu().masked_fill(~graph.possible, torch.nan)
 
 
 def _changes(

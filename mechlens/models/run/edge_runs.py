@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,15 +47,23 @@ class Written:
     @classmethod
     def of(cls, model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> Written:
         """Of whole runs of some prompts. Cost: one forward pass."""
-        layers = range(model.cfg.n_layers)
-        sites = ["z"] if getattr(model.cfg, "attn_only", False) else ["z", "mlp_out"]
-        first = SITES["resid_pre"].format(0)
-        keep = [first, *(SITES[site].format(layer) for site in sites for layer in layers)]
         size = max(1, MAX_POSITIONS // tokens.shape[1])
         several = [slice(start, start + size) for start in range(0, len(tokens), size)]
-        run = CleanRun.of(model, tokens, keep, parts=several)
-        z, mlp_out = ([run.at(site, n) for n in layers if site in sites] for site in ("z", "mlp_out"))
-        return cls(run.kept[first], z, mlp_out)
+        return cls.kept(model, CleanRun.of(model, tokens, cls.hooks(model), parts=several).kept)
+
+    @staticmethod
+    def hooks(model: LensModel) -> list[str]:
+        """The hooks that it is read from."""
+        sites = ["z"] if getattr(model.cfg, "attn_only", False) else ["z", "mlp_out"]
+        layers = range(model.cfg.n_layers)
+        return [SITES["resid_pre"].format(0), *(SITES[site].format(n) for site in sites for n in layers)]
+
+    @classmethod
+    def kept(cls, model: LensModel, kept: Mapping[str, Tensor]) -> Written:
+        """Of activations by hook name."""
+        embed, *rest = (kept[name] for name in cls.hooks(model))
+        n_layers = model.cfg.n_layers
+        return cls(embed, rest[:n_layers], rest[n_layers:])
 
     def rows(self, rows: slice) -> Written:
         """The same for some of the prompts."""
@@ -103,12 +112,15 @@ class EdgeRuns:
     tokens: Int[Tensor, "prompt pos"]
     there: Written
     """What replaced edges carry, for each prompt."""
-    readers: Sequence[Reader]
 
     @classmethod
     def of(cls, model: LensModel, tokens: Int[Tensor, "prompt pos"], there: Written) -> EdgeRuns:
-        readers = [Reader.of(model, layer) for layer in range(model.cfg.n_layers)]
-        return cls(model, Graph.of(model), tokens, there, readers)
+        return cls(model, Graph.of(model), tokens, there)
+
+    @functools.cached_property
+    def readers(self) -> list[Reader]:
+        """By layer. Whole components need none."""
+        return [Reader.of(self.model, layer) for layer in range(self.model.cfg.n_layers)]
 
     def final(self, removed: Bool[Tensor, "set sender receiver"]) -> Float[Tensor, "set prompt d_model"]:
         """The stream that the last position's logits are made from, for each set of replaced edges.
@@ -161,7 +173,7 @@ class _Rows:
         self.needed = self.weights.any(0).any(1)
         # senders, over rows: their column in what is kept
         self.column = torch.cumsum(self.needed, 0) - 1
-        device = model_device(self.model)
+        device = self.model.W_U.device
         self.weights = self.weights[:, self.needed].to(device)
         n_pos, d_model = runs.tokens.shape[1], self.model.cfg.d_model
         self.changes = torch.zeros(
@@ -218,7 +230,7 @@ class _Rows:
         some = rearrange(self.changes[:, columns], "row sender pos d -> row sender (pos d)")
         return base + (weights[:, columns].mT @ some).unflatten(2, base.shape[2:])
 
-    def _begin(self, stream: Tensor, layer: int) -> Tensor | None:
+    def _begin(self, stream: Tensor, layer: int) -> Tensor:
         if layer == 0:
             there = self.runs.there.embed[self.prompts]
             whole = self.whole[:, 0].to(stream.device)[:, None, None]
@@ -253,13 +265,15 @@ class _Rows:
         changed[:, :, heads] = (own[:, :, heads].float() + added).to(own.dtype)
         return changed
 
-    def _heads(self, z: Tensor, layer: int) -> Tensor | None:
+    def _heads(self, z: Tensor, layer: int) -> Tensor:
         at = self.graph.senders_of(layer)
         senders = slice(at.start, at.start + self.graph.n_heads)
         there = self.runs.there.z[layer][self.prompts].to(z)
         whole = self.whole[:, senders].to(z.device)
         if whole.any():
             z = torch.where(whole[:, None, :, None], there, z)
+        if not self.partial.any():
+            return z
         W_O = output_weights(self.model, layer)
         for head in self.needed[senders].nonzero()[:, 0].tolist():
             change = z[:, :, head].float() - there[:, :, head].float()
@@ -267,7 +281,7 @@ class _Rows:
         if self.adding:
             flat = rearrange(there.float(), "row pos head d -> row pos (head d)")
             self.all_replaced = self.all_replaced + flat @ W_O.flatten(0, 1) + output_bias(self.model, layer)
-        return z if whole.any() else None
+        return z
 
     def _attention(self, attn_out: Tensor, layer: int) -> None:
         self.attn_out = attn_out.float()
@@ -281,26 +295,23 @@ class _Rows:
         self.stream = self.stream - self.attn_out
         return made.to(stream.dtype)
 
-    def _mlp(self, mlp_out: Tensor, layer: int) -> Tensor | None:
+    def _mlp(self, mlp_out: Tensor, layer: int) -> Tensor:
         sender = self.graph.senders_of(layer).stop - 1
         there = self.runs.there.mlp_out[layer][self.prompts].to(mlp_out)
         whole = self.whole[:, sender].to(mlp_out.device)
         if whole.any():
             mlp_out = torch.where(whole[:, None, None], there, mlp_out)
-        if self.partial.any():
-            self.stream = self.stream + self.attn_out + mlp_out.float()
+        if not self.partial.any():
+            return mlp_out
+        self.stream = self.stream + self.attn_out + mlp_out.float()
         if self.adding:
             self.all_replaced = self.all_replaced + there.float()
         self._keep(sender, mlp_out.float() - there.float())
-        return mlp_out if whole.any() else None
+        return mlp_out
 
     def _keep(self, sender: int, change: Float[Tensor, "row pos d_model"]) -> None:
         if self.needed[sender]:
             self.changes[:, int(self.column[sender])] = change
-
-
-def model_device(model: LensModel) -> torch.device:
-    return torch.device(model.W_U.device)
 
 
 def check_edges(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> None:
