@@ -53,6 +53,7 @@ from mechlens.analyses.patching import Resampled as Resampled
 from mechlens.analyses.patching import Zero as Zero
 from mechlens.analyses.patching import ablate_heads as ablate_heads
 from mechlens.analyses.patching import ablate_mlps as ablate_mlps
+from mechlens.analyses.plan import plan as plan
 from mechlens.analyses.tasks import Task as Task
 from mechlens.analyses.tasks import load_task as load_task
 from mechlens.analyses.tuned_lens import Training as Training
@@ -116,6 +117,7 @@ from mechlens.results import LogitLensResult as LogitLensResult
 from mechlens.results import LogitVariance as LogitVariance
 from mechlens.results import ModelInfo as ModelInfo
 from mechlens.results import PatchGridResult as PatchGridResult
+from mechlens.results import Plan as Plan
 from mechlens.results import PositionalAttention as PositionalAttention
 from mechlens.results import RepeatedTokenPerformance as RepeatedTokenPerformance
 from mechlens.results import Result as Result

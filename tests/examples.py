@@ -34,6 +34,7 @@ from mechlens.results import (
     LogitVariance,
     ModelInfo,
     PatchGridResult,
+    Plan,
     PositionalAttention,
     RepeatedTokenPerformance,
     RoleGrid,
@@ -925,6 +926,21 @@ def feature_examples(**changes) -> FeatureExamples:
     return dataclasses.replace(plain, **changes)
 
 
+def plan(**changes) -> Plan:
+    plain = Plan(
+        model=model(),
+        analysis="Task.circuit",
+        runs=488,
+        tokens=2928,
+        flop=1.04e10,
+        bytes=6 * 2**20,
+        seconds=75.0,
+        loops={"runs (sets)": (20.0, 118.0)},
+        note="",
+    )
+    return dataclasses.replace(plain, **changes)
+
+
 def sites(**changes) -> FeatureAlignment:
     """Two layers of one model, at one site and at another."""
     return alignment(within=False, site="attn_out", other_site="mlp_out", **changes)
@@ -952,7 +968,7 @@ RESULTS = {
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
         *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
         *("circuit_curve", "component_set", "copy_scores", "edge_effects", "task_circuit", "task_heads"),
-        *("variance", "vector_lens"),
+        *("plan", "variance", "vector_lens"),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )
 }

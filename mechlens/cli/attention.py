@@ -11,7 +11,7 @@ from mechlens.cli.options import BosOption, ChatOption, TextArgument
 from mechlens.cli.run import Run, command
 
 
-@command("attention", renamed={"heads": "--head"})
+@command("attention", renamed={"heads": "--head"}, without=("dry_run",))
 def attention(
     run: Run,
     text: TextArgument,

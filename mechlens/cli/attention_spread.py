@@ -11,7 +11,7 @@ from mechlens.cli.options import BosOption, ChatOption, TextArgument
 from mechlens.cli.run import Run, command
 
 
-@command("attention-spread")
+@command("attention-spread", without=("dry_run",))
 def attention_spread(
     run: Run,
     text: TextArgument,

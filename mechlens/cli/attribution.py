@@ -11,7 +11,7 @@ from mechlens.cli.options import BosOption, ChatOption, TextArgument
 from mechlens.cli.run import Run, command
 
 
-@command("attribution")
+@command("attribution", without=("dry_run",))
 def attribution(
     run: Run,
     text: TextArgument,

@@ -13,7 +13,7 @@ from mechlens.cli.output import deliver
 from mechlens.cli.run import PROSE, Run, command
 
 
-@command("models", endings=(PROSE,), without=("model", "dtype"))
+@command("models", endings=(PROSE,), without=("model", "dtype", "dry_run"))
 def models(
     run: Run,
     name: Annotated[str | None, typer.Argument(help="The model to show: a name, or a path.")] = None,

@@ -57,6 +57,10 @@ BosOption = Annotated[
     bool | None, typer.Option("--bos/--no-bos", help="Prepend the BOS token. [default: if the model has one]")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress bars nor tables.")]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Estimate runs, arithmetic, memory and time from a part of the work."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ResumeOption = Annotated[
     Path | None,
@@ -78,7 +82,7 @@ OWN_WINDOWS = 128
 """Maximum number of windows of text sampled from the model."""
 
 
-_NOT_WRITTEN = ("resume", "quiet", "cache", "as_json", "as_csv")
+_NOT_WRITTEN = ("resume", "quiet", "cache", "dry_run", "as_json", "as_csv")
 
 
 def load(

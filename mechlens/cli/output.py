@@ -48,6 +48,8 @@ def deliver(
     Raises:
         NotSavedError: the result was saved elsewhere, or not at all.
     """
+    if given.get("dry_run"):
+        return
     out, failure, elsewhere = given["out"], None, None
     if out is not None:
         try:

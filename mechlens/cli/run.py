@@ -31,6 +31,7 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "dtype": (options.DtypeOption, "float32"),
     "revision": (options.RevisionOption, None),
     "cache": (options.CacheOption, True),
+    "dry_run": (options.DryRunOption, False),
     "quiet": (options.QuietOption, False),
     "as_json": (options.JsonOption, False),
 }
@@ -47,6 +48,18 @@ class Run:
         self, name: str, function: Callable[..., None], given: Mapping[str, Any], renamed: Mapping[str, str]
     ) -> None:
         self.name, self.function, self.given, self.renamed = name, function, dict(given), renamed
+        self._models: dict[tuple[Any, ...], LensModel] = {}
+
+    def carry_out(self, work: Callable[[], None]) -> None:
+        """Do the work, or with `--dry-run` print what it would take."""
+        if not self.given.get("dry_run"):
+            work()
+            return
+        from mechlens.analyses.plan import measured
+
+        found = measured(work, f"mechlens {self.name}", self._models.values())
+        self.given |= {"dry_run": False, "out": None}
+        self.show(found)
 
     @property
     def progress(self) -> bool:
@@ -70,12 +83,16 @@ class Run:
         """The model, or another one with the same options."""
         names = ("model", "device", "dtype", "revision", "quiet")
         given = self.given if other is None else self.given | {"model": other, "revision": None}
-        return options.load(
-            *(given[name] for name in names),
-            processing=processing,
-            checkpoint=checkpoint,
-            cache=self.given["cache"],
-        )
+        key = (processing, checkpoint, other)
+        if key not in self._models:
+            with _unmetered(self.given.get("dry_run", False)):
+                self._models[key] = options.load(
+                    *(given[name] for name in names),
+                    processing=processing,
+                    checkpoint=checkpoint,
+                    cache=self.given["cache"],
+                )
+        return self._models[key]
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
         """A context for the work: after Ctrl-C, the user is told where progress is saved."""
@@ -162,6 +179,15 @@ def _quiet(wanted: bool) -> AbstractContextManager[None]:
     return no_bars()
 
 
+def _unmetered(wanted: bool) -> AbstractContextManager[Any]:
+    """A context that a plan does not count, if `wanted`."""
+    if not wanted:
+        return nullcontext()
+    from mechlens.models.run.meter import unmetered
+
+    return unmetered()
+
+
 def command(
     name: str,
     *,
@@ -207,7 +233,8 @@ def command(
                 raise ValueError("--json and --csv both print to standard output: choose one")
             try:
                 with _quiet(given.get("quiet", False)):
-                    function(run, **{parameter.name: given[parameter.name] for parameter in own})
+                    own_given = {parameter.name: given[parameter.name] for parameter in own}
+                    run.carry_out(functools.partial(function, run, **own_given))
             except ArgumentError as error:
                 raise ValueError(error.said_of(run.option(error.name))) from error
 

@@ -37,7 +37,7 @@ TaskSeedOption = Annotated[
 ]
 
 
-@command("task")
+@command("task", without=("dry_run",))
 def task(
     run: Run,
     name: TaskArgument,

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mechlens.files import replacing
-from mechlens.progress import progress_bar
+from mechlens.progress import SampleEnded, planning, progress_bar
 from mechlens.results.base import plain_number
 
 SAVE_SECONDS = 30.0
@@ -125,14 +125,17 @@ class Checkpoint:
         self._state, saved = state, time.monotonic()
         for item in work:
             yield item
-            self.bar.update(size(item))
+            try:
+                self.bar.update(size(item))
+            except SampleEnded:
+                return
             if self.path is not None and time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.monotonic()
 
     def save(self) -> None:
         """Write the current state, completely or not at all. Without a path, do nothing."""
-        if self.path is not None and self._state is not None:
+        if self.path is not None and self._state is not None and not planning():
             tensors, step = self._state()
             if tensors:
                 save_state(self.path, self.kind, tensors, self._arguments, step=step)

@@ -46,7 +46,7 @@ def estimate_edges(
     pairs = list(zip(task.groups, runs.runs, runs.answers, strict=True))
     for group, run, answers in progress_bar(pairs, desc="lengths", progress=progress):
         effects[list(group.index)] = edge_effects(task.model, group.tokens, run.there, answers, steps=steps)
-    mean = effects.mean(0)
+    mean = effects.nanmean(0)
     edges = _sampled(mean, min(wanted, n_edges), generator)
     single = [ChosenSet(graph, (edge,), True).mask() for edge in graph.edge_names(edges)]
     nothing = torch.zeros_like(graph.possible)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mechlens.models.protocol import LensModel, engine_of
 from mechlens.models.run.user_hooks import alone, every_module, user_hooks
+from mechlens.progress import note_run
 
 MAX_POSITIONS = 16384
 """Positions (rows x length) in one forward pass; larger batches are run in parts."""
@@ -29,6 +30,7 @@ class StopForward(Exception):
 def run(model: LensModel, given: Tensor, **options: Any) -> None:
     """Run the model for its hooks, until the end or until one of them raises `StopForward`."""
     given = given.to(model.cfg.device)
+    note_run(model, *given.shape[:2])
     with contextlib.suppress(StopForward):
         model(given, return_type=None, **(seen_whole(model, given) | options))
 

@@ -24,6 +24,7 @@ from mechlens.models.run.forward import StopForward, run, running
 from mechlens.models.run.properties import alike, key_value_heads, rows_run_alike
 from mechlens.models.run.sites import ATTENTION, SITES, last_hook
 from mechlens.models.run.user_hooks import user_hooks
+from mechlens.progress import note_run
 
 _AFTER_THE_BLOCK = ("mlp_out", "resid_post")
 TOKEN_BUDGET = 8192
@@ -341,6 +342,7 @@ def _growing_rows(
     """One pass through the blocks with a growing batch: each row joins at the layer of its patch."""
     site, layers, after = patches.site, patches.layer[which], patches.site in _AFTER_THE_BLOCK
     x = start.resid_pre[0].new_empty(0, start.tokens.shape[1] - begin, model.cfg.d_model)
+    note_run(model, len(which), x.shape[1])
     # for each row of x, its place in `which`
     order = torch.empty(0, dtype=torch.long)
 

@@ -14,6 +14,7 @@ from mechlens.models.run.forward import parts, running, seen_whole, watch
 from mechlens.models.run.properties import check_rows_alike
 from mechlens.models.run.sites import last_hook
 from mechlens.models.run.user_hooks import hooks_on_logits, probe
+from mechlens.progress import note_run
 
 Readers = Mapping[str, Callable[[Tensor], None]]
 """By hook name, as in `watch`."""
@@ -72,6 +73,7 @@ def _whole(model: LensModel, rows: Int[Tensor, "batch pos"]) -> tuple[Tensor, Te
     """The same from the model's own logits, row by row."""
     log_probs, corrects = [], []
     for row in rows.to(model.cfg.device).split(1):
+        note_run(model, *row.shape)
         with running(model, []):
             logits = model(row, return_type="logits", **seen_whole(model, row))[:, :-1].float()
         own = logits.gather(2, row[:, 1:, None])[..., 0]
