@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -161,3 +162,81 @@ def _centered_ranks(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*ba
     below, up_to = (torch.searchsorted(ordered, values, right=right).double() for right in (False, True))
     ranks = below + up_to
     return ranks - ranks.mean(-1, keepdim=True)
+
+
+def simultaneous_interval(
+    mean: Float[Tensor, "*cell"], standard_error: Float[Tensor, "*cell"], n: int, *, confidence: float = 0.95
+) -> tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]:
+    """Student's t intervals of many means that together hold with the given confidence (Bonferroni).
+
+    Args:
+        mean, standard_error: by cell; cells whose mean is nan are not counted.
+        n: independent observations behind each mean.
+        confidence: chance that all intervals hold at once, in (0, 1).
+
+    Returns:
+        Lower and upper bounds; nan for a single observation.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+
+    References: Dunn 1961, "Multiple comparisons among means".
+    """
+    reach = _quantile(1 - _tail(mean, confidence), n) * standard_error
+    return mean - reach, mean + reach
+
+
+def observations_needed(
+    size: float, spread: Float[Tensor, "*cell"], *, confidence: float = 0.95, power: float = 0.8
+) -> Float[Tensor, "*cell"]:
+    """How many observations an effect needs, so that its simultaneous interval excludes 0.
+
+    Args:
+        size: of the effect, in the unit of `spread`.
+        spread: standard deviation of each cell's observations; cells that are nan are not counted.
+        confidence: of `simultaneous_interval`.
+        power: chance of finding an effect of this size, in (0, 1).
+
+    Returns:
+        The smallest sufficient number by cell, at least 2; nan where the spread is nan.
+
+    Raises:
+        ValueError: a size of 0 or nan; a confidence or power outside (0, 1).
+
+    References: Cohen 1988, "Statistical Power Analysis for the Behavioral Sciences".
+    """
+    if not size or size != size:
+        raise ValueError(f"the size of an effect must not be 0, got {size}")
+    if not 0 < power < 1:
+        raise ValueError(f"power must be between 0 and 1, got {power}")
+    tail = _tail(spread, confidence)
+
+    def enough(n: Tensor) -> Tensor:
+        return (_quantile(1 - tail, n) + _quantile(power, n)) * spread <= abs(size) * n.sqrt()
+
+    high = torch.full_like(spread, 2.0, dtype=torch.double)
+    while not (enough(high) | spread.isnan() | spread.isinf()).all():
+        high = torch.where(enough(high), high, 2 * high)
+    low = torch.ones_like(high)
+    while (high - low > 1).any():
+        middle = ((low + high) / 2).floor()
+        fits = enough(middle)
+        low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
+    return high.masked_fill(spread.isnan(), torch.nan)
+
+
+def _tail(values: Tensor, confidence: float) -> float:
+    """The chance that each interval may miss at either end."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    return (1 - confidence) / 2 / max(1, int((~values.isnan()).sum()))
+
+
+def _quantile(chance: float, n: int | Tensor) -> Any:
+    """Of Student's t distribution, for the mean of n observations."""
+    # slow to import
+    from scipy.special import stdtrit
+
+    if isinstance(n, Tensor):
+        return torch.from_numpy(stdtrit((n - 1).numpy(), chance))
+    return float(stdtrit(n - 1, chance)) if n > 1 else math.nan

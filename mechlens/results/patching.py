@@ -14,6 +14,7 @@ from torch import Tensor
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
 from mechlens.results.heads import head_label
+from mechlens.results.many_effects import ManyEffects
 from mechlens.text.display import count, number, visible_token
 
 if TYPE_CHECKING:
@@ -163,6 +164,10 @@ class _Grid(Result):
         return standard_error(self._changes())
 
     @property
+    def n_prompts(self) -> int:
+        return len(self.tokens)
+
+    @property
     def mean(self) -> Float[Tensor, "*grid"]:
         """Mean metric of the patched runs over prompts."""
         return self.base.mean() + self.effect
@@ -207,7 +212,7 @@ class _Grid(Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PatchGridResult(_Grid):
+class PatchGridResult(ManyEffects, _Grid):
     """The metric of patched runs: one run for each cell of a grid and each prompt."""
 
     values: Float[Tensor, "prompt *grid"]

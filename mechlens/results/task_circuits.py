@@ -12,6 +12,7 @@ from torch import Tensor
 from mechlens.measures.statistics import rank_correlation, ratio_of_means
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
+from mechlens.results.many_effects import ManyEffects
 from mechlens.text.display import count, number
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class TaskCircuit(_OfTask):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class EdgeEffects(_OfTask):
+class EdgeEffects(ManyEffects, _OfTask):
     """The estimated effect of replacing each edge alone, with the exact effect of some."""
 
     steps: int
@@ -235,6 +236,10 @@ class EdgeEffects(_OfTask):
         if self.steps == 1:
             return "edge attribution patching"
         return f"edge attribution patching with integrated gradients ({self.steps} steps)"
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.prompts)
 
     @property
     def n_edges(self) -> int:

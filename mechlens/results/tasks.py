@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
+from mechlens.results.many_effects import ManyEffects
 from mechlens.results.patching import share_of_way, standard_error
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class TaskPerformance(Result):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RoleGrid(Result):
+class RoleGrid(ManyEffects, Result):
     """Patches of each layer at the position of each role, for the prompts of a task."""
 
     task: str
@@ -151,6 +152,10 @@ class RoleGrid(Result):
     @property
     def title(self) -> str:
         return f"Patches of {self.site} by role, task {self.task} in {self.model.name}"
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.prompts)
 
     @property
     def changes(self) -> Float[Tensor, "prompt layer role"]:

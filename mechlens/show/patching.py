@@ -72,7 +72,8 @@ def patching_section(
             )
         )
     note = getattr(result, "note", "")
-    said = f"{result.describe()}{f' Note: {note}.' if note else ''}"
+    effects = result.said_of_effects() if isinstance(result, PatchGridResult) else ""
+    said = f"{' '.join(filter(None, (result.describe(), effects)))}{f' Note: {note}.' if note else ''}"
     told = {"Nat": result.unit == "nats", "Standard error": several, "Recovered": result.has_recovered}
     caption = f"The {len(best)} largest effects; patched with: {result.put_there}"
     return Section(

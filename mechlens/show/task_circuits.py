@@ -22,7 +22,7 @@ def edges_section(result: EdgeEffects, *, top: int = 10, title: str = "Edges", t
     """
     said = (
         f"{result.described()} The effect of each of the {result.n_edges:,} edges is estimated by "
-        f"{result.method}."
+        f"{result.method}. {result.said_of_effects()}"
     )
     if len(result.exact_edges) > 1:
         said += (

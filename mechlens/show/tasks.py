@@ -66,7 +66,8 @@ def role_grid_section(
         f"Task {result.task}, {count(len(result.prompts), 'prompt')}. Without a patch the logit difference "
         f"is {number(float(result.clean.mean()))} in the clean run and "
         f"{number(float(result.corrupted.mean()))} in the corrupted run. {result.site} is patched into "
-        f"the {result.into} run, with: {result.source}."
+        f"the {result.into} run, with: {result.source}. "
+        f"{result.said_of_effects()}"
     )
     figure = Figure(
         drawn("plot_role_grid", result),

@@ -12,7 +12,9 @@ from mechlens.measures.statistics import (
     bootstrap_interval,
     central_interval,
     exact_interval,
+    observations_needed,
     rank_correlation,
+    simultaneous_interval,
 )
 
 
@@ -133,3 +135,72 @@ def test_rank_correlations_equal_scipys_with_ties():
     for row in range(3):
         assert float(found[row]) == pytest.approx(spearmanr(a[row], b[row]).statistic, abs=1e-12)
     assert rank_correlation(torch.ones(4), torch.arange(4.0)).isnan()
+
+
+def test_simultaneous_intervals_exclude_0_where_scipys_corrected_test_does():
+    from scipy.stats import ttest_1samp
+
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 40, generator=draw).double() + torch.linspace(0, 3, 40)
+    values[:, 7] = math.nan  # not a cell
+    error = values.std(0) / math.sqrt(12)
+    low, high = simultaneous_interval(values.mean(0), error, 12)
+    corrected = [39 * float(ttest_1samp(values[:, at].numpy(), 0).pvalue) for at in range(40)]
+    found = ((low > 0) | (high < 0)).tolist()
+    assert found == [p < 0.05 for p in corrected]
+    assert 5 < sum(found) < 35
+    assert low[7].isnan()
+
+
+def test_intervals_of_a_single_observation_are_unknown():
+    low, high = simultaneous_interval(torch.ones(3), torch.full((3,), math.nan), 1)
+    assert low.isnan().all()
+    assert high.isnan().all()
+
+
+def test_a_wrong_effect_is_found_among_many_at_the_stated_rate():
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(2000, 8, 30, generator=draw).double()  # simulation, sample, cell
+    wrong = 0
+    for each in values:
+        low, high = simultaneous_interval(each.mean(0), each.std(0) / math.sqrt(8), 8)
+        wrong += bool(((low > 0) | (high < 0)).any())
+    assert 0.03 < wrong / 2000 < 0.07
+
+
+def test_the_observations_needed_are_the_first_that_suffice():
+    from scipy.stats import t
+
+    spread = torch.tensor([0.0, 0.1, 1.0, 3.0, math.nan], dtype=torch.double)
+    found = observations_needed(0.5, spread).tolist()
+    assert math.isnan(found.pop())
+    for each, sd in zip(found, spread.tolist(), strict=False):
+        n = 2
+        while (t.ppf(1 - 0.025 / 4, n - 1) + t.ppf(0.8, n - 1)) * sd > 0.5 * math.sqrt(n):
+            n += 1
+        assert each == n
+
+
+def test_as_many_observations_as_needed_find_the_effect_at_the_stated_rate():
+    (n,) = observations_needed(1.0, torch.ones(1, dtype=torch.double)).int().tolist()
+    values = 1 + torch.randn(4000, n, generator=torch.Generator().manual_seed(0)).double()
+    low, _ = simultaneous_interval(values.mean(1)[:1], values.std(1)[:1] / math.sqrt(n), n)
+    half = float(values.mean(1)[0] - low) / float(values.std(1)[0])
+    found = (values.mean(1) > half * values.std(1)).double().mean()
+    # the rule's sum of two quantiles is an approximation, on the safe side for few observations
+    assert 0.78 < float(found) < 0.88
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": 0.0}, "must not be 0"),
+        ({"size": math.nan}, "must not be 0, got nan"),
+        ({"size": 1.0, "power": 1.0}, "power must be between"),
+        ({"size": 1.0, "confidence": 0.0}, "confidence must be between"),
+    ],
+)
+def test_invalid_effects_are_refused(given, message):
+    size = given.pop("size")
+    with pytest.raises(ValueError, match=message):
+        observations_needed(size, torch.ones(2), **given)
