@@ -25,6 +25,7 @@ from mechlens.studies.facts import study_facts
 from mechlens.studies.features import FeaturesStudy, study_features
 from mechlens.studies.heads import DRAWS, HeadsStudy, study_heads
 from mechlens.studies.indirect_object import study_indirect_object
+from mechlens.studies.ioi import study_ioi
 from mechlens.studies.logit_lens import LensStudy, study_logit_lens
 from mechlens.studies.published import Published
 from mechlens.studies.reproduce import Reproduction
@@ -206,6 +207,11 @@ def indirect_object(model: Any, name: str) -> tuple[Study, list[Published]]:
     return study, of_study("indirect-object", study, {head_label(*head): head for head in wanted})
 
 
+def ioi(model: Any, name: str) -> tuple[Study, list[Published]]:
+    study = study_ioi(model, seed=SEED)
+    return study, of_study("ioi", study)
+
+
 def features(model: Any, name: str) -> tuple[Study, list[Published]]:
     study = study_features(mechlens.load_model(name, processing=False))
     return study, of_study("features", study)
@@ -221,6 +227,7 @@ SOURCES = {
     "facts": facts,
     "induction-circuits": induction_circuits,
     "indirect-object": indirect_object,
+    "ioi": ioi,
     "features": features,
     "logit-lens": logit_lens,
 }

@@ -740,6 +740,7 @@ def circuit_curve(**changes) -> CircuitCurve:
         n_possible=4,
         values=torch.tensor([[-4.0, -4.0], [-2.0, 2.0], [4.0, 4.0]]),
         random=torch.tensor([[[-4.0, -4.0], [-4.0, -4.0], [4.0, 4.0]]]),
+        exact=torch.tensor([[-2.0, -2.0], [4.0, 4.0], [4.0, 4.0]]),
     )
     return dataclasses.replace(plain, **changes)
 

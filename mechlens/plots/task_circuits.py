@@ -25,8 +25,8 @@ from mechlens.text.display import count, number
 def plot_circuit_curve(result: CircuitCurve) -> go.Figure:
     """Draw faithfulness against the share of edges or components that are kept, with a logarithmic axis.
 
-    The solid line is the ranking, with 95% intervals over prompts; dotted lines are random rankings; the thin
-    line at 1 is the whole model.
+    The solid line is the ranking, with 95% intervals over prompts; dotted lines are random rankings, the
+    dashed one is the ranking by exact effects, where they are known; the thin line at 1 is the whole model.
 
     Args:
         result: from `Task.curve`.
@@ -58,6 +58,19 @@ def plot_circuit_curve(result: CircuitCurve) -> go.Figure:
                 mode="lines",
                 line={"color": MUTED, "dash": "dot", "width": 1.5},
                 text=[f"random: faithfulness {number(value)}" for value in draw],
+                hoverinfo="text",
+            )
+        )
+    if len(result.exact):
+        exact = result.exact_faithfulness.tolist()
+        figure.add_trace(
+            go.Scatter(
+                x=result.at,
+                y=exact,
+                name="by exact effects",
+                mode="lines",
+                line={"color": VERMILION, "dash": "dash", "width": 2},
+                text=[f"ranked by exact effects: faithfulness {number(value)}" for value in exact],
                 hoverinfo="text",
             )
         )

@@ -271,6 +271,11 @@ class EdgeEffects(ManyEffects, _OfTask):
         width = len(self.receivers)
         return tuple(f"{self.senders[at // width]}->{self.receivers[at % width]}" for at in order)
 
+    def top_exact(self, k: int, *, absolute: bool = False) -> tuple[str, ...]:
+        """As `top`, by the exact effects of the edges that have one."""
+        score = self.exact.abs() if absolute else -self.exact
+        return tuple(self.exact_edges[at] for at in score.sort(descending=True, stable=True).indices[:k])
+
     def top_nodes(self, k: int, *, absolute: bool = False) -> tuple[str, ...]:
         """The `k` most important heads and MLPs, the most important first; as `top`."""
         nodes = self.nodes[1:]
@@ -344,6 +349,8 @@ class CircuitCurve(_OfTask):
     """The metric at each point."""
     random: Float[Tensor, "draw size prompt"]
     """The same for random rankings."""
+    exact: Float[Tensor, "some prompt"]
+    """The same for the ranking by exact effects; empty if they are not known for all edges."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("kept", digits=0),
@@ -351,6 +358,7 @@ class CircuitCurve(_OfTask):
         Column("faithfulness", help=f"{FAITHFULNESS}."),
         Column("low", "at least", help="95% bootstrap interval over prompts."),
         Column("high", "at most"),
+        Column("exact", "by exact effects", help="Faithfulness of the edges with the largest exact effects."),
         Column("random", "random sets", help="Mean faithfulness of random sets of the same size."),
     )
 
@@ -370,6 +378,11 @@ class CircuitCurve(_OfTask):
     @property
     def random_faithfulness(self) -> Float[Tensor, "draw size"]:
         return self.shares(self.random)
+
+    @property
+    def exact_faithfulness(self) -> Float[Tensor, " some"]:
+        """Of the ranking by exact effects; empty without it."""
+        return self.shares(self.exact)
 
     def areas(self, faithfulness: Float[Tensor, " size"]) -> tuple[float, float]:
         """CPR, the area under a curve, and CMD, the area between it and 1, over the shares that were kept.
@@ -396,15 +409,16 @@ class CircuitCurve(_OfTask):
         return min(enough, default=None)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per size: kept, share, faithfulness, low, high, random."""
+        """One row per size: kept, share, faithfulness, low, high, exact, random."""
         import pandas as pd
 
         rows = []
         for at, size in enumerate(self.sizes):
             random = self.random_faithfulness[:, at].mean() if len(self.random) else torch.nan
-            rows.append((size, self.at[at], *self.share(self.values[at]), float(random)))
+            exact = self.exact_faithfulness[at] if len(self.exact) else torch.nan
+            rows.append((size, self.at[at], *self.share(self.values[at]), float(exact), float(random)))
         return pd.DataFrame(rows, columns=[each.name for each in self.columns])
 
     def summary(self, top: int = 10) -> pd.DataFrame:
-        """All points."""
-        return self.to_dataframe()
+        """All points, with the columns that are known."""
+        return self.to_dataframe().dropna(axis="columns", how="all")

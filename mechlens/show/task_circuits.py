@@ -57,8 +57,11 @@ def curve_section(
         f"{result.ranking}; CPR is {number(result.cpr)}, CMD "
         f"{number(result.cmd)}."
     )
+    if len(result.exact):
+        said += f" Ranked by exact effects, CPR is {number(result.areas(result.exact_faithfulness)[0])}."
     figure = Figure(drawn("plot_circuit_curve", result), "Faithfulness by the share that is kept.")
-    table = Table.of(result.summary(top), result.columns, "Faithfulness by size")
+    shown = result.summary(top)
+    table = Table.of(shown, [result.column(str(name)) for name in shown], "Faithfulness by size")
     terms = {name: _TERMS[name] for name in ("Faithfulness", "CPR and CMD")}
     return Section(title, joined(text, said, _note(result.note)), [figure, table], terms)
 

@@ -9,6 +9,7 @@ STUDIES = {
     "induction-circuits": "pairs of a previous-token head and an induction head",
     "indirect-object": "which heads identify the indirect object",
     "ioi": "the circuit of the indirect object, how faithful it is, and whether other prompts give the same",
+    "greater-than": "the circuit that finds a later year, and how faithful it is",
     "features": "whether layers share the maximally activating tokens of their residual dimensions",
     "feature-search": 'the claims of "Language Model Features"; needs minutes even for a small model',
 }

@@ -7,11 +7,12 @@ do it: the other heads are replaced by their mean over prompts with other names,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from mechlens.analyses.attribution import direct_logit_attribution
 from mechlens.analyses.circuits.copying import copy_scores
 from mechlens.analyses.heads.scores import score_heads
-from mechlens.analyses.tasks import load_task
+from mechlens.analyses.tasks import Task, load_task
 from mechlens.analyses.tasks.search import find_circuit
 from mechlens.models.protocol import LensModel, describe
 from mechlens.results import (
@@ -27,6 +28,7 @@ from mechlens.results import (
 from mechlens.show.section import Section, section
 from mechlens.studies.claims import Measured, Study
 from mechlens.studies.published import IOI_GPT2, figures_of
+from mechlens.text.task_prompts import TaskPrompt
 
 HEADS = (
     *("L9H9", "L10H0", "L9H6"),  # name movers
@@ -41,6 +43,13 @@ HEADS = (
 COPYING, NEGATIVE = ("L9H9", "L10H0", "L9H6"), ("L10H7", "L11H10")
 """Their name movers and negative name movers."""
 PROMPT = "When John and Mary went to the shops, John gave the bag to"
+DEMO = (
+    ("When{a} and{b} went to the shops,{s} gave the bag to", " John", " Mary"),
+    ("When{a} and{b} went to the park,{s} gave the ball to", " Tom", " James"),
+    ("When{a} and{b} went to the shops,{s} gave an apple to", " Dan", " Sid"),
+    ("After{a} and{b} went to the park,{s} gave a drink to", " Martin", " Amy"),
+)
+"""The templates and names of TransformerLens's demonstration; either name is the subject once."""
 COMPARED = 20
 """How many components of both halves are compared."""
 
@@ -64,6 +73,11 @@ class IoiStudy(Study):
     """The published circuit, in GPT-2 small."""
     ioi_attribution: LogitAttribution | None
     """Of Mary minus John, in GPT-2 small."""
+    ioi_demo: TaskPerformance | None
+    """Of the eight prompts of TransformerLens's demonstration, in GPT-2 small."""
+    ioi_plain_curve: CircuitCurve | None
+    """Of edge attribution patching without integrated gradients, as the MIB benchmark measures it: edges by
+    size of effect. In GPT-2 small."""
 
     @property
     def overlap(self) -> float:
@@ -88,6 +102,14 @@ class IoiStudy(Study):
                 0.05,
                 among=right,
             ),
+            # other prompts give another circuit, whose figures differ by as much as their intervals are wide
+            "faithfulness": Measured(
+                self.ioi_circuit.faithfulness[0], "faithfulness of the circuit on other prompts", 0.1
+            ),
+            "left": Measured(self.ioi_circuit.left[0], "share of the task without the circuit", 0.05),
+            "overlap": Measured(
+                self.overlap, f"share of the {COMPARED} largest components that both halves agree on", 0.15
+            ),
         }
         if self.ioi_published is not None:
             alone = self.ioi_published
@@ -96,6 +118,18 @@ class IoiStudy(Study):
                 "logit difference of the 26 heads alone as a share of the model's",
                 0.05,
             )
+        if self.ioi_plain_curve is not None:
+            measured["cmd"] = Measured(
+                self.ioi_plain_curve.cmd, "CMD of edge attribution patching, edges by size of effect", 0.02
+            )
+        if self.ioi_demo is not None:
+            for name, values in (
+                ("clean", self.ioi_demo.logit_diff),
+                ("corrupted", self.ioi_demo.corrupted_logit_diff),
+            ):
+                measured[f"demo {name}"] = Measured(
+                    float(values.mean()), f"logit difference of eight {name} prompts", 0.002, among=values
+                )
         if self.ioi_attribution is not None:
             measured |= self._published_heads(self.ioi_attribution)
         return measured
@@ -135,6 +169,10 @@ class IoiStudy(Study):
         found += [section(self.ioi_heads), section(self.ioi_copying)]
         if self.ioi_published is not None:
             found.append(section(self.ioi_published, title="The published circuit of 26 heads"))
+        if self.ioi_plain_curve is not None:
+            found.append(section(self.ioi_plain_curve, title="Faithfulness by size, as in MIB"))
+        if self.ioi_demo is not None:
+            found.append(section(self.ioi_demo, title="Eight prompts of TransformerLens's demonstration"))
         if self.ioi_attribution is not None:
             found.append(section(self.ioi_attribution, text=f"{PROMPT} Mary, not John."))
         return found
@@ -153,11 +191,14 @@ def study_ioi(model: LensModel, *, n: int = 64, seed: int = 0, progress: bool | 
     task = load_task("ioi", model, n=n, seed=seed)
     found = find_circuit(task, progress=progress)
     assert found.curve is not None  # no size was given
-    published = attribution = None
+    published = attribution = demo = plain_curve = None
     if set(IOI_GPT2) <= set(figures_of(describe(model))):
         others = load_task("ioi", model, n=n, seed=seed, counterfactual="other-names")
         mlps = [f"L{layer}.mlp" for layer in range(model.cfg.n_layers)]
         published = others.keep([*HEADS, *mlps], by="mean")
+        demo = Task(model, list(_demo_prompts()), name="ioi").performance()
+        ranking = task.halves()[0]
+        plain_curve = ranking.curve(ranking.edges(), absolute=True, n_random=0, progress=progress)
         attribution = direct_logit_attribution(model, PROMPT, " Mary", against=" John")
     copying = copy_scores(model, task.answer_ids)
     return IoiStudy(
@@ -171,4 +212,14 @@ def study_ioi(model: LensModel, *, n: int = 64, seed: int = 0, progress: bool | 
         ioi_heads=task.heads(found.edges, copying=copying, scores=score_heads(model, progress=progress)),
         ioi_published=published,
         ioi_attribution=attribution,
+        ioi_demo=demo,
+        ioi_plain_curve=plain_curve,
     )
+
+
+def _demo_prompts() -> Iterator[TaskPrompt]:
+    """Each template with either name as the subject; the corrupted prompt is the other one."""
+    for template, a, b in DEMO:
+        for subject, given in ((a, b), (b, a)):
+            clean, corrupted = (template.format(a=a, b=b, s=name) for name in (subject, given))
+            yield TaskPrompt(clean, corrupted, (given,), (subject,))

@@ -19,6 +19,9 @@ OTHERS = "measured by others on GPT-2 small"
 LENS_POST = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
 FEATURES_POST = 'Badger, "Language Model Features"'
 WANG = "Wang et al. 2022, arXiv:2211.00593"
+HANNA = "Hanna et al. 2023, arXiv:2305.00586"
+MIB = "Mueller et al. 2025, arXiv:2504.13151"
+PATCHING_DEMO = "TransformerLens, Attribution_Patching_Demo.ipynb"
 ATTRIBUTION_DEMO = "TransformerLens, Direct_Logit_Attribution_Demo.ipynb"
 GPT2_SMALL = ("gpt2", "gpt2-small", "openai-community/gpt2")
 CARDS = Path(__file__).parent / "cards"
@@ -80,6 +83,9 @@ IOI_GPT2 = (
     Published("heads_alone", 0.87, WANG, study="ioi"),
     Published("copies", 0.95, WANG, study="ioi"),
     Published("suppresses", 0.98, WANG, study="ioi"),
+    Published("cmd", 0.03, MIB, study="ioi"),
+    Published("demo clean", 3.5519, PATCHING_DEMO, study="ioi"),
+    Published("demo corrupted", -3.5519, PATCHING_DEMO, study="ioi"),
     *(
         Published(f"attribution of {head}", value, ATTRIBUTION_DEMO, study="ioi")
         for head, value in (
@@ -89,7 +95,14 @@ IOI_GPT2 = (
     ),
 )
 """GPT-2 small on the indirect object: the model, 26 heads alone as a share of it, its name movers and its
-negative name movers, and what heads add to Mary minus John in one prompt."""
+negative name movers, the CMD of edge attribution patching, eight prompts, and what heads add to Mary minus
+John in one prompt."""
+GREATER_THAN_GPT2 = (
+    Published("probability_diff", 0.817, HANNA, study="greater-than"),
+    Published("circuit_alone", 0.895, HANNA, study="greater-than"),
+)
+"""GPT-2 small on later years: the probability of later years minus that of earlier ones, and the share of it
+that the published circuit has alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +181,9 @@ FEATURE_TOKENS = (
 )
 
 
+GPT2_FIGURES = (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2, *IOI_GPT2, *GREATER_THAN_GPT2)
 _FIGURES: tuple[tuple[tuple[str, ...], tuple[Any, ...], tuple[Published, ...] | Path], ...] = (
-    (GPT2_SMALL, (12, 12, 768, 50257, None), (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2, *IOI_GPT2)),
+    (GPT2_SMALL, (12, 12, 768, 50257, None), GPT2_FIGURES),
     ((BUNDLED,), (4, 6, 192, 2048, None), BUNDLED_DIRECTORY / "card.json"),
     (("smollm2-135m",), (30, 9, 576, 49152, None), CARDS / "smollm2-135m.json"),
 )

@@ -22,6 +22,7 @@ from mechlens.studies.facts import study_facts
 from mechlens.studies.feature_claims import claims_of
 from mechlens.studies.feature_search import study_feature_search
 from mechlens.studies.features import study_features
+from mechlens.studies.greater_than import study_greater_than
 from mechlens.studies.heads import DRAWS, study_heads
 from mechlens.studies.indirect_object import study_indirect_object
 from mechlens.studies.ioi import study_ioi
@@ -133,8 +134,8 @@ def reproduce(
     Args:
         model: any model; qualitative claims about GPT-2 are measured on every model.
         names: `heads`, `logit-lens`, `mlp-patching`, `composition`, `facts`, `induction-circuits`,
-            `indirect-object`, `ioi`, `features` and `feature-search`, in any order. Without names: `heads`,
-            and the studies for which figures of this model are published.
+            `indirect-object`, `ioi`, `greater-than`, `features` and `feature-search`, in any order. Without
+            names: `heads`, and the studies for which figures of this model are published.
         heads: the sequences of the study `heads`. Its published figures are for 50 tokens after BOS.
         raw: loads the same model with unprocessed weights, which `features` and `feature-search` need, such
             as `lambda: mechlens.load_model(name, processing=False)`. None takes `model` if its weights are
@@ -193,6 +194,8 @@ def reproduce(
             return study_indirect_object(model, progress=progress).holding_card(own)
         if name == "ioi":
             return study_ioi(model, progress=progress).holding_card(own)
+        if name == "greater-than":
+            return study_greater_than(model, progress=progress).holding_card(own)
         assert unprocessed is not None
         if name == "features":
             return study_features(unprocessed(), progress=progress).holding_card(own)

@@ -300,6 +300,22 @@ def test_a_curve_ends_at_the_whole_model_and_its_areas_are_trapezoids(bundled):
     assert_close(nodes.values[0], task.keep(list(effects.top_nodes(2))).values)
 
 
+def test_a_curve_by_exact_effects_is_there_if_all_are_known(written_task):
+    task = written_task("negative")
+    effects = task.edges(exact=None)
+    for absolute in (False, True):
+        found = task.curve(effects, shares=(0.05, 0.1, 1), absolute=absolute, n_random=1)
+        order = sorted(
+            zip(effects.exact_edges, effects.exact.tolist(), strict=True),
+            key=lambda each: -abs(each[1]) if absolute else each[1],
+        )
+        for size, values in zip(found.sizes, found.exact, strict=True):
+            assert_close(values, task.keep([edge for edge, _ in order[:size]]).values)
+        assert found.random.shape[0] == 1
+    assert len(task.curve(effects, shares=(1,), of_edges=False).exact) == 0
+    assert len(task.curve(task.edges(exact=5), shares=(1,)).exact) == 0
+
+
 def test_random_sets_have_the_size_and_the_layers_of_the_circuit(bundled):
     graph = Graph.of(bundled)
     draw = torch.Generator().manual_seed(0)

@@ -8,9 +8,11 @@ from mechlens.plots.task_circuits import plot_circuit_curve, plot_edge_graph
 from tests.examples import circuit_curve, edge_effects
 
 
-def test_the_curve_is_drawn_beside_random_rankings():
+def test_the_curve_is_drawn_beside_random_and_exact_rankings():
     figure = plot_circuit_curve(circuit_curve(note="the model cannot do it"))
-    random, ranked = figure.data
+    random, exact, ranked = figure.data
+    assert list(exact.y) == [0.25, 1, 1]
+    assert exact.name == "by exact effects"
     assert list(ranked.x) == [0.25, 0.5, 1]
     assert list(ranked.y) == [0, 0.5, 1]
     assert list(random.y) == [0, 0, 1]

@@ -63,4 +63,13 @@ def test_the_circuit_is_measured_on_prompts_that_did_not_rank_it(load_once, monk
     assert [each.claim for each in study.comparisons][2].startswith("logit difference of the 26 heads")
     # 8 prompts are too few to judge a mean of 100,000
     assert study.comparisons[0].verdict != REPRODUCED
-    assert len(study.sections()) == 8
+    # the eight prompts: each swapped with its neighbor
+    demo = study.ioi_demo
+    assert demo.clean[:2] == demo.corrupted[1::-1]
+    assert demo.clean[7].startswith("After Martin and Amy went")
+    assert demo.answers[7] == " Martin"
+    assert measured["demo clean"].value == pytest.approx(float(demo.logit_diff.mean()))
+    assert measured["demo corrupted"].value == pytest.approx(-measured["demo clean"].value, abs=1e-3)
+    plain = ranking.curve(ranking.edges(), absolute=True, n_random=0)
+    assert measured["cmd"].value == pytest.approx(plain.cmd, abs=1e-3)
+    assert len(study.sections()) == 10

@@ -103,11 +103,14 @@ def faithfulness_curve(
     orders = [ranked]
     for _ in range(n_random):
         orders.append(tuple(ranked[at] for at in torch.randperm(n_possible, generator=generator).tolist()))
+    exactly = of_edges and len(effects.exact_edges) == n_possible
+    if exactly:
+        orders.append(effects.top_exact(n_possible, absolute=absolute))
     kept = [ChosenSet(graph, order[:size], of_edges).all_but() for order in orders for size in sizes]
     nothing = torch.zeros_like(graph.possible)
     empty = ChosenSet.everything(graph, of_edges=of_edges).mask()
     full, empty, *values = runs.values([nothing, empty, *kept], desc="sets", progress=progress)
-    every = torch.stack(values).unflatten(0, (1 + n_random, len(sizes)))
+    every = torch.stack(values).unflatten(0, (len(orders), len(sizes)))
     return CircuitCurve(
         **runs.fields(full, empty),
         seed=seed,
@@ -116,7 +119,8 @@ def faithfulness_curve(
         sizes=sizes,
         n_possible=n_possible,
         values=every[0],
-        random=every[1:],
+        random=every[1 : 1 + n_random],
+        exact=every[-1] if exactly else full.new_empty(0, len(full)),
     )
 
 

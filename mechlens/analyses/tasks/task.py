@@ -351,7 +351,8 @@ class Task:
             progress: show a bar; None shows one in a terminal and in Jupyter.
 
         Returns:
-            `.faithfulness` by size, its areas `.cpr` and `.cmd`, and the same for random rankings.
+            `.faithfulness` by size, its areas `.cpr` and `.cmd`, and the same for random rankings and, if
+            `effects` has the exact effect of every edge, for the ranking by these.
 
         Raises:
             ValueError: effects of another model, or a share out of range.
