@@ -724,6 +724,8 @@ def edge_effects(**changes) -> EdgeEffects:
         ),
         standard_error=torch.full((3, 7), 0.25),
         node_standard_error=torch.full((3,), 0.5),
+        roles=("S2", "END", "elsewhere"),
+        node_roles=torch.tensor([[-4.5, -0.3, 0.1], [1.0, 2.0, 0.0], [0.0, -4.0, 0.0]]),
         exact_edges=("embed->L0H1.k", "L0H0->logits", "L0H1->logits"),
         exact=torch.tensor([-6.0, 2.0, -1.0]),
     )

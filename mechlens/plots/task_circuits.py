@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 import plotly.graph_objects as go
 
 from mechlens.arguments import check_counts, check_type
@@ -18,7 +21,7 @@ from mechlens.plots.style import (
     top_margin,
 )
 from mechlens.results import CircuitCurve, EdgeEffects
-from mechlens.results.task_circuits import SOURCES, component_of
+from mechlens.results.task_circuits import EMBED, LOGITS, SOURCES, component_of
 from mechlens.text.display import count, number
 
 
@@ -116,7 +119,9 @@ def plot_circuit_curve(result: CircuitCurve) -> go.Figure:
     )
 
 
-def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True) -> go.Figure:
+def plot_edge_graph(
+    result: EdgeEffects, *, top: int = 40, absolute: bool = True, by_role: bool | None = None
+) -> go.Figure:
     """Draw the most important edges of a task as a graph, from the embedding at the bottom to the logits.
 
     An edge is as wide as its effect is large. Blue edges help: replacing one lowers the metric. Orange,
@@ -126,6 +131,8 @@ def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True
         result: from `Task.edges`.
         top: how many edges.
         absolute: draw those with the largest effects either way; False draws those that help most.
+        by_role: put each component above the role at whose positions its effect is largest. False puts it
+            above the number of its head. None is True if the prompts have roles besides `END`.
 
     Returns:
         A plotly figure.
@@ -143,9 +150,11 @@ def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True
     check_counts(top=top)
     table = result.to_dataframe().set_index("edge")
     edges = table.loc[list(result.top(top, absolute=absolute))].reset_index().to_dict("records")
-    n_layers, n_heads = result.model.n_layers, result.model.n_heads
+    n_layers = result.model.n_layers
     ends = {name for row in edges for name in (row["sender"], component_of(row["receiver"]))}
-    places = {name: _place(name, n_layers, n_heads) for name in ends}
+    if by_role is None:
+        by_role = len(result.roles) > 2
+    places, across = _by_role(result, ends) if by_role else _by_head(result, ends)
     largest = max(abs(row["effect"]) for row in edges) or 1.0
     figure = go.Figure()
     for row in edges:
@@ -193,16 +202,10 @@ def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True
     return figure.update_layout(
         template=TEMPLATE,
         title_text=title,
-        width=min(WIDTH, 260 + 70 * (n_heads + 1)),
+        width=min(WIDTH, 190 + 70 * (across["range"][1] - across["range"][0])),
         height=min(HEIGHT, 120 + top_margin(title) + 46 * max(6, round(high - low))),
         margin={"t": top_margin(title)},
-        xaxis={
-            "title": {"text": "head"},
-            "range": [-0.7, n_heads + 0.7],
-            "tickvals": [*range(n_heads + 1)],
-            "ticktext": [*map(str, range(n_heads)), "MLP"],
-            **NO_TICKS,
-        },
+        xaxis={**across, **NO_TICKS},
         yaxis={
             "title": {"text": "layer"},
             "range": [low - 0.6, high + 0.6],
@@ -212,9 +215,61 @@ def plot_edge_graph(result: EdgeEffects, *, top: int = 40, absolute: bool = True
     )
 
 
-def _place(name: str, n_layers: int, n_heads: int) -> tuple[float, float]:
-    """Where a component is drawn: a layer's MLP to the right of its heads, and a little above them."""
-    if name in ("embed", "logits"):
-        return n_heads / 2, -1.0 if name == "embed" else float(n_layers)
-    layer, _, rest = name[1:].partition("." if name.endswith(".mlp") else "H")
-    return (float(n_heads), int(layer) + 0.35) if rest == "mlp" else (float(rest), float(layer))
+_Places = tuple[dict[str, tuple[float, float]], dict[str, Any]]
+"""Where each component is drawn, and the axis below."""
+
+
+def _by_head(result: EdgeEffects, names: set[str]) -> _Places:
+    """Heads above their numbers; a layer's MLP to the right of its heads."""
+    n_heads = result.model.n_heads
+    across = {
+        "title": {"text": "head"},
+        "range": [-0.7, n_heads + 0.7],
+        "tickvals": [*range(n_heads + 1)],
+        "ticktext": [*map(str, range(n_heads)), "MLP"],
+    }
+    columns = {name: float(_head(name, n_heads)) for name in names}
+    columns |= dict.fromkeys(names & {EMBED, LOGITS}, n_heads / 2)
+    return {name: (columns[name], _height(result, name)) for name in names}, across
+
+
+def _by_role(result: EdgeEffects, names: set[str]) -> _Places:
+    """Components side by side above their role, which is as wide as its fullest layer."""
+    last = result.roles[-2]
+    role_of = {name: last if name == LOGITS else result.role_of(name) for name in names}
+    columns: dict[str, float] = {}
+    ticks: dict[str, float] = {}
+    begin = 0.0
+    for role in result.roles:
+        rows: dict[float, list[str]] = defaultdict(list)
+        for name in sorted(names, key=lambda name: _head(name, result.model.n_heads)):
+            if role_of[name] == role:
+                rows[_height(result, name)].append(name)
+        if not rows:
+            continue
+        width = max(map(len, rows.values()))
+        for row in rows.values():
+            start = begin + (width - len(row)) / 2
+            columns |= {name: start + at for at, name in enumerate(row)}
+        ticks[role] = begin + (width - 1) / 2
+        begin += width + 0.4
+    across = {
+        "title": {"text": "role where the effect is largest"},
+        "range": [-0.7, begin - 0.7],
+        "tickvals": [*ticks.values()],
+        "ticktext": [*ticks],
+    }
+    return {name: (columns[name], _height(result, name)) for name in names}, across
+
+
+def _head(name: str, n_heads: int) -> int:
+    """The number of a head; after all heads, an MLP, the embedding and the logits."""
+    return int(name.partition("H")[2]) if "H" in name else n_heads
+
+
+def _height(result: EdgeEffects, name: str) -> float:
+    """The layer of a component; an MLP is a little above its heads."""
+    if name in (EMBED, LOGITS):
+        return -1.0 if name == EMBED else float(result.model.n_layers)
+    layer = name[1:].partition("." if name.endswith(".mlp") else "H")[0]
+    return int(layer) + (0.35 if name.endswith(".mlp") else 0)

@@ -22,6 +22,10 @@ FAITHFULNESS = (
     "(M(circuit) - M(nothing)) / (M(model) - M(nothing)), where M is the mean metric over prompts: 0 is no "
     "better than nothing, 1 is the whole model"
 )
+EMBED, LOGITS = "embed", "logits"
+"""The first sender and the last receiver of a model's graph."""
+ELSEWHERE = "elsewhere"
+"""All positions that have no role."""
 METRIC_WORDS = {"logit_diff": "logit difference", "probability_diff": "probability difference"}
 SOURCES = {
     "resample": "its value on the corrupted prompt",
@@ -208,6 +212,10 @@ class EdgeEffects(ManyEffects, _OfTask):
     """Of `effect`, over prompts."""
     node_standard_error: Float[Tensor, " sender"]
     """Of `nodes`, over prompts."""
+    roles: tuple[str, ...]
+    """The roles of the task, in the order of the first prompt; last `elsewhere`, all other positions."""
+    node_roles: Float[Tensor, "sender role"]
+    """The estimated effect of replacing a component at the positions of one role; they sum to `nodes`."""
     exact_edges: tuple[str, ...]
     """The edges that were replaced in runs of their own: half of them those with the largest estimates, half
     drawn from all others."""
@@ -301,6 +309,10 @@ class EdgeEffects(ManyEffects, _OfTask):
             dashed = ", style=dashed" if row["effect"] > 0 else ""
             lines.append(f'  "{row["sender"]}" -> "{end}" [{look}{dashed}];')
         return "\n".join([f'digraph "{self.task}" {{', "  rankdir=BT;", *lines, "}"]) + "\n"
+
+    def role_of(self, component: str) -> str:
+        """The role at whose positions a component has its largest effect."""
+        return self.roles[int(self.node_roles[self.senders.index(component)].abs().argmax())]
 
     def _estimates(self, edges: tuple[str, ...]) -> Float[Tensor, " edge"]:
         places = [edge.split("->") for edge in edges]

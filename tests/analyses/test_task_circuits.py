@@ -187,6 +187,14 @@ def test_estimates_are_changes_times_gradients_by_hand(kind, load_once, tiny_dir
     for backend in BACKENDS:
         found = Task.from_file(rows, load_once(tiny_directories / kind, backend=backend)).edges()
         largest = float(found.effect.abs().nan_to_num(0).max())
+        for u, sender in enumerate(found.senders):
+            readers = (~found.effect[u].isnan()).nonzero()[:, 0].tolist()
+            read = [by[found.receivers[at]] for at in readers]
+            hand = ((there[sender] - own[sender]) * torch.stack(read).sum(0)).sum(2).mean(0).detach()
+            expected = [float(hand[-1]), float(hand[:-1].sum())]
+            assert found.node_roles[u].tolist() == pytest.approx(expected, abs=1e-5 * max(1, largest))
+        assert found.roles == ("END", "elsewhere")
+        assert_close(found.node_roles.sum(1), found.nodes)
         for (u, sender), (r, receiver) in itertools.product(
             enumerate(found.senders), enumerate(found.receivers)
         ):

@@ -41,6 +41,8 @@ def edges(info, n_layers: int, n_heads: int, draw: torch.Generator) -> EdgeEffec
         effect=effect,
         standard_error=effect.abs() / 8,
         node_standard_error=torch.ones(len(graph.senders)),
+        roles=("IO", "S1", "S2", "END", "elsewhere"),
+        node_roles=torch.randn(len(graph.senders), 5, generator=draw).pow(3),
         exact_edges=(),
         exact=torch.empty(0),
     )

@@ -25,8 +25,19 @@ def test_the_curve_is_drawn_beside_random_and_exact_rankings():
     assert figure.layout.xaxis.type == "log"
 
 
-def test_edges_are_as_wide_as_their_effects_and_dashed_where_they_hurt():
+def test_components_stand_above_the_role_of_their_largest_effect():
     figure = plot_edge_graph(edge_effects(), top=3)
+    names = {each.text: (each.x, each.y) for each in figure.layout.annotations}
+    # S2 has the embedding; END has both heads of the layer side by side, and the logits above their middle
+    assert names == {"embed": (0, -1), "L0H0": (1.4, 0), "L0H1": (2.4, 0), "logits": (pytest.approx(1.9), 1)}
+    assert list(figure.layout.xaxis.ticktext) == ["S2", "END"]
+    assert list(figure.layout.xaxis.tickvals) == [0, 1.9]
+    without = edge_effects(roles=("END", "elsewhere"), node_roles=edge_effects().node_roles[:, 1:])
+    assert list(plot_edge_graph(without, top=3).layout.xaxis.ticktext) == ["0", "1", "MLP"]
+
+
+def test_edges_are_as_wide_as_their_effects_and_dashed_where_they_hurt():
+    figure = plot_edge_graph(edge_effects(), top=3, by_role=False)
     assert len(figure.data) == 3
     largest, second, hurts = figure.data
     assert largest.text[0].startswith("<b>embed → L0H1.k</b><br>effect \N{MINUS SIGN}5.000")

@@ -23,7 +23,7 @@ from mechlens.models.run.edge_gradients import edge_effects
 from mechlens.models.run.graph import Graph
 from mechlens.progress import progress_bar
 from mechlens.results.patching import standard_error
-from mechlens.results.task_circuits import CircuitCurve, EdgeEffects
+from mechlens.results.task_circuits import ELSEWHERE, CircuitCurve, EdgeEffects
 
 if TYPE_CHECKING:
     from mechlens.analyses.tasks.task import Task
@@ -42,10 +42,16 @@ def estimate_edges(
     graph = runs.graph
     n_edges = int(graph.possible.sum())
     wanted = n_edges if exact is None else whole_number("exact", exact, least=0)
-    effects = torch.full((len(task.prompts), *graph.possible.shape), torch.nan, dtype=torch.float32)
+    n_prompts, roles = len(task.prompts), task.shared_roles
+    effects = torch.full((n_prompts, *graph.possible.shape), torch.nan, dtype=torch.float32)
+    at_roles = torch.full((n_prompts, len(graph.senders), len(roles) + 1), torch.nan, dtype=torch.float32)
     pairs = list(zip(task.groups, runs.runs, runs.answers, strict=True))
     for group, run, answers in progress_bar(pairs, desc="lengths", progress=progress):
-        effects[list(group.index)] = edge_effects(task.model, group.tokens, run.there, answers, steps=steps)
+        found = edge_effects(task.model, group.tokens, run.there, answers, steps=steps)
+        effects[list(group.index)] = found.edges
+        for at, positions in zip(group.index, found.positions, strict=True):
+            own = positions[:, [task.encoded[at].roles[role] for role in roles]]
+            at_roles[at] = torch.cat([own, positions.sum(1, keepdim=True) - own.sum(1, keepdim=True)], 1)
     mean = effects.nanmean(0)
     edges = _sampled(mean, min(wanted, n_edges), generator)
     single = [ChosenSet(graph, (edge,), True).mask() for edge in graph.edge_names(edges)]
@@ -61,6 +67,8 @@ def estimate_edges(
         effect=mean,
         standard_error=standard_error(effects),
         node_standard_error=standard_error(effects.nansum(2)),
+        roles=(*roles, ELSEWHERE),
+        node_roles=at_roles.nanmean(0),
         exact_edges=graph.edge_names(edges),
         exact=exact_effects.float(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -21,13 +22,23 @@ Metric = Callable[..., Float[Tensor, " prompt"]]
 """`(the stream that the last logits are made from, prompts=which of them) -> metric`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimates:
+    """What replacing edges and components does, to first order."""
+
+    edges: Float[Tensor, "prompt sender receiver"]
+    """nan for pairs that are no edges."""
+    positions: Float[Tensor, "prompt sender pos"]
+    """What replacing a component at one position does: the sum over positions is that over its edges."""
+
+
 def edge_effects(
     model: LensModel, tokens: Int[Tensor, "prompt pos"], there: Written, metric: Metric, *, steps: int = 1
-) -> Float[Tensor, "prompt sender receiver"]:
+) -> Estimates:
     """Estimate for each edge how the metric changes when that edge alone carries what is written `there`.
 
-    The estimate is the change of what the sender writes times the gradient by the receiver's input; nan for
-    pairs that are no edges. Per component it is the sum over the edges that leave it.
+    The estimate is the change of what the sender writes times the gradient by the receiver's input. Per
+    component it is the sum over the edges that leave it.
 
     Args:
         steps: 1 takes the gradient in the run of the tokens. More average the gradients of runs whose
@@ -46,7 +57,8 @@ def edge_effects(
         rows = slice(start, start + at_once)
         number = partial(metric, prompts=rows)
         found.append(_effects(model, graph, tokens[rows], there.rows(rows), number, steps, readers))
-    return torch.cat(found)
+    edges, positions = (torch.cat(each) for each in zip(*found, strict=True))
+    return Estimates(edges, positions)
 
 
 def _effects(
@@ -57,14 +69,14 @@ def _effects(
     metric: Callable[[Tensor], Tensor],
     steps: int,
     readers: list[Reader],
-) -> Float[Tensor, "prompt sender receiver"]:
+) -> tuple[Float[Tensor, "prompt sender receiver"], Float[Tensor, "prompt sender pos"]]:
     names = [
         SITES[site].format(n) for site in ("resid_pre", *READS, "attn_out") for n in range(graph.n_layers)
     ]
     names = [*dict.fromkeys([*names, *Written.hooks(model), last_hook(model)])]
     own = Written.of(model, tokens) if steps > 1 else None
     changes: Tensor | None = None
-    found = []
+    found, positions = [], []
     for step in range(steps):
         begin = None
         if own is not None:
@@ -75,7 +87,9 @@ def _effects(
             changes = _changes(model, graph, own or Written.kept(model, kept), there)
         with torch.no_grad():
             found.append(_contracted(model, graph, readers, changes, kept, by))
-    return torch.stack(found).mean(0).cpu().masked_fill(~graph.possible, torch.nan)
+            positions.append(_by_position(graph, changes, by))
+    edges = torch.stack(found).mean(0).cpu().masked_fill(~graph.possible, torch.nan)
+    return edges, torch.stack(positions).mean(0).cpu()
 
 
 def _changes(
@@ -126,6 +140,26 @@ def _contracted(
             put(through[:, None], slice(inputs.stop - 1, inputs.stop), senders)
         after = before
     return found
+
+
+def _by_position(
+    graph: Graph, changes: Float[Tensor, "prompt sender pos_d"], by: dict[str, Tensor]
+) -> Float[Tensor, "prompt sender pos"]:
+    """Changes times gradients by all that is downstream, position by position."""
+    first = by[SITES["resid_pre"].format(0)].float()
+    every = rearrange(changes, "b sender (pos d) -> b sender pos d", pos=first.shape[1])
+
+    def times(senders: slice, gradient: Tensor) -> Tensor:
+        return einsum(every[:, senders], gradient.float(), "b sender pos d, b pos d -> b sender pos")
+
+    found = [times(slice(0, 1), first)]
+    for layer in range(graph.n_layers):
+        own = graph.senders_of(layer)
+        heads = slice(own.start, own.start + graph.n_heads)
+        found.append(times(heads, by[SITES["attn_out"].format(layer)]))
+        if graph.mlps:
+            found.append(times(slice(heads.stop, own.stop), by[SITES["mlp_out"].format(layer)]))
+    return torch.cat(found, 1)
 
 
 def _head_gradients(

@@ -17,8 +17,8 @@ from mechlens.models.protocol import LensModel
 from mechlens.models.run.properties import key_value_heads
 from mechlens.models.run.sites import SITES
 from mechlens.results.heads import check_in_range, head_label, parse_head
+from mechlens.results.task_circuits import EMBED, LOGITS
 
-EMBED, LOGITS = "embed", "logits"
 Component: TypeAlias = "str | tuple[int, int]"
 """A head (`L9H6`, `9.6` or `(9, 6)`), an MLP (`L5.mlp`), a layer (`L5`), `embed`, or an edge
 (`L4H11->L5H5.k`)."""
