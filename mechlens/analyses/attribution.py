@@ -80,8 +80,8 @@ def direct_logit_attribution(
         ValueError: a target is not one token or not one id per position, a position is out of range, or the
             prompt is longer than the context; or the contributions would not sum to the logit, because the
             logits involve more than the final norm, `W_U`, `b_U` and a soft-cap, or because the model adds
-            something else to its stream; or neurons are to be listed, but a layer
-            has no MLP, or one that is not the sum of its neurons (a mixture of experts).
+            something else to its stream; or neurons are to be listed, but a layer has no MLP, or one that is
+            not the sum of its neurons (a mixture of experts).
 
     Example:
         >>> found = mechlens.direct_logit_attribution(model, "The captain of the", " ship", positions=[-1])
