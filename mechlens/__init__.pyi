@@ -116,6 +116,7 @@ from mechlens.results import LogitAttribution as LogitAttribution
 from mechlens.results import LogitLensResult as LogitLensResult
 from mechlens.results import LogitVariance as LogitVariance
 from mechlens.results import ModelInfo as ModelInfo
+from mechlens.results import NeuronAttribution as NeuronAttribution
 from mechlens.results import PatchGridResult as PatchGridResult
 from mechlens.results import Plan as Plan
 from mechlens.results import PositionalAttention as PositionalAttention

@@ -33,6 +33,7 @@ from mechlens.results import (
     LogitLensResult,
     LogitVariance,
     ModelInfo,
+    NeuronAttribution,
     PatchGridResult,
     Plan,
     PositionalAttention,
@@ -400,6 +401,24 @@ def attribution(values=None) -> LogitAttribution:
         strings={"0": "<s>", "1": " a", "3": "<b>"},
         prepend_bos=True,
     )
+
+
+def neuron_attribution() -> LogitAttribution:
+    """The largest two of six neurons, `L0N2` and `L1N0`, in either order."""
+    layers, indices = torch.tensor([[[0, 1], [1, 0]]] * 2), torch.tensor([[[2, 0], [0, 2]]] * 2)
+    contributions = torch.tensor([[[3.0, -1.0], [-6.0, 2.0]]]) * torch.tensor([1.0, 10.0])[:, None, None]
+    neurons = NeuronAttribution(
+        layers=layers,
+        indices=indices,
+        contributions=contributions,
+        activations=contributions / 2,
+        biases=torch.tensor([0.5, 0.25])[:, None, None].expand(2, 2, 2).contiguous(),
+        n_neurons=6,
+        listed=torch.tensor([[0, 2], [1, 0]]),
+        promoted=torch.tensor([[3, 1], [0, 3]]),
+        suppressed=torch.tensor([[0, 1], [1, 0]]),
+    )
+    return dataclasses.replace(attribution(), neurons=neurons)
 
 
 def variance() -> LogitVariance:
@@ -968,6 +987,7 @@ RESULTS = {
     name: globals()[name]
     for name in (
         *("attention", "attention_spread", "attribution", "attribution_patch", "circuit", "circuit_summary"),
+        "neuron_attribution",
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
         *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
         *("circuit_curve", "component_set", "copy_scores", "edge_effects", "task_circuit", "task_heads"),

@@ -10,10 +10,13 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechlens.arguments import chosen
+from mechlens.arguments import chosen, whole_number
+from mechlens.errors import ArgumentError
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import parts, watch
+from mechlens.models.run.neurons import LargestNeurons, check_neurons, promoted_tokens
 from mechlens.models.run.properties import check_rows_alike
+from mechlens.models.run.sites import NEURONS, SITES
 from mechlens.models.run.unembedding import check_streamed, final_norm, unembedding
 from mechlens.models.weights.access import (
     attention_out_affine,
@@ -23,11 +26,13 @@ from mechlens.models.weights.access import (
     output_bias,
     output_weights,
 )
-from mechlens.results import LogitAttribution, head_label
+from mechlens.results import LogitAttribution, NeuronAttribution, head_label
 from mechlens.text.prompts import Prompt, prompt_tokens
 from mechlens.text.tokens import all_bos, target_id, token_strings
 
 Target = str | int | Int[Tensor, "..."]
+NAMED = 5
+"""Tokens that are named at either end of a neuron's output weights."""
 
 
 def direct_logit_attribution(
@@ -37,13 +42,17 @@ def direct_logit_attribution(
     *,
     against: Target | None = None,
     positions: Sequence[int] | None = None,
+    neurons: int = 0,
     prepend_bos: bool | None = None,
 ) -> LogitAttribution:
     """Split the logit of a token, or a difference of two logits, into what each component adds directly.
 
     Each component adds a vector to the residual stream. The logit is linear in that vector if the scale of
-    the final norm is frozen at its value in this run, and likewise the scale of any norm between a head and
-    the stream (Gemma-2). A component's effect through later components is credited to those components.
+    the final norm is frozen at its value in this run, and likewise the scale of any norm between a head or
+    an MLP and the stream (Gemma-2). A component's effect through later components is credited to those.
+
+    An MLP's contribution is the sum of its neurons' and its bias's; this is checked in each layer if neurons
+    are listed. A neuron's is its activation times its output weights (`W_out`) in the direction of the logit.
 
     Weight processing moves value biases from the heads into `L0 bias` and so on, and the final norm's bias
     into `b_U`. It also centers the logits over the vocabulary, so only logit differences agree between
@@ -56,28 +65,46 @@ def direct_logit_attribution(
             none). None takes the model's most likely token at each position.
         against: the token whose logit is subtracted, in the same forms; None subtracts nothing.
         positions: positions to read, negative ones from the end; None reads all.
+        neurons: how many MLP neurons to list for each sequence and position read: the largest contributions
+            of all layers, of either sign, with the 5 tokens that their output weights promote and suppress
+            most.
         prepend_bos: whether to prepend BOS to texts; None prepends it if the tokenizer has one.
 
     Returns:
         Contributions `[component, batch, read]` in logits. They sum to the model's logit before any soft-cap.
+        The field `neurons` has layers, indices, contributions and activations `[batch, read, rank]`; it is
+        None if none are listed.
 
     Raises:
+        ArgumentError: `neurons` is negative, or more than the model has.
         ValueError: a target is not one token or not one id per position, a position is out of range, or the
             prompt is longer than the context; or the contributions would not sum to the logit, because the
             logits involve more than the final norm, `W_U`, `b_U` and a soft-cap, or because the model adds
-            something else to its stream.
+            something else to its stream; or neurons are to be listed, but a layer has no MLP, or one that is
+            not the sum of its neurons (a mixture of experts).
 
     Example:
         >>> found = mechlens.direct_logit_attribution(model, "The captain of the", " ship", positions=[-1])
         >>> torch.allclose(found.contributions.sum(0), found.logit, atol=1e-3)
         True
+        >>> found = mechlens.direct_logit_attribution(model, "The captain of the", neurons=2, positions=[-1])
+        >>> found.neurons.contributions.shape  # batch, read, rank
+        torch.Size([1, 1, 2])
+        >>> len(found.neurons_to_dataframe()["promoted"][0])
+        5
 
     References: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits". TransformerLens's
     `ActivationCache.logit_attrs` includes a norm's learned scale only if the weights are processed.
     Cost: one forward pass, another if `targets` is None, and for each head one product with its `W_O`. No
-    `[head, pos, d_model]` tensor is created.
+    `[head, pos, d_model]` tensor is created. Neurons cost one product with each layer's `W_out` for each
+    distinct pair of tokens (with a norm behind the MLP, for each position, too), and two with `W_U` for each
+    neuron that is listed; one layer's neurons `[batch, read, d_mlp]` exist at a time.
     """
     info = describe(model)
+    top = whole_number("neurons", neurons, least=0)
+    n_neurons = check_neurons(model) if top else 0
+    if top > n_neurons:
+        raise ArgumentError("neurons", f"at most the model's {n_neurons:,}", top)
     tokens = prompt_tokens(model, prompt, prepend_bos=prepend_bos)
     read = chosen("position", positions, tokens.shape[1])
     fixed = None if targets is None else _ids(model, "targets", targets, tokens)
@@ -90,23 +117,44 @@ def direct_logit_attribution(
     lesser = [None] * len(rows) if subtracted is None else list(_at(subtracted, read, rows))
     components = _components(model)
     found = [
-        _attribute(model, part, read, target, less, len(components))
+        _attribute(model, part, read, target, less, len(components), top)
         for part, target, less in zip(rows, wanted, lesser, strict=True)
     ]
     target_ids = torch.cat(wanted)
     against_ids = None if subtracted is None else subtracted[:, list(read)]
-    seen = torch.cat([ids.flatten() for ids in (tokens, target_ids, against_ids) if ids is not None]).unique()
+    listed = _listed(model, [part for _, _, part in found if part is not None], n_neurons)
+    named = () if listed is None else (listed.promoted, listed.suppressed)
+    every = (tokens, target_ids, against_ids, *named)
+    seen = torch.cat([ids.flatten() for ids in every if ids is not None]).unique()
     return LogitAttribution(
         model=info,
         tokens=tokens,
         positions=read,
         components=components,
-        contributions=torch.cat([contributions for contributions, _ in found], dim=1),
-        logit=torch.cat([logit for _, logit in found]),
+        contributions=torch.cat([contributions for contributions, _, _ in found], dim=1),
+        logit=torch.cat([logit for _, logit, _ in found]),
         target_ids=target_ids,
         against_ids=against_ids,
         strings=dict(zip(map(str, seen.tolist()), token_strings(model, seen), strict=True)),
         prepend_bos=all_bos(model.tokenizer, tokens[:, 0]),
+        neurons=listed,
+    )
+
+
+def _listed(
+    model: LensModel, parts_found: Sequence[dict[str, Tensor]], n_neurons: int
+) -> NeuronAttribution | None:
+    """The neurons of all parts of the batch, and the tokens that they promote."""
+    if not parts_found:
+        return None
+    whole = {
+        name: torch.cat([part[name] for part in parts_found], dim=1 if name == "biases" else 0)
+        for name in parts_found[0]
+    }
+    listed = torch.stack([whole["layers"], whole["indices"]], -1).flatten(0, 2).unique(dim=0)
+    promoted, suppressed = promoted_tokens(model, listed, NAMED)
+    return NeuronAttribution(
+        **whole, n_neurons=n_neurons, listed=listed, promoted=promoted, suppressed=suppressed
     )
 
 
@@ -172,8 +220,10 @@ def _attribute(
     targets: Int[Tensor, "batch read"],
     against: Int[Tensor, "batch read"] | None,
     n_components: int,
-) -> tuple[Float[Tensor, "component batch read"], Float[Tensor, "batch read"]]:
-    """What each component adds, in the order of `_components`, and the logits these sum to."""
+    top: int,
+) -> tuple[Float[Tensor, "component batch read"], Float[Tensor, "batch read"], dict[str, Tensor] | None]:
+    """What each component adds, in the order of `_components`, the logits these sum to, and the `top` neurons
+    as fields of `NeuronAttribution`."""
     pairs = torch.stack([targets, targets if against is None else against], dim=-1).flatten(0, 1)
     # one direction for each distinct pair of tokens, often a single one
     unique, which = pairs.to(model.W_U.device).unique(dim=0, return_inverse=True)
@@ -189,13 +239,20 @@ def _attribute(
     where = torch.tensor(read, device=which.device)
     added: dict[int, Tensor] = {}
     kept: dict[str, Tensor] = {}
+    largest = LargestNeurons(model, directions, which, top)
     readers: dict[str, Callable[[Tensor], None]] = {}
 
     def keep(name: str, activation: Tensor) -> None:
         kept[name] = activation[:, where].float()
 
-    def add(index: int, activation: Tensor) -> None:
-        added[index] = torch.linalg.vecdot(activation[:, where].float(), directions[which])
+    def add_neurons(layer: int, activation: Tensor) -> None:
+        largest.add(layer, activation[:, where].float())
+
+    def add_mlp(index: int, layer: int, activation: Tensor) -> None:
+        written = activation[:, where].float()
+        added[index] = torch.linalg.vecdot(written, directions[which])
+        if top:
+            largest.check(layer, written, added[index])
 
     def add_heads(index: int, layer: int, z: Tensor) -> None:
         values, norm = z[:, where].float(), attention_out_affine(model, layer)
@@ -219,7 +276,9 @@ def _attribute(
         readers[f"blocks.{layer}.attn.hook_z"] = partial(add_heads, index, layer)
         index += model.cfg.n_heads + 1
         if _has_mlp(model):
-            readers[f"blocks.{layer}.hook_mlp_out"] = partial(add, index)
+            if top:
+                readers[NEURONS.format(layer)] = partial(add_neurons, layer)
+            readers[SITES["mlp_out"].format(layer)] = partial(add_mlp, index, layer)
             index += 1
     readers[_final_name(model)] = partial(keep, "final")
     watch(model, tokens, readers)
@@ -230,14 +289,16 @@ def _attribute(
         if _adds_positions(model):
             added[1] = torch.linalg.vecdot(kept["start"] - embed, directions[which])
         final = kept["final"]
-        summands = torch.stack([added[i] for i in range(n_components - 1)]) / norm_scale(model, final)
+        scale = norm_scale(model, final)
+        summands = torch.stack([added[i] for i in range(n_components - 1)]) / scale
         final_bias = (columns @ norm_bias + biases)[which]
         contributions = torch.cat([summands, final_bias[None]])
         normed = final_norm(model, final.to(model.W_U.dtype)).float()
         logit = torch.linalg.vecdot(normed, columns[which]) + biases[which]
     _check_sum(model, contributions, logit, directions.norm(dim=-1)[which])
     # clones made outside inference mode are ordinary tensors
-    return contributions.cpu().clone(), logit.cpu().clone()
+    neurons = {name: each.cpu().clone() for name, each in largest.found(scale).items()} if top else None
+    return contributions.cpu().clone(), logit.cpu().clone(), neurons
 
 
 def _check_sum(

@@ -26,6 +26,9 @@ def attribution(
         int, typer.Option("--position", "-p", help="Position to explain; negative counts from the end.")
     ] = -1,
     top: Annotated[int, typer.Option(min=1, help="Number of components to list.")] = 12,
+    neurons: Annotated[
+        int, typer.Option(min=0, help="Number of MLP neurons to list, with the tokens that they promote.")
+    ] = 0,
     chat: ChatOption = False,
     bos: BosOption = None,
 ) -> None:
@@ -36,6 +39,6 @@ def attribution(
 
     prompt = options.prompt(model, text, chat)
     found = direct_logit_attribution(
-        model, prompt, target, against=against, positions=[position], prepend_bos=bos
+        model, prompt, target, against=against, positions=[position], neurons=neurons, prepend_bos=bos
     )
     run.show(found, top=top)

@@ -25,6 +25,7 @@ from mechlens.results.induction_circuits import InductionCircuits
 from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
+from mechlens.results.neurons import NeuronAttribution, neuron_label
 from mechlens.results.patching import AttributionPatchResult, PatchGridResult
 from mechlens.results.plan import Plan
 from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
@@ -62,6 +63,7 @@ __all__ = [
     "LogitLensResult",
     "LogitVariance",
     "ModelInfo",
+    "NeuronAttribution",
     "PatchGridResult",
     "Plan",
     "PositionalAttention",
@@ -78,6 +80,7 @@ __all__ = [
     "half_means",
     "head_label",
     "load",
+    "neuron_label",
     "parse_head",
     "parse_heads",
     "write_table",

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechlens.errors import ArgumentError
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
+from mechlens.results.neurons import NeuronAttribution, neuron_label
 from mechlens.text.display import number, turns, visible_token
 
 if TYPE_CHECKING:
@@ -45,11 +46,23 @@ class LogitAttribution(Result):
     strings: dict[str, str]
     """The text of every token above, keyed by its id as a string."""
     prepend_bos: bool
+    neurons: NeuronAttribution | None = None
+    """The neurons with the largest contributions; None if none were to be listed."""
 
     columns: ClassVar = (
         Column("component"),
         Column("contribution", "added to the logit", signed=True, help="All of them sum to the logit."),
     )
+    neuron_columns: ClassVar = (
+        Column("component"),
+        Column("contribution", "added to the logit", signed=True, help="All of them sum to the MLPs'."),
+        Column("activation", signed=True, help="After the nonlinearity; a product in a gated MLP."),
+        Column(
+            "promoted", "promotes", help="The tokens whose logits the neuron's output weights raise most."
+        ),
+        Column("suppressed", "suppresses", help="The tokens whose logits they lower most."),
+    )
+    """The columns of `neuron_summary()`."""
 
     def of(self, component: str) -> Float[Tensor, "batch read"]:
         """What one component adds.
@@ -98,6 +111,38 @@ class LogitAttribution(Result):
         rows = [*self.largest(top).items(), ("sum", float(self.logit[0, -1]))]
         return pd.DataFrame(rows, columns=[each.name for each in self.columns])
 
+    def neuron_summary(self, tokens: int = 3) -> pd.DataFrame:
+        """The listed neurons at the last position, the sum of the others, the MLPs' biases, and their sum.
+
+        Args:
+            tokens: how many promoted and suppressed tokens to name.
+
+        Raises:
+            ValueError: no neurons were listed.
+        """
+        import pandas as pd
+
+        neurons = self._neurons()
+        table = self.neurons_to_dataframe()
+        last = table[(table["sequence"] == 0) & (table["pos"] == self.positions[-1])]
+        rows: list[tuple[Any, ...]] = [
+            (
+                *(row[name] for name in ("label", "contribution", "activation")),
+                *(
+                    " ".join(visible_token(token, longest=_LONGEST) for token in row[end][:tokens])
+                    for end in ("promoted", "suppressed")
+                ),
+            )
+            for row in last.to_dict("records")
+        ]
+        whole = sum(self.parts(row=0)[name] for name in self.components if name.endswith(" MLP"))
+        biases = float(neurons.biases[:, 0, -1].double().sum())
+        others = whole - biases - sum(row[1] for row in rows)
+        rest = neurons.n_neurons - len(rows)
+        rows += [(f"{rest:,} others", others, None, None, None)] if rest else []
+        rows += [("MLP biases", biases, None, None, None), ("sum of MLPs", whole, None, None, None)]
+        return pd.DataFrame(rows, columns=[each.name for each in self.neuron_columns])
+
     def describe(self, *, row: int = 0, position: int = -1) -> tuple[str, str]:
         """What is explained, in two lines: the logit, and the text before it."""
 
@@ -118,7 +163,10 @@ class LogitAttribution(Result):
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per component, sequence and position: component, layer and head (missing if it has none),
-        sequence, pos, token, target, against (if there is one), contribution in logits."""
+        sequence, pos, token, target, against (if there is one), contribution in logits.
+
+        Neurons have a table of their own, `neurons_to_dataframe()`.
+        """
         import pandas as pd
 
         index = pd.MultiIndex.from_product(
@@ -129,14 +177,62 @@ class LogitAttribution(Result):
         for column, which in (("layer", 0), ("head", 1)):
             values = [places[component][which] for component in table["component"]]
             table.insert(1 + which, column, pd.Series(values, dtype="Int64"))
-        columns: dict[str, Any] = {"token": self.tokens[:, list(self.positions)], "target": self.target_ids}
-        if self.against_ids is not None:
-            columns["against"] = self.against_ids
-        for column, ids in columns.items():
-            texts = [self.strings[str(i)] for i in ids.flatten().tolist()]
+        for column, texts in self._texts().items():
             table[column] = texts * len(self.components)
         table["contribution"] = self.contributions.flatten().numpy()
         return table
+
+    def neurons_to_dataframe(self) -> pd.DataFrame:
+        """One row per sequence, position and listed neuron: sequence, pos, token, target, against (if there
+        is one), rank (1 is the largest contribution), layer, neuron, label, contribution in logits,
+        activation, promoted and suppressed (the texts of the tokens, the first most of all).
+
+        Raises:
+            ValueError: no neurons were listed.
+        """
+        import pandas as pd
+
+        neurons = self._neurons()
+        n_ranks = neurons.layers.shape[-1]
+        ranks = range(1, n_ranks + 1)
+        index = pd.MultiIndex.from_product(
+            [range(len(self.tokens)), self.positions, ranks], names=["sequence", "pos", "rank"]
+        )
+        table = index.to_frame(index=False)
+        for column, texts in self._texts().items():
+            table.insert(len(table.columns) - 1, column, [text for text in texts for _ in ranks])
+        table["layer"] = neurons.layers.flatten().numpy()
+        table["neuron"] = neurons.indices.flatten().numpy()
+        places = list(zip(table["layer"].tolist(), table["neuron"].tolist(), strict=True))
+        table["label"] = [neuron_label(*place) for place in places]
+        table["contribution"] = neurons.contributions.flatten().numpy()
+        table["activation"] = neurons.activations.flatten().numpy()
+        row_of = neurons.places()
+        for column in ("promoted", "suppressed"):
+            texts_of = [tuple(self.strings[str(i)] for i in ids) for ids in getattr(neurons, column).tolist()]
+            table[column] = [texts_of[row_of[place]] for place in places]
+        return table
+
+    def to_json(self) -> dict[str, Any]:
+        """As for every result; `neurons` has the rows of `neurons_to_dataframe()`, or is None."""
+        rows = None if self.neurons is None else self.neurons_to_dataframe().to_dict("records")
+        return super().to_json() | {"neurons": rows}
+
+    def _neurons(self) -> NeuronAttribution:
+        if self.neurons is None:
+            raise ValueError(
+                "no neurons were listed: call direct_logit_attribution with neurons=10, for example"
+            )
+        return self.neurons
+
+    def _texts(self) -> dict[str, list[str]]:
+        """By column, the tokens of every sequence and position read."""
+        columns = {"token": self.tokens[:, list(self.positions)], "target": self.target_ids}
+        if self.against_ids is not None:
+            columns["against"] = self.against_ids
+        return {
+            column: [self.strings[str(i)] for i in ids.flatten().tolist()] for column, ids in columns.items()
+        }
 
 
 def component_place(component: str) -> tuple[int | None, int | None]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -61,8 +61,41 @@ class ModelInfo:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Result:
-    """Base class of all results. Two are equal if all their fields are; nan equals nan."""
+class Record:
+    """Fields that may be tensors. Two are equal if all their fields are; nan equals nan."""
+
+    def __repr__(self) -> str:
+        """The fields on one line: tensors by their shape, long values by their length."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                shown = f"<{'x'.join(map(str, value.shape))}>"
+            elif _is_tensor_dict(value):
+                shown = (
+                    "{" + ", ".join(f"{k}: <{'x'.join(map(str, v.shape))}>" for k, v in value.items()) + "}"
+                )
+            else:
+                shown = repr(value.name if isinstance(value, ModelInfo) else value)
+                if len(shown) > LONGEST_SHOWN and isinstance(value, (str, tuple, list, Mapping)):
+                    shown = f"<{len(value)} {'characters' if isinstance(value, str) else 'entries'}>"
+            parts.append(f"{field.name}={shown}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _equal(getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Result(Record):
+    """Base class of all results."""
 
     model: ModelInfo
 
@@ -150,7 +183,10 @@ class Result:
                 plain[field.name] = {"tensors": list(value)}
                 tensors |= {f"{field.name}/{key}": tensor for key, tensor in value.items()}
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-                plain[field.name] = dataclasses.asdict(value)
+                inner = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+                own = {key: each for key, each in inner.items() if isinstance(each, Tensor)}
+                tensors |= {f"{field.name}/{key}": tensor for key, tensor in own.items()}
+                plain[field.name] = {key: each for key, each in inner.items() if key not in own}
             else:
                 plain[field.name] = value
         header = {"type": type(self).__name__, "format": FORMAT, "fields": plain}
@@ -171,34 +207,6 @@ class Result:
         if not isinstance(result, cls):
             raise ValueError(f"{path} contains {type(result).__name__}, not {cls.__name__}")
         return result
-
-    def __repr__(self) -> str:
-        """The fields on one line: tensors by their shape, long values by their length."""
-        parts = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                shown = f"<{'x'.join(map(str, value.shape))}>"
-            elif _is_tensor_dict(value):
-                shown = (
-                    "{" + ", ".join(f"{k}: <{'x'.join(map(str, v.shape))}>" for k, v in value.items()) + "}"
-                )
-            else:
-                shown = repr(value.name if isinstance(value, ModelInfo) else value)
-                if len(shown) > LONGEST_SHOWN and isinstance(value, (str, tuple, list, Mapping)):
-                    shown = f"<{len(value)} {'characters' if isinstance(value, str) else 'entries'}>"
-            parts.append(f"{field.name}={shown}")
-        return f"{type(self).__name__}({', '.join(parts)})"
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return all(
-            _equal(getattr(self, field.name), getattr(other, field.name))
-            for field in dataclasses.fields(self)
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # tensors have no hash by value
 
 
 def load(path: str | os.PathLike[str]) -> Result:
@@ -255,11 +263,19 @@ def _values(cls: type[Result], fields: Mapping[str, Any], tensors: Mapping[str, 
         keys = stored["tensors"] if isinstance(stored, dict) and set(stored) == {"tensors"} else None
         if keys is not None and all(f"{name}/{key}" in tensors for key in keys):
             values[name] = {key: tensors[f"{name}/{key}"] for key in keys}
-        elif dataclasses.is_dataclass(hints[name]):
-            values[name] = hints[name](**stored)
+        elif stored is not None and (kind := _dataclass_in(hints[name])) is not None:
+            start = f"{name}/"
+            own = {key.removeprefix(start): each for key, each in tensors.items() if key.startswith(start)}
+            values[name] = kind(**stored, **own)
         else:
             values[name] = _tuples(stored)
     return values
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that a type hint names, alone or beside None."""
+    kinds = (each for each in (hint, *get_args(hint)) if isinstance(each, type))
+    return next((each for each in kinds if dataclasses.is_dataclass(each)), None)
 
 
 def row_place(row: str) -> tuple[int, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mechlens
 from mechlens.results import LogitAttribution
+from mechlens.show.features import feature_terms
 from mechlens.show.section import Figure, Section, Table, joined
 
 _TERMS = {
@@ -18,8 +19,15 @@ _TERMS = {
 def attribution_section(
     result: LogitAttribution, *, top: int = 12, title: str = "Direct logit attribution", text: str = ""
 ) -> Section:
-    """The figure at the last position, and the `top` components as a table."""
+    """The figure at the last position, the `top` components as a table, and the listed neurons as another."""
     said = "; ".join(result.describe())
+    neurons, terms = [], dict(_TERMS)
+    if result.neurons is not None:
+        caption = (
+            "Neurons with the largest contributions; a negative activation swaps promoted and suppressed"
+        )
+        neurons = [Table.of(result.neuron_summary(), result.neuron_columns, caption)]
+        terms |= feature_terms("neuron")
     return Section(
         title,
         joined(text, f"{said}."),
@@ -31,8 +39,9 @@ def attribution_section(
                 keeps_width=True,
             ),
             Table.of(result.summary(top), result.columns, "The largest components", folded=True),
+            *neurons,
         ),
-        _TERMS,
+        terms,
     )
 
 

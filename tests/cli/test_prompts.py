@@ -41,6 +41,8 @@ def test_help_has_an_example_and_the_common_options(capsys, command):
         (["attribution", "a b", "--target", " captain of"], "tokens, not one: ["),
         (["attribution", "a b", "--position", "9"], "position 9 is out of range"),
         (["attribution", "a b", "--top", "0"], "Invalid value for '--top'"),
+        (["attribution", "a b", "--neurons", "-1"], "Invalid value for '--neurons'"),
+        (["attribution", "a b", "--neurons", "3073"], "--neurons must be at most the model's 3,072"),
         (["attribution", "a b", "--out", "x.png"], "--out must be a .html, .csv or .safetensors file"),
         (["attention", "a b"], "Missing option '--head'"),
         (["attention", "a b", "--head", "3.x"], "'3.x'"),
@@ -86,6 +88,20 @@ def test_the_table_of_an_attribution_sums_to_the_logit(capsys):
     assert len(added) == 7
     assert sum(added[:-1]) == pytest.approx(added[-1], abs=0.004)
     assert "“·ship”" in out
+
+
+def test_the_neurons_of_an_attribution_match_the_function(capsys, bundled):
+    arguments = ["attribution", TEXT, "--target", " was", "--position", "3", "--neurons", "2"]
+    expected = direct_logit_attribution(bundled, TEXT, " was", positions=[3], neurons=2)
+    found = json.loads(run(capsys, *arguments, "--json")[1])["neurons"]
+    labels = expected.neurons_to_dataframe()["label"].tolist()
+    assert [row["label"] for row in found] == labels
+    assert [row["contribution"] for row in found] == pytest.approx(
+        expected.neurons.contributions.flatten().tolist(), abs=1e-5
+    )
+    out = run(capsys, *arguments)[1]
+    for label in (*labels, "3,070 others", "MLP biases", "sum of MLPs"):
+        assert f"│ {label} " in out
 
 
 def test_attention_matches_the_function(capsys, tmp_path, bundled):

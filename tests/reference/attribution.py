@@ -1,4 +1,4 @@
-"""Direct logit attribution from full vectors, one component and position at a time, in float64."""
+"""Direct logit attribution from full vectors, one component, neuron and position at a time, in float64."""
 
 from __future__ import annotations
 
@@ -67,3 +67,43 @@ def contributions(model, tokens, batch, pos, token):
     added["final bias"] = float(shift @ column + model.b_U[token].double())
     whole = (centered(model, final) / scale * weight + shift) @ column + model.b_U[token].double()
     return added, float(whole)
+
+
+@torch.no_grad()
+def neurons(model, tokens, batch, pos, token):
+    """{(layer, neuron): (contribution, activation)}, and the contribution of each layer's bias."""
+    kinds = ("mlp.hook_post", f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(kinds))
+    final = cache[f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"][batch, pos].double()
+    weight, _ = affine(model, None if model.cfg.normalization_type is None else model.ln_final)
+    scale, column = scale_of(model, final), model.W_U[:, token].double()
+    found, biases = {}, []
+    for layer, block in enumerate(model.blocks):
+        activations = cache[f"blocks.{layer}.mlp.hook_post"][batch, pos].double()
+        written = [a * row for a, row in zip(activations, block.mlp.W_out.double(), strict=True)]
+        b_out = getattr(block.mlp, "b_out", None)
+        bias = torch.zeros_like(final) if b_out is None else b_out.double()
+        post = getattr(block, "ln2_post", None)
+        if post is not None:
+            behind = scale_of(model, sum(written) + bias)
+            learned, shift = affine(model, post)
+            written = [centered(model, vector) / behind * learned for vector in written]
+            bias = centered(model, bias) / behind * learned + shift
+        for neuron, vector in enumerate(written):
+            added = float(centered(model, vector) / scale * weight @ column)
+            found[layer, neuron] = (added, float(activations[neuron]))
+        biases.append(float(centered(model, bias) / scale * weight @ column))
+    return found, biases
+
+
+@torch.no_grad()
+def promotion(model, layer, neuron):
+    """How much a neuron's output weights raise each token's logit, up to one factor."""
+    vector, post = (
+        model.blocks[layer].mlp.W_out[neuron].double(),
+        getattr(model.blocks[layer], "ln2_post", None),
+    )
+    if post is not None:
+        vector = centered(model, vector) * affine(model, post)[0]
+    weight, _ = affine(model, None if model.cfg.normalization_type is None else model.ln_final)
+    return centered(model, vector) * weight @ model.W_U.double()

@@ -16,6 +16,7 @@ from mechlens.errors import ArgumentError
 from mechlens.measures.hashing import content_hash
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import check_tokens
+from mechlens.models.run.sites import NEURONS
 from mechlens.models.run.sites import SITES as HOOKS
 from mechlens.models.weights.access import settings_hash, weights_hash
 from mechlens.models.weights.folding import is_blind_to_mean
@@ -24,7 +25,7 @@ from mechlens.text.prompts import bos_to_prepend, prompt_tokens
 from mechlens.text.tokens import all_bos, own_bos_token_id, token_strings
 
 SITES = {name: HOOKS[name] for name in ("resid_post", "attn_out", "mlp_out")}
-SITES |= {"post": "blocks.{}.mlp.hook_post"}
+SITES |= {"post": NEURONS}
 MOST_NAMED = 16
 """Features or tokens that a message lists."""
 _OF_MLPS = ("mlp_out", "post")

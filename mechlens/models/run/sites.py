@@ -19,6 +19,8 @@ SITES = {
     "attn_scores": "blocks.{}.attn.hook_attn_scores",
     "pattern": "blocks.{}.attn.hook_pattern",
 }
+NEURONS = "blocks.{}.mlp.hook_post"
+"""The hook of an MLP's neurons, after the nonlinearity and, in a gated MLP, times the linear half."""
 ATTENTION = ("pattern", "attn_scores")
 """The sites whose activations are `[batch, head, dest, src]`."""
 PER_HEAD = ("q", "k", "v", "z", *ATTENTION)

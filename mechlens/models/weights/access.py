@@ -57,8 +57,49 @@ def output_weights(model: LensModel, layer: int) -> Float[Tensor, "head d_head d
 
 def output_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
     """A layer's `b_O` in float32; zeros if it has none."""
+    return _bias_of(model, model.blocks[layer].attn, "b_O")
+
+
+def attention_out_affine(
+    model: LensModel, layer: int
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]] | None:
+    """The learned scale and bias of the norm between attention and the stream; None if there is none."""
+    return _affine_behind(model, layer, "ln1_post")
+
+
+def neuron_weights(model: LensModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """The `W_out` of a layer's MLP, in the weights' dtype: what each neuron writes for an activation of 1.
+
+    Raises:
+        ValueError: the layer has no MLP, or one without such weights (a mixture of experts).
+    """
+    mlp = getattr(model.blocks[layer], "mlp", None)
+    if mlp is None:
+        raise ValueError(f"layer {layer} of this model has no MLP, so it has no neurons")
+    W_out = getattr(mlp, "W_out", None)
+    if not isinstance(W_out, Tensor) or W_out.ndim != 2 or W_out.shape[1] != model.W_U.shape[0]:
+        raise ValueError(
+            f"the MLP of layer {layer} has no W_out [d_mlp, d_model], as in a mixture of experts, so its "
+            "neurons cannot be read separately"
+        )
+    return W_out.detach()
+
+
+def mlp_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
+    """The `b_out` of a layer's MLP in float32; zeros if it has none."""
+    return _bias_of(model, model.blocks[layer].mlp, "b_out")
+
+
+def mlp_out_affine(
+    model: LensModel, layer: int
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]] | None:
+    """The learned scale and bias of the norm between the MLP and the stream; None if there is none."""
+    return _affine_behind(model, layer, "ln2_post")
+
+
+def _bias_of(model: LensModel, module: Any, name: str) -> Float[Tensor, " d_model"]:
     # without a bias, a bridge has no such attribute and HookedTransformer has zeros
-    bias = getattr(model.blocks[layer].attn, "b_O", None)
+    bias = getattr(module, name, None)
     d_model = model.W_U.shape[0]
     return (
         torch.zeros(d_model, dtype=torch.float32, device=model.W_U.device)
@@ -67,11 +108,10 @@ def output_bias(model: LensModel, layer: int) -> Float[Tensor, " d_model"]:
     )
 
 
-def attention_out_affine(
-    model: LensModel, layer: int
+def _affine_behind(
+    model: LensModel, layer: int, name: str
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]] | None:
-    """The learned scale and bias of the norm between attention and the stream; None if there is none."""
-    norm = getattr(model.blocks[layer], "ln1_post", None)
+    norm = getattr(model.blocks[layer], name, None)
     return None if norm is None else norm_affine(norm, model.W_U.shape[0], model)
 
 
