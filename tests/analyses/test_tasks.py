@@ -303,6 +303,27 @@ def test_performance_can_be_saved_and_loaded(bundled, tmp_path):
     assert load(found.save(tmp_path / "task.safetensors")) == found
 
 
+def test_edges_of_the_induction_task_name_the_bundled_models_induction_heads(bundled):
+    task = load_task("induction", bundled, n=24)
+    assert len(task.groups) == 1, "all prompts have one length"
+    assert len({each.roles["END"] - each.roles["FIRST"] for each in task.encoded}) == 5
+    found = task.performance()
+    mean, *_ = found.estimates["logit_diff"]
+    corrupted, *_ = found.estimates["corrupted_logit_diff"]
+    assert found.able
+    assert mean > 3 > -3 > corrupted
+    heads = [each for each in task.edges().top_nodes(6) if not each.endswith("mlp")]
+    known = mechlens.detect_heads(mechlens.score_heads(bundled))
+    assert len(heads) >= 4
+    assert set(heads[:4]) <= set(known)
+    by_head = task.grid("z", over=("layer", "head", "role"), roles=["END"])
+    assert set(by_head.summary(6)["label"]) == set(known)
+    grid = task.grid("resid_pre", roles=["NEXT", "END"])
+    # the answer is at NEXT until the induction heads of the last layer move it to END
+    assert float(grid.recovered[0, 0]) > 0.9
+    assert abs(float(grid.recovered[0, 1])) < 0.1
+
+
 def test_the_seed_decides_the_prompts(bundled):
     first, again, other = (load_task("agreement", bundled, n=8, seed=seed).prompts for seed in (0, 0, 1))
     assert first == again != other
