@@ -85,7 +85,6 @@ def test_patches_by_role_match_full_runs_with_a_hook(bundled):
         {"clean": "The man is", "corrupted": "The sea is", "answer": " a", "wrong": " the", "role_N": "man"},
         {"clean": "A sea is", "corrupted": "A man is", "answer": " the", "wrong": " a", "role_N": "sea"},
     ]
-    # rows 0, 2 and 3 run together, with one and two answers
     task = Task.from_file(rows, bundled)
     assert len(task.groups) > 1
     found = task.grid("resid_pre", layers=[1, 3])
@@ -161,6 +160,23 @@ def test_patches_by_other_axes_match_full_runs_with_a_hook(bundled, over, roles,
     assert best["effect"].abs().max() == pytest.approx(float(found.effect.abs().max()))
     if "head" in axes:
         assert set(best["label"]) <= {head_label(layer, head) for layer, head in found.heads}
+
+
+def test_prompts_with_different_numbers_of_answers_run_together(tiny_model):
+    prompts = [
+        TaskPrompt("abcd", "abed", ("x",), ("y", "z", "v")),
+        TaskPrompt("abce", "abee", ("x", "u"), ("w",)),
+    ]
+    task = Task(tiny_model, prompts)
+    found = task.grid("resid_pre", layers=[0])
+    for at, prompt in enumerate(task.encoded):
+        for name, tokens in (("clean", prompt.clean), ("corrupted", prompt.corrupted)):
+            with torch.inference_mode():
+                logits = tiny_model(tokens)[0, -1]
+            # float32 logits of about 1
+            assert float(getattr(found, name)[at]) == pytest.approx(
+                answer_difference(logits, prompt), abs=1e-5
+            )
 
 
 def test_a_grid_of_several_answers_runs_only_what_a_patch_can_change(bundled):
