@@ -14,7 +14,7 @@ from mechlens.cli.run import PAGE, Run, command
 if TYPE_CHECKING:
     from mechlens.analyses.tasks import Task
 
-TASKS = ("ioi", "greater-than", "agreement", "capitals", "gender", "docstring")
+TASKS = ("ioi", "greater-than", "agreement", "capitals", "gender", "docstring", "induction")
 """Repeated here, so that another name is refused before torch is imported."""
 BY = ("resample", "mean", "zero")
 METRICS = ("logit_diff", "probability_diff")

@@ -26,6 +26,7 @@ from mechlens.plots.style import (
     WIDTH,
     figure_text,
     heatmap,
+    strongest_heads,
     titles,
     top_margin,
 )
@@ -35,8 +36,6 @@ from mechlens.text.display import count, number, turns, visible_token
 
 VALUES = ("effect", "mean", "recovered")
 Patches = PatchGridResult | AttributionPatchResult
-_HEADS = 40
-"""Rows of a grid by layer, head and position."""
 _LABEL = 12
 _WRITTEN = 60
 """With up to this many cells, each shows its number."""
@@ -205,8 +204,7 @@ class _View:
     @functools.cached_property
     def strongest(self) -> list[int]:
         """The heads to draw if three axes are drawn, in order of layers."""
-        largest = self.result.effect.flatten(0, 1).abs().nan_to_num(0).amax(-1)
-        return sorted(largest.argsort(descending=True, stable=True)[:_HEADS].tolist())
+        return strongest_heads(self.result.effect.flatten(0, 1))[0]
 
     @property
     def one_prompt(self) -> bool:
@@ -241,7 +239,7 @@ def _cells(view: _View) -> tuple[go.Figure, str]:
         drawn.update(text=texts, texttemplate="%{text}", textfont={"size": 12 if few else 10})
     figure = go.Figure(drawn)
     by_head = len(view.axes) == 3
-    ticks = _ticks([head_label(*row) if by_head else str(row) for row in rows], _HEADS if by_head else 32)
+    ticks = _ticks([head_label(*row) if by_head else str(row) for row in rows], len(rows) if by_head else 32)
     figure.update_layout(
         **across,
         height=(110 if view.axes[-1] == "pos" else 60)
@@ -257,9 +255,8 @@ def _cells(view: _View) -> tuple[go.Figure, str]:
         named.append(f"{cell_label(*cell)}{token} {number(float(values[row, column]), 2)}")
     words = "largest by position" if view.axes[1] == "pos" else "largest effects"
     found = f"{words}: {', '.join(named)}" if named else "no effects"
-    n_heads = len(view.result.layers) * len(view.result.labels("head")) if by_head else 0
-    some = f"the {_HEADS} of {n_heads} heads with the largest effects; " if n_heads > _HEADS else ""
-    return figure, some + found
+    some = strongest_heads(view.result.effect.flatten(0, 1))[1] if by_head else ""
+    return figure, f"{some}; {found}" if some else found
 
 
 def _heatmap(values: Tensor, value: str, hovers: list[list[str]]) -> go.Heatmap:

@@ -34,6 +34,9 @@ WIDTH = 1100
 HEIGHT = 1400
 """The largest default height of a figure of 30 layers, in pixels."""
 
+HEADS = 40
+"""Rows of a figure with a row for each head."""
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 _AXIS = {
@@ -138,6 +141,15 @@ def head_heatmap(
         xaxis={"title": {"text": "head"}, "dtick": _step(n_heads), **NO_TICKS},
         yaxis={"title": {"text": "layer"}, "dtick": _step(n_layers), **NO_TICKS},
     )
+
+
+def strongest_heads(effect: Float[Tensor, "_ _"]) -> tuple[list[int], str]:
+    """The rows of the heads with the largest effects, either way, in order of layers; and how many they are
+    in words, if not all."""
+    largest = effect.abs().nan_to_num(0).amax(1)
+    rows = sorted(largest.argsort(descending=True, stable=True)[:HEADS].tolist())
+    some = f"the {len(rows)} of {len(effect)} heads with the largest effects"
+    return rows, some if len(rows) < len(effect) else ""
 
 
 def _step(count: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Bool, Float
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
+from mechlens.results.heads import head_label
 from mechlens.results.many_effects import ManyEffects
 from mechlens.results.patching import share_of_way, standard_error
 
@@ -118,7 +120,7 @@ class TaskPerformance(Result):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RoleGrid(ManyEffects, Result):
-    """Patches of each layer at the position of each role, for the prompts of a task."""
+    """Patches by layer, head and role, for the prompts of a task."""
 
     task: str
     counterfactual: str
@@ -129,9 +131,14 @@ class RoleGrid(ManyEffects, Result):
     """Where the values come from, in words."""
     into: str
     """The run that was patched: `clean` or `corrupted`."""
+    axes: tuple[str, ...]
+    """The axes of the grid, in order: some of `layer`, `head`, `role`. The rest is patched together."""
     layers: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    """(layer, head) of the heads that are patched; empty where all are patched together."""
     roles: tuple[str, ...]
-    values: Float[Tensor, "prompt layer role"]
+    """The roles whose positions are patched; empty where all positions are patched together."""
+    values: Float[Tensor, "prompt *grid"]
     """The logit difference of each patched run."""
     clean: Float[Tensor, " prompt"]
     """The logit difference without a patch."""
@@ -141,26 +148,36 @@ class RoleGrid(ManyEffects, Result):
     note: str
     """That the model cannot do the task; empty if it can."""
 
-    columns: ClassVar[tuple[Column, ...]] = (
-        Column("layer"),
-        Column("role"),
-        Column("effect", "change", "logits", signed=True, help="Of the logit difference, mean over prompts."),
-        Column("standard_error", "", "logits", help="Of the effect, over prompts."),
-        Column("recovered", help="Share of the way to the other run: 0 is none of it, 1 all of it."),
-    )
+    @property
+    def columns(self) -> tuple[Column, ...]:  # type: ignore[override]  # the axes differ
+        places = [axis for axis in self.axes if axis != "layer" or "head" not in self.axes]
+        return (
+            *(Column("label", "head") if axis == "head" else Column(axis) for axis in places),
+            Column(
+                "effect", "change", "logits", signed=True, help="Of the logit difference, mean over prompts."
+            ),
+            Column("standard_error", "", "logits", help="Of the effect, over prompts."),
+            Column("recovered", help="Share of the way to the other run: 0 is none of it, 1 all of it."),
+        )
 
     @property
     def title(self) -> str:
-        return f"Patches of {self.site} by role, task {self.task} in {self.model.name}"
+        by = f" by {' and '.join(self.axes)}" if self.axes else ""
+        return f"Patches of {self.site}{by}, task {self.task} in {self.model.name}"
 
     @property
     def n_prompts(self) -> int:
         return len(self.prompts)
 
+    def place(self) -> str:
+        """What is patched, and the roles that are patched together, if they are."""
+        together = self.roles and "role" not in self.axes
+        return f"{self.site} at {' and '.join(self.roles)}" if together else self.site
+
     @property
-    def changes(self) -> Float[Tensor, "prompt layer role"]:
+    def changes(self) -> Float[Tensor, "prompt *grid"]:
         """The logit difference of each patched run minus that of the same run without a patch."""
-        return self.values - self.base[:, None, None]
+        return self.values - self.base.reshape(-1, *[1] * len(self.axes))
 
     @property
     def base(self) -> Float[Tensor, " prompt"]:
@@ -168,29 +185,39 @@ class RoleGrid(ManyEffects, Result):
         return self.clean if self.into == "clean" else self.corrupted
 
     @property
-    def effect(self) -> Float[Tensor, "layer role"]:
+    def effect(self) -> Float[Tensor, "*grid"]:
         """Mean change over prompts."""
         return self.changes.mean(0)
 
     @property
-    def standard_error(self) -> Float[Tensor, "layer role"]:
+    def standard_error(self) -> Float[Tensor, "*grid"]:
         """Of `effect`, over prompts; nan for a single prompt."""
         return standard_error(self.changes)
 
     @property
-    def recovered(self) -> Float[Tensor, "layer role"]:
+    def recovered(self) -> Float[Tensor, "*grid"]:
         """`effect` as a share of the difference between the two runs; nan if there is none."""
         return share_of_way(self.effect, self.base, self.corrupted if self.into == "clean" else self.clean)
 
+    def labels(self, axis: str) -> tuple[int, ...] | tuple[str, ...]:
+        """The layers, head numbers or roles along an axis of the grid."""
+        if axis == "head":
+            return tuple(sorted({head for _, head in self.heads}))
+        return self.layers if axis == "layer" else self.roles
+
     def summary(self, top: int = 10) -> pd.DataFrame:
-        """The cells with the largest effects, either way."""
-        return self.to_dataframe().sort_values("effect", key=abs, ascending=False, kind="stable").head(top)
+        """The cells with the largest effects, either way, with the columns of `columns`."""
+        table = self.to_dataframe().sort_values("effect", key=abs, ascending=False, kind="stable")
+        return table[[each.name for each in self.columns]].head(top)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per layer and role: layer, role, effect, standard_error, recovered."""
+        """One row per cell: the axes, label (`L5H5`, for heads), effect, standard_error, recovered."""
         import pandas as pd
 
-        index = pd.MultiIndex.from_product([self.layers, self.roles], names=["layer", "role"])
-        names = ("effect", "standard_error", "recovered")
-        values = {name: getattr(self, name).flatten().numpy() for name in names}
-        return pd.DataFrame(values, index=index).reset_index()
+        cells = list(itertools.product(*map(self.labels, self.axes)))
+        table = pd.DataFrame(cells, columns=list(self.axes), index=range(len(cells)))
+        if "head" in self.axes:
+            table["label"] = [head_label(*place) for place in zip(table["layer"], table["head"], strict=True)]
+        for name in ("effect", "standard_error", "recovered"):
+            table[name] = getattr(self, name).reshape(-1).numpy()
+        return table

@@ -65,13 +65,14 @@ def role_grid_section(
     said = (
         f"Task {result.task}, {count(len(result.prompts), 'prompt')}. Without a patch the logit difference "
         f"is {number(float(result.clean.mean()))} in the clean run and "
-        f"{number(float(result.corrupted.mean()))} in the corrupted run. {result.site} is patched into "
+        f"{number(float(result.corrupted.mean()))} in the corrupted run. {result.place} is patched into "
         f"the {result.into} run, with: {result.source}. "
         f"{result.said_of_effects()}"
     )
+    by = f", by {' and '.join(result.axes)}" if result.axes else ""
     figure = Figure(
         drawn("plot_role_grid", result),
-        "Share of the way to the other run, by layer and role. Hover for numbers.",
+        f"Share of the way to the other run{by}. Hover for numbers.",
         wide=False,
     )
     table = Table.of(result.summary(top), result.columns, "The largest effects")

@@ -10,7 +10,7 @@ import torch
 
 from mechlens.errors import ArgumentError
 from mechlens.text.task_prompts import TaskPrompt, drawn, filled, one_token
-from mechlens.text.tokens import token_strings
+from mechlens.text.tokens import target_id, token_strings
 
 IOI_TEMPLATES = (
     "When{a} and{b} went to the store,{s} gave a drink to",
@@ -69,6 +69,8 @@ ARGUMENTS = (
     *("key", "list", "type", "form", "item", "node", "table", "image", "value", "group", "count", "state"),
 )
 MEANINGS = ("first part", "main source", "old style", "whole set", "small world", "given point", "new order")
+COPIED = 14
+"""Words of the longest first copy of an induction prompt."""
 
 Maker = Callable[[Any, int, torch.Generator, str], list[TaskPrompt]]
 
@@ -239,6 +241,43 @@ def _docstring(model: Any, n: int, generator: torch.Generator, counterfactual: s
     return prompts
 
 
+def _induction(model: Any, n: int, generator: torch.Generator, counterfactual: str) -> list[TaskPrompt]:
+    known = {f" {word}" for word in (*NUMBERED, *NUMBERED.values(), *SPANS, *ARGUMENTS)}
+    usable = one_token(model, sorted(known), COPIED, "words")
+    prompts = []
+    for at in range(n):
+        # one length for all prompts, but five distances between the two occurrences
+        words, current = drawn(generator, usable, COPIED - at % 5), 3 + at % 5
+        following = current + 1
+        # occurs once, as the right answer does
+        other = following + 1 + int(torch.randint(len(words) - following - 1, (), generator=generator))
+        swapped = list(words)
+        swapped[following], swapped[other] = words[other], words[following]
+        again = words[:following]
+        clean = _text_of(model, [*words, *again])
+        roles = {"FIRST": current, "NEXT": following, "OTHER": other}
+        ends = {
+            role: len(clean) - len("".join([*words[place + 1 :], *again])) for role, place in roles.items()
+        }
+        corrupted = _text_of(model, [*swapped, *again])
+        prompts.append(TaskPrompt(clean, corrupted, (words[following],), (words[other],), ends))
+    return prompts
+
+
+def _text_of(model: Any, words: Sequence[str]) -> str:
+    """The text that is read as these words, one token each.
+
+    Raises:
+        ValueError: there is none.
+    """
+    ids, text = [target_id(model, word) for word in words], "".join(words)
+    # Llama's tokenizer puts a space before the text
+    for each in (text, text.removeprefix(" ")):
+        if model.tokenizer(each, add_special_tokens=False)["input_ids"] == ids:
+            return each
+    raise ValueError(f"this tokenizer does not read the words of {text!r} as one token each")
+
+
 BUILT_IN: dict[str, BuiltIn] = {
     "ioi": BuiltIn(
         _ioi,
@@ -266,6 +305,14 @@ BUILT_IN: dict[str, BuiltIn] = {
         _docstring,
         {"definition": "the definition has other argument names"},
         "Heimersheim and Janiak 2023, a circuit for Python docstrings",
+    ),
+    "induction": BuiltIn(
+        _induction,
+        {
+            "other-successor": "the right and the wrong answer have changed places in the first copy, which "
+            "swaps the answer"
+        },
+        "Olsson et al. 2022, arXiv:2209.11895",
     ),
 }
 """By name."""

@@ -207,10 +207,10 @@ def one_token(model: Any, words: Iterable[str], least: int, what: str) -> list[s
 
 def _is_one_token(model: Any, word: str) -> bool:
     try:
-        target_id(model, word)
+        # an unknown word is one token, too, but not its own
+        return target_id(model, word) != model.tokenizer.unk_token_id
     except ValueError:
         return False
-    return True
 
 
 def drawn(generator: torch.Generator, some: Sequence[Any], n: int) -> list[Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
 
+import mechlens
+from mechlens.analyses.patching import LogitDiff, Patching
 from mechlens.analyses.tasks import Task, load_task
-from mechlens.results import load
+from mechlens.results import head_label, load
 from mechlens.show.section import section
 from mechlens.text.task_library import BUILT_IN
 from mechlens.text.task_prompts import TaskPrompt
 from mechlens.text.tokens import target_id
 from tests.close import assert_close
+from tests.counting import positions_run
 from tests.shared import needs_smollm2
 
 ROWS = [
@@ -68,9 +73,15 @@ def test_performance_matches_full_runs(bundled):
     assert mean == pytest.approx(float(found.logit_diff.mean()))
 
 
+def answer_difference(logits, prompt):
+    """The log-sum-exp of the right answers' logits minus that of the wrong ones."""
+    high, low = (sum(math.exp(float(logits[id])) for id in some) for some in (prompt.answers, prompt.wrong))
+    return math.log(high) - math.log(low)
+
+
 def test_patches_by_role_match_full_runs_with_a_hook(bundled):
-    rows = [row for row in ROWS if isinstance(row["answer"], str) and isinstance(row["wrong"], str)]
-    rows += [
+    rows = [
+        *ROWS,
         {"clean": "The man is", "corrupted": "The sea is", "answer": " a", "wrong": " the", "role_N": "man"},
         {"clean": "A sea is", "corrupted": "A man is", "answer": " the", "wrong": " a", "role_N": "sea"},
     ]
@@ -80,7 +91,6 @@ def test_patches_by_role_match_full_runs_with_a_hook(bundled):
     assert (found.roles, found.layers, found.into) == (("N", "END"), (1, 3), "corrupted")
     for at, prompt in enumerate(task.encoded):
         cache = bundled.run_with_cache(prompt.clean)[1]
-        right, wrong = prompt.answers[0], prompt.wrong[0]
         for row, layer in enumerate(found.layers):
             for column, role in enumerate(found.roles):
                 name, position = f"blocks.{layer}.hook_resid_pre", prompt.roles[role]
@@ -92,7 +102,7 @@ def test_patches_by_role_match_full_runs_with_a_hook(bundled):
                 logits = bundled.run_with_hooks(prompt.corrupted, fwd_hooks=[(name, restore)])[0, -1].detach()
                 # float32 logits of about 10
                 assert float(found.values[at, row, column]) == pytest.approx(
-                    float(logits[right] - logits[wrong]), abs=1e-4
+                    answer_difference(logits, prompt), abs=1e-4
                 )
     assert torch.allclose(found.clean, task.performance().logit_diff, atol=1e-4)
     assert torch.allclose(found.effect, (found.values - found.corrupted[:, None, None]).mean(0))
@@ -100,14 +110,103 @@ def test_patches_by_role_match_full_runs_with_a_hook(bundled):
     assert torch.allclose(noised.recovered, noised.effect / (found.corrupted.mean() - found.clean.mean()))
 
 
-def test_a_role_that_a_prompt_lacks_and_several_answers_are_refused(bundled):
+@pytest.mark.parametrize(
+    ("over", "roles", "axes", "shape"),
+    [
+        (("role", "head", "layer"), None, ("layer", "head", "role"), (2, 6, 2)),
+        (("layer", "head"), None, ("layer", "head"), (2, 6)),
+        (("layer", "head"), ["N"], ("layer", "head"), (2, 6)),
+        ("role", None, ("role",), (2,)),
+        ((), ["END", "N"], (), ()),
+    ],
+)
+def test_patches_by_other_axes_match_full_runs_with_a_hook(bundled, over, roles, axes, shape):
+    task, layers = Task.from_file(ROWS[:2], bundled), (1, 3)
+    found = task.grid("z", over=over, layers=layers, roles=roles)
+    assert found.axes == axes
+    assert found.heads == (tuple(itertools.product(layers, range(6))) if "head" in axes else ())
+    assert found.roles == (tuple(roles) if roles else ("N", "END") if "role" in axes else ())
+    assert found.values.shape == (2, *shape)
+    assert found.changes.shape == found.values.shape
+    assert found.effect.shape == found.recovered.shape == found.standard_error.shape == shape
+    table = found.to_dataframe()
+    assert list(table.columns) == [
+        *axes,
+        *(["label"] if "head" in axes else []),
+        "effect",
+        "standard_error",
+        "recovered",
+    ]
+    for at, prompt in enumerate(task.encoded):
+        cache = bundled.run_with_cache(prompt.clean)[1]
+        for cell, row in enumerate(table.to_dict("records")):
+            cell_layers = [row["layer"]] if "layer" in row else layers
+            every = [prompt.roles[role] for role in found.roles] or range(prompt.clean.shape[1])
+            positions = [prompt.roles[row["role"]]] if "role" in row else every
+            heads = [row["head"]] if "head" in row else range(6)
+
+            def restore(z, hook, positions=positions, heads=heads, cache=cache):
+                for position, head in itertools.product(positions, heads):
+                    z[:, position, head] = cache[hook.name][:, position, head]
+                return z
+
+            hooks = [(f"blocks.{layer}.attn.hook_z", restore) for layer in cell_layers]
+            logits = bundled.run_with_hooks(prompt.corrupted, fwd_hooks=hooks)[0, -1].detach()
+            # float32 logits of about 10
+            assert float(found.values[at].flatten()[cell]) == pytest.approx(
+                answer_difference(logits, prompt), abs=1e-4
+            )
+    best = found.summary(3)
+    assert best["effect"].abs().max() == pytest.approx(float(found.effect.abs().max()))
+    if "head" in axes:
+        assert set(best["label"]) <= {head_label(layer, head) for layer, head in found.heads}
+
+
+def test_prompts_with_different_numbers_of_answers_run_together(tiny_model):
+    prompts = [
+        TaskPrompt("abcd", "abed", ("x",), ("y", "z", "v")),
+        TaskPrompt("abce", "abee", ("x", "u"), ("w",)),
+    ]
+    task = Task(tiny_model, prompts)
+    found = task.grid("resid_pre", layers=[0])
+    for at, prompt in enumerate(task.encoded):
+        for name, tokens in (("clean", prompt.clean), ("corrupted", prompt.corrupted)):
+            with torch.inference_mode():
+                logits = tiny_model(tokens)[0, -1]
+            # float32 logits of about 1
+            assert float(getattr(found, name)[at]) == pytest.approx(
+                answer_difference(logits, prompt), abs=1e-5
+            )
+
+
+def test_a_grid_of_several_answers_runs_only_what_a_patch_can_change(bundled):
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(4)]
+    task = Task.from_file(ROWS[:1], bundled)
+    (prompt,) = task.encoded
+    other = Patching(
+        bundled, prompt.clean, prompt.corrupted, metric=LogitDiff(prompt.answers[0], prompt.wrong[0])
+    )
+    assert task.note  # measured now, so that its runs are not counted
+    several = positions_run(bundled, names, lambda: task.grid("resid_pre"))
+    assert several == positions_run(
+        bundled, names, lambda: other.grid("resid_pre", positions=[prompt.roles["N"], prompt.roles["END"]])
+    )
+
+
+def test_an_axis_that_a_task_does_not_have_is_refused(bundled):
+    task = Task.from_file(ROWS[:1], bundled)
+    with pytest.raises(ValueError, match="unknown axis 'pos': choose from layer, head, role"):
+        task.grid("z", over=("layer", "pos"))
+    with pytest.raises(ValueError, match=r"heads are for the sites .*, but site is 'resid_pre'"):
+        task.grid("resid_pre", over=("layer", "head", "role"))
+
+
+def test_a_role_that_a_prompt_lacks_is_refused(bundled):
     lacking = [ROWS[1], {name: value for name, value in ROWS[1].items() if name != "role_N"}]
     with pytest.raises(ValueError, match="prompt 1 has no role 'N': 'The old sea is'"):
         Task.from_file(lacking, bundled).grid("resid_pre", roles=["N"])
     with pytest.raises(ValueError, match="unknown role 'S9': choose from N, END"):
         Task.from_file(ROWS[1:2], bundled).grid("resid_pre", roles=["S9"])
-    with pytest.raises(ValueError, match=r"one right and one wrong answer .* 'The sea is' has 1 and 2"):
-        Task.from_file(ROWS, bundled).grid("resid_pre")
 
 
 def test_prompts_of_one_length_run_together_and_roles_are_the_last_token_of_their_word(bundled):
@@ -218,6 +317,27 @@ def test_a_task_that_the_model_cannot_do_says_so(bundled):
 def test_performance_can_be_saved_and_loaded(bundled, tmp_path):
     found = load_task("agreement", bundled, n=6).performance()
     assert load(found.save(tmp_path / "task.safetensors")) == found
+
+
+def test_edges_of_the_induction_task_name_the_bundled_models_induction_heads(bundled):
+    task = load_task("induction", bundled, n=24)
+    assert len(task.groups) == 1, "all prompts have one length"
+    assert len({each.roles["END"] - each.roles["FIRST"] for each in task.encoded}) == 5
+    found = task.performance()
+    mean, *_ = found.estimates["logit_diff"]
+    corrupted, *_ = found.estimates["corrupted_logit_diff"]
+    assert found.able
+    assert mean > 3 > -3 > corrupted
+    heads = [each for each in task.edges().top_nodes(6) if not each.endswith("mlp")]
+    known = mechlens.detect_heads(mechlens.score_heads(bundled))
+    assert len(heads) >= 4
+    assert set(heads[:4]) <= set(known)
+    by_head = task.grid("z", over=("layer", "head", "role"), roles=["END"])
+    assert set(by_head.summary(6)["label"]) == set(known)
+    grid = task.grid("resid_pre", roles=["NEXT", "END"])
+    # the answer is at NEXT until the induction heads of the last layer move it to END
+    assert float(grid.recovered[0, 0]) > 0.9
+    assert abs(float(grid.recovered[0, 1])) < 0.1
 
 
 def test_the_seed_decides_the_prompts(bundled):

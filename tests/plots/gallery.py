@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -178,6 +179,14 @@ def results(n_layers: int, n_heads: int = 9) -> Mapping[str, Result]:
         "roles": examples.role_grid(
             model=info, layers=tuple(range(n_layers)), values=normal(2, n_layers, 2).pow(3), note="a note"
         ),
+        "role_heads": examples.role_grid(
+            model=info,
+            site="z",
+            axes=("layer", "head", "role"),
+            layers=tuple(range(n_layers)),
+            heads=tuple(itertools.product(range(n_layers), range(n_heads))),
+            values=normal(2, n_layers, n_heads, 2).pow(3),
+        ),
         "patch_layer": grid("layer", n_prompts=3),
         "patch_heads": grid("layer", "head", n_prompts=3),
         "patch_positions": grid("layer", "pos"),
@@ -275,6 +284,7 @@ def figures(n_layers: int, n_heads: int = 9) -> dict[str, go.Figure]:
         "head_graph": mechlens.plot_head_graph(made["composition"]),
         "positional": mechlens.plot_positional_attention(made["positional"]),
         "roles": mechlens.plot_role_grid(made["roles"]),
+        "role heads": mechlens.plot_role_grid(made["role_heads"]),
         "circuit curve": mechlens.plot_circuit_curve(examples.circuit_curve()),
         "edge graph": mechlens.plot_edge_graph(made["edges"]),
         "patch_layer": mechlens.plot_patch_grid(made["patch_layer"]),

@@ -98,7 +98,7 @@ def test_a_grid_of_three_axes_has_a_row_for_each_head_until_a_head_or_a_position
 
 
 def test_among_many_heads_the_largest_effects_are_drawn(monkeypatch):
-    monkeypatch.setattr("mechlens.plots.patching._HEADS", 2)
+    monkeypatch.setattr("mechlens.plots.style.HEADS", 2)
     result = examples.patch_grid(axes=("layer", "head", "pos"))
     figure = plot_patch_grid(result)
     assert figure.layout.yaxis.ticktext == ("L0H1", "L1H1")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mechlens.show.tasks import task_section
-from tests.examples import task_performance
+from mechlens.show.tasks import role_grid_section, task_section
+from tests.examples import role_grid, task_performance
 
 
 def test_a_failed_task_is_shown_with_its_interval_and_chance():
@@ -33,3 +33,15 @@ def test_a_passed_task_says_so_and_a_users_own_task_has_no_reference():
     text = task_section(result).text
     assert "The model does it" in text
     assert "corrupted" not in text
+
+
+def test_a_grid_by_head_is_described_with_its_axes_and_roles():
+    grid = role_grid(
+        site="z", axes=("layer", "head"), heads=((0, 0), (0, 1), (2, 0), (2, 1)), roles=("S2", "END")
+    )
+    section = role_grid_section(grid)
+    assert "z at S2 and END is patched into the corrupted run" in section.text
+    figure, table = section.parts
+    assert figure.caption.startswith("Share of the way to the other run, by layer and head.")
+    assert table.headings[0] == "head"
+    assert [row[0].text for row in table.cells()] == ["L0H1", "L0H0", "L2H1", "L2H0"]

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mechlens.text.task_library import made
+from mechlens.text.task_library import ARGUMENTS, made
 from mechlens.text.task_prompts import encoded
 
 WHOLE = ("1776", "1492")
@@ -50,3 +50,57 @@ def test_later_years_are_right_and_single_token_years_are_left_out(reader):
         assert reader.tokenizer.decode(tokens[found.roles["XX"]]).strip() == century
         assert found.roles["XX"] == found.roles["END"]
         assert [reader.tokenizer.decode(each) for each in found.answers] == list(prompt.answers)
+
+
+def words_tokenizer(style, words):
+    """A tokenizer of some words with a space before them, written as in GPT-2 or as in Llama."""
+    space = "Ġ" if style == "gpt2" else "▁"
+    pieces = ["<unk>", *(f"{space}{word}" for word in words)]
+    tokenizer = Tokenizer(models.WordLevel({piece: at for at, piece in enumerate(pieces)}, "<unk>"))
+    if style == "gpt2":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # Llama's puts a space before every text
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return SimpleNamespace(tokenizer=fast, cfg=SimpleNamespace(d_vocab=len(fast), n_ctx=256))
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_an_induction_prompt_begins_again_and_its_answer_came_next(style):
+    model = words_tokenizer(style, ARGUMENTS)
+    prompts, counterfactual = made(model, "induction", 40, torch.Generator().manual_seed(0), None)
+    assert counterfactual == "other-successor"
+    lengths, distances = set(), set()
+    for prompt in prompts:
+        found = encoded(model, prompt, prepend_bos=False)
+        clean, corrupted = found.clean[0].tolist(), found.corrupted[0].tolist()
+        lengths.add(len(clean))
+        first, following, other, end = (found.roles[role] for role in ("FIRST", "NEXT", "OTHER", "END"))
+        distances.add(end - first)
+        size = clean.index(clean[0], 1)
+        assert len(set(clean[:size])) == size
+        assert clean[size:] == clean[: first + 1] == corrupted[size:] == corrupted[: first + 1]
+        assert (following, clean[following]) == (first + 1, found.answers[0])
+        assert clean[other] == found.wrong[0]
+        # nothing but the two words' places differs, and neither is repeated
+        assert (corrupted[following], corrupted[other]) == (clean[other], clean[following])
+        same = set(range(len(clean))) - {following, other}
+        assert [clean[at] for at in same] == [corrupted[at] for at in same]
+        assert clean.count(clean[following]) == clean.count(clean[other]) == 1
+    assert lengths == {18}
+    assert distances == {10, 11, 12, 13, 14}
+
+
+def test_too_few_words_for_an_induction_prompt_are_counted():
+    model = words_tokenizer("gpt2", ARGUMENTS[:9])
+    with pytest.raises(ValueError, match="at least 14 words that are one token of this model, but only 9 of"):
+        made(model, "induction", 4, torch.Generator().manual_seed(0), None)
+
+
+def test_a_tokenizer_that_joins_words_cannot_read_an_induction_prompt():
+    model = words_tokenizer("gpt2", ARGUMENTS)
+    model.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(ValueError, match=r"does not read the words of .* as one token each"):
+        made(model, "induction", 1, torch.Generator().manual_seed(0), None)

@@ -23,8 +23,9 @@ def load_task(
 
     Args:
         name: `ioi` (indirect object identification), `greater-than` (a later year), `agreement` (subject-verb
-            agreement across another noun), `capitals`, `gender` (the pronoun for a name) or `docstring` (the
-            next argument).
+            agreement across another noun), `capitals`, `gender` (the pronoun for a name), `docstring` (the
+            next argument) or `induction` (random words begin again; its roles are the last word's FIRST
+            occurrence, the NEXT word, which is the answer, and the OTHER, which is the wrong one).
         model: the model to run; its tokenizer encodes the prompts.
         n: number of prompts.
         seed: for drawing the prompts.

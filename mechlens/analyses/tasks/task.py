@@ -160,28 +160,33 @@ class Task:
         self,
         site: str,
         *,
+        over: Iterable[str] | str = ("layer", "role"),
         into: str | None = None,
         values: Any = None,
         layers: Sequence[int] | None = None,
         roles: Sequence[str] | None = None,
         progress: bool | None = None,
     ) -> RoleGrid:
-        """Patch one layer at the position of one role, and measure the change in the logit difference.
+        """Patch one layer or head at the position of one role: the change in the logit difference.
 
         Args:
-            site: `resid_pre`, `attn_out`, `mlp_out`, `z` (all heads) or another site of `Patching.grid`.
+            site: `resid_pre`, `attn_out`, `mlp_out`, `z` or another site of `Patching.grid`.
+            over: the axes of the grid, some of "layer", "head" (for sites by head) and "role". Everything
+                else is patched together.
             into: the run to patch: "corrupted" restores it with the clean run's values (denoising), "clean"
                 breaks it (noising). None is "corrupted", unless `values` is given.
             values: what to patch in, as in `Patching.grid`; None is the other run's value.
             layers: the layers to patch; None is all.
-            roles: the roles to patch, such as ["S2", "END"]; None is all roles that every prompt has.
+            roles: the roles to patch, such as ["S2", "END"]; None is all roles that every prompt has, or
+                all positions if `over` has no "role".
             progress: show a bar; None shows one in a terminal and in Jupyter.
 
         Returns:
-            `.effect` and `.recovered` `[layer, role]`, means over prompts; `plot_role_grid` draws them.
+            `.effect` and `.recovered` by these axes, means over prompts; `plot_role_grid` draws them. Of
+            several answers, the logits' log-sum-exp counts.
 
         Raises:
-            ValueError: a role that some prompt lacks, or a prompt with several right or wrong answers.
+            ValueError: a role that some prompt lacks, or as `Patching.grid`.
 
         Example:
             >>> found = mechlens.load_task("agreement", model, n=4).grid("resid_pre", layers=[0])
@@ -191,7 +196,7 @@ class Task:
         Cost: that of `Patching.grid` for each set of prompts with the same length and role positions.
         """
         return patch_roles(
-            self, site, into=into, values=values, layers=layers, roles=roles, progress=progress
+            self, site, over=over, into=into, values=values, layers=layers, roles=roles, progress=progress
         )
 
     def keep(self, components: Any, *, by: str = "resample", metric: str = "logit_diff") -> ComponentSet:
@@ -222,18 +227,12 @@ class Task:
         return run_set(self, components, by, metric, kept=True)
 
     def knock_out(self, components: Any, *, by: str = "resample", metric: str = "logit_diff") -> ComponentSet:
-        """Run the task without some heads, MLPs, layers or edges; as `keep`, the other way round.
+        """Run the task without some heads, MLPs, layers or edges; returns and raises the same as `keep`.
 
         Args:
             components: heads, MLPs and layers, or edges, as for `keep`.
             by: what the set carries: `resample`, `mean` or `zero`.
             metric: `logit_diff`, nats, or `probability_diff`.
-
-        Returns:
-            The metric for each prompt, beside that of the whole model and of nothing.
-
-        Raises:
-            ValueError: as `keep`.
 
         Example:
             >>> found = mechlens.load_task("agreement", model, n=4).knock_out(["L1H0", "L2.mlp"], by="mean")
