@@ -169,6 +169,7 @@ class RoleGrid(ManyEffects, Result):
     def n_prompts(self) -> int:
         return len(self.prompts)
 
+    @property
     def place(self) -> str:
         """What is patched, and the roles that are patched together, if they are."""
         together = self.roles and "role" not in self.axes
