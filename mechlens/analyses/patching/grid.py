@@ -14,8 +14,12 @@ from torch import Tensor
 from mechlens.analyses.patching.spec import GridSpec
 from mechlens.models.run.clean_run import CleanRun
 from mechlens.models.run.patched_runs import PatchedRuns
+from mechlens.models.run.user_hooks import user_hooks
 from mechlens.results import PatchGridResult
 from mechlens.results.checkpoint import Checkpoint, checkpoint_path
+
+POSITIONS = 512
+"""Positions of counterpart runs that go together: enough for a processor, few to keep."""
 
 
 def run_grid(spec: GridSpec, resume: str | os.PathLike[str] | None = None) -> PatchGridResult:
@@ -52,6 +56,7 @@ def run_grid(spec: GridSpec, resume: str | os.PathLike[str] | None = None) -> Pa
 def _parts(spec: GridSpec, done: _Progress, notes: list[str]) -> Iterator[int]:
     """Run the remaining cells, and yield how many were done each time."""
     experiment, read = spec.experiment, spec.experiment.readout.at
+    counterparts = _Counterparts(spec)
     values_of = None
     for index in range(len(experiment.tokens)):
         left = done.left(index)
@@ -62,7 +67,7 @@ def _parts(spec: GridSpec, done: _Progress, notes: list[str]) -> Iterator[int]:
             experiment.model, tokens, spec.site, keep=spec.keep(own=True), last_read=max(read)
         )
         own = runs.clean
-        other = own if others is None else CleanRun.of(experiment.model, others, spec.keep(own=False))
+        other = own if others is None else counterparts.of(index)
         clean, corrupted = (own, other) if spec.into == "clean" else (other, own)
         readout = experiment.readout.of_prompt(index, clean.final)
         done.note_run("clean", index, readout.of_run(clean.final))
@@ -77,6 +82,26 @@ def _parts(spec: GridSpec, done: _Progress, notes: list[str]) -> Iterator[int]:
             found = readout.of_rows(part.final, part.start, own.final)
             done.note(index, left[part.which], found.cpu())
             yield len(part.which)
+
+
+class _Counterparts:
+    """The other run of each prompt, several at a time; one at a time if the user has hooks."""
+
+    def __init__(self, spec: GridSpec) -> None:
+        self.spec, (_, self.tokens) = spec, spec.experiment.prompts(spec.into)
+        hooked = bool(user_hooks(spec.experiment.model))
+        self.size = 1 if hooked else max(1, POSITIONS // spec.experiment.tokens.shape[1])
+        self.begin = 0
+        self.found: CleanRun | None = None
+
+    def of(self, index: int) -> CleanRun:
+        """Cost: one forward pass of each prompt if they are asked for in order."""
+        assert self.tokens is not None
+        if self.found is None or not self.begin <= index < self.begin + self.size:
+            self.begin = index
+            some = self.tokens[index : index + self.size]
+            self.found = CleanRun.of(self.spec.experiment.model, some, self.spec.keep(own=False))
+        return self.found.prompt(index - self.begin)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
