@@ -48,6 +48,11 @@ SCORES = {
             help="Mean attention from each later position to the first, where idle heads rest.",
         ),
         Column(
+            "attention_sink_score",
+            help="The largest mean attention that one position in the first half receives from all later "
+            "ones, wherever idle heads rest; the first-token score where they rest on the first.",
+        ),
+        Column(
             "prefix_matching_score",
             help="Mean attention to the tokens after all earlier copies, on 25 random tokens repeated four "
             "times. Several earlier copies share the attention, so a perfect head scores about 0.5.",
