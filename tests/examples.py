@@ -652,8 +652,10 @@ def copy_scores(**changes) -> CopyScores:
         top_k=5,
         copies=torch.tensor([[1.0, 0.0]]),
         suppresses=torch.tensor([[0.0, 0.5]]),
+        attends_to_predicted=torch.tensor([[0.5, 1.0]]),
         null_copies=torch.tensor([[0.5, 0.0]]),
         null_suppresses=torch.tensor([[0.0, 0.0]]),
+        null_attends_to_predicted=torch.tensor([[0.5, 0.0]]),
     )
     return dataclasses.replace(plain, **changes)
 

@@ -83,6 +83,17 @@ def head_label(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
+def head_table(**values: Float[Tensor, "layer head"]) -> pd.DataFrame:
+    """One row per head: layer, head, label, and a column for each of the values."""
+    import pandas as pd
+
+    n_layers, n_heads = next(iter(values.values())).shape
+    places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    table = pd.DataFrame(places, columns=["layer", "head"])
+    table["label"] = [head_label(*place) for place in places]
+    return table.assign(**{name: each.flatten().numpy() for name, each in values.items()})
+
+
 Head: TypeAlias = "str | tuple[int, int]"
 Heads: TypeAlias = "Head | Sequence[Head]"
 
