@@ -26,6 +26,7 @@ from mechlens.results.input_probe import InputProbe
 from mechlens.results.lens import LogitLensResult, VectorLens
 from mechlens.results.logit_variance import LogitVariance
 from mechlens.results.patching import AttributionPatchResult, PatchGridResult
+from mechlens.results.successors import SuccessorScores
 from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
 from mechlens.results.task_heads import TaskHeads
 from mechlens.results.tasks import RoleGrid, TaskPerformance
@@ -67,6 +68,7 @@ __all__ = [
     "Result",
     "RoleGrid",
     "Share",
+    "SuccessorScores",
     "TaskCircuit",
     "TaskHeads",
     "TaskPerformance",
