@@ -73,6 +73,18 @@ def test_processing_changes_no_score(load_once, tiny_directories):
         assert torch.allclose(getattr(folded, name), getattr(raw, name), atol=1 / 36 + 1e-6), name
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_all_tokens_share_predicts_none(backend, tiny_directories):
+    model = mechlens.load_model(tiny_directories / "llama", backend=backend, processing=False)
+    ids = torch.arange(4, 40)
+    before = mechlens.copy_scores(model, ids).attends_to_predicted
+    with torch.no_grad():
+        model.W_U.add_(torch.linspace(-1, 1, model.cfg.d_model)[:, None])
+    after = mechlens.copy_scores(model, ids).attends_to_predicted
+    # a near tie may be decided by rounding
+    assert torch.allclose(before, after, atol=1 / 36 + 1e-6)
+
+
 def test_a_head_that_copies_and_one_that_takes_back_are_told_apart(tmp_path):
     found = mechlens.copy_scores(load_written(tmp_path, "negative"), ["a", "b"], top_k=1)
     assert (float(found.copies[0, 0]), float(found.suppresses[0, 0])) == (1, 0)
