@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import OlmoeConfig
 
 import mechlens
 from mechlens.models.load.tiny_architectures import architecture, random_model, write_model, write_tokenizer
@@ -13,6 +14,7 @@ from mechlens.show.section import section
 from tests.examples import copy_scores as example
 from tests.reference.matching import best_key
 from tests.shared import BACKENDS, needs_smollm2
+from tests.tiny_models import write_model_of
 from tests.written_models import load_written
 
 
@@ -60,6 +62,18 @@ def test_a_token_is_looked_up_as_the_engine_does(kind, backend, load_once, tiny_
                 for which, wanted in (("own", ids), ("other", [ids[-1], *ids[:-1]])):
                     share = sum(a == b for a, b in zip(best, wanted, strict=True)) / 5
                     assert float(found_share[which][layer, head]) == pytest.approx(share), (layer, head)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_across_heads_leave_what_is_looked_up_undefined(backend, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    config = OlmoeConfig(vocab_size=64, max_position_embeddings=64, pad_token_id=None, **sizes, **experts)
+    write_model_of(tmp_path, config)
+    found = mechlens.copy_scores(mechlens.load_model(tmp_path, backend=backend), torch.tensor([7, 11, 20]))
+    assert found.attends_to_predicted.isnan().all()
+    assert found.null_attends_to_predicted.isnan().all()
+    assert not found.copies.isnan().any()
 
 
 def test_processing_changes_no_score(load_once, tiny_directories):

@@ -44,7 +44,8 @@ def copy_scores(
 
     Returns:
         `.copies`, `.suppresses` and `.attends_to_predicted` `[layer, head]`, shares of the tokens, and the
-        same shares for another of the tokens as their nulls.
+        same shares for another of the tokens as their nulls. `.attends_to_predicted` is nan for models that
+        normalize queries and keys differently in each head (Cohere) or across heads (OLMoE).
 
     Raises:
         ValueError: fewer than two tokens, a text that is not one token, or too few names.
@@ -79,7 +80,8 @@ def copy_scores(
     for layer in range(info.n_layers):
         heads = folded_heads(model, layer)
         written = heads.written(embedded)
-        looked_up = is_largest(attention_scores(model, layer, heads, predicting, offered)).float()
+        scores = attention_scores(model, layer, heads, predicting, offered)
+        looked_up = is_largest(scores).float().masked_fill(scores.isnan(), torch.nan)
         for before, others in (("", own), ("null_", own.roll(1))):
             found[f"{before}attends_to_predicted"][layer] = looked_up[:, own, own_key[others]].mean(1)
         for head in range(info.n_heads):

@@ -112,6 +112,9 @@ def attention_scores(
 
     Args:
         heads: those of the layer.
+
+    Returns:
+        The scores; nan if a norm of queries or keys is not the same for each head (OLMoE, Cohere).
     """
     attention, sides = model.blocks[layer].attn, {}
     for name, W, stream in (("q", heads.W_Q, queries), ("k", heads.W_K, keys)):
@@ -120,6 +123,8 @@ def attention_scores(
         read = read + reading_bias(model, layer, name.upper())
         norm = getattr(attention, f"{name}_norm", None)
         if norm is not None:
+            if any(parameter.numel() != W.shape[-1] for parameter in norm.parameters()):
+                return W.new_full((len(W), len(queries), len(keys)), torch.nan)
             with alone(model), without_user_hooks(norm), torch.inference_mode():
                 flat = norm(rearrange(read, "row head d -> (row head) d").to(attention.W_Q.dtype))
             read = flat.float().view_as(read)
