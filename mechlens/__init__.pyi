@@ -15,6 +15,7 @@ from mechlens.analyses.circuits.positional import positional_attention as positi
 from mechlens.analyses.circuits.positional import positional_QK as positional_QK
 from mechlens.analyses.circuits.qk import QK as QK
 from mechlens.analyses.circuits.qk import full_QK as full_QK
+from mechlens.analyses.circuits.successors import successor_scores as successor_scores
 from mechlens.analyses.circuits.tokens import circuit_corner as circuit_corner
 from mechlens.analyses.circuits.tokens import largest_pairs as largest_pairs
 from mechlens.analyses.circuits.tokens import singular_tokens as singular_tokens
@@ -123,6 +124,7 @@ from mechlens.results import PositionalAttention as PositionalAttention
 from mechlens.results import RepeatedTokenPerformance as RepeatedTokenPerformance
 from mechlens.results import Result as Result
 from mechlens.results import RoleGrid as RoleGrid
+from mechlens.results import SuccessorScores as SuccessorScores
 from mechlens.results import TaskCircuit as TaskCircuit
 from mechlens.results import TaskHeads as TaskHeads
 from mechlens.results import TaskPerformance as TaskPerformance

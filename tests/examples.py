@@ -39,6 +39,7 @@ from mechlens.results import (
     PositionalAttention,
     RepeatedTokenPerformance,
     RoleGrid,
+    SuccessorScores,
     TaskCircuit,
     TaskHeads,
     TaskPerformance,
@@ -674,8 +675,26 @@ def copy_scores(**changes) -> CopyScores:
         top_k=5,
         copies=torch.tensor([[1.0, 0.0]]),
         suppresses=torch.tensor([[0.0, 0.5]]),
+        attends_to_predicted=torch.tensor([[0.5, 1.0]]),
         null_copies=torch.tensor([[0.5, 0.0]]),
         null_suppresses=torch.tensor([[0.0, 0.0]]),
+        null_attends_to_predicted=torch.tensor([[0.5, 0.0]]),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def successor_scores(**changes) -> SuccessorScores:
+    """One layer of two heads: the second succeeds for all three days and one of two letters."""
+    plain = SuccessorScores(
+        model=model(n_layers=1, n_heads=2),
+        classes=("days", "big letters"),
+        sizes=(3, 2),
+        ids=torch.tensor([3, 5, 7, 0, 1]),
+        successor_ids=torch.tensor([5, 7, 3, 1, 2]),
+        strings=(" Mon", " Tue", " Wed", " A", " B"),
+        successor_strings=(" Tue", " Wed", " Mon", " B", " C"),
+        by_class=torch.tensor([[[0.0, 1.0]], [[0.0, 0.5]]]),
+        null_by_class=torch.tensor([[[0.5, 0.0]], [[0.0, 0.5]]]),
     )
     return dataclasses.replace(plain, **changes)
 
@@ -993,7 +1012,7 @@ RESULTS = {
         *("composition", "facts", "head_scores", "indirect_object", "induction_circuits", "input_probe"),
         *("lens", "patch_grid", "performance", "positional", "role_grid", "task_performance", "tuned_lens"),
         *("circuit_curve", "component_set", "copy_scores", "edge_effects", "task_circuit", "task_heads"),
-        *("plan", "variance", "vector_lens"),
+        *("plan", "successor_scores", "variance", "vector_lens"),
         *("alignment", "exhaustive", "feature_examples", "gradient", "greedy"),
     )
 }

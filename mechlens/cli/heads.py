@@ -33,8 +33,8 @@ def heads(
     chat: ChatOption = False,
     bos: BosOption = None,
 ) -> None:
-    """Score every attention head: induction, previous token, duplicate token and first token, on repeated
-    random tokens or on a text; prefix matching and copying on random tokens."""
+    """Score every attention head: induction, previous token, duplicate token, first token and attention sink,
+    on repeated random tokens or on a text; prefix matching and copying on random tokens."""
     if chat and text is None:
         raise ValueError("--chat needs --text")
     for name, value in (("--seq-len", seq_len), ("--batch", batch), ("--jitter", jitter)):

@@ -1,6 +1,7 @@
 """Scores of attention patterns: how much of a head's attention goes where a mechanism would put it.
 
-A mask is a list of (dest, src) entries. A score is the mean attention on a mask, in [0, 1].
+A mask is a list of (dest, src) entries. A score is the mean attention on a mask, in [0, 1], or for sinks the
+largest of such means.
 """
 
 from __future__ import annotations
@@ -91,12 +92,55 @@ def mask_score(pattern: Float[Tensor, "batch head dest src"], mask: Mask) -> Flo
     return entries.where(real, 0).sum(1) / real.sum(1)
 
 
-def uniform_attention(mask: Mask) -> float:
+@dataclasses.dataclass(frozen=True)
+class Sinks:
+    """In place of a mask: the score is `sink_score`."""
+
+    n_pos: int
+    """Length of the sequences."""
+
+    def __post_init__(self) -> None:
+        if self.n_pos < 2:
+            raise ValueError(f"an attention-sink score needs at least 2 positions, but there is {self.n_pos}")
+
+
+def sink_score(pattern: Float[Tensor, "batch head dest src"]) -> Float[Tensor, "batch head"]:
+    """The largest mean attention that one position receives from all later ones, for each row and head.
+
+    A position competes only if at least half as many positions follow it as follow the first. Otherwise a
+    previous-token head would have its sink at the last position but one, to which one position attends.
+
+    Args:
+        pattern: attention after softmax; each row sums to 1.
+
+    Returns:
+        Probability in [0, 1]: the first-token score or more.
+
+    Example:
+        >>> from mechlens.measures.attention import sink_score
+        >>> pattern = torch.eye(5)
+        >>> pattern[2:] = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])  # all later positions attend to the second
+        >>> sink_score(pattern[None, None])
+        tensor([[1.]])
+
+    References: Gu et al. 2024, "When Attention Sink Emerges in Language Models", arXiv:2410.10781, the
+    importance score of a token. They include the token's attention to itself, which is 1 at the first.
+    """
+    n = pattern.shape[-1]
+    following = torch.arange(n - 1, n - 1 - (n + 1) // 2, -1, device=pattern.device)
+    some = pattern[..., : len(following)]
+    received = some.sum(-2, dtype=torch.float32) - some.diagonal(dim1=-2, dim2=-1).float()
+    return (received / following).amax(-1)
+
+
+def uniform_attention(where: Mask | Sinks) -> float:
     """The score of a head that attends equally to every position it can see.
 
-    This is also the expected score of any head after its attention at each destination is shuffled over the
-    positions it can see. So it is the null baseline for scores that depend on positions alone.
+    For a mask, this is also the expected score of any head after its attention at each destination is
+    shuffled over the positions it can see. So it is the null baseline for scores that depend on positions
+    alone. For sinks, it is the mean attention to the first position, where uniform attention is largest.
     """
+    mask = first_token_mask(where.n_pos) if isinstance(where, Sinks) else where
     chance = 1 / (mask.dest + 1).double()
     return float(chance.mean() if mask.real is None else chance[mask.real].mean())
 

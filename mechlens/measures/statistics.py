@@ -1,4 +1,4 @@
-"""Confidence intervals and rank correlation."""
+"""Confidence intervals, rank correlation and largest values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechlens.arguments import generator_of
@@ -162,6 +162,12 @@ def _centered_ranks(values: Float[Tensor, "*batch value"]) -> Float[Tensor, "*ba
     below, up_to = (torch.searchsorted(ordered, values, right=right).double() for right in (False, True))
     ranks = below + up_to
     return ranks - ranks.mean(-1, keepdim=True)
+
+
+def is_largest(values: Float[Tensor, "*batch option"]) -> Bool[Tensor, "*batch option"]:
+    """Whether each value is larger than all others of its row; no value is where the largest are equal."""
+    at_top = values == values.amax(-1, keepdim=True)
+    return at_top & (at_top.sum(-1, keepdim=True) == 1)
 
 
 def simultaneous_interval(

@@ -28,6 +28,7 @@ from mechlens.results.logit_variance import LogitVariance
 from mechlens.results.neurons import NeuronAttribution, neuron_label
 from mechlens.results.patching import AttributionPatchResult, PatchGridResult
 from mechlens.results.plan import Plan
+from mechlens.results.successors import SuccessorScores
 from mechlens.results.task_circuits import CircuitCurve, ComponentSet, EdgeEffects, TaskCircuit
 from mechlens.results.task_heads import TaskHeads
 from mechlens.results.tasks import RoleGrid, TaskPerformance
@@ -71,6 +72,7 @@ __all__ = [
     "Result",
     "RoleGrid",
     "Share",
+    "SuccessorScores",
     "TaskCircuit",
     "TaskHeads",
     "TaskPerformance",

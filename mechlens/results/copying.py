@@ -10,15 +10,19 @@ from torch import Tensor
 
 from mechlens.results.base import Result
 from mechlens.results.columns import Column
-from mechlens.results.heads import head_label
+from mechlens.results.heads import head_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SHARES = ("copies", "suppresses", "attends_to_predicted")
+"""What a head's weights can do with a token. The null of each is called `null_copies` and so on."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CopyScores(Result):
-    """How often each head's weights raise or lower the token that it attends to."""
+    """How often each head's weights raise or lower the token that it attends to, and attend to the predicted
+    token."""
 
     ids: Int[Tensor, " token"]
     """The tokens that were tried."""
@@ -30,10 +34,14 @@ class CopyScores(Result):
     """Share of tokens that are among the `top_k` largest logits of the head's output for them."""
     suppresses: Float[Tensor, "layer head"]
     """Share of tokens that are among the `top_k` smallest."""
+    attends_to_predicted: Float[Tensor, "layer head"]
+    """Share of tokens whose unembedding, as the query, scores highest with the token's own key."""
     null_copies: Float[Tensor, "layer head"]
     """Share of tokens for which another of the tokens is among the largest."""
     null_suppresses: Float[Tensor, "layer head"]
     """Share of tokens for which another of the tokens is among the smallest."""
+    null_attends_to_predicted: Float[Tensor, "layer head"]
+    """Share of tokens for which the key of another of the tokens scores highest."""
 
     columns: ClassVar[tuple[Column, ...]] = (
         Column("label", "head"),
@@ -41,6 +49,12 @@ class CopyScores(Result):
         Column("null_copies", "null", help="The same for another of the tokens."),
         Column("suppresses", help="Share of tokens that the head lowers most when it attends to them."),
         Column("null_suppresses", "null", help="The same for another of the tokens."),
+        Column(
+            "attends_to_predicted",
+            "attends to predicted",
+            help="Share of tokens that the head attends to most where the stream predicts them.",
+        ),
+        Column("null_attends_to_predicted", "null", help="The same for another of the tokens."),
     )
 
     @property
@@ -48,16 +62,10 @@ class CopyScores(Result):
         return f"Copy scores of {self.model.name}"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per head: layer, head, label, copies, null_copies, suppresses, null_suppresses."""
-        import pandas as pd
-
-        n_layers, n_heads = self.copies.shape
-        places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-        table = pd.DataFrame(places, columns=["layer", "head"])
-        table["label"] = [head_label(*place) for place in places]
-        for name in ("copies", "null_copies", "suppresses", "null_suppresses"):
-            table[name] = getattr(self, name).flatten().numpy()
-        return table
+        """One row per head: layer, head, label, and each of copies, suppresses, attends_to_predicted with its
+        null, such as null_copies."""
+        names = [name for share in SHARES for name in (share, f"null_{share}")]
+        return head_table(**{name: getattr(self, name) for name in names})
 
     def summary(self, top: int = 10) -> pd.DataFrame:
         """The heads that copy or suppress most."""

@@ -48,6 +48,11 @@ SCORES = {
             help="Mean attention from each later position to the first, where idle heads rest.",
         ),
         Column(
+            "attention_sink_score",
+            help="The largest mean attention that one position in the first half receives from all later "
+            "ones, wherever idle heads rest; the first-token score where they rest on the first.",
+        ),
+        Column(
             "prefix_matching_score",
             help="Mean attention to the tokens after all earlier copies, on 25 random tokens repeated four "
             "times. Several earlier copies share the attention, so a perfect head scores about 0.5.",
@@ -76,6 +81,17 @@ def score_title(kind: str) -> str:
 def head_label(layer: int, head: int) -> str:
     """A head's name in text, such as `L5H5`."""
     return f"L{layer}H{head}"
+
+
+def head_table(**values: Float[Tensor, "layer head"]) -> pd.DataFrame:
+    """One row per head: layer, head, label, and a column for each of the values."""
+    import pandas as pd
+
+    n_layers, n_heads = next(iter(values.values())).shape
+    places = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    table = pd.DataFrame(places, columns=["layer", "head"])
+    table["label"] = [head_label(*place) for place in places]
+    return table.assign(**{name: each.flatten().numpy() for name, each in values.items()})
 
 
 Head: TypeAlias = "str | tuple[int, int]"

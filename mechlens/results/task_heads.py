@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KINDS = {
-    "copies": "copies",
-    "suppresses": "suppresses",
-    "induction_score": "induction",
-    "previous_token_score": "previous token",
-    "duplicate_token_score": "duplicate token",
+    "copies": {"copies"},
+    "copy suppression": {"suppresses", "attends_to_predicted"},
+    "suppresses": {"suppresses"},
+    "induction": {"induction_score"},
+    "previous token": {"previous_token_score"},
+    "duplicate token": {"duplicate_token_score"},
 }
-"""The scores that decide what kind a head is, and what it is called."""
+"""What a head is called, and the scores that must all be clear for it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -45,7 +46,8 @@ class TaskHeads(Result):
     attention: Float[Tensor, "head role"]
     """Mean attention of the last position to the position of each role."""
     scores: dict[str, Float[Tensor, " head"]]
-    """The scores that were given: `copies` and `suppresses` by weights, and kinds of `score_heads`."""
+    """The scores that were given: `copies`, `suppresses` and `attends_to_predicted` by weights, and kinds of
+    `score_heads`."""
     nulls: dict[str, Float[Tensor, " head"]]
     """The same scores without their cause."""
     note: str
@@ -61,7 +63,8 @@ class TaskHeads(Result):
             Column(
                 "kind",
                 help=f"Every score of at least {CLEAR_SCORE:g} and {TIMES_NULL:g} times its null; heads that "
-                "copy or suppress tokens do so by their weights.",
+                "copy or suppress tokens do so by their weights. Copy suppression is to suppress tokens and "
+                "to attend to them where they are predicted.",
             ),
         )
 
@@ -72,17 +75,20 @@ class TaskHeads(Result):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What each head clearly is, with commas between; empty where it is nothing of that."""
-        found = []
-        for at in range(len(self.heads)):
-            clear = [
-                words
-                for name, words in KINDS.items()
-                if name in self.scores
-                and float(self.scores[name][at]) >= CLEAR_SCORE
-                and float(self.scores[name][at]) >= TIMES_NULL * float(self.nulls[name][at])
-            ]
-            found.append(", ".join(clear))
-        return tuple(found)
+        return tuple(self._kind(at) for at in range(len(self.heads)))
+
+    def _kind(self, at: int) -> str:
+        clear = {
+            name
+            for name, values in self.scores.items()
+            if float(values[at]) >= CLEAR_SCORE
+            and float(values[at]) >= TIMES_NULL * float(self.nulls[name][at])
+        }
+        found = {words: scores for words, scores in KINDS.items() if scores <= clear}
+        # "copy suppression" says that it suppresses
+        return ", ".join(
+            words for words, scores in found.items() if not any(scores < other for other in found.values())
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per head: layer, head, label, effect, attends, attention, kind, one column for each role's

@@ -13,8 +13,9 @@ from mechlens.text.display import count, number
 
 _NULL = (
     "The same score on unrelated tokens. For scores of positions (previous and first token): the score if "
-    "each position spread its attention at random over what it can see. For copying: the score with another "
-    "token in place of the attended one. A score means something only if it is well above its null."
+    "each position spread its attention at random over what it can see, and for sinks evenly. For copying: "
+    "the score with another token in place of the attended one. A score means something only if it is well "
+    "above its null."
 )
 _TERMS = {
     "Nat": "Unit of log-probability with the natural logarithm: a probability of 1/2 is -0.69 nats.",

@@ -196,7 +196,7 @@ def one_token(model: Any, words: Iterable[str], least: int, what: str) -> list[s
         ValueError: there are fewer than `least`; the message has the number.
     """
     every = list(words)
-    found = [word for word in every if _is_one_token(model, word)]
+    found = [word for word in every if is_one_token(model, word)]
     if len(found) < least:
         raise ValueError(
             f"this task needs at least {least} {what} that are one token of this model, but only "
@@ -205,7 +205,7 @@ def one_token(model: Any, words: Iterable[str], least: int, what: str) -> list[s
     return found
 
 
-def _is_one_token(model: Any, word: str) -> bool:
+def is_one_token(model: Any, word: str) -> bool:
     try:
         # an unknown word is one token, too, but not its own
         return target_id(model, word) != model.tokenizer.unk_token_id

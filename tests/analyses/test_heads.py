@@ -27,6 +27,7 @@ ON_REPEATED = (
     "duplicate_token_score",
     "previous_token_score",
     "first_token_score",
+    "attention_sink_score",
 )
 
 
@@ -51,6 +52,7 @@ def test_pattern_scores_equal_the_published_loops(tiny_model):
                         "duplicate_token_score": reference.duplicate(p, 7, bos),
                         "previous_token_score": reference.previous(p),
                         "first_token_score": reference.first(p),
+                        "attention_sink_score": reference.sink(p),
                     }
                     for kind, value in expected.items():
                         # float32 means of a few probabilities
@@ -75,6 +77,10 @@ def test_nulls_are_the_same_mask_on_unrelated_tokens(tiny_model):
     n = 12 + bos
     uniform = sum(1 / (dest + 1) for dest in range(1, n)) / (n - 1)
     assert torch.allclose(result.nulls["previous_token_score"], torch.tensor(uniform))
+    # uniform attention falls mostly on the first position
+    causal = torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
+    assert reference.sink(causal) == pytest.approx(uniform)
+    assert torch.allclose(result.nulls["attention_sink_score"], torch.tensor(uniform))
 
 
 def test_a_head_at_a_fixed_distance_scores_no_higher_than_its_null(fixed_distance_model):
@@ -229,12 +235,31 @@ def test_scores_on_a_text_agree_with_detect_head(tiny_model):
 
 def test_a_cache_gives_the_same_as_a_run(tiny_model):
     tokens = torch.randint(4, 50, (3, 12), generator=torch.Generator().manual_seed(2))
-    kinds = ("previous_token_score", "first_token_score", "induction_score")
+    kinds = ("previous_token_score", "first_token_score", "attention_sink_score", "induction_score")
     _, cache = tiny_model.run_with_cache(tokens)
     ran = score_heads(tiny_model, tokens, kinds)
     cached = score_heads(tiny_model, tokens, kinds, cache=cache)
     for kind in kinds:
         assert torch.allclose(ran.scores[kind], cached.scores[kind], atol=1e-7, equal_nan=True)
+
+
+def test_a_sink_is_found_wherever_it_is(bundled):
+    first = score_heads(
+        bundled, RepeatedTokens(20, batch=4, seeds=[0]), ["first_token_score", "attention_sink_score"]
+    )
+    largest = first.mean("attention_sink_score")
+    assert bool((largest >= first.mean("first_token_score") - 1e-6).all())
+    # a head at rest on the first token has its sink there
+    assert first.mean("first_token_score").amax() == pytest.approx(float(largest.amax()), abs=1e-6)
+    assert float(first.mean("first_token_score").amax()) > 0.9
+    tokens = torch.arange(4, 12)[None]
+    pattern = torch.eye(8).repeat(1, bundled.cfg.n_heads, 1, 1)
+    pattern[:, 1, 4:], pattern[:, 1, 4:, 3] = 0, 1  # all that follow the fourth token attend to it
+    pattern[:, 2] = torch.eye(8).roll(-1, 1)  # each attends to the one before it, the first to the last
+    cache = {f"blocks.{layer}.attn.hook_pattern": pattern for layer in range(bundled.cfg.n_layers)}
+    found = score_heads(bundled, tokens, ["attention_sink_score", "first_token_score"], cache=cache)
+    assert found.mean("attention_sink_score")[0, :3].tolist() == pytest.approx([0, 1, 1 / 4])
+    assert found.mean("first_token_score")[0, 1] == 0
 
 
 def test_attention_patterns_equal_the_models_own(tiny_model):

@@ -54,11 +54,26 @@ def test_a_kind_is_clear_above_its_null():
     assert [cell.text for cell in made.parts[0].cells()[0]][-1] == "copies, previous token"
 
 
+def test_copy_suppression_is_to_suppress_what_is_looked_up():
+    clear, null = torch.tensor([1.0, 1.0]), torch.tensor([0.125, 0.125])
+    unclear = torch.tensor([0.5, 0.5])
+    scores = {"suppresses": clear, "attends_to_predicted": torch.tensor([0.75, 0.39])}
+    nulls = {"suppresses": null, "attends_to_predicted": null}
+    assert example(scores=scores, nulls=nulls).kinds == ("copy suppression", "suppresses")
+    both = example(scores=scores, nulls=nulls | {"attends_to_predicted": unclear})
+    assert both.kinds == ("suppresses", "suppresses")
+    only = example(scores=scores | {"suppresses": torch.zeros(2)}, nulls=nulls)
+    assert only.kinds == ("", "")
+
+
 @needs_smollm2
 def test_the_real_model_suppresses_the_subject_and_copies_the_object(load_once):
     task = load_task("ioi", load_once("smollm2-135m"), n=12)
     copying = mechlens.copy_scores(task.model, task.answer_ids)
-    table = task.heads(task.edges(steps=5), copying=copying, top=15).to_dataframe().set_index("label")
+    edges = task.edges(steps=5)
+    table = task.heads(edges, copying=copying, top=15).to_dataframe().set_index("label")
     assert table.index[0] == "L23H3"
     assert table.loc["L23H3", ["attends", "kind"]].tolist() == ["S2", "suppresses"]
     assert table.loc["L23H0", ["attends", "kind"]].tolist() == ["IO", "copies"]
+    every = task.heads(edges, copying=copying, top=270).to_dataframe()
+    assert every.loc[every["kind"].str.contains("copy suppression"), "label"].tolist() == ["L24H4"]

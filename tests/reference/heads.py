@@ -81,3 +81,14 @@ def log_probs(logits, tokens):
         out.append(float(torch.log_softmax(row, 0)[tokens[pos + 1]]))
         right.append(int(row.argmax()) == int(tokens[pos + 1]))
     return out, right
+
+
+def sink(pattern):
+    """The largest mean attention from all later positions to one that at least half of them follow."""
+    n = len(pattern)
+    means = []
+    for src in range(n):
+        later = [float(pattern[dest][src]) for dest in range(src + 1, n)]
+        if 2 * len(later) >= n - 1:
+            means.append(sum(later) / len(later))
+    return max(means)

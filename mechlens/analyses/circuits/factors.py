@@ -7,7 +7,7 @@ from numbers import Number
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.arguments import check_model, check_type
@@ -17,6 +17,7 @@ from mechlens.models.weights.folding import from_tokens
 from mechlens.models.weights.rotary import NO_ROTATION, HeadRotation
 from mechlens.results import Circuit, head_label, parse_head
 from mechlens.results.heads import Head, Heads, check_in_range
+from mechlens.text.tokens import target_id
 
 EMBEDDINGS = ("W_E", "effective")
 _IDENTITY = ("name", "revision", "n_layers", "n_heads", "d_model", "d_vocab")
@@ -82,6 +83,20 @@ def check_model_of(model: LensModel, circuit: Circuit) -> None:
         raise ValueError(
             f"the {circuit.name} is from another model ({others}): give the model that it was made from"
         )
+
+
+def token_ids(
+    model: LensModel, name: str, tokens: Sequence[str | int] | Int[Tensor, " token"]
+) -> Int[Tensor, " token"]:
+    """The ids of single tokens given as texts or ids.
+
+    Args:
+        name: the argument, for errors.
+    """
+    if isinstance(tokens, str) or not isinstance(tokens, (Sequence, Tensor)):
+        raise ArgumentError(name, "a list of single tokens", tokens)
+    listed = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    return torch.tensor([target_id(model, each) for each in listed], dtype=torch.long)
 
 
 def head_names(heads: Sequence[tuple[int, int]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mechlens.arguments import names_of
 from mechlens.measures import attention as measures
-from mechlens.measures.attention import Mask
+from mechlens.measures.attention import Mask, Sinks
 from mechlens.models.protocol import LensModel
 from mechlens.text.prompts import RandomTokens
 from mechlens.text.tokens import own_bos_token_id
@@ -17,21 +17,22 @@ PREFIX_LENGTH, PREFIX_COPIES = 25, 4
 SAMPLE_LENGTH = 25
 """Random tokens in a sample for the copying score."""
 
-ON_REPEATED: dict[str, Callable[[RandomTokens], Mask]] = {
+ON_REPEATED: dict[str, Callable[[RandomTokens], Mask | Sinks]] = {
     "induction_score": lambda r: measures.copies_mask(r.starts, r.seq_len, 1),
     "previous_token_score": lambda r: measures.previous_token_mask(r.tokens.shape[1]),
     "duplicate_token_score": lambda r: measures.copies_mask(r.starts, r.seq_len, 0),
     "first_token_score": lambda r: measures.first_token_mask(r.tokens.shape[1]),
+    "attention_sink_score": lambda r: Sinks(r.tokens.shape[1]),
     "induction_diagonal_score": lambda r: measures.diagonal_mask(r.tokens.shape[1], 1 - r.seq_len),
 }
-POSITIONAL = ("previous_token_score", "first_token_score")
+POSITIONAL = ("previous_token_score", "first_token_score", "attention_sink_score")
 VARIANTS = ("induction_diagonal_score",)
 FIXED_PERIOD = ("induction_diagonal_score", "prefix_matching_score")
 KINDS = (*(kind for kind in ON_REPEATED if kind not in VARIANTS), "prefix_matching_score", "copying_score")
 """The default scores on repeated tokens."""
 ON_PROMPT = ("induction_score", "previous_token_score", "duplicate_token_score")
 """The default scores on a prompt."""
-PROMPT_KINDS = (*ON_PROMPT, "first_token_score")
+PROMPT_KINDS = (*ON_PROMPT, "first_token_score", "attention_sink_score")
 """All scores available on a prompt."""
 
 
@@ -72,7 +73,7 @@ def kinds_that_fit(
     return tuple(fitting)
 
 
-def mask_of(kind: str, random: RandomTokens) -> Mask:
-    """The mask of a score on repeated tokens."""
+def mask_of(kind: str, random: RandomTokens) -> Mask | Sinks:
+    """The mask of a score on repeated tokens, or what stands in its place."""
     make = ON_REPEATED["induction_score" if kind == "prefix_matching_score" else kind]
     return make(random)

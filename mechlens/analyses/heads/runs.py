@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.measures import attention as measures
-from mechlens.measures.attention import Mask, mask_score
+from mechlens.measures.attention import Mask, Sinks, mask_score, sink_score
 from mechlens.models.protocol import LensModel
 from mechlens.models.run.forward import parts, read_patterns, watch
 from mechlens.models.weights.access import (
@@ -20,13 +20,13 @@ from mechlens.models.weights.access import (
     direct_unembedding,
     output_weights,
     per_query_head,
-    value_bias,
+    reading_bias,
 )
 from mechlens.text.prompts import RandomTokens
 
 
 def mask_scores(
-    model: LensModel, n_rows: int, masks: Mapping[str, Mask]
+    model: LensModel, n_rows: int, masks: Mapping[str, Mask | Sinks]
 ) -> tuple[dict[str, Float[Tensor, "batch layer head"]], Callable[[slice], Callable[[int, Tensor], None]]]:
     """Empty scores for every mask and layer, and a function that returns a pattern reader for some rows. The
     reader fills in their scores."""
@@ -36,7 +36,10 @@ def mask_scores(
     def of_rows(rows: slice) -> Callable[[int, Tensor], None]:
         def read(layer: int, pattern: Tensor) -> None:
             for kind, mask in masks.items():
-                score = mask_score(pattern, mask.of_rows(rows).to(pattern.device))
+                if isinstance(mask, Sinks):
+                    score = sink_score(pattern)
+                else:
+                    score = mask_score(pattern, mask.of_rows(rows).to(pattern.device))
                 found[kind][rows, layer] = score.cpu()
 
         return read
@@ -45,7 +48,11 @@ def mask_scores(
 
 
 def score_masks(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], masks: Mapping[str, Mask], *, cache: Any = None
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    masks: Mapping[str, Mask | Sinks],
+    *,
+    cache: Any = None,
 ) -> dict[str, Float[Tensor, "batch layer head"]]:
     """Every mask's score for every head, from one forward pass or from a cache."""
     found, reduce = mask_scores(model, len(tokens), masks)
@@ -79,7 +86,7 @@ def copying_scores(
         values[layer] = v[:, sample]
 
     def reduce(layer: int, pattern: Tensor) -> None:
-        v = per_query_head(values.pop(layer), n_heads).float() - value_bias(model, layer)
+        v = per_query_head(values.pop(layer), n_heads).float() - reading_bias(model, layer, "V")
         W_O = output_weights(model, layer)
         norm = attention_out_affine(model, layer)
         if norm is not None:

@@ -23,7 +23,7 @@ from mechlens.analyses.heads.performance import performance_of
 from mechlens.analyses.heads.runs import copying_scores, mask_scores, score_masks
 from mechlens.arguments import check_between, check_type, names_of
 from mechlens.measures import attention as measures
-from mechlens.measures.attention import Mask
+from mechlens.measures.attention import Mask, Sinks
 from mechlens.measures.statistics import bootstrap_interval
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import pattern_readers
@@ -41,7 +41,7 @@ from mechlens.text.prompts import (
 )
 from mechlens.text.tokens import all_bos
 
-OnRepeated = Callable[[RandomTokens, Mapping[str, Mask]], dict[str, Tensor]]
+OnRepeated = Callable[[RandomTokens, Mapping[str, Mask | Sinks]], dict[str, Tensor]]
 """Runs the model on repeated tokens and returns each mask's scores, `[batch, layer, head]`."""
 
 
@@ -63,7 +63,9 @@ def score_heads(
         kinds: names of scores; None is all that fit (on a prompt, the first three). On both:
             `induction_score` (attention to the token after an earlier occurrence of the current one),
             `previous_token_score`, `duplicate_token_score` (to an earlier occurrence of the same token),
-            `first_token_score`. On repeated tokens only: `prefix_matching_score` (25 tokens, 4 times),
+            `first_token_score`, `attention_sink_score` (the largest mean attention that one position in the
+            first half receives from all later ones, which is the first-token score where the sink is the
+            first token). On repeated tokens only: `prefix_matching_score` (25 tokens, 4 times),
             `copying_score` (25 tokens), `induction_diagonal_score` (the variant in "How one can Interpret
             GPT2-Small").
         masks: for a prompt: further scores by name, each the mean attention on a mask `[dest, src]` or
@@ -80,7 +82,9 @@ def score_heads(
         baseline. For scores that depend on content, it is the same mask on equally many unrelated random
         tokens, where a head that attends at a fixed distance scores just as high. For the previous-token and
         first-token scores, it is the expected score when each position's attention is shuffled over the
-        positions it can see. For the copying score, each source is treated as another token of the sample.
+        positions it can see. For the attention-sink score, it is that of uniform attention, which falls
+        mostly on the first position: the null of the first-token score. For the copying score, each source
+        is treated as another token of the sample.
 
     Raises:
         ValueError: an unknown kind, a mask of the wrong size, a prompt that the model cannot read, or
@@ -95,7 +99,8 @@ def score_heads(
         ['L3H5', 'L3H3', 'L3H4']
 
     References: Olsson et al. 2022, arXiv:2209.11895. TransformerLens's `detect_head` divides by the total
-    attention, not by the number of mask entries: its score is ours times entries / positions.
+    attention, not by the number of mask entries: its score is ours times entries / positions. Gu et al. 2024,
+    arXiv:2410.10781, attention sinks: they choose the position, and include its attention to itself.
     Cost: on a prompt, one forward pass up to the last layer's pattern. On repeated tokens, per seed, one pass
     for each kind of sequence and one for its null. Patterns are reduced layer by layer and discarded.
     """
@@ -124,14 +129,15 @@ def score_heads(
 
 def _prompt_masks(
     tokens: Tensor, kinds: Sequence[str] | str | None, masks: Mapping[str, Tensor]
-) -> dict[str, Mask]:
+) -> dict[str, Mask | Sinks]:
     """The masks of the requested scores on a prompt."""
     n_pos = tokens.shape[1]
-    known: dict[str, Callable[[], Mask]] = {
+    known: dict[str, Callable[[], Mask | Sinks]] = {
         "induction_score": lambda: measures.induction_mask(tokens),
         "duplicate_token_score": lambda: measures.duplicate_token_mask(tokens),
         "previous_token_score": lambda: measures.previous_token_mask(n_pos),
         "first_token_score": lambda: measures.first_token_mask(n_pos),
+        "attention_sink_score": lambda: Sinks(n_pos),
     }
     kinds = ON_PROMPT if kinds is None else kinds
     if len(kinds) or not masks:
@@ -159,7 +165,7 @@ def performance_and_scores(
     drawn: list[RandomTokens] = []
     predicted: list[tuple[Tensor, Tensor]] = []
 
-    def predictions(random: RandomTokens, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+    def predictions(random: RandomTokens, masks: Mapping[str, Mask | Sinks]) -> dict[str, Tensor]:
         found, reduce = mask_scores(model, len(random.tokens), masks)
 
         def beside(rows: slice) -> Readers:
@@ -197,7 +203,7 @@ def _on_repeated(
     with progress_bar(total=n_runs, desc="head scores", unit="run", progress=progress) as bar:
         for at, seed in enumerate(seeds):
             # families with sequences of the same length share a run on unrelated tokens
-            unrelated: dict[int, dict[str, Mask]] = {}
+            unrelated: dict[int, dict[str, Mask | Sinks]] = {}
             names: dict[int, list[str]] = {}
             for name, each in masked.items():
                 random = drawn[name][at]

@@ -13,6 +13,7 @@ from mechlens.arguments import check_counts, check_type
 from mechlens.models.protocol import describe
 from mechlens.models.run.forward import parts, read_patterns
 from mechlens.results import CopyScores, EdgeEffects, HeadScores, TaskHeads, parse_head
+from mechlens.results.copying import SHARES
 
 if TYPE_CHECKING:
     from mechlens.analyses.tasks.task import Task
@@ -32,8 +33,8 @@ def head_kinds(
     nulls: dict[str, Tensor] = {}
     if copying is not None:
         check_type("copying", copying, CopyScores)
-        found |= {"copies": copying.copies[at], "suppresses": copying.suppresses[at]}
-        nulls |= {"copies": copying.null_copies[at], "suppresses": copying.null_suppresses[at]}
+        for name in SHARES:
+            found[name], nulls[name] = (getattr(copying, f"{before}{name}")[at] for before in ("", "null_"))
     if scores is not None:
         check_type("scores", scores, HeadScores)
         known = [name for name in scores.kinds if name in scores.nulls]

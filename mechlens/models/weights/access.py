@@ -23,20 +23,23 @@ def per_query_head(values: Float[Tensor, "*batch kv d"], n_heads: int) -> Float[
     return values if shared == 1 else repeat(values, "... kv d -> ... (kv shared) d", shared=shared)
 
 
-def value_bias(model: LensModel, layer: int) -> Float[Tensor, "head d_head"]:
-    """The part of a layer's values that does not depend on the source; zeros if there is none.
+def reading_bias(model: LensModel, layer: int, name: str) -> Float[Tensor, "head d_head"]:
+    """The part of a layer's queries, keys or values that does not depend on the token; zeros if none.
 
-    It is `b_V` plus the preceding norm's bias times `W_V`. Processing folds the norm's bias into `b_V`, and
-    `b_V` into `b_O`, so only the values minus this part are the same with and without processing.
+    For values it is `b_V` plus the preceding norm's bias times `W_V`. Processing folds the norm's bias into
+    `b_V`, and `b_V` into `b_O`, so only the values minus this part are the same with and without processing.
+
+    Args:
+        name: `Q`, `K` or `V`.
     """
     block = model.blocks[layer]
-    W_V = model.W_V[layer].detach().float()
-    _, norm_bias = norm_affine(getattr(block, "ln1", None), W_V.shape[1], model)
-    bias = einsum(norm_bias, W_V, "d_model, kv d_model d_head -> kv d_head")
+    W = getattr(block.attn, f"W_{name}").detach().float()
+    _, norm_bias = norm_affine(getattr(block, "ln1", None), W.shape[1], model)
+    bias = einsum(norm_bias, W, "d_model, kv d_model d_head -> kv d_head")
     # without a bias, a bridge has no such attribute and HookedTransformer has zeros
-    b_V = getattr(block.attn, "b_V", None)
-    if b_V is not None:
-        bias = bias + b_V.detach().float().reshape(bias.shape)
+    own = getattr(block.attn, f"b_{name}", None)
+    if own is not None:
+        bias = bias + own.detach().float().reshape(bias.shape)
     return per_query_head(bias, model.cfg.n_heads)
 
 

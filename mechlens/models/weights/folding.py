@@ -10,15 +10,22 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
-from einops import repeat
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechlens.models.protocol import LensModel, describe
 from mechlens.models.run.forward import running, watch
 from mechlens.models.run.unembedding import soft_cap
-from mechlens.models.run.user_hooks import without_user_hooks
-from mechlens.models.weights.access import attention_out_affine, final_norm_scale, norm_affine, output_weights
+from mechlens.models.run.user_hooks import alone, without_user_hooks
+from mechlens.models.weights.access import (
+    attention_out_affine,
+    final_norm_scale,
+    norm_affine,
+    norm_scale,
+    output_weights,
+    reading_bias,
+)
 
 TOKENS_AT_ONCE = 1024
 """Tokens in one run of the first block; few enough for the MLP's activations to stay in the cache."""
@@ -42,6 +49,11 @@ class FoldedHeads:
     W_K: Float[Tensor, "head d_model d_head"]
     W_V: Float[Tensor, "head d_model d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
+
+    def written(self, source: Float[Tensor, "token d_model"]) -> Float[Tensor, "token head d_model"]:
+        """What each head adds to the stream where it attends only to this source, up to the norms' scales."""
+        read = einsum(source, self.W_V, "token d_model, head d_model d -> token head d")
+        return einsum(read, self.W_O, "token head d, head d d_model -> token head d_model")
 
 
 def folded_heads(model: LensModel, layer: int) -> FoldedHeads:
@@ -84,6 +96,40 @@ def normalizes_queries(model: LensModel, layer: int) -> bool:
     """Whether a norm comes between `W_Q` or `W_K` and the scores (Qwen3, Gemma-3), so that the scores are not
     products of weights."""
     return getattr(model.blocks[layer].attn, "q_norm", None) is not None
+
+
+def attention_scores(
+    model: LensModel,
+    layer: int,
+    heads: FoldedHeads,
+    queries: Float[Tensor, "query d_model"],
+    keys: Float[Tensor, "key d_model"],
+) -> Float[Tensor, "head query key"]:
+    """Attention scores of vectors of the stream, without positions and before the scale and any soft-cap.
+
+    Includes biases and all norms, also those of queries and keys (Qwen3, Gemma-3). Queries and keys are not
+    rotated, as if each key were at its query's position.
+
+    Args:
+        heads: those of the layer.
+
+    Returns:
+        The scores; nan if a norm of queries or keys is not the same for each head (OLMoE, Cohere).
+    """
+    attention, sides = model.blocks[layer].attn, {}
+    for name, W, stream in (("q", heads.W_Q, queries), ("k", heads.W_K, keys)):
+        scaled = stream / norm_scale(model, stream)[:, None]
+        read = einsum(scaled, W, "row d_model, head d_model d -> row head d")
+        read = read + reading_bias(model, layer, name.upper())
+        norm = getattr(attention, f"{name}_norm", None)
+        if norm is not None:
+            if any(parameter.numel() != W.shape[-1] for parameter in norm.parameters()):
+                return W.new_full((len(W), len(queries), len(keys)), torch.nan)
+            with alone(model), without_user_hooks(norm), torch.inference_mode():
+                flat = norm(rearrange(read, "row head d -> (row head) d").to(attention.W_Q.dtype))
+            read = flat.float().view_as(read)
+        sides[name] = read
+    return einsum(sides["q"], sides["k"], "query head d, key head d -> head query key")
 
 
 def to_logits(model: LensModel, written: Float[Tensor, "inner d_model"]) -> Float[Tensor, "inner d_vocab"]:

@@ -10,7 +10,7 @@ from mechlens.measures.unembedding import Unembedding
 from mechlens.models.load.loading import load_model
 from mechlens.models.run.forward import read_patterns, watch
 from mechlens.models.run.unembedding import check_streamed, next_token_log_probs
-from mechlens.models.weights.access import direct_unembedding, final_norm_scale, per_query_head, value_bias
+from mechlens.models.weights.access import direct_unembedding, final_norm_scale, per_query_head, reading_bias
 from tests.close import assert_close
 from tests.reference import heads as reference
 from tests.tiny_models import write_model_of, write_tiny_model
@@ -216,4 +216,4 @@ def test_values_and_their_biases_are_per_query_head(tiny_model):
     shared = tiny_model.cfg.n_heads // kept[0].shape[-2]
     for head in range(tiny_model.cfg.n_heads):
         assert torch.equal(v[..., head, :], kept[0][..., head // shared, :])
-    assert value_bias(tiny_model, 0).shape == (tiny_model.cfg.n_heads, tiny_model.cfg.d_head)
+    assert reading_bias(tiny_model, 0, "V").shape == (tiny_model.cfg.n_heads, tiny_model.cfg.d_head)
