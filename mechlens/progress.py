@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 _hidden = ContextVar("hidden", default=False)
+_runs: ContextVar[Runs | None] = ContextVar("runs", default=None)
 _sampling: ContextVar[Sampling | None] = ContextVar("sampling", default=None)
 DELAY = 1.0
 """Seconds before a bar appears, unless it was explicitly asked for."""
@@ -80,17 +81,14 @@ class Sampling:
     left early. The analysis goes on with what it has, so that later loops are measured, too.
 
     Args:
-        read: what is measured, as numbers that only grow.
+        measure: what is measured, as numbers that only grow.
         seconds: time for the part of each loop.
     """
 
-    def __init__(self, read: Callable[[], tuple[float, ...]], seconds: float) -> None:
-        self.read, self.seconds = read, seconds
+    def __init__(self, measure: Callable[[], tuple[float, ...]], seconds: float) -> None:
+        self.measure, self.seconds = measure, seconds
         self.loops: list[Loop] = []
-        self.model: Any = None
-        """The model that ran last; None if none did."""
-        self.runs = self.tokens = 0
-        """Sequences that it ran, and their positions."""
+        self._left_out = (0.0,) * len(measure())
 
     def __enter__(self) -> Sampling:
         self._token = _sampling.set(self)
@@ -103,6 +101,17 @@ class Sampling:
     def shortened(self) -> bool:
         """Whether any loop was left early."""
         return any(loop.share > 1 for loop in self.loops)
+
+    def read(self) -> tuple[float, ...]:
+        """What was measured, and what the parts that were left out would have added."""
+        return tuple(map(sum, zip(self.measure(), self._left_out, strict=True)))
+
+    def leave(self, loop: Loop) -> None:
+        """Add what is left out of a loop; a loop around it sees the whole."""
+        more = (
+            (after - before) * (loop.share - 1) for before, after in zip(loop.began, loop.ended, strict=True)
+        )
+        self._left_out = tuple(map(sum, zip(self._left_out, more, strict=True)))
 
     def bar(
         self, work: Iterable[Any] | None, desc: str, unit: str, total: float | None, initial: float
@@ -123,10 +132,11 @@ class Sampling:
             each = (time.perf_counter() - begun) / loop.done
             more = int((self.seconds - each * loop.done) / each)
             if more < 1:
-                return
+                break
             # those that are left, evenly spaced, the last one among them
             step = max(1.0, len(left) / more)
             left = [left[-1 - int(at * step)] for at in range(int(len(left) / step))][::-1]
+        self.leave(loop)
 
 
 class _Sampled(tqdm):
@@ -148,16 +158,33 @@ class _Sampled(tqdm):
         loop.total = None if self.total is None else self.total - self.first
         loop.ended = self.sampling.read()
         if loop.share > 1 and time.perf_counter() - self.start > self.sampling.seconds:
+            self.sampling.leave(loop)
             raise SampleEnded
 
 
+class Runs:
+    """A context that counts what models run."""
+
+    model: Any = None
+    """The model that ran last; None if none did."""
+    runs = tokens = 0
+    """Sequences, and their positions."""
+
+    def __enter__(self) -> Runs:
+        self._token = _runs.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _runs.reset(self._token)
+
+
 def note_run(model: Any, rows: int, positions: int) -> None:
-    """Count some sequences that a model runs, for a plan."""
-    sampling = _sampling.get()
-    if sampling is not None:
-        sampling.model = model
-        sampling.runs += rows
-        sampling.tokens += rows * positions
+    """Count some sequences that a model runs."""
+    counted = _runs.get()
+    if counted is not None:
+        counted.model = model
+        counted.runs += rows
+        counted.tokens += rows * positions
 
 
 def planning() -> bool:

@@ -10,7 +10,7 @@ from mechlens.arguments import check_reals
 from mechlens.errors import ArgumentError
 from mechlens.models.protocol import describe
 from mechlens.models.run.meter import Meter
-from mechlens.progress import SampleEnded, Sampling, no_bars
+from mechlens.progress import Runs, SampleEnded, Sampling, no_bars
 from mechlens.results import Plan
 
 SECONDS = 1.5
@@ -54,16 +54,16 @@ def measured(
         seconds: time for the part of each loop.
     """
     check_reals(seconds=seconds)
-    meter = Meter()
-    counting = Sampling(lambda: (counting.runs, counting.tokens, meter.flop), seconds)
-    with meter:
+    meter, ran = Meter(), Runs()
+    counting = Sampling(lambda: (ran.runs, ran.tokens, meter.flop), seconds)
+    with meter, ran:
         note = _run(work, counting)
     timing = Sampling(lambda: (time.perf_counter(),), seconds)
-    begun = time.perf_counter()
+    (begun,) = timing.read()
     _run(work, timing)
-    (taken,) = _scaled(timing, (begun,))
-    runs, tokens, flop = _scaled(counting, (0, 0, 0))
-    model = counting.model or next((each for each in given if hasattr(each, "W_U")), None)
+    taken = timing.read()[0] - begun
+    runs, tokens, flop = counting.read()
+    model = ran.model or next((each for each in given if hasattr(each, "W_U")), None)
     if model is None:
         raise ArgumentError("function", "an analysis of a model", analysis)
     loops = {
@@ -96,15 +96,6 @@ def _run(work: Callable[[], Any], sampling: Sampling) -> str:
             last = sampling.loops[-1].desc
             return f"What comes after the loop “{last}” is not in it ({type(error).__name__})"
     return ""
-
-
-def _scaled(sampling: Sampling, begun: tuple[float, ...]) -> list[float]:
-    """What was read in all, with each loop's part scaled to the whole loop."""
-    found = [after - before for before, after in zip(begun, sampling.read(), strict=True)]
-    for loop in sampling.loops:
-        for at, (before, after) in enumerate(zip(loop.began, loop.ended, strict=True)):
-            found[at] += (after - before) * (loop.share - 1)
-    return found
 
 
 def _name(function: Callable[..., Any]) -> str:

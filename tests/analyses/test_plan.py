@@ -68,8 +68,24 @@ def test_time_is_scaled_to_the_whole() -> None:
     taken.append(time.perf_counter() - begun)
     (loop,) = timing.loops
     assert taken[0] < 0.6
-    estimate = (loop.ended[0] - loop.began[0]) * loop.share
-    assert 1.0 <= estimate < 2.0
+    assert loop.total == 100
+    assert 1.0 <= timing.read()[0] - begun < 2.0
+
+
+def test_a_loop_within_a_loop_is_scaled_within_it() -> None:
+    naps = 0
+
+    def work() -> None:
+        nonlocal naps
+        for _ in progress_bar(range(10), desc="outer", progress=None):
+            for _ in progress_bar(range(40), desc="inner", progress=None):
+                naps += 1
+                time.sleep(0.005)
+
+    with Sampling(lambda: (naps,), 0.02) as counting:
+        work()
+    assert naps < 40
+    assert counting.read()[0] == pytest.approx(400)
 
 
 def test_the_part_is_spread_over_the_whole_sequence() -> None:

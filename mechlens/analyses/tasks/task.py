@@ -222,7 +222,8 @@ class Task:
             >>> torch.allclose(found.values, found.full)
             True
 
-        Cost: one forward pass of each corrupted prompt and three of each clean one.
+        Cost: one forward pass of each corrupted prompt and three of each clean one. What all components write
+        on the corrupted prompts is in memory: `4 d_model (2 n_layers + 1)` bytes for each of their tokens.
         """
         return run_set(self, components, by, metric, kept=True)
 
