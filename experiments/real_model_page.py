@@ -41,11 +41,11 @@ def page(card: dict[str, Any]) -> str:
     """The page of a card."""
     figures = {
         study: [each for each in card["figures"] if each["study"] == study]
-        for study in ("heads", "facts", "induction-circuits", "indirect-object", "features")
+        for study in ("heads", "facts", "induction-circuits", "indirect-object", "ioi", "features")
     }
-    facts, circuits, task, features = (
+    facts, circuits, task, ioi, features = (
         {each["what"]: each["value"] for each in figures[study]}
-        for study in ("facts", "induction-circuits", "indirect-object", "features")
+        for study in ("facts", "induction-circuits", "indirect-object", "ioi", "features")
     )
     estimates = {each["what"]: each["value"] for each in figures["heads"] if each["kind"] is None}
     scores = [each for each in figures["heads"] if each["what"] == "score"]
@@ -83,6 +83,9 @@ def page(card: dict[str, Any]) -> str:
         ),
         leaves=task["leaves S2"],
         arrives=task["arrives at END"],
+        faithfulness=ioi["faithfulness"],
+        left=abs(round(ioi["left"], 2)),
+        overlap=ioi["overlap"],
         trained=features["trained"],
         random=features["random"],
         chance=features["chance"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -150,11 +150,11 @@ def plot_edge_graph(
     check_counts(top=top)
     table = result.to_dataframe().set_index("edge")
     edges = table.loc[list(result.top(top, absolute=absolute))].reset_index().to_dict("records")
-    n_layers = result.model.n_layers
     ends = {name for row in edges for name in (row["sender"], component_of(row["receiver"]))}
     if by_role is None:
         by_role = len(result.roles) > 2
-    places, across = _by_role(result, ends) if by_role else _by_head(result, ends)
+    layout = _by_role(result, ends) if by_role else _by_head(result, ends)
+    places = layout.places
     largest = max(abs(row["effect"]) for row in edges) or 1.0
     figure = go.Figure()
     for row in edges:
@@ -192,7 +192,6 @@ def plot_edge_graph(
             bordercolor=MUTED,
             borderpad=2,
         )
-    low, high = min(y for _, y in places.values()), max(y for _, y in places.values())
     title = titles(
         f"{result.title}: the {len(edges)} {'largest effects' if absolute else 'that help most'}",
         f"{result.method}; a replaced edge carries {SOURCES[result.by]}",
@@ -202,26 +201,30 @@ def plot_edge_graph(
     return figure.update_layout(
         template=TEMPLATE,
         title_text=title,
-        width=min(WIDTH, 190 + 70 * (across["range"][1] - across["range"][0])),
-        height=min(HEIGHT, 120 + top_margin(title) + 46 * max(6, round(high - low))),
+        width=min(WIDTH, max(760, round(190 + 70 * _length(layout.across)))),
+        height=min(HEIGHT, 120 + top_margin(title) + 46 * max(6, round(_length(layout.up)))),
         margin={"t": top_margin(title)},
-        xaxis={**across, **NO_TICKS},
-        yaxis={
-            "title": {"text": "layer"},
-            "range": [low - 0.6, high + 0.6],
-            "tickvals": [*range(0, n_layers, 1 if n_layers <= 12 else 5)],
-            **NO_TICKS,
-        },
+        xaxis={**layout.across, **NO_TICKS},
+        yaxis={"title": {"text": "layer"}, **layout.up, **NO_TICKS},
     )
 
 
-_Places = tuple[dict[str, tuple[float, float]], dict[str, Any]]
-"""Where each component is drawn, and the axis below."""
+def _length(axis: dict[str, Any]) -> float:
+    low, high = axis["range"]
+    return float(high - low)
 
 
-def _by_head(result: EdgeEffects, names: set[str]) -> _Places:
+class _Layout(NamedTuple):
+    """Where each component is drawn, and the axes."""
+
+    places: dict[str, tuple[float, float]]
+    across: dict[str, Any]
+    up: dict[str, Any]
+
+
+def _by_head(result: EdgeEffects, names: set[str]) -> _Layout:
     """Heads above their numbers; a layer's MLP to the right of its heads."""
-    n_heads = result.model.n_heads
+    n_layers, n_heads = result.model.n_layers, result.model.n_heads
     across = {
         "title": {"text": "head"},
         "range": [-0.7, n_heads + 0.7],
@@ -230,11 +233,17 @@ def _by_head(result: EdgeEffects, names: set[str]) -> _Places:
     }
     columns = {name: float(_head(name, n_heads)) for name in names}
     columns |= dict.fromkeys(names & {EMBED, LOGITS}, n_heads / 2)
-    return {name: (columns[name], _height(result, name)) for name in names}, across
+    places = {name: (columns[name], _height(result, name)) for name in names}
+    low, high = min(y for _, y in places.values()), max(y for _, y in places.values())
+    up = {"range": [low - 0.6, high + 0.6], "tickvals": [*range(0, n_layers, 1 if n_layers <= 12 else 5)]}
+    return _Layout(places, across, up)
 
 
-def _by_role(result: EdgeEffects, names: set[str]) -> _Places:
-    """Components side by side above their role, which is as wide as its fullest layer."""
+def _by_role(result: EdgeEffects, names: set[str]) -> _Layout:
+    """Components side by side above their role, which is as wide as its fullest layer.
+
+    Layers of which nothing is drawn take no room.
+    """
     last = result.roles[-2]
     role_of = {name: last if name == LOGITS else result.role_of(name) for name in names}
     columns: dict[str, float] = {}
@@ -259,7 +268,12 @@ def _by_role(result: EdgeEffects, names: set[str]) -> _Places:
         "tickvals": [*ticks.values()],
         "ticktext": [*ticks],
     }
-    return {name: (columns[name], _height(result, name)) for name in names}, across
+    heights = sorted({_height(result, name) for name in names})
+    places = {name: (columns[name], float(heights.index(_height(result, name)))) for name in names}
+    layers = {int(height): row for row, height in reversed([*enumerate(heights)])}
+    own = {layer: row for layer, row in layers.items() if 0 <= layer < result.model.n_layers}
+    up = {"range": [-0.6, len(heights) - 0.4], "tickvals": [*own.values()], "ticktext": [*map(str, own)]}
+    return _Layout(places, across, up)
 
 
 def _head(name: str, n_heads: int) -> int:

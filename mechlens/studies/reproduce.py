@@ -160,7 +160,7 @@ def reproduce(
     References: "How one can Interpret GPT2-Small"; Olsson et al. 2022, arXiv:2209.11895; nostalgebraist 2020,
     "interpreting GPT: the logit lens"; Wang et al. 2022, arXiv:2211.00593; Badger, "Language Model Features".
     Cost: seconds per study on a small model, minutes for `feature-search`; all studies on the model
-    card of a model with 135 million parameters take about ten minutes on two cores.
+    card of a model with 135 million parameters take about fifteen minutes on two cores.
     """
     check_model(model)
     check_type("heads", heads, RepeatedTokens)

@@ -29,7 +29,9 @@ def test_components_stand_above_the_role_of_their_largest_effect():
     figure = plot_edge_graph(edge_effects(), top=3)
     names = {each.text: (each.x, each.y) for each in figure.layout.annotations}
     # S2 has the embedding; END has both heads of the layer side by side, and the logits above their middle
-    assert names == {"embed": (0, -1), "L0H0": (1.4, 0), "L0H1": (2.4, 0), "logits": (pytest.approx(1.9), 1)}
+    assert names == {"embed": (0, 0), "L0H0": (1.4, 1), "L0H1": (2.4, 1), "logits": (pytest.approx(1.9), 2)}
+    assert list(figure.layout.yaxis.tickvals) == [1]
+    assert list(figure.layout.yaxis.ticktext) == ["0"]
     assert list(figure.layout.xaxis.ticktext) == ["S2", "END"]
     assert list(figure.layout.xaxis.tickvals) == [0, 1.9]
     without = edge_effects(roles=("END", "elsewhere"), node_roles=edge_effects().node_roles[:, 1:])
