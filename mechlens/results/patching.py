@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 EFFECT = "Metric of the patched run minus that of the same run without the patch, averaged over prompts."
 RECOVERED = "Share of the way from the run that was patched to the other run: 0 is none of it, 1 all of it."
 
+ROUNDING = 1e-5
+"""Relative difference of the same run in two batches."""
+
 
 def cell_label(layer: int | None, head: int | None, position: int | None) -> str:
     """The name of a cell of a grid: `L5H5`, `L0 at 51`."""
@@ -43,9 +46,10 @@ def standard_error(changes: Float[Tensor, "prompt *cell"]) -> Float[Tensor, "*ce
 def share_of_way(
     effect: Float[Tensor, "*cell"], start: Float[Tensor, " prompt"], end: Float[Tensor, " prompt"]
 ) -> Float[Tensor, "*cell"]:
-    """Mean effects divided by the mean difference of two runs; nan if that difference is 0 or nan."""
-    share = effect / (end - start).mean()
-    return share.masked_fill(~share.isfinite(), torch.nan)
+    """Mean effects divided by the mean difference of two runs; nan if that difference is rounding, or nan."""
+    way = (end - start).mean()
+    known = bool(way.abs() > ROUNDING * (start.abs() + end.abs()).mean())
+    return effect / way if known else torch.full_like(effect, math.nan)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

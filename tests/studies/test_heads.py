@@ -11,15 +11,7 @@ import torch
 from mechlens.models.load.loading import BUNDLED_DIRECTORY
 from mechlens.models.protocol import describe
 from mechlens.studies.heads import DRAWS, HeadsStudy, claim_of, study_heads
-from mechlens.studies.published import (
-    COMPOSITION_GPT2,
-    GPT2_SMALL,
-    IOI_GPT2,
-    REPEATED_TOKENS_GPT2,
-    Published,
-    figures_of,
-    read_card,
-)
+from mechlens.studies.published import GPT2_FIGURES, GPT2_SMALL, Published, figures_of, read_card
 from mechlens.text.prompts import RepeatedTokens
 from tests import examples
 
@@ -143,8 +135,7 @@ def test_only_models_with_published_figures_are_compared():
     sizes = {"n_layers": 12, "n_heads": 12, "d_model": 768, "d_vocab": 50257}
     gpt2 = dataclasses.replace(examples.model("gpt2"), **sizes)
     for name in GPT2_SMALL:
-        published = (*REPEATED_TOKENS_GPT2, *COMPOSITION_GPT2, *IOI_GPT2)
-        assert figures_of(dataclasses.replace(gpt2, name=name)) == published
+        assert figures_of(dataclasses.replace(gpt2, name=name)) == GPT2_FIGURES
     assert figures_of(dataclasses.replace(gpt2, name="EleutherAI/pythia-160m")) == ()
     assert figures_of(examples.model("gpt2")) == (), "another model in a folder of that name"
     assert figures_of(dataclasses.replace(gpt2, revision="main~1")) == ()

@@ -40,7 +40,7 @@ def test_by_default_the_studies_of_the_card_are_planned():
         revision=None,
     )
     with_card = {each.study for each in figures_of(smollm2)}
-    assert with_card == {"heads", "facts", "induction-circuits", "indirect-object", "features"}
+    assert with_card == {"heads", "facts", "induction-circuits", "indirect-object", "ioi", "features"}
     assert planned(smollm2) == [name for name in STUDIES if name in with_card]
     assert planned(examples.model()) == ["heads"]
     assert planned(smollm2, ["features", "heads"]) == ["heads", "features"]
