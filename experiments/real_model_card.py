@@ -120,7 +120,7 @@ def main() -> None:
             whole["also"]["feature-tokens"] = of_features(study)
         if isinstance(study, LensStudy):
             whole["also"] |= of_lens_study(study)
-        card.write_text(json.dumps(whole, indent=1) + "\n")
+        card.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{name}: {len(claims)} figures", flush=True)
     if options.books:
         lens = mechlens.train_tuned_lens(
@@ -133,7 +133,7 @@ def main() -> None:
         )
         lens.save(options.out / "tuned_lens.safetensors")
         whole["also"]["tuned-lens"] = of_tuned_lens(lens)
-        card.write_text(json.dumps(whole, indent=1) + "\n")
+        card.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def of_features(study: FeaturesStudy) -> list[tuple[int, int, str, float]]:

@@ -215,7 +215,8 @@ class EdgeEffects(ManyEffects, _OfTask):
     roles: tuple[str, ...]
     """The roles of the task, in the order of the first prompt; last `elsewhere`, all other positions."""
     node_roles: Float[Tensor, "sender role"]
-    """The estimated effect of replacing a component at the positions of one role; they sum to `nodes`."""
+    """The estimated effect of replacing a component at the positions of one role; they sum to `nodes` unless
+    two roles share a position."""
     exact_edges: tuple[str, ...]
     """The edges that were replaced in runs of their own: half of them those with the largest estimates, half
     drawn from all others."""

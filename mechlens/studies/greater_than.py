@@ -27,12 +27,12 @@ LATE = tuple(f"L{layer}.mlp" for layer in range(8, 12))
 
 def published_edges() -> list[str]:
     """The edges of the published circuit, with what the attending heads' queries read."""
-    found = [f"embed->{name}" for name in (*FIRST, *EARLY)]
+    found = [f"embed->{name}" for name in FIRST]
     found += [f"{name}->logits" for name in (*ATTENDING, *LATE)]
     found += [f"L0H1->{mlp}" for mlp in EARLY]
-    found += [f"{one}->{other}" for some in (EARLY, LATE) for one, other in combinations(some, 2)]
+    found += [f"{one}->{other}" for one, other in combinations(LATE, 2)]
     mlps = [f"L{layer}.mlp" for layer in range(9)]
-    # what MLPs write for the queries, they make of the embedding and of each other
+    # the early MLPs, and those that write for the queries, read the embedding and each other
     found += [f"embed->{mlp}" for mlp in mlps]
     found += [f"{one}->{other}" for one, other in combinations(mlps, 2)]
     for head in ATTENDING:
@@ -40,7 +40,7 @@ def published_edges() -> list[str]:
         found += [f"{name}->{head}.{read}" for name in (*FIRST, *EARLY) for read in "kv"]
         found += [f"{name}->{head}.q" for name in ("embed", *FIRST, *mlps[:layer])]
         found += [f"{head}->{mlp}" for mlp in LATE if int(mlp[1:].partition(".")[0]) >= layer]
-    return list(dict.fromkeys(found))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -55,21 +56,23 @@ def test_a_part_is_scaled_to_the_whole(task: mechlens.Task, n_random: int) -> No
     assert part.flop == pytest.approx(whole.flop, rel=0.02)
 
 
-def test_time_is_scaled_to_the_whole() -> None:
-    def work() -> None:
-        for _ in progress_bar(range(100), desc="naps", progress=None):
-            time.sleep(0.01)
+class Clock:
+    """A clock that only the test moves."""
 
-    taken: list[float] = []
-    timing = Sampling(lambda: (time.perf_counter(),), 0.1)
-    begun = time.perf_counter()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("mechlens.progress.time.perf_counter", lambda: self.now)
+
+
+def test_time_is_scaled_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    timing = Sampling(lambda: (clock.now,), 0.1)
     with timing:
-        work()
-    taken.append(time.perf_counter() - begun)
+        for _ in progress_bar(range(100), desc="naps", progress=None):
+            clock.now += 0.015625
     (loop,) = timing.loops
-    assert taken[0] < 0.6
-    assert loop.total == 100
-    assert 1.0 <= timing.read()[0] - begun < 2.0
+    assert loop.done == 6  # a seventh would take more than 0.1 s
+    assert timing.read() == pytest.approx((100 * 0.015625,))
 
 
 def test_a_loop_within_a_loop_is_scaled_within_it() -> None:
@@ -88,21 +91,23 @@ def test_a_loop_within_a_loop_is_scaled_within_it() -> None:
     assert counting.read()[0] == pytest.approx(400)
 
 
-def test_the_part_is_spread_over_the_whole_sequence() -> None:
+def test_the_part_is_spread_over_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
     def work() -> list[int]:
         seen = []
         for each in progress_bar(list(range(100)), desc="numbers", progress=None):
-            time.sleep(0.005)
+            clock.now += 0.015625
             seen.append(each)
         return seen
 
     with Sampling(lambda: (0.0,), 0.1) as sampling:
         seen = work()
-    assert 3 <= len(seen) <= 30
+    assert len(seen) == 6
     assert seen[0] == 0
-    assert seen[-1] >= 90
-    assert seen == sorted(set(seen))
-    assert sampling.loops[0].share == pytest.approx(100 / len(seen))
+    assert seen[-1] == 99
+    assert max(after - before for before, after in itertools.pairwise(seen)) < 30
+    assert sampling.loops[0].share == pytest.approx(100 / 6)
     assert work() == list(range(100))  # outside a plan
 
 

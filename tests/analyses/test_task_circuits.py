@@ -203,6 +203,14 @@ def test_estimates_are_changes_times_gradients_by_hand(kind, load_once, tiny_dir
                 assert float(found.effect[u, r]) == pytest.approx(float(hand), abs=1e-5 * max(1, largest))
 
 
+def test_a_position_with_two_roles_is_not_taken_from_elsewhere(bundled):
+    row = {"clean": "He is", "corrupted": "They is", "answer": " a", "wrong": " the"}
+    plain, named = (Task.from_file([row | more], bundled).edges() for more in ({}, {"role_V": "is"}))
+    assert named.roles == ("V", "END", "elsewhere")
+    assert_close(named.node_roles[:, 0], named.node_roles[:, 1])
+    assert_close(named.node_roles[:, 1:], plain.node_roles)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_integrated_gradients_of_the_embedding_sum_to_the_difference(kind, load_once, tiny_directories):
     rows = [{"clean": "abcd", "corrupted": "dcba", "answer": "e", "wrong": "f"}]

@@ -50,8 +50,11 @@ def estimate_edges(
         found = edge_effects(task.model, group.tokens, run.there, answers, steps=steps)
         effects[list(group.index)] = found.edges
         for at, positions in zip(group.index, found.positions, strict=True):
-            own = positions[:, [task.encoded[at].roles[role] for role in roles]]
-            at_roles[at] = torch.cat([own, positions.sum(1, keepdim=True) - own.sum(1, keepdim=True)], 1)
+            places = [task.encoded[at].roles[role] for role in roles]
+            elsewhere = torch.ones(positions.shape[1], dtype=torch.bool)
+            elsewhere[places] = False
+            rest = positions[:, elsewhere].sum(1, keepdim=True)
+            at_roles[at] = torch.cat([positions[:, places], rest], 1)
     mean = effects.nanmean(0)
     edges = _sampled(mean, min(wanted, n_edges), generator)
     single = [ChosenSet(graph, (edge,), True).mask() for edge in graph.edge_names(edges)]

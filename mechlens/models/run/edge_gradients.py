@@ -76,7 +76,7 @@ def _effects(
     names = [*dict.fromkeys([*names, *Written.hooks(model), last_hook(model)])]
     own = Written.of(model, tokens) if steps > 1 else None
     changes: Tensor | None = None
-    found, positions = [], []
+    edges, positions = (torch.zeros((), dtype=torch.float32, device=model.W_U.device) for _ in range(2))
     for step in range(steps):
         begin = None
         if own is not None:
@@ -86,10 +86,10 @@ def _effects(
         if changes is None:
             changes = _changes(model, graph, own or Written.kept(model, kept), there)
         with torch.no_grad():
-            found.append(_contracted(model, graph, readers, changes, kept, by))
-            positions.append(_by_position(graph, changes, by))
-    edges = torch.stack(found).mean(0).cpu().masked_fill(~graph.possible, torch.nan)
-    return edges, torch.stack(positions).mean(0).cpu()
+            # one step at a time, so that memory does not grow with their number
+            edges = edges + _contracted(model, graph, readers, changes, kept, by) / steps
+            positions = positions + _by_position(graph, changes, by) / steps
+    return edges.cpu().masked_fill(~graph.possible, torch.nan), positions.cpu()
 
 
 def _changes(
